@@ -1,0 +1,163 @@
+"""What every job's command line shares: parse, build the configuration, run, report, exit.
+
+Standard output carries the answer alone: the last line is one JSON object. Everything else (progress, Ray's
+and MLflow's messages, errors) goes to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, NoReturn, TextIO
+
+from pipeline.config import StrictModel, dump_yaml, help_text, load_config
+from pipeline.errors import PipelineError, StoppedError
+from pipeline.result import JobResult
+
+EXIT_CODES = """exit codes:
+  0   done                      4   conflict: another run or another kind of dataset holds the output
+  1   a bug (please report)     5   done, but more rows were rejected than the budget allows
+  2   configuration             75  stopped with its work kept: run the same command again
+  3   input or storage"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job: its name, one sentence, and "module:attribute" of its configuration, run and dry run."""
+
+    name: str
+    summary: str
+    config: str
+    run: str
+    dry_run: str
+    example: str
+    notes: str = ""
+
+
+def main(job: Job, argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a job from the command line and exit with its code."""
+    arguments = _parser(job).parse_args(argv)
+    sys.path.insert(0, os.getcwd())
+    _show_messages()
+    with _answer_channel() as answer:
+        code, line = _run(job, arguments)
+        if line:
+            print(line, file=answer, flush=True)
+    sys.exit(code)
+
+
+def _show_messages() -> None:
+    """The pipeline's own messages as plain lines on standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("pipeline")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def _parser(job: Job) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m jobs.{job.name}",
+        usage=f"python -m jobs.{job.name} CONFIG.yaml... [key=value ...] [--dry-run | --print-config | --help]",
+        description=job.summary,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("arguments", nargs="*")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--print-config", action="store_true")
+    parser.add_argument("-h", "--help", action=_Help, job=job)
+    return parser
+
+
+class _Help(argparse.Action):
+    """Prints the field tree of the job's configuration."""
+
+    def __init__(self, option_strings: list[str], dest: str, job: Job) -> None:
+        super().__init__(option_strings, dest, nargs=0)
+        self.job = job
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        model = _load(self.job.config)
+        print(f"usage: {parser.usage}\n\n{self.job.summary}\n\nexample:\n  {self.job.example}\n")
+        print("flags:\n  --dry-run       say what would be done, and what it would cost; writes nothing")
+        print("  --print-config  print the merged configuration and exit\n  --help          this text\n")
+        print(f"keys (in CONFIG files, or as key=value):\n{help_text(model)}\n\n{EXIT_CODES}")
+        if self.job.notes:
+            print(f"\n{self.job.notes}")
+        sys.exit(0)
+
+
+def _run(job: Job, arguments: argparse.Namespace) -> tuple[int, str | None]:
+    """(exit code, the answer line)."""
+    try:
+        files = [a for a in arguments.arguments if "=" not in a]
+        overrides = [a for a in arguments.arguments if "=" in a]
+        model: type[StrictModel] = _load(job.config)
+        config = load_config(model, files, overrides)
+        if arguments.print_config:
+            return 0, dump_yaml(config).rstrip()
+        function: Callable[[Any], JobResult] = _load(job.dry_run if arguments.dry_run else job.run)
+        with _stop_signals():
+            result = function(config)
+        return 0, result.to_json(job.name)
+    except PipelineError as error:
+        print(f"\n{job.name}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code, _failure(job, error.exit_code, error.what)
+    except KeyboardInterrupt:
+        print(f"\n{job.name}: interrupted; the same command goes on where it stopped", file=sys.stderr, flush=True)
+        return StoppedError.exit_code, _failure(job, StoppedError.exit_code, "interrupted")
+    except Exception as error:  # noqa: BLE001 - the outermost frame: whatever is left is a bug, and said to be one
+        traceback.print_exc()
+        print(f"\n{job.name}: this is a bug in latentloom; nothing committed was lost.", file=sys.stderr, flush=True)
+        return 1, _failure(job, 1, f"{type(error).__name__}: {error}")
+
+
+def _failure(job: Job, code: int, what: str) -> str:
+    status = {4: "conflict", 5: "rejects-over-budget", 75: "stopped"}.get(code, "failed")
+    return json.dumps({"job": job.name, "status": status, "exit_code": code, "error": what.splitlines()[0]})
+
+
+def _load(target: str) -> Any:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+@contextmanager
+def _answer_channel() -> Iterator[TextIO]:
+    """The real standard output, while everything else that writes to descriptor 1 lands on standard error."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with os.fdopen(saved, "w", closefd=False) as answer:
+            yield answer
+    finally:
+        sys.stdout.flush()
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[None]:
+    """SIGTERM (a scheduler's or a spot machine's notice) stops the job in an orderly way, with exit code 75."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise StoppedError("Stopped by SIGTERM; what was committed is kept", next_step="run the same command again")
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

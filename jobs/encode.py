@@ -1,0 +1,15 @@
+"""`python -m jobs.encode`: Encode images to a dataset of VAE latents, exactly once."""
+
+from jobs._main import Job, main
+
+JOB = Job(
+    name="encode",
+    summary="Encode images to a dataset of VAE latents, exactly once.",
+    config="pipeline.encode.config:EncodeJobConfig",
+    run="pipeline.encode.job:run",
+    dry_run="pipeline.encode.estimate:dry_run",
+    example="python -m jobs.encode configs/encode/sd15_512.yaml source.uri=s3://bucket/images output.uri=s3://bucket/latents",
+)
+
+if __name__ == "__main__":
+    main(JOB)

@@ -1,0 +1,73 @@
+"""Connecting to Ray: the cluster named by RAY_ADDRESS, or one started on this machine for this job."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from pydantic import Field
+
+from pipeline.config import StrictModel
+from pipeline.errors import InputError
+
+# Several processes share the cores: OpenMP threads that spin while they wait steal them from each other.
+WORKER_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"}
+
+
+class ClusterConfig(StrictModel):
+    """Where Ray tasks run."""
+
+    num_cpus: int | None = Field(
+        default=None, ge=1, description="CPUs offered by a locally started Ray; null: all of this machine's."
+    )
+    object_store_bytes: int | None = Field(
+        default=None, ge=80 << 20, description="Object store of a locally started Ray, bytes; null: Ray's default."
+    )
+    dashboard: bool = Field(
+        default=True, description="Serve the dashboard of a locally started Ray, on loopback only."
+    )
+
+
+def ensure_ray(cluster: ClusterConfig) -> Any:
+    """Connect to RAY_ADDRESS when it is set, else start Ray here; returns the `ray` module.
+
+    Already connected: nothing happens. Raises InputError when the named cluster cannot be reached.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    import ray
+
+    if ray.is_initialized():
+        return ray
+    common: dict[str, Any] = {"runtime_env": {"env_vars": WORKER_ENV}, "logging_level": logging.WARNING}
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(address=address, **common)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise InputError(
+                f"The Ray cluster cannot be reached: {' '.join(str(error).split())[:300]}",
+                key="RAY_ADDRESS",
+                value=address,
+                rule="RAY_ADDRESS names a running cluster of the same Ray version",
+                next_step="start the cluster, correct the address, or unset RAY_ADDRESS to run on this machine",
+            ) from None
+        return ray
+    ray.init(
+        address="local",
+        num_cpus=cluster.num_cpus,
+        object_store_memory=cluster.object_store_bytes,
+        include_dashboard=cluster.dashboard,
+        dashboard_host="127.0.0.1",
+        **common,
+    )
+    return ray
+
+
+def shutdown_ray() -> None:
+    """Disconnect, and stop the Ray that `ensure_ray` started here; nothing happens when none is connected."""
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()

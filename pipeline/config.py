@@ -1,0 +1,274 @@
+"""Configuration: YAML files merged left to right, then `key=value` overrides, into one frozen strict model.
+
+Files are merged key by key (mappings merge, everything else replaces), so an overlay names only what it
+changes. Every problem of the merged whole is reported at once, each with its key, its value, the rule and
+the name that was probably meant. YAML is read with a safe loader that refuses repeated keys and reads
+`1e-4` as a number (YAML 1.2 and everybody's intention; YAML 1.1 calls it a string).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticUndefined
+
+from pipeline.errors import ConfigError
+
+
+class StrictModel(BaseModel):
+    """Base of every configuration model: frozen, no unknown keys, no silent conversions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+M = TypeVar("M", bound=StrictModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with YAML 1.2 floats and without repeated keys."""
+
+
+def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    seen: dict[str, int] = {}
+    for key_node, _ in node.value:
+        key = str(key_node.value)
+        line = key_node.start_mark.line + 1
+        if key in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {key!r} is given twice (lines {seen[key]} and {line})", key_node.start_mark
+            )
+        seen[key] = line
+    return {str(k): v for k, v in loader.construct_mapping(node, deep=True).items()}
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?)$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def load_config(model: type[M], files: Sequence[str], overrides: Sequence[str] = ()) -> M:
+    """Read, merge and validate; raises ConfigError that lists every problem."""
+    merged: dict[str, Any] = {}
+    for name in files:
+        merged = merge(merged, _read_yaml(name))
+    for override in overrides:
+        merged = merge(merged, _parse_override(override))
+    return validate(model, merged)
+
+
+def validate(model: type[M], data: Mapping[str, Any]) -> M:
+    """Build `model` from plain data; raises ConfigError that lists every problem with its likely remedy."""
+    try:
+        # JSON mode: strict about types, yet a YAML list may fill a tuple.
+        return model.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        problems = [_describe(model, detail, data) for detail in error.errors()]
+        count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError(
+            f"The configuration has {count}:\n" + "\n".join(f"  - {p}" for p in problems),
+            next_step="correct the named keys; --help prints every key with its meaning",
+        ) from None
+    except TypeError as error:
+        raise ConfigError(f"The configuration holds a value of an unknown type: {error}") from None
+
+
+def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` overlaid by `top`: mappings merge key by key, everything else is replaced."""
+    out = dict(base)
+    for key, value in top.items():
+        old = out.get(key)
+        both_maps = isinstance(old, Mapping) and isinstance(value, Mapping)
+        out[key] = merge(old, value) if both_maps else value  # type: ignore[arg-type]
+    return out
+
+
+def dump_yaml(model: StrictModel) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal model."""
+    return yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+def config_digest(model: StrictModel) -> str:
+    """Hex blake2b-128 of the canonical JSON of a model."""
+    text = json.dumps(model.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _read_yaml(name: str) -> dict[str, Any]:
+    path = Path(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in _siblings(path)], n=1)
+        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+        raise ConfigError(
+            f"There is no configuration file {name}{hint}",
+            rule="arguments are YAML files, then key=value overrides",
+            next_step="name an existing file, or write key=value to set a single key",
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The configuration file {name} cannot be read: {error}") from None
+    return _mapping(text, f"file {name}")
+
+
+def _siblings(path: Path) -> list[Path]:
+    return sorted(path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+
+
+def _mapping(text: str, origin: str) -> dict[str, Any]:
+    try:
+        data = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"The configuration {origin} is no valid YAML{where}: {problem}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"The configuration {origin} holds a {type(data).__name__}",
+            rule="a configuration is a mapping of keys to values",
+        )
+    return data
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise ConfigError(
+            f"The override {text!r} cannot be understood",
+            rule="an override is dotted.key=value",
+            next_step="for example train.batch_size=64",
+        )
+    nested: Any = _mapping(f"value: {value}", f"override {text!r}").get("value") if value else ""
+    for part in reversed(parts):
+        nested = {part: nested}
+    return typing.cast(dict[str, Any], nested)
+
+
+def _describe(model: type[BaseModel], detail: ErrorDetails, data: Mapping[str, Any]) -> str:
+    # pydantic names the chosen member of a tagged union inside `loc`; a user never wrote it.
+    loc = [str(p) for p in _user_loc(detail["loc"], data)]
+    key = ".".join(loc)
+    if detail["type"] == "extra_forbidden":
+        near = _did_you_mean(model, loc)
+        return f"{key} = {_clip(detail['input'])}: there is no such key" + (f"; did you mean {near}?" if near else "")
+    if detail["type"] == "missing":
+        return f"{key}: this key is required and has no default"
+    rule = detail["msg"].removeprefix("Value error, ")
+    near = ""
+    expected = detail.get("ctx", {}).get("expected") or detail.get("ctx", {}).get("expected_tags")
+    if expected and isinstance(detail["input"], str | dict):
+        given = detail["input"] if isinstance(detail["input"], str) else detail.get("ctx", {}).get("tag", "")
+        match = difflib.get_close_matches(str(given), re.findall(r"'([^']+)'", str(expected)), n=1)
+        near = f"; did you mean {match[0]}?" if match else ""
+    return f"{key or 'configuration'} = {_clip(detail['input'])}: {rule[:1].lower() + rule[1:]}{near}"
+
+
+def _user_loc(loc: Sequence[int | str], data: Any) -> Iterator[int | str]:
+    """The parts of a pydantic location that exist in, or could be added to, the user's own data."""
+    for i, part in enumerate(loc):
+        if isinstance(data, Mapping) and part not in data and i < len(loc) - 1:
+            continue  # a union tag
+        yield part
+        if isinstance(data, Mapping):
+            data = data.get(str(part))
+        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+            data = data[part]
+
+
+def _clip(value: object) -> str:
+    text = json.dumps(value, default=str) if not isinstance(value, str) else value
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _did_you_mean(model: type[BaseModel], loc: Sequence[str]) -> str | None:
+    """The known key nearest to the unknown one: among its neighbours first, then anywhere in the tree."""
+    known = [name for name, _, _ in field_tree(model)]
+    prefix = ".".join(loc[:-1])
+    near_by = [k for k in known if k.rpartition(".")[0] == prefix]
+    last = {k.rpartition(".")[2]: k for k in near_by}
+    match = difflib.get_close_matches(loc[-1], list(last), n=1)
+    if match:
+        return last[match[0]]
+    anywhere = {k.rpartition(".")[2]: k for k in known}
+    match = difflib.get_close_matches(loc[-1], list(anywhere), n=1, cutoff=0.75)
+    return anywhere[match[0]] if match else None
+
+
+def field_tree(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, FieldInfo]]:
+    """Every key of a model, depth first: (dotted key, type as text, field); a union lists all its members."""
+    seen: set[str] = set()
+    for name, info in model.model_fields.items():
+        key = prefix + name
+        children = _submodels(info.annotation)
+        if key not in seen:
+            yield key, _type_text(info.annotation), info
+            seen.add(key)
+        for child in children:
+            for sub in field_tree(child, key + "."):
+                if sub[0] not in seen:
+                    seen.add(sub[0])
+                    yield sub
+
+
+def _submodels(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for a in typing.get_args(annotation) for m in _submodels(a)]
+
+
+def _type_text(annotation: Any) -> str:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _type_text(args[0])
+    if origin is typing.Literal:
+        return " | ".join(str(a) for a in args)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(dict.fromkeys(_type_text(a) for a in args))
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
+    if origin is tuple:
+        return f"list of {_type_text(args[0])}" if args[-1] is Ellipsis else f"[{', '.join(map(_type_text, args))}]"
+    if origin in (dict, Mapping):
+        return "mapping"
+    if annotation is type(None):
+        return "null"
+    return {str: "text", int: "whole number", float: "number", bool: "true | false"}.get(
+        annotation, getattr(annotation, "__name__", str(annotation))
+    )
+
+
+def help_text(model: type[BaseModel]) -> str:
+    """The field tree with types, defaults and descriptions, for --help."""
+    lines: list[str] = []
+    for key, kind, info in field_tree(model):
+        depth = key.count(".")
+        default = ""
+        if info.is_required():
+            default = "required"
+        elif info.default is not PydanticUndefined and not isinstance(info.default, BaseModel) and kind != "section":
+            default = f"default {_clip(info.default)}"
+        note = ", ".join(t for t in ("" if kind == "section" else kind, default) if t)
+        head = f"{'  ' * depth}{key}" + (f"  ({note})" if note else "")
+        lines.append(head)
+        if info.description:
+            lines.append(f"{'  ' * depth}    {info.description}")
+    return "\n".join(lines)

@@ -1,0 +1,97 @@
+"""Configuration of the encode job."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.cluster import ClusterConfig
+from pipeline.codec.config import CodecConfig
+from pipeline.config import StrictModel
+from pipeline.source.config import ImageConfig, SourceConfig
+from pipeline.tracking.config import TrackingConfig
+
+
+class OutputConfig(StrictModel):
+    """Where the dataset of latents goes."""
+
+    uri: str = Field(..., min_length=1, description="Root of the latent dataset: a directory or any fsspec URI.")
+
+
+class EncodeConfig(StrictModel):
+    """How the work is cut, spread and committed."""
+
+    unit_rows: int = Field(256, ge=1, description="Images per unit of work when the source is single files.")
+    unit_bytes: int = Field(256 << 20, ge=1, description="Source bytes at which such a unit ends early.")
+    latent_dtype: Literal["float16", "bfloat16"] = Field("float16", description="How latents are stored.")
+    batch_size: int = Field(16, ge=1, description="Images of the largest bucket per VAE call; smaller ones get more.")
+    actors: int | None = Field(None, ge=1, description="Encoder actors; null: one per GPU, else one per CPU.")
+    actor_cpus: float | None = Field(
+        None, gt=0, description="CPUs an actor reserves; null: what reads and writes leave."
+    )
+    actor_gpus: float | None = Field(None, ge=0, description="GPUs an actor reserves; null: 1 where there are any.")
+    threads_per_actor: int | None = Field(None, ge=1, description="Torch threads per actor; null: CPUs it reserves.")
+    decode: Literal["actor", "tasks"] = Field(
+        "actor", description="Decode in threads beside the device, or in tasks of their own on CPU nodes."
+    )
+    decode_threads: int = Field(2, ge=1, description="Decode threads beside each device.")
+    decode_cpus: float = Field(1.0, gt=0, description="CPUs of a decode task, with decode=tasks.")
+    read_cpus: float = Field(0.25, gt=0, description="CPUs a read task reserves.")
+    write_cpus: float = Field(0.25, gt=0, description="CPUs a write task reserves.")
+    writers: int = Field(4, ge=1, description="Write tasks at a time.")
+    fragment_bytes: int = Field(
+        64 << 20, ge=1, description="Latent bytes a write waits for before it commits a fragment."
+    )
+    fragment_rows: int = Field(8192, ge=1, description="Rows after which it commits even so: what a crash can cost.")
+    row_group_bytes: int = Field(
+        16 << 20, ge=1024, description="Latent bytes of a row group, the quantum of shuffling."
+    )
+    units_per_execution: int = Field(10_000, ge=1, description="Units in one Ray Data execution; more run in turn.")
+    crash_limit: int = Field(
+        3,
+        ge=1,
+        description="Times a unit may take its process down before its rows run one by one and are quarantined.",
+    )
+    retry_rejects: tuple[str, ...] = Field((), description="Reject reasons to try again in this run.")
+    reject_budget: float = Field(
+        1.0, ge=0, le=1, description="Largest share of rejected rows; above it the job ends with exit code 5."
+    )
+    on_removed: Literal["keep", "drop"] = Field(
+        "keep", description="What becomes of latents whose source is gone: kept and reported, or no longer visible."
+    )
+
+
+class EstimateConfig(StrictModel):
+    """What a dry run reckons with."""
+
+    utilisation: float = Field(0.4, gt=0, le=1, description="Share of a GPU's peak that the VAE reaches.")
+    price_per_hour: dict[str, float] = Field(
+        default_factory=dict,
+        description="Price of one GPU hour by GPU name (A100, H100, H200, L4, T4); own names need peak_tflops too.",
+    )
+    peak_tflops: dict[str, float] = Field(
+        default_factory=dict, description="Dense bf16 peak of further GPUs, TFLOP/s, by name."
+    )
+
+
+class EncodeJobConfig(StrictModel):
+    """Everything the encode job reads."""
+
+    source: SourceConfig = Field(..., description="The images to encode.")
+    image: ImageConfig = Field(ImageConfig(), description="From bytes to pixels of a bucket's size.")
+    codec: CodecConfig = Field(..., description="The VAE that encodes them.")
+    output: OutputConfig = Field(..., description="Where the latents go.")
+    encode: EncodeConfig = Field(EncodeConfig(), description="How the work is cut, spread and committed.")
+    estimate: EstimateConfig = Field(EstimateConfig(), description="What a dry run reckons with.")
+    cluster: ClusterConfig = Field(ClusterConfig(), description="Where Ray runs.")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow tracking.")
+
+    @model_validator(mode="after")
+    def _reasons_exist(self) -> EncodeJobConfig:
+        from pipeline.source.reasons import Reason
+
+        unknown = [r for r in self.encode.retry_rejects if r not in set(Reason)]
+        if unknown:
+            raise ValueError(f"encode.retry_rejects: {unknown} are no reasons; choose from {sorted(Reason)}")
+        return self

@@ -1,0 +1,156 @@
+"""The encode job on Ray: check, claim, plan, then passes over the gaps until every planned row is settled."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from typing import Any
+
+from pipeline.codec.info import CodecInfo, check_posterior, codec_info
+from pipeline.config import config_digest, dump_yaml
+from pipeline.encode.config import EncodeJobConfig
+from pipeline.encode.planning import update_plan
+from pipeline.encode.summary import fingerprint_of, finish, source_note
+from pipeline.errors import ConfigError, PipelineError, StoppedError
+from pipeline.result import JobResult
+from pipeline.source.listing import list_entries
+from pipeline.storage import Root
+from pipeline.store.generation import Generation, claim_next
+from pipeline.store.identity import Identity, check_same, claim_identity, read_identity
+from pipeline.store.layout import IDENTITY
+from pipeline.store.ledger import collect
+from pipeline.store.plan_diff import DiffReport
+from pipeline.store.runs import last_run, note_run
+from pipeline.store.state import State, read_state
+from pipeline.tracking.tracker import Tracker, open_tracker
+
+_log = logging.getLogger(__name__)
+
+
+def run(config: EncodeJobConfig) -> JobResult:
+    """Encode what is planned and not settled; returns at once, without Ray or torch, when nothing is."""
+    root, info, entries = _check(config)
+    claim_identity(root, _identity(config, info))
+    generation = claim_next(root, lambda previous: collect(root, previous), job="encode")
+    try:
+        plan, report = update_plan(
+            root,
+            entries,
+            source=source_note(config),
+            generation=generation.number,
+            unit_rows=config.encode.unit_rows,
+            unit_bytes=config.encode.unit_bytes,
+            drop_removed=config.encode.on_removed == "drop",
+        )
+        _say_plan(report, plan.number)
+        state = read_state(root)
+        retry = state.retryable(config.encode.retry_rejects)
+        if not state.gaps(retry):
+            generation.close({"status": "unchanged"})
+            return finish(config, state, report, status="unchanged", run_id=last_run(root).get("run_id"), seconds=0)
+        result = _encode(config, root, generation, info, report, state)
+        generation.close({"status": "done"})
+        return result
+    except PipelineError as error:
+        generation.close({"status": type(error).__name__})
+        raise
+    finally:
+        generation.abandon()
+
+
+def _check(config: EncodeJobConfig) -> tuple[Root, CodecInfo, Any]:
+    """Everything that can be wrong before anything is written."""
+    info = codec_info(config.codec.path, config.codec.revision, config.codec.kind)
+    check_posterior(info, config.codec.posterior)
+    if config.image.multiple_of % info.factor:
+        raise ConfigError(
+            f"The codec shrinks images by {info.factor}, and image.multiple_of is {config.image.multiple_of}",
+            key="image.multiple_of",
+            value=config.image.multiple_of,
+            rule="every side must be a multiple of the codec's factor",
+            next_step=f"set image.multiple_of={info.factor} (and a resolution that is a multiple of it)",
+        )
+    listing = list_entries(config.source)
+    entries = itertools.chain([next(listing)], listing)  # a missing or empty source fails here
+    root = Root(config.output.uri)
+    if root.kind() == "directory" and root.exists(IDENTITY):
+        check_same(root, read_identity(root, "output.uri"), _identity(config, info))
+    root.probe()
+    return root, info, entries
+
+
+def _identity(config: EncodeJobConfig, info: CodecInfo) -> Identity:
+    fingerprint, about = fingerprint_of(config, info)
+    return Identity("latents", fingerprint, about)
+
+
+def _say_plan(report: DiffReport, version: int) -> None:
+    parts = [f"{report.new:,} new", f"{report.changed:,} changed", f"{report.unchanged:,} unchanged"]
+    if report.removed:
+        parts.append(f"{report.removed:,} removed (for example {', '.join(report.removed_examples[:3])})")
+    _log.info("plan v%d: %s source objects", version, ", ".join(parts))
+
+
+def _encode(
+    config: EncodeJobConfig, root: Root, generation: Generation, info: CodecInfo, report: DiffReport, state: State
+) -> JobResult:
+    tracker = _open_run(config, root, generation, state)
+    began = time.monotonic()
+    try:
+        from pipeline.encode.passes import run_passes
+
+        final = run_passes(config, root, generation, info, tracker)
+        seconds = time.monotonic() - began
+        result = finish(config, final, report, status="done", run_id=tracker.wait_run_id(20), seconds=seconds)
+        tracker.log_metrics({**result.rates, **{k: float(v) for k, v in result.counts.items()}}, step=0)
+        tracker.log_input(name=root.uri, digest=result_digest(root), source=root.uri, context="output")
+        tracker.finish("FINISHED")
+        return result
+    except (StoppedError, KeyboardInterrupt):
+        tracker.finish("KILLED")
+        raise
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
+
+
+def result_digest(root: Root) -> str:
+    """The digest of the dataset as it is visible now."""
+    from pipeline.store.dataset import LatentDataset
+
+    return LatentDataset.open(root.uri).digest
+
+
+def _open_run(config: EncodeJobConfig, root: Root, generation: Generation, state: State) -> Tracker:
+    """The MLflow run: a run that stopped or died half-way is resumed, else a new one is made."""
+    previous = last_run(root)
+    resume = previous.get("handle") if previous.get("unfinished") else None
+    tracker = open_tracker(
+        config.tracking,
+        job="encode",
+        run_name=f"encode {root.uri.rstrip('/').rpartition('/')[2]}",
+        resume_run_id=resume,
+    )
+    note_run(root, generation.number, {"handle": tracker.handle, "source": source_note(config)})
+    tracker.log_params(
+        {
+            "source.uri": config.source.uri,
+            "source.kind": config.source.kind,
+            "image.resolution": str(config.image.resolution),
+            "codec.path": config.codec.path,
+            "codec.posterior": config.codec.posterior,
+            "latent_dtype": config.encode.latent_dtype,
+            "output.uri": root.uri,
+            "config_digest": config_digest(config),
+            "generation": generation.number,
+        }
+    )
+    tracker.log_text(dump_yaml(config), "config.yaml")
+    tracker.log_input(
+        name=config.source.uri,
+        digest=state.plan.versions[-1].units_part.rpartition("/")[2][:32],
+        source=config.source.uri,
+        context="input",
+    )
+    return tracker

@@ -1,0 +1,218 @@
+"""Ray Data executions over the gaps of the plan, repeated until none are left or nothing moves any more."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any
+
+from pipeline.cluster import ensure_ray, shutdown_ray
+from pipeline.codec.info import CodecInfo
+from pipeline.encode.config import EncodeJobConfig
+from pipeline.encode.stages import CommitRows, DecodeBlocks, EncodeBlocks, EncoderSpec, UnitReader
+from pipeline.encode.summary import largest_area
+from pipeline.errors import StoppedError
+from pipeline.graph import (
+    LedgerSink,
+    UnitSource,
+    Watch,
+    actor_pool,
+    check_cpus,
+    configure_ray_data,
+    run_execution,
+    start_monitor,
+)
+from pipeline.progress import Progress
+from pipeline.source.reasons import Reason
+from pipeline.storage import Root
+from pipeline.store.generation import Generation
+from pipeline.store.rowset import RowSet
+from pipeline.store.schema import LATENTS, REJECTS
+from pipeline.store.state import State, read_state
+from pipeline.store.work import Work, work_of
+from pipeline.store.writer import Committer
+from pipeline.tracking.tracker import Tracker
+
+_log = logging.getLogger(__name__)
+
+# Repeats by Ray of a block whose actor died, before the pass ends and this module looks for the guilty unit.
+_TASK_RETRIES = 2
+
+
+def run_passes(
+    config: EncodeJobConfig, root: Root, generation: Generation, info: CodecInfo, tracker: Tracker
+) -> State:
+    """Settle every planned row; returns the final state. StoppedError when workers die without any progress."""
+    ensure_ray(config.cluster)
+    try:
+        return _Passes(config, root, generation, info, tracker).run()
+    finally:
+        shutdown_ray()
+
+
+class _Passes:
+    def __init__(
+        self, config: EncodeJobConfig, root: Root, generation: Generation, info: CodecInfo, tracker: Tracker
+    ) -> None:
+        self.config, self.root, self.generation, self.info = config, root, generation, info
+        self.tracker = tracker
+        configure_ray_data()
+        self.monitor = start_monitor()
+        self.deaths: Counter[int] = Counter()
+        self.suspects: set[int] = set()
+        self.committer = Committer(
+            root,
+            generation.number,
+            config.encode.row_group_bytes,
+            config.encode.latent_dtype,
+            {"latentloom.generation": str(generation.number)},
+        )
+        self.resources = _resources(config)
+
+    def run(self) -> State:
+        state = read_state(self.root)
+        gaps = state.gaps(state.retryable(self.config.encode.retry_rejects))
+        total = sum(v.num_rows for v in state.plan.versions)
+        done = state.covered.count()
+        watch = Watch(self.monitor, Progress("encode", total or None, start=done), done, _figures, self._log_totals)
+        with watch:
+            stalled = 0
+            while gaps:
+                failures = [
+                    f
+                    for work in work_of(gaps, self.config.encode.units_per_execution)
+                    if (f := self._once(work, state))
+                ]
+                self.generation.check()
+                state = read_state(self.root)
+                left = state.gaps()
+                stalled = stalled + 1 if left == gaps else 0
+                gaps = left
+                self._judge(failures)
+                if stalled > self.config.encode.crash_limit:
+                    raise StoppedError(
+                        f"Workers died {stalled} times without progress; {_open_rows(gaps)} rows are left",
+                        next_step="see the error above; the same command goes on with what is left",
+                    ) from (failures[-1] if failures else None)
+        return state
+
+    def _once(self, work: list[Work], state: State) -> Exception | None:
+        error = run_execution(lambda: self._execute(work, state))
+        if error is not None:
+            _log.warning("workers died, going on with what is left: %s", str(error).splitlines()[0])
+        return error
+
+    def _execute(self, work: list[Work], state: State) -> None:
+        import ray.data
+
+        encode, image = self.config.encode, self.config.image
+        spans = {w.unit: state.plan.locate(w.unit) for w in work}
+        reader = UnitReader(self.root, self.config.source, spans, frozenset(self.suspects))
+        source = UnitSource("ReadImages", work, reader, sum(v.size_bytes for v in state.plan.versions))
+        dataset = ray.data.read_datasource(source, num_cpus=encode.read_cpus, override_num_blocks=len(work))
+        if encode.decode == "tasks":
+            dataset = dataset.map_batches(
+                DecodeBlocks(image, self.config.source.uri, max(1, int(encode.decode_cpus))),
+                batch_size=None,
+                batch_format="pyarrow",
+                num_cpus=encode.decode_cpus,
+            )
+        r = self.resources
+        dataset = dataset.map_batches(
+            EncodeBlocks,
+            fn_constructor_args=(self._spec(r), self.monitor),
+            num_cpus=r["actor_cpus"],
+            num_gpus=r["actor_gpus"] or None,
+            **actor_pool(r["actors"], _TASK_RETRIES),
+        )
+        sink = LedgerSink("CommitLatents", CommitRows(self.committer), self._rows_per_write())
+        dataset.write_datasink(sink, ray_remote_args={"num_cpus": encode.write_cpus}, concurrency=encode.writers)
+
+    def _spec(self, resources: dict[str, Any]) -> EncoderSpec:
+        encode = self.config.encode
+        return EncoderSpec(
+            codec=self.config.codec,
+            image=self.config.image,
+            source_uri=self.config.source.uri,
+            latent_dtype=encode.latent_dtype,
+            batch_size=encode.batch_size,
+            max_area=largest_area(self.config.image),
+            decode_threads=encode.decode_threads,
+            threads=resources["threads"],
+            device="cuda" if resources["actor_gpus"] else "cpu",
+            decoded=encode.decode == "tasks",
+        )
+
+    def _rows_per_write(self) -> int:
+        channels = self.info.latent_channels * (2 if self.config.codec.posterior == "moments" else 1)
+        row_bytes = 2 * channels * largest_area(self.config.image) // self.info.factor**2
+        return max(1, min(self.config.encode.fragment_rows, self.config.encode.fragment_bytes // row_bytes))
+
+    def _judge(self, failures: list[Exception]) -> None:
+        """After a pass in which workers died: units they died on run row by row, rows they die on are quarantined."""
+        import ray
+
+        left = ray.get(self.monitor.left_open.remote())
+        if not failures:
+            return
+        guilty: list[tuple[int, int]] = []
+        for ranges in left:
+            for unit in {u for u, _, _ in ranges}:
+                self.deaths[unit] += 1
+            if len(ranges) == 1 and ranges[0][2] - ranges[0][1] == 1 and ranges[0][0] in self.suspects:
+                guilty.append((ranges[0][0], ranges[0][1]))
+            else:
+                self.suspects |= {u for u, _, _ in ranges}
+        if guilty:
+            self._quarantine(guilty)
+
+    def _quarantine(self, rows: list[tuple[int, int]]) -> None:
+        import pyarrow as pa
+
+        values = [
+            {
+                "unit": unit,
+                "row": row,
+                "uri": self.config.source.uri,
+                "key": "",
+                "outcome": "rejected",
+                "reason": Reason.QUARANTINED.value,
+                "message": "the encoder's process died on this row, alone, again and again",
+            }
+            for unit, row in sorted(set(rows))
+        ]
+        self.committer.commit(LATENTS.empty_table(), pa.Table.from_pylist(values, schema=REJECTS), {})
+        _log.warning("%d row(s) quarantined: the encoder's process died on each of them alone", len(values))
+
+    def _log_totals(self, totals: dict[str, float]) -> None:
+        self.generation.check()
+
+
+def _open_rows(gaps: RowSet) -> str:
+    return f"{gaps.count():,}" if gaps.count() < 1 << 30 else "some"
+
+
+def _figures(totals: dict[str, float], elapsed_s: float) -> dict[str, float | str]:
+    """Rejects, and which stage limits: the share of an actor's time that its device works, not waits for pixels."""
+    busy, wait = totals.get("device_s", 0.0), totals.get("wait_s", 0.0)
+    figures: dict[str, float | str] = {"rejected": int(totals.get("rejected", 0))}
+    if busy + wait > 0:
+        figures["device"] = f"{100 * busy / (busy + wait):.0f}%"
+    return figures
+
+
+def _resources(config: EncodeJobConfig) -> dict[str, Any]:
+    """How many actors of which size; ConfigError when they, a read and a write do not fit the cluster."""
+    import ray
+
+    encode = config.encode
+    cluster = ray.cluster_resources()
+    gpus, cpus = cluster.get("GPU", 0.0), cluster.get("CPU", 1.0)
+    actor_gpus = encode.actor_gpus if encode.actor_gpus is not None else (1.0 if gpus else 0.0)
+    actors = encode.actors or (max(1, int(gpus / actor_gpus)) if actor_gpus else max(1, int(cpus)))
+    spare = encode.read_cpus + encode.write_cpus + (encode.decode_cpus if encode.decode == "tasks" else 0.0)
+    actor_cpus = encode.actor_cpus or max(0.1, round(min(1.0, (cpus - spare) / actors), 4))
+    demands = {f"{actors} encoder actors": actors * actor_cpus, "reads and writes": spare}
+    check_cpus(demands)
+    threads = encode.threads_per_actor or max(1, round(actor_cpus))
+    return {"actors": actors, "actor_cpus": actor_cpus, "actor_gpus": actor_gpus, "threads": threads}

@@ -1,0 +1,150 @@
+"""What runs on the workers: reading a unit, encoding a block, committing rows. Plain classes that pickle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.codec.config import CodecConfig
+from pipeline.encode.blocks import raw_table, split_outcomes
+from pipeline.encode.decoding import Decoder, items_of, pixels_table
+from pipeline.encode.encoder import Encoder
+from pipeline.source.config import ImageConfig, SourceConfig
+from pipeline.source.listing import Entry
+from pipeline.source.readers import read_unit
+from pipeline.source.rows import EndOfUnit, SourceRow
+from pipeline.storage import Root
+from pipeline.store.plan import EntrySpan, read_entries
+from pipeline.store.rowset import RowSet
+from pipeline.store.work import Work
+from pipeline.store.writer import Committer
+
+_BLOCK_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class UnitReader:
+    """Reads the wanted rows of a unit as RAW blocks; `single` puts every row into a block of its own."""
+
+    root: Root
+    source: SourceConfig
+    spans: dict[int, EntrySpan]
+    single: frozenset[int] = frozenset()
+    block_rows: int = 1024
+
+    def __call__(self, work: Work) -> Iterator[pa.Table]:
+        entries = [
+            Entry(e.key, e.size_bytes, e.etag, e.mtime_ns, e.row_start, e.row_stop, e.meta)
+            for e in read_entries(self.root, self.spans[work.unit])
+        ]
+        limit = 1 if work.unit in self.single else self.block_rows
+        block: list[SourceRow | EndOfUnit] = []
+        size = 0
+        for item in read_unit(self.source, entries, work.ranges):
+            block.append(item)
+            size += len(item.image or b"") if isinstance(item, SourceRow) else 0
+            if len(block) >= limit or size >= _BLOCK_BYTES:
+                yield raw_table(work.unit, block)
+                block, size = [], 0
+        if block:
+            yield raw_table(work.unit, block)
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """Everything an encoder actor needs to start."""
+
+    codec: CodecConfig
+    image: ImageConfig
+    source_uri: str
+    latent_dtype: str
+    batch_size: int
+    max_area: int
+    decode_threads: int
+    threads: int
+    device: str
+    decoded: bool  # blocks come with pixels, from decode tasks
+
+
+class EncodeBlocks:
+    """An actor: a RAW (or PIXELS) block in, an ENCODED block out. Reports to `monitor` on the way."""
+
+    def __init__(self, spec: EncoderSpec, monitor: Any) -> None:
+        import torch
+
+        from pipeline.codec.codec import load_codec
+
+        torch.set_num_threads(spec.threads)
+        codec = load_codec(
+            spec.codec.path,
+            revision=spec.codec.revision,
+            kind=spec.codec.kind,
+            device=spec.device,
+            dtype=spec.codec.dtype,
+            compile=spec.codec.compile,
+            channels_last=spec.codec.channels_last,
+        )
+        self._encoder = Encoder(
+            codec, spec.codec.posterior, spec.latent_dtype, spec.batch_size, spec.max_area, device=spec.device
+        )
+        ahead = 2 * spec.batch_size
+        self._decoder = None if spec.decoded else Decoder(spec.image, spec.source_uri, spec.decode_threads, ahead)
+        self._monitor, self._name = monitor, f"{os.uname().nodename}-{os.getpid()}"
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        if not len(block):
+            return block
+        touched = RowSet.from_rows(*_addresses(block)).triples()
+        self._monitor.begin.remote(self._name, [tuple(t) for t in touched])
+        items = items_of(block) if self._decoder is None else self._decoder.items(block)
+        before = (self._encoder.usage.wait_s, self._encoder.usage.device_s, self._encoder.usage.rejected)
+        table = self._encoder.encode(items, on_batch=lambda n: self._monitor.add.remote({"rows": n}))
+        usage = self._encoder.usage
+        rejected = usage.rejected - before[2]
+        self._monitor.add.remote(
+            {
+                "rows": rejected,
+                "rejected": rejected,
+                "wait_s": usage.wait_s - before[0],
+                "device_s": usage.device_s - before[1],
+            }
+        )
+        self._monitor.end.remote(self._name)
+        return table
+
+
+def _addresses(block: pa.Table) -> tuple[Any, Any]:
+    units, rows = block["unit"].to_numpy(), block["row"].to_numpy()
+    real = rows >= 0
+    return units[real], rows[real]
+
+
+@dataclass(frozen=True)
+class DecodeBlocks:
+    """A task: a RAW block in, a PIXELS block out; for decoding on nodes without a device."""
+
+    image: ImageConfig
+    source_uri: str
+    threads: int
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        decoder = Decoder(self.image, self.source_uri, self.threads, 2 * self.threads)
+        try:
+            return pixels_table(decoder.items(block))
+        finally:
+            decoder.close()
+
+
+@dataclass(frozen=True)
+class CommitRows:
+    """A write task's work: ENCODED rows to one commit."""
+
+    committer: Committer
+
+    def __call__(self, table: pa.Table) -> None:
+        stored, outcomes, unit_rows = split_outcomes(table)
+        self.committer.commit(stored, outcomes, unit_rows)

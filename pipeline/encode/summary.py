@@ -1,0 +1,77 @@
+"""Facts about an encode job that need neither Ray nor torch: fingerprint, notes, the final counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.codec.info import CodecInfo
+from pipeline.encode.config import EncodeJobConfig
+from pipeline.errors import RejectBudgetError
+from pipeline.result import JobResult
+from pipeline.source.config import ImageConfig
+from pipeline.source.prepare import policy_fingerprint
+from pipeline.source.render import bucket_sizes
+from pipeline.store.plan_diff import DiffReport
+from pipeline.store.state import State
+
+
+def fingerprint_of(config: EncodeJobConfig, info: CodecInfo) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(fingerprint, further facts): what all rows share, and what only describes them.
+
+    Versions of image libraries are facts, not identity: a security update must not orphan a dataset.
+    """
+    policy = policy_fingerprint(config.image)
+    libraries: dict[str, Any] = {name: policy.pop(name) for name in ("pillow", "libraries") if name in policy}
+    codec = info.as_dict()
+    fingerprint = {
+        "codec": {
+            "class": codec["class_name"],
+            "config": info.resolved_config(),
+            "weights_sha256": codec["weights_sha256"],
+        },
+        "image": policy,
+        "posterior": config.codec.posterior,
+        "codec_dtype": config.codec.dtype,
+        "latent_dtype": config.encode.latent_dtype,
+    }
+    return fingerprint, {"codec": {**codec, "path": config.codec.path, "kind": config.codec.kind}, **libraries}
+
+
+def largest_area(image: ImageConfig) -> int:
+    """Pixels of the largest bucket."""
+    return max(h * w for r in image.resolutions for h, w in bucket_sizes(image, r))
+
+
+def source_note(config: EncodeJobConfig) -> dict[str, Any]:
+    """What a plan version remembers of its source."""
+    return {"uri": config.source.uri, "kind": config.source.kind, "name": config.source.name}
+
+
+def finish(
+    config: EncodeJobConfig, state: State, report: DiffReport, *, status: str, run_id: str | None, seconds: float
+) -> JobResult:
+    """The job's answer; RejectBudgetError when too many rows were rejected (the data is kept)."""
+    counts = {
+        "latents": state.num_stored,
+        "rejected": state.num_rejected,
+        "filtered": state.num_filtered,
+        **{f"rejected.{reason}": rows.count() for reason, rows in state.rejects.items()},
+        **{f"filtered.{reason}": rows.count() for reason, rows in state.filtered.items()},
+        "source_new": report.new,
+        "source_changed": report.changed,
+        "source_removed": report.removed,
+    }
+    settled = state.covered.count()
+    share = state.num_rejected / settled if settled else 0.0
+    if share > config.encode.reject_budget:
+        worst = ", ".join(f"{reason} {rows.count():,}" for reason, rows in state.rejects.items())
+        raise RejectBudgetError(
+            f"{state.num_rejected:,} of {settled:,} rows were rejected ({worst}); the latents of all others are kept",
+            key="encode.reject_budget",
+            value=config.encode.reject_budget,
+            rule="the share of rejected rows stays within the budget",
+            next_step=f"look into {config.output.uri}/rejects, mend the source, or raise the budget; "
+            "encode.retry_rejects=[reason] tries chosen ones again",
+        )
+    rates = {"images_per_s": settled / seconds} if seconds else {}
+    return JobResult(status, counts, {"dataset": config.output.uri}, run_id, rates, {})

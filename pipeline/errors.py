@@ -1,0 +1,78 @@
+"""The exception family: one class for each thing a scheduler can do about a failure.
+
+Every message has up to four parts, in this order: what happened, the configuration key and value it
+happened to, the rule that was broken, and the next step. A `ValueError` out of leaf code is a wrong
+argument; what reaches a person at a terminal is one of these.
+"""
+
+from __future__ import annotations
+
+
+class PipelineError(Exception):
+    """A failure that a person or a scheduler can act on; `exit_code` says how."""
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        key: str | None = None,
+        value: object = None,
+        rule: str | None = None,
+        next_step: str | None = None,
+    ) -> None:
+        self.what, self.key, self.value, self.rule, self.next_step = what, key, value, rule, next_step
+        lines = [what]
+        if key is not None:
+            lines.append(f"  key:   {key}" + ("" if value is None else f" = {value}"))
+        if rule is not None:
+            lines.append(f"  rule:  {rule}")
+        if next_step is not None:
+            lines.append(f"  next:  {next_step}")
+        super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Ray carries exceptions between processes; the keyword-only constructor needs help to survive it.
+        return (_rebuild, (type(self), self.what, self.key, self.value, self.rule, self.next_step))
+
+
+def _rebuild(
+    cls: type[PipelineError],
+    what: str,
+    key: str | None,
+    value: object,
+    rule: str | None,
+    next_step: str | None,
+) -> PipelineError:
+    return cls(what, key=key, value=value, rule=rule, next_step=next_step)
+
+
+class ConfigError(PipelineError):
+    """The configuration is wrong: running again without changing it cannot help."""
+
+    exit_code = 2
+
+
+class InputError(PipelineError):
+    """Something the job was told to read, or the place it was told to write to, cannot be used."""
+
+    exit_code = 3
+
+
+class ConflictError(PipelineError):
+    """Another run, or a dataset made in another way, holds the output."""
+
+    exit_code = 4
+
+
+class RejectBudgetError(PipelineError):
+    """The job finished and kept its data, but more rows were rejected than the budget allows."""
+
+    exit_code = 5
+
+
+class StoppedError(PipelineError):
+    """The job stopped early with its work kept: the same command goes on where it stopped."""
+
+    exit_code = 75

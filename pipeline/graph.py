@@ -1,0 +1,251 @@
+"""The Ray Data side of exactly-once: sources of units, a sink that commits, and passes until nothing is left.
+
+Ray repeats, splits and reorders tasks and blocks as it likes. So a read task is one unit's gaps, rows carry
+their address, a write task commits what it got, and after each pass the ledger, not Ray, says what is missing.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasink, Datasource, ReadTask
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipeline.errors import ConfigError, InputError, PipelineError
+from pipeline.progress import Progress
+from pipeline.store.work import Work
+
+_POLL_S = 0.5
+
+
+class UnitSource(Datasource):  # type: ignore[misc]
+    """One read task per unit of work; `read` runs on the workers and yields blocks."""
+
+    def __init__(
+        self, name: str, work: list[Work], read: Callable[[Work], Iterator[pa.Table]], size_bytes: int
+    ) -> None:
+        super().__init__()
+        self._name, self._work, self._read, self._size_bytes = name, work, read, size_bytes
+
+    def get_name(self) -> str:
+        """The name in Ray's displays."""
+        return self._name
+
+    def estimate_inmemory_data_size(self) -> int:
+        """Source bytes of all units."""
+        return self._size_bytes
+
+    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
+        """One task per unit, whatever Ray suggests: a unit is what a crash costs."""
+        size = self._size_bytes // max(len(self._work), 1)
+        return [
+            ReadTask(
+                _Reader(self._read, work),
+                BlockMetadata(num_rows=None, size_bytes=size, exec_stats=None, input_files=None),
+            )
+            for work in self._work
+        ]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    read: Callable[[Work], Iterator[pa.Table]]
+    work: Work
+
+    def __call__(self) -> Iterable[pa.Table]:
+        return self.read(self.work)
+
+
+class LedgerSink(Datasink[int]):  # type: ignore[misc]
+    """Hands each write task's rows to `write`, which commits them; returns only their number."""
+
+    def __init__(self, name: str, write: Callable[[pa.Table], None], min_rows: int) -> None:
+        self._name, self._write, self._min_rows = name, write, min_rows
+
+    def get_name(self) -> str:
+        """The name in Ray's displays."""
+        return self._name
+
+    @property
+    def min_rows_per_write(self) -> int:
+        """Rows a write waits for, so that fragments have a useful size."""
+        return self._min_rows
+
+    def write(self, blocks: Iterable[Any], ctx: Any) -> int:
+        """Commit all rows of this task at once."""
+        tables = [b if isinstance(b, pa.Table) else pa.Table.from_pandas(b) for b in blocks]
+        tables = [t for t in tables if t.num_rows]
+        if not tables:
+            return 0
+        table = pa.concat_tables(tables)
+        self._write(table)
+        return int(table.num_rows)
+
+
+class MonitorState:
+    """What actors report while they work: for display and for finding the unit that kills them, never for truth."""
+
+    def __init__(self) -> None:
+        self._done: dict[str, float] = {}
+        self._open: dict[str, list[tuple[int, int, int]]] = {}
+        self._deaths: dict[tuple[int, int, int], int] = {}
+
+    def begin(self, actor: str, ranges: list[tuple[int, int, int]]) -> None:
+        """An actor starts on some rows."""
+        self._open[actor] = ranges
+
+    def end(self, actor: str) -> None:
+        """It came back from them."""
+        self._open.pop(actor, None)
+
+    def add(self, amounts: Mapping[str, float]) -> None:
+        """Add to named totals."""
+        for name, amount in amounts.items():
+            self._done[name] = self._done.get(name, 0.0) + amount
+
+    def totals(self) -> dict[str, float]:
+        """The named totals."""
+        return dict(self._done)
+
+    def left_open(self) -> list[list[tuple[int, int, int]]]:
+        """Rows that actors started on and never came back from; forgets them."""
+        left = list(self._open.values())
+        self._open = {}
+        return left
+
+
+def start_monitor() -> Any:
+    """A monitor actor on the driver's node, without a CPU of its own."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return ray.remote(MonitorState).options(num_cpus=0, scheduling_strategy=here, max_restarts=-1).remote()
+
+
+@dataclass
+class Watch:
+    """Shows a monitor's totals as a progress line while a job runs, and hands them to a tracker."""
+
+    monitor: Any
+    progress: Progress
+    start: int
+    figures: Callable[[dict[str, float], float], dict[str, float | str]]
+    on_totals: Callable[[dict[str, float]], None] = lambda totals: None
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def __enter__(self) -> Watch:
+        self._thread = threading.Thread(target=self._poll, name="progress", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._thread:
+            self._thread.join(timeout=10)
+        self.progress.close()
+
+    def _poll(self) -> None:
+        began = time.monotonic()
+        while not self._stop.wait(_POLL_S):
+            try:
+                totals = ray.get(self.monitor.totals.remote(), timeout=5)
+            except RayError:
+                continue  # the display waits; the work does not
+            done = self.start + int(totals.get("rows", 0))
+            self.progress.update(done, **self.figures(totals, time.monotonic() - began))
+            self.on_totals(totals)
+
+
+def configure_ray_data() -> None:
+    """Ray Data as this project needs it: no dropped blocks, no bars of its own."""
+    for name in ("ray.data", "ray.data._internal.execution.streaming_executor", "ray.data.dataset"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    context = DataContext.get_current()
+    context.max_errored_blocks = 0
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.preserve_order = False
+
+
+def actor_pool(size: int, retries: int) -> dict[str, Any]:
+    """Arguments for a pool of `size` actors that are replaced when they die, with bounded repeats of a task."""
+    return {
+        "compute": ActorPoolStrategy(size=size),
+        "batch_size": None,
+        "batch_format": "pyarrow",
+        "max_restarts": -1,
+        "max_task_retries": retries,
+    }
+
+
+def check_cpus(demands: Mapping[str, float]) -> None:
+    """ConfigError unless the cluster can hold all demands at once: Ray would wait for ever, silently."""
+    have = ray.cluster_resources().get("CPU", 0.0)
+    need = sum(demands.values())
+    if need > have + 1e-6:
+        parts = ", ".join(f"{name} {amount:g}" for name, amount in demands.items())
+        raise ConfigError(
+            f"The job needs {need:g} CPUs at once and the cluster has {have:g}: it would wait for ever",
+            key="encode.actors",
+            value=parts,
+            rule="actors + one read + one write must fit the cluster's CPUs",
+            next_step="lower the number of actors or the CPUs they reserve, or add nodes",
+        )
+
+
+def run_execution(execute: Callable[[], None]) -> RayError | None:
+    """Run one Ray Data execution: None when it finished, the error when workers died in it.
+
+    Errors with a meaning of their own (a conflict, a full disk, a bad configuration) are raised as what they are.
+    """
+    try:
+        execute()
+    except RayError as error:
+        known = _known_cause(error)
+        if known is not None:
+            raise known from None
+        if _is_user_error(error):
+            raise
+        return error
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    queue: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while queue:
+        e = queue.pop(0)
+        if e is None or id(e) in seen:
+            continue
+        seen.add(id(e))
+        yield e
+        queue += [getattr(e, "cause", None), e.__cause__, e.__context__]
+
+
+def _known_cause(error: BaseException) -> PipelineError | None:
+    for cause in _causes(error):
+        if isinstance(cause, PipelineError) and not isinstance(cause, RayError):
+            return cause
+        if isinstance(cause, OSError) and not isinstance(cause, RayError):
+            full = cause.errno in (errno.ENOSPC, errno.EDQUOT)
+            return InputError(
+                f"The store refused an operation: {cause}",
+                rule="what was committed before stays; nothing half-written is visible",
+                next_step=("free space" if full else "see to the store") + ", then run the same command again",
+            )
+    return None
+
+
+def _is_user_error(error: RayError) -> bool:
+    """Whether code raised, rather than a process dying: repeating it cannot help."""
+    return isinstance(error, ray.exceptions.RayTaskError)

@@ -1,0 +1,413 @@
+"""The one door to storage: whole-object puts, put-if-absent, ranged reads and sorted listings on any fsspec URI.
+
+Nothing here renames, appends or rewrites in place. `put_if_absent` has exactly one winner:
+local files by an exclusive hard link, S3 by `If-None-Match: *`, other stores by fsspec's "create" mode
+(generation match on GCS). An object is visible whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+
+from pipeline.errors import InputError
+
+T = TypeVar("T")
+
+_ATTEMPTS = 6
+_BACKOFF_BASE_S, _BACKOFF_CAP_S = 0.2, 10.0
+_FINAL = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
+_TEMPORARY_PREFIX = ".tmp-"
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """One stored object: key relative to its root, size in bytes, and what identifies its version."""
+
+    key: str
+    size_bytes: int
+    etag: str | None
+    mtime_ns: int | None
+
+
+# One level of a directory: name, is it a directory, and how to get its version given its full key.
+Entries = list[tuple[str, bool, Callable[[str], ObjectInfo]]]
+Names = list[str]
+
+
+def check_key(key: str) -> str:
+    """The key itself; ValueError when it is absolute, empty in a part, or climbs out of its root."""
+    parts = key.split("/")
+    if key.startswith("/") or "\\" in key or "\0" in key or any(p in ("", ".", "..") for p in parts):
+        raise ValueError(f"storage key {key!r} must be relative, '/'-separated and without '.' or '..' parts")
+    return key
+
+
+class Root:
+    """A place in storage, bound to one URI; every key is relative to it. Cheap to pickle and send to workers."""
+
+    def __init__(self, uri: str) -> None:
+        if not uri:
+            raise InputError("An empty URI names no place in storage", rule="a URI is a path or scheme://...")
+        scheme, separator, rest = uri.partition("://")
+        if not separator:
+            scheme, rest = "file", uri
+        if scheme in ("file", "local"):
+            self.uri, self._local = os.path.abspath(os.path.expanduser(rest)), True
+        else:
+            self.uri, self._local = f"{scheme}://{rest.rstrip('/')}", False
+        self._scheme = scheme
+        self._fs: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"uri": self.uri}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["uri"])  # type: ignore[misc]
+
+    def __repr__(self) -> str:
+        return f"Root({self.uri!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Root) and other.uri == self.uri
+
+    def __hash__(self) -> int:
+        return hash(self.uri)
+
+    # -- names ---------------------------------------------------------------------------------------------
+
+    def child(self, sub: str) -> Root:
+        """The root one or more levels down."""
+        return Root(self.uri_of(sub))
+
+    def uri_of(self, key: str) -> str:
+        """The full URI of a key."""
+        return f"{self.uri}/{check_key(key)}" if key else self.uri
+
+    def local_path(self, key: str = "") -> Path | None:
+        """The path on this machine's disk, or None for a remote store."""
+        return Path(self.uri_of(key)) if self._local else None
+
+    def _path(self, key: str) -> str:
+        full = self.uri_of(key)
+        return full if self._local else cast(str, self.fs._strip_protocol(full))
+
+    @property
+    def fs(self) -> Any:
+        """The fsspec filesystem; made on first use in each process, without a listings cache."""
+        if self._fs is None:
+            import fsspec
+
+            options: dict[str, Any] = {"use_listings_cache": False} if self._scheme in ("s3", "s3a") else {}
+            try:
+                self._fs = fsspec.filesystem(self._scheme, **options)
+            except (ImportError, ValueError) as error:
+                raise InputError(
+                    f"The store {self.uri} cannot be used: {error}",
+                    rule="the scheme needs an installed fsspec backend",
+                    next_step="pip install the backend (s3fs, gcsfs, adlfs, ...) or correct the scheme",
+                ) from None
+        return self._fs
+
+    # -- reading -------------------------------------------------------------------------------------------
+
+    def read_bytes(self, key: str) -> bytes:
+        """The whole object; FileNotFoundError when it is absent."""
+        if self._local:
+            return Path(self._path(key)).read_bytes()
+        return cast(bytes, self._retry(lambda: self.fs.cat_file(self._path(key))))
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """`length` bytes from offset `start` (fewer at the object's end)."""
+        if self._local:
+            with open(self._path(key), "rb") as file:
+                file.seek(start)
+                return file.read(length)
+        return cast(bytes, self._retry(lambda: self.fs.cat_file(self._path(key), start=start, end=start + length)))
+
+    def open(self, key: str) -> BinaryIO:
+        """A seekable binary file for reading."""
+        if self._local:
+            return open(self._path(key), "rb")
+        return cast(BinaryIO, self._retry(lambda: self.fs.open(self._path(key), "rb")))
+
+    def exists(self, key: str) -> bool:
+        """Whether an object of this key exists now."""
+        try:
+            self.info(key)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def info(self, key: str) -> ObjectInfo:
+        """Size and version of an object; FileNotFoundError when it is absent or a directory."""
+        if self._local:
+            stat = os.stat(self._path(key))
+            if not os.path.isfile(self._path(key)):
+                raise FileNotFoundError(self.uri_of(key))
+            return ObjectInfo(key, stat.st_size, None, stat.st_mtime_ns)
+        detail = self._retry(lambda: self.fs.info(self._path(key)))
+        if detail["type"] == "directory":
+            raise FileNotFoundError(self.uri_of(key))
+        return _object_info(key, detail)
+
+    def kind(self) -> str:
+        """What lies at the root's own URI: "missing", "file" or "directory"."""
+        if self._local:
+            return "directory" if os.path.isdir(self.uri) else "file" if os.path.exists(self.uri) else "missing"
+        try:
+            detail = self._retry(lambda: self.fs.info(self._path("")))
+        except FileNotFoundError:
+            return "missing"
+        return "directory" if detail["type"] == "directory" else "file"
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Every object below a directory, recursively, ordered by key; nothing when it does not exist.
+
+        Memory is bounded by the largest single directory. Half-written temporary files are not objects.
+        """
+        for name, is_directory, detail in self._entries(prefix):
+            key = f"{prefix}/{name}" if prefix else name
+            if is_directory:
+                yield from self.list(key)
+            else:
+                yield detail(key)
+
+    def list_dirs(self, prefix: str = "") -> Names:
+        """The names of the directories directly below a directory, sorted."""
+        return [name for name, is_directory, _ in self._entries(prefix) if is_directory]
+
+    def _entries(self, prefix: str) -> Entries:
+        # A directory sorts as "name/": so the depth-first order is the order of the full keys.
+        found = self._local_entries(prefix) if self._local else self._remote_entries(prefix)
+        return sorted(found, key=lambda e: e[0] + "/" if e[1] else e[0])
+
+    def _local_entries(self, prefix: str) -> Entries:
+        try:
+            with os.scandir(self._path(prefix)) as scan:
+                return [
+                    (e.name, e.is_dir(), _local_info(e)) for e in scan if not e.name.startswith(_TEMPORARY_PREFIX)
+                ]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def _remote_entries(self, prefix: str) -> Entries:
+        base = self._path(prefix).rstrip("/")
+        try:
+            details = self._retry(lambda: self.fs.ls(base, detail=True))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        out: Entries = []
+        for d in details:
+            name = d["name"].rstrip("/")[len(base) :].lstrip("/")
+            if name and "/" not in name:
+                out.append((name, d["type"] == "directory", _remote_info(d)))
+        return out
+
+    # -- writing -------------------------------------------------------------------------------------------
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write a whole object, replacing any other: readers see the old bytes or the new, never a mixture."""
+        if self._local:
+            with self._temporary(key, data) as (temporary, final):
+                os.replace(temporary, final)
+            return
+        self._retry(lambda: self.fs.pipe_file(self._path(key), data))
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Create an object: True when this call created it, False when one was there already.
+
+        An answer that got lost (the connection broke after the store had taken the object) is resolved by
+        reading it back: the same bytes after a broken attempt are ours.
+        """
+        if self._local:
+            with self._temporary(key, data) as (temporary, final):
+                try:
+                    os.link(temporary, final)
+                except FileExistsError:
+                    return False
+            return True
+        tries = 0
+
+        def create() -> bool:
+            nonlocal tries
+            tries += 1
+            try:
+                self._create_remote(key, data)
+            except Exception as error:
+                if not _already_exists(error):
+                    raise
+                return tries > 1 and self.read_bytes(key) == data
+            return True
+
+        return self._retry(create)
+
+    def _create_remote(self, key: str, data: bytes) -> None:
+        path = self._path(key)
+        if self._scheme in ("s3", "s3a"):
+            bucket, _, name = path.partition("/")
+            self.fs.call_s3("put_object", Bucket=bucket, Key=name, Body=data, IfNoneMatch="*")
+        else:
+            self.fs.pipe_file(path, data, mode="create")
+
+    @contextlib.contextmanager
+    def _temporary(self, key: str, data: bytes) -> Iterator[tuple[str, str]]:
+        """A fully written, synced temporary file beside its final name; removed whatever happens."""
+        final = self._path(key)
+        directory = os.path.dirname(final)
+        os.makedirs(directory, exist_ok=True)
+        temporary = os.path.join(directory, _TEMPORARY_PREFIX + secrets.token_hex(8))
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary, final
+            descriptor = os.open(directory, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+    def delete(self, key: str) -> None:
+        """Remove one object; nothing happens when it is absent. Only garbage collection calls this."""
+        with contextlib.suppress(FileNotFoundError):
+            if self._local:
+                os.unlink(self._path(key))
+            else:
+                self._retry(lambda: self.fs.rm_file(self._path(key)))
+
+    def upload_dir(self, local: Path, prefix: str = "") -> None:
+        """Put every file of a local directory, in sorted order."""
+        for path in sorted(p for p in Path(local).rglob("*") if p.is_file()):
+            relative = path.relative_to(local).as_posix()
+            self.put(f"{prefix}/{relative}" if prefix else relative, path.read_bytes())
+
+    def download_dir(self, prefix: str, local: Path) -> None:
+        """Copy every object below a prefix into a local directory, streaming."""
+        for info in self.list(prefix):
+            relative = info.key[len(prefix) :].lstrip("/")
+            target = Path(local, *check_key(relative).split("/"))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with self.open(info.key) as source, open(target, "wb") as sink:
+                shutil.copyfileobj(source, sink, 8 << 20)
+
+    # -- trouble -------------------------------------------------------------------------------------------
+
+    def _retry(self, call: Callable[[], T]) -> T:
+        """Run a remote call, again after transient errors: exponential backoff with full jitter."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                return call()
+            except Exception as error:
+                if attempt == _ATTEMPTS - 1 or not _is_transient(error):
+                    raise
+                time.sleep(random.uniform(0, min(_BACKOFF_CAP_S, _BACKOFF_BASE_S * 2**attempt)))
+        raise AssertionError("unreachable")
+
+    def probe(self) -> None:
+        """Refuse a store that cannot be written or cannot create-if-absent; leaves one tiny probe object.
+
+        Raises InputError, with the store's own words, when the output cannot be used.
+        """
+        key = f".probe/{secrets.token_hex(8)}"
+        try:
+            if self.kind() == "file":
+                raise NotADirectoryError(f"{self.uri} is a file")
+            first, second = self.put_if_absent(key, b"probe"), self.put_if_absent(key, b"again")
+        except storage_errors() as error:
+            raise InputError(
+                f"The output {self.uri} cannot be written: {describe(error)}",
+                rule="an output is a directory or bucket prefix this process may write to",
+                next_step="check the URI, the endpoint, the permissions and the free space",
+            ) from None
+        with contextlib.suppress(*storage_errors()):
+            self.delete(key)
+            if self._local:
+                os.rmdir(os.path.dirname(self._path(key)))
+        if not first or second:
+            raise InputError(
+                f"The store {self.uri} has no atomic create-if-absent: two writes to one new key both succeeded",
+                rule="exactly-once commits need conditional writes",
+                next_step="use a store with If-None-Match (S3, GCS, MinIO, Ceph) or a local file system",
+            )
+
+
+def _local_info(entry: os.DirEntry[str]) -> Callable[[str], ObjectInfo]:
+    def info(key: str) -> ObjectInfo:
+        stat = entry.stat()
+        return ObjectInfo(key, stat.st_size, None, stat.st_mtime_ns)
+
+    return info
+
+
+def _remote_info(detail: dict[str, Any]) -> Callable[[str], ObjectInfo]:
+    return lambda key: _object_info(key, detail)
+
+
+def _object_info(key: str, detail: dict[str, Any]) -> ObjectInfo:
+    etag = detail.get("ETag") or detail.get("etag") or detail.get("md5Hash")
+    modified: Any = detail.get("LastModified") or detail.get("mtime") or detail.get("created")
+    stamp = modified.timestamp() if hasattr(modified, "timestamp") else modified
+    return ObjectInfo(
+        key,
+        int(detail.get("size") or 0),
+        str(etag).strip('"') if etag else None,
+        int(float(stamp) * 1e9) if stamp is not None else None,
+    )
+
+
+def storage_errors() -> tuple[type[Exception], ...]:
+    """What a store may raise: OSError, and the S3 client's own errors, which are none (an unreachable endpoint)."""
+    botocore = sys.modules.get("botocore.exceptions")
+    return (OSError,) if botocore is None else (OSError, botocore.BotoCoreError, botocore.ClientError)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def _status(error: BaseException) -> int | None:
+    for cause in _causes(error):
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            return int(status) if status is not None else None
+    return None
+
+
+def _already_exists(error: BaseException) -> bool:
+    return _status(error) == 412 or isinstance(error, FileExistsError)
+
+
+def _is_transient(error: BaseException) -> bool:
+    if isinstance(error, _FINAL):
+        return False
+    status = _status(error)
+    if status is not None:
+        return status >= 500 or status in (408, 409, 429)
+    names = {type(c).__name__ for c in _causes(error)}
+    if names & {"NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "ProfileNotFound"}:
+        return False
+    return isinstance(error, storage_errors())
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line, without the request's headers or any credential."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"{type(error).__name__}: {text[:300]}"

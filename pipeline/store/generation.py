@@ -1,0 +1,211 @@
+"""Who may write: numbered generations, each claimed by one run, fencing off all older ones.
+
+A claim lists what is visible from before (bundles of commit records). A record that a run of an older
+generation creates afterwards is in no list and never becomes visible: there is no lock to lose. Liveness is
+only a courtesy to people: a run that finds a *living* owner steps back instead of fencing it off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.errors import ConflictError
+from pipeline.storage import Root, storage_errors
+from pipeline.store import layout
+
+HEARTBEAT_S = 5.0
+# A claim without a heartbeat for this long belongs to a run that died.
+PATIENCE_S = 4 * HEARTBEAT_S
+
+
+@dataclass
+class Generation:
+    """A claim on a root; `bundles` are the snapshot objects that hold every older visible commit record."""
+
+    root: Root
+    number: int
+    bundles: list[str]
+    claim: dict[str, Any] = field(default_factory=dict)
+    _stop: threading.Event = field(default_factory=threading.Event, repr=False)
+    _fenced: threading.Event = field(default_factory=threading.Event, repr=False)
+    _thread: threading.Thread | None = field(default=None, repr=False)
+
+    def start_heartbeat(self) -> None:
+        """Show, until closed, that this run lives; also notice when a newer generation takes over."""
+        self._thread = threading.Thread(target=self._beat, name="generation-heartbeat", daemon=True)
+        self._thread.start()
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._stop.is_set():
+            count += 1
+            body = json.dumps({"count": count, "at": time.time()}).encode()
+            try:
+                self.root.put(f"{layout.generation_dir(self.number)}/heartbeat.json", body)
+                if latest_number(self.root) > self.number:
+                    self._fenced.set()
+                    return
+            except storage_errors():
+                # A store that does not answer is the writers' business; the next beat tries again.
+                count -= 1
+            self._stop.wait(HEARTBEAT_S)
+
+    def check(self) -> None:
+        """ConflictError once a newer generation is known to exist."""
+        if self._fenced.is_set():
+            raise fenced(self.root, self.number)
+
+    def close(self, summary: dict[str, Any]) -> None:
+        """Stop the heartbeat and record that this run ended in good order."""
+        self.abandon()
+        self.root.put_if_absent(
+            f"{layout.generation_dir(self.number)}/closed.json", json.dumps(summary, sort_keys=True).encode()
+        )
+
+    def abandon(self) -> None:
+        """Stop the heartbeat without a closing note: the next run takes over at once if it knows this process."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=2 * HEARTBEAT_S)
+
+
+def fenced(root: Root, number: int) -> ConflictError:
+    """The error of a run that finds a newer generation than its own."""
+    return ConflictError(
+        f"Another run has taken over {root.uri}: generation {number} is no longer the newest",
+        key="output.uri",
+        value=root.uri,
+        rule="one run writes a dataset at a time; everything committed so far is kept",
+        next_step="let the other run finish; start this command again afterwards if anything is left to do",
+    )
+
+
+def latest_number(root: Root) -> int:
+    """The newest claimed generation; 0 when there is none."""
+    for name in reversed(root.list_dirs(layout.GENERATIONS)):
+        if name.isdigit() and root.exists(f"{layout.GENERATIONS}/{name}/open.json"):
+            return int(name)
+    return 0
+
+
+def read_claim(root: Root, number: int) -> dict[str, Any]:
+    """The content of a generation's claim."""
+    claim: dict[str, Any] = json.loads(root.read_bytes(f"{layout.generation_dir(number)}/open.json"))
+    return claim
+
+
+def read_closing(root: Root, number: int) -> dict[str, Any] | None:
+    """The closing note of a generation, or None while it is open or when its run died."""
+    try:
+        closing: dict[str, Any] = json.loads(root.read_bytes(f"{layout.generation_dir(number)}/closed.json"))
+    except FileNotFoundError:
+        return None
+    return closing
+
+
+def claim_next(
+    root: Root,
+    collect: Callable[[int], list[str]],
+    *,
+    job: str,
+    patience_s: float = PATIENCE_S,
+    note: dict[str, Any] | None = None,
+) -> Generation:
+    """Claim the next generation; ConflictError when another run is alive or claims it at the same moment.
+
+    `collect(previous)` must persist every commit record visible in generation `previous` and return the names
+    of the bundles that hold them.
+    """
+    previous = latest_number(root)
+    if previous:
+        _wait_for_silence(root, previous, patience_s)
+    bundles = collect(previous)
+    claim = {"job": job, "owner": owner_identity(), "bundles": bundles, "at": time.time(), **(note or {})}
+    number = previous + 1
+    if not root.put_if_absent(f"{layout.generation_dir(number)}/open.json", layout.canonical_json(claim)):
+        raise ConflictError(
+            f"Another run claimed {root.uri} at the same moment",
+            key="output.uri",
+            value=root.uri,
+            rule="one run writes a dataset at a time",
+            next_step="let the other run finish",
+        )
+    generation = Generation(root, number, bundles, claim)
+    generation.start_heartbeat()
+    return generation
+
+
+def _wait_for_silence(root: Root, number: int, patience_s: float) -> None:
+    if read_closing(root, number) is not None:
+        return
+    owner = read_claim(root, number).get("owner", {})
+    if _known_dead(owner):
+        return
+    first = _heartbeat(root, number)
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, patience_s / 8))
+        if read_closing(root, number) is not None:
+            return
+        if _heartbeat(root, number) != first:
+            raise ConflictError(
+                f"Another run is writing {root.uri}: process {owner.get('pid')} on {owner.get('host')}",
+                key="output.uri",
+                value=root.uri,
+                rule="one run writes a dataset at a time",
+                next_step="let it finish, or stop it and start this command again",
+            )
+
+
+def _heartbeat(root: Root, number: int) -> int:
+    try:
+        return int(json.loads(root.read_bytes(f"{layout.generation_dir(number)}/heartbeat.json"))["count"])
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def owner_identity() -> dict[str, Any]:
+    """What names this process beyond its machine: host, boot, pid namespace, pid and its start time."""
+    return {
+        "host": socket.gethostname(),
+        "boot": _read_text("/proc/sys/kernel/random/boot_id"),
+        "namespace": _pid_namespace(),
+        "pid": os.getpid(),
+        "started": _start_time(os.getpid()),
+    }
+
+
+def _known_dead(owner: dict[str, Any]) -> bool:
+    """Whether the owner was a process of this very machine and pid namespace that no longer runs."""
+    me = owner_identity()
+    if not me["boot"] or any(owner.get(k) != me[k] for k in ("host", "boot", "namespace")):
+        return False
+    return owner.get("started") != _start_time(int(owner.get("pid", -1)))
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _start_time(pid: int) -> str:
+    """Clock ticks since boot at which a process started; "" when it does not run (a zombie does not)."""
+    fields = _read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return fields[19] if len(fields) > 19 and fields[0] not in ("Z", "X") else ""

@@ -1,0 +1,44 @@
+"""Names inside a dataset root; nothing else in the project spells them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+FORMAT = "latentloom"
+FORMAT_VERSION = 1
+
+IDENTITY = "dataset.json"
+DATA = "data"
+REJECTS = "rejects"
+GENERATIONS = "generations"
+LEDGER = "ledger"
+SNAPSHOTS = "snapshots"
+PLAN = "plan"
+PLAN_PARTS = "plan/parts"
+
+
+def content_name(data: bytes) -> str:
+    """32 hex digits of the sha256 of the content: the stem of every immutable object's name."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def generation_dir(generation: int) -> str:
+    """Where a generation keeps its claim, its heartbeat and its closing note."""
+    return f"{GENERATIONS}/{generation:08d}"
+
+
+def ledger_dir(generation: int) -> str:
+    """Where a generation's commit records are created."""
+    return f"{LEDGER}/{generation:08d}"
+
+
+def plan_version(version: int) -> str:
+    """The header of one plan version."""
+    return f"{PLAN}/v{version:08d}.json"
+
+
+def canonical_json(value: Any) -> bytes:
+    """Deterministic JSON: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()

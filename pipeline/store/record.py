@@ -1,0 +1,158 @@
+"""Commit records: the immutable facts from which the visible state of a dataset is folded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.errors import InputError
+from pipeline.store import layout
+from pipeline.store.rowset import RowSet
+
+RECORD_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RowGroupInfo:
+    """One row group of a data file: its bucket, rows, stored bytes, the units it spans, and sums for statistics.
+
+    `channel_sum` and `channel_sumsq` are over all values of each latent channel, `values` how many each channel
+    has; they are empty for kinds without latents. `label_max` is -1 when no row has a label.
+    """
+
+    bucket: str
+    rows: int
+    size_bytes: int
+    first_unit: int
+    last_unit: int
+    channel_sum: tuple[float, ...] = ()
+    channel_sumsq: tuple[float, ...] = ()
+    values: int = 0
+    label_max: int = -1
+    unlabelled: int = 0
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """One immutable Parquet file of a commit."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+    rows: int
+    row_groups: tuple[RowGroupInfo, ...] = ()
+
+
+@dataclass(frozen=True)
+class CommitRecord:
+    """What one write made visible: the row addresses it settles and the files that hold them.
+
+    `covered` are all rows settled by this write: stored, rejected and filtered. `rejects` and `filtered` hold
+    the addresses by reason. `unit_rows` tells the length of units whose length only reading could tell.
+    `replaces` names data files whose rows this record holds again (compaction); such a record covers nothing.
+    """
+
+    generation: int
+    covered: RowSet
+    files: tuple[FileInfo, ...] = ()
+    reject_file: FileInfo | None = None
+    rejects: Mapping[str, RowSet] = field(default_factory=dict)
+    filtered: Mapping[str, RowSet] = field(default_factory=dict)
+    unit_rows: Mapping[int, int] = field(default_factory=dict)
+    replaces: tuple[str, ...] = ()
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON: equal records have equal bytes, hence equal names."""
+        return layout.canonical_json(
+            {
+                "version": RECORD_VERSION,
+                "generation": self.generation,
+                "covered": self.covered.triples(),
+                "files": [_file_json(f) for f in self.files],
+                "reject_file": _file_json(self.reject_file) if self.reject_file else None,
+                "rejects": {reason: rows.triples() for reason, rows in self.rejects.items()},
+                "filtered": {reason: rows.triples() for reason, rows in self.filtered.items()},
+                "unit_rows": [[u, n] for u, n in sorted(self.unit_rows.items())],
+                "replaces": list(self.replaces),
+            }
+        )
+
+    @property
+    def name(self) -> str:
+        """The record's key: in the ledger of its generation, named by its content."""
+        return f"{layout.ledger_dir(self.generation)}/{layout.content_name(self.to_bytes())}.json"
+
+
+def parse_record(data: bytes, origin: str) -> CommitRecord:
+    """The record in some bytes; InputError, naming `origin`, when they are damaged or from a newer release."""
+    try:
+        body = json.loads(data)
+        version = body["version"]
+        if version > RECORD_VERSION:
+            raise InputError(
+                f"The commit record {origin} has version {version}",
+                rule=f"this release reads versions up to {RECORD_VERSION}",
+                next_step="upgrade latentloom",
+            )
+        return CommitRecord(
+            generation=body["generation"],
+            covered=RowSet.from_triples(body["covered"]),
+            files=tuple(_file(f) for f in body["files"]),
+            reject_file=_file(body["reject_file"]) if body["reject_file"] else None,
+            rejects={reason: RowSet.from_triples(t) for reason, t in body["rejects"].items()},
+            filtered={reason: RowSet.from_triples(t) for reason, t in body["filtered"].items()},
+            unit_rows=dict(body["unit_rows"]),
+            replaces=tuple(body["replaces"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"The commit record {origin} is damaged: {type(error).__name__}: {error}",
+            rule="commit records are written once and never changed",
+            next_step="restore the object from a backup or an older version of it; jobs.verify shows all damage",
+        ) from None
+
+
+def _file_json(file: FileInfo) -> dict[str, Any]:
+    # Columns rather than one object a row group: these lists are most of a large ledger.
+    groups = file.row_groups
+    return {
+        "path": file.path,
+        "bytes": file.size_bytes,
+        "sha256": file.sha256,
+        "rows": file.rows,
+        "groups": {
+            "bucket": [g.bucket for g in groups],
+            "rows": [g.rows for g in groups],
+            "bytes": [g.size_bytes for g in groups],
+            "first_unit": [g.first_unit for g in groups],
+            "last_unit": [g.last_unit for g in groups],
+            "sum": [list(g.channel_sum) for g in groups],
+            "sumsq": [list(g.channel_sumsq) for g in groups],
+            "values": [g.values for g in groups],
+            "label_max": [g.label_max for g in groups],
+            "unlabelled": [g.unlabelled for g in groups],
+        },
+    }
+
+
+def _file(body: Mapping[str, Any]) -> FileInfo:
+    g = body["groups"]
+    groups = tuple(
+        RowGroupInfo(bucket, rows, size, first, last, tuple(s), tuple(q), values, label_max, unlabelled)
+        for bucket, rows, size, first, last, s, q, values, label_max, unlabelled in zip(
+            g["bucket"],
+            g["rows"],
+            g["bytes"],
+            g["first_unit"],
+            g["last_unit"],
+            g["sum"],
+            g["sumsq"],
+            g["values"],
+            g["label_max"],
+            g["unlabelled"],
+            strict=True,
+        )
+    )
+    return FileInfo(body["path"], body["bytes"], body["sha256"], body["rows"], groups)
