@@ -39,23 +39,18 @@ def dry_run(config: EncodeJobConfig) -> JobResult:
     per_row = _bytes_per_row(config, info)
     variants = len(config.image.resolutions) * (2 if config.image.flip else 1)
     stored = images * variants * per_row
-    flops = images * _flops_per_image(config, info)
+    each = _flops_per_image(config, info)
     lines = [
         f"source     {objects:,} objects, {size / 1e9:,.3f} GB, {images:,} images"
         + (f" and {unknown:,} tar files of unknown length" if unknown else ""),
         f"output     {images * variants:,} latents of {per_row:,} bytes, {stored / 1e9:,.3f} GB, "
         f"about {max(1, math.ceil(stored / _SHARD_BYTES)):,} files after compaction",
-        f"VAE work   {flops / 1e15:,.3f} PFLOP at {config.estimate.utilisation:.0%} of peak:",
     ]
-    figures: dict[str, float] = {"flops": flops, "stored_bytes": float(stored)}
-    for name, peak in _gpus(config).items():
-        hours = flops / (peak * 1e12 * config.estimate.utilisation) / 3600
-        figures[f"hours.{name}"] = hours
-        price = config.estimate.price_per_hour.get(name)
-        cost = f", cost {hours * price:,.2f}" if price is not None else ""
-        lines.append(f"  {name:<8} {hours:,.3f} hours{cost}")
-        if price is not None:
-            figures[f"cost.{name}"] = hours * price
+    figures: dict[str, float] = {"stored_bytes": float(stored)}
+    if each is None:
+        lines.append(f"VAE work   unknown for a {info.class_name}")
+    else:
+        lines += _device_lines(config, images * each, figures)
     lines.append(
         "epochs     encoding online costs the same VAE work in every epoch: precomputing is ahead from the second "
         "epoch on, and in the first when a latent is used more than once (several resolutions, flips, sweeps)"
@@ -71,12 +66,31 @@ def _bytes_per_row(config: EncodeJobConfig, info: CodecInfo) -> int:
     return 2 * channels * largest_area(config.image) // info.factor**2 + _ROW_OVERHEAD_BYTES
 
 
-def _flops_per_image(config: EncodeJobConfig, info: CodecInfo) -> float:
-    """FLOPs of all variants of one image; a bucket table counts with its mean."""
+def _device_lines(config: EncodeJobConfig, flops: float, figures: dict[str, float]) -> list[str]:
+    """Hours, and cost where a price is given, per GPU type; also put into `figures`."""
+    lines = [f"VAE work   {flops / 1e12:,.4g} TFLOP; at {config.estimate.utilisation:.0%} of the bf16 peak:"]
+    figures["flops"] = flops
+    for name, peak in _gpus(config).items():
+        hours = flops / (peak * 1e12 * config.estimate.utilisation) / 3600
+        figures[f"hours.{name}"] = hours
+        price = config.estimate.price_per_hour.get(name)
+        cost = f", cost {hours * price:,.2f}" if price is not None else ""
+        lines.append(f"  {name:<8} {hours:,.4g} hours{cost}")
+        if price is not None:
+            figures[f"cost.{name}"] = hours * price
+    return lines
+
+
+def _flops_per_image(config: EncodeJobConfig, info: CodecInfo) -> float | None:
+    """FLOPs of all variants of one image (a bucket table counts with its mean); None where no formula is known."""
     total = 0.0
     for resolution in config.image.resolutions:
         sizes = bucket_sizes(config.image, resolution)
-        total += sum(encode_flops(info, h, w) for h, w in sizes) / len(sizes)
+        each = [encode_flops(info, h, w) for h, w in sizes]
+        known = [f for f in each if f is not None]
+        if len(known) < len(each):
+            return None
+        total += sum(known) / len(known)
     return total * (2 if config.image.flip else 1)
 
 

@@ -102,7 +102,9 @@ def _encode(
 
         final = run_passes(config, root, generation, info, tracker)
         seconds = time.monotonic() - began
-        result = finish(config, final, report, status="done", run_id=tracker.wait_run_id(20), seconds=seconds)
+        run_id = tracker.wait_run_id(20)
+        note_run(root, generation.number, _note(config, tracker))
+        result = finish(config, final, report, status="done", run_id=run_id, seconds=seconds)
         tracker.log_metrics({**result.rates, **{k: float(v) for k, v in result.counts.items()}}, step=0)
         tracker.log_input(name=root.uri, digest=result_digest(root), source=root.uri, context="output")
         tracker.finish("FINISHED")
@@ -113,6 +115,10 @@ def _encode(
     except BaseException:
         tracker.finish("FAILED")
         raise
+
+
+def _note(config: EncodeJobConfig, tracker: Tracker) -> dict[str, Any]:
+    return {"handle": tracker.handle, "run_id": tracker.run_id, "source": source_note(config)}
 
 
 def result_digest(root: Root) -> str:
@@ -132,7 +138,7 @@ def _open_run(config: EncodeJobConfig, root: Root, generation: Generation, state
         run_name=f"encode {root.uri.rstrip('/').rpartition('/')[2]}",
         resume_run_id=resume,
     )
-    note_run(root, generation.number, {"handle": tracker.handle, "source": source_note(config)})
+    note_run(root, generation.number, _note(config, tracker))
     tracker.log_params(
         {
             "source.uri": config.source.uri,

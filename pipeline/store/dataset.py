@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,7 @@ from pipeline.store import layout
 from pipeline.store.identity import Identity, read_identity
 from pipeline.store.record import RowGroupInfo
 from pipeline.store.rowset import RowSet
+from pipeline.store.runs import last_run
 from pipeline.store.shard import channel_totals
 from pipeline.store.state import State, VisibleFile, read_state
 
@@ -99,28 +100,37 @@ class Dataset:
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        """The note of the newest planned version: source, and the tracking run that wrote it."""
-        versions = self.state.plan.versions
-        return dict(versions[-1].source) if versions else {}
+        """`run_id` (or handle) of the tracking run that wrote last, and the `source` it read; {} when unknown."""
+        note = last_run(self.root)
+        return {"run_id": note.get("run_id") or note.get("handle"), "source": note.get("source")} if note else {}
 
-    def read(self, row_group: int, columns: Sequence[str]) -> pa.Table:
-        """The visible rows of one row group, in (unit, row, variant) order; page checksums are verified.
+    def groups_within(self, first_unit: int, stop_unit: int) -> Iterator[tuple[int, RowGroupInfo]]:
+        """(index, info) of the readable row groups that may hold rows of units [first_unit, stop_unit)."""
+        for index, (_, _, info) in enumerate(self._groups):
+            if info.first_unit < stop_unit and info.last_unit >= first_unit:
+                yield index, info
+
+    def read(self, row_group: int, columns: Sequence[str] | None) -> pa.Table:
+        """The visible rows of one row group, in (unit, row, variant) order; None reads all columns.
+
+        Page checksums are verified.
 
         OSError or ArrowInvalid when the file is damaged or gone. Safe to call from several threads.
         """
         file, number, info = self._groups[row_group]
         if not _touches(file.dead, info):
             return self._read_group(file.info.path, number, columns)
-        extra = [c for c in ("unit", "row") if c not in columns]
-        table = self._read_group(file.info.path, number, [*columns, *extra])
+        extra = [] if columns is None else [c for c in ("unit", "row") if c not in columns]
+        table = self._read_group(file.info.path, number, None if columns is None else [*columns, *extra])
         dead = file.dead.contains(table["unit"].to_numpy(), table["row"].to_numpy())
-        return table.filter(pa.array(~dead)).select(list(columns))
+        table = table.filter(pa.array(~dead))
+        return table if columns is None else table.select(list(columns))
 
     def _count_visible(self, file: VisibleFile, number: int) -> int:
         table = self._read_group(file.info.path, number, ["unit", "row"])
         return int((~file.dead.contains(table["unit"].to_numpy(), table["row"].to_numpy())).sum())
 
-    def _read_group(self, path: str, number: int, columns: Sequence[str]) -> pa.Table:
+    def _read_group(self, path: str, number: int, columns: Sequence[str] | None) -> pa.Table:
         local = self.root.local_path(path)
         source = pa.memory_map(str(local)) if local is not None else self.root.open(path)
         with source:
@@ -131,7 +141,8 @@ class Dataset:
             if footer is None:
                 with self._lock:
                     self._footers[path] = reader.metadata
-            return reader.read_row_group(number, columns=list(columns), use_threads=False)
+            names = None if columns is None else list(columns)
+            return reader.read_row_group(number, columns=names, use_threads=False)
 
 
 class LatentDataset(Dataset):

@@ -51,7 +51,8 @@ class CommitRecord:
 
     `covered` are all rows settled by this write: stored, rejected and filtered. `rejects` and `filtered` hold
     the addresses by reason. `unit_rows` tells the length of units whose length only reading could tell.
-    `replaces` names data files whose rows this record holds again (compaction); such a record covers nothing.
+    A record of a newer generation may cover rows that older records hold (a retried reject, a compacted shard):
+    it then holds them instead.
     """
 
     generation: int
@@ -61,7 +62,6 @@ class CommitRecord:
     rejects: Mapping[str, RowSet] = field(default_factory=dict)
     filtered: Mapping[str, RowSet] = field(default_factory=dict)
     unit_rows: Mapping[int, int] = field(default_factory=dict)
-    replaces: tuple[str, ...] = ()
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: equal records have equal bytes, hence equal names."""
@@ -75,9 +75,13 @@ class CommitRecord:
                 "rejects": {reason: rows.triples() for reason, rows in self.rejects.items()},
                 "filtered": {reason: rows.triples() for reason, rows in self.filtered.items()},
                 "unit_rows": [[u, n] for u, n in sorted(self.unit_rows.items())],
-                "replaces": list(self.replaces),
             }
         )
+
+    @property
+    def stored(self) -> RowSet:
+        """The rows that lie in the record's data files."""
+        return self.covered - RowSet.union_all([*self.rejects.values(), *self.filtered.values()])
 
     @property
     def name(self) -> str:
@@ -104,7 +108,6 @@ def parse_record(data: bytes, origin: str) -> CommitRecord:
             rejects={reason: RowSet.from_triples(t) for reason, t in body["rejects"].items()},
             filtered={reason: RowSet.from_triples(t) for reason, t in body["filtered"].items()},
             unit_rows=dict(body["unit_rows"]),
-            replaces=tuple(body["replaces"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(

@@ -43,6 +43,11 @@ class RowSet:
         return _merged(base + starts, base + stops)
 
     @staticmethod
+    def from_keys(starts: Int64s, stops: Int64s) -> RowSet:
+        """From half-open intervals of address integers, as other sets hold them."""
+        return _merged(starts, stops)
+
+    @staticmethod
     def from_rows(units: Int64s, rows: Int64s) -> RowSet:
         """From single addresses, in any order, repeated or not."""
         return RowSet.from_arrays(units, rows, rows + 1)
@@ -78,9 +83,10 @@ class RowSet:
 
     def contains(self, units: Int64s, rows: Int64s) -> npt.NDArray[np.bool_]:
         """Elementwise membership."""
-        return self._inside((units.astype(np.int64) << _SHIFT) + rows)
+        return self.covers((units.astype(np.int64) << _SHIFT) + rows)
 
-    def _inside(self, keys: Int64s) -> npt.NDArray[np.bool_]:
+    def covers(self, keys: Int64s) -> npt.NDArray[np.bool_]:
+        """Elementwise membership of address integers."""
         after_start = np.searchsorted(self.starts, keys, side="right")
         after_stop = np.searchsorted(self.stops, keys, side="right")
         return np.asarray(after_start > after_stop)
@@ -110,7 +116,7 @@ class RowSet:
         # Cut the line at every boundary: inside one elementary segment membership does not change.
         cuts = np.unique(np.concatenate([self.starts, self.stops, other.starts, other.stops]))
         left, right = cuts[:-1], cuts[1:]
-        keep = self._inside(left) & (other._inside(left) == keep_other)
+        keep = self.covers(left) & (other.covers(left) == keep_other)
         return _merged(left[keep], right[keep])
 
 

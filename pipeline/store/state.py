@@ -1,9 +1,9 @@
 """The visible state of a dataset, folded from its plan and its commit records.
 
-Rules of the fold, in this order. A file that a visible record replaces is gone. A row that the plan has retired
-(its source changed) is dead everywhere. A row that several records cover belongs to the record of the newest
-generation (a retried reject), and among those of one generation to the one whose name sorts first (a write
-that Ray repeated); in all others it is dead. What no live record covers is a gap.
+Rules of the fold. A row that the plan has retired (its source changed) is dead everywhere. A row that several
+records cover belongs to the record of the newest generation (a retried reject, a compacted shard), and among
+those of one generation to the one whose name sorts first (a write that Ray repeated); in all others it is dead.
+A file whose rows are all dead is no longer visible. What no live record covers is a gap.
 """
 
 from __future__ import annotations
@@ -80,7 +80,6 @@ def read_state(root: Root) -> State:
 
 def fold(plan: Plan, records: Sequence[tuple[str, CommitRecord]]) -> State:
     """The state that some records, ordered by name, make of a plan."""
-    replaced = {path for _, record in records for path in record.replaces}
     dead = _dead_rows(plan.retired, [record for _, record in records])
     files: list[VisibleFile] = []
     reject_files: list[VisibleFile] = []
@@ -88,7 +87,8 @@ def fold(plan: Plan, records: Sequence[tuple[str, CommitRecord]]) -> State:
     filtered: dict[str, list[RowSet]] = {}
     unit_rows: dict[int, int] = {}
     for (_, record), gone in zip(records, dead, strict=True):
-        files += [VisibleFile(f, gone) for f in record.files if f.path not in replaced]
+        if record.files and (gone is plan.retired or record.stored - gone):
+            files += [VisibleFile(f, gone) for f in record.files]
         if record.reject_file:
             reject_files.append(VisibleFile(record.reject_file, gone))
         for reason, rows in record.rejects.items():
@@ -124,29 +124,33 @@ def _merged(sets: dict[str, list[RowSet]]) -> dict[str, RowSet]:
 
 def _dead_rows(retired: RowSet, records: Sequence[CommitRecord]) -> list[RowSet]:
     """For each record the rows of its files that do not count."""
-    owners = [i for i, r in enumerate(records) if not r.replaces]
-    total = sum(records[i].covered.count() for i in owners)
-    union = RowSet.union_all([records[i].covered for i in owners])
-    if union.count() == total:
+    sets = [r.covered for r in records]
+    contested = _contested(sets)
+    if not contested:
         return [retired] * len(records)
+    # Every elementary segment of the contested rows goes to the record that ranks first; all others lose it.
+    order = sorted(range(len(records)), key=lambda i: (-records[i].generation, i))
+    shares = [(rank, i, sets[i] & contested) for rank, i in enumerate(order)]
+    cuts = np.unique(np.concatenate([np.concatenate([s.starts, s.stops]) for _, _, s in shares]))
+    segments = [np.flatnonzero(s.covers(cuts[:-1])) for _, _, s in shares]
+    winner = np.full(len(cuts), len(records), np.int64)
+    for (rank, _, _), mine in zip(shares, segments, strict=True):
+        winner[mine] = np.minimum(winner[mine], rank)
     dead = [retired] * len(records)
-    # Overlaps are rare (a repeated write, a retried reject): only records that touch one are compared in order.
-    contested = _contested([records[i].covered for i in owners])
-    taken = RowSet.empty()
-    order = sorted(owners, key=lambda i: (-records[i].generation, i))
-    for i in order:
-        share = records[i].covered & contested
-        if share:
-            dead[i] = retired | (share & taken)
-            taken = taken | share
+    for (rank, i, _), mine in zip(shares, segments, strict=True):
+        lost = mine[winner[mine] != rank]
+        if len(lost):
+            dead[i] = retired | RowSet.from_keys(cuts[lost], cuts[lost + 1])
     return dead
 
 
 def _contested(sets: Sequence[RowSet]) -> RowSet:
     """Rows that are in at least two of some sets."""
+    if not sets:
+        return RowSet.empty()
     starts = np.sort(np.concatenate([s.starts for s in sets]))
     stops = np.sort(np.concatenate([s.stops for s in sets]))
     cuts = np.unique(np.concatenate([starts, stops]))
     depth = np.searchsorted(starts, cuts, side="right") - np.searchsorted(stops, cuts, side="right")
     many = np.flatnonzero(depth[:-1] > 1)
-    return RowSet.union_all([RowSet(cuts[many][j : j + 1], cuts[many + 1][j : j + 1]) for j in range(len(many))])
+    return RowSet.from_keys(cuts[many], cuts[many + 1])

@@ -14,6 +14,7 @@ from pipeline.store import layout
 from pipeline.store.ledger import commit
 from pipeline.store.record import CommitRecord, FileInfo
 from pipeline.store.rowset import RowSet
+from pipeline.store.schema import REJECTS
 from pipeline.store.shard import write_rejects, write_shard
 
 
@@ -27,7 +28,7 @@ class Committer:
     latent_dtype: str | None
     meta: Mapping[str, str]
 
-    def commit(self, rows: pa.Table, outcomes: pa.Table, unit_rows: Mapping[int, int]) -> CommitRecord | None:
+    def commit(self, rows: pa.Table, outcomes: pa.Table | None, unit_rows: Mapping[int, int]) -> CommitRecord | None:
         """Make rows and outcomes (rejected and filtered rows) visible together.
 
         With a column `variants` (how many rows a source row has become), a source row counts as settled only when
@@ -37,6 +38,7 @@ class Committer:
         commit again).
         """
         rows = complete_rows(rows)
+        outcomes = REJECTS.empty_table() if outcomes is None else outcomes
         stored = RowSet.from_rows(rows["unit"].to_numpy(), rows["row"].to_numpy())
         settled = RowSet.from_rows(outcomes["unit"].to_numpy(), outcomes["row"].to_numpy())
         if not stored and not settled and not unit_rows:

@@ -1,0 +1,15 @@
+"""`python -m jobs.compact`: rewrite fragments into full-size shards in unit order."""
+
+from jobs._main import Job, main
+
+JOB = Job(
+    name="compact",
+    summary="Rewrite the fragments of a dataset into full-size shards in unit order; readable throughout.",
+    config="pipeline.store.config:CompactJobConfig",
+    run="pipeline.store.job:run_compact",
+    dry_run="pipeline.store.job:plan_compact",
+    example="python -m jobs.compact data.uri=s3://bucket/latents",
+)
+
+if __name__ == "__main__":
+    main(JOB)

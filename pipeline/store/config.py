@@ -1,0 +1,37 @@
+"""Configuration of the jobs that look after a dataset: verify and compact."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from pipeline.config import StrictModel
+
+
+class DataConfig(StrictModel):
+    """The dataset a job reads."""
+
+    uri: str = Field(..., min_length=1, description="Root of a dataset written by the encode or the sample job.")
+
+
+class VerifyJobConfig(StrictModel):
+    """Everything the verify job reads."""
+
+    data: DataConfig = Field(..., description="The dataset to verify.")
+    level: Literal["ledger", "files", "checksums"] = Field(
+        "checksums",
+        description="ledger: conservation only; files: sizes and footers too; checksums: every byte and every row.",
+    )
+    report: str | None = Field(None, description="Path or URI that receives the whole report as JSON.")
+    gc: bool = Field(False, description="Afterwards remove orphan files older than the grace period.")
+    gc_grace_s: float = Field(86_400.0, ge=0, description="Age in seconds below which an orphan is left alone.")
+
+
+class CompactJobConfig(StrictModel):
+    """Everything the compact job reads."""
+
+    data: DataConfig = Field(..., description="The dataset to compact.")
+    shard_bytes: int = Field(384 << 20, ge=1 << 16, description="Latent bytes of a shard.")
+    row_group_bytes: int = Field(16 << 20, ge=1024, description="Latent bytes of a row group.")
+    workers: int = Field(2, ge=1, description="Shards written at a time; each needs about three times its size.")

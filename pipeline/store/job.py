@@ -1,0 +1,97 @@
+"""The verify and compact jobs: plain processes, no Ray."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import asdict
+
+from pipeline.errors import InputError
+from pipeline.progress import Progress
+from pipeline.result import JobResult
+from pipeline.storage import Root
+from pipeline.store.compact import compact, shard_spans
+from pipeline.store.config import CompactJobConfig, VerifyJobConfig
+from pipeline.store.identity import read_identity
+from pipeline.store.state import read_state
+from pipeline.store.verify import VerifyReport, collect_garbage, verify
+
+_log = logging.getLogger(__name__)
+
+
+def run_verify(config: VerifyJobConfig) -> JobResult:
+    """Verify a dataset; InputError (exit code 3) that sums up what is wrong, after the report was written."""
+    began = time.monotonic()
+    progress = Progress("verify", None, unit="files")
+    report = verify(config.data.uri, config.level, lambda done, total: progress.update(done, of=total))
+    progress.close()
+    if config.report:
+        _write_report(config.report, report)
+    counts = {
+        "planned": report.planned_rows,
+        "latents": report.stored_rows,
+        "rejected": report.rejected_rows,
+        "filtered": report.filtered_rows,
+        "files": report.files_checked,
+        "orphans": len(report.orphans),
+        "problems": len(report.problems),
+    }
+    if not report.sound:
+        shown = "\n".join(f"    {p['kind']}: {p['where']}: {p['detail']}" for p in report.problems[:20])
+        raise InputError(
+            f"{config.data.uri} is not sound: {len(report.problems)} problem(s)\n{shown}",
+            key="data.uri",
+            value=config.data.uri,
+            next_step="an unfinished dataset: run its job again; damage: restore the named objects, or encode into a "
+            "new root",
+        )
+    if config.gc:
+        counts["gc_objects"], counts["gc_bytes"] = collect_garbage(config.data.uri, config.gc_grace_s)
+    seconds = max(time.monotonic() - began, 1e-9)
+    return JobResult("done", counts, {"dataset": config.data.uri}, None, {"bytes_per_s": report.bytes_read / seconds})
+
+
+def plan_verify(config: VerifyJobConfig) -> JobResult:
+    """How much a verification would read."""
+    root = Root(config.data.uri)
+    read_identity(root)
+    state = read_state(root)
+    size = sum(f.info.size_bytes for f in (*state.files, *state.reject_files))
+    return JobResult("dry-run", {"files": len(state.files), "bytes": size if config.level == "checksums" else 0})
+
+
+def run_compact(config: CompactJobConfig) -> JobResult:
+    """Compact a dataset; "unchanged" when every shard is already what it should be."""
+    progress = Progress("compact", None, unit="shards")
+    report = compact(
+        config.data.uri,
+        shard_bytes=config.shard_bytes,
+        row_group_bytes=config.row_group_bytes,
+        workers=config.workers,
+        on_shard=lambda done, total: progress.update(done, of=total),
+    )
+    progress.close()
+    counts = {
+        "shards_written": report.shards_written,
+        "shards_kept": report.shards_kept,
+        "rows": report.rows_moved,
+        "bytes": report.bytes_written,
+    }
+    return JobResult("done" if report.shards_written else "unchanged", counts, {"dataset": config.data.uri})
+
+
+def plan_compact(config: CompactJobConfig) -> JobResult:
+    """How many shards there would be."""
+    root = Root(config.data.uri)
+    read_identity(root)
+    state = read_state(root)
+    return JobResult(
+        "dry-run", {"files": len(state.files), "shards": len(list(shard_spans(state, config.shard_bytes)))}
+    )
+
+
+def _write_report(uri: str, report: VerifyReport) -> None:
+    place, _, name = uri.rpartition("/")
+    Root(place or ".").put(name, json.dumps(asdict(report), indent=1).encode())
+    _log.info("report: %s", uri)

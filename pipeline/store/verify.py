@@ -1,0 +1,183 @@
+"""Proof that a dataset is what its ledger says: conservation, presence, sizes, checksums, and every row once."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.storage import Root, storage_errors
+from pipeline.store import layout
+from pipeline.store.generation import latest_number, read_claim
+from pipeline.store.identity import read_identity
+from pipeline.store.ledger import visible_records
+from pipeline.store.plan import Plan, read_plan
+from pipeline.store.record import CommitRecord, FileInfo
+from pipeline.store.rowset import RowSet
+from pipeline.store.state import State, fold
+
+Level = Literal["ledger", "files", "checksums"]
+LEVELS: tuple[Level, ...] = ("ledger", "files", "checksums")
+
+
+@dataclass
+class VerifyReport:
+    """What was checked and what was found wrong; `orphans` are files nothing refers to, which is no damage."""
+
+    level: str
+    planned_rows: int = 0
+    stored_rows: int = 0
+    rejected_rows: int = 0
+    filtered_rows: int = 0
+    files_checked: int = 0
+    bytes_read: int = 0
+    problems: list[dict[str, Any]] = field(default_factory=list)
+    orphans: list[str] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def problem(self, kind: str, where: str, detail: str) -> None:
+        """Add one finding."""
+        self.problems.append({"kind": kind, "where": where, "detail": detail})
+
+
+def verify(uri: str, level: Level, on_file: Callable[[int, int], None] = lambda done, total: None) -> VerifyReport:
+    """Check a dataset; InputError when there is none or its ledger cannot be read at all.
+
+    "ledger" reads no data; "files" also compares sizes and footers; "checksums" also reads every byte, compares
+    sha256, and proves from the rows themselves that every stored row is there once.
+    """
+    root = Root(uri)
+    read_identity(root)
+    report = VerifyReport(level)
+    plan, records = read_plan(root), visible_records(root)
+    state = fold(plan, records)
+    _conservation(state, report)
+    if level == "ledger":
+        return report
+    _named_by_content(root, plan, report)
+    report.orphans = sorted(_orphans(root, plan, records))
+    visible = [(f.info, f.dead) for f in state.files] + [(f.info, f.dead) for f in state.reject_files]
+    seen: list[RowSet] = []
+    with ThreadPoolExecutor(4) as pool:
+        checks = pool.map(lambda item: _check_file(root, item[0], item[1], level), visible)
+        for done, (problems, rows, size) in enumerate(checks, 1):
+            report.problems += problems
+            report.bytes_read += size
+            seen.append(rows)
+            on_file(done, len(visible))
+    report.files_checked = len(visible)
+    if level == "checksums":
+        _each_row_once(state, seen[: len(state.files)], report)
+    return report
+
+
+def _conservation(state: State, report: VerifyReport) -> None:
+    report.stored_rows, report.rejected_rows = state.num_stored, state.num_rejected
+    report.filtered_rows = state.num_filtered
+    gaps = state.gaps()
+    unknown = [t for t in gaps.triples() if t[2] >= 1 << 31]
+    units, lengths = state.plan.unit_lengths()
+    known = np.array([state.unit_rows.get(int(u), 0) if n < 0 else n for u, n in zip(units, lengths, strict=True)])
+    retired = RowSet.from_arrays(units, np.zeros_like(units), known.astype(np.int64)) & state.plan.retired
+    report.planned_rows = int(known.sum()) - retired.count()
+    if gaps:
+        what = f"{len(unknown)} units of unknown length" if unknown else f"{gaps.count():,} rows"
+        report.problem("unfinished", "ledger", f"{what} are planned and not settled; run the same job again")
+    outside = state.covered - (RowSet.from_arrays(units, np.zeros_like(units), known.astype(np.int64)))
+    if outside:
+        report.problem("unplanned", "ledger", f"{outside.count():,} settled rows are in no plan")
+    classes = [*state.rejects.items(), *state.filtered.items()]
+    if sum(rows.count() for _, rows in classes) != RowSet.union_all([rows for _, rows in classes]).count():
+        report.problem("double outcome", "ledger", "some rows have more than one reject or filter reason")
+
+
+def _check_file(root: Root, info: FileInfo, dead: RowSet, level: Level) -> tuple[list[dict[str, Any]], RowSet, int]:
+    """(problems, visible row addresses, bytes read) of one file."""
+
+    def problem(kind: str, detail: str) -> tuple[list[dict[str, Any]], RowSet, int]:
+        return [{"kind": kind, "where": info.path, "detail": detail}], RowSet.empty(), 0
+
+    try:
+        size = root.info(info.path).size_bytes
+        if size != info.size_bytes:
+            return problem("size", f"{size:,} bytes there, {info.size_bytes:,} committed")
+        if level == "files":
+            with root.open(info.path) as file:
+                rows = pq.ParquetFile(file).metadata.num_rows
+            return ([], RowSet.empty(), 0) if rows == info.rows else problem("rows", f"{rows} rows, not {info.rows}")
+        data = root.read_bytes(info.path)
+    except FileNotFoundError:
+        return problem("missing", "a commit record names this file and it is not there")
+    except (pa.ArrowException, *storage_errors()) as error:
+        return problem("unreadable", f"{type(error).__name__}: {error}")
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != info.sha256:
+        return problem("checksum", f"sha256 {digest[:16]}… there, {info.sha256[:16]}… committed")
+    table = pq.read_table(pa.BufferReader(data), columns=["unit", "row"], page_checksum_verification=True)
+    rows_in = RowSet.from_rows(table["unit"].to_numpy(), table["row"].to_numpy())
+    return [], rows_in - dead, len(data)
+
+
+def _each_row_once(state: State, seen: list[RowSet], report: VerifyReport) -> None:
+    union = RowSet.union_all(seen)
+    total = sum(rows.count() for rows in seen)
+    settled = RowSet.union_all([*state.rejects.values(), *state.filtered.values()])
+    wanted = state.covered - settled
+    if total != union.count():
+        report.problem("duplicate", "data", f"{total - union.count():,} rows are visible more than once")
+    if wanted - union:
+        report.problem("lost", "data", f"{(wanted - union).count():,} committed rows are in no file")
+    if union - wanted:
+        report.problem("extra", "data", f"{(union - wanted).count():,} visible rows were never committed as stored")
+
+
+def _named_by_content(root: Root, plan: Plan, report: VerifyReport) -> None:
+    """Plan parts, bundles and the ledger's records carry a hash of their content in their name."""
+    number = latest_number(root)
+    names = [*(p for v in plan.versions for p in (*v.entry_parts, v.units_part))]
+    names += read_claim(root, number)["bundles"] if number else []
+    names += [info.key for info in root.list(layout.ledger_dir(number))] if number else []
+    for name in dict.fromkeys(names):
+        try:
+            if layout.content_name(root.read_bytes(name)) != name.rpartition("/")[2].partition(".")[0]:
+                report.problem("checksum", name, "the content does not fit the name")
+        except FileNotFoundError:
+            report.problem("missing", name, "the plan or the newest claim names this object and it is not there")
+
+
+def _orphans(root: Root, plan: Plan, records: list[tuple[str, CommitRecord]]) -> Iterator[str]:
+    """Objects nothing visible refers to: what crashes and fenced-off runs left, and what compaction replaced."""
+    state = fold(plan, records)
+    visible = {f.info.path for f in (*state.files, *state.reject_files)}
+    for directory in (layout.DATA, layout.REJECTS):
+        yield from (info.key for info in root.list(directory) if info.key not in visible)
+
+
+def collect_garbage(uri: str, grace_s: float, now_s: float | None = None) -> tuple[int, int]:
+    """Remove orphans in data/ and rejects/ older than a grace period; returns (objects, bytes) removed.
+
+    Call it only when no reader still uses an older state of the dataset: a training run that opened it before a
+    compaction reads the replaced fragments to its end.
+    """
+    root = Root(uri)
+    read_identity(root)
+    plan, records = read_plan(root), visible_records(root)
+    limit = (time.time() if now_s is None else now_s) - grace_s
+    removed = size = 0
+    for key in list(_orphans(root, plan, records)):
+        info = root.info(key)
+        if info.mtime_ns is not None and info.mtime_ns < limit * 1e9:
+            root.delete(key)
+            removed, size = removed + 1, size + info.size_bytes
+    return removed, size
