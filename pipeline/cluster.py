@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from pipeline.config import StrictModel
-from pipeline.errors import InputError
+from pipeline.errors import InputError, StoppedError
 
 # Several processes share the cores: OpenMP threads that spin while they wait steal them from each other.
 WORKER_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"}
@@ -54,14 +54,21 @@ def ensure_ray(cluster: ClusterConfig) -> Any:
                 next_step="start the cluster, correct the address, or unset RAY_ADDRESS to run on this machine",
             ) from None
         return ray
-    ray.init(
-        address="local",
-        num_cpus=cluster.num_cpus,
-        object_store_memory=cluster.object_store_bytes,
-        include_dashboard=cluster.dashboard,
-        dashboard_host="127.0.0.1",
-        **common,
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cluster.num_cpus,
+            object_store_memory=cluster.object_store_bytes,
+            include_dashboard=cluster.dashboard,
+            dashboard_host="127.0.0.1",
+            **common,
+        )
+    except Exception as error:  # noqa: BLE001 - Ray raises bare Exception when a process of its own does not come up
+        raise StoppedError(
+            f"Ray did not start on this machine: {' '.join(str(error).split())[:300]}",
+            rule="starting Ray takes some free memory, disk space under /tmp and CPU time",
+            next_step="see that the machine has room, then run the same command again",
+        ) from None
     return ray
 
 

@@ -20,3 +20,8 @@ def shared_data() -> Path:
     if not (path / "photos" / "metadata.jsonl").is_file():
         pytest.skip(f"no real images at {path} (set LATENTLOOM_TEST_DATA to a folder with photos/ and tricky/)")
     return path
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=50, help="how many processes a soak test kills")
+    parser.addoption("--kill-seed", type=int, default=0, help="seed of a soak test")

@@ -1,0 +1,56 @@
+# Everything a person or a machine runs. Needs Python >= 3.11 and make; the rest is installed into .venv.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# OpenMP threads that spin while they wait take the cores from each other when several processes share them.
+export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 0
+
+.PHONY: help install install-dev quickstart test test-quick lint types soak clean
+
+help:
+	@echo "make quickstart   images -> latents -> model -> images on this machine, with a report (about 6 minutes)"
+	@echo "make test         lint, types, import rules and the whole test suite"
+	@echo "make test-quick   the tests that need neither Ray nor much time"
+	@echo "make soak         kill tests for as long as KILLS=200 SEED=7 say"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "latentloom needs Python 3.11 or newer; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV) (once; some minutes)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing with development tools into $(VENV) (once; some minutes)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+quickstart: install
+	@$(BIN)/python -m jobs.quickstart
+
+test: lint types
+	$(BIN)/python -m pytest -m "not soak" --durations=15
+
+test-quick: install-dev
+	$(BIN)/python -m pytest -m "not soak and not ray and not slow" -q
+
+lint: install-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo
+
+types: install-dev
+	$(BIN)/mypy
+
+soak: install-dev
+	$(BIN)/python -m pytest tests/faults -m soak --kills $(or $(KILLS),200) --kill-seed $(or $(SEED),7) -s
+
+clean:
+	rm -rf quickstart build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,195 @@
+"""Verification finds every kind of damage, and compaction changes nothing that a reader can see."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.storage import Root
+from pipeline.store.compact import compact
+from pipeline.store.dataset import LatentDataset
+from pipeline.store.verify import collect_garbage, verify
+from tests.support.rows import claim, committer, latent_rows, planned_root, rejected_rows
+
+
+def build(path: Path, seed: int, units: int = 6, rows: int = 10) -> Root:
+    """A finished dataset whose fragments came in random order and random cuts."""
+    root = planned_root(str(path), units, rows)
+    chance = random.Random(seed)
+    addresses = [(u, r) for u in range(units) for r in range(rows)]
+    chance.shuffle(addresses)
+    generation = claim(root)
+    while addresses:
+        cut = chance.randint(1, 9)
+        part, addresses = sorted(addresses[:cut]), addresses[cut:]
+        rejected = [a for a in part if a == (2, 3)]
+        stored = [a for a in part if a != (2, 3)]
+        wide = [a for a in stored if a[1] % 2]
+        tall = [a for a in stored if not a[1] % 2]
+        tables = [latent_rows(wide, "24x32"), latent_rows(tall, "32x24")]
+        import pyarrow as pa
+
+        committer(root, generation).commit(pa.concat_tables(tables), rejected_rows(rejected, "truncated"), {})
+    generation.close({"status": "done"})
+    return root
+
+
+def everything(uri: str) -> dict[bytes, bytes]:
+    dataset = LatentDataset.open(uri)
+    rows: dict[bytes, bytes] = {}
+    for group in dataset.row_groups:
+        table = dataset.read(group.index, ["sample_id", "latent", "bucket"])
+        assert set(table["bucket"].to_pylist()) == {group.bucket}
+        for name, data in zip(table["sample_id"].to_pylist(), table["latent"].to_pylist(), strict=True):
+            assert name not in rows
+            rows[name] = data
+    return rows
+
+
+def flip_bit(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def test_a_sound_dataset_is_sound(tmp_path: Path) -> None:
+    root = build(tmp_path / "d", seed=0)
+    for level in ("ledger", "files", "checksums"):
+        report = verify(root.uri, level)
+        assert report.problems == []
+        assert (report.planned_rows, report.stored_rows, report.rejected_rows) == (60, 59, 1)
+    assert report.orphans == []
+
+
+def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
+    root = build(tmp_path / "d", seed=1)
+    chance = random.Random(1)
+    for info in [*root.list("data"), *root.list("rejects")]:
+        path = root.local_path(info.key)
+        assert path is not None
+        for _ in range(3):
+            position = chance.randrange(info.size_bytes)
+            flip_bit(path, position)
+            assert [p["where"] for p in verify(root.uri, "checksums").problems if p["kind"] == "checksum"] == [
+                info.key
+            ]
+            flip_bit(path, position)
+    assert verify(root.uri, "checksums").sound
+
+
+def test_missing_short_and_orphan_files_are_found(tmp_path: Path) -> None:
+    root = build(tmp_path / "d", seed=2)
+    first, second, *_ = [root.local_path(i.key) for i in root.list("data")]
+    assert first is not None
+    assert second is not None
+    root.put("data/left-over.parquet", b"what a crash left")
+    first.unlink()
+    os.truncate(second, 100)
+    report = verify(root.uri, "files")
+    assert {(p["kind"], Path(p["where"]).name) for p in report.problems} == {
+        ("missing", first.name),
+        ("size", second.name),
+    }
+    assert report.orphans == ["data/left-over.parquet"]
+
+
+def test_an_unfinished_dataset_is_not_sound(tmp_path: Path) -> None:
+    root = planned_root(str(tmp_path / "d"), 2, 5)
+    committer(root, claim(root)).commit(latent_rows([(0, 0)]), None, {})
+    (problem,) = verify(root.uri, "ledger").problems
+    assert problem["kind"] == "unfinished"
+    assert "9 rows" in problem["detail"]
+
+
+def test_damage_to_plan_and_ledger_is_found(tmp_path: Path) -> None:
+    root = build(tmp_path / "d", seed=3)
+    record = root.local_path(next(iter(root.list("ledger"))).key)
+    assert record is not None
+    record.write_bytes(record.read_bytes().replace(b'"generation":1', b'"generation": 1'))
+    assert [p["where"].rpartition("/")[2] for p in verify(root.uri, "files").problems] == [record.name]
+    with pytest.raises(InputError, match="There is no dataset at"):
+        verify(str(tmp_path / "nowhere"), "ledger")
+
+
+def test_compaction_keeps_every_row_and_both_digests_tell(tmp_path: Path) -> None:
+    root = build(tmp_path / "d", seed=4)
+    before, rows = LatentDataset.open(root.uri), everything(root.uri)
+    report = compact(root.uri, shard_bytes=20 * 48, row_group_bytes=5 * 48)
+    assert report.shards_written == 3
+    after = LatentDataset.open(root.uri)
+    assert everything(root.uri) == rows
+    assert after.digest == before.digest
+    assert after.layout_digest != before.layout_digest
+    assert (after.channel_mean - before.channel_mean).max() < 1e-12
+    assert verify(root.uri, "checksums").problems == []
+    assert compact(root.uri, shard_bytes=20 * 48, row_group_bytes=5 * 48).shards_written == 0
+
+
+def test_compacted_shards_do_not_depend_on_scheduling(tmp_path: Path) -> None:
+    one, two = build(tmp_path / "1", seed=5), build(tmp_path / "2", seed=6)
+    for root in (one, two):
+        compact(root.uri, shard_bytes=20 * 48, row_group_bytes=5 * 48)
+    names = [[g.file for g in LatentDataset.open(root.uri).row_groups] for root in (one, two)]
+    assert names[0] == names[1]
+
+
+def test_readers_work_before_during_and_after_compaction(tmp_path: Path) -> None:
+    root = build(tmp_path / "d", seed=7)
+    rows = everything(root.uri)
+    old = LatentDataset.open(root.uri)
+    stop, failures = threading.Event(), []
+
+    def read() -> None:
+        while not stop.is_set():
+            if everything(root.uri) != rows:
+                failures.append("a reader saw other rows")
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    compact(root.uri, shard_bytes=20 * 48, row_group_bytes=5 * 48)
+    stop.set()
+    reader.join()
+    assert failures == []
+    # Who opened the dataset before goes on reading what was visible then.
+    assert sum(len(old.read(g.index, ["unit"])) for g in old.row_groups) == 59
+
+
+def test_a_partly_compacted_dataset_reads_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash between two shards: some rows come from shards, the others from what is left of the fragments."""
+    from pipeline.store import compact as module
+
+    root = build(tmp_path / "d", seed=8)
+    rows = everything(root.uri)
+    real, calls = module._write_shard, []
+
+    def crash(*args: object) -> tuple[int, int]:
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError("the machine went away")
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "_write_shard", crash)
+    with pytest.raises(OSError, match="went away"):
+        compact(root.uri, shard_bytes=20 * 48, row_group_bytes=5 * 48)
+    monkeypatch.setattr(module, "_write_shard", real)
+    assert everything(root.uri) == rows
+    assert verify(root.uri, "checksums").problems == []
+
+
+def test_garbage_is_collected_only_after_its_grace(tmp_path: Path) -> None:
+    root = build(tmp_path / "d", seed=9)
+    rows = everything(root.uri)
+    compact(root.uri, shard_bytes=20 * 48, row_group_bytes=5 * 48)
+    assert collect_garbage(root.uri, grace_s=3600) == (0, 0)
+    removed, size = collect_garbage(root.uri, grace_s=0, now_s=2**33)
+    assert removed > 3
+    assert size > 0
+    assert everything(root.uri) == rows
+    report = verify(root.uri, "checksums")
+    assert report.problems == []
+    assert report.orphans == []

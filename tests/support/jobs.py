@@ -1,0 +1,48 @@
+"""Running jobs as their users do: as processes, judged by exit code and last line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def command(job: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-m", f"jobs.{job}", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    return {**kept, "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
+
+
+def start(job: str, *arguments: object, cwd: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(job, *arguments),
+        cwd=cwd,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def run(job: str, *arguments: object, cwd: Path, timeout: float = 600) -> tuple[int, dict[str, Any], str]:
+    """(exit code, the JSON object on the last line of standard output, standard error)."""
+    done = subprocess.run(
+        command(job, *arguments),
+        cwd=cwd,
+        env=environment(),
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+        check=False,
+    )
+    lines = done.stdout.strip().splitlines()
+    return done.returncode, json.loads(lines[-1]) if lines else {}, done.stderr

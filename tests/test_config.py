@@ -1,0 +1,149 @@
+"""The configuration loader: merging, overrides, and errors a person can act on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field
+
+from pipeline.config import StrictModel, config_digest, dump_yaml, help_text, load_config, merge
+from pipeline.errors import ConfigError
+
+
+class Inner(StrictModel):
+    rate: float = Field(1e-3, description="A rate.")
+    sizes: tuple[int, ...] = Field((1, 2), description="Sizes.")
+
+
+class Folder(StrictModel):
+    kind: Literal["folder"] = Field("folder", description="A folder.")
+    depth: int = Field(1, description="How deep.")
+
+
+class Tar(StrictModel):
+    kind: Literal["tar"] = Field("tar", description="A tar.")
+    member: str = Field("*", description="Which members.")
+
+
+class Model(StrictModel):
+    name: str = Field(..., description="The name.")
+    inner: Inner = Field(Inner(), description="The inner section.")
+    source: Annotated[Folder | Tar, Field(discriminator="kind")] = Field(Folder(), description="The source.")
+    note: str | None = Field(None, description="A note.")
+
+
+def write(tmp_path: Path, text: str, name: str = "c.yaml") -> str:
+    path = tmp_path / name
+    path.write_text(text)
+    return str(path)
+
+
+def test_files_merge_left_to_right_and_overrides_win(tmp_path: Path) -> None:
+    a = write(tmp_path, "name: a\ninner: {rate: 1e-4, sizes: [3]}\n", "a.yaml")
+    b = write(tmp_path, "inner: {sizes: [4, 5]}\n", "b.yaml")
+    config = load_config(Model, [a, b], ["name=c", "source.kind=tar", "source.member=x.png"])
+    assert config.name == "c"
+    assert config.inner == Inner(rate=1e-4, sizes=(4, 5))
+    assert config.source == Tar(member="x.png")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-4", 1e-4), ("1E5", 1e5), (".5", 0.5), ("2.", 2.0), ("1.5e3", 1500.0), ("3", 3.0)]
+)
+def test_numbers_are_numbers(text: str, value: float) -> None:
+    assert load_config(Model, [], ["name=x", f"inner.rate={text}"]).inner.rate == value
+
+
+@pytest.mark.parametrize("text", ["1e-4x", "v1e5", "0x1f.jpg", "1.2.3"])
+def test_text_that_only_looks_like_a_number_stays_text(text: str) -> None:
+    assert load_config(Model, [], [f"name={text}"]).name == text
+
+
+def test_every_problem_is_reported_at_once_with_the_key_that_was_meant(tmp_path: Path) -> None:
+    path = write(tmp_path, "nmae: x\ninner: {rte: 1, sizes: big}\nsource: {kind: foldr}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(Model, [path], [])
+    text = str(caught.value)
+    assert "5 problems" in text
+    assert "nmae = x: there is no such key; did you mean name?" in text
+    assert "inner.rte = 1: there is no such key; did you mean inner.rate?" in text
+    assert "inner.sizes = big" in text
+    assert "did you mean folder?" in text
+    assert "name: this key is required" in text
+
+
+def test_problems_inside_a_union_name_the_users_key() -> None:
+    with pytest.raises(ConfigError, match=r"source\.depht = 3: there is no such key; did you mean source\.depth\?"):
+        load_config(Model, [], ["name=x", "source.kind=folder", "source.depht=3"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nname: b\n", r"key 'name' is given twice \(lines 1 and 2\)"),
+        ("name: [a\n", "no valid YAML at line"),
+        ("- a\n- b\n", "holds a list"),
+        ("name: !!python/object:os.system x\n", "could not determine a constructor"),
+        ("name: 2026-01-01\n", "unknown type"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(Model, [write(tmp_path, text)], [])
+
+
+def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
+    write(tmp_path, "name: a\n", "train.yaml")
+    with pytest.raises(ConfigError, match=r"did you mean .*train\.yaml"):
+        load_config(Model, [str(tmp_path / "trian.yaml")], [])
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(Model, [str(tmp_path / "b.yaml")], [])
+
+
+@pytest.mark.parametrize("override", ["name", "=x", "a..b=1", ".a=1"])
+def test_bad_overrides_are_explained(override: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be understood"):
+        load_config(Model, [], [override])
+
+
+def test_models_are_frozen_and_strict() -> None:
+    config = load_config(Model, [], ["name=x"])
+    with pytest.raises(Exception, match="frozen"):
+        config.name = "y"  # type: ignore[misc]
+    with pytest.raises(ConfigError, match=r"inner\.rate = fast"):
+        load_config(Model, [], ["name=x", "inner.rate=fast"])
+    with pytest.raises(ConfigError, match="name = 3"):
+        load_config(Model, [], ["name=3"])
+
+
+def test_the_resolved_configuration_reads_back(tmp_path: Path) -> None:
+    config = load_config(Model, [], ["name=x", "source.kind=tar", "inner.rate=1e-7"])
+    again = load_config(Model, [write(tmp_path, dump_yaml(config))], [])
+    assert again == config
+    assert config_digest(again) == config_digest(config)
+    assert config_digest(load_config(Model, [], ["name=y"])) != config_digest(config)
+
+
+values = st.recursive(st.integers(), lambda v: st.dictionaries(st.sampled_from("abc"), v, max_size=3), max_leaves=6)
+mappings = st.dictionaries(st.sampled_from("abc"), values, max_size=3)
+
+
+@given(mappings, mappings, mappings)
+def test_merging_is_associative_when_shapes_agree(a: dict, b: dict, c: dict) -> None:  # type: ignore[type-arg]
+    assert merge(a, {}) == a
+    assert merge({}, a) == a
+    assert merge(merge(a, b), b) == merge(a, b)
+
+
+def test_help_lists_every_key_with_type_default_and_description() -> None:
+    text = help_text(Model)
+    assert "name  (text, required)\n    The name." in text
+    assert "inner.rate  (number, default 0.001)" in text
+    assert "source.kind" in text
+    assert "source.depth" in text
+    assert "source.member" in text
