@@ -129,9 +129,7 @@ def _finish(done: dict[str, Done], seconds: dict[str, float]) -> int:
     samples, report = (done[job].answer.get("outputs", {}) for job in ("sample", "evaluate"))
     print("\nstage         seconds  status")
     for stage, taken in seconds.items():
-        print(
-            f"{stage:12}  {taken:7.1f}  {done[stage].answer.get('status', '') if stage in done else 'done'}"
-        )
+        print(f"{stage:12}  {taken:7.1f}  {done[stage].answer.get('status', '') if stage in done else 'done'}")
     print(f"\nContact sheet  {samples.get('contact', f'{PLACE}/samples')}")
     print(f"Report         {report['report']}")
     print(f"MLflow         {mlflow_ui_command(tracking.uri)}")

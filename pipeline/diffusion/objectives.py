@@ -1,0 +1,172 @@
+"""Forward process, training targets, loss weights and conversions, for flows and for variance-preserving noise.
+
+Time t is continuous in [0, 1]: t = 0 is data, t = 1 is noise. Everywhere x_t = alpha(t) x0 + sigma(t) noise.
+
+flow     rectified flow: alpha = 1 - t, sigma = t, target u = noise - x0 (Liu et al. 2022, eq. 1, with time reversed;
+         Esser et al. 2024, eq. 13). dx_t/dt = u.
+epsilon  target = noise (Ho et al. 2020, eq. 14).
+v        target = alpha noise - sigma x0 (Salimans and Ho 2022, section 4, appendix D).
+
+epsilon and v use the 1000-step discrete schedules that published models were trained with, continued between
+steps by linear interpolation of the log signal-to-noise ratio, so that t = k / 1000 is exactly discrete step k
+(k = 0..999) and a diffusers model may be given 1000 t. Above 0.999 the last step's noise level holds: with
+scaled_linear x_1 still carries alpha = 0.068 of the data, as in every model trained so (Lin et al. 2023).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import InputError
+
+NUM_TRAIN_STEPS = 1000
+KINDS = ("flow", "epsilon", "v")
+SCHEDULES = ("scaled_linear", "linear", "cosine")
+WEIGHTINGS = ("none", "min_snr")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One choice of forward process, prediction target and loss weight; plain values, comparable, JSON-able."""
+
+    kind: str = "flow"
+    schedule: str = "scaled_linear"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    weighting: str = "none"
+    min_snr_gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("kind", KINDS), ("schedule", SCHEDULES), ("weighting", WEIGHTINGS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"objective {name} must be one of {allowed}, got {getattr(self, name)!r}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its fields as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Objective:
+        """The objective of `as_dict` (or of an ObjectiveConfig's model_dump); InputError on an unknown field."""
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise InputError("objective has unknown fields", key="objective", value=", ".join(unknown))
+        return cls(**values)
+
+    # -- the forward process --
+
+    def alpha_sigma(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale of data and of noise at each time, float32 [b] each."""
+        t = t_B.to(torch.float64)
+        if self.kind == "flow":
+            return (1.0 - t).float(), t.float()
+        log_snr = self._log_snr(t)
+        return torch.sigmoid(log_snr).sqrt().float(), torch.sigmoid(-log_snr).sqrt().float()
+
+    def snr(self, t_B: Tensor) -> Tensor:
+        """Signal-to-noise ratio alpha**2 / sigma**2, float32 [b]; infinite at t = 0 of a flow."""
+        if self.kind == "flow":
+            alpha, sigma = self.alpha_sigma(t_B)
+            return (alpha / sigma).square()
+        return self._log_snr(t_B.to(torch.float64)).exp().float()
+
+    def noisy(self, x0_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        """x_t = alpha x0 + sigma noise."""
+        alpha, sigma = self._at(t_B, x0_BCHW)
+        return alpha * x0_BCHW + sigma * noise_BCHW
+
+    def target(self, x0_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        """What the model should answer for `noisy(x0, noise, t)`."""
+        if self.kind == "flow":
+            return noise_BCHW - x0_BCHW
+        if self.kind == "epsilon":
+            return noise_BCHW
+        alpha, sigma = self._at(t_B, x0_BCHW)
+        return alpha * noise_BCHW - sigma * x0_BCHW
+
+    def weight(self, t_B: Tensor) -> Tensor:
+        """Loss weight of each row, float32 [b].
+
+        min_snr is the weight min(SNR, gamma) on the error of x0 (Hang et al. 2023, section 3.4), carried over to
+        the error this objective measures: divided by SNR for epsilon, by SNR + 1 for v, and times t**2 for flow
+        (there x0 = x_t - t u, so an error of u is t times smaller in x0).
+        """
+        if self.weighting == "none":
+            return torch.ones(t_B.shape, device=t_B.device)
+        if self.kind == "flow":
+            # min(SNR, gamma) t**2, written without the division by t.
+            t = t_B.float()
+            return torch.minimum((1.0 - t).square(), self.min_snr_gamma * t.square())
+        snr = self.snr(t_B)
+        clamped = snr.clamp(max=self.min_snr_gamma)
+        return clamped / snr if self.kind == "epsilon" else clamped / (snr + 1.0)
+
+    # -- conversions of a prediction --
+
+    def denoised(self, pred_BCHW: Tensor, x_t_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        """The data x0 that a prediction implies at (x_t, t)."""
+        alpha, sigma = self._at(t_B, x_t_BCHW)
+        if self.kind == "flow":
+            return x_t_BCHW - sigma * pred_BCHW
+        if self.kind == "epsilon":
+            return (x_t_BCHW - sigma * pred_BCHW) / alpha
+        return alpha * x_t_BCHW - sigma * pred_BCHW
+
+    def noise(self, pred_BCHW: Tensor, x_t_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        """The noise that a prediction implies at (x_t, t)."""
+        alpha, sigma = self._at(t_B, x_t_BCHW)
+        if self.kind == "flow":
+            return x_t_BCHW + alpha * pred_BCHW
+        if self.kind == "epsilon":
+            return pred_BCHW
+        return sigma * x_t_BCHW + alpha * pred_BCHW
+
+    def velocity(self, pred_BCHW: Tensor, x_t_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        """noise - x0, the rectified-flow velocity that a prediction implies at (x_t, t)."""
+        if self.kind == "flow":
+            return pred_BCHW
+        return self.noise(pred_BCHW, x_t_BCHW, t_B) - self.denoised(pred_BCHW, x_t_BCHW, t_B)
+
+    # -- inside --
+
+    def _at(self, t_B: Tensor, like_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (-1,) + (1,) * (like_BCHW.ndim - 1)
+        alpha, sigma = self.alpha_sigma(t_B)
+        return alpha.reshape(shape).to(like_BCHW.dtype), sigma.reshape(shape).to(like_BCHW.dtype)
+
+    def _log_snr(self, t: Tensor) -> Tensor:
+        table = _log_snr_table(self.schedule, self.beta_start, self.beta_end).to(t.device)
+        position = (t * NUM_TRAIN_STEPS).clamp(0, NUM_TRAIN_STEPS - 1)
+        below = position.floor().long().clamp(max=NUM_TRAIN_STEPS - 2)
+        return torch.lerp(table[below], table[below + 1], position - below)
+
+
+def alphas_cumprod(schedule: str, beta_start: float, beta_end: float) -> Tensor:
+    """Products of (1 - beta) over 1000 steps, float64 [1000].
+
+    scaled_linear: sqrt(beta) evenly spaced (the latent diffusion release; Rombach et al. 2022, appendix).
+    linear: beta evenly spaced (Ho et al. 2020, section 4).
+    cosine: Nichol and Dhariwal 2021, eq. 17, s = 0.008, beta clipped at 0.999.
+    """
+    if schedule == "scaled_linear":
+        roots = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), NUM_TRAIN_STEPS, dtype=torch.float64)
+        betas = roots.square()
+    elif schedule == "linear":
+        betas = torch.linspace(beta_start, beta_end, NUM_TRAIN_STEPS, dtype=torch.float64)
+    else:
+        f = torch.linspace(0, 1, NUM_TRAIN_STEPS + 1, dtype=torch.float64)
+        f = ((f + 0.008) / 1.008 * math.pi / 2).cos().square()
+        betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    return (1 - betas).cumprod(0)
+
+
+@functools.lru_cache(maxsize=8)
+def _log_snr_table(schedule: str, beta_start: float, beta_end: float) -> Tensor:
+    return torch.logit(alphas_cumprod(schedule, beta_start, beta_end))

@@ -1,0 +1,122 @@
+"""Random numbers keyed by what they are for: (run seed, row id, purpose, counter), never by who draws them.
+
+The generator is Philox4x32-10, a keyed bijection of 128-bit counters (Salmon, Moraes, Dror and Shaw, "Parallel
+random numbers: as easy as 1, 2, 3", SC 2011), written with 64-bit integer tensor operations. Two levels:
+
+    run key    = blake2b-64(seed, purpose)
+    row block  = Philox(counter=row id [128 bits], key=run key)             one per row, injective in the row id
+    words      = Philox(counter=(block, counter, row block[2:4]), key=row block[0:2])
+
+so distinct (row id, block, counter) never meet in the same (key, counter) pair, by construction and not by luck.
+A row's numbers depend on that row's id only: not on the batch it is in, its place there, nor the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Multipliers and Weyl constants of Philox4x32 (SC 2011, section 3.3).
+_MULTIPLIER_0 = 0xD2511F53
+_MULTIPLIER_1 = 0xCD9E8D57
+_WEYL_0 = 0x9E3779B9
+_WEYL_1 = 0xBB67AE85
+_MASK32 = 0xFFFFFFFF
+_ROUNDS = 10
+_WORDS_PER_BLOCK = 4
+
+
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds of Philox4x32 on int64 tensors that hold 32-bit words (0 <= word < 2**32) and broadcast together."""
+    k0, k1 = key
+    shape = np.broadcast_shapes(*(word.shape for word in (*counter, *key)))
+    c0, c1, c2, c3 = (word.expand(shape) for word in counter)
+    for _ in range(_ROUNDS):
+        # The wrapped signed product has the very bits of the unsigned one; the mask undoes the arithmetic shift.
+        product_0 = c0 * _MULTIPLIER_0
+        product_1 = c2 * _MULTIPLIER_1
+        c0 = (product_1 >> 32).bitwise_and_(_MASK32).bitwise_xor_(k0) ^ c1
+        c2 = (product_0 >> 32).bitwise_and_(_MASK32).bitwise_xor_(k1) ^ c3
+        c1 = product_1.bitwise_and_(_MASK32)
+        c3 = product_0.bitwise_and_(_MASK32)
+        k0 = (k0 + _WEYL_0) & _MASK32
+        k1 = (k1 + _WEYL_1) & _MASK32
+    return c0, c1, c2, c3
+
+
+def keyed_words(seed: int, ids: Tensor, *, purpose: str, counter: int, count: int) -> Tensor:
+    """`count` random 32-bit words for each row id: int64 [b, count], each in [0, 2**32).
+
+    ids: int64 [b, 2]; counter: the epoch or draw number, 0 <= counter < 2**32.
+    """
+    if ids.dtype != torch.int64 or ids.ndim != 2 or ids.shape[1] != 2:
+        raise ValueError(f"ids must be int64 [b, 2] (see ids_from_bytes), got {ids.dtype} {tuple(ids.shape)}")
+    if not 0 <= counter <= _MASK32:
+        raise ValueError(f"counter must be in [0, 2**32), got {counter}")
+    device = ids.device
+    run_key = _run_key(seed, purpose)
+    low, high = ids[:, :1], ids[:, 1:]
+    row = philox4x32(
+        (low & _MASK32, (low >> 32) & _MASK32, high & _MASK32, (high >> 32) & _MASK32),
+        (torch.tensor(run_key & _MASK32, device=device), torch.tensor(run_key >> 32, device=device)),
+    )
+    num_blocks = -(-count // _WORDS_PER_BLOCK)
+    block = torch.arange(num_blocks, dtype=torch.int64, device=device)[None, :]
+    words = philox4x32((block, torch.tensor(counter, device=device), row[2], row[3]), (row[0], row[1]))
+    return torch.cat([word.expand(ids.shape[0], num_blocks) for word in words], dim=1)[:, :count]
+
+
+def keyed_uniform(seed: int, ids: Tensor, *, purpose: str, counter: int = 0, shape: Sequence[int] = ()) -> Tensor:
+    """Uniform numbers in the open interval (0, 1), float32 [b, *shape], exactly equal on every device."""
+    count = math.prod(shape)
+    words = keyed_words(seed, ids, purpose=purpose, counter=counter, count=count)
+    # 23 bits and a half: exact in float32, never 0 and never 1.
+    uniform = ((words >> 9).to(torch.float32) + 0.5) * 2.0**-23
+    return uniform.reshape(ids.shape[0], *shape)
+
+
+def keyed_normal(seed: int, ids: Tensor, *, purpose: str, counter: int = 0, shape: Sequence[int]) -> Tensor:
+    """Standard normal numbers, float32 [b, *shape], by the transform of Box and Muller (1958).
+
+    Computed in float64 and rounded once, so that devices differ at most in the last bit of a float32 (1e-6
+    absolute is a safe tolerance between CPU and GPU). |x| <= 6.67.
+    """
+    count = math.prod(shape)
+    num_pairs = -(-count // 2)
+    words = keyed_words(seed, ids, purpose=purpose, counter=counter, count=2 * num_pairs)
+    uniform = words.to(torch.float64).add_(0.5).mul_(2.0**-32)
+    radius = uniform[:, :num_pairs].log().mul_(-2.0).sqrt_()
+    angle = uniform[:, num_pairs:].mul_(2.0 * math.pi)
+    normal = torch.cat([(radius * angle.cos()).float(), (radius * angle.sin()).float()], dim=1)
+    return normal[:, :count].reshape(ids.shape[0], *shape)
+
+
+def ids_from_bytes(sample_ids: Sequence[bytes]) -> Tensor:
+    """Row ids of 16 bytes each as int64 [b, 2], two little-endian words per id."""
+    wrong = next((sample_id for sample_id in sample_ids if len(sample_id) != 16), None)
+    if wrong is not None:
+        raise ValueError(f"a row id is exactly 16 bytes, got {len(wrong)}: {wrong.hex()}")
+    words = np.frombuffer(b"".join(sample_ids), dtype="<i8").astype(np.int64).reshape(-1, 2)
+    return torch.from_numpy(words)
+
+
+def ids_from_words(words_B2: np.ndarray) -> Tensor:
+    """Row ids held as uint64 [b, 2] (two little-endian words, as the stream gives them) as int64 [b, 2]."""
+    return torch.from_numpy(np.array(words_B2, dtype=np.uint64).view(np.int64))
+
+
+def id_from_text(text: str) -> bytes:
+    """The 16-byte id of any text (a request key, a fixed name): blake2b-128 of its UTF-8 bytes."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _run_key(seed: int, purpose: str) -> int:
+    digest = hashlib.blake2b(f"{seed}\0{purpose}".encode(), digest_size=8, person=b"latentloom-rng-1")
+    return int.from_bytes(digest.digest(), "little")

@@ -1,0 +1,17 @@
+"""Networks that predict noise, velocity or v from noisy latents, behind one calling convention, and their export.
+
+    forward(x_BCHW, t_B, labels_B=None, text_BLD=None, text_mask_BL=None) -> prediction_BCHW
+
+x is normalised latents plus noise, t in [0, 1] with 1 pure noise; label index num_classes means "no label" and is
+the model's `null_label`. Nothing is dropped inside: the trainer drops labels and text per row, by the row's id.
+
+    config    ModelConfig, a union on `kind`                     (pydantic only)
+    build     ModelConfig + what the dataset is   ->  nn.Module  (dit.py, or adapters.py around a diffusers class)
+    flops     ModelConfig + a latent's shape      ->  FLOPs of one forward, counted on shapes alone
+    export    nn.Module + ExportInfo              ->  a directory: safetensors, JSON, a model card; and back
+    foreign   a plain diffusers pipeline directory ->  nn.Module + ExportInfo
+
+An export is complete when its latentloom.json is there; that file is written last, so a crash leaves a directory that
+reads as "no export" and is written over by the next attempt. A complete export is never changed. Loading runs no code
+from the directory: JSON and safetensors, classes from a closed list, hashes checked.
+"""

@@ -1,0 +1,35 @@
+"""The configuration models say the same as the classes they configure, and import nothing heavy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from pydantic import ValidationError
+
+from pipeline.diffusion.config import ObjectiveConfig, SamplerConfig, TimestepConfig
+from pipeline.diffusion.objectives import Objective
+from pipeline.diffusion.samplers import SAMPLERS
+from pipeline.diffusion.timesteps import TimestepDensity
+
+
+def test_defaults_agree_with_the_classes() -> None:
+    assert Objective.from_dict(ObjectiveConfig().model_dump()) == Objective()
+    assert TimestepDensity(**TimestepConfig().model_dump()) == TimestepDensity()
+    assert set(SamplerConfig.model_fields["name"].annotation.__args__) == set(SAMPLERS)  # type: ignore[union-attr]
+
+
+def test_nonsense_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"beta_start 0.5 must not exceed beta_end 0.1"):
+        ObjectiveConfig(beta_start=0.5, beta_end=0.1)
+    with pytest.raises(ValidationError, match="must satisfy 0 <= low <= high <= 1"):
+        SamplerConfig(guidance_interval=(0.9, 0.1))
+
+
+@pytest.mark.parametrize("module", ["pipeline.diffusion.config", "pipeline.model.config"])
+def test_configuration_imports_no_torch(module: str) -> None:
+    heavy = ("torch", "numpy", "diffusers", "ray", "mlflow")
+    code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,208 @@
+"""Storage on the local disk, in memory and on an S3 API: one behaviour."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import InputError
+from pipeline.storage import Root, check_key
+
+
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
+    if request.param == "local":
+        return Root(str(tmp_path / "root"))
+    if request.param == "memory":
+        return Root(f"memory://{uuid.uuid4().hex}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", request.getfixturevalue("s3_server"))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    bucket = f"b{uuid.uuid4().hex[:12]}"
+    root = Root(f"s3://{bucket}/prefix")
+    root.fs.call_s3("create_bucket", Bucket=bucket)
+    return root
+
+
+def test_objects_come_back_whole_and_in_ranges(root: Root) -> None:
+    root.put("a/b.bin", b"0123456789")
+    assert root.read_bytes("a/b.bin") == b"0123456789"
+    assert root.read_range("a/b.bin", 3, 4) == b"3456"
+    with root.open("a/b.bin") as file:
+        file.seek(8)
+        assert file.read() == b"89"
+    assert root.info("a/b.bin").size_bytes == 10
+    root.put("a/b.bin", b"new")
+    assert root.read_bytes("a/b.bin") == b"new"
+
+
+def test_absent_objects_are_file_not_found(root: Root) -> None:
+    root.put("a/b", b"x")
+    for call in (root.read_bytes, root.info, root.open):
+        with pytest.raises(FileNotFoundError):
+            call("a/none")
+    assert not root.exists("a/none")
+    assert not root.exists("a")
+    assert list(root.list("nothing/here")) == []
+    root.delete("a/none")
+
+
+def test_create_if_absent_has_one_winner(root: Root) -> None:
+    barrier, won = threading.Barrier(12), []
+
+    def contend(number: int) -> None:
+        mine = pickle.loads(pickle.dumps(root))
+        barrier.wait()
+        if mine.put_if_absent("claim", f"writer {number}".encode()):
+            won.append(number)
+
+    threads = [threading.Thread(target=contend, args=(i,)) for i in range(12)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    if root.uri.startswith(("s3", "memory")):
+        # The emulations check, then write: what must hold is that a winner's bytes are never reported lost.
+        assert won
+    else:
+        assert len(won) == 1
+    assert root.read_bytes("claim") in {f"writer {n}".encode() for n in won}
+    assert root.put_if_absent("claim", b"late") is False
+
+
+def test_listing_is_sorted_by_full_key_and_complete(root: Root) -> None:
+    keys = ["b", "a/z", "a/b/c", "a.txt", "a-1", "a/b.d", "a0"]
+    for key in keys:
+        root.put(key, key.encode())
+    assert [i.key for i in root.list()] == sorted(keys)
+    assert [i.key for i in root.list("a")] == ["a/b.d", "a/b/c", "a/z"]
+    assert root.list_dirs() == ["a"]
+    assert all(i.size_bytes == len(i.key) for i in root.list())
+
+
+def test_directories_travel_both_ways(root: Root, tmp_path: Path) -> None:
+    (tmp_path / "in" / "x").mkdir(parents=True)
+    (tmp_path / "in" / "x" / "1").write_bytes(b"one")
+    (tmp_path / "in" / "2").write_bytes(b"two")
+    root.upload_dir(tmp_path / "in", "up")
+    root.download_dir("up", tmp_path / "out")
+    assert (tmp_path / "out" / "x" / "1").read_bytes() == b"one"
+    assert (tmp_path / "out" / "2").read_bytes() == b"two"
+
+
+def test_the_probe_leaves_nothing_behind(root: Root) -> None:
+    root.probe()
+    assert list(root.list()) == []
+
+
+@pytest.mark.parametrize("key", ["", "/a", "a//b", "../a", "a/../b", "a/.", "a\\b", "a\0b"])
+def test_keys_cannot_leave_their_root(key: str) -> None:
+    with pytest.raises(ValueError, match="must be relative"):
+        check_key(key)
+
+
+@given(st.text(min_size=1, max_size=20))
+def test_accepted_keys_stay_below_the_root(key: str) -> None:
+    try:
+        check_key(key)
+    except ValueError:
+        return
+    assert os.path.normpath(f"/root/{key}").startswith("/root/")
+
+
+def test_a_full_disk_leaves_nothing_half_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Root(str(tmp_path))
+    root.put("kept", b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for write in (root.put, root.put_if_absent):
+        with pytest.raises(OSError, match="No space left"):
+            write("kept" if write == root.put else "new", b"half")
+    monkeypatch.undo()
+    assert [i.key for i in root.list()] == ["kept"]
+    assert root.read_bytes("kept") == b"old"
+    assert os.listdir(tmp_path) == ["kept"]
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="cannot be written: NotADirectoryError"):
+        Root(str(tmp_path / "file")).probe()
+
+
+def test_an_unknown_scheme_names_the_remedy() -> None:
+    with pytest.raises(InputError, match="installed fsspec backend"):
+        Root("nosuch://x").exists("a")
+    with pytest.raises(InputError, match="empty URI"):
+        Root("")
+
+
+def test_a_store_without_conditional_writes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Root(f"memory://{uuid.uuid4().hex}")
+
+    def overwrite(self: Root, key: str, data: bytes) -> bool:
+        self.put(key, data)
+        return True
+
+    monkeypatch.setattr(Root, "put_if_absent", overwrite)
+    with pytest.raises(InputError, match="no atomic create-if-absent"):
+        root.probe()
+
+
+def test_a_lost_answer_is_resolved_by_reading_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store took the object, the connection broke before it said so: the retry must not report a loss."""
+    root = Root(f"memory://{uuid.uuid4().hex}")
+    real, calls = Root._create_remote, []
+
+    def lossy(self: Root, key: str, data: bytes) -> None:
+        calls.append(key)
+        real(self, key, data)
+        if len(calls) == 1:
+            raise ConnectionResetError("the answer got lost")
+
+    monkeypatch.setattr(Root, "_create_remote", lossy)
+    assert root.put_if_absent("claim", b"mine") is True
+    assert len(calls) == 2
+    assert root.put_if_absent("claim", b"mine") is False
+
+
+def test_transient_errors_are_retried_and_final_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Root(f"memory://{uuid.uuid4().hex}")
+    root.put("a", b"x")
+    failures = [TimeoutError("slow"), ConnectionResetError("reset")]
+    real = type(root.fs).cat_file
+
+    def flaky(self: object, path: str, **options: object) -> bytes:
+        if failures:
+            raise failures.pop()
+        return real(self, path, **options)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(type(root.fs), "cat_file", flaky)
+    assert root.read_bytes("a") == b"x"
+    failures[:] = [PermissionError("no")]
+    with pytest.raises(PermissionError):
+        root.read_bytes("a")
+    assert failures == []
