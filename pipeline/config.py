@@ -215,18 +215,34 @@ def _did_you_mean(model: type[BaseModel], loc: Sequence[str]) -> str | None:
 
 def field_tree(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, FieldInfo]]:
     """Every key of a model, depth first: (dotted key, type as text, field); a union lists all its members."""
-    seen: set[str] = set()
+    for key, kind, info, _ in _tree(model, prefix):
+        yield key, kind, info
+
+
+def _tree(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, FieldInfo, str]]:
+    """Like `field_tree`, with the condition under which a key exists ("" or "kind = x, y") as fourth."""
     for name, info in model.model_fields.items():
         key = prefix + name
+        yield key, _type_text(info.annotation), info, ""
         children = _submodels(info.annotation)
-        if key not in seen:
-            yield key, _type_text(info.annotation), info
-            seen.add(key)
-        for child in children:
-            for sub in field_tree(child, key + "."):
-                if sub[0] not in seen:
-                    seen.add(sub[0])
-                    yield sub
+        if len(children) == 1:
+            yield from _tree(children[0], key + ".")
+        elif children:
+            yield from _union_tree(children, key + ".")
+
+
+def _union_tree(members: Sequence[type[BaseModel]], prefix: str) -> Iterator[tuple[str, str, FieldInfo, str]]:
+    """The keys of a tagged union: the tag with all its values first, then each other key once."""
+    found: dict[str, tuple[str, FieldInfo, list[str]]] = {}
+    for member in members:
+        tag = _type_text(member.model_fields["kind"].annotation) if "kind" in member.model_fields else member.__name__
+        for key, kind, info, _ in _tree(member, prefix):
+            found.setdefault(key, (kind, info, []))[2].append(tag)
+    for key, (kind, info, tags) in found.items():
+        if key == prefix + "kind":
+            yield key, " | ".join(tags), info, ""
+        else:
+            yield key, kind, info, "" if len(tags) == len(members) else f"kind = {', '.join(tags)}"
 
 
 def _submodels(annotation: Any) -> list[type[BaseModel]]:
@@ -257,18 +273,30 @@ def _type_text(annotation: Any) -> str:
 
 
 def help_text(model: type[BaseModel]) -> str:
-    """The field tree with types, defaults and descriptions, for --help."""
+    """The field tree with types, defaults, conditions and descriptions, for --help."""
     lines: list[str] = []
-    for key, kind, info in field_tree(model):
-        depth = key.count(".")
-        default = ""
-        if info.is_required():
-            default = "required"
-        elif info.default is not PydanticUndefined and not isinstance(info.default, BaseModel) and kind != "section":
-            default = f"default {_clip(info.default)}"
-        note = ", ".join(t for t in ("" if kind == "section" else kind, default) if t)
-        head = f"{'  ' * depth}{key}" + (f"  ({note})" if note else "")
-        lines.append(head)
+    for key, kind, info, condition in _tree(model, ""):
+        indent = "  " * key.count(".")
+        notes = [
+            "" if kind == "section" else kind,
+            _default_text(kind, info),
+            f"only {condition}" if condition else "",
+        ]
+        shown = "; ".join(n for n in notes if n)
+        lines.append(f"{indent}{key}" + (f"  ({shown})" if shown else ""))
         if info.description:
-            lines.append(f"{'  ' * depth}    {info.description}")
+            lines.append(f"{indent}    {info.description}")
     return "\n".join(lines)
+
+
+def _default_text(kind: str, info: FieldInfo) -> str:
+    if info.is_required():
+        return "required"
+    if kind == "section" or info.default is PydanticUndefined or isinstance(info.default, BaseModel):
+        return ""
+    plain = (
+        [v.model_dump() if isinstance(v, BaseModel) else v for v in info.default]
+        if (isinstance(info.default, tuple))
+        else info.default
+    )
+    return f"default {_clip(plain)}"

@@ -142,8 +142,8 @@ def test_merging_is_associative_when_shapes_agree(a: dict, b: dict, c: dict) -> 
 
 def test_help_lists_every_key_with_type_default_and_description() -> None:
     text = help_text(Model)
-    assert "name  (text, required)\n    The name." in text
-    assert "inner.rate  (number, default 0.001)" in text
-    assert "source.kind" in text
-    assert "source.depth" in text
-    assert "source.member" in text
+    assert "name  (text; required)\n    The name." in text
+    assert "inner.rate  (number; default 0.001)" in text
+    assert "source.kind  (folder | tar; default folder)" in text
+    assert "source.depth  (whole number; default 1; only kind = folder)" in text
+    assert "source.member  (text; default *; only kind = tar)" in text

@@ -1,0 +1,220 @@
+"""Carries one journal to the store: finds or makes its run, then sends batches and confirms offsets.
+
+Everything here may be repeated: params, tags, inputs, artifacts and equal points are idempotent at the store, and a
+confirmation that was lost only means that a batch is sent again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from pipeline.tracking.journal import Header, JournalReader, Record
+from pipeline.tracking.store import (
+    ATTEMPT_TAG,
+    MAX_PAIRS_PER_CALL,
+    MAX_POINTS_PER_CALL,
+    Point,
+    RunMissing,
+    RunState,
+    StoreRefused,
+)
+
+_log = logging.getLogger(__name__)
+_BATCHED = frozenset({"metrics", "params", "tags"})
+T = TypeVar("T")
+
+
+class Store(Protocol):
+    """What a delivery needs of a tracking store; `store.MlflowStore` is the real one."""
+
+    def find_run(self, header: Header, known_id: str | None) -> RunState | None: ...
+    def create_run(self, header: Header) -> RunState: ...
+    def run_state(self, run_id: str) -> RunState | None: ...
+    def steps_of(self, run_id: str, key: str) -> set[int]: ...
+    def log_batch(
+        self, run_id: str, points: Sequence[Point], params: Mapping[str, str], tags: Mapping[str, str]
+    ) -> None: ...
+    def log_artifact(self, run_id: str, local: Path, folder: str) -> None: ...
+    def log_input(self, run_id: str, name: str, digest: str, source: str, context: str) -> None: ...
+    def set_status(self, run_id: str, status: str, end_ms: int | None = None) -> None: ...
+
+
+@dataclass
+class _Batch:
+    """Consecutive records that fit one call."""
+
+    points: list[Point] = field(default_factory=list)
+    params: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+
+    def full(self) -> bool:
+        return len(self.points) >= MAX_POINTS_PER_CALL or max(len(self.params), len(self.tags)) >= MAX_PAIRS_PER_CALL
+
+    def add(self, record: Record) -> None:
+        if record["kind"] == "metrics":
+            time_ms, step = int(record["t"]), int(record["step"])
+            self.points += [Point(k, float(v), time_ms, step) for k, v in dict(record["values"]).items()]
+        else:
+            target = self.params if record["kind"] == "params" else self.tags
+            target.update({str(k): str(v) for k, v in dict(record["values"]).items()})
+
+
+class Delivery:
+    """Sends one journal; `connect` once, then `send_next` until it says that nothing is left for now."""
+
+    def __init__(self, store: Store, journal: JournalReader, *, live: bool) -> None:
+        header = journal.header()
+        if header is None:
+            raise ValueError(f"{journal.path} is no journal of this version")
+        self.header: Header = header
+        self.num_skipped = 0
+        self._store, self._journal, self._live = store, journal, live
+        self._run: RunState | None = None
+        self._ended = False
+        self._delivered_steps: dict[str, set[int]] = {}
+
+    @property
+    def run_id(self) -> str:
+        """The run's id at the store, known after `connect`."""
+        if self._run is None:
+            raise ValueError("not connected")
+        return self._run.run_id
+
+    def connect(self) -> None:
+        """Find the run, or make it when this journal is its owner's; raises RunMissing for an attached one."""
+        run = self._store.find_run(self.header, self._journal.confirmed.run_id)
+        if run is None:
+            if self.header.role != "owner":
+                raise RunMissing("the run to attach to has not been made yet")
+            run = self._store.create_run(self.header)
+        elif self.header.role == "owner":
+            self._claim(run)
+        self._run = run
+        self._journal.confirm(self._journal.confirmed.offset, run_id=run.run_id)
+
+    def _claim(self, run: RunState) -> None:
+        """The newest attempt decides a run's status; a live one is the newest, whatever the clocks say."""
+        holder = run.tags.get(ATTEMPT_TAG, "")
+        if not self._live and self.header.attempt < holder:
+            return
+        if holder != self.header.attempt:
+            self._store.log_batch(run.run_id, [], {}, {ATTEMPT_TAG: self.header.attempt, **self.header.tags})
+        if self._live and run.status != "RUNNING":
+            self._store.set_status(run.run_id, "RUNNING")
+
+    def send_next(self) -> bool:
+        """Send what fits one round; False when the journal holds no further complete record."""
+        batch, end = _Batch(), self._journal.confirmed.offset
+        for end_of_line, record in self._journal.pending():
+            if record is not None and record["kind"] in _BATCHED:
+                _add_if_sound(batch, record)
+                end = end_of_line
+                if batch.full():
+                    break
+            elif record is None or record["kind"] == "open":
+                end = end_of_line
+            elif end > self._journal.confirmed.offset:
+                break  # what came before it goes first
+            else:
+                refused = self._send_single(record)
+                self._journal.confirm(end_of_line, refused=refused)
+                return True
+        if end == self._journal.confirmed.offset:
+            return False
+        self._journal.confirm(end, refused=self._send_batch(batch))
+        return True
+
+    def close_orphan(self) -> None:
+        """End the run of a dead process that did not do so itself, unless a newer attempt has taken it over."""
+        if self.header.role == "owner" and not self._ended and self._still_ours():
+            state = self._store.run_state(self.run_id)
+            if state is not None and state.status == "RUNNING":
+                self._store.set_status(self.run_id, "KILLED", self._journal.last_time_ms())
+
+    def _still_ours(self) -> bool:
+        state = self._store.run_state(self.run_id)
+        return state is not None and state.tags.get(ATTEMPT_TAG) == self.header.attempt
+
+    def _send_batch(self, batch: _Batch) -> int:
+        assert self._run is not None
+        points = [p for p in batch.points if not self._is_delivered(p)]
+        self.num_skipped += len(batch.points) - len(points)
+        params = {k: v for k, v in batch.params.items() if k not in self._run.params}
+        for key in batch.params.keys() & self._run.params.keys():
+            if batch.params[key] != self._run.params[key]:
+                _log.warning("param %s of run %s stays as it was first logged", key, self.run_id)
+        refused = 0
+        for some in _chunks(points, MAX_POINTS_PER_CALL):
+            refused += self._bisect(some, lambda part: self._store.log_batch(self.run_id, part, {}, {}))
+        for pairs in _chunks(params.items(), MAX_PAIRS_PER_CALL):
+            refused += self._bisect(pairs, lambda part: self._store.log_batch(self.run_id, [], dict(part), {}))
+        for pairs in _chunks(batch.tags.items(), MAX_PAIRS_PER_CALL):
+            refused += self._bisect(pairs, lambda part: self._store.log_batch(self.run_id, [], {}, dict(part)))
+        return refused
+
+    def _bisect(self, items: list[T], send: Callable[[list[T]], None]) -> int:
+        """Send all; what the store refuses is narrowed down to single items, so one bad value costs only itself."""
+        try:
+            send(items)
+        except StoreRefused as error:
+            if len(items) > 1:
+                middle = len(items) // 2
+                return self._bisect(items[:middle], send) + self._bisect(items[middle:], send)
+            _log.warning("the tracking store refuses %s: %s", items[0], error)
+            return 1
+        return 0
+
+    def _is_delivered(self, point: Point) -> bool:
+        """True when the run had a point of this metric at this step before this journal was connected."""
+        assert self._run is not None
+        last = self._run.last_steps.get(point.key)
+        if last is None or point.step > last:
+            return False
+        if point.key not in self._delivered_steps:
+            self._delivered_steps[point.key] = self._store.steps_of(self.run_id, point.key)
+        return point.step in self._delivered_steps[point.key]
+
+    def _send_single(self, record: Record) -> int:
+        try:
+            self._perform(record)
+        except StoreRefused as error:
+            _log.warning("the tracking store refuses a record of kind %s: %s", record["kind"], error)
+            return 1
+        except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
+            _log.warning("a tracking record of kind %s is unusable: %s", record["kind"], error)
+            return 1
+        return 0
+
+    def _perform(self, record: Record) -> None:
+        kind = record["kind"]
+        if kind == "artifact":
+            local = self._journal.local_file(record["file"])
+            if not local.is_file():
+                raise FileNotFoundError(f"{record['file']} is gone from the journal's folder")
+            self._store.log_artifact(self.run_id, local, record["folder"])
+        elif kind == "input":
+            self._store.log_input(self.run_id, *(str(record[k]) for k in ("name", "digest", "source", "context")))
+        elif kind == "status":
+            self._ended = True
+            if self._still_ours():
+                self._store.set_status(self.run_id, record["status"], int(record["t"]))
+        else:
+            raise ValueError(f"unknown kind {kind!r}")
+
+
+def _add_if_sound(batch: _Batch, record: dict[str, Any]) -> None:
+    try:
+        batch.add(record)
+    except (KeyError, TypeError, ValueError) as error:
+        _log.warning("a tracking record of kind %s is unusable: %s", record["kind"], error)
+
+
+def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk

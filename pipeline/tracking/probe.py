@@ -1,0 +1,113 @@
+"""Checks a tracking URI at job start: what cannot ever work stops the job, what may come back does not."""
+
+from __future__ import annotations
+
+import base64
+import configparser
+import logging
+import os
+import re
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from pipeline.errors import ConfigError
+from pipeline.tracking.redact import Redactor, masked_uri, sqlite_path, without_credentials
+
+_log = logging.getLogger(__name__)
+_KEY = "tracking.uri"
+_RULE = "sqlite:///file, http(s)://host[:port][/path], postgresql://... or mysql://..."
+_DATABASE = re.compile(r"^(postgresql|mysql|mssql)(\+[a-z0-9]+)?$")
+PROBE_TIMEOUT_S = 3.0
+
+
+def check_uri(uri: str) -> None:
+    """Raise ConfigError when `uri` cannot name a tracking store; touches no network."""
+    shown = masked_uri(uri)
+    try:
+        parts = urlsplit(uri)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise _malformed(shown, "it cannot be parsed") from None
+    if parts.scheme == "sqlite":
+        _check_sqlite(uri, shown)
+    elif parts.scheme in ("http", "https") or _DATABASE.match(parts.scheme):
+        if not host:
+            raise _malformed(shown, "it names no host")
+    else:
+        raise _malformed(shown, f"the scheme {parts.scheme!r} is none of those known")
+
+
+def check_access(uri: str, timeout_s: float = PROBE_TIMEOUT_S) -> None:
+    """Ask an HTTP server one harmless question; ConfigError when it refuses us, a warning when it does not answer."""
+    if urlsplit(uri).scheme not in ("http", "https"):
+        return
+    if os.environ.get("MLFLOW_TRACKING_AUTH") or os.environ.get("MLFLOW_TRACKING_AWS_SIGV4"):
+        return  # signed by a plug-in of mlflow's, which this plain request cannot imitate
+    shown = without_credentials(uri)
+    url = f"{shown.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1"
+    request = urllib.request.Request(url, headers=_authorization(uri))
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s):
+            return
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise ConfigError(
+                f"The tracking server refuses the credentials (HTTP {error.code})",
+                key=_KEY,
+                value=shown,
+                rule="the server must let this user read and write experiments",
+                next_step="set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN)",
+            ) from None
+        reason = f"HTTP {error.code}"
+    except (OSError, ValueError) as error:
+        reason = Redactor.for_uri(uri)(str(error))
+    _log.warning("tracking server %s does not answer (%s): recording locally, sending later", shown, reason)
+
+
+def _check_sqlite(uri: str, shown: str) -> None:
+    path = sqlite_path(uri)
+    if path is None or path.name in ("", ":memory:"):
+        raise _malformed(shown, "it names no database file")
+    if path.is_dir():
+        raise _malformed(shown, "it names a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _malformed(shown, f"its folder cannot be made: {error.strerror}") from None
+
+
+def _malformed(shown: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"The tracking store cannot be used: {why}",
+        key=_KEY,
+        value=shown,
+        rule=_RULE,
+        next_step="correct tracking.uri, or set tracking.enabled=false",
+    )
+
+
+def _authorization(uri: str) -> dict[str, str]:
+    """The header mlflow's own client would send: the URI's user part, the environment, then its credentials file."""
+    parts = urlsplit(uri)
+    user, password = unquote(parts.username or ""), unquote(parts.password or "")
+    if not user:
+        user = os.environ.get("MLFLOW_TRACKING_USERNAME", "")
+        password = os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
+    if not user:
+        user, password = _credentials_file()
+    if user and password:
+        return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN", "")
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def _credentials_file() -> tuple[str, str]:
+    parser = configparser.ConfigParser()
+    try:
+        parser.read(Path.home() / ".mlflow" / "credentials")
+    except (configparser.Error, OSError, RuntimeError):
+        return "", ""
+    section = parser["mlflow"] if parser.has_section("mlflow") else {}
+    return section.get("mlflow_tracking_username", ""), section.get("mlflow_tracking_password", "")

@@ -1,0 +1,288 @@
+"""The only module that imports mlflow: what this package needs of a tracking store, and nothing more.
+
+Importing mlflow takes seconds and making a sqlite store a few more: the flusher's thread builds `MlflowStore`.
+Errors come out as two kinds: `StoreUnavailable` (try again later) and `StoreRefused` (this data, never).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from pipeline.tracking.journal import Header
+from pipeline.tracking.redact import Redactor, sqlite_path, without_credentials
+
+RUN_KEY_TAG = "latentloom.run_key"
+ATTEMPT_TAG = "latentloom.attempt"
+DIGEST_TAG = "latentloom.digest"
+MAX_POINTS_PER_CALL = 1000
+MAX_PAIRS_PER_CALL = 100
+_MAX_DIGEST = 36  # mlflow's column; the whole digest travels as an input tag
+_MAX_TAG = 8000
+_REFUSED_STATUS = frozenset({400, 413, 422})
+_REQUEST_DEFAULTS = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the flusher retries
+    "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT": "60",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+
+class StoreUnavailable(Exception):
+    """The store did not answer, or not usably: the same call may succeed later."""
+
+
+class RunMissing(StoreUnavailable):
+    """The run to attach to is not there (yet)."""
+
+
+class StoreRefused(Exception):
+    """The store will never take this data."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One metric value; `time_ms` is when it was logged, which makes sending it twice harmless."""
+
+    key: str
+    value: float
+    time_ms: int
+    step: int
+
+
+@dataclass(frozen=True)
+class DatasetLink:
+    """A dataset that a run read (context "input") or made (context "output")."""
+
+    name: str
+    digest: str
+    source: str
+    context: str
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What the store knows of a run: params, the last step of each metric, tags, datasets."""
+
+    run_id: str
+    params: Mapping[str, str]
+    last_steps: Mapping[str, int]
+    tags: Mapping[str, str]
+    status: str
+    datasets: tuple[DatasetLink, ...] = ()
+
+
+class MlflowStore:
+    """A tracking store by URI: local sqlite (made when absent), another database, or a server."""
+
+    def __init__(self, uri: str) -> None:
+        self._redact = Redactor.for_uri(uri)
+        self._uri = _without_user(uri)
+        self._sqlite = sqlite_path(uri)
+        self._experiments: dict[str, str] = {}
+        with self._translated():
+            self.client = _client(self._uri)
+
+    def find_run(self, header: Header, known_id: str | None) -> RunState | None:
+        """The run of a journal: by id where that still leads to an active run, else by its key."""
+        run_id = known_id or header.run_id
+        state = self.run_state(run_id) if run_id else None
+        if state is not None or header.run_key is None:
+            return state
+        found = self.search(header.experiment, f"tags.`{RUN_KEY_TAG}` = '{header.run_key}'")
+        return found[0] if found else None
+
+    def create_run(self, header: Header) -> RunState:
+        """Make the run of an owner's journal; the caller has looked for it before."""
+        tags = {**header.tags, ATTEMPT_TAG: header.attempt, "mlflow.user": _user()}
+        if header.run_key:
+            tags[RUN_KEY_TAG] = header.run_key
+        if header.run_id:
+            tags["latentloom.resumes"] = header.run_id
+        with self._translated():
+            run = self.client.create_run(
+                self._experiment_id(header.experiment),
+                start_time=header.start_ms,
+                tags={k: v[:_MAX_TAG] for k, v in tags.items()},
+                run_name=header.run_name,
+            )
+        return _state(run)
+
+    def run_state(self, run_id: str) -> RunState | None:
+        """A run by id; None when there is none or it was deleted."""
+        try:
+            with self._translated():
+                run = self.client.get_run(run_id)
+        except RunMissing:
+            return None
+        except StoreRefused:  # not even the form of an id
+            return None
+        return _state(run) if run.info.lifecycle_stage == "active" else None
+
+    def search(self, experiment: str | None, condition: str) -> list[RunState]:
+        """Runs that meet an MLflow filter, oldest first; over all experiments when None is given."""
+        with self._translated():
+            if experiment is None:
+                ids = [e.experiment_id for e in self.client.search_experiments()]
+            else:
+                ids = [self._experiment_id(experiment)]
+            runs, token = [], None
+            while True:
+                page = self.client.search_runs(
+                    ids, condition, order_by=["attributes.start_time ASC"], page_token=token
+                )
+                runs.extend(page)
+                token = page.token
+                if not token:
+                    return [_state(run) for run in runs]
+
+    def steps_of(self, run_id: str, key: str) -> set[int]:
+        """Every step at which the store holds a point of this metric."""
+        with self._translated():
+            return {metric.step for metric in self.client.get_metric_history(run_id, key)}
+
+    def log_batch(
+        self, run_id: str, points: Sequence[Point], params: Mapping[str, str], tags: Mapping[str, str]
+    ) -> None:
+        """One call: at most 1,000 points and 100 params and tags each; repeating it changes nothing."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        with self._translated():
+            self.client.log_batch(
+                run_id,
+                metrics=[Metric(p.key, p.value, p.time_ms, p.step) for p in points],
+                params=[Param(k, v) for k, v in params.items()],
+                tags=[RunTag(k, v[:_MAX_TAG]) for k, v in tags.items()],
+                synchronous=True,
+            )
+
+    def log_artifact(self, run_id: str, local: Path, folder: str) -> None:
+        """Upload one file into a folder of the run's artifacts ("" is the top)."""
+        with self._translated():
+            self.client.log_artifact(run_id, str(local), folder or None)
+
+    def log_input(self, run_id: str, name: str, digest: str, source: str, context: str) -> None:
+        """Attach a dataset to a run by name, digest and source; repeating it changes nothing."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(
+            name=name[:500],
+            digest=digest[:_MAX_DIGEST],
+            source_type=urlsplit(source).scheme or "local",
+            source=json.dumps({"uri": source}),
+        )
+        tags = [InputTag("mlflow.data.context", context), InputTag(DIGEST_TAG, digest)]
+        with self._translated():
+            self.client.log_inputs(run_id, [DatasetInput(dataset, tags)])
+
+    def set_status(self, run_id: str, status: str, end_ms: int | None = None) -> None:
+        """RUNNING reopens a run, FINISHED, FAILED and KILLED end it."""
+        with self._translated():
+            if status == "RUNNING":
+                self.client.update_run(run_id, status)
+            else:
+                self.client.set_terminated(run_id, status, end_ms)
+
+    def _experiment_id(self, name: str) -> str:
+        if name not in self._experiments:
+            self._experiments[name] = self._find_or_make_experiment(name)
+        return self._experiments[name]
+
+    def _find_or_make_experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(self.client.create_experiment(name, artifact_location=self._artifact_location(name)))
+            except MlflowException:
+                found = self.client.get_experiment_by_name(name)  # another process may have been quicker
+                if found is None:
+                    raise
+        if found.lifecycle_stage != "active":
+            raise StoreUnavailable(f"experiment {name!r} was deleted: restore it, or name another")
+        return str(found.experiment_id)
+
+    def _artifact_location(self, name: str) -> str | None:
+        """Beside a sqlite file (mlflow's own default depends on the working directory); a server knows its own."""
+        if self._sqlite is None:
+            return None
+        folder = re.sub(r"[^A-Za-z0-9._-]", "_", name).strip(".") or "experiment"
+        return (self._sqlite.parent / "mlartifacts" / folder).as_uri()
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            yield
+        except MlflowException as error:
+            text = self._redact(str(error))[:500]
+            status = error.get_http_status_code()
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                raise RunMissing(text) from None
+            if status in _REFUSED_STATUS:
+                raise StoreRefused(text) from None
+            raise StoreUnavailable(text) from None
+        except OSError as error:  # requests' errors are among them
+            raise StoreUnavailable(self._redact(f"{type(error).__name__}: {error}")[:500]) from None
+
+
+def _client(uri: str) -> Any:
+    for name, value in _REQUEST_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    # The first use of a sqlite file announces each step of making the tables; failures are reported by us.
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    return MlflowClient(tracking_uri=uri)
+
+
+def _without_user(uri: str) -> str:
+    """Move a server's credentials from the URI to the environment, where mlflow looks for them, out of its errors."""
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https") or not parts.username:
+        return uri
+    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
+    os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
+    return without_credentials(uri)
+
+
+def _state(run: Any) -> RunState:
+    # `run.data.metrics` has the values only; the last steps are in the entities behind it.
+    return RunState(
+        run_id=run.info.run_id,
+        params=dict(run.data.params),
+        last_steps={metric.key: metric.step for metric in run.data._metric_objs},
+        tags=dict(run.data.tags),
+        status=run.info.status,
+        datasets=tuple(_link(each) for each in run.inputs.dataset_inputs) if run.inputs else (),
+    )
+
+
+def _link(dataset_input: Any) -> DatasetLink:
+    dataset, tags = dataset_input.dataset, {tag.key: tag.value for tag in dataset_input.tags}
+    try:
+        source = str(json.loads(dataset.source)["uri"])
+    except (ValueError, KeyError, TypeError):
+        source = str(dataset.source)
+    digest = tags.get(DIGEST_TAG, dataset.digest)
+    return DatasetLink(dataset.name, digest, source, tags.get("mlflow.data.context", ""))
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a numeric user without an entry, as in many containers
+        return str(os.getuid())

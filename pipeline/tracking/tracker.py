@@ -1,0 +1,331 @@
+"""What jobs see of tracking: a handful of calls that write to the local journal and return.
+
+    tracker = open_tracker(config.tracking, job="train", run_name="dit-s", resume_run_id=None, parents={"encode": id})
+    tracker.log_metrics({"loss": 0.3}, step=4096)
+    tracker.finish("FINISHED")
+
+`run_id` is None until the store has answered (at once when resuming); `handle` names the run at any time and is what
+`attach_tracker`, `resume_run_id` and `parents` accept. A metric point is (run, key, step): a step that an earlier
+attempt of the same run has delivered is kept as it was, so a resumed job may log from its checkpoint on.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import math
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from pipeline.errors import ConfigError, InputError
+from pipeline.tracking.config import TrackingConfig, resolve_paths
+from pipeline.tracking.delivery import Store
+from pipeline.tracking.environment import environment_tags
+from pipeline.tracking.flusher import Flusher
+from pipeline.tracking.journal import Header, JournalWriter, now_ms
+from pipeline.tracking.probe import check_access, check_uri
+from pipeline.tracking.redact import Redactor, store_identity
+
+_log = logging.getLogger(__name__)
+HANDLE_PREFIX = "key:"
+PARENT_TAG = "latentloom.parent."
+PARENTS_TAG = "latentloom.parents"
+JOB_TAG = "latentloom.job"
+STATUSES = ("FINISHED", "FAILED", "KILLED")
+FLUSH_PERIOD_S = 2.0
+_MAX_KEY, _MAX_PARAM, _MAX_TAG = 250, 6000, 8000
+_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. :/-]*")
+
+
+class Tracker(Protocol):
+    """One process's view of one run; every call returns at once and none raises for the store's sake."""
+
+    @property
+    def run_id(self) -> str | None:
+        """The run's id at the store, None while the store has not answered."""
+        ...
+
+    @property
+    def handle(self) -> str | None:
+        """Names the run at any time: its id, or `key:...` before there is one; None for the no-op."""
+        ...
+
+    def wait_run_id(self, timeout_s: float) -> str | None:
+        """`run_id`, waiting for it at most `timeout_s`."""
+        ...
+
+    def log_params(self, params: Mapping[str, object]) -> None:
+        """Settings of the run; the first value of a key stays."""
+        ...
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """One point per key."""
+        ...
+
+    def log_text(self, text: str, artifact_path: str) -> None:
+        """A text artifact; `artifact_path` includes the file name."""
+        ...
+
+    def log_file(self, local: str | Path, artifact_path: str) -> None:
+        """A file as artifact, copied now; `artifact_path` includes the file name."""
+        ...
+
+    def log_input(self, name: str, digest: str, source: str, context: str) -> None:
+        """A dataset the run read (context "input") or made (context "output")."""
+        ...
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Tags; the last value of a key stays."""
+        ...
+
+    def finish(self, status: str) -> None:
+        """End: FINISHED, FAILED or KILLED. Waits a bounded time for the store. An attached tracker only flushes."""
+        ...
+
+
+class NoopTracker:
+    """Records nothing: `tracking.enabled=false`, and ranks other than 0."""
+
+    run_id: str | None = None
+    handle: str | None = None
+
+    def wait_run_id(self, timeout_s: float) -> str | None:
+        return None
+
+    def log_params(self, params: Mapping[str, object]) -> None: ...
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
+    def log_text(self, text: str, artifact_path: str) -> None: ...
+    def log_file(self, local: str | Path, artifact_path: str) -> None: ...
+    def log_input(self, name: str, digest: str, source: str, context: str) -> None: ...
+    def set_tags(self, tags: Mapping[str, str]) -> None: ...
+    def finish(self, status: str) -> None: ...
+
+
+class JournalTracker:
+    """Writes to the journal; its flusher thread does the rest."""
+
+    def __init__(self, tracking: TrackingConfig, header: Header) -> None:
+        self._header, self._close_timeout_s = header, tracking.close_timeout_s
+        self._redact = Redactor.for_uri(tracking.uri)
+        self._known_keys: set[str] = set()
+        self._finished = False
+        uri = tracking.uri
+
+        def make_store() -> Store:
+            from pipeline.tracking.store import MlflowStore  # seconds: in the flusher's thread
+
+            return MlflowStore(uri)
+
+        try:
+            self._journal = JournalWriter(Path(tracking.journal_dir), header)
+        except OSError as error:
+            raise ConfigError(
+                f"The tracking journal cannot be written: {error.strerror}",
+                key="tracking.journal_dir",
+                value=tracking.journal_dir,
+                rule="a folder on a local disk that this process may write to",
+                next_step="name another folder, or set tracking.enabled=false",
+            ) from None
+        owner = header.role == "owner"
+        self._flusher = Flusher(
+            self._journal, make_store, period_s=FLUSH_PERIOD_S, prepare=self._log_environment if owner else None
+        )
+        self._flusher.start()
+        # A process that ends without finish() has failed; one that is killed is found by the next replay.
+        atexit.register(self.finish, "FAILED")
+
+    @property
+    def run_id(self) -> str | None:
+        return self._flusher.run_id or self._header.run_id
+
+    @property
+    def handle(self) -> str | None:
+        return self.run_id or f"{HANDLE_PREFIX}{self._header.run_key}"
+
+    def wait_run_id(self, timeout_s: float) -> str | None:
+        self._flusher.wait_connected(timeout_s)
+        return self.run_id
+
+    def log_params(self, params: Mapping[str, object]) -> None:
+        values = {self._checked(k): _clip(self._redact(str(v)), _MAX_PARAM) for k, v in params.items()}
+        self._journal.append({"kind": "params", "values": values})
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        values = {self._checked(key): _number(key, value) for key, value in metrics.items()}
+        self._journal.append({"kind": "metrics", "t": now_ms(), "step": int(step), "values": values})
+
+    def log_text(self, text: str, artifact_path: str) -> None:
+        self._log_artifact(artifact_path, self._redact(text).encode())
+
+    def log_file(self, local: str | Path, artifact_path: str) -> None:
+        path = Path(local)
+        if not path.is_file():
+            raise InputError(
+                f"There is no file {path} to record as artifact {artifact_path}",
+                rule="log_file takes one existing file",
+                next_step="write the file first; log the files of a folder one by one",
+            )
+        self._log_artifact(artifact_path, path)
+
+    def log_input(self, name: str, digest: str, source: str, context: str) -> None:
+        source = self._redact(source)
+        self._journal.append({"kind": "input", "name": name, "digest": digest, "source": source, "context": context})
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        self._journal.append({"kind": "tags", "values": self._clean_tags(tags)})
+
+    def finish(self, status: str) -> None:
+        if status not in STATUSES:
+            raise ValueError(f"status {status!r} is none of {', '.join(STATUSES)}")
+        if self._finished:
+            return
+        self._finished = True
+        atexit.unregister(self.finish)
+        if self._header.role == "owner":
+            self._journal.append({"kind": "status", "status": status, "t": now_ms()})
+        unsent = self._flusher.close(self._close_timeout_s)
+        if unsent:
+            _log.warning(
+                "%d bytes of tracking records stay in %s; the next job that uses this folder sends them, "
+                "or run: python -m jobs.sync_tracking",
+                unsent,
+                self._journal.path,
+            )
+        if self._journal.num_lost:
+            _log.error("%d tracking records could not be written and are lost", self._journal.num_lost)
+
+    def _log_artifact(self, artifact_path: str, data: bytes | Path) -> None:
+        parts = PurePosixPath(artifact_path)
+        if parts.is_absolute() or ".." in parts.parts or not parts.name or "\\" in artifact_path:
+            raise ValueError(f"artifact path {artifact_path!r} must be relative, without '..', and name a file")
+        spooled = self._journal.spool(parts.name, data)
+        folder = "" if str(parts.parent) == "." else str(parts.parent)
+        if spooled is not None:
+            self._journal.append({"kind": "artifact", "file": spooled, "folder": folder})
+
+    def _log_environment(self) -> None:
+        self.set_tags(environment_tags())
+
+    def _clean_tags(self, tags: Mapping[str, str]) -> dict[str, str]:
+        return {self._checked(k): _clip(self._redact(str(v)), _MAX_TAG) for k, v in tags.items()}
+
+    def _checked(self, key: str) -> str:
+        if key not in self._known_keys:
+            check_key(key)
+            self._known_keys.add(key)
+        return key
+
+
+def open_tracker(
+    tracking: TrackingConfig,
+    *,
+    job: str,
+    run_name: str,
+    resume_run_id: str | None = None,
+    parents: Mapping[str, str] | None = None,
+) -> Tracker:
+    """The run of a job, new or resumed (`resume_run_id`: an id or a handle), seen by the process that owns it.
+
+    `parents` maps a kind such as "encode" to the id or handle of the run that made this one's input. Raises
+    ConfigError for a URI that can never work and for a server that refuses us; a server that does not answer is
+    waited for in the background, and the run is made when it does.
+    """
+    if not tracking.enabled:
+        return NoopTracker()
+    tracking = resolve_paths(tracking)
+    check_uri(tracking.uri)
+    check_access(tracking.uri)
+    redact = Redactor.for_uri(tracking.uri)
+    tags = {**tracking.tags, JOB_TAG: job, **_parent_tags(parents or {})}
+    for key in tags:
+        check_key(key)
+    run_id, run_key = _split_handle(resume_run_id)
+    start_ms = now_ms()
+    header = Header(
+        server=store_identity(tracking.uri),
+        experiment=tracking.experiment,
+        run_key=run_key or uuid.uuid4().hex,
+        run_id=run_id,
+        run_name=redact(run_name),
+        role="owner",
+        attempt=f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}",
+        start_ms=start_ms,
+        tags={k: _clip(redact(v), _MAX_TAG) for k, v in tags.items()},
+    )
+    return JournalTracker(tracking, header)
+
+
+def attach_tracker(tracking: TrackingConfig, run_id: str | None) -> Tracker:
+    """The same run seen by another process, such as rank 0 of a training job; `run_id` may be a handle.
+
+    Pass it a section that went through `config.resolve_paths` in the driver. It can neither make nor end the run.
+    """
+    if not tracking.enabled or run_id is None:
+        return NoopTracker()
+    tracking = resolve_paths(tracking)
+    check_uri(tracking.uri)
+    known_id, run_key = _split_handle(run_id)
+    header = Header(
+        server=store_identity(tracking.uri),
+        experiment=tracking.experiment,
+        run_key=run_key,
+        run_id=known_id,
+        run_name="",
+        role="attached",
+        attempt="",
+        start_ms=now_ms(),
+        tags={},
+    )
+    return JournalTracker(tracking, header)
+
+
+def check_key(key: str) -> None:
+    """Raise InputError for a name that no tracking store takes: it would be refused hours later."""
+    sound = isinstance(key, str) and len(key) <= _MAX_KEY and _KEY.fullmatch(key)
+    if not sound or str(PurePosixPath(key)) != key or ".." in PurePosixPath(key).parts:
+        raise InputError(
+            f"{key!r} cannot be the name of a param, metric or tag",
+            rule="letters, digits, _ - . : / and space, at most 250 characters, no empty or '..' path part",
+            next_step="rename it",
+        )
+
+
+def _parent_tags(parents: Mapping[str, str]) -> dict[str, str]:
+    """One tag per parent to read, and one with all of them to search by."""
+    tags = {f"{PARENT_TAG}{kind}": run for kind, run in parents.items()}
+    return {**tags, PARENTS_TAG: json.dumps(sorted(set(parents.values())))} if parents else tags
+
+
+def _split_handle(handle: str | None) -> tuple[str | None, str | None]:
+    if handle is not None and handle.startswith(HANDLE_PREFIX):
+        key = handle.removeprefix(HANDLE_PREFIX)
+        if not re.fullmatch(r"[0-9a-f]{32}", key):
+            raise InputError(
+                f"{handle!r} is no handle of a run",
+                rule="a run id, or key: and 32 hexadecimal digits",
+                next_step="take it from `tracker.handle`",
+            )
+        return None, key
+    return handle, None
+
+
+def _number(key: str, value: float) -> float | str:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"metric {key!r} is a {type(value).__name__}, not a number",
+            rule="a metric is one number",
+            next_step="log text with set_tags or log_text",
+        ) from None
+    # JSON has no name for these; `float` reads them back.
+    return number if math.isfinite(number) else repr(number)
+
+
+def _clip(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
