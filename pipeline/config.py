@@ -78,7 +78,9 @@ def validate(model: type[M], data: Mapping[str, Any]) -> M:
         # JSON mode: strict about types, yet a YAML list may fill a tuple.
         return model.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        problems = [_describe(model, detail, data) for detail in error.errors()]
+        found = [_describe(model, detail, data) for detail in error.errors()]
+        # A value that fits no member of a plain union is one problem, though every member complains.
+        problems = list(dict(reversed(found)).values())[::-1]
         count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError(
             f"The configuration has {count}:\n" + "\n".join(f"  - {p}" for p in problems),
@@ -163,15 +165,17 @@ def _parse_override(text: str) -> dict[str, Any]:
     return typing.cast(dict[str, Any], nested)
 
 
-def _describe(model: type[BaseModel], detail: ErrorDetails, data: Mapping[str, Any]) -> str:
+def _describe(model: type[BaseModel], detail: ErrorDetails, data: Mapping[str, Any]) -> tuple[str, str]:
+    """(the key as the user wrote it, the whole message)."""
     # pydantic names the chosen member of a tagged union inside `loc`; a user never wrote it.
     loc = [str(p) for p in _user_loc(detail["loc"], data)]
     key = ".".join(loc)
     if detail["type"] == "extra_forbidden":
         near = _did_you_mean(model, loc)
-        return f"{key} = {_clip(detail['input'])}: there is no such key" + (f"; did you mean {near}?" if near else "")
+        hint = f"; did you mean {near}?" if near else ""
+        return key, f"{key} = {_clip(detail['input'])}: there is no such key{hint}"
     if detail["type"] == "missing":
-        return f"{key}: this key is required and has no default"
+        return key, f"{key}: this key is required and has no default"
     rule = detail["msg"].removeprefix("Value error, ")
     near = ""
     expected = detail.get("ctx", {}).get("expected") or detail.get("ctx", {}).get("expected_tags")
@@ -179,7 +183,7 @@ def _describe(model: type[BaseModel], detail: ErrorDetails, data: Mapping[str, A
         given = detail["input"] if isinstance(detail["input"], str) else detail.get("ctx", {}).get("tag", "")
         match = difflib.get_close_matches(str(given), re.findall(r"'([^']+)'", str(expected)), n=1)
         near = f"; did you mean {match[0]}?" if match else ""
-    return f"{key or 'configuration'} = {_clip(detail['input'])}: {rule[:1].lower() + rule[1:]}{near}"
+    return key, f"{key or 'configuration'} = {_clip(detail['input'])}: {rule[:1].lower() + rule[1:]}{near}"
 
 
 def _user_loc(loc: Sequence[int | str], data: Any) -> Iterator[int | str]:
@@ -187,6 +191,8 @@ def _user_loc(loc: Sequence[int | str], data: Any) -> Iterator[int | str]:
     for i, part in enumerate(loc):
         if isinstance(data, Mapping) and part not in data and i < len(loc) - 1:
             continue  # a union tag
+        if not isinstance(data, (Mapping, list)):
+            return  # inside a value of the user's: what follows names members of a union
         yield part
         if isinstance(data, Mapping):
             data = data.get(str(part))

@@ -24,4 +24,5 @@ def shared_data() -> Path:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=50, help="how many processes a soak test kills")
+    parser.addoption("--update-golden", action="store_true", help="accept changed golden files")
     parser.addoption("--kill-seed", type=int, default=0, help="seed of a soak test")

@@ -1,0 +1,204 @@
+"""What is known about a codec without loading it: class, configuration, weight hash, statistics. No torch."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import json
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.codec.locate import codec_root
+from pipeline.codec.weights import read_tensor, weight_files
+from pipeline.errors import ConfigError, InputError
+from pipeline.storage import Root, describe, storage_errors
+
+if TYPE_CHECKING:
+    from pipeline.codec.config import CodecConfig
+
+# diffusers class -> (module that defines it, config key whose length gives the factor, has a posterior)
+DIFFUSERS_CLASSES = {
+    "AutoencoderKL": ("autoencoder_kl", "block_out_channels", True),
+    "AutoencoderKLFlux2": ("autoencoder_kl_flux2", "block_out_channels", True),
+    "AutoencoderTiny": ("autoencoder_tiny", "encoder_block_out_channels", False),
+    "AutoencoderDC": ("autoencoder_dc", "encoder_block_out_channels", False),
+}
+
+
+@dataclass(frozen=True)
+class CodecInfo:
+    """Identity and shape of a codec.
+
+    `config` is what the codec's own file says (without its private keys); `weights_sha256` is the hash of
+    the weight file, or of the list of hashes when there are several. `latents_mean`/`latents_std` are per
+    channel of the *raw* latent, when the codec declares them. A model trains on
+    `(latent - shift_factor) * scaling_factor`.
+    """
+
+    class_name: str
+    config: dict[str, Any]
+    weights_sha256: str
+    latent_channels: int
+    factor: int
+    scaling_factor: float = 1.0
+    shift_factor: float = 0.0
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    has_posterior: bool = True
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """[c, h, w] of the latent of a height x width image; ValueError unless the factor divides both."""
+        if height < 1 or width < 1 or height % self.factor or width % self.factor:
+            raise ValueError(f"{height}x{width} pixels are no multiple of the codec's factor {self.factor}")
+        return self.latent_channels, height // self.factor, width // self.factor
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready data, read back by `from_dict`."""
+        data: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> CodecInfo:
+        """The inverse of `as_dict`; other keys (a path, a note) are left aside."""
+        known = {k: data[k] for k in cls.__dataclass_fields__ if k in data}
+        for key in ("latents_mean", "latents_std"):
+            if known.get(key) is not None:
+                known[key] = tuple(known[key])
+        return cls(**known)
+
+    def resolved_config(self) -> dict[str, Any]:
+        """`config` completed by the defaults of the installed diffusers class."""
+        defaults = class_defaults(self.class_name) if self.class_name in DIFFUSERS_CLASSES else {}
+        return {**defaults, **self.config}
+
+
+def read_codec_info(codec: CodecConfig) -> CodecInfo:
+    """The information of the configured codec; InputError names what is missing, broken or refused."""
+    return codec_info(codec.path, codec.revision, codec.kind)
+
+
+def codec_info(path: str, revision: str | None = None, kind: str = "auto") -> CodecInfo:
+    """Like `read_codec_info`, from plain values. Reads every weight byte once, in chunks."""
+    if kind != "auto":
+        from pipeline.codec.plugin import find_plugin
+
+        return find_plugin(kind).read_info(path, revision)
+    try:
+        return diffusers_info(codec_root(path, revision), path)
+    except storage_errors() as error:
+        raise InputError(
+            f"The codec cannot be read: {describe(error)}",
+            key="codec.path",
+            value=path,
+            next_step="check the URI, the permissions and the credentials",
+        ) from error
+
+
+def diffusers_info(root: Root, path: str) -> CodecInfo:
+    """The information of a codec in diffusers layout at `root`; `path` is what the user wrote."""
+    raw = _read_config(root, path)
+    class_name = raw.get("_class_name")
+    if class_name not in DIFFUSERS_CLASSES:
+        raise InputError(
+            f"The codec's config.json declares the class {class_name!r}",
+            key="codec.path",
+            value=path,
+            rule=f"known classes are {', '.join(DIFFUSERS_CLASSES)}",
+            next_step="use one of these, or plug the codec in through the entry point group latentloom.codecs",
+        )
+    files = weight_files(root, path)
+    config = {k: v for k, v in raw.items() if not k.startswith("_")}
+    resolved = {**class_defaults(class_name), **config}
+    _, factor_key, has_posterior = DIFFUSERS_CLASSES[class_name]
+    mean, std = resolved.get("latents_mean"), resolved.get("latents_std")
+    if class_name == "AutoencoderKLFlux2":
+        mean, std = _flux2_statistics(root, [f.name for f in files], resolved, path)
+    try:
+        return CodecInfo(
+            class_name=class_name,
+            config=config,
+            weights_sha256=_combined_hash([(f.name, f.sha256) for f in files]),
+            latent_channels=int(resolved["latent_channels"]),
+            factor=int(2 ** (len(resolved[factor_key]) - 1)),
+            scaling_factor=float(resolved.get("scaling_factor") or 1.0),
+            shift_factor=float(resolved.get("shift_factor") or 0.0),
+            latents_mean=None if mean is None else tuple(float(v) for v in mean),
+            latents_std=None if std is None else tuple(float(v) for v in std),
+            has_posterior=has_posterior,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"The codec's config.json cannot be understood: {error!r}", key="codec.path", value=path
+        ) from error
+
+
+def check_posterior(info: CodecInfo, posterior: str) -> None:
+    """ConfigError when the codec cannot give this posterior; ValueError when nobody can."""
+    if posterior not in ("mode", "sample", "moments"):
+        raise ValueError(f"posterior must be mode, sample or moments, not {posterior!r}")
+    if posterior != "mode" and not info.has_posterior:
+        raise ConfigError(
+            f"{info.class_name} has no posterior: one image has one latent",
+            key="codec.posterior",
+            value=posterior,
+            next_step="set codec.posterior=mode",
+        )
+
+
+def _read_config(root: Root, path: str) -> dict[str, Any]:
+    try:
+        data = json.loads(root.read_bytes("config.json"))
+    except ValueError as error:
+        raise InputError(
+            f"The codec's config.json is no valid JSON: {error}",
+            key="codec.path",
+            value=path,
+            next_step="save the codec again with save_pretrained",
+        ) from error
+    if not isinstance(data, dict):
+        raise InputError("The codec's config.json holds no JSON object", key="codec.path", value=path)
+    return data
+
+
+def _combined_hash(hashes: list[tuple[str, str]]) -> str:
+    if len(hashes) == 1:
+        return hashes[0][1]
+    return hashlib.sha256("".join(f"{sha}  {name}\n" for name, sha in hashes).encode()).hexdigest()
+
+
+def _flux2_statistics(
+    root: Root, names: list[str], resolved: dict[str, Any], path: str
+) -> tuple[list[float], list[float]]:
+    """Mean and std per raw channel, from the batch-norm statistics of FLUX.2's 2x2 patches.
+
+    The class keeps a mean and a variance for each (channel, place in the patch). Over the places of one
+    channel the law of total variance gives Var = E[var] + Var[mean].
+    """
+    mean, var = (read_tensor(root, names, f"bn.running_{which}", path) for which in ("mean", "var"))
+    eps, channels = float(resolved["batch_norm_eps"]), int(resolved["latent_channels"])
+    mean_cp, var_cp = mean.reshape(channels, -1), var.reshape(channels, -1) + eps
+    total = var_cp.mean(axis=1) + mean_cp.var(axis=1)
+    return mean_cp.mean(axis=1).tolist(), (total**0.5).tolist()
+
+
+@cache
+def class_defaults(class_name: str) -> dict[str, Any]:
+    """Constructor defaults of a diffusers class, read from its source so that torch is not imported.
+
+    Old config.json files leave out keys that came later (SD 1.x has no scaling_factor); diffusers fills
+    them from here, and so do we.
+    """
+    module, _, _ = DIFFUSERS_CLASSES[class_name]
+    spec = importlib.util.find_spec("diffusers")
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError("The package diffusers is not installed", next_step="pip install diffusers")
+    source = Path(spec.submodule_search_locations[0]) / "models" / "autoencoders" / f"{module}.py"
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    cls = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name)
+    init = next(n for n in cls.body if isinstance(n, ast.FunctionDef) and n.name == "__init__")
+    names = [a.arg for a in init.args.args]
+    with_default = zip(names[len(names) - len(init.args.defaults) :], init.args.defaults, strict=True)
+    return {name: ast.literal_eval(default) for name, default in with_default}

@@ -1,0 +1,213 @@
+"""Both directions of the diffusers codecs: against diffusers itself, and per sample whatever the batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from codec_builders import SHAPES, build, images, save
+from safetensors.numpy import load_file, save_file
+
+from pipeline.codec.codec import load_codec, posterior_seed, resolve_dtype
+from pipeline.codec.diffusers_codec import DiffusersCodec
+from pipeline.codec.info import codec_info
+from pipeline.codec.weights import WEIGHTS
+from pipeline.errors import ConfigError, InputError
+from pipeline.storage import Root
+
+WITH_POSTERIOR = ("sd", "flux", "flux2")
+
+
+@pytest.fixture(scope="module", params=sorted(SHAPES))
+def any_codec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("sd"))
+
+
+def _diffusers_latents(name: str, pixels: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        encoded = build(name).encode(pixels.permute(0, 3, 1, 2) / 127.5 - 1, return_dict=False)[0]
+    return encoded.mode() if name in WITH_POSTERIOR else encoded
+
+
+@pytest.mark.parametrize("name", sorted(SHAPES))
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_encodes_and_decodes_as_diffusers_does(tmp_path: Path, name: str, channels_last: bool) -> None:
+    codec = load_codec(str(save(tmp_path, name)), channels_last=channels_last)
+    pixels = images(3, 32, 64)
+    latents = codec.encode(pixels)
+    assert latents.dtype == torch.float32
+    assert latents.is_contiguous()
+    assert latents.shape == (3, *codec.info.latent_shape(32, 64))
+    assert torch.allclose(latents, _diffusers_latents(name, pixels), atol=1e-4)
+    with torch.inference_mode():
+        expected = build(name).decode(latents, return_dict=False)[0]
+    decoded = codec.decode(latents)
+    assert decoded.dtype == torch.uint8
+    assert decoded.shape == pixels.shape
+    levels = ((expected + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1)
+    assert (decoded.float() - levels).abs().max() <= 0.51
+
+
+def test_latents_are_raw(tmp_path: Path) -> None:
+    # The same weights under another declared scale encode to the same numbers.
+    one = load_codec(str(save(tmp_path / "1", scaling_factor=1.0))).encode(images(1))
+    other = load_codec(str(save(tmp_path / "2", scaling_factor=0.1, shift_factor=3.0))).encode(images(1))
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_sample_does_not_depend_on_its_place_or_its_mates(any_codec: Path, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        codec = load_codec(str(any_codec))
+        pixels = images(8, 32, 48)
+        reference = codec.encode(pixels)
+        decoded = codec.decode(reference)
+        for order in ([7, 6, 5, 4, 3, 2, 1, 0], [3, 3, 3, 3, 3, 3, 3, 3], [5, 0, 7, 1, 1, 4, 6, 2]):
+            assert torch.equal(codec.encode(pixels[order]), reference[order])
+            assert torch.equal(codec.decode(reference[order]), decoded[order])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", WITH_POSTERIOR)
+def test_moments_are_mean_and_log_variance(tmp_path: Path, name: str) -> None:
+    codec = load_codec(str(save(tmp_path, name)))
+    moments = codec.encode(images(2), posterior="moments")
+    mean, logvar = moments.chunk(2, dim=1)
+    assert torch.equal(mean, codec.encode(images(2)))
+    assert logvar.min() >= -30
+    assert logvar.max() <= 20
+    seeds = [posterior_seed(b"a" * 16), posterior_seed(b"b" * 16)]
+    sample = codec.encode(images(2), posterior="sample", seeds=seeds)
+    noise = (sample - mean) / torch.exp(0.5 * logvar)
+    assert abs(float(noise.mean())) < 0.2
+    assert 0.8 < float(noise.std()) < 1.2
+
+
+def test_a_posterior_draw_belongs_to_its_sample(sd: Path) -> None:
+    codec = load_codec(str(sd))
+    pixels, seeds = images(4), [posterior_seed(bytes([i]) * 16) for i in range(4)]
+    drawn = codec.encode(pixels, posterior="sample", seeds=seeds)
+    order = [2, 0, 3, 1]
+    again = codec.encode(pixels[order], posterior="sample", seeds=[seeds[i] for i in order])
+    assert torch.equal(again, drawn[order])
+    other = codec.encode(pixels, posterior="sample", seeds=[s + 1 for s in seeds])
+    assert not torch.equal(other, drawn)
+
+
+def test_posterior_seeds_fit_every_generator() -> None:
+    seeds = {posterior_seed(i.to_bytes(16, "big")) for i in range(2000)}
+    assert len(seeds) == 2000
+    assert all(0 <= s < 2**63 for s in seeds)
+
+
+def test_bfloat16_stays_near_float32(sd: Path) -> None:
+    exact = load_codec(str(sd)).encode(images(2))
+    rounded = load_codec(str(sd), dtype="bfloat16").encode(images(2))
+    assert rounded.dtype == torch.float32
+    assert float((exact - rounded).abs().max() / exact.std()) < 0.2
+
+
+def test_auto_dtype() -> None:
+    assert resolve_dtype("auto", "cuda:1") == "bfloat16"
+    assert resolve_dtype("auto", "cpu") == "float32"
+    assert resolve_dtype("float16", "cpu") == "float16"
+
+
+def test_float16_of_a_codec_that_overflows_in_it(sd: Path) -> None:
+    with pytest.raises(ConfigError, match="force_upcast"):
+        load_codec(str(sd), dtype="float16")
+
+
+@pytest.mark.slow
+def test_compiled_codec_agrees(sd: Path) -> None:
+    compiled = load_codec(str(sd), compile=True)
+    assert torch.allclose(compiled.encode(images(2)), load_codec(str(sd)).encode(images(2)), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (images(1).float(), "images must be uint8"),
+        (images(1)[0], "images must be uint8"),
+        (images(1).permute(0, 3, 1, 2), "images must be uint8"),
+        (images(1, 30, 32), "no multiple of the codec's factor"),
+    ],
+)
+def test_wrong_images(sd: Path, pixels: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_codec(str(sd)).encode(pixels)
+
+
+def test_wrong_requests(sd: Path, tmp_path: Path) -> None:
+    codec = load_codec(str(sd))
+    with pytest.raises(ValueError, match="one seed for each of the 2 images"):
+        codec.encode(images(2), posterior="sample", seeds=[1])
+    with pytest.raises(ValueError, match=r"latents must be \[n,4,h,w\]"):
+        codec.decode(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ConfigError, match="has no posterior"):
+        load_codec(str(save(tmp_path, "tiny"))).encode(images(1), posterior="moments")
+
+
+def test_weights_of_another_shape(sd: Path, tmp_path: Path) -> None:
+    save(tmp_path, latent_channels=8)
+    (tmp_path / "config.json").write_text((sd / "config.json").read_text())
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_codec(str(tmp_path))
+
+
+@pytest.mark.parametrize("change", ["missing", "surplus"])
+def test_weights_must_be_all_there(sd: Path, tmp_path: Path, change: str) -> None:
+    (tmp_path / "config.json").write_text((sd / "config.json").read_text())
+    tensors = load_file(sd / WEIGHTS)
+    if change == "missing":
+        del tensors["encoder.conv_in.bias"]
+    else:
+        tensors["encoder.extra.bias"] = np.zeros(3, np.float32)
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(InputError, match="do not fit its config"):
+        load_codec(str(tmp_path))
+
+
+def test_remote_codec_is_copied_once_per_content(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATENTLOOM_CACHE", str(tmp_path))
+    root = Root("memory://codecs/remote")
+    root.upload_dir(sd, "")
+    first = load_codec("memory://codecs/remote")
+    assert torch.equal(first.encode(images(1)), load_codec(str(sd)).encode(images(1)))
+    (copied,) = (tmp_path / "codecs").iterdir()
+    stamp = (copied / WEIGHTS).stat().st_mtime_ns
+    load_codec("memory://codecs/remote")
+    assert (copied / WEIGHTS).stat().st_mtime_ns == stamp
+    root.upload_dir(save(tmp_path / "other", seed=1), "")
+    second = load_codec("memory://codecs/remote")
+    assert second.info.weights_sha256 != first.info.weights_sha256
+    assert len(list((tmp_path / "codecs").iterdir())) == 2
+
+
+def test_copy_that_fails_leaves_nothing(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATENTLOOM_CACHE", str(tmp_path))
+    Root("memory://codecs/torn").upload_dir(sd, "")
+
+    def fail(self: Root, key: str) -> object:
+        raise ConnectionResetError("gone")
+
+    monkeypatch.setattr(Root, "open", fail)
+    with pytest.raises(InputError, match=r"The codec cannot be read: .*gone"):
+        load_codec("memory://codecs/torn")
+    assert list((tmp_path / "codecs").iterdir()) == []
+
+
+def test_info_travels_with_the_codec(sd: Path) -> None:
+    codec = load_codec(str(sd))
+    assert isinstance(codec, DiffusersCodec)
+    assert codec.info == codec_info(str(sd))

@@ -1,0 +1,221 @@
+"""The command line of every job: frozen flags, quick answers, messages and exit codes a scheduler can act on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import dump_yaml, load_config
+from tests.support.images import make_images
+from tests.support.jobs import REPOSITORY, command, environment, run
+
+JOBS = sorted(p.stem for p in (REPOSITORY / "jobs").glob("*.py") if p.stem not in ("__init__", "_main", "quickstart"))
+CONFIGS = sorted(p.relative_to(REPOSITORY) for p in (REPOSITORY / "configs").rglob("*.yaml"))
+GOLDEN = REPOSITORY / "tests" / "golden" / "configs"
+# Overlays are no whole configuration: each is resolved on top of the one it is meant for.
+BASES = {
+    "cluster/encode_gpu": ("encode", "encode/sd15_512"),
+    "cluster/encode_cpu_decode": ("encode", "encode/sd15_512"),
+    "cluster/train_8gpu": ("train", "train/dit_b2_512"),
+}
+FOLDERS = {"encode": "encode", "train": "train", "sample": "sample"}
+
+
+def job_of(config: Path) -> tuple[str, list[str]]:
+    """(job, files in order) for a shipped configuration."""
+    name = config.relative_to("configs").with_suffix("").as_posix()
+    folder, _, stem = name.partition("/")
+    if name in BASES:
+        job, base = BASES[name]
+        return job, [f"configs/{base}.yaml", str(config)]
+    if folder == "quickstart":
+        return stem, [str(config)]
+    return ("fit_codec" if stem.startswith("codec_") else FOLDERS[folder]), [str(config)]
+
+
+def test_there_is_something_to_test() -> None:
+    assert {"fit_codec", "encode", "train", "sample", "evaluate", "verify", "compact"} <= set(JOBS)
+    assert len(CONFIGS) >= 13
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.relative_to("configs").as_posix())
+def test_shipped_configurations_resolve_to_their_golden_copies(
+    config: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A default that moves shows up here: `pytest tests/test_jobs.py --update-golden` accepts it on purpose."""
+    import importlib
+
+    monkeypatch.chdir(REPOSITORY)
+    job, files = job_of(config)
+    module, _, name = importlib.import_module(f"jobs.{job}").JOB.config.partition(":")
+    text = dump_yaml(load_config(getattr(importlib.import_module(module), name), files))
+    golden = GOLDEN / config.relative_to("configs")
+    if request.config.getoption("--update-golden"):
+        golden.parent.mkdir(parents=True, exist_ok=True)
+        golden.write_text(text)
+    assert golden.read_text() == text
+
+
+def test_no_golden_copy_is_left_over() -> None:
+    assert {p.relative_to(GOLDEN) for p in GOLDEN.rglob("*.yaml")} == {c.relative_to("configs") for c in CONFIGS}
+
+
+LIGHT = """
+import sys, runpy
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+except SystemExit as e:
+    code = e.code
+heavy = sorted({m.partition(".")[0] for m in sys.modules} & {"ray", "torch", "mlflow"})
+print("HEAVY", heavy, "CODE", code or 0, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("flag", ["--help", "--print-config", "--dry-run"])
+def test_flags_answer_without_ray_torch_or_mlflow(job: str, flag: str, tmp_path: Path) -> None:
+    """The flags are a contract: their names, and that they are quick whatever is installed."""
+    config = REPOSITORY / "configs" / "quickstart" / f"{job}.yaml"
+    arguments = [str(config)] if config.exists() else ["data.uri=nowhere"]
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, f"jobs.{job}", *arguments, flag],
+        cwd=tmp_path,
+        env=environment(),
+        text=True,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert "HEAVY []" in done.stderr, done.stderr
+    if flag == "--dry-run":
+        # There is no input here: the dry run must say so like the job itself.
+        assert "CODE 3" in done.stderr, done.stderr
+        assert json.loads(done.stdout.splitlines()[-1])["status"] == "failed"
+    else:
+        assert "CODE 0" in done.stderr, done.stderr
+        assert done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_flags_keys_and_exit_codes() -> None:
+    done = subprocess.run(
+        command("encode", "--help"), cwd=REPOSITORY, env=environment(), text=True, capture_output=True, check=True
+    )
+    for part in (
+        "--dry-run",
+        "--print-config",
+        "--help",
+        "source.uri",
+        "output.uri",
+        "codec.path",
+        "image.resolution",
+    ):
+        assert part in done.stdout
+    for code in ("0 ", "1 ", "2 ", "3 ", "4 ", "5 ", "75 "):
+        assert f"  {code}" in done.stdout
+
+
+# Names that others script against.
+CONTRACT = {
+    "encode": ["source.kind", "source.uri", "output.uri", "codec.path", "image.resolution", "tracking.uri"],
+    "train": [
+        "data.uri",
+        "output.uri",
+        "train.images",
+        "train.batch_size",
+        "train.seed",
+        "train.num_workers",
+        "tracking.uri",
+    ],
+    "sample": ["model.uri", "output.uri", "requests.kind", "tracking.uri"],
+    "fit_codec": ["source.uri", "output.uri", "tracking.uri"],
+    "evaluate": ["output.uri", "tracking.uri"],
+}
+
+
+@pytest.mark.parametrize("job", sorted(CONTRACT))
+def test_contract_names_exist(job: str) -> None:
+    import importlib
+
+    from pipeline.config import field_tree
+
+    module, _, name = importlib.import_module(f"jobs.{job}").JOB.config.partition(":")
+    keys = {key for key, _, _ in field_tree(getattr(importlib.import_module(module), name))}
+    assert set(CONTRACT[job]) <= keys
+
+
+def encode_arguments(tmp_path: Path, **changes: object) -> list[str]:
+    settings = {
+        "source.kind": "folder",
+        "source.uri": tmp_path / "images",
+        "image.resolution": 32,
+        "image.multiple_of": 4,
+        "codec.path": tmp_path / "codec",
+        "output.uri": tmp_path / "out",
+        "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db",
+        "tracking.journal_dir": tmp_path / "journal",
+        **changes,
+    }
+    return [f"{k}={v}" for k, v in settings.items()]
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.support.images import make_codec
+
+    return make_codec(tmp_path_factory.mktemp("codec") / "vae")
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        ({"source.uri": "no/such/folder"}, 3, "source.uri"),
+        ({"source.uri": "EMPTY"}, 3, "is empty"),
+        ({"codec.path": "no/such/codec"}, 3, "codec.path"),
+        ({"codec.path": "EMPTY"}, 3, "codec.path"),
+        ({"output.uri": "FILE"}, 3, "output"),
+        ({"image.resolutoin": 64}, 2, "did you mean image.resolution?"),
+        ({"image.resolution": "big"}, 2, "image.resolution = big"),
+        ({"image.multiple_of": 2}, 2, "image.multiple_of"),
+        ({"codec.posterior": "mean"}, 2, "codec.posterior"),
+        ({"source.kind": "foldr"}, 2, "did you mean folder?"),
+    ],
+)
+def test_bad_input_gets_one_clear_message_and_writes_nothing(
+    tmp_path: Path, codec: Path, change: dict[str, object], code: int, message: str
+) -> None:
+    make_images(tmp_path / "images", 2)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("not a directory")
+    before = sorted(p for p in tmp_path.rglob("*"))
+    special = {"EMPTY": tmp_path / "empty", "FILE": tmp_path / "file"}
+    changes = {k: special.get(str(v), v) for k, v in change.items()}
+    got, answer, errors = run(
+        "encode", *encode_arguments(tmp_path, **{"codec.path": codec, **changes}), cwd=tmp_path, timeout=120
+    )
+    assert got == code, errors
+    assert (answer["job"], answer["status"], answer["exit_code"]) == ("encode", "failed", code)
+    assert message in errors
+    assert "Traceback" not in errors
+    assert len(errors.splitlines()) <= 25
+    assert sorted(p for p in tmp_path.rglob("*")) == before
+
+
+def test_a_bug_is_called_a_bug(tmp_path: Path) -> None:
+    code = (
+        "from jobs._main import Job, main\n"
+        "import jobs._main as m\n"
+        "main(Job('verify', 's', 'pipeline.store.config:VerifyJobConfig', 'json:loads', 'json:loads', 'e'),"
+        " ['data.uri=x'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), text=True, capture_output=True, check=False
+    )
+    assert done.returncode == 1
+    assert "this is a bug in latentloom" in done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["exit_code"] == 1
