@@ -1,0 +1,21 @@
+"""From a latent dataset to an endless, reproducible sequence of batches.
+
+    row groups   --order-->    epochs, lanes, windows     pure arithmetic on (seed, epoch, position)
+    windows      --reader-->   rows, shuffled             [n, c*h*w] stored halves, on threads
+    rows         --loader-->   batches                    [b, c, h, w] float32, ids, labels, captions, sizes
+    streams      --mixture-->  one stream                 whole batches of several datasets, by weight
+
+The global batch is cut into `lanes`; a lane owns a fixed stretch of every bucket's shuffled row groups and
+gives the same share of every batch. Ranks serve neighbouring lanes, so the ranks' shares, put together in
+rank order, are the same global batches whatever the number of ranks, and each rank reads its part only.
+
+One epoch gives every row at most once. Per bucket, the rows left over from whole global batches (fewer than
+one batch) are left out, other ones in each epoch; a bucket smaller than one batch is never served, and is
+named in `left_out` and in a warning.
+
+Nothing is ever written to the dataset and there is no state but the step number: a crash leaves nothing,
+and a stream started at step n gives what the first one would have given from there, after re-reading at
+most the one window per lane and bucket that the step falls in. Memory holds at most two windows per lane
+and bucket, together `window_bytes` over all ranks, besides the row groups just being read and the batches
+already prepared.
+"""

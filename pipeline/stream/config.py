@@ -1,0 +1,34 @@
+"""Configuration of the stream: what decides the order, and what only decides how it is fetched."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from pipeline.config import StrictModel
+
+
+class StreamConfig(StrictModel):
+    """How latents are shuffled and fetched; everything but `prefetch` and `threads` is part of the order."""
+
+    lanes: int = Field(
+        8,
+        ge=1,
+        description="Parts a global batch is cut into. It must divide the batch size, and the number of "
+        "workers must divide it: it is the largest number of workers a run can ever use.",
+    )
+    window_bytes: int = Field(
+        1 << 30,
+        ge=1,
+        description="Bytes of stored rows held for shuffling by all workers together. Each lane shuffles "
+        "its share at a time; a worker holds its lanes' share.",
+    )
+    shuffle: bool = Field(True, description="Shuffle row groups and rows anew in every epoch.")
+    holdout: float = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Share of rows, chosen by a hash of the sample id, kept out of training for validation. "
+        "Needs one pass over the id column (16 bytes a row), which is cached.",
+    )
+    prefetch: int = Field(4, ge=1, description="Batches prepared ahead of the training step.")
+    threads: int = Field(2, ge=1, description="Threads that read and shuffle windows, in each worker.")

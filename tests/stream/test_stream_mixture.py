@@ -1,0 +1,91 @@
+"""A mixture honours its weights in every block and resumes at any step."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from pipeline.errors import ConfigError, ConflictError
+from pipeline.stream.data import Batch
+from pipeline.stream.loader import LatentStream
+from pipeline.stream.mixture import BLOCK, MixtureStream
+from tests.stream.latent_rows import MemoryRows
+
+WEIGHTS = [0.7, 0.2, 0.1]
+
+
+def mixture(seed: int = 1, weights: list[float] = WEIGHTS, **changes: object) -> MixtureStream:
+    datasets = [MemoryRows([("64x64", 16 + 8 * at)] * 3) for at in range(3)]
+    given = {"seed": 3, "batch_size": 4, "lanes": 4, "window_bytes": 10**6, **changes}
+    return MixtureStream([LatentStream(dataset, **given) for dataset in datasets], weights, seed=seed)
+
+
+def take(stream: MixtureStream, count: int) -> list[Batch]:
+    batches = iter(stream)
+    try:
+        return list(islice(batches, count))
+    finally:
+        batches.close()
+
+
+def labels(batches: list[Batch]) -> list[tuple[int, int, int, list[int]]]:
+    return [(batch.step, batch.epoch, batch.dataset, batch.labels.tolist()) for batch in batches]
+
+
+def test_weights_hold_in_every_block_and_nearly_so_in_any_stretch() -> None:
+    before = threading.active_count()
+    batches = take(mixture(), 2 * BLOCK)
+    assert threading.active_count() == before
+    for block in (batches[:BLOCK], batches[BLOCK:]):
+        served = Counter(batch.dataset for batch in block)
+        assert [served[at] for at in range(3)] == [717, 205, 102]
+    for steps in range(0, 2 * BLOCK, 50):
+        served = Counter(batch.dataset for batch in batches[:steps])
+        assert all(abs(served[at] - weight * steps) < 4 for at, weight in enumerate(WEIGHTS))
+
+
+def test_a_mixture_resumes_at_any_step_and_for_any_number_of_workers() -> None:
+    whole = take(mixture(), BLOCK + 60)
+    for step in (*range(0, 60, 7), BLOCK - 1, BLOCK, BLOCK + 1):
+        again = mixture()
+        assert again.resume(json.loads(json.dumps(mixture().state(step)))) == step
+        assert labels(take(again, 20)) == labels(whole[step : step + 20])
+    shares = [take(mixture(rank=rank, world_size=2), 40) for rank in range(2)]
+    for batch, left, right in zip(whole, *shares, strict=False):
+        assert np.array_equal(batch.latents, np.concatenate([left.latents, right.latents]))
+
+
+def test_closing_ends_a_mixture() -> None:
+    before = threading.active_count()
+    stream = mixture()
+    batches = iter(stream)
+    next(batches)
+    stream.close()
+    assert threading.active_count() == before
+    assert next(batches, None) is None
+
+
+def test_a_state_of_another_mixture_is_refused() -> None:
+    with pytest.raises(ConflictError, match=r"shares: .* in the state"):
+        mixture(weights=[0.6, 0.3, 0.1]).resume(mixture().state(5))
+    with pytest.raises(ConflictError, match=r"datasets\[2\].seed: 3 in the state, 4 now"):
+        other = MixtureStream([*mixture().streams[:2], _other_seed()], WEIGHTS, seed=1)
+        other.resume(mixture().state(5))
+
+
+def _other_seed() -> LatentStream:
+    dataset = MemoryRows([("64x64", 32)] * 3)
+    return LatentStream(dataset, seed=4, batch_size=4, lanes=4, window_bytes=10**6)
+
+
+@pytest.mark.parametrize("weights", [[1.0, 2.0], [1.0, -1.0, 1.0], [1.0, 0.0, 1.0], [1.0, float("nan"), 1.0]])
+def test_weights_that_mean_nothing_are_refused(weights: list[float]) -> None:
+    with pytest.raises(ConfigError, match="one positive number for each of the 3 datasets"):
+        mixture(weights=weights)
+    with pytest.raises(ConfigError, match="at least 1/1024"):
+        mixture(weights=[1.0, 1.0, 1e-6])
