@@ -96,7 +96,9 @@ class LedgerSink(Datasink[int]):  # type: ignore[misc]
 class MonitorState:
     """What actors report while they work: for display and for finding the unit that kills them, never for truth."""
 
-    def __init__(self) -> None:
+    def __init__(self, job: str) -> None:
+        self._job = job
+        self._meters: dict[str, Any] = {}
         self._done: dict[str, float] = {}
         self._open: dict[str, list[tuple[int, int, int]]] = {}
         self._deaths: dict[tuple[int, int, int], int] = {}
@@ -110,9 +112,15 @@ class MonitorState:
         self._open.pop(actor, None)
 
     def add(self, amounts: Mapping[str, float]) -> None:
-        """Add to named totals."""
+        """Add to named totals, which are also Ray metrics: `latentloom_<job>_<name>`, a counter each."""
+        from ray.util.metrics import Counter
+
         for name, amount in amounts.items():
             self._done[name] = self._done.get(name, 0.0) + amount
+            if name not in self._meters:
+                self._meters[name] = Counter(f"latentloom_{self._job}_{name}", description=f"{name} of a {self._job} job")
+            if amount > 0:
+                self._meters[name].inc(amount)
 
     def totals(self) -> dict[str, float]:
         """The named totals."""
@@ -125,10 +133,10 @@ class MonitorState:
         return left
 
 
-def start_monitor() -> Any:
+def start_monitor(job: str) -> Any:
     """A monitor actor on the driver's node, without a CPU of its own."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    return ray.remote(MonitorState).options(num_cpus=0, scheduling_strategy=here, max_restarts=-1).remote()
+    return ray.remote(MonitorState).options(num_cpus=0, scheduling_strategy=here, max_restarts=-1).remote(job)
 
 
 @dataclass

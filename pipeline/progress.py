@@ -44,6 +44,7 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
         self._began_s = clock()
+        self._first: tuple[float, int] | None = None  # when the first update came, and what was done by then
         self._next_s = self._began_s
         self._terminal = _is_terminal(self._stream)
         self._interval_s = TERMINAL_INTERVAL_S if self._terminal else FIRST_LOG_INTERVAL_S
@@ -56,6 +57,7 @@ class Progress:
             self._done = done
             self._figures.update(figures)
             now_s = self._clock()
+            self._first = self._first or (now_s, done)
             if self._closed or now_s < self._next_s:
                 return
             self._next_s = now_s + self._interval_s
@@ -83,7 +85,13 @@ class Progress:
         self.close()
 
     def _rate(self, now_s: float) -> float | None:
-        """Units a second of this run; None before anything moved."""
+        """Units a second since the first update, so that starting up is no part of it; None before anything moved."""
+        since_s, before = self._first or (now_s, self._done)
+        elapsed_s, moved = now_s - since_s, self._done - before
+        return moved / elapsed_s if elapsed_s > 0 and moved > 0 else None
+
+    def _mean_rate(self, now_s: float) -> float | None:
+        """Units a second of this run as a whole; None when nothing moved."""
         elapsed_s, moved = now_s - self._began_s, self._done - self._start
         return moved / elapsed_s if elapsed_s > 0 and moved > 0 else None
 
@@ -97,7 +105,7 @@ class Progress:
         return "  ".join([*parts, *self._extras()])
 
     def _final_line(self, now_s: float) -> str:
-        rate = self._rate(now_s)
+        rate = self._mean_rate(now_s)
         complete = self._total is None or self._done >= self._total
         parts = [self._name, self._counted() if complete else f"stopped at {self._counted()}"]
         parts.append(f"in {_duration(now_s - self._began_s)}")

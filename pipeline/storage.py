@@ -195,7 +195,10 @@ class Root:
         try:
             with os.scandir(self._path(prefix)) as scan:
                 return [
-                    (e.name, e.is_dir(), _local_info(e)) for e in scan if not e.name.startswith(_TEMPORARY_PREFIX)
+                    (e.name, e.is_dir(follow_symlinks=False), _local_info(e))
+                    for e in scan
+                    # A link to a directory could lead round in a circle; one to nowhere is no object.
+                    if not e.name.startswith(_TEMPORARY_PREFIX) and (e.is_file() or e.is_dir(follow_symlinks=False))
                 ]
         except (FileNotFoundError, NotADirectoryError):
             return []

@@ -147,6 +147,15 @@ def test_a_full_disk_leaves_nothing_half_visible(tmp_path: Path, monkeypatch: py
     assert os.listdir(tmp_path) == ["kept"]
 
 
+def test_links_that_lead_nowhere_or_round_in_a_circle_are_no_objects(tmp_path: Path) -> None:
+    root = Root(str(tmp_path))
+    root.put("real/file", b"x")
+    (tmp_path / "real" / "circle").symlink_to(tmp_path)
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "file")
+    assert [i.key for i in root.list()] == ["link", "real/file"]
+
+
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="cannot be written: NotADirectoryError"):

@@ -57,7 +57,7 @@ class _Passes:
         self.config, self.root, self.generation, self.info = config, root, generation, info
         self.tracker = tracker
         configure_ray_data()
-        self.monitor = start_monitor()
+        self.monitor = start_monitor("encode")
         self.deaths: Counter[int] = Counter()
         self.suspects: set[int] = set()
         self.committer = Committer(

@@ -1,0 +1,19 @@
+"""Evaluation: what the codec loses, what the model's samples are worth, and a report a person can read.
+
+    reference images  --decode policy-->  images_NHWC uint8  --fit-->  classifier (real images only)
+    reference images  --codec there and back-->  pairs  --sums-->  PSNR, SSIM, accuracy of reconstructions
+    reference, samples  --classifier-->  features_ND  --sums, bottom-k-->  Frechet, KID, precision/recall
+    samples  --classifier-->  predicted class  --against the request-->  accuracy with a Wilson interval
+    all of it  -->  evaluation.json, report.html, classifier.safetensors under `output.uri`
+
+Images pass in batches and are never held together; what stays is sums that merge by addition and a bounded,
+order-independent choice of feature vectors. Every figure carries its contract: how many images, which resize,
+which feature extractor by hash, which sampler. The extractor is the classifier fitted here on the real
+images, so distances compare runs of one data set and nothing else; they are not the Inception figures of the
+literature.
+
+The classifier and the reference's feature sums are kept under a key made of the reference's digest and their
+settings, and evaluations of other samples against the same reference reuse them. `evaluation.json` is written
+last: a run that dies before leaves files that the next run writes again, and a run whose inputs (by digest)
+and configuration were evaluated already returns the recorded figures without loading anything.
+"""

@@ -1,0 +1,161 @@
+"""What an evaluation reads, found and named by digest before any of it is loaded. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.codec.info import CodecInfo, read_codec_info
+from pipeline.errors import ConfigError, ConflictError, InputError
+from pipeline.evaluate.config import EvaluateJobConfig
+from pipeline.evaluate.reference import ReferenceSummary, summarize
+from pipeline.evaluate.samples import open_samples
+from pipeline.storage import Root, describe, storage_errors
+from pipeline.store.dataset import Dataset, LatentDataset
+from pipeline.store.layout import IDENTITY, canonical_json
+from pipeline.store.runs import last_run
+from pipeline.train.history import HISTORY, read_records
+
+WINDOW = 11  # pixels, the side of SSIM's window (fidelity.WINDOW, which needs torch)
+VERSION = 1  # raised when a figure changes its meaning, so that recorded evaluations are taken again
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything an evaluation reads, opened but not loaded; parts that were not configured are None."""
+
+    reference: ReferenceSummary
+    samples: Dataset | None
+    codec: CodecInfo | None
+    latents: LatentDataset | None
+    history: tuple[dict[str, Any], ...]
+    history_sha256: str | None
+    key: str  # names inputs and settings together
+    judge_key: str  # names what the classifier and the reference's statistics depend on
+
+    @property
+    def parents(self) -> dict[str, str]:
+        """Tracking runs that made the inputs, by job."""
+        runs = {"sample": run_of(self.samples), "encode": run_of(self.latents)}
+        return {job: run for job, run in runs.items() if run}
+
+
+def inspect(config: EvaluateJobConfig) -> Inputs:
+    """Open every input; ConfigError, InputError or ConflictError name what is missing or does not fit."""
+    output = Root(config.output.uri)
+    check_output(output)
+    samples = open_samples(config.samples.uri) if config.samples else None
+    latents = LatentDataset.open(config.data.uri) if config.data else None
+    codec = read_codec_info(config.codec) if config.codec else None
+    if codec is not None:
+        _check_codec(config, codec, latents)
+    try:
+        reference = summarize(config.reference)
+    except InputError as error:
+        key = (error.key or "").replace("source.", "reference.", 1) or None
+        raise InputError(error.what, key=key, value=error.value, rule=error.rule, next_step=error.next_step) from None
+    history, history_sha256 = _history(config)
+    settings = config.model_dump(mode="json", exclude={"output", "tracking"})
+    judge = {name: settings[name] for name in ("reference", "image", "classifier", "quality")}
+    judge_key = _digest([VERSION, reference.digest, judge, config.classifier_resolution])
+    key = _digest(
+        [
+            judge_key,
+            settings,
+            samples.digest if samples else None,
+            latents.digest if latents else None,
+            codec.weights_sha256 if codec else None,
+            history_sha256,
+        ]
+    )
+    return Inputs(reference, samples, codec, latents, history, history_sha256, key, judge_key)
+
+
+def check_output(output: Root) -> None:
+    """ConflictError or InputError when the output cannot be ours."""
+    try:
+        kind = output.kind()
+        holds_dataset = kind == "directory" and output.exists(IDENTITY)
+    except storage_errors() as error:
+        raise InputError(
+            f"The output {output.uri} cannot be looked at: {describe(error)}",
+            key="output.uri",
+            value=output.uri,
+        ) from None
+    if kind == "file":
+        raise InputError(
+            f"The output {output.uri} is a file",
+            key="output.uri",
+            value=output.uri,
+            rule="output.uri is a directory, which need not exist",
+            next_step="choose another output.uri",
+        )
+    if holds_dataset:
+        raise ConflictError(
+            f"{output.uri} holds a dataset, and this job writes a report",
+            key="output.uri",
+            value=output.uri,
+            next_step="choose another output.uri",
+        )
+
+
+def _check_codec(config: EvaluateJobConfig, codec: CodecInfo, latents: LatentDataset | None) -> None:
+    if config.image.multiple_of % codec.factor:
+        raise ConfigError(
+            "Images of these sizes cannot go through the codec",
+            key="image.multiple_of",
+            value=config.image.multiple_of,
+            rule=f"a multiple of the codec's factor {codec.factor}",
+            next_step="use the image section of the encode job",
+        )
+    if min(config.image.resolutions) < WINDOW:
+        raise ConfigError(
+            "Images are too small for SSIM",
+            key="image.resolution",
+            value=config.image.resolution,
+            rule=f"at least {WINDOW} pixels, the side of its window",
+            next_step="evaluate at the resolution the latents were encoded at",
+        )
+    if latents is not None and latents.codec["weights_sha256"] != codec.weights_sha256:
+        raise ConflictError(
+            "The latent dataset was encoded by another codec",
+            key="codec.path",
+            value=config.codec.path if config.codec else None,
+            rule=f"the dataset names the weights {latents.codec['weights_sha256'][:16]}, here are "
+            f"{codec.weights_sha256[:16]}",
+            next_step="name the codec the dataset was made with",
+        )
+
+
+def _history(config: EvaluateJobConfig) -> tuple[tuple[dict[str, Any], ...], str | None]:
+    if config.train is None:
+        return (), None
+    root = Root(config.train.uri)
+    unreadable: tuple[type[Exception], ...] = (ValueError, *storage_errors())
+    try:
+        records = read_records(root)
+    except unreadable as error:
+        raise InputError(
+            f"The training history cannot be read: {describe(error)}", key="train.uri", value=config.train.uri
+        ) from None
+    if not records:
+        raise InputError(
+            f"There is no training history at {config.train.uri}",
+            key="train.uri",
+            value=config.train.uri,
+            rule=f"the train job's output holds {HISTORY}",
+            next_step="correct the URI, run the train job first, or leave train.uri out",
+        )
+    return tuple(records), hashlib.sha256(canonical_json(records)).hexdigest()
+
+
+def run_of(dataset: Dataset | None) -> str | None:
+    """Id or handle of the tracking run that wrote a dataset last, None when there is none."""
+    note = last_run(dataset.root) if dataset is not None else {}
+    run = note.get("run_id") or note.get("handle")
+    return str(run) if run else None
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(canonical_json(value), digest_size=16).hexdigest()

@@ -1,0 +1,169 @@
+"""The evaluate job: judge samples and codec against real images, write the report, record the figures."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.config import dump_yaml
+from pipeline.errors import InputError, PipelineError, StoppedError
+from pipeline.evaluate.config import EvaluateJobConfig
+from pipeline.evaluate.figures import Record
+from pipeline.evaluate.inputs import Inputs, inspect
+from pipeline.result import JobResult
+from pipeline.storage import Root, describe, storage_errors
+from pipeline.tracking.tracker import Tracker, open_tracker
+
+if TYPE_CHECKING:
+    from pipeline.evaluate.results import Measured
+
+RECORD = "evaluation.json"
+REPORT = "report.html"
+RUN_ID_WAIT_S = 10.0
+
+
+def run(config: EvaluateJobConfig) -> JobResult:
+    """Evaluate; "unchanged" when the same inputs were evaluated into this output with the same settings.
+
+    Raises PipelineError, with everything written, when a threshold is missed.
+    """
+    output = Root(config.output.uri)
+    inputs = inspect(config)
+    record = _recorded(output, inputs.key)
+    if record is not None:
+        return _result(config, record, "unchanged")
+    tracker = open_tracker(
+        config.tracking, job="evaluate", run_name=f"evaluate-{inputs.key[:8]}", parents=inputs.parents
+    )
+    try:
+        record = _evaluate(config, inputs, output, tracker)
+    except BaseException as error:
+        tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt | StoppedError) else "FAILED")
+        raise
+    tracker.finish("FINISHED")
+    return _result(config, record, "done")
+
+
+def dry_run(config: EvaluateJobConfig) -> JobResult:
+    """What would be read and whether there is anything to do; writes nothing."""
+    inputs = inspect(config)
+    record = _recorded(Root(config.output.uri), inputs.key)
+    counts = {
+        "samples": inputs.samples.num_rows if inputs.samples else 0,
+        "reference": inputs.reference.rows or 0,
+        "to_evaluate": 0 if record else 1,
+    }
+    return JobResult("dry-run", counts, _outputs(config))
+
+
+def _evaluate(config: EvaluateJobConfig, inputs: Inputs, output: Root, tracker: Tracker) -> Record:
+    """Measure, name the figures, write.
+
+    The classifier, the report, and last the record that refers to them.
+    """
+    from pipeline.evaluate.measuring import measure
+    from pipeline.evaluate.report import render_report
+    from pipeline.evaluate.results import (
+        contract_of,
+        figures_of,
+        missed_thresholds,
+        origins_of,
+        report_content,
+    )
+
+    _log_inputs(config, inputs, tracker)
+    measured = measure(config, inputs, output)
+    figures, absent = figures_of(measured, config.quality.neighbours)
+    run_id = tracker.wait_run_id(RUN_ID_WAIT_S)
+    content = report_content(config, inputs, measured, figures, absent, run_id)
+    page = render_report(content, config.output.max_bytes).encode()
+    record = Record(
+        key=inputs.key,
+        figures=figures,
+        contract=contract_of(config, inputs, measured),
+        inputs=origins_of(config, inputs),
+        absent=absent,
+        missed=missed_thresholds(figures, config.thresholds),
+        counts=_counts(inputs, measured),
+        run_id=run_id,
+        files={REPORT: hashlib.sha256(page).hexdigest()},
+    )
+    try:
+        output.put(REPORT, page)
+        output.put_if_absent(f"evaluations/{record.key}.json", record.to_bytes())
+        output.put(RECORD, record.to_bytes())
+    except storage_errors() as error:
+        raise InputError(
+            f"The output cannot be written: {describe(error)}",
+            key="output.uri",
+            value=config.output.uri,
+            next_step="make room or correct the permissions, then run the same command again",
+        ) from None
+    _log_results(record, page, tracker)
+    return record
+
+
+def _recorded(output: Root, key: str) -> Record | None:
+    """The record of an evaluation with this key whose report is still there, byte for byte."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        record = Record.from_bytes(output.read_bytes(RECORD))
+        if record is not None and record.key == key:
+            digests = {name: hashlib.sha256(output.read_bytes(name)).hexdigest() for name in record.files}
+            return record if digests == record.files else None
+    return None
+
+
+def _result(config: EvaluateJobConfig, record: Record, status: str) -> JobResult:
+    if record.missed:
+        raise PipelineError(
+            "The figures do not reach what was asked:\n" + "\n".join(f"  - {line}" for line in record.missed),
+            key="thresholds",
+            next_step=f"the whole evaluation is in {Root(config.output.uri).uri_of(REPORT)}",
+        )
+    return JobResult(status, record.counts, _outputs(config), record.run_id, figures=record.flat())
+
+
+def _outputs(config: EvaluateJobConfig) -> dict[str, str]:
+    root = Root(config.output.uri)
+    return {"report": root.uri_of(REPORT), "evaluation": root.uri_of(RECORD)}
+
+
+def _counts(inputs: Inputs, measured: Measured) -> dict[str, int]:
+    counts = {"reference": measured.real.n if measured.real else 0}
+    if measured.trip is not None:
+        counts["round_trips"] = measured.trip.sums.n
+    if measured.samples is not None and inputs.samples is not None:
+        counts |= {"samples": inputs.samples.num_rows, "unjudged": measured.samples.unjudged}
+    return counts
+
+
+def _log_inputs(config: EvaluateJobConfig, inputs: Inputs, tracker: Tracker) -> None:
+    tracker.log_text(dump_yaml(config), "config.yaml")
+    tracker.log_params(
+        {
+            "samples.uri": config.samples.uri if config.samples else "none",
+            "reference.uri": config.reference.uri,
+            "codec.path": config.codec.path if config.codec else "none",
+            "image.resolution": config.image.resolution,
+            "classifier.seed": config.classifier.seed,
+            "evaluation.key": inputs.key,
+        }
+    )
+    tracker.log_input("reference", inputs.reference.digest, config.reference.uri, "input")
+    if inputs.samples is not None:
+        tracker.log_input("samples", inputs.samples.digest, inputs.samples.uri, "input")
+    if inputs.latents is not None:
+        tracker.log_input("latents", inputs.latents.digest, inputs.latents.uri, "input")
+
+
+def _log_results(record: Record, page: bytes, tracker: Tracker) -> None:
+    tracker.log_metrics(record.flat(), step=0)
+    tracker.set_tags({"latentloom.passed": "no" if record.missed else "yes"})
+    tracker.log_text(record.to_bytes().decode(), RECORD)
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder, REPORT)
+        local.write_bytes(page)
+        tracker.log_file(local, REPORT)

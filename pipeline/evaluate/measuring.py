@@ -1,0 +1,160 @@
+"""Runs the passes that a configuration asks for, and says why a figure is absent where one cannot be run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
+
+from pipeline.codec.codec import load_codec
+from pipeline.errors import InputError
+from pipeline.evaluate.classifier import Classifier, FitSettings, from_bytes, to_bytes
+from pipeline.evaluate.config import EvaluateJobConfig
+from pipeline.evaluate.inputs import Inputs
+from pipeline.evaluate.measure import (
+    RoundTrip,
+    first_of_each_label,
+    fit_judge,
+    judge_samples,
+    reference_stats,
+    round_trip,
+)
+from pipeline.evaluate.reference import ReferenceBatch, reference_batches
+from pipeline.evaluate.report import Picture
+from pipeline.evaluate.results import Measured
+from pipeline.evaluate.samples import sample_batches
+from pipeline.evaluate.stats import FeatureStats
+from pipeline.progress import Progress
+from pipeline.sample.contact import choose
+from pipeline.storage import Root
+
+CLASSIFIER = "classifier.safetensors"
+STATISTICS = "reference/{key}.safetensors"
+PAIRS_SHOWN = 24
+REAL_SHOWN = 24
+REAL_LOOKED_AT = 512
+SAMPLES_SHOWN = 96
+NEEDS_JUDGE = ("accuracy", "frechet", "kid", "precision", "recall")
+
+
+def measure(config: EvaluateJobConfig, inputs: Inputs, output: Root) -> Measured:
+    """All passes over the images of one evaluation."""
+    device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device
+    device = "cpu" if device == "auto" else device
+    measured = Measured()
+    measured.judge = _judge(config, inputs, output, device, measured.absent)
+    if measured.judge is not None and config.samples is not None:
+        measured.real = _reference(config, inputs, output, measured.judge)
+    looked_at = _batches(config, inputs, config.quality.batch_size, REAL_LOOKED_AT)
+    measured.real_shown = [
+        Picture(pixels, "no label" if label is None else f"class {label}")
+        for pixels, label in first_of_each_label(looked_at, REAL_SHOWN)
+    ]
+    if config.codec is not None:
+        measured.trip = _round_trip(config, inputs, measured.judge, device)
+    if inputs.samples is not None:
+        with Progress("evaluate samples", inputs.samples.num_rows) as progress:
+            measured.samples = judge_samples(
+                sample_batches(inputs.samples, config.quality.batch_size),
+                measured.judge,
+                vectors=config.quality.vectors,
+                show=_shown(inputs),
+                progress=progress,
+            )
+    return measured
+
+
+def _batches(config: EvaluateJobConfig, inputs: Inputs, batch_size: int, limit: int) -> Iterator[ReferenceBatch]:
+    total = inputs.reference.rows
+    return reference_batches(config.reference, config.image, batch_size=batch_size, limit=limit, total=total)
+
+
+def _total(inputs: Inputs, limit: int) -> int | None:
+    return None if inputs.reference.rows is None else min(inputs.reference.rows, limit)
+
+
+def _judge(
+    config: EvaluateJobConfig, inputs: Inputs, output: Root, device: str, absent: dict[str, str]
+) -> Classifier | None:
+    """The classifier kept from an earlier evaluation of the same reference, or a new one.
+
+    None with the reason.
+    """
+    why = None if config.classifier.enabled else "the classifier is switched off (classifier.enabled)"
+    try:
+        kept = from_bytes(output.read_bytes(CLASSIFIER), inputs.judge_key)
+    except (FileNotFoundError, NotADirectoryError):
+        kept = None
+    if why is None and kept is None:
+        c = config.classifier
+        settings = FitSettings(
+            config.classifier_resolution,
+            c.width,
+            c.steps,
+            c.batch_size,
+            c.learning_rate,
+            holdout=c.holdout,
+            seed=c.seed,
+        )
+        batches = _batches(config, inputs, config.quality.batch_size, c.images)
+        try:
+            with Progress("evaluate classifier", c.steps, "steps") as progress:
+                kept = fit_judge(batches, settings, device=device, progress=progress)
+            output.put(CLASSIFIER, to_bytes(kept, inputs.judge_key))
+        except InputError as error:
+            if error.key != "classifier.holdout":
+                raise
+            why = error.what[:1].lower() + error.what[1:]
+    if why is not None:
+        absent.update(dict.fromkeys((*NEEDS_JUDGE, "classifier_accuracy", "reconstruction_accuracy"), why))
+        return None
+    if kept is not None:
+        kept.net.to(device)
+    return kept
+
+
+def _reference(config: EvaluateJobConfig, inputs: Inputs, output: Root, judge: Classifier) -> FeatureStats:
+    """Feature statistics of the reference, kept under everything they depend on."""
+    limit, key = (
+        config.quality.reference_images,
+        STATISTICS.format(key=f"{inputs.judge_key}-{judge.digest[:16]}"),
+    )
+    try:
+        return FeatureStats.from_arrays(load_arrays(output.read_bytes(key)), config.quality.vectors)
+    except (FileNotFoundError, NotADirectoryError, SafetensorError, KeyError):
+        pass  # none yet, or a torn one: both are taken anew
+    with Progress("evaluate reference", _total(inputs, limit)) as progress:
+        batches = _batches(config, inputs, config.quality.batch_size, limit)
+        stats = reference_stats(batches, judge, vectors=config.quality.vectors, progress=progress)
+    output.put(key, save_arrays({name: np.ascontiguousarray(a) for name, a in stats.arrays().items()}))
+    return stats
+
+
+def _round_trip(config: EvaluateJobConfig, inputs: Inputs, judge: Classifier | None, device: str) -> RoundTrip:
+    assert config.codec is not None  # checked by the caller
+    limit = config.fidelity.images
+    codec = load_codec(
+        config.codec.path,
+        revision=config.codec.revision,
+        kind=config.codec.kind,
+        device=device,
+        dtype=config.codec.dtype,
+        compile=config.codec.compile,
+        channels_last=config.codec.channels_last,
+    )
+    with Progress("evaluate codec", _total(inputs, limit)) as progress:
+        batches = _batches(config, inputs, config.fidelity.batch_size, limit)
+        return round_trip(batches, codec, judge, num_pairs=PAIRS_SHOWN, progress=progress)
+
+
+def _shown(inputs: Inputs) -> list[bytes]:
+    """Ids of the samples for the report: as the sample job chooses them for its own contact sheet."""
+    assert inputs.samples is not None  # checked by the caller
+    columns = ("sample_id", "label", "prompt")
+    groups = [inputs.samples.read(g.index, columns) for g in inputs.samples.row_groups]
+    return choose(pa.concat_tables(groups).rename_columns(["request_id", "label", "prompt"]), SAMPLES_SHOWN)

@@ -1,0 +1,151 @@
+"""Every row of a source as a stream of entries, in one strict order on every store.
+
+    folder:     one entry per file, one row each; captions and labels ride along as canonical JSON
+    webdataset: one entry per tar, whose number of rows is not known before it is read
+    parquet:    one entry per run of row groups of a file
+
+Entries ascend strictly by (key, row_start). Memory is that of one directory and its metadata.
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipeline.errors import InputError
+from pipeline.source.config import FolderSource, ParquetSource, SourceConfig, WebDatasetSource
+from pipeline.source.fields import canonical, parse_object
+from pipeline.source.metadata import NAMES, FolderMetadata
+from pipeline.source.patterns import Place, glob_regex, is_hidden, locate, matching
+from pipeline.storage import Root, describe, storage_errors
+
+_TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_PARQUET_SUFFIXES = (".parquet", ".pq")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One object of a source, or a range of rows of one: what a unit of work is made of.
+
+    key: relative to `source_root(source).uri`; rows row_start..row_stop (None: unknown before reading);
+    meta: for folder sources the canonical JSON of caption, label and extra, None where there are none.
+    """
+
+    key: str
+    size_bytes: int
+    etag: str | None
+    mtime_ns: int | None
+    row_start: int
+    row_stop: int | None
+    meta: str | None
+
+
+def source_root(source: SourceConfig) -> Root:
+    """The root that the keys of a source's entries are relative to; InputError when there is no source."""
+    return _place(source).root
+
+
+def list_entries(source: SourceConfig) -> Iterator[Entry]:
+    """All entries, streaming, strictly ordered; InputError for a missing, empty or unusable source."""
+    place = _place(source)
+    if isinstance(source, FolderSource):
+        entries = _folder(place.root, source)
+    elif isinstance(source, WebDatasetSource):
+        entries = _tars(place)
+    else:
+        entries = _parquets(place, source)
+    last: tuple[str, int] | None = None
+    try:
+        for entry in entries:
+            _check_order(last, entry, place.root)
+            last = (entry.key, entry.row_start)
+            yield entry
+    except storage_errors() as error:
+        raise InputError(
+            f"The source {place.root.uri} cannot be listed: {describe(error)}",
+            key="source.uri",
+            value=source.uri,
+            next_step="check the store and the credentials, then run the same command again",
+        ) from None
+    if last is None:
+        raise InputError(
+            f"The source {place.root.uri} is empty",
+            key="source.uri",
+            value=source.uri,
+            rule=f"a {source.kind} source holds at least one {'file' if source.kind == 'folder' else 'shard'}",
+            next_step="check the path and the pattern; hidden files (.name) are not counted",
+        )
+
+
+def _place(source: SourceConfig) -> Place:
+    return locate(source.uri, patterns_allowed=not isinstance(source, FolderSource))
+
+
+def _folder(root: Root, source: FolderSource) -> Iterator[Entry]:
+    metadata = FolderMetadata(root, source)
+    excluded = re.compile("|".join(f"(?:{glob_regex(p)})" for p in source.exclude)) if source.exclude else None
+    for info in root.list():
+        name = info.key.rpartition("/")[2]
+        record = metadata.record_of(info.key)
+        if name in NAMES or is_hidden(info.key) or not _is_regular(root, info.key):
+            continue
+        if excluded is not None and excluded.fullmatch(info.key):
+            continue
+        if source.label_from == "directory":
+            record = _with_directory_label(record, info.key, source)
+        yield Entry(info.key, info.size_bytes, info.etag, info.mtime_ns, 0, 1, record)
+    metadata.finish()
+
+
+def _with_directory_label(record: str | None, key: str, source: FolderSource) -> str:
+    directory = key.rpartition("/")[0].rpartition("/")[2]
+    if directory not in source.classes:
+        raise InputError(
+            f"{key} lies in a directory that is no class",
+            key="source.classes",
+            value=list(source.classes)[:20],
+            rule="with label_from: directory every image's own directory is one of the classes",
+            next_step=f"add {directory!r} to source.classes, or exclude the files",
+        )
+    fields = parse_object(record) if record is not None else {"caption": None, "extra": {}}
+    return canonical({**fields, "label": source.classes.index(directory)})
+
+
+def _is_regular(root: Root, key: str) -> bool:
+    """False for a local pipe, socket or device, which could be read for ever."""
+    path = root.local_path()
+    return path is None or stat.S_ISREG((path / key).stat().st_mode)
+
+
+def _tars(place: Place) -> Iterator[Entry]:
+    for info in matching(place, _TAR_SUFFIXES):
+        yield Entry(info.key, info.size_bytes, info.etag, info.mtime_ns, 0, None, None)
+
+
+def _parquets(place: Place, source: ParquetSource) -> Iterator[Entry]:
+    from pipeline.source.parquet import spans
+
+    for info in matching(place, _PARQUET_SUFFIXES):
+        for start, stop, size in spans(place.root, info, source):
+            yield Entry(info.key, size, info.etag, info.mtime_ns, start, stop, None)
+
+
+def _check_order(last: tuple[str, int] | None, entry: Entry, root: Root) -> None:
+    try:
+        entry.key.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"The name of {entry.key!r} in {root.uri} is not UTF-8",
+            key="source.uri",
+            rule="keys are text",
+            next_step="rename the file",
+        ) from None
+    if last is not None and (entry.key, entry.row_start) <= last:
+        raise InputError(
+            f"The listing of {root.uri} is out of order: {entry.key!r} after {last[0]!r}",
+            key="source.uri",
+            rule="a source does not change while it is listed",
+            next_step="run the same command again when nothing writes there",
+        )

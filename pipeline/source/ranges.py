@@ -1,0 +1,36 @@
+"""Half-open ranges of row numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class Ranges:
+    """A set of rows given as half-open ranges; a stop of None reaches to the end."""
+
+    def __init__(self, ranges: Sequence[tuple[int, int | None]]) -> None:
+        for start, stop in ranges:
+            if start < 0 or (stop is not None and stop < start):
+                raise ValueError(f"range ({start}, {stop}) must have 0 <= start <= stop")
+        self._ranges = tuple(ranges)
+
+    def __contains__(self, row: object) -> bool:
+        return isinstance(row, int) and any(a <= row and (b is None or row < b) for a, b in self._ranges)
+
+    @property
+    def open_ended(self) -> bool:
+        """Whether the end of the unit is asked for, wherever it is."""
+        return any(stop is None for _, stop in self._ranges)
+
+    @property
+    def last_stop(self) -> int:
+        """The first row after all closed ranges."""
+        return max((stop for _, stop in self._ranges if stop is not None), default=0)
+
+    def beyond(self, row: int) -> bool:
+        """Whether neither this row nor any after it is wanted."""
+        return not self.open_ended and row >= self.last_stop
+
+    def meets(self, start: int, stop: int) -> bool:
+        """Whether any row of start..stop is wanted."""
+        return any(a < stop and (b is None or b > start) and a != b for a, b in self._ranges)

@@ -1,0 +1,150 @@
+"""Plan and ledger of up to 1e9 images: time and memory to open, to find what is left, and to diff the source.
+
+    python -m tests.benchmarks.ledger_scale [--images 1e6 1e7 1e8 1e9] [--out results.json]
+
+The dataset is a simulation: plan, bundles and commit records are real and of real size (one record per 10,000
+images with 20 row groups of four channels), the data files they name do not exist. Each size is measured in a
+process of its own, so that the peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.storage import Root
+from pipeline.store import layout
+from pipeline.store.generation import claim_next
+from pipeline.store.ledger import collect, commit
+from pipeline.store.plan import append_version, read_plan
+from pipeline.store.plan_diff import DiffReport, diff
+from pipeline.store.record import CommitRecord, FileInfo, RowGroupInfo
+from pipeline.store.rowset import RowSet
+from pipeline.store.state import read_state
+
+ROWS_PER_UNIT = 10_000
+GROUPS = 20
+
+
+class Shard:
+    """A listed Parquet file of the source."""
+
+    etag = None
+    meta = None
+    row_start = 0
+    row_stop = ROWS_PER_UNIT
+    size_bytes = 1_100_000_000
+    mtime_ns = 1
+
+    def __init__(self, number: int) -> None:
+        self.key = f"part-{number:07d}.parquet"
+
+
+def listing(units: int) -> Iterator[Shard]:
+    return (Shard(i) for i in range(units))
+
+
+def record_of(unit: int, generation: int) -> CommitRecord:
+    rows = ROWS_PER_UNIT // GROUPS
+    size = rows * 32_768
+    totals = tuple(0.1234567890123 * (unit + c + 1) for c in range(4))
+    group = RowGroupInfo("512x512", rows, size, unit, unit, totals, totals, rows * 4096, 9, 0)
+    path = f"{layout.DATA}/{unit:032x}.parquet"
+    return CommitRecord(
+        generation,
+        RowSet.from_triples([(unit, 0, ROWS_PER_UNIT)]),
+        files=(FileInfo(path, size * GROUPS, f"{unit:064x}", ROWS_PER_UNIT, (group,) * GROUPS),),
+        rejects={"truncated": RowSet.from_triples([(unit, 17, 18)])},
+    )
+
+
+def build(uri: str, units: int) -> float:
+    """Plan everything, commit all but the last unit over several generations; returns the seconds of planning."""
+    root = Root(uri)
+    began = time.perf_counter()
+    append_version(read_plan(root), ([s] for s in listing(units)), source={}, generation=1)
+    planned = time.perf_counter() - began
+    done, parts = 0, 10
+    for part in range(parts):
+        generation = claim_next(root, lambda n: collect(root, n), job="simulation", patience_s=0)
+        stop = (units - 1) * (part + 1) // parts
+        for unit in range(done, stop):
+            record = record_of(unit, generation.number)
+            # Straight to a file: a million fsyncs would measure the disk.
+            path = root.local_path(record.name)
+            assert path is not None
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(record.to_bytes())
+        done = stop
+        generation.close({})
+    claim_next(root, lambda n: collect(root, n), job="simulation", patience_s=0).close({})
+    return planned
+
+
+def measure(uri: str, units: int) -> dict[str, float]:
+    """What a resumed run does before it starts any work."""
+    root = Root(uri)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    state = read_state(root)
+    opened = time.perf_counter()
+    gaps = state.gaps()
+    found = time.perf_counter()
+    report = DiffReport()
+    fresh = list(diff(state.plan, listing(units), report))
+    diffed = time.perf_counter()
+    assert gaps.triples() == [[units - 1, 0, ROWS_PER_UNIT]], gaps.triples()[:3]
+    assert not fresh
+    assert report.unchanged == units
+    assert state.num_stored == (units - 1) * (ROWS_PER_UNIT - 1)
+    commit(root, record_of(units - 1, 11))
+    return {
+        "open_s": opened - began,
+        "gaps_s": found - opened,
+        "diff_s": diffed - found,
+        "total_s": diffed - began,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "base_mib": before / 1024,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", nargs="*", type=float, default=[1e6, 1e7, 1e8, 1e9])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(arguments.measure[0], int(arguments.measure[1]))))
+        return
+    rows = []
+    print(
+        f"{'images':>14} {'records':>9} {'plan s':>8} {'open s':>8} {'gaps s':>8} {'diff s':>8} {'peak MiB':>9} {'us/record':>10}"
+    )
+    for images in arguments.images:
+        units = max(2, int(images) // ROWS_PER_UNIT)
+        with tempfile.TemporaryDirectory() as folder:
+            planned = build(folder, units)
+            child = [sys.executable, "-m", "tests.benchmarks.ledger_scale", "--measure", folder, str(units)]
+            row = json.loads(subprocess.run(child, capture_output=True, text=True, check=True).stdout)
+        row |= {"images": images, "records": units - 1, "plan_s": planned}
+        rows.append(row)
+        print(
+            f"{images:>14,.0f} {units - 1:>9,} {planned:>8.2f} {row['open_s']:>8.2f} {row['gaps_s']:>8.2f} "
+            f"{row['diff_s']:>8.2f} {row['peak_mib']:>9.0f} {1e6 * row['total_s'] / units:>10.0f}"
+        )
+    if arguments.out:
+        machine = {"machine": platform.machine(), "python": platform.python_version(), "system": platform.platform()}
+        arguments.out.write_text(json.dumps({**machine, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Folder units: bytes, texts, sub-ranges and every failure of a read as a row."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+from source_images import write
+
+from pipeline.errors import InputError
+from pipeline.source.config import FolderSource
+from pipeline.source.listing import list_entries
+from pipeline.source.ranges import Ranges
+from pipeline.source.readers import read_unit
+from pipeline.source.reasons import Reason
+from pipeline.source.remote import map_ahead
+from pipeline.storage import Root
+
+
+def test_rows_carry_bytes_texts_and_their_place_in_the_unit(tmp_path):
+    for index in range(5):
+        write(tmp_path / f"{index}.jpg", f"bytes {index}")
+    lines = [{"file_name": f"{i}.jpg", "text": f"t{i}", "label": i, "note": "n"} for i in range(4)]
+    write(tmp_path / "metadata.jsonl", "\n".join(map(json.dumps, lines)))
+    source = FolderSource(uri=str(tmp_path), name="here", extra=("note",))
+    entries = list(list_entries(source))
+    found = list(read_unit(source, entries, [(1, 2), (3, None)]))
+    assert [(r.row, r.key, r.image, r.caption, r.label, r.extra) for r in found] == [
+        (1, "1.jpg", b"bytes 1", "t1", 1, '{"note":"n"}'),
+        (3, "3.jpg", b"bytes 3", "t3", 3, '{"note":"n"}'),
+        (4, "4.jpg", b"bytes 4", None, None, None),
+    ]
+    assert {r.source for r in found} == {"here"}
+    assert list(read_unit(source, entries, [])) == []
+
+
+def test_failed_reads_are_rows(tmp_path, monkeypatch):
+    for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg"):
+        write(tmp_path / name, bytes(10 if name != "d.jpg" else 100))
+    source = FolderSource(uri=str(tmp_path), max_bytes=50)
+    entries = list(list_entries(source))
+    (tmp_path / "a.jpg").unlink()
+    write(tmp_path / "c.jpg", bytes(60))  # grown since it was listed
+    real = Root.read_bytes
+
+    def read(self, key):
+        if key == "b.jpg":
+            raise PermissionError(13, "Permission denied")
+        assert key != "d.jpg", "an object known to be too large is not read"
+        return real(self, key)
+
+    monkeypatch.setattr(Root, "read_bytes", read)
+    found = list(read_unit(source, entries, [(0, None)]))
+    assert [r.reason for r in found] == ["missing", "read_failed", "too_many_bytes", "too_many_bytes"]
+    assert all(r.status == "rejected" and r.image is None and r.message for r in found)
+
+
+def test_an_unusable_store_is_not_mistaken_for_bad_rows(tmp_path, monkeypatch):
+    write(tmp_path / "a.jpg", "x")
+    source = FolderSource(uri=str(tmp_path))
+    entries = list(list_entries(source))
+
+    def refuse(self, key):
+        raise InputError("no backend for this scheme")
+
+    monkeypatch.setattr(Root, "read_bytes", refuse)
+    with pytest.raises(InputError, match="no backend"):
+        list(read_unit(source, entries, [(0, None)]))
+
+
+def test_remote_objects_are_fetched_ahead_in_order():
+    root = Root("memory://folder-ahead")
+    for index in range(30):
+        root.put(f"{index:02d}.jpg", b"%d" % index)
+    source = FolderSource(uri="memory://folder-ahead", read_ahead=4)
+    entries = list(list_entries(source))
+    assert [r.image for r in read_unit(source, entries, [(0, 30)])] == [b"%d" % i for i in range(30)]
+
+
+def test_map_ahead_keeps_order_bounds_and_stops_when_left():
+    running, most, lock = 0, 0, threading.Lock()
+
+    def work(item):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        with lock:
+            running -= 1
+        return item * 2
+
+    taken = []
+    source = (taken.append(i) or i for i in range(1000))
+    results = map_ahead(work, source, 5)
+    assert [next(results) for _ in range(10)] == [i * 2 for i in range(10)]
+    results.close()
+    assert len(taken) <= 16
+    assert most <= 5
+    assert list(map_ahead(work, range(3), 1)) == [0, 2, 4]
+
+
+def test_ranges():
+    ranges = Ranges([(2, 4), (7, None)])
+    assert [r for r in range(10) if r in ranges] == [2, 3, 7, 8, 9]
+    assert ranges.open_ended
+    assert not ranges.beyond(100)
+    closed = Ranges([(2, 4), (5, 5)])
+    assert closed.beyond(5)
+    assert not closed.beyond(3)
+    assert closed.meets(3, 9)
+    assert not closed.meets(4, 9)
+    for wrong in ((-1, 2), (3, 2)):
+        with pytest.raises(ValueError, match="0 <= start <= stop"):
+            Ranges([wrong])
+
+
+def test_reasons_are_a_closed_list_with_a_status():
+    assert {r.status for r in Reason} == {"rejected", "filtered"}
+    assert Reason("read_failed").retryable
+    assert not Reason.CORRUPT.retryable
+    with pytest.raises(ValueError, match="nonsense"):
+        Reason("nonsense")
