@@ -1,0 +1,20 @@
+"""From a latent dataset to a trained, exported model: one readable loop, and the machinery that keeps it honest.
+
+    dataset --handshake-->  facts: channels, classes, codec         refused before anything starts, naming both
+    stream  --task------->  x0, noise, t  [b, c, h, w], [b]          draws keyed by (seed, sample id, epoch)
+    model   --loop------->  loss, one update per global batch        guard, clip, AdamW, EMA; counted in images
+    state   --checkpoint->  shards, receipts, COMPLETE.json          DCP safetensors and JSON, no pickle
+    state   --validate, grid-->  fixed questions, fixed seeds        raw and averaged weights, any number of ranks
+    EMA     --finish----->  <output>/model/<images>                  what sampling loads; written last
+
+`loop`, `task`, `state`, `ema`, `checkpoint`, `validate`, `parallel` know torch only. `worker` joins them to the
+dataset, the stream and the tracker on one rank; `job` starts workers with Ray Train and watches them.
+
+The store of `output.uri` is all that starts of a job share: `checkpoints/`, `history.jsonl`, `quarantine.jsonl`
+(samples of skipped steps), `control/` (who is current, who should stop), `run.json` (the MLflow run), `done.json`.
+
+A crash, of a worker, a node or the driver, leaves the checkpoints that have their marker. The next start, Ray's or
+the same command's, takes the newest intact one, drops the history after it, and repeats the steps in between:
+on one kind of CPU in fp32 and the same number of ranks the final weights are bitwise those of an undisturbed run;
+on another number they agree up to the order of float sums.
+"""

@@ -1,0 +1,292 @@
+"""Sharded checkpoints on any store, complete only when their marker is there, and safe to read.
+
+    tensors --DCP--> <staging>/<name>/rank-k/*.safetensors --upload--> checkpoints/<name>/*.safetensors
+            --> receipt-k.json (sha256, size of each file)  --all ranks--> COMPLETE.json (meta, all receipts)
+
+torch.distributed.checkpoint decides which rank writes what and re-cuts shards for another world size; its
+usual `.metadata` file is a pickle, so its safetensors storage is used, whose index is the files' own headers.
+Meta and marker are JSON. Nothing read here can execute code, and only files named by the marker, of the size
+and sha256 it records, are read. A name is <images>-<attempt>: an attempt never writes over another's files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import secrets
+import shutil
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from pipeline.errors import InputError
+from pipeline.storage import Root
+from pipeline.train import world
+
+MARKER = "COMPLETE.json"
+_NAME = re.compile(r"^(\d{15})-([0-9a-f]{8})$")
+_SHARD = re.compile(r"^shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")
+_FILE_BYTES = 1 << 30
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Complete:
+    """A checkpoint whose marker exists: directory name, images seen, the marker's content."""
+
+    name: str
+    images: int
+    marker: Mapping[str, Any]
+
+    @property
+    def meta(self) -> Mapping[str, Any]:
+        """The JSON part of the training state."""
+        value: Mapping[str, Any] = self.marker["meta"]
+        return value
+
+
+def list_complete(root: Root) -> list[Complete]:
+    """Checkpoints with a readable marker, oldest first; a torn marker is warned about and left out."""
+    found = []
+    for name in sorted(root.list_dirs()):
+        match = _NAME.match(name)
+        if match is None:
+            continue
+        try:
+            marker = json.loads(root.read_bytes(f"{name}/{MARKER}"))
+            if all(_SHARD.match(file) for file in marker["files"]) and int(marker["meta"]["images"]) >= 0:
+                found.append(Complete(name, int(match.group(1)), marker))
+                continue
+            problem = "its marker names files that are no shards"
+        except FileNotFoundError:
+            continue  # still being written, or torn: no marker, no checkpoint
+        except (ValueError, KeyError, TypeError) as error:
+            problem = f"its marker cannot be read ({error})"
+        _log.warning("checkpoint %s is skipped: %s", root.uri_of(name), problem)
+    return found
+
+
+class CheckpointStore:
+    """Saves and loads the checkpoints below one root; every method is called by all ranks together.
+
+    staging: a local directory, one per node. keep_last: newest checkpoints kept; keep_every_images: besides
+    those, the first checkpoint at or after each multiple is kept for good.
+    """
+
+    def __init__(
+        self,
+        root: Root,
+        staging: Path,
+        *,
+        keep_last: int = 2,
+        keep_every_images: int | None = None,
+        node_leader: bool = True,
+        receipts_timeout_s: float = 1800.0,
+    ) -> None:
+        self.root, self.staging = root, staging
+        self.keep_last, self.keep_every_images = keep_last, keep_every_images
+        self.node_leader, self.receipts_timeout_s = node_leader, receipts_timeout_s
+        self.attempt: str = world.broadcast_json(secrets.token_hex(4))
+        self._thread: threading.Thread | None = None
+        self._failure: list[BaseException] = []
+
+    # -- saving --------------------------------------------------------------------------------------------
+
+    def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Write the tensors to local staging now; hash, upload and mark complete behind the caller's back.
+
+        The caller may change tensors and meta once this returns. An error of the save before is raised here.
+        """
+        self.wait()
+        name = f"{int(meta['images']):015d}-{self.attempt}"
+        mine = self.staging / name / f"rank-{world.rank():05d}"
+        writer = HuggingFaceStorageWriter(
+            str(mine), fqn_to_index_mapping=_file_of_tensor(tensors), save_distributed=True
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            dcp_save(dict(tensors), storage_writer=writer, no_dist=not world.is_distributed())
+        # As it is now: the caller goes on changing it while the thread below works.
+        frozen = json.loads(json.dumps(meta))
+        args = (name, mine, frozen, world.rank(), world.world_size())
+        self._thread = threading.Thread(target=self._publish_guarded, args=args, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when the save in flight, if any, is finished on this rank; raises what it raised."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure:
+            raise self._failure.pop()
+
+    def _publish_guarded(self, *args: Any) -> None:
+        try:
+            self._publish(*args)
+        except BaseException as error:  # noqa: BLE001 - handed to the training thread by wait()
+            self._failure.append(error)
+
+    def _publish(self, name: str, mine: Path, meta: Mapping[str, Any], rank: int, world_size: int) -> None:
+        files = {}
+        for path in sorted(mine.glob("*.safetensors")):
+            data = path.read_bytes()
+            files[path.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            self.root.put(f"{name}/{path.name}", data)
+        self.root.put(f"{name}/receipt-{rank:05d}.json", _to_json({"files": files}))
+        shutil.rmtree(mine, ignore_errors=True)
+        if rank == 0:
+            everything = self._collect_receipts(name, world_size)
+            marker = {"meta": meta, "files": everything, "world_size": world_size}
+            self.root.put(f"{name}/{MARKER}", _to_json(marker))
+            shutil.rmtree(mine.parent, ignore_errors=True)
+            self.prune()
+
+    def _collect_receipts(self, name: str, world_size: int) -> dict[str, Any]:
+        files: dict[str, Any] = {}
+        deadline = time.monotonic() + self.receipts_timeout_s
+        for rank in range(world_size):
+            key, pause_s = f"{name}/receipt-{rank:05d}.json", 0.02
+            while not self.root.exists(key):
+                if time.monotonic() > deadline:
+                    raise InputError(
+                        f"The checkpoint {self.root.uri_of(name)} stays incomplete: rank {rank} has not "
+                        f"uploaded its part within {self.receipts_timeout_s:g} s",
+                        key="checkpoint",
+                        rule="every rank uploads its shards to output.uri",
+                        next_step="see that every node reaches the store, then run the same command again",
+                    )
+                time.sleep(pause_s)
+                pause_s = min(1.0, pause_s * 1.5)
+            files |= json.loads(self.root.read_bytes(key))["files"]
+        return files
+
+    # -- retention -----------------------------------------------------------------------------------------
+
+    def prune(self) -> None:
+        """Delete what retention no longer keeps, and torn checkpoints older than the newest complete one."""
+        complete = list_complete(self.root)
+        if not complete:
+            return
+        keep = {c.name for c in complete[-self.keep_last :]} | self._milestones(complete)
+        newest, known = complete[-1], {c.name for c in complete}
+        for name in self.root.list_dirs():
+            match = _NAME.match(name)
+            torn = match is not None and name not in known and int(match.group(1)) < newest.images
+            if torn or (name in known and name not in keep):
+                # The marker goes first: a deletion cut short leaves a torn checkpoint, never a corrupt one.
+                self.root.delete(f"{name}/{MARKER}")
+                for info in list(self.root.list(name)):
+                    self.root.delete(info.key)
+                local = self.root.local_path(name)
+                if local is not None:
+                    shutil.rmtree(local, ignore_errors=True)
+
+    def _milestones(self, complete: list[Complete]) -> set[str]:
+        if self.keep_every_images is None:
+            return set()
+        first: dict[int, str] = {}
+        for c in complete:
+            if c.images >= self.keep_every_images:
+                first.setdefault(c.images // self.keep_every_images, c.name)
+        return set(first.values())
+
+    # -- loading -------------------------------------------------------------------------------------------
+
+    def load_newest(
+        self, tensors: Mapping[str, Tensor], check: Callable[[Mapping[str, Any]], None]
+    ) -> Mapping[str, Any] | None:
+        """Fill `tensors` in place from the newest intact checkpoint; returns its meta, None when there is none.
+
+        `check` sees the meta first and may refuse it by raising. A corrupt checkpoint (a missing, foreign, short
+        or altered file) is skipped with a warning for the one before it. Any world size may load.
+        """
+        found: list[dict[str, Any]] = world.broadcast_json(
+            [{"name": c.name, "marker": dict(c.marker)} for c in reversed(list_complete(self.root))]
+            if world.rank() == 0
+            else None
+        )
+        for candidate in found:
+            name, marker = candidate["name"], candidate["marker"]
+            check(marker["meta"])
+            local, problem = self._fetch(name, marker["files"])
+            problems = [p for p in world.gather_json(problem) if p is not None]
+            if problems:
+                if world.rank() == 0:
+                    _log.warning("checkpoint %s is corrupt and skipped: %s", self.root.uri_of(name), problems[0])
+                continue
+            self._read(tensors, local)
+            meta: Mapping[str, Any] = marker["meta"]
+            return meta
+        return None
+
+    def _fetch(self, name: str, files: Mapping[str, Any]) -> tuple[Path, str | None]:
+        if self.node_leader:
+            return fetch_checked(self.root, name, files, self.staging / "restore")
+        return _local_copy(self.root, name, self.staging / "restore"), None
+
+    def _read(self, tensors: Mapping[str, Tensor], local: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            dcp_load(
+                dict(tensors),
+                storage_reader=HuggingFaceStorageReader(str(local)),
+                no_dist=not world.is_distributed(),
+            )
+        world.barrier()
+        if self.node_leader and local.is_relative_to(self.staging):
+            shutil.rmtree(local)
+
+
+def fetch_checked(root: Root, name: str, files: Mapping[str, Any], scratch: Path) -> tuple[Path, str | None]:
+    """A local directory with a checkpoint's files, fetched below `scratch` unless they are local; what is wrong."""
+    local = _local_copy(root, name, scratch)
+    if local.is_relative_to(scratch):
+        shutil.rmtree(local, ignore_errors=True)
+        root.download_dir(name, local)
+    return local, _problem(local, files)
+
+
+def _local_copy(root: Root, name: str, scratch: Path) -> Path:
+    in_place = root.local_path(name)
+    return in_place if in_place is not None else scratch / name
+
+
+def _problem(local: Path, files: Mapping[str, Any]) -> str | None:
+    """What distinguishes a directory from what its marker records: None when nothing does."""
+    present = {p.name for p in local.glob("*.safetensors")}
+    if present != set(files):
+        return f"files {sorted(present ^ set(files))} are missing or foreign"
+    for file, expected in sorted(files.items()):
+        digest = hashlib.sha256()
+        with open(local / file, "rb") as stream:
+            while chunk := stream.read(8 << 20):
+                digest.update(chunk)
+        if (local / file).stat().st_size != expected["bytes"] or digest.hexdigest() != expected["sha256"]:
+            return f"{file} does not have the recorded size and sha256"
+    return None
+
+
+def _file_of_tensor(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """File number (from 1) of each tensor: files of about a GiB, which a store takes in one put."""
+    index, used, out = 1, 0, {}
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if used and used + size > _FILE_BYTES:
+            index, used = index + 1, 0
+        out[name], used = index, used + size
+    return out
+
+
+def _to_json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, sort_keys=True, indent=1).encode()

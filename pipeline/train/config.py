@@ -1,0 +1,177 @@
+"""Configuration of the training job; every count of progress is in images over all workers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.cluster import ClusterConfig
+from pipeline.config import StrictModel
+from pipeline.diffusion.config import ObjectiveConfig, SamplerConfig, TimestepConfig
+from pipeline.model.config import ModelConfig
+from pipeline.stream.config import StreamConfig
+from pipeline.tracking.config import TrackingConfig
+
+
+class DataConfig(StrictModel):
+    """The latents to learn from."""
+
+    uri: str = Field(..., min_length=1, description="Latent dataset: a directory or any fsspec URI.")
+
+
+class OutputConfig(StrictModel):
+    """Where the run lives."""
+
+    uri: str = Field(
+        ..., min_length=1, description="Checkpoints, history and the exported model: a directory or fsspec URI."
+    )
+
+
+class EmaConfig(StrictModel):
+    """One average of the weights."""
+
+    name: str = Field(..., pattern=r"^[a-z0-9][a-z0-9_.-]{0,39}$", description="Its name in checkpoints and figures.")
+    sigma_rel: float | None = Field(
+        None, gt=0, lt=0.2886, description="Power-function average: its relative width (Karras et al. 2024)."
+    )
+    half_life_images: float | None = Field(None, gt=0, description="Exponential average: its half-life in images.")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> EmaConfig:
+        if (self.sigma_rel is None) == (self.half_life_images is None):
+            raise ValueError(f"track {self.name!r} needs exactly one of sigma_rel and half_life_images")
+        return self
+
+
+class TrainConfig(StrictModel):
+    """How long, how fast, on how many workers."""
+
+    images: int = Field(..., ge=1, description="Length of the run in images (steps times batch_size).")
+    batch_size: int = Field(..., ge=1, description="Global batch; the same whatever the number of workers.")
+    micro_batch: int = Field(
+        256, ge=1, description="Most samples of one forward pass on one worker; the rest is accumulated."
+    )
+    seed: int = Field(0, ge=0, lt=1 << 32, description="Keys the order, the noise, the times and the first weights.")
+    num_workers: int = Field(1, ge=1, description="Ray Train workers.")
+    min_workers: int | None = Field(
+        None, ge=1, description="Elastic: go on with as few as these when nodes are lost; null: exactly num_workers."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda when the cluster has GPUs.")
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs reserved for, and used by, each worker.")
+    strategy: Literal["ddp", "fsdp2"] = Field(
+        "ddp", description="ddp: a whole model per worker; fsdp2: weights and optimiser sharded."
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Arithmetic of the forward pass; weights and averages stay fp32 (bf16 is slow on CPU)."
+    )
+    compile: bool = Field(False, description="torch.compile, block by block where the model has blocks.")
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
+    warmup_images: int = Field(0, ge=0, description="Linear warm-up over these first images.")
+    decay_images: int = Field(0, ge=0, description="Decay over these last images.")
+    decay_shape: Literal["cosine", "linear"] = Field("cosine", description="Shape of the decay.")
+    decay_final_ratio: float = Field(0.0, ge=0, le=1, description="Share of the peak left at the end.")
+    betas: tuple[float, float] = Field((0.9, 0.99), description="AdamW's two decay rates.")
+    eps: float = Field(1e-8, gt=0, description="AdamW's denominator floor.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of matrices; vectors are not decayed.")
+    clip_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this total norm.")
+    guard_norm: float = Field(
+        1e4, gt=0, description="A step whose gradient norm is above this, or not finite, is skipped on all workers."
+    )
+    max_skipped_in_a_row: int = Field(10, ge=1, description="The run stops after this many skipped steps in a row.")
+    label_dropout: float = Field(
+        0.1, ge=0, le=1, description="Share of samples trained without their label, for guidance."
+    )
+    conditional: bool = Field(True, description="false: ignore labels even where the dataset has them.")
+    ema: tuple[EmaConfig, ...] = Field(
+        (EmaConfig(name="ema", sigma_rel=0.05),),
+        description="Averages of the weights; the first is used for grids and export.",
+    )
+    log_images: int = Field(2048, ge=1, description="Figures are logged each time this many images are done.")
+    max_failures: int = Field(3, ge=-1, description="Lost workers tolerated before the job fails; -1: any number.")
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> TrainConfig:
+        if self.batch_size < self.num_workers:
+            raise ValueError(f"batch_size {self.batch_size} must be at least num_workers {self.num_workers}")
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers {self.min_workers} must not exceed num_workers {self.num_workers}")
+        names = [t.name for t in self.ema]
+        if len(set(names)) != len(names):
+            raise ValueError(f"ema names must differ, got {names}")
+        return self
+
+    @property
+    def world_sizes(self) -> range:
+        """Every number of workers the run may have."""
+        return range(self.min_workers or self.num_workers, self.num_workers + 1)
+
+
+class CheckpointConfig(StrictModel):
+    """When checkpoints are taken and which are kept."""
+
+    every_images: int = Field(65536, ge=1, description="A checkpoint each time this many images are done.")
+    keep_last: int = Field(2, ge=1, description="Newest checkpoints kept.")
+    keep_every_images: int | None = Field(
+        None, ge=1, description="Besides, the first checkpoint after each multiple of this is kept for good."
+    )
+
+
+class ValidationConfig(StrictModel):
+    """Loss on held-out samples at fixed times with fixed noise."""
+
+    every_images: int = Field(16384, ge=1, description="Measured each time this many images are done.")
+    images: int = Field(0, ge=0, description="Held-out samples asked; 0: no validation.")
+    timesteps: int = Field(4, ge=1, description="Strata of time at which each sample is asked.")
+    chunk: int = Field(16, ge=1, description="Samples of one forward pass; fixed, so that results are comparable.")
+
+
+class GridConfig(StrictModel):
+    """Pictures drawn from the first EMA track at fixed seeds while training."""
+
+    every_images: int | None = Field(
+        None, ge=1, description="Drawn each time this many images are done; null: never."
+    )
+    images: int = Field(16, ge=1, le=256, description="Pictures in a grid; classes take turns.")
+    sampler: SamplerConfig = Field(SamplerConfig(guidance=2.0), description="How they are sampled.")
+
+
+class CodecOverride(StrictModel):
+    """Where the dataset's codec lies now."""
+
+    path: str | None = Field(
+        None, description="Codec to decode grids with and to name in the export; null: the one the dataset names."
+    )
+    revision: str | None = Field(None, description="Commit or tag that pins a hub id.")
+    kind: str = Field("auto", description="auto, or the name of a codec plug-in.")
+
+
+class TrainJobConfig(StrictModel):
+    """Train a diffusion model on a latent dataset: `python -m jobs.train CONFIG... [key=value ...]`."""
+
+    data: DataConfig = Field(..., description="The latents.")
+    output: OutputConfig = Field(..., description="The run's own place.")
+    model: ModelConfig = Field(..., description="The network.")
+    objective: ObjectiveConfig = Field(ObjectiveConfig(), description="What it predicts.")
+    timesteps: TimestepConfig = Field(TimestepConfig(), description="At which times.")
+    train: TrainConfig = Field(..., description="How it is trained.")
+    stream: StreamConfig = Field(StreamConfig(), description="How the latents are shuffled and fetched.")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="What survives a crash.")
+    validation: ValidationConfig = Field(ValidationConfig(), description="Loss on held-out samples.")
+    grid: GridConfig = Field(GridConfig(), description="Pictures while training.")
+    codec: CodecOverride = Field(CodecOverride(), description="The codec of the latents.")
+    cluster: ClusterConfig = Field(ClusterConfig(), description="Where Ray runs.")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="Where the run is recorded.")
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> TrainJobConfig:
+        if self.validation.images and not self.stream.holdout:
+            raise ValueError(f"validation.images {self.validation.images} needs stream.holdout above 0")
+        if self.grid.every_images is not None and not self.train.ema:
+            raise ValueError("grid.every_images needs at least one train.ema track")
+        uneven = [n for n in self.train.world_sizes if self.stream.lanes % n]
+        if uneven:
+            raise ValueError(
+                f"stream.lanes {self.stream.lanes} must be a multiple of every number of workers, not so {uneven}"
+            )
+        return self

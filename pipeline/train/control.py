@@ -1,0 +1,109 @@
+"""What a driver and its workers tell each other through the output's own store: who is current, and "stop".
+
+    control/generation-<n>.json   one per start of the job, created only if absent; the highest is current
+    control/stop-<n>              the driver of generation n asks its workers to checkpoint and return
+    control/failure-<n>.json      a worker of generation n met an error that a restart would only meet again
+
+An object store is the one thing every node of a run reaches; a poll a second costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from typing import Any
+
+from pipeline import errors
+from pipeline.errors import ConflictError, PipelineError
+from pipeline.storage import Root
+
+_GENERATION = re.compile(r"^control/generation-(\d{6})\.json$")
+POLL_S = 1.0
+
+
+def claim_generation(root: Root, note: dict[str, Any]) -> int:
+    """Make this start of the job the current one: workers of earlier starts checkpoint and end."""
+    while True:
+        number = current_generation(root) + 1
+        if root.put_if_absent(f"control/generation-{number:06d}.json", json.dumps(note).encode()):
+            return number
+
+
+def current_generation(root: Root) -> int:
+    """The newest start of the job, 0 when there was none."""
+    matches = [_GENERATION.match(info.key) for info in root.list("control")]
+    return max((int(m.group(1)) for m in matches if m), default=0)
+
+
+def request_stop(root: Root, generation: int) -> None:
+    """Ask the workers of a generation to checkpoint and return."""
+    root.put(f"control/stop-{generation:06d}", b"")
+
+
+def record_failure(root: Root, generation: int, error: PipelineError) -> None:
+    """Leave an error where the driver, and a restarted worker, find it; the first one stays."""
+    told = {
+        "type": type(error).__name__,
+        "what": error.what,
+        "key": error.key,
+        "value": None if error.value is None else str(error.value),
+        "rule": error.rule,
+        "next_step": error.next_step,
+    }
+    root.put_if_absent(f"control/failure-{generation:06d}.json", json.dumps(told).encode())
+
+
+def recorded_failure(root: Root, generation: int) -> PipelineError | None:
+    """The error that ended a generation, None when none did."""
+    try:
+        told = json.loads(root.read_bytes(f"control/failure-{generation:06d}.json"))
+    except FileNotFoundError:
+        return None
+    kind = getattr(errors, told.pop("type"), PipelineError)
+    error: PipelineError = kind(told.pop("what"), **told)
+    return error
+
+
+class StopWatch:
+    """Polls the store on a thread: `requested` turns true when this start should stop, or is no longer current."""
+
+    def __init__(self, root: Root, generation: int) -> None:
+        self.root, self.generation = root, generation
+        self.superseded_by: int | None = None
+        self._stop, self._end = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._poll, name="stop-watch", daemon=True)
+        self._thread.start()
+
+    def requested(self) -> bool:
+        """Whether the loop should checkpoint and return."""
+        return self._stop.is_set()
+
+    def close(self) -> None:
+        """End the polling."""
+        self._end.set()
+        self._thread.join()
+
+    def check_current(self) -> None:
+        """Raise ConflictError when another start of the job has taken over."""
+        if self.superseded_by is not None:
+            raise ConflictError(
+                f"Start {self.superseded_by} of this job took over the output from start {self.generation}",
+                key="output.uri",
+                value=self.root.uri,
+                rule="one run at a time trains into an output",
+                next_step="let the newer one go on, or give this one another output.uri",
+            )
+
+    def _poll(self) -> None:
+        while not self._end.wait(POLL_S):
+            try:
+                newest = current_generation(self.root)
+                stop = self.root.exists(f"control/stop-{self.generation:06d}")
+            except OSError:
+                continue  # a store that does not answer asks for nothing; the next poll does
+            if newest > self.generation:
+                self.superseded_by = newest
+            if stop or newest > self.generation:
+                self._stop.set()
+                return

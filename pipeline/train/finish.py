@@ -1,0 +1,82 @@
+"""The end of a run: the averaged weights as an exported model, in the output's own store."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pipeline.model.build import build_model
+from pipeline.model.export import MARKER, ExportInfo, export_name, read_info, save_export
+from pipeline.storage import Root
+from pipeline.store.dataset import LatentDataset
+from pipeline.train import world
+from pipeline.train.config import TrainJobConfig
+from pipeline.train.handshake import Facts
+from pipeline.train.state import TrainState
+from pipeline.train.task import Task
+
+MODELS = "model"
+
+
+def export_model(
+    config: TrainJobConfig,
+    facts: Facts,
+    dataset: LatentDataset,
+    task: Task,
+    state: TrainState,
+    root: Root,
+    *,
+    run_id: str | None,
+) -> None:
+    """Write the first EMA track (the raw weights when there is none) to <output>/model/<images>; a collective."""
+    track = state.ema.tracks[0].name if state.ema.tracks else None
+    weights = whole_weights(state, track)
+    if world.rank() == 0:
+        model = build_model(
+            config.model, latent_channels=facts.latent_channels, num_classes=facts.num_classes, text_dim=None
+        )
+        model.load_state_dict(weights)
+        info = ExportInfo(
+            model=config.model.model_dump(mode="json"),
+            objective=config.objective.model_dump(mode="json"),
+            latent_channels=facts.latent_channels,
+            num_classes=facts.num_classes,
+            text_dim=None,
+            factor=facts.factor,
+            latent_mean=tuple(task.mean.tolist()),
+            latent_std=tuple(task.std.tolist()),
+            codec={**dataset.codec, **(facts.codec or {})},
+            dataset={"uri": dataset.uri, "digest": dataset.digest},
+            fingerprint_digest=dataset.fingerprint_digest,
+            run_id=run_id,
+            images_seen=state.images,
+            ema=track or "raw",
+            buckets=facts.buckets,
+        )
+        place = root.child(MODELS).child(export_name(state.images))
+        if not _already_there(place, info):
+            save_export(place, model, info)
+    world.barrier()
+
+
+def _already_there(place: Root, info: ExportInfo) -> bool:
+    """Whether this very export was finished by an earlier start, which may not have known its run's id yet."""
+    if not place.exists(MARKER):
+        return False
+    found = read_info(place)
+    return replace(found, run_id=info.run_id, weights_sha256="") == info
+
+
+def whole_weights(state: TrainState, track: str | None) -> dict[str, Tensor]:
+    """The model's state dict on the CPU, unsharded, with parameters taken from an EMA track; a collective."""
+    with torch.no_grad():
+        values = dict(state.model.state_dict())
+        if track is not None:
+            values |= state.ema.averages[track]
+        out = {}
+        for key, value in values.items():
+            full = value.full_tensor() if hasattr(value, "full_tensor") else value
+            out[key] = full.detach().cpu().clone()
+        return out

@@ -1,0 +1,86 @@
+"""Pictures while training: the same seeds and classes at every visit, drawn from an average of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.codec.codec import load_codec
+from pipeline.diffusion.rng import id_from_text, ids_from_bytes, keyed_normal
+from pipeline.diffusion.samplers import sample
+from pipeline.sample.contact import contact_sheet
+from pipeline.sample.images import encode_image
+from pipeline.train import world
+from pipeline.train.state import TrainState
+from pipeline.train.task import Task
+
+_CHUNK = 16
+
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a grid is drawn. shape: (c, h, w) of a latent; sampler: keyword arguments of `samplers.sample`.
+
+    collective: every rank draws it (sharded models need that); otherwise rank 0 alone. `show` gets the PNG bytes on
+    rank 0.
+    """
+
+    task: Task
+    ema: str
+    images: int
+    shape: tuple[int, int, int]
+    sampler: dict[str, Any]
+    codec: dict[str, Any]
+    show: Callable[[TrainState, bytes], None]
+    collective: bool = False
+    device: torch.device = _CPU
+
+    def run(self, state: TrainState) -> dict[str, float]:
+        """Draw, decode on rank 0, show; no figures."""
+        if world.rank() != 0 and not self.collective:
+            return {}
+        was_training = state.model.training
+        state.model.eval()
+        with state.ema.swapped(state.params, self.ema):
+            latents = self._latents(state)
+        state.model.train(was_training)
+        if world.rank() == 0:
+            self.show(state, self._sheet(latents))
+        return {}
+
+    def classes(self) -> Tensor | None:
+        """The class of each picture: they take turns."""
+        if self.task.num_classes is None:
+            return None
+        return torch.arange(self.images, device=self.device) % self.task.num_classes
+
+    def _latents(self, state: TrainState) -> Tensor:
+        ids = ids_from_bytes([id_from_text(f"grid {i}") for i in range(self.images)]).to(self.device)
+        noise = keyed_normal(self.task.seed, ids, purpose="grid", shape=self.shape)
+        labels, parts = self.classes(), []
+        for first in range(0, self.images, _CHUNK):
+            rows = slice(first, first + _CHUNK)
+            conditioning: dict[str, Any] = {}
+            if labels is not None:
+                none = torch.full_like(labels[rows], self.task.num_classes or 0)
+                conditioning = {"cond": {"labels_B": labels[rows]}, "uncond": {"labels_B": none}}
+            parts.append(
+                sample(state.model, noise[rows], objective=self.task.objective, **conditioning, **self.sampler)
+            )
+        return self.task.raw(torch.cat(parts))
+
+    def _sheet(self, latents: Tensor) -> bytes:
+        codec = load_codec(**self.codec, device=str(self.device))
+        pixels = torch.cat(
+            [codec.decode(latents[i : i + _CHUNK]).cpu() for i in range(0, self.images, _CHUNK)]
+        ).numpy()
+        labels = self.classes()
+        captions = [""] * self.images if labels is None else [f"class {int(c)}" for c in labels]
+        return contact_sheet([encode_image(p, {}) for p in pixels], captions)

@@ -1,0 +1,148 @@
+"""Does this dataset fit this model and this run? Answered before anything is started; torch-free.
+
+Every refusal names both sides. What is compared on a resume is kept by `identity` in each checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.codec.info import codec_info
+from pipeline.errors import ConfigError, ConflictError
+from pipeline.store.dataset import LatentDataset
+from pipeline.train.config import CodecOverride, TrainJobConfig
+
+_TEXT_ONLY = ("unet2d_condition", "sd3_transformer2d")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the dataset is, as far as the model is concerned."""
+
+    latent_channels: int
+    factor: int
+    num_classes: int | None
+    moments: bool
+    buckets: tuple[str, ...]
+    codec: dict[str, Any] | None  # path, revision, kind: where it lies now; None when nobody knows
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents of the first bucket."""
+        height, width = (int(v) // self.factor for v in self.buckets[0].split("x"))
+        return height, width
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Facts:
+        """The inverse of `dataclasses.asdict`, after a way through JSON."""
+        return cls(**{**values, "buckets": tuple(values["buckets"])})
+
+
+def handshake(config: TrainJobConfig, dataset: LatentDataset) -> Facts:
+    """The facts of a dataset that fits; ConfigError or ConflictError, naming both sides, of one that does not."""
+    codec = dataset.codec
+    channels, moments = int(codec["latent_channels"]), dataset.posterior == "moments"
+    stored = len(dataset.channel_mean)
+    if stored != channels * (2 if moments else 1):
+        raise ConflictError(
+            f"The dataset holds {stored} channels a row, its codec makes {channels} (posterior: {dataset.posterior})",
+            key="data.uri",
+            value=dataset.uri,
+            rule="stored latents have the codec's channels, twice for moments",
+            next_step="verify the dataset with jobs.verify",
+        )
+    facts = Facts(
+        latent_channels=channels,
+        factor=int(codec["factor"]),
+        num_classes=dataset.num_classes if config.train.conditional else None,
+        moments=moments,
+        buckets=tuple(sorted({g.bucket for g in dataset.row_groups})),
+        codec=locate_codec(config.codec, codec),
+    )
+    _check_model(config, facts, dataset.uri)
+    if config.grid.every_images is not None and facts.codec is None:
+        raise ConfigError(
+            f"Grids are pictures, and the dataset {dataset.uri} does not say where its codec lies",
+            key="codec.path",
+            rule="grid.every_images decodes latents with the codec that made them",
+            next_step="set codec.path, or grid.every_images=null",
+        )
+    return facts
+
+
+def _check_model(config: TrainJobConfig, facts: Facts, uri: str) -> None:
+    model = config.model
+    if model.kind in _TEXT_ONLY:
+        raise ConfigError(
+            f"The model {model.kind} needs text embeddings, the dataset {uri} has none",
+            key="model.kind",
+            value=model.kind,
+            rule="a text-conditioned model learns from precomputed text embeddings",
+            next_step="choose dit, unet2d or dit_transformer2d",
+        )
+    if model.kind == "dit_transformer2d":
+        side = model.sample_size * facts.factor
+        wrong = [b for b in facts.buckets if b != f"{side}x{side}"]
+        if wrong:
+            raise ConfigError(
+                f"The model takes latents of {model.sample_size}x{model.sample_size} (images of {side}x{side}), "
+                f"the dataset has buckets {', '.join(wrong)}",
+                key="model.sample_size",
+                value=model.sample_size,
+                rule="dit_transformer2d takes one square size",
+                next_step="encode at that one size, or choose dit or unet2d",
+            )
+    if model.kind == "dit_transformer2d" and facts.num_classes is None:
+        raise ConfigError(
+            "The model dit_transformer2d needs classes, "
+            + ("train.conditional is false" if not config.train.conditional else f"rows of {uri} have no label"),
+            key="model.kind",
+            value=model.kind,
+            rule="every row of the dataset has a label",
+            next_step="choose dit or unet2d, which also learn without classes",
+        )
+
+
+def locate_codec(override: CodecOverride, made_by: dict[str, Any]) -> dict[str, Any] | None:
+    """Where the codec of the latents lies now; ConflictError when `codec.path` names another one.
+
+    A local path is made absolute: it is used by processes in other directories.
+    """
+    if override.path is None:
+        path, place = made_by.get("path"), {"revision": made_by.get("revision"), "kind": made_by.get("kind", "auto")}
+    else:
+        path, place = override.path, {"revision": override.revision, "kind": override.kind}
+        theirs = made_by.get("weights_sha256")
+        ours = codec_info(override.path, override.revision, override.kind).weights_sha256
+        if theirs != ours:
+            raise ConflictError(
+                f"The codec at {override.path} (weights {ours}) did not make these latents (weights {theirs})",
+                key="codec.path",
+                value=override.path,
+                rule="latents are decoded by the codec that encoded them",
+                next_step="name the codec that the dataset was encoded with, or leave codec.path out",
+            )
+    if path is None:
+        return None
+    return {"path": str(Path(path).absolute()) if Path(path).exists() else str(path), **place}
+
+
+def identity(config: TrainJobConfig, dataset: LatentDataset, facts: Facts) -> dict[str, Any]:
+    """What must not change between the start and the resume of a run, flat, for a field-by-field comparison.
+
+    Learning rate, length, intervals and numbers of workers are free: they may be tuned while a run goes on.
+    """
+    model = {f"model.{k}": v for k, v in config.model.model_dump(mode="json").items()}
+    model.pop("model.activation_checkpointing", None)
+    sections = {"objective": config.objective, "timesteps": config.timesteps}
+    return {
+        **model,
+        **{f"{s}.{k}": v for s, part in sections.items() for k, v in part.model_dump(mode="json").items()},
+        "train.batch_size": config.train.batch_size,
+        "train.label_dropout": config.train.label_dropout,
+        "train.ema": [t.model_dump(mode="json") for t in config.train.ema],
+        "num_classes": facts.num_classes,
+        "dataset.fingerprint": dataset.fingerprint_digest,
+    }

@@ -1,0 +1,346 @@
+"""The training job: the driver's side of Ray Train. Nothing here is imported by the workers' own code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from pipeline.cluster import WORKER_ENV, ensure_ray
+from pipeline.config import config_digest, dump_yaml
+from pipeline.errors import PipelineError, StoppedError
+from pipeline.progress import Progress
+from pipeline.result import JobResult
+from pipeline.storage import Root, storage_errors
+from pipeline.tracking.config import resolve_paths
+from pipeline.train.config import TrainJobConfig
+from pipeline.train.control import claim_generation, record_failure, recorded_failure, request_stop
+from pipeline.train.history import read_records
+
+if TYPE_CHECKING:
+    from pipeline.store.dataset import LatentDataset
+    from pipeline.tracking.tracker import Tracker
+    from pipeline.train.handshake import Facts
+
+DONE = "done.json"
+RUN = "run.json"
+_WATCH_S = 1.0
+
+
+def run(config: TrainJobConfig) -> JobResult:
+    """Train to `train.images` and export; the same command resumes, and returns at once when all is done.
+
+    Raises StoppedError after a SIGTERM, when the workers have written their checkpoint.
+    """
+    config = _absolute(config)
+    root = Root(config.output.uri)
+    finished = _finished(root, config)
+    if finished is not None:
+        return finished
+    dataset, facts = _open(config)
+    root.probe()
+    tracker = _open_run(config, root, dataset)
+    status = "FAILED"
+    try:
+        generation = claim_generation(root, {"config": config_digest(config), "time": time.time()})
+        outcome = _fit(config, root, generation, tracker.handle, facts)
+        if outcome["status"] == "stopped":
+            status = "KILLED"
+            raise StoppedError(
+                f"Training stopped at {outcome['images']:,} of {config.train.images:,} images, checkpoint written",
+                next_step="run the same command again to go on",
+            )
+        result = _result(config, root, outcome, tracker)
+        root.put(DONE, json.dumps({"config": config_digest(config), "result": vars(result)}).encode())
+        status = "FINISHED"
+        return result
+    except StoppedError:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status)
+
+
+def dry_run(config: TrainJobConfig) -> JobResult:
+    """What a run would do: steps, epochs, space for checkpoints; starts nothing and writes nothing."""
+    config = _absolute(config)
+    dataset, facts = _open(config)
+    t = config.train
+    steps = math.ceil(t.images / t.batch_size)
+    per_epoch = dataset.num_rows * (1.0 - config.stream.holdout)
+    return JobResult(
+        status="dry-run",
+        counts={
+            "steps": steps,
+            "images": steps * t.batch_size,
+            "rows": dataset.num_rows,
+            "classes": facts.num_classes or 0,
+            "checkpoints": math.ceil(t.images / config.checkpoint.every_images),
+            "micro_batches_per_step": math.ceil(math.ceil(t.batch_size / t.num_workers) / t.micro_batch),
+        },
+        outputs={"model": root_of(config).uri_of("model")},
+        figures={"epochs": steps * t.batch_size / max(1.0, per_epoch)},
+    )
+
+
+def root_of(config: TrainJobConfig) -> Root:
+    """The run's own place."""
+    return Root(config.output.uri)
+
+
+# -- before ----------------------------------------------------------------------------------------------------
+
+
+def _absolute(config: TrainJobConfig) -> TrainJobConfig:
+    """Workers run in a directory of their own: local paths must not depend on it."""
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"uri": Root(config.data.uri).uri}),
+            "output": config.output.model_copy(update={"uri": Root(config.output.uri).uri}),
+            "tracking": resolve_paths(config.tracking),
+        }
+    )
+
+
+def _finished(root: Root, config: TrainJobConfig) -> JobResult | None:
+    """The result of an earlier run of this very configuration, None when there is none."""
+    try:
+        done = json.loads(root.read_bytes(DONE))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if done["config"] != config_digest(config):
+        return None
+    return JobResult(**{**done["result"], "status": "unchanged"})
+
+
+def _open(config: TrainJobConfig) -> tuple[LatentDataset, Facts]:
+    from pipeline.store.dataset import LatentDataset
+    from pipeline.train.handshake import handshake
+
+    dataset = LatentDataset.open(config.data.uri)
+    return dataset, handshake(config, dataset)
+
+
+def _open_run(config: TrainJobConfig, root: Root, dataset: LatentDataset) -> Tracker:
+    """The MLflow run: a new one, or the one that an earlier start of this training opened."""
+    from pipeline.store.runs import last_run
+    from pipeline.tracking.tracker import open_tracker
+
+    try:
+        earlier = json.loads(root.read_bytes(RUN))["run"]
+    except FileNotFoundError:
+        earlier = None
+    encode_run = dataset.provenance.get("run_id") or last_run(dataset.root).get("handle")
+    tracker = open_tracker(
+        config.tracking,
+        job="train",
+        run_name=f"train {config.model.kind}",
+        resume_run_id=earlier,
+        parents={"encode": str(encode_run)} if encode_run else {},
+    )
+    root.put(RUN, json.dumps({"run": tracker.handle}).encode())
+    t = config.train
+    tracker.log_params(
+        {
+            "model.kind": config.model.kind,
+            "objective": config.objective.kind,
+            "images": t.images,
+            "batch_size": t.batch_size,
+            "learning_rate": t.learning_rate,
+            "seed": t.seed,
+            "label_dropout": t.label_dropout,
+            "strategy": t.strategy,
+            "precision": t.precision,
+            "ema": ", ".join(e.name for e in t.ema),
+            "data.uri": config.data.uri,
+            "output.uri": config.output.uri,
+        }
+    )
+    tracker.log_text(dump_yaml(config), "config.yaml")
+    tracker.log_input("latents", dataset.digest, dataset.uri, "input")
+    return tracker
+
+
+# -- Ray -------------------------------------------------------------------------------------------------------
+
+
+def _fit(config: TrainJobConfig, root: Root, generation: int, handle: str | None, facts: Facts) -> dict[str, Any]:
+    """Run the workers, again after losses, until they are done or asked to stop; what rank 0 returned."""
+    # Ray gives up on a start after 60 s, which a busy machine needs for its imports alone.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "180")
+    # The handler comes first: a SIGTERM while Ray starts is remembered and honoured.
+    stop = threading.Event()
+    with _sigterm(stop):
+        ray = ensure_ray(config.cluster)
+        # Ray installs a handler of its own that ends the process; ours asks the workers for a checkpoint.
+        with _sigterm(stop), _watching(config, root, generation, stop):
+            from ray.train import FailureConfig, RunConfig, ScalingConfig
+            from ray.train.torch import TorchTrainer
+
+            use_gpu = _use_gpu(config, ray)
+            t = config.train
+            cpus = {**WORKER_ENV, "OMP_NUM_THREADS": str(max(1, int(t.cpus_per_worker)))}
+            trainer = TorchTrainer(
+                _train_on_ray,
+                train_loop_config={
+                    "config": config.model_dump(mode="json"),
+                    "generation": generation,
+                    "tracking_handle": handle,
+                    "facts": asdict(facts),
+                },
+                scaling_config=ScalingConfig(
+                    num_workers=t.num_workers if t.min_workers is None else (t.min_workers, t.num_workers),
+                    use_gpu=use_gpu,
+                    resources_per_worker={"CPU": t.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+                ),
+                run_config=RunConfig(
+                    name=f"train-{generation}",
+                    storage_path=_ray_storage(root),
+                    failure_config=FailureConfig(max_failures=t.max_failures),
+                    worker_runtime_env={"env_vars": cpus},
+                ),
+            )
+            try:
+                outcome: dict[str, Any] = trainer.fit().return_value
+            except ray.train.TrainingFailedError as error:
+                raise recorded_failure(root, generation) or _lost(config, error) from error
+    if outcome["status"] == "failed":
+        raise recorded_failure(root, generation) or _lost(config, None)
+    return outcome
+
+
+def _train_on_ray(payload: dict[str, Any]) -> dict[str, Any]:
+    """What Ray calls on each worker."""
+    import ray.train
+    import ray.train.torch
+
+    from pipeline.config import validate
+    from pipeline.train import world
+    from pipeline.train.handshake import Facts
+    from pipeline.train.worker import Place, run_worker
+
+    config = validate(TrainJobConfig, payload["config"])
+    root, generation = Root(config.output.uri), int(payload["generation"])
+    # A restart after an error that would only come again: end cleanly, the driver reads the error.
+    if world.broadcast_json(recorded_failure(root, generation) is not None):
+        return {"status": "failed", "step": 0, "images": 0}
+    # One name for all ranks of this start on a node, another for every restart.
+    token = world.broadcast_json(secrets.token_hex(8))
+    scratch = Path(tempfile.gettempdir()) / f"latentloom-train-{token}"
+    place = Place(
+        device=str(ray.train.torch.get_device()),
+        generation=generation,
+        tracking_handle=payload["tracking_handle"],
+        facts=Facts.from_json(payload["facts"]),
+        node_leader=ray.train.get_context().get_local_rank() == 0,
+        scratch=scratch,
+    )
+    try:
+        return run_worker(config, place)
+    except PipelineError as error:
+        record_failure(root, generation, error)
+        raise
+    finally:
+        if place.node_leader:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _use_gpu(config: TrainJobConfig, ray: Any) -> bool:
+    if config.train.device != "auto":
+        return config.train.device == "cuda"
+    return float(ray.cluster_resources().get("GPU", 0)) >= config.train.num_workers
+
+
+def _ray_storage(root: Root) -> str:
+    """Ray's own bookkeeping: on the output's disk, or in its bucket."""
+    return str(root.uri_of("ray"))
+
+
+def _lost(config: TrainJobConfig, error: Exception | None) -> PipelineError:
+    return StoppedError(
+        f"The workers were lost more than train.max_failures={config.train.max_failures} times"
+        + (f": {str(error).strip().splitlines()[-1][:300]}" if error and str(error).strip() else ""),
+        key="train.max_failures",
+        value=config.train.max_failures,
+        rule="checkpoints are kept, so the run can go on",
+        next_step="see the workers' messages above, then run the same command again",
+    )
+
+
+# -- while -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _sigterm(stop: threading.Event) -> Iterator[None]:
+    """SIGTERM sets `stop` inside the block; elsewhere than in the main thread signals are left alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    previous = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def _watching(config: TrainJobConfig, root: Root, generation: int, stop: threading.Event) -> Iterator[None]:
+    """A thread that shows the progress the workers report, and hands a stop request on to them."""
+    end = threading.Event()
+
+    def watch() -> None:
+        asked = False
+        with Progress("train", config.train.images) as progress:
+            while not end.wait(_WATCH_S):
+                with contextlib.suppress(*storage_errors()):
+                    if stop.is_set() and not asked:
+                        request_stop(root, generation)
+                        asked = True
+                    losses = [r for r in read_records(root) if "loss" in r]
+                    if losses:
+                        progress.update(losses[-1]["images"], loss=losses[-1]["loss"])
+
+    thread = threading.Thread(target=watch, name="train-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
+
+
+# -- after -----------------------------------------------------------------------------------------------------
+
+
+def _result(config: TrainJobConfig, root: Root, outcome: dict[str, Any], tracker: Tracker) -> JobResult:
+    records = read_records(root)
+    losses = [r for r in records if "loss" in r]
+    last = losses[-1] if losses else {}
+    checks = [r for r in records if "val/loss" in r]
+    figures = {k: float(v) for k, v in (checks[-1] if checks else {}).items() if k.endswith("/loss")}
+    rates = [r["images_per_s"] for r in losses if "images_per_s" in r]
+    tracker.log_input("model", config_digest(config), root.uri_of("model"), "output")
+    return JobResult(
+        status="done",
+        counts={"steps": outcome["step"], "images": outcome["images"], "skipped_steps": last.get("skipped_steps", 0)},
+        outputs={"model": root.uri_of("model"), "run": root.uri},
+        run_id=tracker.wait_run_id(30.0),
+        rates={"images_per_s": sorted(rates)[len(rates) // 2]} if rates else {},
+        figures={**({"loss": last["loss"]} if last else {}), **figures},
+    )

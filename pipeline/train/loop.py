@@ -1,0 +1,264 @@
+"""The training loop, torch only: it knows neither Ray nor MLflow nor where batches come from.
+
+Progress is counted in images. Every random number is keyed by (seed, sample id, epoch), so the same global
+batches give the same gradients on any number of ranks (up to the order of float sums), and a run that was
+killed and resumed is, on the same number of ranks, bitwise the run that was not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.diffusion.rng import ids_from_words
+from pipeline.errors import PipelineError
+from pipeline.train import world
+from pipeline.train.checkpoint import CheckpointStore
+from pipeline.train.meter import Meter
+from pipeline.train.schedule import learning_rate
+from pipeline.train.state import TrainState
+from pipeline.train.task import Forward, Task
+
+NUM_BINS = 4
+_CPU = torch.device("cpu")
+
+
+class BatchLike(Protocol):
+    """This rank's share of one global batch: raw latents [b, c, h, w], ids uint64 [b, 2], labels [b] or None."""
+
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def latents(self) -> np.ndarray: ...
+    @property
+    def sample_ids(self) -> np.ndarray: ...
+    @property
+    def labels(self) -> np.ndarray | None: ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers the loop needs; counts are of images over all ranks."""
+
+    images: int
+    batch_size: int
+    micro_batch: int
+    learning_rate: float
+    warmup_images: int = 0
+    decay_images: int = 0
+    decay_final_ratio: float = 0.0
+    decay_shape: str = "cosine"
+    clip_norm: float = 1.0
+    guard_norm: float = 1e4
+    max_skipped_in_a_row: int = 10
+    precision: str = "fp32"
+    log_images: int = 1024
+    checkpoint_images: int = 65536
+
+
+@dataclass(frozen=True)
+class Hook:
+    """Something every rank does together each `every_images` images and at the end; returns figures to log."""
+
+    every_images: int
+    run: Callable[[TrainState], Mapping[str, float]]
+
+
+@dataclass
+class Engine:
+    """The model as it is called while training: wrapped for its strategy, and how to hold back synchronisation."""
+
+    forward: Forward
+    without_sync: Callable[[bool], AbstractContextManager[Any]] = lambda _last: nullcontext()
+    device: torch.device = _CPU
+
+
+Log = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """How the outside follows a run; each is called on every rank, `log` always before the checkpoint of its step."""
+
+    hooks: Sequence[Hook] = ()
+    log: Log = lambda _record: None
+    skip: Log = lambda _record: None
+    resume: Callable[[TrainState], None] = lambda _state: None
+    should_stop: Callable[[], bool] = lambda: False
+
+
+def train(
+    state: TrainState,
+    engine: Engine,
+    task: Task,
+    open_stream: Callable[[int], Iterator[BatchLike]],
+    settings: Settings,
+    checkpoints: CheckpointStore,
+    *,
+    callbacks: Callbacks | None = None,
+    meter: Meter | None = None,
+) -> str:
+    """Train until `settings.images`; returns "done", or "stopped" after a checkpoint when a rank wants to stop.
+
+    open_stream(step) yields this rank's share of every global batch from `step` on. Raises PipelineError when
+    too many steps in a row had to be skipped, ConflictError when a checkpoint is another run's.
+    """
+    meta = checkpoints.load_newest(state.tensors(), state.check)
+    if meta is not None:
+        state.restore_meta(meta)
+    call, meter = callbacks or Callbacks(), meter or Meter()
+    call.resume(state)
+    stream = open_stream(state.step) if state.images < settings.images else iter(())
+    stop = False
+    while state.images < settings.images and not stop:
+        # Data: this rank's share of global batch number `step`.
+        with meter.waiting():
+            batch = next(stream)
+        before = state.images
+        state.images += settings.batch_size
+
+        # Gradients, accumulated over micro-batches and averaged over ranks by the last of them.
+        torch.manual_seed(_step_seed(state))
+        sums = _backward(state, engine, task, batch, settings)
+        norm = _gradient_norm(state, settings.clip_norm)
+
+        # One small reduction: everything that every rank must decide alike is decided on its result.
+        sums[0] = float(call.should_stop())
+        sums = world.total(sums)
+        stop = bool(sums[0] > 0)
+        loss = float(sums[1]) / settings.batch_size
+        rate = _learning_rate(state.images, settings)
+        if math.isfinite(loss) and math.isfinite(norm) and norm <= settings.guard_norm:
+            _update(state, rate, settings.batch_size)
+            _add_to_window(state, sums)
+        else:
+            _skip(state, batch, loss, norm, settings, call.skip)
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        meter.step(settings.batch_size)
+
+        # Reports, hooks and checkpoints happen when the count of images crosses a multiple, wherever it began.
+        done = state.images >= settings.images
+        if done or _crossed(before, state.images, settings.log_images):
+            call.log(_record(state, batch.epoch, rate, norm, meter))
+        for hook in call.hooks:
+            if done or _crossed(before, state.images, hook.every_images):
+                with meter.paused():
+                    call.log({"step": state.step, "images": state.images, **hook.run(state)})
+        if done or stop or _crossed(before, state.images, settings.checkpoint_images):
+            with meter.paused():
+                checkpoints.save(state.tensors(), state.meta())
+    checkpoints.wait()
+    world.barrier()
+    return "done" if state.images >= settings.images else "stopped"
+
+
+def _backward(state: TrainState, engine: Engine, task: Task, batch: BatchLike, settings: Settings) -> Tensor:
+    """Backward over this rank's share; float64 [2 + 2 * NUM_BINS]: a free slot, loss sum, bin sums, bin counts."""
+    device = engine.device
+    latents = torch.from_numpy(np.ascontiguousarray(batch.latents)).to(device, non_blocking=True)
+    ids = ids_from_words(batch.sample_ids).to(device)
+    labels = None if batch.labels is None else torch.from_numpy(batch.labels).to(device)
+    # The count of micro-batches depends on the largest share, so that ranks with uneven shares stay in step.
+    largest_share = -(-settings.batch_size // world.world_size())
+    num_micro = -(-largest_share // settings.micro_batch)
+    sums = torch.zeros(2 + 2 * NUM_BINS, dtype=torch.float64, device=device)
+    for i, rows in enumerate(torch.arange(len(latents)).tensor_split(num_micro)):
+        # A rank one sample short repeats its first one, with weight 0.
+        part = slice(int(rows[0]), int(rows[-1]) + 1) if len(rows) else slice(0, 1)
+        counts = float(len(rows) > 0)
+        micro_labels = None if labels is None else labels[part]
+        with engine.without_sync(i < num_micro - 1):
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                losses, t = task.training_losses(engine.forward, latents[part], ids[part], micro_labels, batch.epoch)
+            # Ranks are averaged, samples of the global batch are meant: undo the one, do the other.
+            scale = counts * world.world_size() / settings.batch_size
+            (losses.sum() * scale).backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            values = losses.detach().double() * counts
+            bins = (t * NUM_BINS).long().clamp(0, NUM_BINS - 1)
+            sums[1] += values.sum()
+            sums[2 : 2 + NUM_BINS].index_add_(0, bins, values)
+            sums[2 + NUM_BINS :].index_add_(0, bins, torch.full_like(values, counts))
+    return sums.cpu()
+
+
+def _gradient_norm(state: TrainState, clip_norm: float) -> float:
+    """Clip the gradients to a total norm of `clip_norm`; returns the norm before, the same on every rank."""
+    norm = nn.utils.clip_grad_norm_(list(state.params.values()), clip_norm)
+    full: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return float(full)
+
+
+def _learning_rate(images: int, s: Settings) -> float:
+    return learning_rate(
+        images,
+        peak=s.learning_rate,
+        warmup_images=s.warmup_images,
+        decay_images=s.decay_images,
+        total_images=s.images,
+        final_ratio=s.decay_final_ratio,
+        shape=s.decay_shape,
+    )
+
+
+def _update(state: TrainState, rate: float, batch_size: int) -> None:
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    state.optimizer.step()
+    state.ema.update(state.params, state.images, batch_size)
+    state.skipped_in_a_row = 0
+
+
+def _skip(state: TrainState, batch: BatchLike, loss: float, norm: float, settings: Settings, on_skip: Log) -> None:
+    """Leave weights and averages as they are, say which samples were in the batch, give up after too many."""
+    state.skipped_steps += 1
+    state.skipped_in_a_row += 1
+    names = world.gather_json([bytes(row.astype("<u8").tobytes()).hex() for row in batch.sample_ids])
+    ids = [name for share in names for name in share]
+    on_skip({"step": state.step, "images": state.images, "loss": loss, "grad_norm": norm, "sample_ids": ids})
+    if state.skipped_in_a_row >= settings.max_skipped_in_a_row:
+        raise PipelineError(
+            f"Training diverged: {state.skipped_in_a_row} steps in a row had a non-finite loss or a gradient norm "
+            f"above {settings.guard_norm:g} (step {state.step}, loss {loss:g}, norm {norm:g}, "
+            f"samples {', '.join(ids[:4])}, ...)",
+            key="train.max_skipped_in_a_row",
+            value=settings.max_skipped_in_a_row,
+            rule="a step is skipped on all ranks when its loss or gradients are not usable",
+            next_step="lower train.learning_rate, or look at the samples named in quarantine.jsonl",
+        )
+
+
+def _add_to_window(state: TrainState, sums: Tensor) -> None:
+    window = state.window.setdefault("sums", [0.0] * (1 + 2 * NUM_BINS))
+    state.window["sums"] = [a + b for a, b in zip(window, sums[1:].tolist(), strict=True)]
+
+
+def _record(state: TrainState, epoch: int, rate: float, norm: float, meter: Meter) -> dict[str, Any]:
+    """The figures since the last record; the open window is part of the checkpoint, so a resume leaves no seam."""
+    total, *rest = state.window.pop("sums", [0.0] * (1 + 2 * NUM_BINS))
+    sums, counts = rest[:NUM_BINS], rest[NUM_BINS:]
+    record: dict[str, Any] = {"step": state.step, "images": state.images, "epoch": epoch}
+    if sum(counts):
+        record["loss"] = total / sum(counts)
+    for i, (value, count) in enumerate(zip(sums, counts, strict=True)):
+        if count:
+            record[f"loss_t{i}"] = value / count
+    record |= {"learning_rate": rate, "grad_norm": norm, "skipped_steps": state.skipped_steps}
+    return record | meter.figures()
+
+
+def _crossed(before: int, after: int, every: int) -> bool:
+    return before // every != after // every
+
+
+def _step_seed(state: TrainState) -> int:
+    """For a model that draws its own dropout: a function of run, step and rank, hence the same after a resume."""
+    return (state.seed * 1_000_003 + state.step * 8_191 + world.rank()) % (1 << 63)

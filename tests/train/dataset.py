@@ -1,0 +1,96 @@
+"""A real latent dataset on disk, made without a codec: every class has its own pattern."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.encode.planning import update_plan
+from pipeline.storage import Root
+from pipeline.store.generation import claim_next
+from pipeline.store.identity import Identity, claim_identity
+from pipeline.store.ledger import collect
+from pipeline.store.schema import LATENTS, REJECTS, pack_latents
+from pipeline.store.writer import Committer
+
+
+@dataclass(frozen=True)
+class FakeEntry:
+    key: str
+    size_bytes: int = 10
+    etag: str | None = None
+    mtime_ns: int | None = 1
+    row_start: int = 0
+    row_stop: int | None = 1
+    meta: str | None = None
+
+
+def make_dataset(
+    path: Path,
+    *,
+    rows: int = 96,
+    classes: int | None = 3,
+    channels: int = 4,
+    side: int = 8,
+    posterior: str = "mode",
+    codec_channels: int | None = None,
+) -> str:
+    """Write the dataset and return its URI; the fingerprint depends on the shape only."""
+    root = Root(str(path))
+    stored = channels * (2 if posterior == "moments" else 1)
+    codec = {
+        "class_name": "Fake",
+        "weights_sha256": "0" * 64,
+        "latent_channels": codec_channels or channels,
+        "factor": 4,
+    }
+    fingerprint = {"codec": codec, "latent_dtype": "float16", "posterior": posterior, "side": side}
+    claim_identity(root, Identity("latents", fingerprint, {"codec": codec}))
+    generation = claim_next(root, lambda previous: collect(root, previous), job="encode")
+    entries = [FakeEntry(f"{i:06d}.png") for i in range(rows)]
+    update_plan(
+        root,
+        entries,
+        source={"uri": "memory://images", "kind": "folder", "name": "fake"},
+        generation=generation.number,
+        unit_rows=rows,
+        unit_bytes=1 << 30,
+        drop_removed=False,
+    )
+    committer = Committer(root, generation.number, 4096, "float16", {})
+    committer.commit(_rows(rows, classes, stored, side), REJECTS.empty_table(), {})
+    generation.close({"status": "done"})
+    return root.uri
+
+
+def _rows(rows: int, classes: int | None, channels: int, side: int) -> pa.Table:
+    rng = np.random.default_rng(3)
+    labels = np.arange(rows) % (classes or 1)
+    patterns = rng.normal(size=(classes or 1, channels, side, side)) * 2
+    latents = (patterns[labels] + 0.3 * rng.normal(size=(rows, channels, side, side)) + 0.5).astype(np.float32)
+    ids = [hashlib.blake2b(str(i).encode(), digest_size=16).digest() for i in range(rows)]
+    pixels = side * 4
+    columns: dict[str, object] = {
+        "sample_id": ids,
+        "key": [f"{i:06d}.png" for i in range(rows)],
+        "unit": np.zeros(rows, np.int64),
+        "row": np.arange(rows),
+        "variant": np.zeros(rows, np.int32),
+        "bucket": [f"{pixels}x{pixels}"] * rows,
+        "latent": pack_latents(latents, "float16"),
+        "latent_shape": [[channels, side, side]] * rows,
+        **{f"{what}_{axis}": [pixels] * rows for what in ("original", "crop") for axis in ("height", "width")},
+        "crop_top": [0] * rows,
+        "crop_left": [0] * rows,
+        "flipped": [False] * rows,
+        "caption": [None] * rows,
+        "label": [None if classes is None else int(c) for c in labels],
+        "extra": [None] * rows,
+        "content_sha256": [None] * rows,
+        "phash": [None] * rows,
+    }
+    return pa.table({f.name: pa.array(columns[f.name], f.type) for f in LATENTS}, schema=LATENTS)

@@ -1,0 +1,94 @@
+"""What driver and workers tell each other through the store."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ConflictError, PipelineError
+from pipeline.storage import Root
+from pipeline.train import control
+from pipeline.train.control import (
+    StopWatch,
+    claim_generation,
+    current_generation,
+    record_failure,
+    recorded_failure,
+    request_stop,
+)
+from pipeline.train.history import Journal, read_records
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Root:
+    return Root(str(tmp_path))
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "POLL_S", 0.01)
+
+
+def until_requested(watch: StopWatch) -> None:
+    deadline = time.monotonic() + 30
+    while not watch.requested():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_each_start_is_a_new_generation(root: Root) -> None:
+    assert current_generation(root) == 0
+    assert [claim_generation(root, {}) for _ in range(3)] == [1, 2, 3]
+    assert current_generation(root) == 3
+
+
+def test_two_starts_at_once_get_different_generations(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim_generation(root, {})
+    # The second start saw the store before the first one's claim landed.
+    stale = iter([0])
+    original = control.current_generation
+    monkeypatch.setattr(control, "current_generation", lambda r: next(stale, None) or original(r))
+    assert claim_generation(root, {}) == 2
+
+
+def test_a_stop_is_for_its_own_generation(root: Root) -> None:
+    first = claim_generation(root, {})
+    request_stop(root, first)
+    second = claim_generation(root, {})
+    watch = StopWatch(root, second)
+    time.sleep(0.1)
+    assert not watch.requested()
+    request_stop(root, second)
+    until_requested(watch)
+    watch.check_current()
+    watch.close()
+
+
+def test_a_superseded_start_is_told_so(root: Root) -> None:
+    watch = StopWatch(root, claim_generation(root, {}))
+    claim_generation(root, {})
+    until_requested(watch)
+    with pytest.raises(ConflictError, match=r"Start 2 of this job took over the output from start 1"):
+        watch.check_current()
+    watch.close()
+
+
+def test_a_failure_keeps_its_kind_and_words_and_the_first_one_stays(root: Root) -> None:
+    assert recorded_failure(root, 1) is None
+    record_failure(root, 1, ConflictError("one", key="a.b", value=3, rule="r", next_step="n"))
+    record_failure(root, 1, PipelineError("two"))
+    error = recorded_failure(root, 1)
+    assert isinstance(error, ConflictError)
+    assert (error.what, error.key, error.value, error.rule, error.next_step) == ("one", "a.b", "3", "r", "n")
+
+
+def test_a_rewound_journal_has_no_seam(root: Root) -> None:
+    journal = Journal(root)
+    for step in (3, 6, 9):
+        journal.append({"step": step})
+    resumed = Journal(root)
+    resumed.rewind(6)
+    resumed.append({"step": 9, "again": True})
+    assert read_records(root) == [{"step": 3}, {"step": 6}, {"step": 9, "again": True}]

@@ -1,0 +1,85 @@
+"""Grids: fixed seeds, classes in turn, averaged weights, decoded on rank 0."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.train import grid as module
+from pipeline.train.grid import Grid
+from pipeline.train.state import TrainState
+from tests.train.helpers import CHANNELS, make_task, new_run
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The latents that reached the codec."""
+    seen: list[torch.Tensor] = []
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        seen.append(latents.clone())
+        return torch.zeros(len(latents), 16, 16, 3, dtype=torch.uint8)
+
+    monkeypatch.setattr(module, "load_codec", lambda **_: SimpleNamespace(decode=decode))
+    return seen
+
+
+def make_grid(shown: list[tuple[int, bytes]], **changes: Any) -> Grid:
+    def show(state: TrainState, png: bytes) -> None:
+        shown.append((state.images, png))
+
+    grid = Grid(
+        task=make_task(),
+        ema="power",
+        images=20,
+        shape=(CHANNELS, 4, 4),
+        sampler={"sampler": "euler", "steps": 3, "guidance": 2.0},
+        codec={"path": "unused"},
+        show=show,
+    )
+    return replace(grid, **changes)
+
+
+def test_a_grid_is_the_same_picture_of_the_same_weights(tmp_path: Path, decoded: list[torch.Tensor]) -> None:
+    state, _, _ = new_run(tmp_path)
+    shown: list[tuple[int, bytes]] = []
+    grid = make_grid(shown)
+    state.images = 77
+    assert grid.run(state) == {}
+    first = torch.cat(decoded)
+    decoded.clear()
+    grid.run(state)
+    assert torch.equal(first, torch.cat(decoded))
+    assert first.shape == (20, CHANNELS, 4, 4)
+    assert [n for n, _ in shown] == [77, 77]
+    assert Image.open(io.BytesIO(shown[0][1])).format == "PNG"
+    classes = grid.classes()
+    assert classes is not None
+    assert classes.tolist()[:5] == [0, 1, 2, 0, 1]
+
+
+def test_a_grid_shows_the_average_and_leaves_the_weights(tmp_path: Path, decoded: list[torch.Tensor]) -> None:
+    state, _, _ = new_run(tmp_path)
+    before = {k: v.clone() for k, v in state.model.state_dict().items()}
+    make_grid([]).run(state)
+    for value in state.ema.averages["power"].values():
+        value.mul_(0.5)
+    make_grid([]).run(state)
+    assert not torch.equal(torch.cat(decoded[:2]), torch.cat(decoded[2:]))
+    assert all(torch.equal(v, before[k]) for k, v in state.model.state_dict().items())
+
+
+def test_an_unconditional_grid_has_no_classes(tmp_path: Path, decoded: list[torch.Tensor]) -> None:
+    state, _, _ = new_run(tmp_path)
+    sampler = {"sampler": "euler", "steps": 2, "guidance": 1.0}
+    grid = make_grid([], task=make_task(num_classes=None), sampler=sampler)
+    assert grid.classes() is None
+    grid.run(state)
+    assert len(torch.cat(decoded)) == 20

@@ -1,0 +1,93 @@
+"""Datasets that do not fit a model, or a codec, are refused with both named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.codec.info import CodecInfo
+from pipeline.errors import ConfigError, ConflictError, InputError
+from pipeline.store.dataset import LatentDataset
+from pipeline.train import handshake as module
+from pipeline.train.handshake import Facts, handshake
+from tests.train.dataset import make_dataset
+from tests.train.job_config import job_config
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_dataset(tmp_path_factory.mktemp("latents"))
+
+
+def shake(tmp_path: Path, uri: str, changes: dict[str, Any]) -> Facts:
+    return handshake(job_config(tmp_path, uri, changes), LatentDataset.open(uri))
+
+
+def test_what_fits_is_described(uri: str, tmp_path: Path) -> None:
+    facts = shake(tmp_path, uri, {})
+    assert (facts.latent_channels, facts.factor, facts.num_classes, facts.buckets) == (4, 4, 3, ("32x32",))
+    assert (facts.latent_size, facts.codec) == ((8, 8), None)
+
+
+def test_labels_can_be_ignored(uri: str, tmp_path: Path) -> None:
+    assert shake(tmp_path, uri, {"train": {"conditional": False}}).num_classes is None
+
+
+def test_channels_that_are_not_the_codecs_are_refused(tmp_path: Path) -> None:
+    odd = make_dataset(tmp_path / "odd", codec_channels=16)
+    with pytest.raises(ConflictError, match=r"holds 4 channels a row, its codec makes 16"):
+        shake(tmp_path, odd, {})
+
+
+def test_a_text_model_on_a_dataset_without_text_is_refused(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sd3_transformer2d needs text embeddings, the dataset .* has none"):
+        handshake(_with_model(tmp_path, uri, {"kind": "sd3_transformer2d"}), LatentDataset.open(uri))
+
+
+def _with_model(tmp_path: Path, uri: str, model: dict[str, Any]) -> Any:
+    from pydantic import TypeAdapter
+
+    from pipeline.model.config import ModelConfig
+
+    built: Any = TypeAdapter(ModelConfig).validate_python(model)
+    return job_config(tmp_path, uri).model_copy(update={"model": built})
+
+
+def test_a_fixed_size_model_on_another_size_is_refused(uri: str, tmp_path: Path) -> None:
+    config = _with_model(tmp_path, uri, {"kind": "dit_transformer2d", "sample_size": 16})
+    with pytest.raises(ConfigError, match=r"latents of 16x16 \(images of 64x64\), the dataset has buckets 32x32"):
+        handshake(config, LatentDataset.open(uri))
+
+
+def test_a_class_model_without_classes_is_refused(tmp_path: Path) -> None:
+    bare = make_dataset(tmp_path / "bare", classes=None)
+    config = _with_model(tmp_path, bare, {"kind": "dit_transformer2d", "sample_size": 8})
+    with pytest.raises(ConfigError, match=r"dit_transformer2d needs classes, rows of .* have no label"):
+        handshake(config, LatentDataset.open(bare))
+
+
+def _info(sha256: str) -> CodecInfo:
+    return CodecInfo("Fake", {}, sha256, 4, 4)
+
+
+def test_another_codec_is_refused_and_the_same_one_elsewhere_is_taken(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"codec": {"path": str(tmp_path)}}
+    monkeypatch.setattr(module, "codec_info", lambda *_: _info("f" * 64))
+    with pytest.raises(ConflictError, match=r"weights f+\) did not make these latents \(weights 0+\)"):
+        shake(tmp_path, uri, changes)
+    monkeypatch.setattr(module, "codec_info", lambda *_: _info("0" * 64))
+    assert shake(tmp_path, uri, changes).codec == {"path": str(tmp_path), "revision": None, "kind": "auto"}
+
+
+def test_an_absent_dataset_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.uri"):
+        LatentDataset.open(str(tmp_path / "nowhere"))
+
+
+def test_grids_without_a_codec_are_refused(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"does not say where its codec lies"):
+        shake(tmp_path, uri, {"grid": {"every_images": 64}})

@@ -1,0 +1,128 @@
+"""One rank on a real dataset, without Ray: train, stop, resume, validate, export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.errors import ConflictError
+from pipeline.model.export import load_export
+from pipeline.storage import Root
+from pipeline.store.dataset import LatentDataset
+from pipeline.train.config import TrainJobConfig
+from pipeline.train.control import claim_generation, request_stop
+from pipeline.train.handshake import handshake
+from pipeline.train.history import read_records
+from pipeline.train.worker import Place, run_worker
+from tests.train.dataset import make_dataset
+from tests.train.job_config import job_config
+
+
+@pytest.fixture(scope="module")
+def data_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_dataset(tmp_path_factory.mktemp("latents"))
+
+
+def start(config: TrainJobConfig, tmp_path: Path) -> dict[str, Any]:
+    facts = handshake(config, LatentDataset.open(config.data.uri))
+    generation = claim_generation(Root(config.output.uri), {})
+    return run_worker(config, Place("cpu", generation, None, facts, True, tmp_path / "scratch"))
+
+
+VALIDATED = {"stream": {"holdout": 0.25}, "validation": {"images": 16, "chunk": 4, "every_images": 128}}
+
+
+def test_a_run_learns_validates_and_exports_its_average(data_uri: str, tmp_path: Path) -> None:
+    config = job_config(tmp_path, data_uri, VALIDATED | {"train": {"images": 960}})
+    outcome = start(config, tmp_path)
+    assert outcome == {"status": "done", "step": 60, "images": 960}
+    records = read_records(Root(config.output.uri))
+    checks = [r for r in records if "val/loss" in r]
+    assert [r["images"] for r in checks] == [128, 256, 384, 512, 640, 768, 896, 960]
+    assert checks[-1]["val/loss"] < checks[0]["val/loss"]
+    assert checks[-1]["val/ema/loss"] != checks[-1]["val/loss"]
+    model, info = load_export(config.output.uri + "/model")
+    assert (info.images_seen, info.ema, info.num_classes, info.latent_channels) == (960, "ema", 3, 4)
+    assert info.dataset["digest"] == LatentDataset.open(data_uri).digest
+    assert model(torch.zeros(1, 4, 8, 8), torch.ones(1), torch.tensor([3])).shape == (1, 4, 8, 8)
+
+
+def test_stop_and_resume_leave_the_history_and_export_of_an_undisturbed_run(
+    data_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    start(job_config(whole, data_uri, VALIDATED), whole)
+    config = job_config(broken, data_uri, VALIDATED)
+    from pipeline.train import worker
+
+    class StopsSoon(worker.StopWatch):
+        asked = 0
+
+        def requested(self) -> bool:
+            self.asked += 1
+            return self.asked == 7
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "StopWatch", StopsSoon)
+        assert start(config, broken) == {"status": "stopped", "step": 7, "images": 112}
+    # As if a worker had gone on for a while after its last checkpoint, and was then killed.
+    history = Path(config.output.uri) / "history.jsonl"
+    with history.open("a") as file:
+        file.write(json.dumps({"step": 9, "images": 144, "loss": 1.0}) + "\n")
+    assert start(config, broken)["status"] == "done"
+
+    def timeless(path: Path) -> list[dict[str, Any]]:
+        clock = ("images_per_s", "data_wait_share")
+        return [{k: v for k, v in r.items() if k not in clock} for r in read_records(Root(str(path / "run")))]
+
+    assert timeless(broken) == timeless(whole)
+    weights = [load_export(str(p / "run" / "model"))[0].state_dict() for p in (whole, broken)]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+def test_a_newer_start_takes_over(data_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.train import control
+
+    monkeypatch.setattr(control, "POLL_S", 0.01)
+    config = job_config(tmp_path, data_uri, {"train": {"images": 100_000_000}, "checkpoint": {"every_images": 10**9}})
+    root = Root(config.output.uri)
+    facts = handshake(config, LatentDataset.open(data_uri))
+    old = claim_generation(root, {})
+    claim_generation(root, {})
+    with pytest.raises(ConflictError, match=r"Start 2 of this job took over"):
+        run_worker(config, Place("cpu", old, None, facts, True, tmp_path / "scratch"))
+
+
+def test_a_stop_request_of_the_driver_reaches_the_loop(
+    data_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.train import control
+
+    monkeypatch.setattr(control, "POLL_S", 0.01)
+    config = job_config(tmp_path, data_uri, {"train": {"images": 100_000_000}, "checkpoint": {"every_images": 10**9}})
+    root = Root(config.output.uri)
+    facts = handshake(config, LatentDataset.open(data_uri))
+    generation = claim_generation(root, {})
+    request_stop(root, generation)
+    outcome = run_worker(config, Place("cpu", generation, None, facts, True, tmp_path / "scratch"))
+    assert outcome["status"] == "stopped"
+    assert any(i.key.endswith("COMPLETE.json") for i in root.list("checkpoints"))
+
+
+def test_a_resume_on_other_settings_is_refused_field_by_field(data_uri: str, tmp_path: Path) -> None:
+    start(job_config(tmp_path, data_uri, {"train": {"images": 64}}), tmp_path)
+    other = job_config(tmp_path, data_uri, {"train": {"images": 128, "seed": 4}, "model": {"hidden": 32}})
+    with pytest.raises(ConflictError, match=r"model.hidden: checkpoint 16, now 32.*seed: checkpoint 3, now 4"):
+        start(other, tmp_path)
+
+
+def test_stored_posteriors_and_unconditional_models_train(tmp_path: Path) -> None:
+    uri = make_dataset(tmp_path / "moments", classes=None, posterior="moments")
+    config = job_config(tmp_path, uri, {"train": {"images": 64}})
+    assert start(config, tmp_path)["status"] == "done"
+    _, info = load_export(config.output.uri + "/model")
+    assert (info.num_classes, info.latent_channels) == (None, 4)
