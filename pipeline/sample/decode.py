@@ -1,0 +1,78 @@
+"""Raw latents to pixels: the codec's half of sampling. Knows torch and no ray."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipeline.codec.codec import Codec, load_codec
+from pipeline.sample.plan import padded
+
+
+class Decoder:
+    """A codec that turns tables with `latent` into tables with `pixels`, in batches of `batch_size` rows."""
+
+    def __init__(
+        self,
+        codec_path: str,
+        *,
+        batch_size: int,
+        device: str = "cpu",
+        dtype: str = "float32",
+        kind: str = "auto",
+        revision: str | None = None,
+    ) -> None:
+        self.codec: Codec = load_codec(codec_path, revision=revision, kind=kind, device=device, dtype=dtype)
+        self.batch_size = batch_size
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """The table with `latent` and `latent_shape` replaced by `pixels` (uint8 bytes [h, w, 3]; null: reject)
+        and `reason` (null, or why there are no pixels). Order is kept.
+        """
+        latents = table["latent"].to_pylist()
+        shapes = [tuple(shape) for shape in table["latent_shape"].to_pylist()]
+        pixels: list[bytes | None] = [None] * table.num_rows
+        reasons: list[str | None] = ["non_finite_latent" if latent is None else None for latent in latents]
+        for shape in sorted(set(shapes)):
+            rows = np.asarray([i for i, s in enumerate(shapes) if s == shape and latents[i] is not None], np.int64)
+            for batch, num_real in padded(rows, self.batch_size):
+                self._decode_rows(batch, num_real, latents, shape, pixels, reasons)
+        table = table.drop_columns(["latent", "latent_shape"])
+        table = table.append_column("pixels", pa.array(pixels, pa.large_binary()))
+        return table.append_column("reason", pa.array(reasons, pa.string()))
+
+    def _decode_rows(
+        self,
+        batch: np.ndarray,
+        num_real: int,
+        latents: list[bytes | None],
+        shape: tuple[int, ...],
+        pixels: list[bytes | None],
+        reasons: list[str | None],
+    ) -> None:
+        """Fill in pixels or reasons for the first `num_real` rows of a batch; one bad row costs only itself."""
+        try:
+            decoded_NHWC = self.decode([latents[i] or b"" for i in batch], shape)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise  # no fault of a row: a smaller batch_size, or a new process, helps
+        except (RuntimeError, ValueError):
+            if num_real == 1:
+                reasons[batch[0]] = "decode_failed"
+                return
+            for index in batch[:num_real]:
+                # Alone, yet in a batch of the same shape: its bits stay what they would have been.
+                self._decode_rows(np.full_like(batch, index), 1, latents, shape, pixels, reasons)
+            return
+        for index, image_HWC in zip(batch[:num_real], decoded_NHWC, strict=False):
+            pixels[index] = image_HWC.tobytes()
+
+    @torch.no_grad()
+    def decode(self, latents: list[bytes], shape: tuple[int, ...]) -> np.ndarray:
+        """uint8 [n, h, w, 3] of n raw latents given as float32 bytes of one shape [c, h, w]."""
+        flat = np.frombuffer(b"".join(latents), dtype=np.float32, count=len(latents) * math.prod(shape))
+        raw = torch.from_numpy(flat.reshape(len(latents), *shape).copy())
+        images: np.ndarray = self.codec.decode(raw).cpu().numpy()
+        return images

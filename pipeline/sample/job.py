@@ -1,0 +1,251 @@
+"""The sample job on Ray: check, plan, then passes over the open requests until every one is settled."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.config import config_digest, dump_yaml
+from pipeline.errors import InputError, PipelineError, RejectBudgetError, StoppedError
+from pipeline.result import JobResult
+from pipeline.sample.config import SampleJobConfig
+from pipeline.sample.plan import planned_rows
+from pipeline.sample.planning import freeze_requests, planned_requests
+from pipeline.sample.prepare import Prepared, prepare
+from pipeline.sample.provenance import without_credentials
+from pipeline.sample.showing import CONTACT_KEY, GALLERY_KEY, show
+from pipeline.storage import Root
+from pipeline.store.generation import Generation, claim_next, latest_number, read_closing
+from pipeline.store.identity import check_same, claim_identity, read_identity
+from pipeline.store.layout import IDENTITY
+from pipeline.store.ledger import collect
+from pipeline.store.rowset import RowSet
+from pipeline.store.runs import last_run, note_run
+from pipeline.store.state import State, read_state
+from pipeline.tracking.tracker import Tracker, open_tracker
+
+_log = logging.getLogger(__name__)
+
+
+def run(config: SampleJobConfig) -> JobResult:
+    """Draw what is asked for and not there yet; returns at once, without Ray or torch, when all is."""
+    prepared = prepare(config)
+    root = _output(config, prepared)
+    names = prepared.requests.table["request_id"].to_pylist()
+    if root.exists(IDENTITY):
+        state = read_state(root)
+        plan = planned_requests(state.plan)
+        wanted = planned_rows(plan, names)
+        ended = read_closing(root, latest_number(root)) is not None
+        if ended and wanted.count() == len(names) and not wanted - state.covered:
+            return _finish(config, prepared, state, wanted, "unchanged", last_run(root).get("run_id"))
+    root.probe()
+    claim_identity(root, prepared.identity)
+    generation = claim_next(root, lambda previous: collect(root, previous), job="sample")
+    try:
+        result = _sample(config, prepared, root, generation)
+        generation.close({"status": "done"})
+        return result
+    except PipelineError as error:
+        generation.close({"status": type(error).__name__})
+        raise
+    finally:
+        generation.abandon()
+
+
+def dry_run(config: SampleJobConfig) -> JobResult:
+    """Check everything and count what would be drawn; writes nothing."""
+    prepared = prepare(config)
+    root = _output(config, prepared)
+    requests = prepared.requests.table
+    done = 0
+    if root.exists(IDENTITY):
+        state = read_state(root)
+        done = (
+            planned_rows(planned_requests(state.plan), requests["request_id"].to_pylist()) & state.covered
+        ).count()
+    calls = sum(
+        steps * (2 if guidance != 1.0 else 1) * (2 if prepared.draw.sampler == "heun" else 1)
+        for steps, guidance in zip(requests["steps"].to_pylist(), requests["guidance"].to_pylist(), strict=True)
+    )
+    counts = {
+        "requests": requests.num_rows,
+        "duplicates": prepared.requests.duplicates,
+        "done_before": done,
+        "to_draw": requests.num_rows - done,
+        "model_evaluations": calls,
+    }
+    return JobResult("dry-run", counts, {"images": root.uri})
+
+
+def _output(config: SampleJobConfig, prepared: Prepared) -> Root:
+    """The output root, if it may be written; nothing is written yet."""
+    root = Root(config.output.uri)
+    kind = root.kind()
+    if kind == "file":
+        raise InputError(
+            "The output is a file",
+            key="output.uri",
+            value=config.output.uri,
+            rule="an output is a directory or bucket prefix",
+            next_step="name a directory",
+        )
+    if kind == "directory" and root.exists(IDENTITY):
+        check_same(root, read_identity(root, "output.uri"), prepared.identity)
+    return root
+
+
+def _sample(config: SampleJobConfig, prepared: Prepared, root: Root, generation: Generation) -> JobResult:
+    plan, planned = freeze_requests(
+        read_state(root).plan,
+        prepared.requests.table,
+        unit_requests=config.unit_requests,
+        source={"model": without_credentials(prepared.model.uri), "model_run_id": prepared.origin.model_run_id},
+        generation=generation.number,
+    )
+    wanted = planned_rows(planned, prepared.requests.table["request_id"].to_pylist())
+    tracker = _open_run(config, prepared, root, generation, plan.versions[-1].units_part)
+    began = time.monotonic()
+    before = read_state(root).covered
+    try:
+        if wanted - before:
+            from pipeline.sample.passes import run_passes
+
+            run_passes(config, prepared, root, generation, wanted)
+        state = read_state(root)
+        seconds = time.monotonic() - began
+        shown = _show(config, prepared, root, planned, wanted, tracker)
+        run_id = tracker.wait_run_id(20)
+        note_run(root, generation.number, {"handle": tracker.handle, "run_id": run_id})
+        result = _finish(config, prepared, state, wanted, "done", run_id)
+        drawn = (wanted - before).count()
+        result = _with_rate(result, drawn, seconds, shown)
+        tracker.log_metrics({**result.rates, **{k: float(v) for k, v in result.counts.items()}}, step=0)
+        tracker.log_input(name=root.uri, digest=_digest(root), source=root.uri, context="output")
+        tracker.finish("FINISHED")
+        return result
+    except (StoppedError, KeyboardInterrupt):
+        tracker.finish("KILLED")
+        raise
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
+
+
+def _with_rate(result: JobResult, drawn: int, seconds: float, shown: dict[str, str]) -> JobResult:
+    return JobResult(
+        result.status,
+        {**result.counts, "drawn": drawn},
+        {**result.outputs, **shown},
+        result.run_id,
+        {"images_per_s": drawn / seconds},
+        {},
+    )
+
+
+def _finish(
+    config: SampleJobConfig, prepared: Prepared, state: State, wanted: RowSet, status: str, run_id: str | None
+) -> JobResult:
+    """The job's answer about the wanted requests; RejectBudgetError when too many of them were rejected."""
+    rejects = {reason: (rows & wanted).count() for reason, rows in state.rejects.items()}
+    rejected = sum(rejects.values())
+    counts = {
+        "requests": wanted.count(),
+        "images": (wanted & state.covered).count() - rejected,
+        "rejected": rejected,
+        **{f"rejected.{reason}": n for reason, n in rejects.items() if n},
+        "duplicates": prepared.requests.duplicates,
+        "no_longer_requested": (state.covered - wanted).count(),
+    }
+    if rejected > config.reject_budget * wanted.count():
+        reasons = ", ".join(reason for reason, n in rejects.items() if n)
+        raise RejectBudgetError(
+            f"{rejected:,} of {wanted.count():,} requests were rejected ({reasons}); all other images are kept",
+            key="reject_budget",
+            value=config.reject_budget,
+            rule="the share of rejected requests stays within the budget",
+            next_step=f"look into {config.output.uri}/rejects; less guidance or more steps may tame the model",
+        )
+    root = Root(config.output.uri)
+    outputs = {"images": root.uri}
+    outputs |= {
+        name: root.uri_of(key)
+        for name, key in (("contact", CONTACT_KEY), ("gallery", GALLERY_KEY))
+        if status == "unchanged" and root.exists(key)
+    }
+    return JobResult(status, counts, outputs, run_id)
+
+
+def _show(
+    config: SampleJobConfig, prepared: Prepared, root: Root, planned: pa.Table, wanted: RowSet, tracker: Tracker
+) -> dict[str, str]:
+    """Write contact sheet and gallery, and log both."""
+    mine = pa.array(wanted.contains(planned["unit"].to_numpy(), planned["row"].to_numpy()))
+    facts: dict[str, object] = {
+        "model": without_credentials(prepared.model.uri),
+        "model run": prepared.origin.model_run_id,
+        "model digest": prepared.origin.model_digest,
+        "dataset digest": prepared.origin.dataset_digest,
+        "sampler": prepared.draw.sampler,
+        "run seed": prepared.draw.seed,
+    }
+    names = planned.filter(mine)["request_id"].to_pylist()
+    shown = show(root.uri, planned, names, config.output.contact, facts)
+    with tempfile.TemporaryDirectory(prefix="latentloom-sample-") as scratch:
+        for key in (CONTACT_KEY, GALLERY_KEY) if shown else ():
+            local = Path(scratch, key)
+            local.write_bytes(root.read_bytes(key))
+            tracker.log_file(local, key)
+    return shown
+
+
+def _digest(root: Root) -> str:
+    from pipeline.store.dataset import Dataset
+
+    dataset: Any = Dataset.open_kind(root.uri, "images", "output.uri")
+    return str(dataset.digest)
+
+
+def _open_run(
+    config: SampleJobConfig, prepared: Prepared, root: Root, generation: Generation, plan_part: str
+) -> Tracker:
+    """The MLflow run: one that stopped or died half-way is resumed, else a new one is made under its training run."""
+    previous = last_run(root)
+    origin = prepared.origin
+    tracker = open_tracker(
+        config.tracking,
+        job="sample",
+        run_name=f"sample {root.uri.rstrip('/').rpartition('/')[2]}",
+        resume_run_id=previous.get("handle") if previous.get("unfinished") else None,
+        parents={"train": origin.model_run_id} if origin.model_run_id else {},
+    )
+    note_run(root, generation.number, {"handle": tracker.handle})
+    tracker.log_params(
+        {
+            "model.uri": without_credentials(prepared.model.uri),
+            "model.digest": origin.model_digest,
+            "requests": prepared.requests.table.num_rows,
+            "sampler": prepared.draw.sampler,
+            "seed": config.seed,
+            "batch_size": config.batch_size,
+            "output.uri": root.uri,
+            "config_digest": config_digest(config),
+            "generation": generation.number,
+        }
+    )
+    tracker.log_text(dump_yaml(config), "config.yaml")
+    tracker.log_input(name=prepared.model.uri, digest=origin.model_digest, source=prepared.model.uri, context="model")
+    if origin.dataset_digest and origin.dataset_uri:
+        tracker.log_input(
+            name=origin.dataset_uri, digest=origin.dataset_digest, source=origin.dataset_uri, context="training data"
+        )
+    requests_uri = getattr(config.requests, "uri", "grid")
+    tracker.log_input(
+        name=requests_uri, digest=plan_part.rpartition("/")[2][:32], source=requests_uri, context="input"
+    )
+    return tracker

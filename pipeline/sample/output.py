@@ -1,0 +1,123 @@
+"""Pixels to stored rows: the schema of an image dataset, and its second form, one file per image.
+
+Rows follow the store's address columns, so ledger, verification and reading are those of every dataset. With
+`files` the row names the image's file, which is put before the row is committed: a file that no row names is
+what a crash left, and the same bytes are put there again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.sample.images import FORMATS, SUFFIXES, encode_image
+from pipeline.sample.provenance import Draw, Origin, provenance
+from pipeline.sample.requests import FIELDS, REQUEST_SCHEMA
+from pipeline.store.schema import ADDRESS, REJECTS
+
+IMAGES = pa.schema(
+    [
+        *ADDRESS,  # sample_id is the request id, key its hex form
+        pa.field("bucket", pa.string(), nullable=False),
+        pa.field("image", pa.large_binary(), nullable=False),  # empty when `file` names it
+        pa.field("file", pa.string()),
+        pa.field("media_type", pa.string(), nullable=False),
+        pa.field("content_sha256", pa.binary(32), nullable=False),
+        *[REQUEST_SCHEMA.field(name) for name in (*FIELDS, "extra")],
+        pa.field("run_seed", pa.int64(), nullable=False),
+        pa.field("sampler", pa.string(), nullable=False),
+        pa.field("model_digest", pa.string(), nullable=False),
+        pa.field("model_run_id", pa.string()),
+        pa.field("dataset_digest", pa.string()),
+        pa.field("codec_sha256", pa.string(), nullable=False),
+        pa.field("provenance", pa.string(), nullable=False),
+    ]
+)
+REASONS = {
+    "non_finite_latent": "the model returned values that are not finite",
+    "decode_failed": "the codec failed on this latent",
+    "image_encoding": "the pixels could not be encoded as an image",
+}
+IMAGES_DIR = "images"
+
+PutFile = Callable[[str, bytes], None]
+
+
+def encode_rows(
+    drawn: pa.Table, draw: Draw, origin: Origin, put_file: PutFile | None = None
+) -> tuple[pa.Table, pa.Table]:
+    """(rows in IMAGES, outcomes in the store's REJECTS) of a table with plan columns, `pixels` and `reason`.
+
+    With `put_file` each image is put under its own key and the row holds that key in place of the bytes.
+    """
+    rows: list[dict[str, Any]] = []
+    rejects: list[dict[str, Any]] = []
+    for request in drawn.to_pylist():
+        pixels, reason = request.pop("pixels"), request.pop("reason")
+        if reason is not None:
+            rejects.append(_reject(request, reason, REASONS[reason]))
+            continue
+        pixels_HWC = np.frombuffer(pixels, np.uint8).reshape(request["height"], request["width"], 3)
+        story = provenance(request, draw, origin)
+        try:
+            data = encode_image(pixels_HWC, story, kind=draw.image, quality=draw.quality)
+        except (ValueError, OSError) as error:
+            rejects.append(_reject(request, "image_encoding", f"{REASONS['image_encoding']}: {error}"))
+            continue
+        rows.append(_row(request, data, story, draw, origin, put_file))
+    return pa.Table.from_pylist(rows, schema=IMAGES), pa.Table.from_pylist(rejects, schema=REJECTS)
+
+
+def _row(
+    request: Mapping[str, Any],
+    data: bytes,
+    story: Mapping[str, Any],
+    draw: Draw,
+    origin: Origin,
+    put_file: PutFile | None,
+) -> dict[str, Any]:
+    name = request["request_id"].hex()
+    file = None
+    if put_file is not None:
+        file = file_key(name, draw.image)
+        put_file(file, data)
+    return {
+        **{key: request[key] for key in ("unit", "row", *FIELDS, "extra")},
+        "sample_id": request["request_id"],
+        "key": name,
+        "variant": 0,
+        "bucket": f"{request['height']}x{request['width']}",
+        "image": b"" if file else data,
+        "file": file,
+        "media_type": FORMATS[draw.image],
+        "content_sha256": hashlib.sha256(data).digest(),
+        "run_seed": draw.seed,
+        "sampler": draw.sampler,
+        "model_digest": origin.model_digest,
+        "model_run_id": origin.model_run_id,
+        "dataset_digest": origin.dataset_digest,
+        "codec_sha256": origin.codec_sha256,
+        "provenance": json.dumps(story, sort_keys=True, separators=(",", ":")),
+    }
+
+
+def _reject(request: Mapping[str, Any], reason: str, message: str) -> dict[str, Any]:
+    return {
+        "unit": request["unit"],
+        "row": request["row"],
+        "uri": "",
+        "key": request["request_id"].hex(),
+        "outcome": "rejected",
+        "reason": reason,
+        "message": message,
+    }
+
+
+def file_key(name: str, kind: str) -> str:
+    """Where the image of a request (its id in hex) lies: 256 folders keep listings short."""
+    return f"{IMAGES_DIR}/{name[:2]}/{name}{SUFFIXES[kind]}"

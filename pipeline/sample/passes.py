@@ -1,0 +1,180 @@
+"""Ray Data executions over the open requests, repeated until none are left or nothing moves any more."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from pipeline.cluster import ensure_ray, shutdown_ray
+from pipeline.errors import StoppedError
+from pipeline.graph import (
+    LedgerSink,
+    UnitSource,
+    Watch,
+    actor_pool,
+    check_cpus,
+    configure_ray_data,
+    run_execution,
+    start_monitor,
+)
+from pipeline.progress import Progress
+from pipeline.sample.config import SampleJobConfig, StageConfig
+from pipeline.sample.prepare import Prepared, on_device
+from pipeline.sample.stages import (
+    CommitImages,
+    DecodeBlocks,
+    DecoderSpec,
+    DenoiseBlocks,
+    DenoiserSpec,
+    EncodeImages,
+    RequestReader,
+)
+from pipeline.storage import Root
+from pipeline.store.generation import Generation
+from pipeline.store.rowset import RowSet
+from pipeline.store.state import State, read_state
+from pipeline.store.work import Work, work_of
+from pipeline.store.writer import Committer
+
+_log = logging.getLogger(__name__)
+
+READ_CPUS = 0.1
+WRITE_CPUS = 0.1
+# Shares of one GPU that the two stages take when the configuration leaves it to us: decoding is a single step.
+DENOISE_GPU, DECODE_GPU = 0.75, 0.25
+DECODE_CPUS = 0.3
+_TASK_RETRIES = 2
+_PATIENCE = 3
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the stages reserve, resolved against the cluster."""
+
+    denoise_actors: int
+    denoise_cpus: float
+    denoise_gpus: float
+    decode_actors: int
+    decode_cpus: float
+    decode_gpus: float
+
+
+def run_passes(
+    config: SampleJobConfig, prepared: Prepared, root: Root, generation: Generation, wanted: RowSet
+) -> None:
+    """Settle every wanted row; StoppedError when workers die without any progress."""
+    ensure_ray(config.cluster)
+    try:
+        _Passes(config, prepared, root, generation, wanted).run()
+    finally:
+        shutdown_ray()
+
+
+class _Passes:
+    def __init__(
+        self, config: SampleJobConfig, prepared: Prepared, root: Root, generation: Generation, wanted: RowSet
+    ) -> None:
+        self.config, self.prepared, self.root, self.generation = config, prepared, root, generation
+        self.wanted = wanted
+        configure_ray_data()
+        self.resources = _resources(config)
+        self.monitor = start_monitor("sample")
+        meta = {"latentloom.generation": str(generation.number)}
+        self.committer = Committer(root, generation.number, config.write.row_group_bytes, None, meta)
+
+    def run(self) -> None:
+        state = read_state(self.root)
+        gaps = self.wanted - state.covered
+        done = (self.wanted & state.covered).count()
+        progress = Progress("sample", self.wanted.count(), start=done)
+        with Watch(
+            self.monitor, progress, done, lambda totals, elapsed_s: {}, lambda totals: self.generation.check()
+        ):
+            stalled = 0
+            while gaps:
+                failures = [
+                    f for work in work_of(gaps, self.config.units_per_execution) if (f := self._once(work, state))
+                ]
+                self.generation.check()
+                state = read_state(self.root)
+                left = self.wanted - state.covered
+                stalled = stalled + 1 if left == gaps else 0
+                gaps = left
+                if stalled >= _PATIENCE:
+                    raise StoppedError(
+                        f"Workers died {stalled} times without progress; {gaps.count():,} requests are left",
+                        next_step="see the error above; the same command goes on with what is left",
+                    ) from (failures[-1] if failures else None)
+            progress.update(self.wanted.count())
+
+    def _once(self, work: list[Work], state: State) -> Exception | None:
+        error = run_execution(lambda: self._execute(work, state))
+        if error is not None:
+            _log.warning("workers died, going on with what is left: %s", str(error).splitlines()[0])
+        return error
+
+    def _execute(self, work: list[Work], state: State) -> None:
+        import ray.data
+
+        config, prepared, r = self.config, self.prepared, self.resources
+        draw = on_device(prepared.draw, "cuda" if r.denoise_gpus else "cpu")
+        decoding = on_device(prepared.draw, "cuda" if r.decode_gpus else "cpu")
+        reader = RequestReader(self.root, {w.unit: state.plan.locate(w.unit) for w in work})
+        dataset = ray.data.read_datasource(
+            UnitSource("ReadRequests", work, reader, len(work)),
+            num_cpus=READ_CPUS,
+            override_num_blocks=len(work),
+        )
+        dataset = dataset.map_batches(
+            DenoiseBlocks,
+            fn_constructor_args=(DenoiserSpec(prepared.model.uri, draw, config.model.compile), self.monitor),
+            num_cpus=r.denoise_cpus,
+            num_gpus=r.denoise_gpus or None,
+            **actor_pool(r.denoise_actors, _TASK_RETRIES),
+        )
+        dataset = dataset.map_batches(
+            DecodeBlocks,
+            fn_constructor_args=(
+                DecoderSpec(prepared.codec_path, prepared.codec_kind, prepared.model.codec_revision, decoding),
+            ),
+            num_cpus=r.decode_cpus,
+            num_gpus=r.decode_gpus or None,
+            **actor_pool(r.decode_actors, _TASK_RETRIES),
+        )
+        dataset = dataset.map_batches(
+            EncodeImages(draw, prepared.origin, self.root if config.output.format == "files" else None),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=config.write.encoder_cpus,
+            compute=ray.data.TaskPoolStrategy(size=config.write.encoders),
+        )
+        sink = LedgerSink("CommitImages", CommitImages(self.committer), config.write.fragment_rows)
+        dataset.write_datasink(sink, ray_remote_args={"num_cpus": WRITE_CPUS}, concurrency=config.write.writers)
+
+
+def _resources(config: SampleJobConfig) -> Resources:
+    """Actors and their sizes; ConfigError when they, a read, an encoding and a write do not fit the cluster."""
+    import ray
+
+    cluster = ray.cluster_resources()
+    gpus, cpus = cluster.get("GPU", 0.0), cluster.get("CPU", 1.0)
+    denoise_gpus, denoise_actors = _pool(config.denoise, gpus, DENOISE_GPU, max(1, int(cpus)))
+    decode_gpus, decode_actors = _pool(config.decode, gpus, DECODE_GPU, 1)
+    decode_cpus = config.decode.num_cpus or DECODE_CPUS
+    spare = READ_CPUS + WRITE_CPUS + config.write.encoder_cpus
+    share = (cpus - spare - decode_actors * decode_cpus) / denoise_actors
+    denoise_cpus = config.denoise.num_cpus or max(0.1, round(min(1.0, share) - 5e-5, 4))
+    check_cpus(
+        {
+            f"{denoise_actors} denoise actors": denoise_actors * denoise_cpus,
+            f"{decode_actors} decode actors": decode_actors * decode_cpus,
+            "a read, an encoding and a write": spare,
+        }
+    )
+    return Resources(denoise_actors, denoise_cpus, denoise_gpus, decode_actors, decode_cpus, decode_gpus)
+
+
+def _pool(stage: StageConfig, gpus: float, part: float, without: int) -> tuple[float, int]:
+    """(GPUs per actor, actors) of a stage; `without` is the number of actors where there is no GPU."""
+    num_gpus = stage.num_gpus if stage.num_gpus is not None else (part if gpus else 0.0)
+    return num_gpus, stage.actors or (max(1, int(gpus)) if num_gpus else without)

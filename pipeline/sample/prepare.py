@@ -1,0 +1,169 @@
+"""From a configuration to everything the driver knows before any device is used. Imports no torch and no ray."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pipeline.codec.info import CodecInfo, codec_info
+from pipeline.errors import ConflictError, InputError
+from pipeline.sample.config import FileRequests, GridRequests, SampleJobConfig
+from pipeline.sample.model import ModelFacts, read_model, resolve_sampler
+from pipeline.sample.provenance import Draw, Origin
+from pipeline.sample.request_files import file_format, map_columns, read_columns
+from pipeline.sample.requests import Defaults, Limits, Requests, grid_columns, validate_requests
+from pipeline.storage import Root, describe, storage_errors
+from pipeline.store.identity import Identity
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A validated job: what is asked, of which model and codec, and what all its images will share."""
+
+    requests: Requests
+    model: ModelFacts
+    codec: CodecInfo
+    codec_path: str
+    codec_kind: str
+    draw: Draw
+    origin: Origin
+    identity: Identity
+
+
+def prepare(config: SampleJobConfig) -> Prepared:
+    """Read model, codec and requests; every problem is a PipelineError, and nothing has been written."""
+    model = read_model(config.model.uri, config.model.ema)
+    codec_path, codec_kind = _codec_path(config, model), model.codec_kind
+    codec = codec_info(codec_path, model.codec_revision, codec_kind)
+    _check_codec(model, codec, codec_path)
+    requests = load_requests(config.requests, model.limits(any_size=config.requests.any_size))
+    draw, origin = _draw(config, model), _origin(model, codec, codec_path)
+    # The device is told by each image; what a dataset's images share is what the configuration decides.
+    shared = {key: value for key, value in asdict(draw).items() if key not in ("device", "dtype")}
+    fingerprint = {
+        "draw": {**shared, "dtype": config.model.dtype},
+        "model_digest": origin.model_digest,
+        "codec_sha256": origin.codec_sha256,
+        "form": config.output.format,
+    }
+    about = {"origin": {**asdict(origin), "versions": dict(origin.versions)}}
+    identity = Identity("images", fingerprint, about)
+    return Prepared(requests, model, codec, codec_path, codec_kind, draw, origin, identity)
+
+
+def on_device(draw: Draw, device: str) -> Draw:
+    """The draw on "cpu" or "cuda", with the arithmetic that `auto` stands for there."""
+    automatic = "bfloat16" if device == "cuda" else "float32"
+    return replace(draw, device=device, dtype=automatic if draw.dtype == "auto" else draw.dtype)
+
+
+def load_requests(config: GridRequests | FileRequests, limits: Limits) -> Requests:
+    """The validated requests of a configuration; reads the request file where there is one."""
+    keep_first = config.duplicates == "keep_first"
+    defaults = Defaults(
+        seed=config.default_seed if isinstance(config, FileRequests) else 0,
+        height=config.height,
+        width=config.width,
+        steps=config.steps,
+        guidance=config.guidance,
+        guidance_interval=config.guidance_interval,
+    )
+    if isinstance(config, FileRequests):
+        data = _read_file(config.uri)
+        cells = read_columns(data, file_format(config.uri, config.format), config.uri)
+        columns = map_columns(cells, config.columns, config.other_columns, config.uri)
+        return validate_requests(columns, limits=limits, defaults=defaults, keep_first=keep_first, origin=config.uri)
+    labels = list(range(limits.num_classes or 0)) if config.classes == "all" else config.classes
+    if config.classes == "all" and limits.num_classes is None:
+        raise InputError(
+            "The model was trained without classes",
+            key="requests.classes",
+            value="all",
+            next_step="leave requests.classes out to draw unconditional images",
+        )
+    seeds = config.seeds or range(config.first_seed, config.first_seed + config.count)
+    grid = grid_columns(
+        labels=labels, prompts=config.prompts, negative_prompt=config.negative_prompt, seeds=list(seeds)
+    )
+    return validate_requests(grid, limits=limits, defaults=defaults, keep_first=keep_first, origin="the grid")
+
+
+def _read_file(uri: str) -> bytes:
+    folder, _, name = uri.rpartition("/")
+    try:
+        return Root(folder or ".").read_bytes(name)
+    except _unreadable() as error:
+        raise InputError(
+            f"The request file cannot be read: {describe(error)}",
+            key="requests.uri",
+            value=uri,
+            next_step="correct the path, or write the requests as a grid",
+        ) from None
+
+
+def _unreadable() -> tuple[type[Exception], ...]:
+    return (*storage_errors(), ValueError)
+
+
+def _codec_path(config: SampleJobConfig, model: ModelFacts) -> str:
+    """Where the codec lies; a local directory by its absolute path, for workers and for later readers."""
+    told = model.info.get("codec") or {}
+    path = config.model.codec or told.get("path")
+    if not path:
+        raise InputError(
+            "The export does not say where its codec lies",
+            key="model.codec",
+            rule="latents become pixels by the codec they were encoded with",
+            next_step="set model.codec to the codec's directory",
+        )
+    return Root(str(path)).uri if Path(path).expanduser().is_dir() else str(path)
+
+
+def _check_codec(model: ModelFacts, codec: CodecInfo, path: str) -> None:
+    wanted = (model.info.get("codec") or {}).get("weights_sha256")
+    if wanted is not None and wanted != codec.weights_sha256:
+        raise ConflictError(
+            "The codec is not the one the model was trained with",
+            key="model.codec",
+            value=path,
+            rule=f"its weights must have the sha256 {wanted}, these have {codec.weights_sha256}",
+            next_step="give the codec that encoded the training latents",
+        )
+
+
+def _draw(config: SampleJobConfig, model: ModelFacts) -> Draw:
+    return Draw(
+        seed=config.seed,
+        sampler=resolve_sampler(config.sampler.name, model.objective),
+        shift=model.sampling_shift if config.sampler.shift is None else config.sampler.shift,
+        batch_size=config.batch_size,
+        device="auto",
+        threads=config.threads,
+        dtype=config.model.dtype,
+        image=config.output.image,
+        quality=config.output.quality,
+    )
+
+
+def _origin(model: ModelFacts, codec: CodecInfo, codec_path: str) -> Origin:
+    dataset: dict[str, Any] = model.info.get("dataset") or {}
+    return Origin(
+        model_uri=model.uri,
+        model_digest=model.digest,
+        model_run_id=model.info.get("run_id"),
+        ema=model.info.get("ema"),
+        dataset_uri=dataset.get("uri"),
+        dataset_digest=dataset.get("digest"),
+        codec_path=codec_path,
+        codec_sha256=codec.weights_sha256,
+        versions=tuple((name, _version(name)) for name in ("latentloom", "torch", "diffusers")),
+    )
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"

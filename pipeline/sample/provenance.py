@@ -1,0 +1,128 @@
+"""Provenance: what an image says about itself, enough to make it again.
+
+It names the request, the draw (run seed, sampler, fixed batch size, arithmetic), the model by digest and
+training run, the dataset by digest and the codec by weight hash. It holds no time, no machine and no run of the
+sampling job: the same request drawn twice gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.errors import ConflictError, InputError
+from pipeline.sample.requests import FIELDS, request_id
+
+FORMAT = "latentloom image 1"
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How requests become pixels, apart from the model: every value that can change a bit of an image.
+
+    `device` is the kind ("cpu", "cuda"); `threads` are those of one CPU actor: another number sums in another
+    order. `image` and `quality` are those of the encoded file.
+    """
+
+    seed: int
+    sampler: str
+    shift: float
+    batch_size: int
+    device: str
+    threads: int
+    dtype: str
+    image: str
+    quality: int
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the model came from, as it is told in every image."""
+
+    model_uri: str
+    model_digest: str
+    model_run_id: str | None
+    ema: str | None
+    dataset_uri: str | None
+    dataset_digest: str | None
+    codec_path: str
+    codec_sha256: str
+    versions: tuple[tuple[str, str], ...] = ()
+
+
+def provenance(request: Mapping[str, Any], draw: Draw, origin: Origin) -> dict[str, Any]:
+    """The provenance of one request's image; `request` is a row of a requests table (other keys are ignored)."""
+    asked = {key: request[key] for key in (*FIELDS, "extra") if request.get(key) is not None}
+    return {
+        "format": FORMAT,
+        "request_id": bytes(request["request_id"]).hex(),
+        "request": asked,
+        "draw": asdict(draw),
+        "model": {
+            "uri": without_credentials(origin.model_uri),
+            "digest": origin.model_digest,
+            "run_id": origin.model_run_id,
+            "ema": origin.ema,
+        },
+        "dataset": {"uri": _clean(origin.dataset_uri), "digest": origin.dataset_digest},
+        "codec": {"path": without_credentials(origin.codec_path), "weights_sha256": origin.codec_sha256},
+        "versions": dict(origin.versions),
+    }
+
+
+def request_of(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The request of a provenance, complete with its id; InputError when the two do not belong together."""
+    if found.get("format") != FORMAT:
+        raise InputError(f"The provenance has the format {found.get('format')!r}", rule=f"known is {FORMAT!r}")
+    request = {key: found["request"].get(key) for key in (*FIELDS, "extra")}
+    name = request_id(request)
+    if name.hex() != found["request_id"]:
+        raise InputError(
+            f"The request inside this image is not the one it was drawn for ({name.hex()})",
+            key="request_id",
+            value=found["request_id"],
+            rule="a request id is the hash of the request",
+            next_step="use an unedited copy of the image",
+        )
+    return {"request_id": name, **request}
+
+
+def origin_of(found: Mapping[str, Any]) -> Origin:
+    """The origin that a provenance names."""
+    model, dataset, codec = found["model"], found["dataset"], found["codec"]
+    return Origin(
+        model_uri=model["uri"],
+        model_digest=model["digest"],
+        model_run_id=model["run_id"],
+        ema=model["ema"],
+        dataset_uri=dataset["uri"],
+        dataset_digest=dataset["digest"],
+        codec_path=codec["path"],
+        codec_sha256=codec["weights_sha256"],
+        versions=tuple(found["versions"].items()),
+    )
+
+
+def check_origin(found: Mapping[str, Any], origin: Origin) -> None:
+    """ConflictError unless model and codec are those that the provenance names."""
+    pairs = (
+        ("model.digest", found["model"]["digest"], origin.model_digest),
+        ("codec.weights_sha256", found["codec"]["weights_sha256"], origin.codec_sha256),
+    )
+    other = [f"{key}: the image names {was}, here is {now}" for key, was, now in pairs if was != now]
+    if other:
+        raise ConflictError(
+            "The image was made by another model or codec:\n  " + "\n  ".join(other),
+            next_step=f"give the model that the image names: {found['model']['uri']}",
+        )
+
+
+def without_credentials(uri: str) -> str:
+    """A URI without user, password or query, fit to be written into files that others will see."""
+    return re.sub(r"^([A-Za-z][\w+.-]*://)[^/@]*@", r"\1", uri).split("?", 1)[0] if "://" in uri else uri
+
+
+def _clean(uri: str | None) -> str | None:
+    return None if uri is None else without_credentials(uri)

@@ -1,0 +1,53 @@
+"""One image again from its own metadata: the proof that its provenance is complete."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pyarrow as pa
+
+from pipeline.codec.info import codec_info
+from pipeline.errors import InputError
+from pipeline.sample.decode import Decoder
+from pipeline.sample.denoise import Denoiser, use_threads
+from pipeline.sample.images import read_provenance
+from pipeline.sample.model import read_model
+from pipeline.sample.output import IMAGES, encode_rows
+from pipeline.sample.plan import PLAN_SCHEMA
+from pipeline.sample.provenance import Draw, check_origin, origin_of, request_of
+
+
+def regenerate(image: bytes, *, model_uri: str | None = None, codec_path: str | None = None) -> bytes:
+    """The bytes of the image that `image` says it is, drawn anew; on a CPU they are the same bytes.
+
+    `model_uri` and `codec_path` say where model and codec lie now, if no longer where the image names them.
+    ConflictError when they are other ones; InputError when the image tells too little or can no longer be drawn.
+    """
+    found = read_provenance(image)
+    request, draw, origin = request_of(found), Draw(**found["draw"]), origin_of(found)
+    model_uri, codec_path = model_uri or origin.model_uri, codec_path or origin.codec_path
+    facts = read_model(model_uri)
+    codec = codec_info(codec_path, facts.codec_revision, facts.codec_kind)
+    here = replace(origin, model_digest=facts.digest, codec_sha256=codec.weights_sha256)
+    check_origin(found, here)
+    use_threads(draw.threads)
+    plan_row = pa.Table.from_pylist([{**request, "unit": 0, "row": 0}], schema=PLAN_SCHEMA)
+    latents = Denoiser.load(facts.uri, draw)(plan_row)
+    decoder = Decoder(
+        codec_path,
+        kind=facts.codec_kind,
+        revision=facts.codec_revision,
+        batch_size=draw.batch_size,
+        device=draw.device,
+        dtype=draw.dtype,
+    )
+    rows, rejects = encode_rows(decoder(latents), draw, origin)
+    if rejects.num_rows:
+        raise InputError(
+            f"The image cannot be drawn again: {rejects['message'][0].as_py()}",
+            key="request_id",
+            value=found["request_id"],
+        )
+    assert rows.schema == IMAGES
+    data: bytes = rows["image"][0].as_py()
+    return data

@@ -1,0 +1,139 @@
+"""Request files: Parquet, CSV or JSON Lines bytes to columns of cells, with the columns renamed as configured.
+
+CSV cells are text until the request's own type reads them, so a prompt "007" stays "007"; an empty cell is unset.
+JSON Lines are read line by line, so that a broken line is named by its number.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import ConfigError, InputError
+from pipeline.sample.requests import FIELDS
+
+SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+
+
+def file_format(uri: str, given: str) -> str:
+    """parquet, csv or jsonl: as given, or for "auto" by the ending of the name."""
+    if given != "auto":
+        return given
+    for suffix, name in SUFFIXES.items():
+        if uri.lower().endswith(suffix):
+            return name
+    raise ConfigError(
+        "The format of the request file cannot be told from its name",
+        key="requests.uri",
+        value=uri,
+        rule=f"auto knows names that end in {', '.join(SUFFIXES)}",
+        next_step="set requests.format to parquet, csv or jsonl",
+    )
+
+
+def read_columns(data: bytes, kind: str, origin: str) -> dict[str, list[Any]]:
+    """All columns of a request file by their own names, as lists of equal length; InputError when unreadable."""
+    try:
+        if kind == "parquet":
+            table = pq.read_table(io.BytesIO(data))
+            return {name: table[name].to_pylist() for name in table.column_names}
+        text = data.decode("utf-8-sig")
+        return _read_csv(text) if kind == "csv" else _read_jsonl(text)
+    except (pa.ArrowException, OSError, ValueError, csv.Error) as error:
+        raise InputError(
+            f"The request file {origin} cannot be read as {kind}: {error}",
+            key="requests.uri",
+            value=origin,
+            rule="Parquet, CSV with a header line, or one JSON object a line; text is UTF-8",
+            next_step="correct the file, or set requests.format",
+        ) from None
+
+
+def _read_csv(text: str) -> dict[str, list[Any]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header = next(reader, [])
+    if len(set(header)) != len(header):
+        raise ValueError(f"a column is named twice in {header}")
+    columns: dict[str, list[Any]] = {name: [] for name in header}
+    for cells in reader:
+        if not cells:
+            continue
+        if len(cells) != len(header):
+            raise ValueError(f"line {reader.line_num} has {len(cells)} cells, the header {len(header)}")
+        for name, cell in zip(header, cells, strict=True):
+            columns[name].append(cell or None)
+    return columns
+
+
+def _read_jsonl(text: str) -> dict[str, list[Any]]:
+    rows: list[dict[str, Any]] = []
+    names: dict[str, None] = {}
+    for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} is no JSON object")
+        rows.append(row)
+        names.update(dict.fromkeys(row))
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def map_columns(
+    columns: Mapping[str, Sequence[Any]], mapping: Mapping[str, str], other: str, origin: str
+) -> dict[str, Sequence[Any]]:
+    """Rename file columns to request fields; `mapping` is field -> file column, other names stand for themselves.
+
+    What is left over goes by `other`: "refuse" (ConfigError), "keep" (into `extra` as JSON) or "drop".
+    """
+    unknown = [field for field in mapping if field not in FIELDS]
+    missing = [column for column in mapping.values() if column not in columns]
+    if unknown or missing:
+        raise ConfigError(
+            f"The column mapping does not fit {origin}",
+            key="requests.columns",
+            value=dict(mapping),
+            rule=f"fields are {', '.join(FIELDS)}; the file has {', '.join(columns) or 'no column'}",
+            next_step=f"correct {', '.join([*unknown, *missing])}",
+        )
+    taken = set(mapping.values())
+    sources = {name: name for name in FIELDS if name in columns and name not in taken} | dict(mapping)
+    left_over = [name for name in columns if name not in sources.values()]
+    if left_over and other == "refuse":
+        raise ConfigError(
+            f"The request file {origin} has columns that are no field of a request: {', '.join(left_over)}",
+            key="requests.other_columns",
+            value=other,
+            rule=f"fields are {', '.join(FIELDS)}",
+            next_step=_remedy(left_over[0], [f for f in FIELDS if f not in sources]),
+        )
+    mapped: dict[str, Sequence[Any]] = {field: columns[source] for field, source in sources.items()}
+    if left_over and other == "keep":
+        mapped["extra"] = _as_json({name: columns[name] for name in left_over})
+    return mapped
+
+
+def _remedy(column: str, free: Sequence[str]) -> str:
+    near = difflib.get_close_matches(column.lower(), [*free, "class", "text", "caption"], n=1)
+    field = {"class": "label", "text": "prompt", "caption": "prompt"}.get(near[0], near[0]) if near else "prompt"
+    return f"map them (requests.columns.{field}={column}), or say requests.other_columns=keep or drop"
+
+
+def _as_json(columns: Mapping[str, Sequence[Any]]) -> list[str | None]:
+    """The carried-along cells of each row as canonical JSON; what JSON cannot hold becomes its text."""
+    out: list[str | None] = []
+    for cells in zip(*columns.values(), strict=True):
+        row = {name: cell for name, cell in zip(columns, cells, strict=True) if cell is not None}
+        text = json.dumps(row, sort_keys=True, separators=(",", ":"), default=str)
+        out.append(text if row else None)
+    return out

@@ -1,0 +1,137 @@
+"""What runs on the workers: reading requests, denoising, decoding, encoding, committing. All of it pickles."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.sample.output import IMAGES, encode_rows
+from pipeline.sample.plan import PLAN_SCHEMA
+from pipeline.sample.provenance import Draw, Origin
+from pipeline.storage import Root
+from pipeline.store.plan import EntrySpan, read_entries
+from pipeline.store.schema import REJECTS
+from pipeline.store.work import Work
+from pipeline.store.writer import Committer
+
+_OUTCOME = [field for field in REJECTS if field.name not in IMAGES.names]
+
+# What encoding tasks yield: an image where `outcome` is "stored", else a reject.
+FINISHED = pa.schema([field.with_nullable(True) for field in [*IMAGES, *_OUTCOME]])
+
+
+@dataclass(frozen=True)
+class RequestReader:
+    """Reads the wanted requests of a unit as one block, so that a unit's rows share their batches."""
+
+    root: Root
+    spans: dict[int, EntrySpan]
+
+    def __call__(self, work: Work) -> Iterator[pa.Table]:
+        rows = [
+            {
+                "unit": entry.unit,
+                "row": entry.first_row,
+                "request_id": bytes.fromhex(entry.key),
+                **json.loads(entry.meta or "{}"),
+            }
+            for entry in read_entries(self.root, self.spans[work.unit])
+            if any(
+                start <= entry.first_row and (stop is None or entry.first_row < stop) for start, stop in work.ranges
+            )
+        ]
+        yield pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)
+
+
+@dataclass(frozen=True)
+class DenoiserSpec:
+    """Everything a denoising actor needs to start."""
+
+    model_uri: str
+    draw: Draw
+    compile: bool
+
+
+class DenoiseBlocks:
+    """An actor: a block of requests in, the same with raw latents out. Reports finished rows to `monitor`."""
+
+    def __init__(self, spec: DenoiserSpec, monitor: Any) -> None:
+        from pipeline.sample.denoise import Denoiser, use_threads
+
+        use_threads(spec.draw.threads)
+        self._monitor = monitor
+        self._denoiser = Denoiser.load(spec.model_uri, spec.draw, compile=spec.compile)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        return self._denoiser(block, on_batch=lambda rows: self._monitor.add.remote({"rows": rows}))
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """Everything a decoding actor needs to start."""
+
+    codec_path: str
+    codec_kind: str
+    codec_revision: str | None
+    draw: Draw
+
+
+class DecodeBlocks:
+    """An actor: a block with raw latents in, the same with pixels (or a reason) out."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        from pipeline.sample.decode import Decoder
+        from pipeline.sample.denoise import use_threads
+
+        use_threads(spec.draw.threads)
+        self._decoder = Decoder(
+            spec.codec_path,
+            kind=spec.codec_kind,
+            revision=spec.codec_revision,
+            batch_size=spec.draw.batch_size,
+            device=spec.draw.device,
+            dtype=spec.draw.dtype,
+        )
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        return self._decoder(block)
+
+
+@dataclass(frozen=True)
+class EncodeImages:
+    """A task: a block with pixels in, FINISHED rows out; with `root` each image also becomes a file of its own."""
+
+    draw: Draw
+    origin: Origin
+    root: Root | None
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        rows, rejects = encode_rows(block, self.draw, self.origin, self.root.put if self.root else None)
+        rows = rows.append_column("outcome", pa.array(["stored"] * rows.num_rows, pa.string()))
+        return pa.concat_tables([_widened(rows), _widened(rejects)])
+
+
+def _widened(table: pa.Table) -> pa.Table:
+    """A table with all FINISHED columns, null where it has none."""
+    columns = [
+        table[field.name] if field.name in table.column_names else pa.nulls(table.num_rows, field.type)
+        for field in FINISHED
+    ]
+    return pa.table(columns, schema=FINISHED)
+
+
+@dataclass(frozen=True)
+class CommitImages:
+    """A write task's work: FINISHED rows to one commit."""
+
+    committer: Committer
+
+    def __call__(self, table: pa.Table) -> None:
+        stored = table.filter(pc.equal(table["outcome"], "stored")).select(IMAGES.names).cast(IMAGES)
+        rejects = table.filter(pc.equal(table["outcome"], "rejected")).select(REJECTS.names).cast(REJECTS)
+        self.committer.commit(stored, rejects, {})

@@ -1,0 +1,94 @@
+"""Request files of every format give the same requests, and broken ones say where."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.errors import ConfigError, InputError
+from pipeline.sample.request_files import file_format, map_columns, read_columns
+from pipeline.sample.requests import Defaults, Limits, validate_requests
+
+TEXT = Limits(num_classes=4, takes_text=True, multiple=8, sizes=((64, 64),))
+
+
+def parquet(columns: dict[str, Any]) -> bytes:
+    out = io.BytesIO()
+    pq.write_table(pa.table(columns), out)
+    return out.getvalue()
+
+
+def test_three_formats_give_the_same_requests() -> None:
+    files = {
+        "parquet": parquet({"prompt": ["a", "007", "naïve 😀"], "seed": pa.array([1, None, 2**62 + 1], pa.int64())}),
+        "csv": 'prompt,seed\r\na,1\r\n007,\r\n"naïve 😀",4611686018427387905\r\n'.encode("utf-8-sig"),
+        "jsonl": (
+            '{"prompt": "a", "seed": 1}\n\n{"prompt": "007"}\n'
+            '{"seed": 4611686018427387905, "prompt": "na\\u00efve 😀"}\n'
+        ).encode(),
+    }
+    tables = [
+        validate_requests(
+            map_columns(read_columns(data, kind, kind), {}, "refuse", kind), limits=TEXT, defaults=Defaults()
+        ).table
+        for kind, data in files.items()
+    ]
+    assert tables[0]["prompt"].to_pylist() == ["a", "007", "naïve 😀"]
+    assert tables[0]["seed"].to_pylist() == [1, 0, 2**62 + 1]
+    assert tables[0] == tables[1] == tables[2]
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "message"),
+    [
+        (b"not parquet", "parquet", "cannot be read as parquet"),
+        (b"a,b\n1\n", "csv", "line 2 has 1 cells, the header 2"),
+        (b"a,a\n1,2\n", "csv", "a column is named twice"),
+        (b'a\n"open\n', "csv", "cannot be read as csv"),
+        (b"\xff\xfe", "csv", "codec can't decode"),
+        (b'{"a": 1}\n{"a":\n', "jsonl", "line 2: Expecting value"),
+        (b"[1]\n", "jsonl", "line 1 is no JSON object"),
+    ],
+)
+def test_broken_files_say_where(data: bytes, kind: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_columns(data, kind, "file.x")
+
+
+def test_columns_are_renamed_kept_or_refused() -> None:
+    columns = {"class_id": [1, 2], "seed": [3, 4], "source": ["x", None], "score": [0.5, None]}
+    mapping = {"label": "class_id"}
+    with pytest.raises(ConfigError, match="columns that are no field of a request: source, score"):
+        map_columns(columns, mapping, "refuse", "f")
+    with pytest.raises(ConfigError, match=r"requests.columns.label=class_id"):
+        map_columns({"class_id": [1]}, {}, "refuse", "f")
+    assert map_columns(columns, mapping, "drop", "f") == {"seed": [3, 4], "label": [1, 2]}
+    kept = map_columns(columns, mapping, "keep", "f")
+    assert kept["extra"] == ['{"score":0.5,"source":"x"}', None]
+
+
+def test_a_mapped_column_does_not_stand_for_itself() -> None:
+    assert map_columns({"seed": [1], "prompt": ["a"]}, {"label": "seed"}, "refuse", "f") == {
+        "label": [1],
+        "prompt": ["a"],
+    }
+
+
+def test_a_mapping_that_does_not_fit_names_what_is_wrong() -> None:
+    with pytest.raises(ConfigError, match="correct caption, text_column"):
+        map_columns({"a": [1]}, {"caption": "a", "prompt": "text_column"}, "drop", "f")
+
+
+def test_the_ending_names_the_format() -> None:
+    assert [file_format(f"s3://b/x{e}", "auto") for e in (".parquet", ".CSV", ".jsonl")] == [
+        "parquet",
+        "csv",
+        "jsonl",
+    ]
+    assert file_format("x.txt", "csv") == "csv"
+    with pytest.raises(ConfigError, match="cannot be told from its name"):
+        file_format("x.txt", "auto")
