@@ -40,7 +40,7 @@ def ensure_ray(cluster: ClusterConfig) -> Any:
 
     if ray.is_initialized():
         return ray
-    common: dict[str, Any] = {"runtime_env": {"env_vars": WORKER_ENV}, "logging_level": logging.WARNING}
+    common: dict[str, Any] = {"runtime_env": {"env_vars": WORKER_ENV}, "logging_level": logging.ERROR}
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:

@@ -10,6 +10,7 @@ import errno
 import logging
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,7 +119,9 @@ class MonitorState:
         for name, amount in amounts.items():
             self._done[name] = self._done.get(name, 0.0) + amount
             if name not in self._meters:
-                self._meters[name] = Counter(f"latentloom_{self._job}_{name}", description=f"{name} of a {self._job} job")
+                self._meters[name] = Counter(
+                    f"latentloom_{self._job}_{name}", description=f"{name} of a {self._job} job"
+                )
             if amount > 0:
                 self._meters[name].inc(amount)
 
@@ -176,8 +179,9 @@ class Watch:
 
 def configure_ray_data() -> None:
     """Ray Data as this project needs it: no dropped blocks, no bars of its own."""
-    for name in ("ray.data", "ray.data._internal.execution.streaming_executor", "ray.data.dataset"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Bounded repeats of a task can be asked for in this way only.
+    warnings.filterwarnings("ignore", message=".*ray_remote_args.* is deprecated")
     context = DataContext.get_current()
     context.max_errored_blocks = 0
     context.enable_progress_bars = False
@@ -196,7 +200,7 @@ def actor_pool(size: int, retries: int) -> dict[str, Any]:
     }
 
 
-def check_cpus(demands: Mapping[str, float]) -> None:
+def check_cpus(demands: Mapping[str, float], key: str) -> None:
     """ConfigError unless the cluster can hold all demands at once: Ray would wait for ever, silently."""
     have = ray.cluster_resources().get("CPU", 0.0)
     need = sum(demands.values())
@@ -204,7 +208,7 @@ def check_cpus(demands: Mapping[str, float]) -> None:
         parts = ", ".join(f"{name} {amount:g}" for name, amount in demands.items())
         raise ConfigError(
             f"The job needs {need:g} CPUs at once and the cluster has {have:g}: it would wait for ever",
-            key="encode.actors",
+            key=key,
             value=parts,
             rule="actors + one read + one write must fit the cluster's CPUs",
             next_step="lower the number of actors or the CPUs they reserve, or add nodes",

@@ -22,7 +22,9 @@ BASES = {
     "cluster/encode_cpu_decode": ("encode", "encode/sd15_512"),
     "cluster/train_8gpu": ("train", "train/dit_b2_512"),
 }
-FOLDERS = {"encode": "encode", "train": "train", "sample": "sample"}
+FOLDERS = {"encode": "encode", "train": "train", "sample": "sample", "text": "embed_text"}
+# Jobs that the quickstart does not run, and a configuration to ask for their flags with.
+OTHERS = {"embed_text": "text/clip_l_t5.yaml"}
 
 
 def job_of(config: Path) -> tuple[str, list[str]]:
@@ -80,7 +82,7 @@ print("HEAVY", heavy, "CODE", code or 0, file=sys.stderr)
 @pytest.mark.parametrize("flag", ["--help", "--print-config", "--dry-run"])
 def test_flags_answer_without_ray_torch_or_mlflow(job: str, flag: str, tmp_path: Path) -> None:
     """The flags are a contract: their names, and that they are quick whatever is installed."""
-    config = REPOSITORY / "configs" / "quickstart" / f"{job}.yaml"
+    config = REPOSITORY / "configs" / OTHERS.get(job, f"quickstart/{job}.yaml")
     arguments = [str(config)] if config.exists() else ["data.uri=nowhere"]
     done = subprocess.run(
         [sys.executable, "-c", LIGHT, f"jobs.{job}", *arguments, flag],

@@ -1,4 +1,4 @@
-"""Fit a small AutoencoderKL to images: L1 + MSE + a little KL, AdamW, one cosine. Torch only.
+"""Fit a small AutoencoderKL to images: L1 + MSE + a little KL, AdamW, warm-up and decay. Torch only.
 
 After Rombach et al. 2022 (latent diffusion), without the perceptual and adversarial terms: those need a
 second trained network, and for small plain images the pixel losses are enough.
@@ -20,8 +20,6 @@ import torch.nn.functional as F
 
 from pipeline.codec.config import FitConfig
 from pipeline.errors import ConfigError
-
-_INITIAL_LOGVAR = -6.0
 
 Images = npt.NDArray[np.uint8]  # [n,h,w,3]
 
@@ -61,7 +59,7 @@ def fit_codec(
     vae = _build(fit, images_NHWC.shape[1]).to(device, memory_format=torch.channels_last)
     # Fused AdamW is one kernel instead of ten per tensor: a tenth of the step at this size.
     optimizer = torch.optim.AdamW(
-        vae.parameters(), lr=fit.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        vae.parameters(), lr=fit.learning_rate, weight_decay=0.0, fused=True
     )
     images, order = torch.from_numpy(images_NHWC), _order(len(images_NHWC), fit)
     loss_value = math.nan
@@ -126,10 +124,6 @@ def _build(fit: FitConfig, sample_size: int) -> Any:
             sample_size=sample_size,
             mid_block_add_attention=fit.mid_attention,
         )
-    with torch.no_grad():
-        # Start with a narrow posterior: at the usual width of 1 its noise hides the untrained mean.
-        vae.quant_conv.weight[fit.latent_channels :] = 0
-        vae.quant_conv.bias[fit.latent_channels :] = _INITIAL_LOGVAR
     return vae
 
 
@@ -156,11 +150,10 @@ def _pixels(batch_NHWC: torch.Tensor, device: str) -> torch.Tensor:
 
 
 def _learning_rate(step: int, fit: FitConfig) -> float:
-    """Linear warm-up, then half a cosine down to a twentieth of the peak at the last step."""
-    if step <= fit.warmup_steps:
-        return fit.learning_rate * step / fit.warmup_steps
-    progress = (step - fit.warmup_steps) / max(1, fit.steps - fit.warmup_steps)
-    return fit.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+    """Linear warm-up, a constant, then a linear decay over the last `decay_share` of the steps."""
+    rise = step / fit.warmup_steps if fit.warmup_steps else 1.0
+    fall = (fit.steps - step + 1) / max(1.0, fit.decay_share * fit.steps)
+    return fit.learning_rate * min(1.0, rise, fall)
 
 
 def _loss(vae: Any, pixels: torch.Tensor, fit: FitConfig, step: int) -> tuple[torch.Tensor, dict[str, float]]:

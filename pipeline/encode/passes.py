@@ -213,6 +213,6 @@ def _resources(config: EncodeJobConfig) -> dict[str, Any]:
     spare = encode.read_cpus + encode.write_cpus + (encode.decode_cpus if encode.decode == "tasks" else 0.0)
     actor_cpus = encode.actor_cpus or max(0.1, round(min(1.0, (cpus - spare) / actors), 4))
     demands = {f"{actors} encoder actors": actors * actor_cpus, "reads and writes": spare}
-    check_cpus(demands)
+    check_cpus(demands, "encode.actors")
     threads = encode.threads_per_actor or max(1, round(actor_cpus))
     return {"actors": actors, "actor_cpus": actor_cpus, "actor_gpus": actor_gpus, "threads": threads}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pipeline.codec.info import CodecInfo
@@ -34,7 +35,13 @@ def fingerprint_of(config: EncodeJobConfig, info: CodecInfo) -> tuple[dict[str, 
         "codec_dtype": config.codec.dtype,
         "latent_dtype": config.encode.latent_dtype,
     }
-    return fingerprint, {"codec": {**codec, "path": config.codec.path, "kind": config.codec.kind}, **libraries}
+    where = {"path": _absolute(config.codec.path), "revision": config.codec.revision, "kind": config.codec.kind}
+    return fingerprint, {"codec": {**codec, **where}, **libraries}
+
+
+def _absolute(path: str) -> str:
+    """A local codec directory by its full path, since jobs may run elsewhere; any other name as it is."""
+    return str(Path(path).absolute()) if Path(path).is_dir() else path
 
 
 def largest_area(image: ImageConfig) -> int:

@@ -169,7 +169,8 @@ def _resources(config: SampleJobConfig) -> Resources:
             f"{denoise_actors} denoise actors": denoise_actors * denoise_cpus,
             f"{decode_actors} decode actors": decode_actors * decode_cpus,
             "a read, an encoding and a write": spare,
-        }
+        },
+        "denoise.actors",
     )
     return Resources(denoise_actors, denoise_cpus, denoise_gpus, decode_actors, decode_cpus, decode_gpus)
 

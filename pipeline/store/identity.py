@@ -12,7 +12,7 @@ from pipeline.errors import ConflictError, InputError
 from pipeline.storage import Root
 from pipeline.store import layout
 
-Kind = Literal["latents", "images"]
+Kind = Literal["latents", "images", "text"]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pipeline.store.layout import content_name
 from pipeline.store.record import FileInfo, RowGroupInfo
 from pipeline.store.schema import to_float32
 
-_BLOBS = ("latent", "image")
+_BLOBS = ("latent", "image", "embedding", "pooled")
 _SORT = [("bucket", "ascending"), ("unit", "ascending"), ("row", "ascending"), ("variant", "ascending")]
 
 

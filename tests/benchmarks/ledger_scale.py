@@ -126,9 +126,8 @@ def main() -> None:
         print(json.dumps(measure(arguments.measure[0], int(arguments.measure[1]))))
         return
     rows = []
-    print(
-        f"{'images':>14} {'records':>9} {'plan s':>8} {'open s':>8} {'gaps s':>8} {'diff s':>8} {'peak MiB':>9} {'us/record':>10}"
-    )
+    heads = ("images", "records", "plan s", "open s", "gaps s", "diff s", "peak MiB", "us/record")
+    print("{:>14} {:>9} {:>8} {:>8} {:>8} {:>8} {:>9} {:>10}".format(*heads))
     for images in arguments.images:
         units = max(2, int(images) // ROWS_PER_UNIT)
         with tempfile.TemporaryDirectory() as folder:

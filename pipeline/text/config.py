@@ -1,0 +1,85 @@
+"""Configuration of text encoders and of the job that embeds captions with them. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config import StrictModel
+from pipeline.store.config import DataConfig
+from pipeline.tracking.config import TrackingConfig
+
+# No part may begin with a dot: a subfolder cannot lead out of its directory.
+_SUBFOLDER = r"^([A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*)?$"
+
+
+class TextEncoderConfig(StrictModel):
+    """One encoder: which files, which of its outputs, in which arithmetic."""
+
+    name: str = Field(
+        ..., pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$", description="Names the embeddings: the folder below output.uri."
+    )
+    path: str = Field(
+        ..., min_length=1, description="Directory in transformers layout (CLIP, OpenCLIP or T5), or hub id."
+    )
+    revision: str | None = Field(
+        None, description="Commit or tag that pins a hub id; required for one, without meaning for a directory."
+    )
+    subfolder: str = Field(
+        "", pattern=_SUBFOLDER, description="Where the model lies in path, such as text_encoder_2."
+    )
+    tokenizer_subfolder: str = Field(
+        "", pattern=_SUBFOLDER, description="Where the tokenizer lies in path, such as tokenizer_2."
+    )
+    max_length: int | None = Field(
+        None, ge=1, description="Tokens a caption is cut to; default what a CLIP model can hold, required for T5."
+    )
+    layer: Literal["last", "penultimate"] = Field(
+        "last", description="last: the final hidden state, normed; penultimate: the one before, as SDXL uses it."
+    )
+    pooled: Literal["none", "pooler", "projection"] = Field(
+        "none", description="CLIP only, stored as well: the pooled state as it is, or through the text projection."
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Arithmetic of the encoder.")
+    embedding_dtype: Literal["float16", "bfloat16"] = Field("float16", description="How embeddings are stored.")
+
+
+class TextOutputConfig(StrictModel):
+    """Where embeddings go."""
+
+    uri: str | None = Field(
+        None, min_length=1, description="Each encoder writes <uri>/<name>; default the folder text below data.uri."
+    )
+
+
+class EmbedConfig(StrictModel):
+    """How the work is cut; nothing here changes which rows there are."""
+
+    batch_size: int = Field(32, ge=1, description="Captions per forward pass; the last one is filled up.")
+    unit_captions: int = Field(1024, ge=1, description="Captions per commit: what a killed run loses at most.")
+    row_group_bytes: int = Field(4 << 20, ge=1024, description="Embedding bytes of a row group.")
+
+
+class EmbedTextJobConfig(StrictModel):
+    """Everything the embed_text job reads."""
+
+    data: DataConfig = Field(..., description="The latent dataset whose captions are embedded.")
+    encoders: tuple[TextEncoderConfig, ...] = Field(..., min_length=1, description="The encoders, side by side.")
+    output: TextOutputConfig = Field(TextOutputConfig(), description="Where embeddings go.")
+    embed: EmbedConfig = Field(EmbedConfig(), description="How the work is cut.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one.")
+    threads: int | None = Field(None, ge=1, description="CPU threads; default all cores. Not part of the identity.")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow tracking.")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> EmbedTextJobConfig:
+        names = [e.name for e in self.encoders]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ValueError(f"encoders: each needs a name of its own, and {', '.join(twice)} is used twice")
+        return self
+
+    def uri_of(self, encoder: TextEncoderConfig) -> str:
+        """The root of one encoder's embeddings."""
+        return f"{(self.output.uri or self.data.uri.rstrip('/') + '/text').rstrip('/')}/{encoder.name}"

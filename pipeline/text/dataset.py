@@ -1,0 +1,176 @@
+"""The read side: embeddings by caption, with a bounded cache of row groups. Needs neither torch nor transformers."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline.errors import InputError
+from pipeline.storage import storage_errors
+from pipeline.store.dataset import Dataset
+from pipeline.store.schema import to_float32
+from pipeline.text.captions import EMPTY_PROMPT, as_hashes, caption_hash
+
+_READERS = 8
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+
+class TextEmbeddings:
+    """The embeddings of one encoder as they were visible when opened; safe to use from several threads.
+
+    Memory: 24 bytes a caption for the index, `cache_bytes` of row groups (never less than one of them), and what
+    a call returns. A caption of None is the empty prompt.
+    """
+
+    def __init__(self, dataset: Dataset, cache_bytes: int) -> None:
+        self._dataset, self._cache_bytes = dataset, cache_bytes
+        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+        self._cached_bytes = 0
+        self._lock = threading.Lock()
+        self.max_length = int(dataset.fingerprint["max_length"])
+        self.width = int(dataset.fingerprint["width"])
+        self._dtype = str(dataset.fingerprint["embedding_dtype"])
+        self._has_pooled = dataset.fingerprint["pooled"] != "none"
+        self._hashes, self._groups, self._rows = self._read_index()
+
+    @classmethod
+    def open(cls, uri: str, *, cache_bytes: int = 256 << 20, key: str = "text.uri") -> TextEmbeddings:
+        """Open the embeddings at `uri`; InputError, naming `key`, when there are none or they are damaged."""
+        return cls(Dataset.open_kind(uri, "text", key), cache_bytes)
+
+    @property
+    def uri(self) -> str:
+        """Where the embeddings lie."""
+        return self._dataset.uri
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of the content: the same captions embedded in the same way."""
+        return self._dataset.digest
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """The encoder and everything else that all rows share."""
+        return self._dataset.fingerprint
+
+    @property
+    def fingerprint_digest(self) -> str:
+        """Hex digest of the fingerprint."""
+        return self._dataset.fingerprint_digest
+
+    @property
+    def num_captions(self) -> int:
+        """Distinct captions, the empty prompt included."""
+        return len(self._hashes)
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of the row groups in memory now."""
+        return self._cached_bytes
+
+    def lookup(self, captions: Sequence[str | None]) -> tuple[Floats, npt.NDArray[np.bool_]]:
+        """(float32 [n, L, D], mask [n, L]) of n captions, L being `max_length`; padding is 0 and False.
+
+        InputError when a caption has no embedding.
+        """
+        embeddings_NLD = np.zeros((len(captions), self.max_length, self.width), np.float32)
+        mask_NL = np.zeros((len(captions), self.max_length), np.bool_)
+        for table, i, row in self._places(captions):
+            values_LD = self._values(table["embedding"], row).reshape(-1, self.width)
+            embeddings_NLD[i, : len(values_LD)] = values_LD
+            mask_NL[i, : len(values_LD)] = True
+        return embeddings_NLD, mask_NL
+
+    def lookup_pooled(self, captions: Sequence[str | None]) -> Floats:
+        """float32 [n, P]: the pooled states of n captions; InputError where the encoder stored none."""
+        if not self._has_pooled:
+            raise InputError(
+                f"The embeddings at {self.uri} hold no pooled states",
+                rule="they are stored only where the encoder's pooled says so",
+                next_step="embed with pooled: pooler or projection under another encoder name",
+            )
+        found: dict[int, Floats] = {i: self._values(table["pooled"], row) for table, i, row in self._places(captions)}
+        return np.stack([found[i] for i in range(len(captions))]) if found else np.zeros((0, 0), np.float32)
+
+    def missing(self, captions: Sequence[str | None]) -> list[str]:
+        """The distinct captions among some that have no embedding, in order."""
+        texts = [EMPTY_PROMPT if c is None else c for c in captions]
+        at = self._find(texts)
+        return list(dict.fromkeys(text for text, place in zip(texts, at.tolist(), strict=True) if place < 0))
+
+    def _find(self, texts: Sequence[str]) -> Ints:
+        """Positions in the index; -1 where there is none."""
+        if not len(self._hashes):
+            return np.full(len(texts), -1, np.int64)
+        wanted = as_hashes(caption_hash(t) for t in texts)
+        at = np.minimum(np.searchsorted(self._hashes, wanted), len(self._hashes) - 1)
+        return np.where(self._hashes[at] == wanted, at, -1)
+
+    def _places(self, captions: Sequence[str | None]) -> Iterator[tuple[pa.Table, int, int]]:
+        """(row group, position in `captions`, row in the group); every row group is fetched once."""
+        texts = [EMPTY_PROMPT if c is None else c for c in captions]
+        at = self._find(texts)
+        if (at < 0).any():
+            absent = list(dict.fromkeys(texts[i] for i in np.flatnonzero(at < 0)))
+            raise InputError(
+                f"{len(absent):,} of {len(set(texts)):,} captions have no embedding at {self.uri}, "
+                f"for example {absent[0][:80]!r}",
+                rule="every caption in use is embedded first",
+                next_step="run jobs.embed_text on the latent dataset; it embeds only what is new",
+            )
+        groups = self._groups[at]
+        for group in np.unique(groups).tolist():
+            table = self._row_group(group)
+            for i in np.flatnonzero(groups == group).tolist():
+                yield table, i, int(self._rows[at[i]])
+
+    def _values(self, column: pa.ChunkedArray, row: int) -> Floats:
+        return to_float32(np.frombuffer(column[row].as_buffer(), np.uint8), self._dtype)
+
+    def _row_group(self, group: int) -> pa.Table:
+        with self._lock:
+            if group in self._cache:
+                self._cache.move_to_end(group)
+                return self._cache[group]
+        table = self._read(group, ["embedding", "pooled"] if self._has_pooled else ["embedding"])
+        with self._lock:
+            if group not in self._cache:
+                self._cache[group] = table
+                self._cached_bytes += table.nbytes
+            while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
+                _, old = self._cache.popitem(last=False)
+                self._cached_bytes -= old.nbytes
+        return table
+
+    def _read_index(self) -> tuple[npt.NDArray[np.bytes_], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """(hashes ascending, row group of each, row in it)."""
+        count = len(self._dataset.row_groups)
+        with ThreadPoolExecutor(_READERS) as pool:
+            parts = list(pool.map(self._group_hashes, range(count)))
+        hashes = np.concatenate([as_hashes([]), *parts])
+        lengths = [len(p) for p in parts]
+        groups = np.repeat(np.arange(count, dtype=np.int32), lengths)
+        rows = np.concatenate([np.zeros(0, np.int32), *(np.arange(n, dtype=np.int32) for n in lengths)])
+        order = np.argsort(hashes, kind="stable")
+        return hashes[order], groups[order], rows[order]
+
+    def _group_hashes(self, group: int) -> npt.NDArray[np.bytes_]:
+        return as_hashes(self._read(group, ["sample_id"])["sample_id"].to_pylist())
+
+    def _read(self, group: int, columns: list[str]) -> pa.Table:
+        try:
+            return self._dataset.read(group, columns)
+        except (pa.ArrowException, *storage_errors()) as error:
+            raise InputError(
+                f"The embeddings in {self.uri}/{self._dataset.row_groups[group].file} cannot be read: {error}",
+                next_step=f"python -m jobs.verify data.uri={self.uri} shows all damage",
+            ) from None

@@ -1,0 +1,150 @@
+"""A text encoder in use: captions in, hidden states out. The only door to transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline.errors import InputError, PipelineError
+from pipeline.text.config import TextEncoderConfig
+from pipeline.text.files import EncoderFiles
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What some captions became: the first `tokens[i]` rows of `embeddings[i]` count, the rest is padding."""
+
+    tokens: npt.NDArray[np.int32]  # [n], special tokens included
+    truncated: npt.NDArray[np.bool_]  # [n]
+    embeddings_NLD: npt.NDArray[np.float32]
+    pooled_NP: npt.NDArray[np.float32] | None
+
+
+class TextEncoder:
+    """A loaded encoder with its tokenizer; every forward pass has the shape [batch_size, max_length].
+
+    The shape is fixed so that no kernel is chosen by what else is in a batch: on a CPU a caption's bytes do not
+    depend on its neighbours. Padding is masked and stands on the right, so it reaches no true token.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, max_length: int, batch_size: int, layer: str, pooled: str, device: str
+    ) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._max_length, self._batch_size = max_length, batch_size
+        self._layer, self._pooled, self._device = layer, pooled, device
+
+    def encode(self, captions: Sequence[str]) -> Encoded:
+        """Any number of captions, in batches of one shape; the last one is filled with the empty prompt."""
+        parts = [
+            self._batch(captions[start : start + self._batch_size])
+            for start in range(0, len(captions), self._batch_size)
+        ]
+        pooled = [p.pooled_NP for p in parts if p.pooled_NP is not None]
+        return Encoded(
+            np.concatenate([p.tokens for p in parts]),
+            np.concatenate([p.truncated for p in parts]),
+            np.concatenate([p.embeddings_NLD for p in parts]),
+            np.concatenate(pooled) if pooled else None,
+        )
+
+    @torch.inference_mode()
+    def _batch(self, captions: Sequence[str]) -> Encoded:
+        count = len(captions)
+        filled = [*captions, *[""] * (self._batch_size - count)]
+        batch = self._tokenizer(
+            filled, padding="max_length", truncation=True, max_length=self._max_length, return_tensors="pt"
+        )
+        mask_NL = batch["attention_mask"]
+        states = self._model(
+            input_ids=batch["input_ids"].to(self._device),
+            attention_mask=mask_NL.to(self._device),
+            output_hidden_states=self._layer == "penultimate",
+        )
+        hidden_NLD = states.hidden_states[-2] if self._layer == "penultimate" else states.last_hidden_state
+        tokens = mask_NL[:count].sum(dim=1).to(torch.int32).numpy()
+        return Encoded(
+            tokens,
+            self._truncated(captions, tokens),
+            hidden_NLD[:count].float().cpu().numpy(),
+            self._pooled_states(states, count),
+        )
+
+    def _pooled_states(self, states: Any, count: int) -> npt.NDArray[np.float32] | None:
+        if self._pooled == "none":
+            return None
+        pooled_NP = states.text_embeds if self._pooled == "projection" else states.pooler_output
+        array: npt.NDArray[np.float32] = pooled_NP[:count].float().cpu().numpy()
+        return array
+
+    def _truncated(self, captions: Sequence[str], tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+        """Which captions were cut: only those that fill the length can have been."""
+        cut = np.zeros(len(captions), np.bool_)
+        full: list[int] = np.flatnonzero(tokens == self._max_length).tolist()
+        if full:
+            longer = self._tokenizer([captions[i] for i in full], truncation=False, verbose=False)["input_ids"]
+            cut[full] = [len(ids) > self._max_length for ids in longer]
+        return cut
+
+
+def load_encoder(
+    files: EncoderFiles, encoder: TextEncoderConfig, *, batch_size: int, device: str = "cpu"
+) -> TextEncoder:
+    """The encoder that `files` describe, ready to use; InputError when its files do not fit together.
+
+    Weights come from safetensors, nothing is downloaded, and no code in the directory is run.
+    """
+    import transformers
+
+    # Named classes, never what the directory asks for.
+    model_class = getattr(transformers, files.class_name)
+    verbosity = transformers.logging.get_verbosity()
+    try:
+        # A whole CLIP holds an image tower as well: its tensors are no news. What is missing is looked at below.
+        transformers.logging.set_verbosity_error()
+        model, report = model_class.from_pretrained(
+            files.model_dir,
+            use_safetensors=True,
+            local_files_only=True,
+            dtype=getattr(torch, encoder.dtype),
+            output_loading_info=True,
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            files.tokenizer_dir, local_files_only=True, trust_remote_code=False, padding_side="right"
+        )
+    except PipelineError:  # SIGTERM arrives as one
+        raise
+    except Exception as error:  # the libraries raise kinds of their own, undocumented, for damaged files
+        raise _unusable(encoder, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    if report["missing_keys"]:
+        # transformers would fill them with random numbers.
+        names = sorted(report["missing_keys"])
+        raise _unusable(encoder, f"its weights lack {len(names)} tensors, such as {names[0]}")
+    if tokenizer.pad_token_id is None:
+        raise _unusable(encoder, "its tokenizer has no padding token")
+    return TextEncoder(
+        model.eval().to(device),
+        tokenizer,
+        max_length=files.max_length,
+        batch_size=batch_size,
+        layer=encoder.layer,
+        pooled=encoder.pooled,
+        device=device,
+    )
+
+
+def _unusable(encoder: TextEncoderConfig, why: str) -> InputError:
+    return InputError(
+        f"The encoder {encoder.name} cannot be loaded: {why}",
+        key="encoders.path",
+        value=encoder.path,
+        rule="model and tokenizer are whole, of one class, and in transformers layout",
+        next_step="copy or download the files again",
+    )

@@ -1,0 +1,227 @@
+"""The files of a text encoder: found, checked and hashed without torch or transformers.
+
+What is hashed here is what `encoder` loads: a fingerprint made before a GPU is touched is the one of the rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError, InputError
+from pipeline.text.config import TextEncoderConfig
+
+WEIGHTS = "model.safetensors"
+INDEX = WEIGHTS + ".index.json"
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
+TOKENIZER_FILES = (
+    *VOCABULARIES,
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_CLIP = ("clip", "clip_text_model")
+_PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LAYOUT = f"an encoder is a directory with config.json, {WEIGHTS} and its tokenizer's files"
+# Notes of whoever saved the file; they change no number.
+_NOTES = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures")
+_CHUNK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class EncoderFiles:
+    """One encoder as it lies on local disk, with everything that decides its numbers."""
+
+    model_dir: Path
+    tokenizer_dir: Path
+    class_name: str
+    width: int
+    max_length: int
+    config: dict[str, Any]
+    weights_sha256: str
+    tokenizer_sha256: dict[str, str]
+
+    def fingerprint(self, encoder: TextEncoderConfig) -> dict[str, Any]:
+        """What all embeddings of a dataset share."""
+        return {
+            "encoder": {
+                "class": self.class_name,
+                "config": self.config,
+                "weights_sha256": self.weights_sha256,
+                "tokenizer_sha256": self.tokenizer_sha256,
+            },
+            "caption_hash": "blake2b-128 of the UTF-8 caption",
+            "max_length": self.max_length,
+            "width": self.width,
+            "layer": encoder.layer,
+            "pooled": encoder.pooled,
+            "encoder_dtype": encoder.dtype,
+            "embedding_dtype": encoder.embedding_dtype,
+        }
+
+
+def encoder_files(encoder: TextEncoderConfig) -> EncoderFiles:
+    """Find, check and hash an encoder; InputError or ConfigError says what is wrong with which key."""
+    base = _directory(encoder)
+    model_dir, tokenizer_dir = base / encoder.subfolder, base / encoder.tokenizer_subfolder
+    config = _read_config(model_dir, encoder)
+    kind = config.get("model_type")
+    if kind not in (*_CLIP, "t5"):
+        raise _refusal(
+            f"The encoder {encoder.name} is of model_type {kind!r}",
+            encoder,
+            "encoders are CLIP text models (OpenAI's and OpenCLIP's, in transformers format) and T5",
+            "name another model, or the subfolder that holds the text encoder of a pipeline",
+        )
+    if kind == "clip":
+        config = {"model_type": "clip", "text_config": config.get("text_config") or {}}
+    text = {**config, **config.get("text_config", {})}
+    width = text.get("d_model" if kind == "t5" else "hidden_size")
+    if not isinstance(width, int):
+        raise _refusal(f"config.json of {encoder.name} does not say how wide an embedding is", encoder)
+    return EncoderFiles(
+        model_dir,
+        tokenizer_dir,
+        _class_name(kind, encoder),
+        width,
+        _max_length(encoder, None if kind == "t5" else text.get("max_position_embeddings")),
+        config,
+        _hash_weights(model_dir, encoder),
+        _hash_tokenizer(tokenizer_dir, encoder),
+    )
+
+
+def _refusal(what: str, encoder: TextEncoderConfig, rule: str = _LAYOUT, next_step: str | None = None) -> InputError:
+    return InputError(what, key="encoders.path", value=encoder.path, rule=rule, next_step=next_step)
+
+
+def _directory(encoder: TextEncoderConfig) -> Path:
+    local = Path(encoder.path).expanduser()
+    if local.is_dir():
+        return local.absolute()
+    if encoder.revision is not None and not local.exists() and _HUB_ID.fullmatch(encoder.path):
+        return _hub_snapshot(encoder)
+    raise _refusal(
+        f"There is no directory of the encoder {encoder.name}",
+        encoder,
+        next_step="correct the path; to take it from the hub, pin it with revision: <commit or tag>",
+    )
+
+
+def _hub_snapshot(encoder: TextEncoderConfig) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    model, tokenizer = (f"{f}/" if f else "" for f in (encoder.subfolder, encoder.tokenizer_subfolder))
+    patterns = [model + name for name in ("config.json", "model*.safetensors", INDEX)]
+    patterns += [tokenizer + name for name in TOKENIZER_FILES]
+    try:
+        return Path(snapshot_download(encoder.path, revision=encoder.revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise _refusal(
+            f"The hub does not give the encoder {encoder.name} at revision {encoder.revision}: "
+            f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            encoder,
+            "a hub id must exist at its revision and be reachable or cached",
+            "check id, revision, network and HF_TOKEN, or download it and give the directory",
+        ) from error
+
+
+def _read_config(folder: Path, encoder: TextEncoderConfig) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise _refusal(f"The encoder {encoder.name} has no config.json", encoder) from None
+    except ValueError as error:
+        raise _refusal(f"config.json of {encoder.name} is no valid JSON: {error}", encoder) from None
+    if not isinstance(config, dict):
+        raise _refusal(f"config.json of {encoder.name} holds no JSON object", encoder)
+    return _without_notes(config)
+
+
+def _without_notes(config: dict[str, Any]) -> dict[str, Any]:
+    return {k: _without_notes(v) if isinstance(v, dict) else v for k, v in config.items() if k not in _NOTES}
+
+
+def _class_name(kind: str, encoder: TextEncoderConfig) -> str:
+    if kind == "t5":
+        if encoder.pooled != "none":
+            raise ConfigError(
+                f"The encoder {encoder.name} is a T5, which pools nothing",
+                key="encoders.pooled",
+                value=encoder.pooled,
+                rule="only CLIP has a pooled state",
+                next_step="set pooled: none",
+            )
+        return "T5EncoderModel"
+    return "CLIPTextModelWithProjection" if encoder.pooled == "projection" else "CLIPTextModel"
+
+
+def _max_length(encoder: TextEncoderConfig, most: int | None) -> int:
+    length = encoder.max_length or most
+    if length is None or (most is not None and length > most):
+        raise ConfigError(
+            f"The encoder {encoder.name} needs a max_length"
+            + (f" of at most {most} tokens" if most is not None else ": its files do not bound it"),
+            key="encoders.max_length",
+            value=encoder.max_length,
+            rule="all batches of an encoder have one length, and longer captions are cut to it",
+            next_step=f"set max_length: {most or 256}",
+        )
+    return length
+
+
+def _hash_weights(folder: Path, encoder: TextEncoderConfig) -> str:
+    """One hash over the weight files; a single file's own sha256 when there is one."""
+    names = _weight_names(folder, encoder)
+    hashes = [_sha256(folder / name) for name in names]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def _weight_names(folder: Path, encoder: TextEncoderConfig) -> list[str]:
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    if not (folder / INDEX).is_file():
+        found = sorted(p.name for p in folder.iterdir())
+        pickled = any(name.endswith(_PICKLE) for name in found)
+        raise _refusal(
+            f"The encoder {encoder.name} has no {WEIGHTS}; there is {', '.join(found)}",
+            encoder,
+            "weights are read from safetensors only" + (": unpickling runs code from the file" if pickled else ""),
+            "where you trust the files, load and save_pretrained() them once; or copy the missing file",
+        )
+    try:
+        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise _refusal(f"The index {INDEX} of {encoder.name} cannot be read: {error!r}", encoder) from None
+    # A name with a slash would lead out of the directory.
+    bad = [n for n in names if "/" in n or "\\" in n or not n.endswith(".safetensors") or not (folder / n).is_file()]
+    if bad or not names:
+        raise _refusal(f"The index {INDEX} names files that are not there: {', '.join(bad) or 'none'}", encoder)
+    return names
+
+
+def _hash_tokenizer(folder: Path, encoder: TextEncoderConfig) -> dict[str, str]:
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        raise InputError(
+            f"The encoder {encoder.name} has no tokenizer",
+            key="encoders.tokenizer_subfolder",
+            value=encoder.tokenizer_subfolder,
+            rule=f"a tokenizer's directory holds one of {', '.join(VOCABULARIES)}",
+            next_step="save the tokenizer beside the model, or name the subfolder that holds it",
+        )
+    return {name: _sha256(folder / name) for name in sorted(TOKENIZER_FILES) if (folder / name).is_file()}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,245 @@
+"""The embed_text job: captions of a latent dataset -> one dataset of embeddings for each encoder. A plain process.
+
+    check everything -> for each encoder: look -> claim -> plan new captions -> load -> embed and commit the gaps
+
+Nothing is written before every encoder has been found sound. An encoder whose plan has seen this very state of the
+latents and has no gap costs a hash of its files and one look at its ledger: no torch, no caption read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import config_digest, dump_yaml
+from pipeline.errors import PipelineError, StoppedError
+from pipeline.progress import Progress
+from pipeline.result import JobResult
+from pipeline.storage import Root
+from pipeline.store.dataset import Dataset, LatentDataset
+from pipeline.store.generation import Generation, claim_next
+from pipeline.store.identity import Identity, check_same, claim_identity, read_identity
+from pipeline.store.layout import IDENTITY
+from pipeline.store.ledger import collect
+from pipeline.store.plan import append_version, read_plan
+from pipeline.store.runs import last_run, note_run
+from pipeline.store.state import State, read_state
+from pipeline.text.captions import HashSet, in_units, new_captions, planned_hashes
+from pipeline.text.config import EmbedTextJobConfig, TextEncoderConfig
+from pipeline.text.files import EncoderFiles, encoder_files
+from pipeline.tracking.tracker import Tracker, open_tracker
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One encoder of the job: what it is, and where its embeddings go."""
+
+    config: EmbedTextJobConfig
+    encoder: TextEncoderConfig
+    files: EncoderFiles
+    root: Root
+    latents: LatentDataset
+
+    def identity(self) -> Identity:
+        where = {"name": self.encoder.name, "path": self.encoder.path, "revision": self.encoder.revision}
+        return Identity("text", self.files.fingerprint(self.encoder), {"encoder": where})
+
+    def source(self) -> dict[str, Any]:
+        """What a plan version remembers of the latents it has read."""
+        return {
+            "uri": self.latents.uri,
+            "digest": self.latents.digest,
+            "fingerprint": self.latents.fingerprint_digest,
+        }
+
+
+def run(config: EmbedTextJobConfig) -> JobResult:
+    """Embed what has no embedding yet; "unchanged", without torch, when nothing is left for any encoder."""
+    tasks = _check(config)
+    results = [_embed_one(task) for task in tasks]
+    return _combine(tasks, results)
+
+
+def dry_run(config: EmbedTextJobConfig) -> JobResult:
+    """How many captions each encoder would embed, and the most their embeddings can take; writes nothing."""
+    counts: dict[str, int] = {}
+    figures: dict[str, float] = {}
+    for task in _check(config):
+        known = HashSet(planned_hashes(read_plan(task.root)))
+        gaps = read_state(task.root).gaps().count()
+        todo = gaps + sum(1 for _ in new_captions(task.latents, known))
+        counts[f"{task.encoder.name}.new"] = todo
+        figures[f"{task.encoder.name}.bytes_at_most"] = 2.0 * todo * task.files.max_length * task.files.width
+    return JobResult("dry-run", counts, {e.name: config.uri_of(e) for e in config.encoders}, None, {}, figures)
+
+
+def _check(config: EmbedTextJobConfig) -> list[_Task]:
+    """Everything that can be wrong before anything is written."""
+    latents = LatentDataset.open(config.data.uri)
+    tasks = [_Task(config, e, encoder_files(e), Root(config.uri_of(e)), latents) for e in config.encoders]
+    for task in tasks:
+        if task.root.kind() == "directory" and task.root.exists(IDENTITY):
+            check_same(task.root, read_identity(task.root, "output.uri"), task.identity())
+    return tasks
+
+
+def _embed_one(task: _Task) -> JobResult:
+    """One encoder, under a generation of its own dataset."""
+    root = task.root
+    state = read_state(root)
+    if _has_seen(state, task) and not state.gaps():
+        return _result("unchanged", task, state, last_run(root).get("run_id"))
+    root.probe()
+    claim_identity(root, task.identity())
+    generation = claim_next(root, lambda previous: collect(root, previous), job="embed_text")
+    try:
+        new = _plan(task, generation)
+        state = read_state(root)
+        gaps = state.gaps().count()
+        _log.info("%s: %d new captions, %d to embed", task.encoder.name, new, gaps)
+        if not gaps:
+            generation.close({"status": "unchanged"})
+            return _result("unchanged", task, state, last_run(root).get("run_id"))
+        result = _embed(task, generation, state)
+        generation.close({"status": "done"})
+        return result
+    except PipelineError as error:
+        generation.close({"status": type(error).__name__})
+        raise
+    finally:
+        generation.abandon()
+
+
+def _has_seen(state: State, task: _Task) -> bool:
+    """Whether some version of the plan has read the latents as they are now; plans only ever grow."""
+    return any(v.source.get("digest") == task.latents.digest for v in state.plan.versions)
+
+
+def _plan(task: _Task, generation: Generation) -> int:
+    """Freeze the captions that no version holds; returns how many. Nothing is read when this state was seen."""
+    state = read_state(task.root)
+    if _has_seen(state, task):
+        return 0
+    known = HashSet(planned_hashes(state.plan))
+    units = in_units(new_captions(task.latents, known), task.config.embed.unit_captions)
+    # A version without units remembers that these latents hold nothing new.
+    plan = append_version(state.plan, units, source=task.source(), generation=generation.number)
+    return plan.versions[-1].num_rows
+
+
+def _embed(task: _Task, generation: Generation, state: State) -> JobResult:
+    tracker = _open_run(task, generation)
+    began = time.monotonic()
+    try:
+        totals = _fill_gaps(task, generation, state)
+        seconds = time.monotonic() - began
+        final = read_state(task.root)
+        run_id = tracker.wait_run_id(20)
+        note_run(task.root, generation.number, _note(task, tracker))
+        rates = {"captions_per_s": totals["embedded"] / seconds, "tokens_per_s": totals["tokens"] / seconds}
+        result = _result("done", task, final, run_id, totals, rates)
+        tracker.log_metrics({**result.rates, **{k: float(v) for k, v in result.counts.items()}}, step=0)
+        dataset: Dataset = Dataset.open_kind(task.root.uri, "text", "output.uri")
+        tracker.log_input(name=task.root.uri, digest=dataset.digest, source=task.root.uri, context="output")
+        tracker.finish("FINISHED")
+        return result
+    except (StoppedError, KeyboardInterrupt):
+        tracker.finish("KILLED")
+        raise
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
+
+
+def _fill_gaps(task: _Task, generation: Generation, state: State) -> dict[str, int]:
+    import torch
+
+    from pipeline.text.embed import embed_gaps
+    from pipeline.text.encoder import load_encoder
+
+    config, encoder = task.config, task.encoder
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = load_encoder(task.files, encoder, batch_size=config.embed.batch_size, device=device)
+    totals = dict.fromkeys(("embedded", "tokens", "truncated"), 0)
+    start = state.num_stored
+    with Progress(f"embed {encoder.name}", start + state.gaps().count(), "captions", start=start) as progress:
+
+        def on_unit(captions: int, tokens: int, truncated: int) -> None:
+            for name, value in zip(totals, (captions, tokens, truncated), strict=True):
+                totals[name] += value
+            progress.update(start + totals["embedded"], truncated=totals["truncated"])
+
+        embed_gaps(
+            task.root,
+            generation,
+            state,
+            loaded.encode,
+            embedding_dtype=encoder.embedding_dtype,
+            row_group_bytes=config.embed.row_group_bytes,
+            on_unit=on_unit,
+        )
+    return totals
+
+
+def _open_run(task: _Task, generation: Generation) -> Tracker:
+    """The MLflow run of one encoder: a run that stopped or died half-way is resumed, else a new one is made."""
+    previous = last_run(task.root)
+    parent = task.latents.provenance.get("run_id")
+    tracker = open_tracker(
+        task.config.tracking,
+        job="embed_text",
+        run_name=f"embed_text {task.encoder.name}",
+        resume_run_id=previous.get("handle") if previous.get("unfinished") else None,
+        parents={"encode": parent} if parent else {},
+    )
+    note_run(task.root, generation.number, _note(task, tracker))
+    tracker.log_params(
+        {
+            "data.uri": task.latents.uri,
+            "output.uri": task.root.uri,
+            "config_digest": config_digest(task.config),
+            "generation": generation.number,
+            **{f"encoder.{k}": v for k, v in task.encoder.model_dump(mode="json").items()},
+        }
+    )
+    tracker.log_text(dump_yaml(task.config), "config.yaml")
+    tracker.log_input(name=task.latents.uri, digest=task.latents.digest, source=task.latents.uri, context="input")
+    return tracker
+
+
+def _note(task: _Task, tracker: Tracker) -> dict[str, Any]:
+    return {"handle": tracker.handle, "run_id": tracker.run_id, "source": task.source()}
+
+
+def _result(
+    status: str,
+    task: _Task,
+    state: State,
+    run_id: str | None,
+    totals: dict[str, int] | None = None,
+    rates: dict[str, float] | None = None,
+) -> JobResult:
+    counts = {"captions": state.num_stored, **(totals or dict.fromkeys(("embedded", "tokens", "truncated"), 0))}
+    return JobResult(status, counts, {task.encoder.name: task.root.uri}, run_id, rates or {})
+
+
+def _combine(tasks: list[_Task], results: list[JobResult]) -> JobResult:
+    """One answer: each encoder's counts and rates under its name; the run is the last one that did work."""
+    named = list(zip((t.encoder.name for t in tasks), results, strict=True))
+    worked = [r for r in results if r.status == "done"]
+    return JobResult(
+        "done" if worked else "unchanged",
+        {f"{name}.{k}": v for name, r in named for k, v in r.counts.items()},
+        dict(itertools.chain.from_iterable(r.outputs.items() for r in results)),
+        (worked or results)[-1].run_id,
+        {f"{name}.{k}": v for name, r in named for k, v in r.rates.items()},
+    )

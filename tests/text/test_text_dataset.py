@@ -1,0 +1,210 @@
+"""The read side: the right vectors in the right places, within its memory, or a clear refusal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import InputError
+from pipeline.storage import Root
+from pipeline.store.dataset import Dataset
+from pipeline.store.identity import Identity, claim_identity
+from pipeline.store.plan import append_version, read_plan
+from pipeline.store.state import read_state
+from pipeline.text.captions import PlannedCaption, caption_hash, in_units
+from pipeline.text.dataset import TextEmbeddings
+from pipeline.text.embed import embed_gaps
+from tests.support.rows import claim, planned_root
+
+LENGTH, WIDTH = 6, 8
+CAPTIONS = ["", *(f"caption {i}" for i in range(40))]
+
+
+@dataclass
+class Toy:
+    """What an encoder returns."""
+
+    tokens: Any
+    truncated: Any
+    embeddings_NLD: Any
+    pooled_NP: Any
+
+
+def toy_encode(captions: Sequence[str]) -> Toy:
+    """Numbers that are a function of the caption; padding is not zero on purpose."""
+    chance = [np.random.default_rng(list(caption_hash(c))) for c in captions]
+    return Toy(
+        np.array([1 + len(c) % LENGTH for c in captions], np.int32),
+        np.zeros(len(captions), np.bool_),
+        np.stack([g.normal(size=(LENGTH, WIDTH)).astype(np.float32) for g in chance]),
+        np.stack([g.normal(size=3).astype(np.float32) for g in chance]),
+    )
+
+
+def write(uri: Path, captions: Sequence[str], encode: Any = toy_encode, dtype: str = "float16") -> str:
+    root = Root(str(uri))
+    pooled = "none" if encode(["x"]).pooled_NP is None else "pooler"
+    fingerprint = {"max_length": LENGTH, "width": WIDTH, "embedding_dtype": dtype, "pooled": pooled}
+    claim_identity(root, Identity("text", fingerprint, {}))
+    generation = claim(root)
+    planned = (PlannedCaption(caption_hash(c).hex(), len(c.encode()), c) for c in captions)
+    append_version(read_plan(root), in_units(planned, 8), source={}, generation=generation.number)
+    embed_gaps(root, generation, read_state(root), encode, embedding_dtype=dtype, row_group_bytes=1024)
+    generation.close({"status": "done"})
+    return str(uri)
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write(tmp_path_factory.mktemp("text") / "toy", CAPTIONS)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(captions=st.lists(st.one_of(st.none(), st.sampled_from(CAPTIONS)), max_size=12), cache=st.integers(0, 4000))
+def test_lookup_gives_each_caption_its_own_tokens(uri: str, captions: list[str | None], cache: int) -> None:
+    text = TextEmbeddings.open(uri, cache_bytes=cache)
+    embeddings_NLD, mask_NL = text.lookup(captions)
+    assert embeddings_NLD.shape == (len(captions), LENGTH, WIDTH)
+    assert embeddings_NLD.dtype == np.float32
+    for i, caption in enumerate(captions):
+        want = toy_encode([caption or ""])
+        n = int(want.tokens[0])
+        assert mask_NL[i].tolist() == [True] * n + [False] * (LENGTH - n)
+        np.testing.assert_array_equal(embeddings_NLD[i, :n], want.embeddings_NLD[0, :n].astype(np.float16))
+        assert not embeddings_NLD[i, n:].any()
+    if captions:
+        want_NP = toy_encode([c or "" for c in captions]).pooled_NP.astype(np.float16)
+        np.testing.assert_array_equal(text.lookup_pooled(captions), want_NP)
+
+
+def test_bfloat16_is_read_as_it_was_stored(tmp_path: Path) -> None:
+    text = TextEmbeddings.open(write(tmp_path / "b", CAPTIONS[:3], dtype="bfloat16"))
+    got = text.lookup(["caption 1"])[0][0]
+    want = toy_encode(["caption 1"])
+    n = int(want.tokens[0])
+    np.testing.assert_allclose(got[:n], want.embeddings_NLD[0, :n], rtol=2**-8)
+
+
+def test_the_cache_is_bounded_and_evicts_the_least_recently_used(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = TextEmbeddings.open(uri)
+    reads = Counter[int]()
+    real = Dataset.read
+
+    def count(self: Dataset, group: int, columns: Any) -> Any:
+        reads[group] += 1
+        return real(self, group, columns)
+
+    monkeypatch.setattr(Dataset, "read", count)
+    text.lookup(CAPTIONS)
+    assert len(reads) > 4
+    assert set(reads.values()) == {1}
+    everything = text.cached_bytes
+    text.lookup(CAPTIONS)
+    assert set(reads.values()) == {1}
+    small = TextEmbeddings.open(uri, cache_bytes=everything // 2)
+    reads.clear()
+    for caption in [*CAPTIONS, *CAPTIONS]:
+        small.lookup([caption])
+        assert small.cached_bytes <= everything // 2
+    assert max(reads.values()) == 2  # once a pass: neighbours in order share a row group
+    first = TextEmbeddings.open(uri, cache_bytes=everything // 2)
+    reads.clear()
+    for caption in CAPTIONS:
+        first.lookup(["", caption])  # in use all the time: never evicted
+    assert reads[0] == 1
+
+
+def test_threads_share_one_reader(uri: str) -> None:
+    text = TextEmbeddings.open(uri, cache_bytes=3000)
+    want = text.lookup(CAPTIONS)[0]
+
+    def ask(seed: int) -> bool:
+        order = np.random.default_rng(seed).permutation(len(CAPTIONS))
+        return np.array_equal(text.lookup([CAPTIONS[i] for i in order])[0], want[order])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(ask, range(24)))
+    assert text.cached_bytes <= 3000
+
+
+def test_a_caption_that_was_never_embedded_is_an_error(uri: str) -> None:
+    text = TextEmbeddings.open(uri)
+    assert text.num_captions == len(CAPTIONS)
+    assert text.missing(["caption 1", None, "new", "new", "newer"]) == ["new", "newer"]
+    with pytest.raises(InputError, match=r"(?s)2 of 3 captions have no embedding.*'new'.*jobs.embed_text"):
+        text.lookup(["caption 1", "new", "newer", "new"])
+
+
+def test_a_dataset_without_any_row_has_no_answer(tmp_path: Path) -> None:
+    text = TextEmbeddings.open(write(tmp_path / "empty", []))
+    assert text.num_captions == 0
+    assert text.lookup([])[0].shape == (0, LENGTH, WIDTH)
+    with pytest.raises(InputError, match="1 of 1 captions have no embedding"):
+        text.lookup([None])
+
+
+def test_pooled_states_that_were_not_stored_are_an_error(tmp_path: Path) -> None:
+    def unpooled(captions: Sequence[str]) -> Toy:
+        toy = toy_encode(captions)
+        return Toy(toy.tokens, toy.truncated, toy.embeddings_NLD, None)
+
+    text = TextEmbeddings.open(write(tmp_path / "u", ["a"], unpooled))
+    with pytest.raises(InputError, match="hold no pooled states"):
+        text.lookup_pooled(["a"])
+
+
+def test_only_text_datasets_are_opened(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"(?s)There is no dataset.*text.uri"):
+        TextEmbeddings.open(str(tmp_path / "nothing"))
+    planned_root(str(tmp_path / "latents"), 1, 1)
+    with pytest.raises(InputError, match="is a dataset of latents"):
+        TextEmbeddings.open(str(tmp_path / "latents"))
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    uri = write(tmp_path / "d", CAPTIONS[:8])
+    text = TextEmbeddings.open(uri)
+    root = Root(uri)
+    name = next(root.list("data")).key
+    data = bytearray(root.read_bytes(name))
+    at = data.find(toy_encode([CAPTIONS[0]]).embeddings_NLD[0, :1].astype("<f2").tobytes())
+    data[at] ^= 1
+    root.put(name, bytes(data))
+    with pytest.raises(InputError, match=r"(?s)cannot be read.*jobs.verify"):
+        text.lookup([CAPTIONS[0]])
+    root.delete(name)
+    with pytest.raises(InputError, match="cannot be read"):
+        TextEmbeddings.open(uri)
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(7e4, "float16"), (np.nan, "float16"), (np.inf, "bfloat16")])
+@pytest.mark.parametrize("where", ["embeddings_NLD", "pooled_NP"])
+def test_a_number_that_cannot_be_stored_is_refused(tmp_path: Path, value: float, dtype: str, where: str) -> None:
+    def spoiled(captions: Sequence[str]) -> Toy:
+        toy = toy_encode(captions)
+        getattr(toy, where)[-1].flat[0] = value
+        return toy
+
+    with pytest.raises(InputError, match=r"(?s)The embedding of 'bad' .*encoders.embedding_dtype"):
+        write(tmp_path / "x", ["good", "bad"], spoiled, dtype)
+
+
+def test_what_lies_in_the_padding_is_nobodys_business(tmp_path: Path) -> None:
+    def noisy(captions: Sequence[str]) -> Toy:
+        toy = toy_encode(captions)
+        for tokens, embedding in zip(toy.tokens, toy.embeddings_NLD, strict=True):
+            embedding[tokens:] = np.nan
+        return toy
+
+    got, _ = TextEmbeddings.open(write(tmp_path / "n", ["a"], noisy)).lookup(["a"])
+    np.testing.assert_array_equal(got[0, :2], toy_encode(["a"]).embeddings_NLD[0, :2].astype(np.float16))
+    assert not got[0, 2:].any()

@@ -1,0 +1,142 @@
+"""Encoders through the real loading path: right numbers, the same bits whatever the batch, clear refusals."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from text_builders import CLIP_LENGTH, make_clip, make_t5
+from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
+
+from pipeline.errors import InputError, StoppedError
+from pipeline.text.config import TextEncoderConfig
+from pipeline.text.encoder import TextEncoder, load_encoder
+from pipeline.text.files import encoder_files
+
+CAPTIONS = ["a red circle", "", "sky", "the blue square of the picture", "the green circle and a red sky 1 2", "on 3"]
+LONG = "red " * 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("encoders")
+    make_clip(folder / "clip")
+    make_clip(folder / "projected", projection=True)
+    make_clip(folder / "whole", whole=True)
+    make_t5(folder / "t5")
+    return folder
+
+
+def load(path: Path, batch_size: int = 4, **changes: object) -> TextEncoder:
+    chosen = TextEncoderConfig.model_validate({"name": "e", "path": str(path), **changes})
+    return load_encoder(encoder_files(chosen), chosen, batch_size=batch_size)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("layer", ["last", "penultimate"])
+@pytest.mark.parametrize("name", ["projected", "whole", "t5"])
+def test_states_are_those_of_the_caption_alone_without_any_padding(folder: Path, name: str, layer: str) -> None:
+    """The reference sees one caption at a time, unpadded and unmasked."""
+    changes: dict[str, object] = {"max_length": 16} if name == "t5" else {"pooled": "projection"}
+    got = load(folder / name, layer=layer, **changes).encode(CAPTIONS)
+    reference: Any = (T5EncoderModel if name == "t5" else CLIPTextModelWithProjection).from_pretrained(folder / name)
+    tokenizer = AutoTokenizer.from_pretrained(folder / name)
+    assert got.embeddings_NLD.shape == (len(CAPTIONS), 16, 32)
+    for i, caption in enumerate(CAPTIONS):
+        ids = tokenizer(caption, return_tensors="pt", truncation=True, max_length=16)["input_ids"]
+        want = reference(input_ids=ids, output_hidden_states=True)
+        states = want.last_hidden_state if layer == "last" else want.hidden_states[-2]
+        assert got.tokens[i] == ids.shape[1]
+        np.testing.assert_allclose(got.embeddings_NLD[i, : got.tokens[i]], states[0].numpy(), atol=2e-5)
+        if name != "t5":
+            assert got.pooled_NP is not None
+            np.testing.assert_allclose(got.pooled_NP[i], want.text_embeds[0].numpy(), atol=2e-5)
+
+
+@torch.inference_mode()
+def test_the_pooler_is_the_state_of_the_end_token(folder: Path) -> None:
+    got = load(folder / "clip", pooled="pooler").encode(CAPTIONS)
+    assert got.pooled_NP is not None
+    ends = got.embeddings_NLD[np.arange(len(CAPTIONS)), got.tokens - 1]
+    np.testing.assert_array_equal(got.pooled_NP, ends)
+    assert load(folder / "clip").encode(CAPTIONS).pooled_NP is None
+
+
+def test_cut_captions_are_marked_and_full_ones_are_not(folder: Path) -> None:
+    full = " ".join(["red"] * (CLIP_LENGTH - 2))
+    got = load(folder / "clip").encode(["red", full, full + " red"])
+    assert got.tokens.tolist() == [3, CLIP_LENGTH, CLIP_LENGTH]
+    assert got.truncated.tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("clip", "float32"), ("t5", "float32"), ("t5", "bfloat16")])
+def test_a_caption_has_the_same_bits_in_every_place_of_every_batch(folder: Path, name: str, dtype: str) -> None:
+    encoder = load(folder / name, batch_size=5, dtype=dtype, max_length=CLIP_LENGTH, pooled="none")
+    alone = {c: encoder.encode([c]) for c in [*CAPTIONS, LONG]}
+    chance = random.Random(0)
+    for _ in range(12):
+        mixed = chance.choices([*CAPTIONS, LONG], k=chance.randint(1, 12))
+        got = encoder.encode(mixed)
+        for i, caption in enumerate(mixed):
+            n = got.tokens[i]
+            np.testing.assert_array_equal(got.embeddings_NLD[i, :n], alone[caption].embeddings_NLD[0, :n])
+
+
+def test_padding_stands_on_the_right_whatever_the_files_say(folder: Path, tmp_path: Path) -> None:
+    t5 = Path(shutil.copytree(folder / "t5", tmp_path / "t5"))
+    settings = json.loads((t5 / "tokenizer_config.json").read_text())
+    (t5 / "tokenizer_config.json").write_text(json.dumps({**settings, "padding_side": "left"}))
+    want, got = (load(p, max_length=8).encode(["a red sky"]) for p in (folder / "t5", t5))
+    np.testing.assert_array_equal(got.embeddings_NLD[0, :4], want.embeddings_NLD[0, :4])
+
+
+def test_weights_that_lack_a_tensor_are_refused_not_invented(folder: Path, tmp_path: Path) -> None:
+    clip = Path(shutil.copytree(folder / "clip", tmp_path / "clip"))
+    tensors = load_file(clip / "model.safetensors")
+    gone = sorted(tensors)[3]
+    save_file({k: v for k, v in tensors.items() if k != gone}, clip / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="weights lack 1 tensors"):
+        load(clip)
+
+
+def test_weights_of_another_shape_are_refused(folder: Path, tmp_path: Path) -> None:
+    clip = Path(shutil.copytree(folder / "clip", tmp_path / "clip"))
+    config = json.loads((clip / "config.json").read_text())
+    (clip / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
+    with pytest.raises(InputError, match="The encoder e cannot be loaded"):
+        load(clip)
+
+
+def test_a_tokenizer_without_padding_token_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no padding token"):
+        load(make_t5(tmp_path / "t5", pad=False), max_length=8)
+
+
+def test_no_code_of_the_directory_is_run(folder: Path, tmp_path: Path) -> None:
+    t5 = Path(shutil.copytree(folder / "t5", tmp_path / "t5"))
+    (t5 / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    for name in ("config.json", "tokenizer_config.json"):
+        settings = json.loads((t5 / name).read_text())
+        remote = {"AutoTokenizer": ["evil.Evil", None], "AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}
+        (t5 / name).write_text(json.dumps({**settings, "auto_map": remote, "tokenizer_class": "Evil"}))
+    try:
+        load(t5, max_length=8)
+    except InputError as error:
+        assert "cannot be loaded" in str(error)  # noqa: PT017 - being refused is as good as being ignored
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_stop_while_loading_stays_a_stop(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise StoppedError("stopped")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", stop)
+    with pytest.raises(StoppedError):
+        load(folder / "clip")

@@ -1,0 +1,125 @@
+"""Tiny random encoders with their tokenizers on disk, and latent datasets with chosen captions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+from pipeline.storage import Root
+from pipeline.store.identity import claim_identity
+from pipeline.store.plan import append_version, read_plan
+from pipeline.text.config import EmbedTextJobConfig
+from tests.support.rows import IDENTITY, Listed, claim, committer, latent_rows
+
+CLIP_LENGTH = 16
+WIDTH = 32
+WORDS = ["<pad>", "</s>", "<unk>", "a", "an", "the", "red", "blue", "green", "circle", "square", "of", "on", "and"]
+WORDS += ["picture", "sky", "0", "1", "2", "3"]
+
+
+def make_clip(folder: Path, seed: int = 0, *, whole: bool = False, projection: bool = False) -> Path:
+    """A CLIP text model (or a whole CLIPModel, as hubs hold it) with a byte-level BPE tokenizer."""
+    tokenizer = clip_tokenizer()
+    torch.manual_seed(seed)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=CLIP_LENGTH,
+        projection_dim=24,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if whole:
+        config = CLIPConfig(
+            text_config=text.to_dict(), vision_config={**vision, "image_size": 8, "patch_size": 4}, projection_dim=24
+        )
+        model = CLIPModel(config)
+    else:
+        model = (CLIPTextModelWithProjection if projection else CLIPTextModel)(text)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("r", "e"), ("re", "d</w>"), ("s", "k"), ("sk", "y</w>")]
+    pieces = [*alphabet, *(c + "</w>" for c in alphabet), *(a + b for a, b in merges)]
+    vocab = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocab, merges=merges)
+
+
+def make_t5(folder: Path, seed: int = 0, *, pad: bool = True) -> Path:
+    """A T5 encoder with a word-level tokenizer that closes with </s>."""
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    special = {"eos_token": "</s>", "unk_token": "<unk>", **({"pad_token": "<pad>"} if pad else {})}
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=len(WORDS),
+        d_model=WIDTH,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    T5EncoderModel(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)
+    return folder
+
+
+def make_latents(uri: Path, units: Sequence[Sequence[str | None]]) -> str:
+    """A latent dataset with one unit for each list of captions; called again, it adds units to what is there."""
+    root = Root(str(uri))
+    claim_identity(root, IDENTITY)
+    plan = read_plan(root)
+    first = plan.next_unit
+    generation = claim(root)
+    entries = [[Listed(f"{first + u:04d}/{r:04d}") for r in range(len(rows))] for u, rows in enumerate(units)]
+    append_version(plan, entries, source={"uri": "mem"}, generation=generation.number)
+    for u, captions in enumerate(units, first):
+        rows = latent_rows([(u, r) for r in range(len(captions))])
+        at = rows.schema.get_field_index("caption")
+        rows = rows.set_column(at, rows.schema.field(at), pa.array(list(captions), pa.string()))
+        committer(root, generation).commit(rows, None, {})
+    generation.close({"status": "done"})
+    return str(uri)
+
+
+def job_config(data_uri: str, encoders: Sequence[dict[str, object]], **embed: int) -> EmbedTextJobConfig:
+    return EmbedTextJobConfig.model_validate_json(
+        json.dumps(
+            {
+                "data": {"uri": data_uri},
+                "encoders": list(encoders),
+                "embed": {"batch_size": 4, "unit_captions": 8, **embed},
+                "device": "cpu",
+                "threads": 1,
+                "tracking": {"enabled": False},
+            },
+            default=str,
+        )
+    )
