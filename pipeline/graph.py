@@ -189,11 +189,14 @@ def configure_ray_data() -> None:
     context.execution_options.preserve_order = False
 
 
-def actor_pool(size: int, retries: int) -> dict[str, Any]:
-    """Arguments for a pool of `size` actors that are replaced when they die, with bounded repeats of a task."""
+def actor_pool(size: int, retries: int, batch_rows: int | None = None) -> dict[str, Any]:
+    """Arguments for a pool of `size` actors that are replaced when they die, with bounded repeats of a task.
+
+    `batch_rows` cuts what an actor gets per call; None hands it whole blocks.
+    """
     return {
         "compute": ActorPoolStrategy(size=size),
-        "batch_size": None,
+        "batch_size": batch_rows,
         "batch_format": "pyarrow",
         "max_restarts": -1,
         "max_task_retries": retries,

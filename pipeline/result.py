@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -12,7 +13,7 @@ class JobResult:
 
     `status` is "done" (work was done), "unchanged" (everything was done before) or "dry-run". `counts`
     are whole numbers of things, `rates` are per second, `figures` are results (accuracy, dB), `outputs`
-    name URIs, `run_id` is the MLflow run.
+    name URIs, `run_id` is the MLflow run; `details` is JSON for jobs whose answer has a form of its own.
     """
 
     status: str
@@ -21,6 +22,7 @@ class JobResult:
     run_id: str | None = None
     rates: dict[str, float] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self, job: str) -> str:
         """One line of strict JSON (no NaN), keys in a fixed order."""
@@ -33,6 +35,7 @@ class JobResult:
                 "mlflow_run_id": self.run_id,
                 "rates": {k: _short(v) for k, v in self.rates.items()},
                 "figures": {k: _short(v) for k, v in self.figures.items()},
+                **({"details": self.details} if self.details else {}),
             },
             allow_nan=False,
         )

@@ -26,6 +26,9 @@ FOLDERS = {"encode": "encode", "train": "train", "sample": "sample", "text": "em
 # Jobs that the quickstart does not run, and a configuration to ask for their flags with.
 OTHERS = {"embed_text": "text/clip_l_t5.yaml"}
 
+# Jobs about other things than a dataset, and an input that is not there.
+ABSENT = {"lineage": ["start=nowhere.png"], "sync_tracking": ["tracking.journal_dir=nowhere"]}
+
 
 def job_of(config: Path) -> tuple[str, list[str]]:
     """(job, files in order) for a shipped configuration."""
@@ -41,6 +44,7 @@ def job_of(config: Path) -> tuple[str, list[str]]:
 
 def test_there_is_something_to_test() -> None:
     assert {"fit_codec", "encode", "train", "sample", "evaluate", "verify", "compact"} <= set(JOBS)
+    assert set(ABSENT) <= set(JOBS)
     assert len(CONFIGS) >= 13
 
 
@@ -83,7 +87,7 @@ print("HEAVY", heavy, "CODE", code or 0, file=sys.stderr)
 def test_flags_answer_without_ray_torch_or_mlflow(job: str, flag: str, tmp_path: Path) -> None:
     """The flags are a contract: their names, and that they are quick whatever is installed."""
     config = REPOSITORY / "configs" / OTHERS.get(job, f"quickstart/{job}.yaml")
-    arguments = [str(config)] if config.exists() else ["data.uri=nowhere"]
+    arguments = [str(config)] if config.exists() else ABSENT.get(job, ["data.uri=nowhere"])
     done = subprocess.run(
         [sys.executable, "-c", LIGHT, f"jobs.{job}", *arguments, flag],
         cwd=tmp_path,
@@ -137,6 +141,8 @@ CONTRACT = {
     "sample": ["model.uri", "output.uri", "requests.kind", "tracking.uri"],
     "fit_codec": ["source.uri", "output.uri", "tracking.uri"],
     "evaluate": ["output.uri", "tracking.uri"],
+    "lineage": ["start", "tracking.uri"],
+    "sync_tracking": ["tracking.uri", "tracking.journal_dir"],
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.cluster import ClusterConfig
 from pipeline.codec.config import CodecConfig
@@ -49,17 +49,29 @@ class EncodeConfig(StrictModel):
     )
     units_per_execution: int = Field(10_000, ge=1, description="Units in one Ray Data execution; more run in turn.")
     crash_limit: int = Field(
-        3,
-        ge=1,
-        description="Times a unit may take its process down before its rows run one by one and are quarantined.",
+        5, ge=1, description="Passes in which workers died and nothing got done, before the job stops (exit code 75)."
     )
-    retry_rejects: tuple[str, ...] = Field((), description="Reject reasons to try again in this run.")
+    retry_rejects: tuple[str, ...] = Field((), description="Reject or filter reasons to try again in this run.")
+    dedup: Literal["off", "exact"] = Field(
+        "off",
+        description="exact: of images with the same bytes only the first in plan order stays, with its caption and "
+        "label; the others are filtered as duplicate_content. Can be turned on at any time.",
+    )
+    dedup_memory_bytes: int = Field(
+        1 << 30, ge=1 << 20, description="Memory for comparing; less means more passes over the stored hashes."
+    )
     reject_budget: float = Field(
         1.0, ge=0, le=1, description="Largest share of rejected rows; above it the job ends with exit code 5."
     )
     on_removed: Literal["keep", "drop"] = Field(
         "keep", description="What becomes of latents whose source is gone: kept and reported, or no longer visible."
     )
+
+    @field_validator("dedup", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        # YAML 1.1 reads a bare `off` as false.
+        return "off" if value is False else value
 
 
 class EstimateConfig(StrictModel):

@@ -54,6 +54,7 @@ class Encoder:
     latent_dtype: str
     batch_size: int
     max_area: int
+    source_uri: str
     device: str = "cpu"
     usage: Usage = field(default_factory=Usage)
     _limits: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -119,7 +120,7 @@ class Encoder:
                 raise  # the device's context is gone: only a new process helps
             if len(items) == 1:
                 message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                failed.append(_failed(items[0], Reason.ENCODE_FAILED, message))
+                failed.append(self._failed(items[0], Reason.ENCODE_FAILED, message))
                 return []
             half = len(items) // 2
             return self._run(items[:half], failed) + self._run(items[half:], failed)
@@ -155,14 +156,14 @@ class Encoder:
         return [
             {**item.values, "latent": data, "latent_shape": shape}
             if ok
-            else _failed(item, Reason.BAD_LATENT, f"the latent is not finite in {self.latent_dtype}")
+            else self._failed(item, Reason.BAD_LATENT, f"the latent is not finite in {self.latent_dtype}")
             for item, data, ok in zip(items, packed, sound, strict=True)
         ]
 
-
-def _failed(item: Item, reason: Reason, message: str) -> dict[str, Any]:
-    address = {name: item.values[name] for name in ("unit", "row", "key")}
-    return {**address, **rejection("rejected", reason, message), "uri": item.values["key"]}
+    def _failed(self, item: Item, reason: Reason, message: str) -> dict[str, Any]:
+        address = {name: item.values[name] for name in ("unit", "row", "key")}
+        uri = f"{self.source_uri}/{item.values['key']}"
+        return {**address, **rejection("rejected", reason, message), "uri": uri}
 
 
 def _withdraw_partial(table: pa.Table) -> pa.Table:

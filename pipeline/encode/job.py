@@ -1,4 +1,4 @@
-"""The encode job on Ray: check, claim, plan, then passes over the gaps until every planned row is settled."""
+"""The encode job on Ray: check, claim, plan, passes over the gaps until every row is settled, deduplicate."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.planning import update_plan
 from pipeline.encode.summary import fingerprint_of, finish, source_note
 from pipeline.errors import ConfigError, PipelineError, StoppedError
+from pipeline.progress import Progress
 from pipeline.result import JobResult
 from pipeline.source.listing import list_entries
 from pipeline.storage import Root
+from pipeline.store.dedup import deduplicate, is_due, marked, released
 from pipeline.store.generation import Generation, claim_next
 from pipeline.store.identity import Identity, check_same, claim_identity, read_identity
 from pipeline.store.layout import IDENTITY
 from pipeline.store.ledger import collect
 from pipeline.store.plan_diff import DiffReport
+from pipeline.store.rowset import RowSet
 from pipeline.store.runs import last_run, note_run
 from pipeline.store.state import State, read_state
 from pipeline.tracking.tracker import Tracker, open_tracker
@@ -45,11 +48,12 @@ def run(config: EncodeJobConfig) -> JobResult:
         )
         _say_plan(report, plan.number)
         state = read_state(root)
-        retry = state.retryable(config.encode.retry_rejects)
-        if not state.gaps(retry):
-            generation.close({"status": "unchanged"})
+        retry = state.retryable(config.encode.retry_rejects) | released(root, state)
+        exact = config.encode.dedup == "exact"
+        if not state.gaps(retry) and not (exact and is_due(root, state)):
+            generation.close({"status": "unchanged", **(marked(state) if exact else {})})
             return finish(config, state, report, status="unchanged", run_id=last_run(root).get("run_id"), seconds=0)
-        result = _encode(config, root, generation, info, report, state)
+        result = _encode(config, root, generation, info, report, state, retry)
         generation.close({"status": "done"})
         return result
     except PipelineError as error:
@@ -93,19 +97,31 @@ def _say_plan(report: DiffReport, version: int) -> None:
 
 
 def _encode(
-    config: EncodeJobConfig, root: Root, generation: Generation, info: CodecInfo, report: DiffReport, state: State
+    config: EncodeJobConfig,
+    root: Root,
+    generation: Generation,
+    info: CodecInfo,
+    report: DiffReport,
+    state: State,
+    retry: RowSet,
 ) -> JobResult:
     tracker = _open_run(config, root, generation, state)
     began = time.monotonic()
     try:
-        from pipeline.encode.passes import run_passes
+        final = state
+        if state.gaps(retry):
+            from pipeline.encode.passes import run_passes
 
-        final = run_passes(config, root, generation, info, tracker)
+            final = run_passes(config, root, generation, info, tracker, retry)
         seconds = time.monotonic() - began
         run_id = tracker.wait_run_id(20)
         note_run(root, generation.number, _note(config, tracker))
+        if config.encode.dedup == "exact":
+            final = _deduplicate(config, root, generation, _note(config, tracker))
         result = finish(config, final, report, status="done", run_id=run_id, seconds=seconds)
-        tracker.log_metrics({**result.rates, **{k: float(v) for k, v in result.counts.items()}}, step=0)
+        tracker.log_metrics(
+            {**result.rates, **{k: float(v) for k, v in result.counts.items()}}, step=final.covered.count()
+        )
         tracker.log_input(name=root.uri, digest=result_digest(root), source=root.uri, context="output")
         tracker.finish("FINISHED")
         return result
@@ -115,6 +131,21 @@ def _encode(
     except BaseException:
         tracker.finish("FAILED")
         raise
+
+
+def _deduplicate(config: EncodeJobConfig, root: Root, generation: Generation, note: dict[str, Any]) -> State:
+    """Filter equal images under a generation of their own; `generation` ends here, but the run is not done yet."""
+    generation.close({"status": "encoded"})
+    with Progress("dedup", None, unit="row groups") as progress:
+        report = deduplicate(
+            root.uri,
+            source_uri=config.source.uri,
+            memory_bytes=config.encode.dedup_memory_bytes,
+            note=note,
+            on_group=lambda done, total: progress.update(done, of=total),
+        )
+    _log.info("dedup: %s more images filtered as duplicates", f"{report.duplicates:,}")
+    return read_state(root)
 
 
 def _note(config: EncodeJobConfig, tracker: Tracker) -> dict[str, Any]:

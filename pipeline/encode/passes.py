@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
+from functools import partial
 from typing import Any
 
 from pipeline.cluster import ensure_ray, shutdown_ray
@@ -37,15 +39,19 @@ _log = logging.getLogger(__name__)
 
 # Repeats by Ray of a block whose actor died, before the pass ends and this module looks for the guilty unit.
 _TASK_RETRIES = 2
+_LOG_S = 10.0
 
 
 def run_passes(
-    config: EncodeJobConfig, root: Root, generation: Generation, info: CodecInfo, tracker: Tracker
+    config: EncodeJobConfig, root: Root, generation: Generation, info: CodecInfo, tracker: Tracker, retry: RowSet
 ) -> State:
-    """Settle every planned row; returns the final state. StoppedError when workers die without any progress."""
+    """Settle every planned row, and those to `retry` anew; returns the final state.
+
+    StoppedError when workers die without any progress.
+    """
     ensure_ray(config.cluster)
     try:
-        return _Passes(config, root, generation, info, tracker).run()
+        return _Passes(config, root, generation, info, tracker).run(retry)
     finally:
         shutdown_ray()
 
@@ -58,8 +64,8 @@ class _Passes:
         self.tracker = tracker
         configure_ray_data()
         self.monitor = start_monitor("encode")
-        self.deaths: Counter[int] = Counter()
         self.suspects: set[int] = set()
+        self._next_log = 0.0
         self.committer = Committer(
             root,
             generation.number,
@@ -69,9 +75,9 @@ class _Passes:
         )
         self.resources = _resources(config)
 
-    def run(self) -> State:
+    def run(self, retry: RowSet) -> State:
         state = read_state(self.root)
-        gaps = state.gaps(state.retryable(self.config.encode.retry_rejects))
+        gaps = state.gaps(retry)
         total = sum(v.num_rows for v in state.plan.versions)
         done = state.covered.count()
         watch = Watch(self.monitor, Progress("encode", total or None, start=done), done, _figures, self._log_totals)
@@ -97,17 +103,23 @@ class _Passes:
         return state
 
     def _once(self, work: list[Work], state: State) -> Exception | None:
-        error = run_execution(lambda: self._execute(work, state))
-        if error is not None:
-            _log.warning("workers died, going on with what is left: %s", str(error).splitlines()[0])
-        return error
+        """One execution, or two when units are under suspicion: those run row by row. The last error, if any."""
+        usual = [w for w in work if w.unit not in self.suspects]
+        suspect = [w for w in work if w.unit in self.suspects]
+        last: Exception | None = None
+        for part, batch_rows in ((usual, None), (suspect, 1)):
+            error = run_execution(partial(self._execute, part, state, batch_rows)) if part else None
+            if error is not None:
+                _log.warning("workers died, going on with what is left: %s", str(error).splitlines()[0])
+                last = error
+        return last
 
-    def _execute(self, work: list[Work], state: State) -> None:
+    def _execute(self, work: list[Work], state: State, batch_rows: int | None) -> None:
         import ray.data
 
         encode, image = self.config.encode, self.config.image
         spans = {w.unit: state.plan.locate(w.unit) for w in work}
-        reader = UnitReader(self.root, self.config.source, spans, frozenset(self.suspects))
+        reader = UnitReader(self.root, self.config.source, spans)
         source = UnitSource("ReadImages", work, reader, sum(v.size_bytes for v in state.plan.versions))
         dataset = ray.data.read_datasource(source, num_cpus=encode.read_cpus, override_num_blocks=len(work))
         if encode.decode == "tasks":
@@ -123,7 +135,7 @@ class _Passes:
             fn_constructor_args=(self._spec(r), self.monitor),
             num_cpus=r["actor_cpus"],
             num_gpus=r["actor_gpus"] or None,
-            **actor_pool(r["actors"], _TASK_RETRIES),
+            **actor_pool(r["actors"], _TASK_RETRIES, batch_rows),
         )
         sink = LedgerSink("CommitLatents", CommitRows(self.committer), self._rows_per_write())
         dataset.write_datasink(sink, ray_remote_args={"num_cpus": encode.write_cpus}, concurrency=encode.writers)
@@ -149,20 +161,22 @@ class _Passes:
         return max(1, min(self.config.encode.fragment_rows, self.config.encode.fragment_bytes // row_bytes))
 
     def _judge(self, failures: list[Exception]) -> None:
-        """After a pass in which workers died: units they died on run row by row, rows they die on are quarantined."""
+        """After a pass in which workers died: units they died on run row by row, rows they die on are quarantined.
+
+        What a worker died on again and again is left open by several processes; what a bystander was busy with
+        when the execution broke down, by one.
+        """
         import ray
 
-        left = ray.get(self.monitor.left_open.remote())
+        left = Counter(tuple(ranges) for ranges in ray.get(self.monitor.left_open.remote()))
         if not failures:
             return
-        guilty: list[tuple[int, int]] = []
-        for ranges in left:
-            for unit in {u for u, _, _ in ranges}:
-                self.deaths[unit] += 1
-            if len(ranges) == 1 and ranges[0][2] - ranges[0][1] == 1 and ranges[0][0] in self.suspects:
-                guilty.append((ranges[0][0], ranges[0][1]))
-            else:
-                self.suspects |= {u for u, _, _ in ranges}
+        repeated = [ranges for ranges, times in left.items() if times > 1] or list(left)
+        single = [r[0] for r in repeated if len(r) == 1 and r[0][2] - r[0][1] == 1]
+        guilty = [
+            (unit, row) for unit, row, _ in single if unit in self.suspects and left[((unit, row, row + 1),)] > 1
+        ]
+        self.suspects |= {unit for ranges in repeated for unit, _, _ in ranges}
         if guilty:
             self._quarantine(guilty)
 
@@ -185,7 +199,10 @@ class _Passes:
         _log.warning("%d row(s) quarantined: the encoder's process died on each of them alone", len(values))
 
     def _log_totals(self, totals: dict[str, float]) -> None:
-        self.generation.check()
+        """Totals as tracked metrics, every few seconds, by rows done."""
+        if time.monotonic() >= self._next_log and totals.get("rows"):
+            self._next_log = time.monotonic() + _LOG_S
+            self.tracker.log_metrics({f"progress/{k}": v for k, v in totals.items()}, step=int(totals["rows"]))
 
 
 def _open_rows(gaps: RowSet) -> str:

@@ -28,12 +28,11 @@ _BLOCK_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class UnitReader:
-    """Reads the wanted rows of a unit as RAW blocks; `single` puts every row into a block of its own."""
+    """Reads the wanted rows of a unit as RAW blocks."""
 
     root: Root
     source: SourceConfig
     spans: dict[int, EntrySpan]
-    single: frozenset[int] = frozenset()
     block_rows: int = 1024
 
     def __call__(self, work: Work) -> Iterator[pa.Table]:
@@ -41,13 +40,12 @@ class UnitReader:
             Entry(e.key, e.size_bytes, e.etag, e.mtime_ns, e.row_start, e.row_stop, e.meta)
             for e in read_entries(self.root, self.spans[work.unit])
         ]
-        limit = 1 if work.unit in self.single else self.block_rows
         block: list[SourceRow | EndOfUnit] = []
         size = 0
         for item in read_unit(self.source, entries, work.ranges):
             block.append(item)
             size += len(item.image or b"") if isinstance(item, SourceRow) else 0
-            if len(block) >= limit or size >= _BLOCK_BYTES:
+            if len(block) >= self.block_rows or size >= _BLOCK_BYTES:
                 yield raw_table(work.unit, block)
                 block, size = [], 0
         if block:
@@ -89,7 +87,13 @@ class EncodeBlocks:
             channels_last=spec.codec.channels_last,
         )
         self._encoder = Encoder(
-            codec, spec.codec.posterior, spec.latent_dtype, spec.batch_size, spec.max_area, device=spec.device
+            codec,
+            spec.codec.posterior,
+            spec.latent_dtype,
+            spec.batch_size,
+            spec.max_area,
+            spec.source_uri,
+            device=spec.device,
         )
         ahead = 2 * spec.batch_size
         self._decoder = None if spec.decoded else Decoder(spec.image, spec.source_uri, spec.decode_threads, ahead)

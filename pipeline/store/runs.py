@@ -15,6 +15,20 @@ def note_run(root: Root, generation: int, note: dict[str, Any]) -> None:
     root.put(f"{layout.generation_dir(generation)}/run.json", json.dumps(note, sort_keys=True).encode())
 
 
+def noted_runs(root: Root) -> list[str]:
+    """Every run that wrote the dataset, as id or handle, the newest first."""
+    found: dict[str, None] = {}
+    for number in range(latest_number(root), 0, -1):
+        try:
+            note = json.loads(root.read_bytes(f"{layout.generation_dir(number)}/run.json"))
+        except FileNotFoundError:
+            continue
+        name = note.get("run_id") or note.get("handle")
+        if name:
+            found.setdefault(str(name))
+    return list(found)
+
+
 def last_run(root: Root) -> dict[str, Any]:
     """The newest note, {} when there is none; `unfinished` says that its generation never closed as done."""
     for number in range(latest_number(root), 0, -1):

@@ -69,8 +69,9 @@ class State:
         return planned - (self.covered - retry if retry is not None else self.covered)
 
     def retryable(self, reasons: Sequence[str]) -> RowSet:
-        """Rows rejected for one of some reasons."""
-        return RowSet.union_all([rows for reason, rows in self.rejects.items() if reason in reasons])
+        """Rows rejected or filtered for one of some reasons."""
+        found = [*self.rejects.items(), *self.filtered.items()]
+        return RowSet.union_all([rows for reason, rows in found if reason in reasons])
 
 
 def read_state(root: Root) -> State:

@@ -1,4 +1,4 @@
-"""The `tracking:` section of every job."""
+"""The `tracking:` section of every job, and the configurations of the jobs about runs."""
 
 from __future__ import annotations
 
@@ -30,6 +30,28 @@ class TrackingConfig(StrictModel):
     close_timeout_s: float = Field(
         60.0, gt=0, description="longest wait at the end of a job for the store to take what is left"
     )
+
+
+class SyncTrackingJobConfig(StrictModel):
+    """Everything the sync_tracking job reads."""
+
+    tracking: TrackingConfig = Field(
+        TrackingConfig(), description="The tracking section of the jobs whose records wait on this machine."
+    )
+    any_server: bool = Field(
+        False, description="Also send journals written for another tracking.uri: for a server that has moved."
+    )
+
+
+class LineageJobConfig(StrictModel):
+    """Everything the lineage job reads."""
+
+    start: str = Field(
+        ...,
+        min_length=1,
+        description="Where to start: a generated image file, a run id, or the root of a dataset (path or URI).",
+    )
+    tracking: TrackingConfig = Field(TrackingConfig(), description="The tracking store that knows the runs.")
 
 
 def resolve_paths(tracking: TrackingConfig, base: Path | None = None) -> TrackingConfig:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from pipeline.errors import InputError
 from pipeline.tracking.probe import check_access, check_uri
-from pipeline.tracking.redact import masked_uri
+from pipeline.tracking.redact import masked_uri, sqlite_path
 from pipeline.tracking.store import RUN_KEY_TAG, DatasetLink, MlflowStore, RunState, StoreUnavailable
 from pipeline.tracking.tracker import HANDLE_PREFIX, JOB_TAG, PARENT_TAG, PARENTS_TAG
 
@@ -31,6 +31,10 @@ class LineageStep:
     parents: tuple[tuple[str, str], ...] = ()
     inputs: tuple[DatasetLink, ...] = ()
     outputs: tuple[DatasetLink, ...] = ()
+
+
+class NoSuchRun(InputError):
+    """The tracking store was asked and holds no such run."""
 
 
 def walk(run_id: str, uri: str) -> list[LineageStep]:
@@ -68,8 +72,8 @@ def _breadth_first(
     return list(steps.values())
 
 
-def _no_run(reference: str, uri: str) -> InputError:
-    return InputError(
+def _no_run(reference: str, uri: str) -> NoSuchRun:
+    return NoSuchRun(
         f"There is no run {reference} in {masked_uri(uri)}",
         rule="a run id or handle of this tracking store",
         next_step="take the id from the last line a job printed, and the uri from its tracking section",
@@ -118,6 +122,15 @@ def _plain(text: str) -> str:
 def _opened(uri: str) -> Iterator[MlflowStore]:
     check_uri(uri)
     check_access(uri)
+    file = sqlite_path(uri)
+    if file is not None and not file.exists():  # reading must not make one
+        raise InputError(
+            f"There is no tracking store {file}",
+            key="tracking.uri",
+            value=masked_uri(uri),
+            rule="the store that the jobs recorded their runs in",
+            next_step="name it, or run this in the working directory of those jobs",
+        )
     try:
         yield MlflowStore(uri)
     except StoreUnavailable as error:

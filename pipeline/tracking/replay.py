@@ -46,13 +46,7 @@ def replay(journal_dir: str | Path, uri: str, *, any_server: bool = False) -> Re
     check_access(uri)
     folder = Path(journal_dir)
     if not folder.is_dir():
-        raise InputError(
-            f"There is no journal folder {folder}",
-            key="tracking.journal_dir",
-            value=str(folder),
-            rule="the folder that a job with this configuration wrote to",
-            next_step="run it on the machine and in the working directory of that job, or name the folder",
-        )
+        raise no_folder(folder)
     try:
         with gate(folder) as mine:
             if not mine:
@@ -67,6 +61,17 @@ def replay(journal_dir: str | Path, uri: str, *, any_server: bool = False) -> Re
             value=masked_uri(uri),
             next_step="run this again when the store answers; nothing was lost",
         ) from None
+
+
+def no_folder(folder: Path) -> InputError:
+    """The error of a journal folder that is not there."""
+    return InputError(
+        f"There is no journal folder {folder}",
+        key="tracking.journal_dir",
+        value=str(folder),
+        rule="the folder that a job with this configuration wrote to",
+        next_step="run it on the machine and in the working directory of that job, or name the folder",
+    )
 
 
 def replay_orphans(

@@ -1,0 +1,75 @@
+"""The sync_tracking job: sends what dead processes left in the journal folder of this machine."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from pipeline.result import JobResult
+from pipeline.tracking.config import SyncTrackingJobConfig
+from pipeline.tracking.journal import JournalReader, adopt, journals
+from pipeline.tracking.probe import check_uri
+from pipeline.tracking.redact import store_identity
+from pipeline.tracking.replay import ReplayReport, no_folder, replay
+
+_log = logging.getLogger(__name__)
+
+
+def run_sync(config: SyncTrackingJobConfig) -> JobResult:
+    """Send every journal that waits for the store; "unchanged" when none did.
+
+    InputError when the store does not answer (nothing is lost) or another process is sending; ConfigError when it
+    refuses the credentials.
+    """
+    tracking = config.tracking
+    report = replay(tracking.journal_dir, tracking.uri, any_server=config.any_server)
+    for line in _remarks(report, tracking.journal_dir):
+        _log.warning(line)
+    return JobResult(
+        "done" if report.sent else "unchanged",
+        {
+            "journals_sent": report.sent,
+            "journals_in_use": report.in_use,
+            "journals_for_other_servers": report.other_server,
+            "journals_waiting": report.waiting,
+            "journals_unreadable": report.unreadable,
+            "records_refused": report.refused,
+        },
+        details={"runs": list(dict.fromkeys(report.runs))},
+    )
+
+
+def _remarks(report: ReplayReport, folder: str) -> list[str]:
+    """What a person should know about the journals that stay."""
+    said = (
+        (report.in_use, "belong to running processes, which send them themselves"),
+        (report.other_server, "were written for another tracking.uri; any_server=true sends them here all the same"),
+        (report.waiting, "wait for a run that no journal here makes: sync the machine of that job's driver first"),
+        (report.unreadable, "cannot be read by this version and were left alone"),
+        (report.refused, "records were refused by the store; their journals are kept as *.refused"),
+    )
+    return [f"{folder}: {number:,} {what}" for number, what in said if number]
+
+
+def plan_sync(config: SyncTrackingJobConfig) -> JobResult:
+    """How much waits, without asking the store."""
+    tracking = config.tracking
+    check_uri(tracking.uri)
+    folder = Path(tracking.journal_dir)
+    if not folder.is_dir():
+        raise no_folder(folder)
+    server = None if config.any_server else store_identity(tracking.uri)
+    counts = {"journals": 0, "journals_in_use": 0, "journals_for_other_servers": 0, "bytes": 0}
+    for path in journals(folder):
+        with adopt(path) as orphan:
+            if not orphan:
+                counts["journals_in_use"] += 1
+                continue
+            journal = JournalReader(path)
+            header = journal.header()
+            if header is not None and server in (None, header.server):
+                counts["journals"] += 1
+                counts["bytes"] += journal.num_unsent_bytes()
+            elif header is not None:
+                counts["journals_for_other_servers"] += 1
+    return JobResult("dry-run", counts)

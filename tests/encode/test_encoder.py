@@ -1,0 +1,192 @@
+"""The encoder by itself: batches of one shape, memory that runs out, images nobody can encode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from pipeline.codec.info import CodecInfo
+from pipeline.encode.decoding import Decoder, Item, items_of, pixels_table
+from pipeline.encode.encoder import Encoder
+from pipeline.source.config import ImageConfig
+from pipeline.store.schema import latents_from
+
+POISON, HUGE, NAN = 251, 252, 253
+
+
+class Blocks(torch.nn.Module):
+    """A codec of factor 4: means of 4x4 blocks through one fixed convolution; some colours are special."""
+
+    info = CodecInfo("Blocks", {}, "00", latent_channels=4, factor=4)
+
+    def __init__(self, capacity: int = 10**9) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix = torch.nn.Conv2d(3, 4, 4, stride=4)
+        self.capacity, self.shapes = capacity, []
+
+    def encode(
+        self, images_NHWC: torch.Tensor, *, posterior: str = "mode", seeds: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        self.shapes.append(tuple(images_NHWC.shape))
+        if images_NHWC.shape[0] * images_NHWC.shape[1] * images_NHWC.shape[2] > self.capacity:
+            raise torch.OutOfMemoryError("planted: out of memory")
+        first = images_NHWC[:, 0, 0, 0]
+        if (first == POISON).any():
+            raise RuntimeError("planted: this image cannot be encoded")
+        with torch.no_grad():
+            latents = self.mix(images_NHWC.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        latents[first == HUGE] = 1e6
+        latents[first == NAN] = float("nan")
+        if seeds is not None:
+            latents = latents + torch.tensor(seeds, dtype=torch.float64).remainder(7).float()[:, None, None, None]
+        return latents
+
+    def decode(self, latents_NCHW: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("these tests only encode")
+
+
+def item(row: int, size: tuple[int, int] = (8, 8), first: int = 0, variant: int = 0, variants: int = 1) -> Item:
+    pixels = np.random.default_rng(row).integers(0, 250, (*size, 3), np.uint8)
+    pixels[0, 0, 0] = first
+    values: dict[str, Any] = {
+        "unit": 0,
+        "row": row,
+        "key": f"{row}.png",
+        "variant": variant,
+        "bucket": f"{size[0]}x{size[1]}",
+        "sample_id": bytes([row, variant] * 8),
+        "outcome": "stored",
+        "variants": variants,
+    }
+    return Item(values, pixels)
+
+
+def encoder(codec: Blocks, batch_size: int = 4, dtype: str = "float16", posterior: str = "mode") -> Encoder:
+    return Encoder(codec, posterior, dtype, batch_size, 64, "mem")  # type: ignore[arg-type]
+
+
+def stored(table: pa.Table) -> dict[int, bytes]:
+    return {r["row"]: r["latent"] for r in table.to_pylist() if r["outcome"] == "stored"}
+
+
+def test_every_batch_of_a_bucket_has_one_shape_and_rows_come_back_in_order() -> None:
+    codec = Blocks()
+    items = [item(r, (8, 8) if r % 3 else (4, 8)) for r in range(11)]
+    table = encoder(codec).encode(items)
+    assert table["row"].to_pylist() == list(range(11))
+    assert set(codec.shapes) == {(4, 8, 8, 3), (8, 4, 8, 3)}
+    shapes = {tuple(s) for s in table["latent_shape"].to_pylist()}
+    assert shapes == {(4, 2, 2), (4, 1, 2)}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_latent_depends_on_its_image_alone(order: int) -> None:
+    items = [item(r) for r in range(9)]
+    alone = {r: stored(encoder(Blocks()).encode([items[r]]))[r] for r in range(9)}
+    assert stored(encoder(Blocks()).encode(items[::order])) == alone
+
+
+def test_latents_are_what_the_codec_said() -> None:
+    codec = Blocks()
+    items = [item(r) for r in range(4)]
+    table = encoder(codec).encode(items)
+    pixels = torch.from_numpy(np.stack([i.pixels for i in items if i.pixels is not None]))
+    wanted = codec.encode(pixels).numpy().astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(latents_from(table["latent"], (4, 2, 2), "float16"), wanted)
+
+
+def test_a_poison_image_is_rejected_and_its_batch_mates_are_kept() -> None:
+    items = [item(r, first=POISON if r == 2 else 0) for r in range(4)]
+    table = encoder(Blocks()).encode(items)
+    clean = stored(encoder(Blocks()).encode([i for i in items if i.values["row"] != 2]))
+    assert stored(table) == clean
+    (bad,) = [r for r in table.to_pylist() if r["outcome"] == "rejected"]
+    assert (bad["row"], bad["reason"], bad["uri"]) == (2, "encode_failed", "mem/2.png")
+    assert "planted" in bad["message"]
+
+
+def test_memory_that_runs_out_halves_the_batch_and_goes_on() -> None:
+    codec = Blocks(capacity=2 * 64)
+    machine = encoder(codec, batch_size=8)
+    table = machine.encode([item(r) for r in range(8)])
+    assert stored(table) == stored(encoder(Blocks(), batch_size=2).encode([item(r) for r in range(8)]))
+    assert machine.usage.halvings == 2
+    assert codec.shapes[-1] == (2, 8, 8, 3)
+    machine.encode([item(r) for r in range(8)])
+    assert machine.usage.halvings == 2  # what fits is remembered
+
+
+def test_memory_that_does_not_hold_one_image_is_an_error() -> None:
+    with pytest.raises(torch.OutOfMemoryError, match="planted"):
+        encoder(Blocks(capacity=10)).encode([item(0)])
+
+
+@pytest.mark.parametrize(
+    ("first", "dtype", "rejected"), [(NAN, "float16", True), (HUGE, "float16", True), (HUGE, "bfloat16", False)]
+)
+def test_latents_that_the_stored_type_cannot_hold_are_rejected(first: int, dtype: str, rejected: bool) -> None:
+    table = encoder(Blocks(), dtype=dtype).encode([item(0), item(1, first=first)])
+    outcomes = dict(zip(table["row"].to_pylist(), table["reason"].to_pylist(), strict=True))
+    assert outcomes == {0: None, 1: "bad_latent" if rejected else None}
+
+
+def test_posterior_draws_are_keyed_by_sample_not_by_place() -> None:
+    items = [item(r) for r in range(6)]
+    forwards = stored(encoder(Blocks(), posterior="sample").encode(items))
+    backwards = stored(encoder(Blocks(), posterior="sample").encode(items[::-1]))
+    assert forwards == backwards
+    assert forwards != stored(encoder(Blocks()).encode(items))
+
+
+def test_a_row_with_a_failed_variant_has_one_outcome() -> None:
+    items = [item(0), item(1, variants=2), item(1, first=POISON, variant=1, variants=2), item(2)]
+    table = encoder(Blocks()).encode(items)
+    assert [(r["row"], r["outcome"]) for r in table.to_pylist()] == [(0, "stored"), (1, "rejected"), (2, "stored")]
+
+
+def test_outcomes_known_before_pass_through_in_their_place() -> None:
+    known = Item({"unit": 0, "row": 1, "key": "1", "outcome": "rejected", "variants": 0, "reason": "truncated"}, None)
+    end = Item({"unit": 0, "row": -1, "key": "", "outcome": "end", "variants": 0, "unit_rows": 3}, None)
+    table = encoder(Blocks()).encode([item(0), known, item(2), end])
+    assert table["outcome"].to_pylist() == ["end", "stored", "rejected", "stored"]
+
+
+def test_pixels_survive_the_way_between_decode_tasks_and_encoders() -> None:
+    items = [
+        item(0),
+        item(1, (4, 8)),
+        Item({"unit": 0, "row": 2, "key": "2", "outcome": "rejected", "variants": 0}, None),
+    ]
+    back = list(items_of(pixels_table(items)))
+    for a, b in zip(items, back, strict=True):
+        assert (a.pixels is None) == (b.pixels is None)
+        if a.pixels is not None:
+            np.testing.assert_array_equal(a.pixels, b.pixels)
+        assert {k: v for k, v in b.values.items() if v is not None} == a.values
+
+
+def test_decoding_runs_ahead_but_keeps_the_order() -> None:
+    import io
+
+    from PIL import Image
+
+    from pipeline.encode.blocks import RAW
+
+    rows = []
+    for r in range(30):
+        sink = io.BytesIO()
+        Image.fromarray(np.full((16, 16, 3), r, np.uint8)).save(sink, "PNG")
+        image = sink.getvalue() if r % 7 else b"no image"
+        rows.append({"unit": 3, "row": r, "source": "s", "key": f"{r}", "image": image, "status": "ok"})
+    decoder = Decoder(ImageConfig(resolution=16, multiple_of=4), "mem", threads=3, ahead=8)
+    items = list(decoder.items(pa.Table.from_pylist(rows, schema=RAW)))
+    decoder.close()
+    assert [i.values["row"] for i in items] == list(range(30))
+    assert [i.values["row"] for i in items if i.pixels is None] == [0, 7, 14, 21, 28]
+    assert all(i.pixels is None or (i.pixels == i.values["row"]).all() for i in items)
