@@ -50,7 +50,7 @@ class FitConfig(StrictModel):
     mid_attention: bool = Field(False, description="Self-attention at the lowest resolution.")
     steps: int = Field(300, ge=1, description="Optimiser steps.")
     batch_size: int = Field(32, ge=1, description="Images per step.")
-    learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate of AdamW.")
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
     warmup_steps: int = Field(20, ge=0, description="Linear warm-up over these first steps.")
     decay_share: float = Field(0.3, gt=0, le=1, description="Share of the steps, at the end, of a linear decay to 0.")
     l1_weight: float = Field(1.0, ge=0, description="Weight of the mean absolute error, on [-1, 1] pixels.")

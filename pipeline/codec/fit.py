@@ -21,6 +21,9 @@ import torch.nn.functional as F
 from pipeline.codec.config import FitConfig
 from pipeline.errors import ConfigError
 
+# Posterior log-variance at the start: at the usual 0 the draw's noise hides the untrained mean.
+_INITIAL_LOGVAR = -6.0
+
 Images = npt.NDArray[np.uint8]  # [n,h,w,3]
 
 
@@ -124,6 +127,9 @@ def _build(fit: FitConfig, sample_size: int) -> Any:
             sample_size=sample_size,
             mid_block_add_attention=fit.mid_attention,
         )
+    with torch.no_grad():
+        vae.quant_conv.weight[fit.latent_channels :] = 0
+        vae.quant_conv.bias[fit.latent_channels :] = _INITIAL_LOGVAR
     return vae
 
 

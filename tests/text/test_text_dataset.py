@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import InputError
+from pipeline.errors import ConflictError, InputError
 from pipeline.storage import Root
 from pipeline.store.dataset import Dataset
 from pipeline.store.identity import Identity, claim_identity
@@ -196,6 +196,26 @@ def test_a_number_that_cannot_be_stored_is_refused(tmp_path: Path, value: float,
 
     with pytest.raises(InputError, match=r"(?s)The embedding of 'bad' .*encoders.embedding_dtype"):
         write(tmp_path / "x", ["good", "bad"], spoiled, dtype)
+
+
+def test_a_writer_that_was_taken_over_encodes_nothing_more(tmp_path: Path) -> None:
+    uri = str(tmp_path / "f")
+    calls = []
+
+    def overtaken(captions: Sequence[str]) -> Toy:
+        calls.append(len(captions))
+        generation._fenced.set()  # what the heartbeat does when it sees a newer claim
+        return toy_encode(captions)
+
+    write(Path(uri), [])
+    root = Root(uri)
+    generation = claim(root)
+    planned = [PlannedCaption(caption_hash(c).hex(), len(c), c) for c in CAPTIONS]
+    append_version(read_plan(root), in_units(planned, 8), source={}, generation=generation.number)
+    with pytest.raises(ConflictError, match="Another run has taken over"):
+        embed_gaps(root, generation, read_state(root), overtaken, embedding_dtype="float16", row_group_bytes=1024)
+    assert calls == [8]
+    generation.abandon()
 
 
 def test_what_lies_in_the_padding_is_nobodys_business(tmp_path: Path) -> None:

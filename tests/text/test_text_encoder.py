@@ -89,6 +89,17 @@ def test_a_caption_has_the_same_bits_in_every_place_of_every_batch(folder: Path,
             np.testing.assert_array_equal(got.embeddings_NLD[i, :n], alone[caption].embeddings_NLD[0, :n])
 
 
+@pytest.mark.parametrize("count", [1, 4, 9])
+def test_every_forward_pass_has_one_shape(folder: Path, count: int) -> None:
+    encoder = load(folder / "clip")
+    shapes: list[tuple[int, ...]] = []
+    encoder._model.register_forward_pre_hook(
+        lambda _, __, named: shapes.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    assert len(encoder.encode((CAPTIONS * 2)[:count]).tokens) == count
+    assert shapes == [(4, CLIP_LENGTH)] * -(-count // 4)
+
+
 def test_padding_stands_on_the_right_whatever_the_files_say(folder: Path, tmp_path: Path) -> None:
     t5 = Path(shutil.copytree(folder / "t5", tmp_path / "t5"))
     settings = json.loads((t5 / "tokenizer_config.json").read_text())
