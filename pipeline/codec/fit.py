@@ -61,9 +61,7 @@ def fit_codec(
     _check(images_NHWC, holdout_NHWC, fit)
     vae = _build(fit, images_NHWC.shape[1]).to(device, memory_format=torch.channels_last)
     # Fused AdamW is one kernel instead of ten per tensor: a tenth of the step at this size.
-    optimizer = torch.optim.AdamW(
-        vae.parameters(), lr=fit.learning_rate, weight_decay=0.0, fused=True
-    )
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=fit.learning_rate, weight_decay=0.0, fused=True)
     images, order = torch.from_numpy(images_NHWC), _order(len(images_NHWC), fit)
     loss_value = math.nan
     vae.train()

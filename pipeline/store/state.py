@@ -124,34 +124,32 @@ def _merged(sets: dict[str, list[RowSet]]) -> dict[str, RowSet]:
 
 
 def _dead_rows(retired: RowSet, records: Sequence[CommitRecord]) -> list[RowSet]:
-    """For each record the rows of its files that do not count."""
-    sets = [r.covered for r in records]
-    contested = _contested(sets)
-    if not contested:
-        return [retired] * len(records)
-    # Every elementary segment of the contested rows goes to the record that ranks first; all others lose it.
-    order = sorted(range(len(records)), key=lambda i: (-records[i].generation, i))
-    shares = [(rank, i, sets[i] & contested) for rank, i in enumerate(order)]
-    cuts = np.unique(np.concatenate([np.concatenate([s.starts, s.stops]) for _, _, s in shares]))
-    segments = [np.flatnonzero(s.covers(cuts[:-1])) for _, _, s in shares]
-    winner = np.full(len(cuts), len(records), np.int64)
-    for (rank, _, _), mine in zip(shares, segments, strict=True):
-        winner[mine] = np.minimum(winner[mine], rank)
+    """For each record the rows of its files that do not count; linear in the number of intervals."""
     dead = [retired] * len(records)
-    for (rank, i, _), mine in zip(shares, segments, strict=True):
-        lost = mine[winner[mine] != rank]
-        if len(lost):
-            dead[i] = retired | RowSet.from_keys(cuts[lost], cuts[lost + 1])
-    return dead
-
-
-def _contested(sets: Sequence[RowSet]) -> RowSet:
-    """Rows that are in at least two of some sets."""
-    if not sets:
-        return RowSet.empty()
-    starts = np.sort(np.concatenate([s.starts for s in sets]))
-    stops = np.sort(np.concatenate([s.stops for s in sets]))
+    sets = [r.covered for r in records]
+    if not any(sets):
+        return dead
+    starts, stops = (np.concatenate([getattr(s, side) for s in sets]) for side in ("starts", "stops"))
+    owner = np.repeat(np.arange(len(sets)), [len(s.starts) for s in sets])
+    # Cut the line at every boundary: each interval is a run of segments that lie in it as a whole.
     cuts = np.unique(np.concatenate([starts, stops]))
-    depth = np.searchsorted(starts, cuts, side="right") - np.searchsorted(stops, cuts, side="right")
-    many = np.flatnonzero(depth[:-1] > 1)
-    return RowSet.from_keys(cuts[many], cuts[many + 1])
+    low, high = np.searchsorted(cuts, starts), np.searchsorted(cuts, stops)
+    length = high - low
+    segment = np.repeat(low - np.concatenate([[0], np.cumsum(length)[:-1]]), length) + np.arange(length.sum())
+    owner = np.repeat(owner, length)
+    contested = np.bincount(segment, minlength=len(cuts))[segment] > 1
+    segment, owner = segment[contested], owner[contested]
+    # Among those that hold a segment the newest generation wins, then the name that sorts first.
+    rank = np.empty(len(records), np.int64)
+    rank[sorted(range(len(records)), key=lambda i: (-records[i].generation, i))] = np.arange(len(records))
+    winner = np.full(len(cuts), len(records), np.int64)
+    np.minimum.at(winner, segment, rank[owner])
+    lost = winner[segment] != rank[owner]
+    segment, owner = segment[lost], owner[lost]
+    order = np.argsort(owner, kind="stable")
+    segment, owner = segment[order], owner[order]
+    losers, first, count = np.unique(owner, return_index=True, return_counts=True)
+    for loser, begin, size in zip(losers, first, count, strict=True):
+        mine = segment[begin : begin + size]
+        dead[loser] = retired | RowSet.from_keys(cuts[mine], cuts[mine + 1])
+    return dead

@@ -171,14 +171,23 @@ def test_variants_of_a_row_share_its_fate(root: Root) -> None:
     assert verify(root.uri, "checksums").problems == []
 
 
-def test_less_memory_means_more_passes_and_the_same_result(tmp_path: Path) -> None:
-    states = []
+def test_less_memory_means_more_passes_and_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states, shares = [], []
+    real = module._Work._share
+
+    def share(self: object, *args: int) -> object:
+        shares.append(len(real(self, *args)))  # type: ignore[arg-type]
+        return real(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module._Work, "_share", share)
     for index, memory in enumerate([PLENTY, MEMORY_OF_ONE_ROW * 5, MEMORY_OF_ONE_ROW, 1]):
         root = planned_root(str(tmp_path / str(index)), units=3, rows=4)
         encode(root, CONTENTS)
         report = deduplicate(root.uri, source_uri="mem", memory_bytes=memory)
         assert report.passes == [1, 3, 12, 12][index]
         assert report.rows_read == report.passes * 12
+        assert sum(shares) == 10  # each row with a hash is compared in one pass
+        shares.clear()
         states.append(read_state(root).filtered[REASON])
     assert all(s == states[0] for s in states)
 
