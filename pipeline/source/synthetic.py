@@ -91,7 +91,7 @@ def draw_shape(seed: int, index: int, size: int) -> np.ndarray:
     background = tuple(int(c) for c in np.clip(grey + rng.uniform(-14, 14, 3), 0, 255))
     shade = tuple(int(c) for c in np.clip(np.array(_RGB[color]) + rng.uniform(-25, 25, 3), 0, 255))
     side = size * _SUPERSAMPLING
-    radius = rng.uniform(0.20, 0.38) * side
+    radius = rng.uniform(0.26, 0.42) * side
     x, y = rng.uniform(radius, side - radius, 2)
     canvas = Image.new("RGB", (side, side), background)
     _draw(ImageDraw.Draw(canvas), shape, x, y, radius, shade)
