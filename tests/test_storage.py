@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import s3fs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,6 +39,8 @@ def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-secret")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    # A client keeps the endpoint it was made with, and fsspec keeps the client.
+    s3fs.S3FileSystem.clear_instance_cache()
     bucket = f"b{uuid.uuid4().hex[:12]}"
     root = Root(f"s3://{bucket}/prefix")
     root.fs.call_s3("create_bucket", Bucket=bucket)

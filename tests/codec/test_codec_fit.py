@@ -127,12 +127,13 @@ def test_batches_larger_than_the_data() -> None:
     assert len(next(fit_module._order(3, FitConfig(**{**SMALL, "batch_size": 8})))) == 8
 
 
-def test_learning_rate_rises_then_falls_to_a_twentieth() -> None:
+def test_learning_rate_rises_stays_and_falls_over_the_last_steps() -> None:
     fit = FitConfig(**{**SMALL, "steps": 100, "warmup_steps": 10, "learning_rate": 1.0})
     rates = [fit_module._learning_rate(step, fit) for step in range(1, 101)]
     assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert all(a >= b for a, b in pairwise(rates[9:]))
-    assert rates[-1] == pytest.approx(0.05)
+    assert rates[9:70] == pytest.approx([1.0] * 61)
+    assert rates[-1] == pytest.approx(1 / 30)
 
 
 @pytest.mark.parametrize(
