@@ -78,3 +78,11 @@ def shutdown_ray() -> None:
 
     if ray.is_initialized():
         ray.shutdown()
+
+
+def local_raylets() -> list[int]:
+    """Process ids of the raylets this process has started; empty on a cluster that others run."""
+    import psutil
+
+    children = psutil.Process().children()
+    return [c.pid for c in children if c.name() == "raylet" and c.status() != psutil.STATUS_ZOMBIE]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import signal
 import threading
 import time
 import warnings
@@ -23,7 +24,8 @@ from ray.data.datasource import Datasink, Datasource, ReadTask
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.errors import ConfigError, InputError, PipelineError
+from pipeline.cluster import local_raylets
+from pipeline.errors import ConfigError, InputError, PipelineError, StoppedError
 from pipeline.progress import Progress
 from pipeline.store.work import Work
 
@@ -151,10 +153,13 @@ class Watch:
     start: int
     figures: Callable[[dict[str, float], float], dict[str, float | str]]
     on_totals: Callable[[dict[str, float]], None] = lambda totals: None
+    lost: bool = False
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
+    _raylets: int = 0
 
     def __enter__(self) -> Watch:
+        self._raylets = len(local_raylets())
         self._thread = threading.Thread(target=self._poll, name="progress", daemon=True)
         self._thread.start()
         return self
@@ -164,10 +169,20 @@ class Watch:
         if self._thread:
             self._thread.join(timeout=10)
         self.progress.close()
+        if self.lost:
+            raise StoppedError(
+                "Ray's node process on this machine died (killed, or out of memory); what was committed is kept",
+                next_step="see that the machine has room, then run the same command again",
+            ) from None
 
     def _poll(self) -> None:
         began = time.monotonic()
         while not self._stop.wait(_POLL_S):
+            if len(local_raylets()) < self._raylets:
+                # Ray itself would let the driver wait for ever.
+                self.lost = True
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                return
             try:
                 totals = ray.get(self.monitor.totals.remote(), timeout=5)
             except RayError:

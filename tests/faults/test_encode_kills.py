@@ -74,7 +74,11 @@ def victims(driver: psutil.Process, kind: str) -> list[psutil.Process]:
     if kind == "driver":
         return [driver]
     found = []
-    for child in driver.children(recursive=True):
+    try:
+        children = driver.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    for child in children:
         try:
             line = " ".join(child.cmdline())
         except psutil.Error:
@@ -113,9 +117,7 @@ def disturb(base: Path, output: str, kills: int, seed: int) -> dict[str, int]:
                     continue
                 struck[kind] = struck.get(kind, 0) + 1
         _, errors = process.communicate(timeout=600)
-        assert process.returncode in (0, 1, 75, -signal.SIGKILL), errors
-        if process.returncode == 1:
-            assert "raylet" in struck, errors  # nobody survives the loss of the only node; the next run goes on
+        assert process.returncode in (0, 75, -signal.SIGKILL), errors
         if process.returncode == 0 and sum(struck.values()) >= kills:
             return struck
         if process.returncode == 0:
