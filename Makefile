@@ -6,11 +6,12 @@ BIN    := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help install install-dev quickstart test test-quick lint types soak clean
+.PHONY: help install install-dev quickstart test test-all test-quick lint types soak clean
 
 help:
 	@echo "make quickstart   images -> latents -> model -> images on this machine, with a report (about 6 minutes)"
-	@echo "make test         lint, types, import rules and the whole test suite"
+	@echo "make test         lint, types, import rules, unit tests, the encode job and the chain on real Ray"
+	@echo "make test-all     every test there is: also kills, slow ones, Ray Train and Ray Data sampling (an hour)"
 	@echo "make test-quick   the tests that need neither Ray nor much time"
 	@echo "make soak         kill tests for as long as KILLS=200 SEED=7 say"
 
@@ -36,7 +37,11 @@ quickstart: install
 	@$(BIN)/python -m jobs.quickstart
 
 test: lint types
-	$(BIN)/python -m pytest -m "not soak" --durations=15
+	$(BIN)/python -m pytest -m "ray and not soak" tests/e2e tests/encode
+	$(BIN)/python -m pytest -m "not soak and not ray and not slow" --durations=15
+
+test-all: lint types
+	$(BIN)/python -m pytest -m "not soak" --durations=30
 
 test-quick: install-dev
 	$(BIN)/python -m pytest -m "not soak and not ray and not slow" -q
