@@ -9,9 +9,9 @@ export GOMP_SPINCOUNT := 0
 .PHONY: help install install-dev quickstart test test-all test-quick lint types soak clean
 
 help:
-	@echo "make quickstart   images -> latents -> model -> images on this machine, with a report (about 6 minutes)"
+	@echo "make quickstart   images -> latents -> model -> images on this machine, with a report (some minutes)"
 	@echo "make test         lint, types, import rules, unit tests, the encode job and the chain on real Ray"
-	@echo "make test-all     every test there is: also kills, slow ones, Ray Train and Ray Data sampling (an hour)"
+	@echo "make test-all     every test there is: also kills, slow ones, Ray Train and Ray Data sampling"
 	@echo "make test-quick   the tests that need neither Ray nor much time"
 	@echo "make soak         kill tests for as long as KILLS=200 SEED=7 say"
 
