@@ -6,7 +6,7 @@ JOB = Job(
     name="verify",
     summary="Prove that a dataset is whole: every planned row settled once, every file present and unchanged.",
     config="pipeline.store.config:VerifyJobConfig",
-    run="pipeline.store.job:run_verify",
+    run="pipeline.encode.verify:run",
     dry_run="pipeline.store.job:plan_verify",
     example="python -m jobs.verify data.uri=s3://bucket/latents level=checksums report=verify.json",
 )

@@ -20,7 +20,8 @@ from pipeline.errors import InputError
 from pipeline.result import JobResult
 from pipeline.sample.images import read_provenance
 from pipeline.sample.provenance import FORMAT, origin_of
-from pipeline.storage import Root, describe, storage_errors
+from pipeline.storage import Root
+from pipeline.storage_errors import describe, storage_errors
 from pipeline.store.dataset import Dataset
 from pipeline.store.identity import read_identity
 from pipeline.store.layout import IDENTITY

@@ -12,7 +12,6 @@ import os
 import random
 import secrets
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,12 +19,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 from pipeline.errors import InputError
+from pipeline.storage_errors import already_exists, describe, is_transient, storage_errors
 
 T = TypeVar("T")
 
 _ATTEMPTS = 6
 _BACKOFF_BASE_S, _BACKOFF_CAP_S = 0.2, 10.0
-_FINAL = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
 _TEMPORARY_PREFIX = ".tmp-"
 
 
@@ -247,7 +246,7 @@ class Root:
             try:
                 self._create_remote(key, data)
             except Exception as error:
-                if not _already_exists(error):
+                if not already_exists(error):
                     raise
                 return tries > 1 and self.read_bytes(key) == data
             return True
@@ -315,7 +314,7 @@ class Root:
             try:
                 return call()
             except Exception as error:
-                if attempt == _ATTEMPTS - 1 or not _is_transient(error):
+                if attempt == _ATTEMPTS - 1 or not is_transient(error):
                     raise
                 time.sleep(random.uniform(0, min(_BACKOFF_CAP_S, _BACKOFF_BASE_S * 2**attempt)))
         raise AssertionError("unreachable")
@@ -370,47 +369,3 @@ def _object_info(key: str, detail: dict[str, Any]) -> ObjectInfo:
         str(etag).strip('"') if etag else None,
         int(float(stamp) * 1e9) if stamp is not None else None,
     )
-
-
-def storage_errors() -> tuple[type[Exception], ...]:
-    """What a store may raise: OSError, and the S3 client's own errors, which are none (an unreachable endpoint)."""
-    botocore = sys.modules.get("botocore.exceptions")
-    return (OSError,) if botocore is None else (OSError, botocore.BotoCoreError, botocore.ClientError)
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or seen.__context__
-
-
-def _status(error: BaseException) -> int | None:
-    for cause in _causes(error):
-        response = getattr(cause, "response", None)
-        if isinstance(response, dict):
-            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            return int(status) if status is not None else None
-    return None
-
-
-def _already_exists(error: BaseException) -> bool:
-    return _status(error) == 412 or isinstance(error, FileExistsError)
-
-
-def _is_transient(error: BaseException) -> bool:
-    if isinstance(error, _FINAL):
-        return False
-    status = _status(error)
-    if status is not None:
-        return status >= 500 or status in (408, 409, 429)
-    names = {type(c).__name__ for c in _causes(error)}
-    if names & {"NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "ProfileNotFound"}:
-        return False
-    return isinstance(error, storage_errors())
-
-
-def describe(error: BaseException) -> str:
-    """An error in one line, without the request's headers or any credential."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return f"{type(error).__name__}: {text[:300]}"

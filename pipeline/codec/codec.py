@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 from pipeline.codec.info import CodecInfo, diffusers_info
 from pipeline.codec.locate import codec_root, local_directory
 from pipeline.errors import InputError
-from pipeline.storage import Root, describe, storage_errors
+from pipeline.storage import Root
+from pipeline.storage_errors import describe, storage_errors
 
 if TYPE_CHECKING:
     import torch

@@ -22,7 +22,8 @@ from pipeline.config import config_digest, dump_yaml
 from pipeline.errors import ConflictError, InputError
 from pipeline.progress import Progress
 from pipeline.result import JobResult
-from pipeline.storage import Root, describe, storage_errors
+from pipeline.storage import Root
+from pipeline.storage_errors import describe, storage_errors
 
 CLAIM = "fit_codec.json"
 COMPLETE = "fit_codec.complete.json"
@@ -171,14 +172,14 @@ def _result(status: str, root: Root, record: dict[str, Any]) -> JobResult:
 def _fit(config: FitCodecJobConfig, identity: FitIdentity, root: Root) -> dict[str, Any]:
     """Choose images, claim the output, fit, upload, mark complete; returns the record that marks it."""
     from pipeline.codec.images import collect_images
+    from pipeline.tracking.ending import ended_by_outcome
     from pipeline.tracking.tracker import open_tracker
 
     images = collect_images(config.source, config.image, config.fit.images, config.fit.holdout, config.fit.seed)
     root.probe()
     _claim(root, identity)
     tracker = open_tracker(config.tracking, job="fit_codec", run_name="codec", resume_run_id=None, parents={})
-    status = "FAILED"
-    try:
+    with ended_by_outcome(tracker):
         tracker.log_text(dump_yaml(config), "config.yaml")
         tracker.log_params({f"fit.{k}": v for k, v in config.fit.model_dump(mode="json").items()})
         tracker.log_input(config.source.name, images.digest, config.source.uri, "input")
@@ -187,13 +188,7 @@ def _fit(config: FitCodecJobConfig, identity: FitIdentity, root: Root) -> dict[s
         tracker.log_input("codec", record["weights_sha256"][:32], root.uri, "output")
         record = {**record, "config_digest": config_digest(identity), "run_id": tracker.wait_run_id(10.0)}
         root.put(COMPLETE, _json_bytes(record))
-        status = "FINISHED"
         return record
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        tracker.finish(status)
 
 
 def _claim(root: Root, identity: FitIdentity) -> None:

@@ -11,8 +11,8 @@ from pipeline.codec.info import CodecInfo, check_posterior, codec_info
 from pipeline.config import config_digest, dump_yaml
 from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.planning import update_plan
-from pipeline.encode.summary import fingerprint_of, finish, source_note
-from pipeline.errors import ConfigError, PipelineError, StoppedError
+from pipeline.encode.summary import fingerprint_of, finish, recipe, source_note
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.progress import Progress
 from pipeline.result import JobResult
 from pipeline.source.listing import list_entries
@@ -26,6 +26,7 @@ from pipeline.store.plan_diff import DiffReport
 from pipeline.store.rowset import RowSet
 from pipeline.store.runs import last_run, note_run
 from pipeline.store.state import State, read_state
+from pipeline.tracking.ending import ended_by_outcome
 from pipeline.tracking.tracker import Tracker, open_tracker
 
 _log = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def _encode(
 ) -> JobResult:
     tracker = _open_run(config, root, generation, state)
     began = time.monotonic()
-    try:
+    with ended_by_outcome(tracker):
         final = state
         if state.gaps(retry):
             from pipeline.encode.passes import run_passes
@@ -123,14 +124,7 @@ def _encode(
             {**result.rates, **{k: float(v) for k, v in result.counts.items()}}, step=final.covered.count()
         )
         tracker.log_input(name=root.uri, digest=result_digest(root), source=root.uri, context="output")
-        tracker.finish("FINISHED")
         return result
-    except (StoppedError, KeyboardInterrupt):
-        tracker.finish("KILLED")
-        raise
-    except BaseException:
-        tracker.finish("FAILED")
-        raise
 
 
 def _deduplicate(config: EncodeJobConfig, root: Root, generation: Generation, note: dict[str, Any]) -> State:
@@ -149,7 +143,12 @@ def _deduplicate(config: EncodeJobConfig, root: Root, generation: Generation, no
 
 
 def _note(config: EncodeJobConfig, tracker: Tracker) -> dict[str, Any]:
-    return {"handle": tracker.handle, "run_id": tracker.run_id, "source": source_note(config)}
+    return {
+        "handle": tracker.handle,
+        "run_id": tracker.run_id,
+        "source": source_note(config),
+        "recipe": recipe(config),
+    }
 
 
 def result_digest(root: Root) -> str:

@@ -14,6 +14,7 @@ from pipeline.source.prepare import policy_fingerprint
 from pipeline.source.render import bucket_sizes
 from pipeline.store.plan_diff import DiffReport
 from pipeline.store.state import State
+from pipeline.tracking.redact import without_credentials
 
 
 def fingerprint_of(config: EncodeJobConfig, info: CodecInfo) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -52,6 +53,18 @@ def largest_area(image: ImageConfig) -> int:
 def source_note(config: EncodeJobConfig) -> dict[str, Any]:
     """What a plan version remembers of its source."""
     return {"uri": config.source.uri, "kind": config.source.kind, "name": config.source.name}
+
+
+def recipe(config: EncodeJobConfig) -> dict[str, Any]:
+    """How the source is read, for those who read it again: plain values, local places by their full path."""
+    source = config.source.model_dump(mode="json")
+    uri = config.source.uri
+    source["uri"] = without_credentials(uri) if "://" in uri else str(Path(uri).absolute())
+    return {
+        "source": source,
+        "image": config.image.model_dump(mode="json"),
+        "batch_size": config.encode.batch_size,
+    }
 
 
 def finish(

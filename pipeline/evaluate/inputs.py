@@ -11,7 +11,8 @@ from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.evaluate.reference import ReferenceSummary, summarize
 from pipeline.evaluate.samples import open_samples
-from pipeline.storage import Root, describe, storage_errors
+from pipeline.storage import Root
+from pipeline.storage_errors import describe, storage_errors
 from pipeline.store.dataset import Dataset, LatentDataset
 from pipeline.store.layout import IDENTITY, canonical_json
 from pipeline.store.runs import last_run

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import dump_yaml
-from pipeline.errors import InputError, PipelineError, StoppedError
+from pipeline.errors import InputError, PipelineError
 from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.evaluate.figures import Record
 from pipeline.evaluate.inputs import Inputs, inspect
 from pipeline.result import JobResult
-from pipeline.storage import Root, describe, storage_errors
+from pipeline.storage import Root
+from pipeline.storage_errors import describe, storage_errors
+from pipeline.tracking.ending import ended_by_outcome
 from pipeline.tracking.tracker import Tracker, open_tracker
 
 if TYPE_CHECKING:
@@ -38,12 +40,8 @@ def run(config: EvaluateJobConfig) -> JobResult:
     tracker = open_tracker(
         config.tracking, job="evaluate", run_name=f"evaluate-{inputs.key[:8]}", parents=inputs.parents
     )
-    try:
+    with ended_by_outcome(tracker):
         record = _evaluate(config, inputs, output, tracker)
-    except BaseException as error:
-        tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt | StoppedError) else "FAILED")
-        raise
-    tracker.finish("FINISHED")
     return _result(config, record, "done")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import config_digest, dump_yaml
-from pipeline.errors import InputError, PipelineError, RejectBudgetError, StoppedError
+from pipeline.errors import InputError, PipelineError, RejectBudgetError
 from pipeline.result import JobResult
 from pipeline.sample.config import SampleJobConfig
 from pipeline.sample.plan import planned_rows
@@ -27,6 +27,7 @@ from pipeline.store.ledger import collect
 from pipeline.store.rowset import RowSet
 from pipeline.store.runs import last_run, note_run
 from pipeline.store.state import State, read_state
+from pipeline.tracking.ending import ended_by_outcome
 from pipeline.tracking.tracker import Tracker, open_tracker
 
 _log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def _sample(config: SampleJobConfig, prepared: Prepared, root: Root, generation:
     tracker = _open_run(config, prepared, root, generation, plan.versions[-1].units_part)
     began = time.monotonic()
     before = read_state(root).covered
-    try:
+    with ended_by_outcome(tracker):
         if wanted - before:
             from pipeline.sample.passes import run_passes
 
@@ -125,16 +126,11 @@ def _sample(config: SampleJobConfig, prepared: Prepared, root: Root, generation:
         result = _finish(config, prepared, state, wanted, "done", run_id)
         drawn = (wanted - before).count()
         result = _with_rate(result, drawn, seconds, shown)
-        tracker.log_metrics({**result.rates, **{k: float(v) for k, v in result.counts.items()}}, step=0)
+        tracker.log_metrics(
+            {**result.rates, **{k: float(v) for k, v in result.counts.items()}}, step=state.covered.count()
+        )
         tracker.log_input(name=root.uri, digest=_digest(root), source=root.uri, context="output")
-        tracker.finish("FINISHED")
         return result
-    except (StoppedError, KeyboardInterrupt):
-        tracker.finish("KILLED")
-        raise
-    except BaseException:
-        tracker.finish("FAILED")
-        raise
 
 
 def _with_rate(result: JobResult, drawn: int, seconds: float, shown: dict[str, str]) -> JobResult:

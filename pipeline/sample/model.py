@@ -10,7 +10,8 @@ from typing import Any
 
 from pipeline.errors import ConfigError, InputError
 from pipeline.sample.requests import Limits
-from pipeline.storage import Root, describe, storage_errors
+from pipeline.storage import Root
+from pipeline.storage_errors import describe, storage_errors
 from pipeline.store.layout import canonical_json
 
 INFO_FILE = "latentloom.json"

@@ -14,7 +14,8 @@ from pipeline.sample.model import ModelFacts, read_model, resolve_sampler
 from pipeline.sample.provenance import Draw, Origin
 from pipeline.sample.request_files import file_format, map_columns, read_columns
 from pipeline.sample.requests import Defaults, Limits, Requests, grid_columns, validate_requests
-from pipeline.storage import Root, describe, storage_errors
+from pipeline.storage import Root
+from pipeline.storage_errors import describe, storage_errors
 from pipeline.store.identity import Identity
 
 

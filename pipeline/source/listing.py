@@ -19,7 +19,8 @@ from pipeline.source.config import FolderSource, ParquetSource, SourceConfig, We
 from pipeline.source.fields import canonical, parse_object
 from pipeline.source.metadata import NAMES, FolderMetadata
 from pipeline.source.patterns import Place, glob_regex, is_hidden, locate, matching
-from pipeline.storage import Root, describe, storage_errors
+from pipeline.storage import Root
+from pipeline.storage_errors import describe, storage_errors
 
 _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _PARQUET_SUFFIXES = (".parquet", ".pq")

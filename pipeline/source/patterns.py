@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.errors import InputError
-from pipeline.storage import ObjectInfo, Root, describe, storage_errors
+from pipeline.storage import ObjectInfo, Root
+from pipeline.storage_errors import describe, storage_errors
 
 _MAX_BRACES = 1_000_000
 _BRACE = re.compile(r"\{([^{}]*)\}")

@@ -11,7 +11,8 @@ from typing import BinaryIO, TypeVar
 
 from pipeline.errors import PipelineError
 from pipeline.source.reasons import Reason
-from pipeline.storage import Root, describe
+from pipeline.storage import Root
+from pipeline.storage_errors import describe
 
 A = TypeVar("A")
 B = TypeVar("B")

@@ -15,14 +15,35 @@ class DataConfig(StrictModel):
     uri: str = Field(..., min_length=1, description="Root of a dataset written by the encode or the sample job.")
 
 
+class DecodeCheckConfig(StrictModel):
+    """What level=decode compares."""
+
+    sample: int = Field(64, ge=1, description="Rows compared with their images.")
+    seed: int = Field(0, ge=0, description="Which rows those are.")
+    tolerance: float = Field(
+        0.02,
+        ge=0,
+        description="Largest difference from encoding the image again, relative to the latent's standard deviation; "
+        "0 on the kind of device that encoded asks for the same bytes.",
+    )
+    min_psnr_db: float | None = Field(
+        None, description="Least PSNR of a decoded latent against its exact crop, dB; null: reported, not judged."
+    )
+    device: str = Field("auto", description="Where the codec runs: auto, cpu, cuda, cuda:1, ...")
+    source_uri: str | None = Field(None, description="Where the images are now; null: where they were.")
+    codec_path: str | None = Field(None, description="Where the codec is now; null: where it was.")
+
+
 class VerifyJobConfig(StrictModel):
     """Everything the verify job reads."""
 
     data: DataConfig = Field(..., description="The dataset to verify.")
-    level: Literal["ledger", "files", "checksums"] = Field(
+    level: Literal["ledger", "files", "checksums", "decode"] = Field(
         "checksums",
-        description="ledger: conservation only; files: sizes and footers too; checksums: every byte and every row.",
+        description="ledger: conservation only; files: sizes and footers too; checksums: every byte and every row; "
+        "decode: a sample of latents against their images too.",
     )
+    decode: DecodeCheckConfig = Field(DecodeCheckConfig(), description="What level=decode compares.")
     report: str | None = Field(None, description="Path or URI that receives the whole report as JSON.")
     gc: bool = Field(False, description="Afterwards remove orphan files older than the grace period.")
     gc_grace_s: float = Field(86_400.0, ge=0, description="Age in seconds below which an orphan is left alone.")

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.errors import ConflictError
-from pipeline.storage import Root, storage_errors
+from pipeline.storage import Root
+from pipeline.storage_errors import storage_errors
 from pipeline.store import layout
 
 HEARTBEAT_S = 5.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 
 from pipeline.errors import InputError
@@ -20,12 +21,20 @@ from pipeline.store.verify import VerifyReport, collect_garbage, verify
 _log = logging.getLogger(__name__)
 
 
-def run_verify(config: VerifyJobConfig) -> JobResult:
-    """Verify a dataset; InputError (exit code 3) that sums up what is wrong, after the report was written."""
+def run_verify(
+    config: VerifyJobConfig, decode: Callable[[VerifyReport], dict[str, float]] = lambda report: {}
+) -> JobResult:
+    """Verify a dataset; InputError (exit code 3) that sums up what is wrong, after the report was written.
+
+    `decode` adds what level=decode finds to the report and returns its figures.
+    """
     began = time.monotonic()
+    level = "checksums" if config.level == "decode" else config.level
     progress = Progress("verify", None, unit="files")
-    report = verify(config.data.uri, config.level, lambda done, total: progress.update(done, of=total))
+    report = verify(config.data.uri, level, lambda done, total: progress.update(done, of=total))
     progress.close()
+    figures = decode(report) if config.level == "decode" and report.sound else {}
+    report.level = config.level
     if config.report:
         _write_report(config.report, report)
     counts = {
@@ -49,7 +58,8 @@ def run_verify(config: VerifyJobConfig) -> JobResult:
     if config.gc:
         counts["gc_objects"], counts["gc_bytes"] = collect_garbage(config.data.uri, config.gc_grace_s)
     seconds = max(time.monotonic() - began, 1e-9)
-    return JobResult("done", counts, {"dataset": config.data.uri}, None, {"bytes_per_s": report.bytes_read / seconds})
+    rates = {"bytes_per_s": report.bytes_read / seconds}
+    return JobResult("done", counts, {"dataset": config.data.uri}, None, rates, figures)
 
 
 def plan_verify(config: VerifyJobConfig) -> JobResult:
@@ -58,7 +68,9 @@ def plan_verify(config: VerifyJobConfig) -> JobResult:
     read_identity(root)
     state = read_state(root)
     size = sum(f.info.size_bytes for f in (*state.files, *state.reject_files))
-    return JobResult("dry-run", {"files": len(state.files), "bytes": size if config.level == "checksums" else 0})
+    return JobResult(
+        "dry-run", {"files": len(state.files), "bytes": size if config.level in ("checksums", "decode") else 0}
+    )
 
 
 def run_compact(config: CompactJobConfig) -> JobResult:

@@ -15,6 +15,18 @@ def note_run(root: Root, generation: int, note: dict[str, Any]) -> None:
     root.put(f"{layout.generation_dir(generation)}/run.json", json.dumps(note, sort_keys=True).encode())
 
 
+def last_recipe(root: Root) -> dict[str, Any]:
+    """How the newest run that noted it read its source; {} when none did."""
+    for number in range(latest_number(root), 0, -1):
+        try:
+            note = json.loads(root.read_bytes(f"{layout.generation_dir(number)}/run.json"))
+        except FileNotFoundError:
+            continue
+        if "recipe" in note:
+            return dict(note["recipe"])
+    return {}
+
+
 def noted_runs(root: Root) -> list[str]:
     """Every run that wrote the dataset, as id or handle, the newest first."""
     found: dict[str, None] = {}

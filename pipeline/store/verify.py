@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.storage import Root, storage_errors
+from pipeline.storage import Root
+from pipeline.storage_errors import storage_errors
 from pipeline.store import layout
 from pipeline.store.generation import latest_number, read_claim
 from pipeline.store.identity import read_identity
@@ -40,6 +41,7 @@ class VerifyReport:
     bytes_read: int = 0
     problems: list[dict[str, Any]] = field(default_factory=list)
     orphans: list[str] = field(default_factory=list)
+    decode: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sound(self) -> bool:

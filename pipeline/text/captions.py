@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError
-from pipeline.storage import storage_errors
+from pipeline.storage_errors import storage_errors
 from pipeline.store.dataset import LatentDataset
 from pipeline.store.plan import Plan
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.errors import InputError
-from pipeline.storage import storage_errors
+from pipeline.storage_errors import storage_errors
 from pipeline.store.dataset import Dataset
 from pipeline.store.schema import to_float32
 from pipeline.text.captions import EMPTY_PROMPT, as_hashes, caption_hash

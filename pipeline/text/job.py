@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import config_digest, dump_yaml
-from pipeline.errors import PipelineError, StoppedError
+from pipeline.errors import PipelineError
 from pipeline.progress import Progress
 from pipeline.result import JobResult
 from pipeline.storage import Root
@@ -30,6 +30,7 @@ from pipeline.store.state import State, read_state
 from pipeline.text.captions import HashSet, in_units, new_captions, planned_hashes
 from pipeline.text.config import EmbedTextJobConfig, TextEncoderConfig
 from pipeline.text.files import EncoderFiles, encoder_files
+from pipeline.tracking.ending import ended_by_outcome
 from pipeline.tracking.tracker import Tracker, open_tracker
 
 _log = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ def _plan(task: _Task, generation: Generation) -> int:
 def _embed(task: _Task, generation: Generation, state: State) -> JobResult:
     tracker = _open_run(task, generation)
     began = time.monotonic()
-    try:
+    with ended_by_outcome(tracker):
         totals = _fill_gaps(task, generation, state)
         seconds = time.monotonic() - began
         final = read_state(task.root)
@@ -143,17 +144,12 @@ def _embed(task: _Task, generation: Generation, state: State) -> JobResult:
         note_run(task.root, generation.number, _note(task, tracker))
         rates = {"captions_per_s": totals["embedded"] / seconds, "tokens_per_s": totals["tokens"] / seconds}
         result = _result("done", task, final, run_id, totals, rates)
-        tracker.log_metrics({**result.rates, **{k: float(v) for k, v in result.counts.items()}}, step=0)
+        tracker.log_metrics(
+            {**result.rates, **{k: float(v) for k, v in result.counts.items()}}, step=final.num_stored
+        )
         dataset: Dataset = Dataset.open_kind(task.root.uri, "text", "output.uri")
         tracker.log_input(name=task.root.uri, digest=dataset.digest, source=task.root.uri, context="output")
-        tracker.finish("FINISHED")
         return result
-    except (StoppedError, KeyboardInterrupt):
-        tracker.finish("KILLED")
-        raise
-    except BaseException:
-        tracker.finish("FAILED")
-        raise
 
 
 def _fill_gaps(task: _Task, generation: Generation, state: State) -> dict[str, int]:

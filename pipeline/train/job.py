@@ -23,8 +23,10 @@ from pipeline.config import config_digest, dump_yaml
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.progress import Progress
 from pipeline.result import JobResult
-from pipeline.storage import Root, storage_errors
+from pipeline.storage import Root
+from pipeline.storage_errors import storage_errors
 from pipeline.tracking.config import resolve_paths
+from pipeline.tracking.ending import ended_by_outcome
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.control import claim_generation, record_failure, recorded_failure, request_stop
 from pipeline.train.history import read_records
@@ -52,25 +54,17 @@ def run(config: TrainJobConfig) -> JobResult:
     dataset, facts = _open(config)
     root.probe()
     tracker = _open_run(config, root, dataset)
-    status = "FAILED"
-    try:
+    with ended_by_outcome(tracker):
         generation = claim_generation(root, {"config": config_digest(config), "time": time.time()})
         outcome = _fit(config, root, generation, tracker.handle, facts)
         if outcome["status"] == "stopped":
-            status = "KILLED"
             raise StoppedError(
                 f"Training stopped at {outcome['images']:,} of {config.train.images:,} images, checkpoint written",
                 next_step="run the same command again to go on",
             )
         result = _result(config, root, outcome, tracker)
         root.put(DONE, json.dumps({"config": config_digest(config), "result": vars(result)}).encode())
-        status = "FINISHED"
         return result
-    except StoppedError:
-        status = "KILLED"
-        raise
-    finally:
-        tracker.finish(status)
 
 
 def dry_run(config: TrainJobConfig) -> JobResult:

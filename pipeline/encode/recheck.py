@@ -1,0 +1,243 @@
+"""Whether stored latents are what their images encode to: a seeded sample, read, decoded and encoded again.
+
+Checksums prove that bytes are what was committed; only this proves that they belong to their images.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.codec.codec import Codec, load_codec
+from pipeline.encode.decoding import Decoder, Item
+from pipeline.encode.encoder import Encoder
+from pipeline.encode.stages import UnitReader
+from pipeline.encode.summary import largest_area
+from pipeline.errors import InputError
+from pipeline.source.config import ImageConfig, SourceConfig
+from pipeline.store.config import DecodeCheckConfig
+from pipeline.store.dataset import LatentDataset
+from pipeline.store.rowset import RowSet
+from pipeline.store.runs import last_recipe
+from pipeline.store.schema import latents_from
+from pipeline.store.work import Work
+
+_COLUMNS = ["sample_id", "unit", "row", "variant", "key", "bucket", "latent", "latent_shape", "content_sha256"]
+_PIXEL_MAX = 255.0
+
+
+@dataclass
+class Recheck:
+    """What a recheck found; `psnr_db` is of decoded latents against exact crops, `error` relative to the latent."""
+
+    compared: int = 0
+    source_gone: int = 0
+    source_changed: int = 0
+    identical: int = 0
+    psnr_db: list[float] = field(default_factory=list)
+    error: list[float] = field(default_factory=list)
+    problems: list[dict[str, Any]] = field(default_factory=list)
+
+    def figures(self) -> dict[str, float]:
+        """Mean and worst of both measures; nothing when no row was compared."""
+        if not self.compared:
+            return {}
+        return {
+            "psnr_db_mean": float(np.mean(self.psnr_db)),
+            "psnr_db_min": float(np.min(self.psnr_db)),
+            "reencode_error_max": float(np.max(self.error)),
+        }
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    source: SourceConfig
+    image: ImageConfig
+    batch_size: int
+
+
+def recheck(uri: str, config: DecodeCheckConfig) -> Recheck:
+    """Compare `config.sample` rows, chosen by `config.seed`, with their images.
+
+    A row whose image is gone or has other bytes now is counted, not judged. InputError when the dataset does not
+    say how it was made, or the codec is another one.
+    """
+    dataset = LatentDataset.open(uri)
+    recipe = _recipe(dataset, config)
+    codec = _codec(dataset, config)
+    found = Recheck()
+    rows = _sampled(dataset, config.sample, config.seed)
+    items = _items(dataset, recipe, rows)
+    encoder = Encoder(
+        codec,
+        dataset.posterior,
+        dataset.latent_dtype,
+        recipe.batch_size,
+        largest_area(recipe.image),
+        recipe.source.uri,
+        device=_device(config),
+    )
+    wanted: dict[bytes, Item] = {}
+    for row in rows:
+        item = items.get(row["sample_id"])
+        if item is None or item.pixels is None:
+            found.source_gone += 1
+        elif item.values["content_sha256"] != row["content_sha256"]:
+            found.source_changed += 1
+        else:
+            wanted[row["sample_id"]] = item
+    again = {r["sample_id"]: r for r in encoder.encode(wanted.values()).to_pylist() if r["outcome"] == "stored"}
+    for row in rows:
+        if row["sample_id"] in wanted:
+            _compare(found, dataset, config, codec, row, wanted[row["sample_id"]], again.get(row["sample_id"]))
+    return found
+
+
+def _recipe(dataset: LatentDataset, config: DecodeCheckConfig) -> _Recipe:
+    note = last_recipe(dataset.root)
+    if not note:
+        raise InputError(
+            f"{dataset.uri} does not say how it was made",
+            key="level",
+            value="decode",
+            rule="the decode level reads the images again as the encode job did; its note was not found",
+            next_step="use level=checksums; datasets written by this version hold the note",
+        )
+    source = {**note["source"], **({"uri": config.source_uri} if config.source_uri else {})}
+    try:
+        checked: SourceConfig = TypeAdapter(SourceConfig).validate_json(json.dumps(source))
+        return _Recipe(checked, ImageConfig.model_validate_json(json.dumps(note["image"])), note["batch_size"])
+    except ValidationError as error:
+        raise InputError(
+            f"The note of how {dataset.uri} was made cannot be read: {error.error_count()} problem(s)",
+            rule="the note was written by another version of this program",
+            next_step="use level=checksums, or the version that wrote the dataset",
+        ) from None
+
+
+def _device(config: DecodeCheckConfig) -> str:
+    if config.device != "auto":
+        return config.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _codec(dataset: LatentDataset, config: DecodeCheckConfig) -> Codec:
+    about, made = dataset.codec, dataset.fingerprint["codec"]
+    codec = load_codec(
+        config.codec_path or about["path"],
+        revision=None if config.codec_path else about["revision"],
+        kind=about["kind"],
+        device=_device(config),
+        dtype=dataset.fingerprint["codec_dtype"],
+    )
+    if codec.info.weights_sha256 != made["weights_sha256"]:
+        raise InputError(
+            f"The codec has other weights ({str(codec.info.weights_sha256)[:12]}…) than the dataset's "
+            f"({str(made['weights_sha256'])[:12]}…)",
+            key="decode.codec_path",
+            value=config.codec_path or about["path"],
+            rule="latents are compared with the codec that made them",
+            next_step="name the directory that holds the dataset's codec",
+        )
+    return codec
+
+
+def _sampled(dataset: LatentDataset, count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` distinct visible rows, uniformly; reads only the row groups they lie in."""
+    stops = np.cumsum([g.num_rows for g in dataset.row_groups])
+    total = int(stops[-1]) if len(stops) else 0
+    chosen = np.sort(np.random.default_rng(seed).choice(total, min(count, total), replace=False))
+    rows: list[dict[str, Any]] = []
+    for group, places in itertools.groupby(chosen, key=lambda place: int(np.searchsorted(stops, place, "right"))):
+        start = int(stops[group - 1]) if group else 0
+        table = dataset.read(dataset.row_groups[group].index, _COLUMNS)
+        rows += table.take([int(place) - start for place in places]).to_pylist()
+    return rows
+
+
+def _items(dataset: LatentDataset, recipe: _Recipe, rows: list[dict[str, Any]]) -> dict[bytes, Item]:
+    """The images of the rows as the encode job would see them now, by sample id."""
+    by_unit: dict[int, list[int]] = {}
+    for row in rows:
+        by_unit.setdefault(row["unit"], []).append(row["row"])
+    plan = dataset.state.plan
+    reader = UnitReader(dataset.root, recipe.source, {unit: plan.locate(unit) for unit in by_unit})
+    decoder = Decoder(recipe.image, recipe.source.uri, threads=2, ahead=4)
+    ids = {row["sample_id"] for row in rows}
+    try:
+        return {
+            item.values["sample_id"]: item
+            for unit, numbers in by_unit.items()
+            for item in _unit_items(reader, decoder, unit, numbers)
+            if item.pixels is not None and item.values["sample_id"] in ids
+        }
+    finally:
+        decoder.close()
+
+
+def _unit_items(reader: UnitReader, decoder: Decoder, unit: int, numbers: list[int]) -> Iterator[Item]:
+    where = np.unique(np.array(numbers, np.int64))
+    wanted = RowSet.from_rows(np.full_like(where, unit), where)
+    for block in reader(Work(unit, tuple((start, stop) for _, start, stop in wanted.triples()))):
+        yield from decoder.items(block)
+
+
+def _compare(
+    found: Recheck,
+    dataset: LatentDataset,
+    config: DecodeCheckConfig,
+    codec: Codec,
+    row: dict[str, Any],
+    item: Item,
+    again: dict[str, Any] | None,
+) -> None:
+    assert item.pixels is not None
+    where = f"{row['key']} (unit {row['unit']}, row {row['row']})"
+    stored = _latent(row, dataset.latent_dtype)
+    found.compared += 1
+    psnr = _psnr_db(codec, stored, dataset.posterior, item.pixels)
+    found.psnr_db.append(psnr)
+    if config.min_psnr_db is not None and psnr < config.min_psnr_db:
+        detail = f"decodes to {psnr:.2f} dB of its image, at least {config.min_psnr_db:g} is asked for"
+        found.problems.append({"kind": "fidelity", "where": where, "detail": detail})
+    if again is None:
+        found.problems.append({"kind": "re-encode", "where": where, "detail": "the codec refuses the image now"})
+        found.error.append(float("inf"))
+        return
+    fresh = _latent(again, dataset.latent_dtype)
+    error = _relative_error(stored, fresh)
+    found.error.append(error)
+    found.identical += int(row["latent"] == again["latent"])
+    if not error <= config.tolerance:
+        detail = f"differs by {error:.2g} of its own size from encoding its image again; {config.tolerance:g} allowed"
+        found.problems.append({"kind": "re-encode", "where": where, "detail": detail})
+
+
+def _latent(row: dict[str, Any], dtype: str) -> npt.NDArray[np.float32]:
+    channels, height, width = row["latent_shape"]
+    return latents_from(pa.array([row["latent"]], pa.binary()), (channels, height, width), dtype)[0]
+
+
+def _psnr_db(codec: Codec, stored: npt.NDArray[np.float32], posterior: str, pixels: npt.NDArray[np.uint8]) -> float:
+    channels = stored.shape[0] // 2 if posterior == "moments" else stored.shape[0]
+    decoded = codec.decode(torch.from_numpy(stored[None, :channels].copy()))[0].cpu().numpy()
+    error = float(np.mean((decoded.astype(np.float64) - pixels) ** 2))
+    return float(10 * np.log10(_PIXEL_MAX**2 / error)) if error else float("inf")
+
+
+def _relative_error(stored: npt.NDArray[np.float32], fresh: npt.NDArray[np.float32]) -> float:
+    """Root mean square of the difference over that of the fresh latent's deviation from its mean."""
+    if stored.shape != fresh.shape:
+        return float("inf")
+    size = float(np.std(fresh))
+    gap = float(np.sqrt(np.mean((stored - fresh) ** 2)))
+    return gap / size if size else (0.0 if gap == 0 else float("inf"))
