@@ -224,7 +224,10 @@ def _compare(
 
 def _latent(row: dict[str, Any], dtype: str) -> npt.NDArray[np.float32]:
     channels, height, width = row["latent_shape"]
-    return latents_from(pa.array([row["latent"]], pa.binary()), (channels, height, width), dtype)[0]
+    latents: npt.NDArray[np.float32] = latents_from(
+        pa.array([row["latent"]], pa.binary()), (channels, height, width), dtype
+    )[0]
+    return latents
 
 
 def _psnr_db(codec: Codec, stored: npt.NDArray[np.float32], posterior: str, pixels: npt.NDArray[np.uint8]) -> float:

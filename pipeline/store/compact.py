@@ -53,7 +53,8 @@ def compact(
     try:
         state = read_state(root)
         spans = list(shard_spans(state, shard_bytes))
-        todo = [span for span in spans if not _is_compact(state, span)]
+        layout = _Layout(state)
+        todo = [span for span in spans if not layout.is_compact(span)]
         dataset = Dataset(root, identity, state)
         committer = Committer(
             root,
@@ -80,7 +81,7 @@ def compact(
 
 def shard_spans(state: State, shard_bytes: int) -> Iterator[tuple[int, int]]:
     """Half-open ranges of units whose rows make up one shard each: a function of the plan and the mean row."""
-    stored_bytes = sum(g.size_bytes for f in state.files for g in f.info.row_groups)
+    stored_bytes = sum(int(f.info.row_groups.size_bytes.sum()) for f in state.files)
     stored_rows = sum(f.info.rows for f in state.files)
     if not stored_rows:
         return
@@ -101,20 +102,32 @@ def _span_rows(span: tuple[int, int]) -> RowSet:
     return RowSet.from_arrays(units, np.zeros_like(units), np.full_like(units, MAX_ROWS))
 
 
-def _overlaps(first: int, last: int, span: tuple[int, int]) -> bool:
-    return first < span[1] and last >= span[0]
+class _Layout:
+    """Which files lie in a span of units; asking costs the files found, not all there are."""
 
+    def __init__(self, state: State) -> None:
+        files = [f for f in state.files if len(f.info.row_groups)]
+        first = np.array([f.info.row_groups.first_unit.min() for f in files], np.int64)
+        order = np.argsort(first, kind="stable")
+        self._files = [files[i] for i in order]
+        self._first = first[order]
+        self._last = np.array([f.info.row_groups.last_unit.max() for f in self._files], np.int64)
+        self._reach = np.maximum.accumulate(self._last) if len(files) else self._last
 
-def _is_compact(state: State, span: tuple[int, int]) -> bool:
-    """Whether a span lies in exactly one file without dead rows, and that file holds nothing else."""
-    inside = [f for f in state.files if any(_overlaps(g.first_unit, g.last_unit, span) for g in f.info.row_groups)]
-    if len(inside) > 1:
-        return False
-    return all(
-        not (f.dead & _span_rows(span))
-        and all(span[0] <= g.first_unit and g.last_unit < span[1] for g in f.info.row_groups)
-        for f in inside
-    )
+    def is_compact(self, span: tuple[int, int]) -> bool:
+        """Whether a span lies in at most one file without dead rows, and that file holds nothing else."""
+        low, high = np.searchsorted(self._reach, span[0]), np.searchsorted(self._first, span[1])
+        inside = [i for i in range(low, high) if self._last[i] >= span[0] and self._touches(i, span)]
+        if len(inside) > 1:
+            return False
+        return all(
+            span[0] <= self._first[i] and self._last[i] < span[1] and not (self._files[i].dead & _span_rows(span))
+            for i in inside
+        )
+
+    def _touches(self, index: int, span: tuple[int, int]) -> bool:
+        groups = self._files[index].info.row_groups
+        return bool(((groups.first_unit < span[1]) & (groups.last_unit >= span[0])).any())
 
 
 def _write_shard(dataset: Dataset, committer: Committer, span: tuple[int, int]) -> tuple[int, int]:

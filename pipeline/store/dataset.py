@@ -18,7 +18,7 @@ from pipeline.errors import InputError
 from pipeline.storage import Root
 from pipeline.store import layout
 from pipeline.store.identity import Identity, read_identity
-from pipeline.store.record import RowGroupInfo
+from pipeline.store.row_groups import RowGroupInfo
 from pipeline.store.rowset import RowSet
 from pipeline.store.runs import last_run
 from pipeline.store.shard import channel_totals

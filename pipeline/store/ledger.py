@@ -41,9 +41,10 @@ def visible_records(root: Root) -> list[tuple[str, CommitRecord]]:
     if not number:
         return []
     bundles = read_claim(root, number)["bundles"]
-    raw = {name: data for bundle in bundles for name, data in read_bundle(root, bundle)}
-    raw.update(_generation_records(root, number))
-    return [(name, parse_record(raw[name], name)) for name in sorted(raw)]
+    # Parsed one by one: the bytes of all records together would take more memory than the records.
+    found = {name: parse_record(data, name) for bundle in bundles for name, data in read_bundle(root, bundle)}
+    found.update({name: parse_record(data, name) for name, data in _generation_records(root, number).items()})
+    return sorted(found.items())
 
 
 def collect(root: Root, number: int) -> list[str]:

@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic_core import from_json
+
 from pipeline.errors import InputError
 from pipeline.store import layout
+from pipeline.store.row_groups import RowGroups
 from pipeline.store.rowset import RowSet
 
 RECORD_VERSION = 1
-
-
-@dataclass(frozen=True)
-class RowGroupInfo:
-    """One row group of a data file: its bucket, rows, stored bytes, the units it spans, and sums for statistics.
-
-    `channel_sum` and `channel_sumsq` are over all values of each latent channel, `values` how many each channel
-    has; they are empty for kinds without latents. `label_max` is -1 when no row has a label.
-    """
-
-    bucket: str
-    rows: int
-    size_bytes: int
-    first_unit: int
-    last_unit: int
-    channel_sum: tuple[float, ...] = ()
-    channel_sumsq: tuple[float, ...] = ()
-    values: int = 0
-    label_max: int = -1
-    unlabelled: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,7 +24,7 @@ class FileInfo:
     size_bytes: int
     sha256: str
     rows: int
-    row_groups: tuple[RowGroupInfo, ...] = ()
+    row_groups: RowGroups = field(default_factory=lambda: RowGroups.of(()))
 
 
 @dataclass(frozen=True)
@@ -92,7 +74,7 @@ class CommitRecord:
 def parse_record(data: bytes, origin: str) -> CommitRecord:
     """The record in some bytes; InputError, naming `origin`, when they are damaged or from a newer release."""
     try:
-        body = json.loads(data)
+        body = from_json(data)
         version = body["version"]
         if version > RECORD_VERSION:
             raise InputError(
@@ -118,44 +100,15 @@ def parse_record(data: bytes, origin: str) -> CommitRecord:
 
 
 def _file_json(file: FileInfo) -> dict[str, Any]:
-    # Columns rather than one object a row group: these lists are most of a large ledger.
-    groups = file.row_groups
     return {
         "path": file.path,
         "bytes": file.size_bytes,
         "sha256": file.sha256,
         "rows": file.rows,
-        "groups": {
-            "bucket": [g.bucket for g in groups],
-            "rows": [g.rows for g in groups],
-            "bytes": [g.size_bytes for g in groups],
-            "first_unit": [g.first_unit for g in groups],
-            "last_unit": [g.last_unit for g in groups],
-            "sum": [list(g.channel_sum) for g in groups],
-            "sumsq": [list(g.channel_sumsq) for g in groups],
-            "values": [g.values for g in groups],
-            "label_max": [g.label_max for g in groups],
-            "unlabelled": [g.unlabelled for g in groups],
-        },
+        "groups": file.row_groups.to_columns(),
     }
 
 
 def _file(body: Mapping[str, Any]) -> FileInfo:
-    g = body["groups"]
-    groups = tuple(
-        RowGroupInfo(bucket, rows, size, first, last, tuple(s), tuple(q), values, label_max, unlabelled)
-        for bucket, rows, size, first, last, s, q, values, label_max, unlabelled in zip(
-            g["bucket"],
-            g["rows"],
-            g["bytes"],
-            g["first_unit"],
-            g["last_unit"],
-            g["sum"],
-            g["sumsq"],
-            g["values"],
-            g["label_max"],
-            g["unlabelled"],
-            strict=True,
-        )
-    )
+    groups = RowGroups.from_columns(body["groups"])
     return FileInfo(body["path"], body["bytes"], body["sha256"], body["rows"], groups)

@@ -31,6 +31,13 @@ class RowSet:
     @staticmethod
     def from_triples(triples: Iterable[Sequence[int]]) -> RowSet:
         """From (unit, start, stop) triples in any order, overlapping or not."""
+        triples = list(triples)
+        if len(triples) == 1:
+            # Most commit records settle one run of rows: opening a large ledger makes this call per record.
+            unit, start, stop = triples[0]
+            if 0 <= unit < MAX_ROWS and 0 <= start < stop <= MAX_ROWS:
+                base = unit << _SHIFT
+                return RowSet(np.array((base + start,), np.int64), np.array((base + stop,), np.int64))
         array = np.array([tuple(t) for t in triples], np.int64).reshape(-1, 3)
         return RowSet.from_arrays(array[:, 0], array[:, 1], array[:, 2])
 

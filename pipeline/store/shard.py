@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 
 from pipeline.storage import Root
 from pipeline.store.layout import content_name
-from pipeline.store.record import FileInfo, RowGroupInfo
+from pipeline.store.record import FileInfo
+from pipeline.store.row_groups import RowGroupInfo, RowGroups
 from pipeline.store.schema import to_float32
 
 _BLOBS = ("latent", "image", "embedding", "pooled")
@@ -41,7 +42,7 @@ def write_shard(
         size_bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         rows=len(rows),
-        row_groups=tuple(_describe(rows.slice(a, n), latent_dtype) for a, n in slices),
+        row_groups=RowGroups.of([_describe(rows.slice(a, n), latent_dtype) for a, n in slices]),
     )
     root.put_if_absent(info.path, data)
     return info

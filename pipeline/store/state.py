@@ -110,9 +110,9 @@ def fold(plan: Plan, records: Sequence[tuple[str, CommitRecord]]) -> State:
 
 def _in_unit_order(files: Sequence[VisibleFile]) -> tuple[VisibleFile, ...]:
     def first_unit(file: VisibleFile) -> tuple[int, int, str]:
-        units = [g.first_unit for g in file.info.row_groups]
-        last = [g.last_unit for g in file.info.row_groups]
-        return min(units, default=0), max(last, default=0), file.info.path
+        groups = file.info.row_groups
+        first = int(groups.first_unit.min()) if len(groups) else 0
+        return first, int(groups.last_unit.max()) if len(groups) else 0, file.info.path
 
     unique = {file.info.path: file for file in files}
     return tuple(sorted(unique.values(), key=first_unit))

@@ -26,7 +26,8 @@ from pipeline.store.generation import claim_next
 from pipeline.store.ledger import collect, commit
 from pipeline.store.plan import append_version, read_plan
 from pipeline.store.plan_diff import DiffReport, diff
-from pipeline.store.record import CommitRecord, FileInfo, RowGroupInfo
+from pipeline.store.record import CommitRecord, FileInfo
+from pipeline.store.row_groups import RowGroupInfo, RowGroups
 from pipeline.store.rowset import RowSet
 from pipeline.store.state import read_state
 
@@ -52,16 +53,21 @@ def listing(units: int) -> Iterator[Shard]:
     return (Shard(i) for i in range(units))
 
 
+def _group(rows: int, size: int, unit: int, number: int) -> RowGroupInfo:
+    sums = tuple(0.1234567890123 * (unit * GROUPS + number + channel + 1) for channel in range(4))
+    squares = tuple(1.7 * total for total in sums)
+    return RowGroupInfo("512x512", rows, size, unit, unit, sums, squares, rows * 4096, 9, 0)
+
+
 def record_of(unit: int, generation: int) -> CommitRecord:
     rows = ROWS_PER_UNIT // GROUPS
     size = rows * 32_768
-    totals = tuple(0.1234567890123 * (unit + c + 1) for c in range(4))
-    group = RowGroupInfo("512x512", rows, size, unit, unit, totals, totals, rows * 4096, 9, 0)
+    groups = [_group(rows, size, unit, number) for number in range(GROUPS)]
     path = f"{layout.DATA}/{unit:032x}.parquet"
     return CommitRecord(
         generation,
         RowSet.from_triples([(unit, 0, ROWS_PER_UNIT)]),
-        files=(FileInfo(path, size * GROUPS, f"{unit:064x}", ROWS_PER_UNIT, (group,) * GROUPS),),
+        files=(FileInfo(path, size * GROUPS, f"{unit:064x}", ROWS_PER_UNIT, RowGroups.of(groups)),),
         rejects={"truncated": RowSet.from_triples([(unit, 17, 18)])},
     )
 
