@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
+from jobs._supervise import Ending, supervised
 from pipeline.config import StrictModel, dump_yaml, help_text, load_config
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.result import JobResult
@@ -50,7 +51,10 @@ def main(job: Job, argv: Sequence[str] | None = None) -> NoReturn:
     sys.path.insert(0, os.getcwd())
     _show_messages()
     with _answer_channel() as answer:
-        code, line = _run(job, arguments)
+        if arguments.dry_run or arguments.print_config:
+            code, line = _run(job, arguments)
+        else:
+            code, line = supervised(lambda: _run(job, arguments), lambda cause: _died(job, cause))
         if line:
             print(line, file=answer, flush=True)
     sys.exit(code)
@@ -99,7 +103,7 @@ class _Help(argparse.Action):
         sys.exit(0)
 
 
-def _run(job: Job, arguments: argparse.Namespace) -> tuple[int, str | None]:
+def _run(job: Job, arguments: argparse.Namespace) -> Ending:
     """(exit code, the answer line)."""
     try:
         files = [a for a in arguments.arguments if "=" not in a]
@@ -122,6 +126,18 @@ def _run(job: Job, arguments: argparse.Namespace) -> tuple[int, str | None]:
         traceback.print_exc()
         print(f"\n{job.name}: this is a bug in latentloom; nothing committed was lost.", file=sys.stderr, flush=True)
         return 1, _failure(job, 1, f"{type(error).__name__}: {error}")
+
+
+def _died(job: Job, cause: str) -> Ending:
+    what = f"The job's process died: {cause}"
+    error = StoppedError(
+        what,
+        rule="what was committed is kept",
+        next_step="see that the machine has memory and disk space left (the end of Ray's own node process looks "
+        "like this, too), then run the same command again",
+    )
+    print(f"\n{job.name}: {error}", file=sys.stderr, flush=True)
+    return error.exit_code, _failure(job, error.exit_code, what)
 
 
 def _failure(job: Job, code: int, what: str) -> str:
@@ -154,6 +170,7 @@ def _stop_signals() -> Iterator[None]:
     """SIGTERM (a scheduler's or a spot machine's notice) stops the job in an orderly way, with exit code 75."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the work is being put away
         raise StoppedError("Stopped by SIGTERM; what was committed is kept", next_step="run the same command again")
 
     previous = signal.signal(signal.SIGTERM, stop)

@@ -13,7 +13,7 @@ from pipeline.config import dump_yaml, load_config
 from tests.support.images import make_images
 from tests.support.jobs import REPOSITORY, command, environment, run
 
-JOBS = sorted(p.stem for p in (REPOSITORY / "jobs").glob("*.py") if p.stem not in ("__init__", "_main", "quickstart"))
+JOBS = sorted(p.stem for p in (REPOSITORY / "jobs").glob("*.py") if p.stem not in ("__init__", "_main", "_supervise", "quickstart"))
 CONFIGS = sorted(p.relative_to(REPOSITORY) for p in (REPOSITORY / "configs").rglob("*.yaml"))
 GOLDEN = REPOSITORY / "tests" / "golden" / "configs"
 # Overlays are no whole configuration: each is resolved on top of the one it is meant for.

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.store.verify import verify
-from tests.faults.test_encode_kills import arguments
+from tests.faults.encode_world import arguments
 from tests.support import jobs
 from tests.support.images import make_codec, make_images
 

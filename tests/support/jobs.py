@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ def environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
 
 
-def start(job: str, *arguments: object, cwd: Path) -> subprocess.Popen[str]:
+def start(job: str, *arguments: object, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command(job, *arguments),
         cwd=cwd,
-        env=environment(),
+        env={**environment(), **(env or {})},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -33,12 +34,14 @@ def start(job: str, *arguments: object, cwd: Path) -> subprocess.Popen[str]:
     )
 
 
-def run(job: str, *arguments: object, cwd: Path, timeout: float = 600) -> tuple[int, dict[str, Any], str]:
+def run(
+    job: str, *arguments: object, cwd: Path, timeout: float = 600, env: Mapping[str, str] | None = None
+) -> tuple[int, dict[str, Any], str]:
     """(exit code, the JSON object on the last line of standard output, standard error)."""
     done = subprocess.run(
         command(job, *arguments),
         cwd=cwd,
-        env=environment(),
+        env={**environment(), **(env or {})},
         text=True,
         capture_output=True,
         timeout=timeout,
