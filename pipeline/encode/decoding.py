@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,12 +36,14 @@ class Decoder:
     def __init__(self, image: ImageConfig, source_uri: str, threads: int, ahead: int) -> None:
         self._image, self._source_uri, self._ahead = image, source_uri, max(ahead, threads)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._lock = threading.Lock()
+        self.busy_s = 0.0  # seconds of work of all threads together
 
     def items(self, raw: pa.Table) -> Iterator[Item]:
         """The items of a table in row order; at most `ahead` rows are decoded before they are asked for."""
         waiting: deque[Future[list[Item]]] = deque()
         for values in _rows(raw):
-            waiting.append(self._pool.submit(self._decode, values))
+            waiting.append(self._pool.submit(self._timed, values))
             if len(waiting) >= self._ahead:
                 yield from waiting.popleft().result()
         while waiting:
@@ -48,6 +52,14 @@ class Decoder:
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _timed(self, values: dict[str, Any]) -> list[Item]:
+        began = time.perf_counter()
+        try:
+            return self._decode(values)
+        finally:
+            with self._lock:
+                self.busy_s += time.perf_counter() - began
 
     def _decode(self, values: dict[str, Any]) -> list[Item]:
         address = {"unit": values["unit"], "row": values["row"], "key": values["key"]}

@@ -7,7 +7,7 @@ import logging
 import time
 from typing import Any
 
-from pipeline.codec.info import CodecInfo, check_posterior, codec_info
+from pipeline.codec.info import CodecInfo, check_dtype, check_posterior, codec_info
 from pipeline.config import config_digest, dump_yaml
 from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.planning import update_plan
@@ -68,6 +68,7 @@ def _check(config: EncodeJobConfig) -> tuple[Root, CodecInfo, Any]:
     """Everything that can be wrong before anything is written."""
     info = codec_info(config.codec.path, config.codec.revision, config.codec.kind)
     check_posterior(info, config.codec.posterior)
+    check_dtype(info, config.codec.dtype)
     if config.image.multiple_of % info.factor:
         raise ConfigError(
             f"The codec shrinks images by {info.factor}, and image.multiple_of is {config.image.multiple_of}",

@@ -8,7 +8,7 @@ from collections import Counter
 from functools import partial
 from typing import Any
 
-from pipeline.cluster import ensure_ray, shutdown_ray
+from pipeline.cluster import Gauges, ensure_ray, shutdown_ray
 from pipeline.codec.info import CodecInfo
 from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.stages import CommitRows, DecodeBlocks, EncodeBlocks, EncoderSpec, UnitReader
@@ -40,6 +40,7 @@ _log = logging.getLogger(__name__)
 # Repeats by Ray of a block whose actor died, before the pass ends and this module looks for the guilty unit.
 _TASK_RETRIES = 2
 _LOG_S = 10.0
+_SHARES_S = 10.0
 
 
 def run_passes(
@@ -64,6 +65,7 @@ class _Passes:
         self.tracker = tracker
         configure_ray_data()
         self.monitor = start_monitor("encode")
+        self.gauges = Gauges("encode")
         self.suspects: set[int] = set()
         self._next_log = 0.0
         self.committer = Committer(
@@ -80,7 +82,9 @@ class _Passes:
         gaps = state.gaps(retry)
         total = sum(v.num_rows for v in state.plan.versions)
         done = state.covered.count()
-        watch = Watch(self.monitor, Progress("encode", total or None, start=done), done, _figures, self._log_totals)
+        watch = Watch(
+            self.monitor, Progress("encode", total or None, start=done), done, self._shares(), self._log_totals
+        )
         with watch:
             stalled = 0
             while gaps:
@@ -119,12 +123,12 @@ class _Passes:
 
         encode, image = self.config.encode, self.config.image
         spans = {w.unit: state.plan.locate(w.unit) for w in work}
-        reader = UnitReader(self.root, self.config.source, spans)
+        reader = UnitReader(self.root, self.config.source, spans, monitor=self.monitor)
         source = UnitSource("ReadImages", work, reader, sum(v.size_bytes for v in state.plan.versions))
         dataset = ray.data.read_datasource(source, num_cpus=encode.read_cpus, override_num_blocks=len(work))
         if encode.decode == "tasks":
             dataset = dataset.map_batches(
-                DecodeBlocks(image, self.config.source.uri, max(1, int(encode.decode_cpus))),
+                DecodeBlocks(image, self.config.source.uri, max(1, int(encode.decode_cpus)), self.monitor),
                 batch_size=None,
                 batch_format="pyarrow",
                 num_cpus=encode.decode_cpus,
@@ -137,7 +141,7 @@ class _Passes:
             num_gpus=r["actor_gpus"] or None,
             **actor_pool(r["actors"], _TASK_RETRIES, batch_rows),
         )
-        sink = LedgerSink("CommitLatents", CommitRows(self.committer), self._rows_per_write())
+        sink = LedgerSink("CommitLatents", CommitRows(self.committer, self.monitor), self._rows_per_write())
         dataset.write_datasink(sink, ray_remote_args={"num_cpus": encode.write_cpus}, concurrency=encode.writers)
 
     def _spec(self, resources: dict[str, Any]) -> EncoderSpec:
@@ -154,6 +158,14 @@ class _Passes:
             device="cuda" if resources["actor_gpus"] else "cpu",
             decoded=encode.decode == "tasks",
         )
+
+    def _shares(self) -> Shares:
+        import ray
+
+        encode, actors = self.config.encode, self.resources["actors"]
+        cpus = ray.cluster_resources().get("CPU", 1.0)
+        decode = cpus if encode.decode == "tasks" else actors * encode.decode_threads
+        return Shares({"read": cpus, "decode": decode, "device": actors, "write": encode.writers})
 
     def _rows_per_write(self) -> int:
         channels = self.info.latent_channels * (2 if self.config.codec.posterior == "moments" else 1)
@@ -203,19 +215,49 @@ class _Passes:
         if time.monotonic() >= self._next_log and totals.get("rows"):
             self._next_log = time.monotonic() + _LOG_S
             self.tracker.log_metrics({f"progress/{k}": v for k, v in totals.items()}, step=int(totals["rows"]))
+            self.gauges({"tracking_unsent_bytes": self.tracker.num_unsent_bytes()})
 
 
 def _open_rows(gaps: RowSet) -> str:
     return f"{gaps.count():,}" if gaps.count() < 1 << 30 else "some"
 
 
-def _figures(totals: dict[str, float], elapsed_s: float) -> dict[str, float | str]:
-    """Rejects, and which stage limits: the share of an actor's time that its device works, not waits for pixels."""
-    busy, wait = totals.get("device_s", 0.0), totals.get("wait_s", 0.0)
-    figures: dict[str, float | str] = {"rejected": int(totals.get("rejected", 0))}
-    if busy + wait > 0:
-        figures["device"] = f"{100 * busy / (busy + wait):.0f}%"
-    return figures
+class Shares:
+    """How busy each stage was over the last seconds, as a share of what it may use: the highest is what limits.
+
+    Reads are counted against all CPUs of the cluster, decoding and the device against their actors' threads and
+    devices (decode tasks against all CPUs), writes against the writers. Also a Ray metric, one gauge a stage.
+    """
+
+    def __init__(self, capacity: dict[str, float]) -> None:
+        from ray.util.metrics import Gauge
+
+        self._capacity = capacity
+        self._then: tuple[float, dict[str, float]] | None = None
+        self._shown: dict[str, float | str] = {}
+        self._gauge = Gauge(
+            "latentloom_encode_busy_share",
+            description="share of its capacity that a stage of the encode job uses",
+            tag_keys=("stage",),
+        )
+
+    def __call__(self, totals: dict[str, float], elapsed_s: float) -> dict[str, float | str]:
+        """Rejects so far, and the shares over the last full window."""
+        if totals and self._then is None:
+            self._then = elapsed_s, dict.fromkeys(totals, 0.0)
+        if self._then is not None and elapsed_s - self._then[0] >= _SHARES_S:
+            self._look(totals, elapsed_s - self._then[0], self._then[1])
+            self._then = elapsed_s, totals
+        return {"rejected": int(totals.get("rejected", 0)), **self._shown}
+
+    def _look(self, now: dict[str, float], seconds: float, before: dict[str, float]) -> None:
+        shares = {
+            stage: min(1.0, (now.get(f"{stage}_s", 0.0) - before.get(f"{stage}_s", 0.0)) / seconds / capacity)
+            for stage, capacity in self._capacity.items()
+        }
+        for stage, share in shares.items():
+            self._gauge.set(share, tags={"stage": stage})
+        self._shown = {"busy": " ".join(f"{stage} {100 * share:.0f}%" for stage, share in shares.items())}
 
 
 def _resources(config: EncodeJobConfig) -> dict[str, Any]:
@@ -228,8 +270,21 @@ def _resources(config: EncodeJobConfig) -> dict[str, Any]:
     actor_gpus = encode.actor_gpus if encode.actor_gpus is not None else (1.0 if gpus else 0.0)
     actors = encode.actors or (max(1, int(gpus / actor_gpus)) if actor_gpus else max(1, int(cpus)))
     spare = encode.read_cpus + encode.write_cpus + (encode.decode_cpus if encode.decode == "tasks" else 0.0)
-    actor_cpus = encode.actor_cpus or max(0.1, round(min(1.0, (cpus - spare) / actors), 4))
+    actor_cpus = encode.actor_cpus or _actor_cpus(cpus, spare, actors)
     demands = {f"{actors} encoder actors": actors * actor_cpus, "reads and writes": spare}
     check_cpus(demands, "encode.actors")
     threads = encode.threads_per_actor or max(1, round(actor_cpus))
     return {"actors": actors, "actor_cpus": actor_cpus, "actor_gpus": actor_gpus, "threads": threads}
+
+
+def _actor_cpus(cpus: float, spare: float, actors: int) -> float:
+    """What an actor reserves, so that however actors spread, reads and writes find room on every node.
+
+    Else the nodes that are left when others are lost may hold nothing but actors that wait for reads.
+    """
+    import ray
+
+    nodes = [n["Resources"].get("CPU", 0.0) for n in ray.nodes() if n["Alive"]]
+    on_any = [(have - spare) / max(1, int(have)) for have in nodes if have > spare]
+    share: float = min(1.0, (cpus - spare) / actors, *on_any)
+    return max(0.1, round(share - 5e-5, 4))

@@ -1,8 +1,12 @@
-"""What runs on the workers: reading a unit, encoding a block, committing rows. Plain classes that pickle."""
+"""What runs on the workers: reading a unit, encoding a block, committing rows. Plain classes that pickle.
+
+Torch is imported by the encoder alone: the processes that read and write start without it.
+"""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +16,6 @@ import pyarrow as pa
 from pipeline.codec.config import CodecConfig
 from pipeline.encode.blocks import raw_table, split_outcomes
 from pipeline.encode.decoding import Decoder, items_of, pixels_table
-from pipeline.encode.encoder import Encoder
 from pipeline.source.config import ImageConfig, SourceConfig
 from pipeline.source.listing import Entry
 from pipeline.source.readers import read_unit
@@ -34,8 +37,18 @@ class UnitReader:
     source: SourceConfig
     spans: dict[int, EntrySpan]
     block_rows: int = 1024
+    monitor: Any = None
 
     def __call__(self, work: Work) -> Iterator[pa.Table]:
+        spent, began = 0.0, time.perf_counter()
+        for table in self._blocks(work):
+            spent += time.perf_counter() - began
+            yield table
+            began = time.perf_counter()
+        if self.monitor is not None:
+            self.monitor.add.remote({"read_s": spent + time.perf_counter() - began})
+
+    def _blocks(self, work: Work) -> Iterator[pa.Table]:
         entries = [
             Entry(e.key, e.size_bytes, e.etag, e.mtime_ns, e.row_start, e.row_stop, e.meta)
             for e in read_entries(self.root, self.spans[work.unit])
@@ -75,6 +88,7 @@ class EncodeBlocks:
         import torch
 
         from pipeline.codec.codec import load_codec
+        from pipeline.encode.encoder import Encoder
 
         torch.set_num_threads(spec.threads)
         codec = load_codec(
@@ -106,6 +120,7 @@ class EncodeBlocks:
         self._monitor.begin.remote(self._name, [tuple(t) for t in touched])
         items = items_of(block) if self._decoder is None else self._decoder.items(block)
         before = (self._encoder.usage.wait_s, self._encoder.usage.device_s, self._encoder.usage.rejected)
+        decoded_s = self._decoder.busy_s if self._decoder else 0.0
         table = self._encoder.encode(items, on_batch=lambda n: self._monitor.add.remote({"rows": n}))
         usage = self._encoder.usage
         rejected = usage.rejected - before[2]
@@ -115,6 +130,7 @@ class EncodeBlocks:
                 "rejected": rejected,
                 "wait_s": usage.wait_s - before[0],
                 "device_s": usage.device_s - before[1],
+                "decode_s": self._decoder.busy_s - decoded_s if self._decoder else 0.0,
             }
         )
         self._monitor.end.remote(self._name)
@@ -134,6 +150,7 @@ class DecodeBlocks:
     image: ImageConfig
     source_uri: str
     threads: int
+    monitor: Any
 
     def __call__(self, block: pa.Table) -> pa.Table:
         decoder = Decoder(self.image, self.source_uri, self.threads, 2 * self.threads)
@@ -141,6 +158,7 @@ class DecodeBlocks:
             return pixels_table(decoder.items(block))
         finally:
             decoder.close()
+            self.monitor.add.remote({"decode_s": decoder.busy_s})
 
 
 @dataclass(frozen=True)
@@ -148,7 +166,11 @@ class CommitRows:
     """A write task's work: ENCODED rows to one commit."""
 
     committer: Committer
+    monitor: Any = None
 
     def __call__(self, table: pa.Table) -> None:
+        began = time.perf_counter()
         stored, outcomes, unit_rows = split_outcomes(table)
         self.committer.commit(stored, outcomes, unit_rows)
+        if self.monitor is not None:
+            self.monitor.add.remote({"write_s": time.perf_counter() - began})

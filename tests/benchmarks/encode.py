@@ -1,0 +1,193 @@
+"""Encoding a folder of images: the product, two peers, and the limit, on the same files and codec in one run.
+
+    python -m tests.benchmarks.encode [--photos FOLDER] [--images 2000] [--codec small|sd] [--out DIR]
+
+Each contender is a command of its own and runs on a quarter of the images and on all of them. Its rate is that of
+the images between: what starting up costs falls out of the difference, and is shown beside it. The photographs are
+repeated under new names. `small` is an AutoencoderKL in which the pipeline dominates, `sd` one of the size and shape
+of Stable Diffusion's, both with random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks import report
+
+CODECS = {"small": (16, 32, 32, 32), "sd": (128, 256, 512, 512)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input: files, a codec, and how they are encoded."""
+
+    images: Path
+    count: int
+    codec: Path
+    resolution: int
+    batch: int
+    actors: int
+
+
+def make_codec(folder: Path, kind: str) -> Path:
+    """An AutoencoderKL of factor 8 and four channels with random weights."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    channels = CODECS[kind]
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=channels,
+        layers_per_block=2 if kind == "sd" else 1,
+        latent_channels=4,
+        norm_num_groups=min(32, channels[0]),
+        mid_block_add_attention=kind == "sd",
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def make_images(folder: Path, photos: Path, count: int) -> Path:
+    """`count` links to the photographs, each under many names."""
+    sources = sorted(p for p in photos.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+    folder.mkdir(parents=True)
+    for number in range(count):
+        source = sources[number % len(sources)]
+        os.symlink(source.resolve(), folder / f"{number:07d}{source.suffix.lower()}")
+    return folder
+
+
+def ours(case: Case, out: Path) -> list[str]:
+    """The job, by its ordinary command."""
+    settings = {
+        "source.kind": "folder",
+        "source.uri": case.images,
+        "image.resolution": case.resolution,
+        "image.multiple_of": 8,
+        "image.max_upscale": 8.0,
+        "codec.path": case.codec,
+        "output.uri": out,
+        "encode.batch_size": case.batch,
+        "encode.actors": case.actors,
+        "tracking.enabled": "false",
+        "cluster.dashboard": "false",
+    }
+    return ["jobs.encode", *(f"{key}={value}" for key, value in settings.items())]
+
+
+def peer(name: str) -> Callable[[Case, Path], list[str]]:
+    """A script of tests/benchmarks/peers."""
+
+    def command(case: Case, out: Path) -> list[str]:
+        place = f"tests.benchmarks.peers.{name}"
+        return [place, *map(str, (case.images, case.codec, out, case.resolution, case.batch))]
+
+    return command
+
+
+def limit(processes: int) -> Callable[[Case, Path], list[str]]:
+    """Decoding and the VAE alone."""
+
+    def command(case: Case, out: Path) -> list[str]:
+        place = "tests.benchmarks.peers.encode_limit"
+        return [place, *map(str, (case.images, case.codec, case.resolution, case.batch, processes))]
+
+    return command
+
+
+def run(command: list[str]) -> tuple[float, float]:
+    """(seconds of the whole command, largest resident set of its processes in MiB)."""
+    env = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "PASSIVE"}
+    env.pop("RAY_ADDRESS", None)
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", *command], env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return time.perf_counter() - began, float(answer.get("work_s", 0.0))
+
+
+def stored(out: Path) -> tuple[int, int, float]:
+    """(files, bytes, milliseconds to list them and open the first) of what a contender left."""
+    began = time.perf_counter()
+    files = [p for p in sorted(out.rglob("*")) if p.is_file()]
+    if files:
+        with files[0].open("rb") as first:
+            first.read(1)
+    return len(files), sum(p.stat().st_size for p in files), 1e3 * (time.perf_counter() - began)
+
+
+def measure(case: Case, quarter: Case, contender: Callable[[Case, Path], list[str]], place: Path) -> dict[str, float]:
+    """One contender on the quarter and on the whole."""
+    few, _ = run(contender(quarter, place / "quarter"))
+    many, _ = run(contender(case, place / "whole"))
+    files, size, list_ms = stored(place / "whole") if (place / "whole").exists() else (0, 0, 0.0)
+    shutil.rmtree(place, ignore_errors=True)
+    rate = (case.count - quarter.count) / max(many - few, 1e-9)
+    return {
+        "images_per_s": rate,
+        "command_s": many,
+        "start_s": many - case.count / rate,
+        "files": files,
+        "bytes_per_image": size / case.count,
+        "list_ms": list_ms,
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, default=Path("../shared/data/photos"))
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--codec", choices=sorted(CODECS), default="small")
+    parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--actors", type=int, default=os.cpu_count())
+    parser.add_argument("--only", nargs="*", help="contenders to run; all without")
+    parser.add_argument("--out", type=Path)
+    chosen = parser.parse_args(arguments)
+    contenders = {
+        "ours": ours,
+        "DataLoader, a file an image": peer("encode_loop"),
+        "Ray Data template": peer("encode_ray_data"),
+        **{f"no pipeline, {n} process(es)": limit(n) for n in sorted({1, os.cpu_count() or 1})},
+    }
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        place = Path(folder)
+        codec = make_codec(place / "codec", chosen.codec)
+        how = (codec, chosen.resolution, chosen.batch, chosen.actors)
+        counts = (chosen.images, chosen.images // 4)
+        cases = [Case(make_images(place / str(n), chosen.photos, n), n, *how) for n in counts]
+        found = {}
+        for name, contender in contenders.items():
+            if not chosen.only or name in chosen.only:
+                found[name] = measure(*cases, contender, place / "out")
+                print(f"{name}: {found[name]['images_per_s']:.1f} images/s", file=sys.stderr, flush=True)
+    limits = [f["images_per_s"] for name, f in found.items() if name.startswith("no pipeline")]
+    best = max(limits, default=float("nan"))
+    rows = [
+        [n, f["images_per_s"], f["images_per_s"] / best, f["start_s"], f["files"], f["bytes_per_image"], f["list_ms"]]
+        for n, f in found.items()
+    ]
+    heads = ["", "images/s", "of limit", "start s", "files", "bytes/image", "list+open ms"]
+    print(report.table(heads, rows))
+    name = f"encode_{chosen.codec}_{chosen.resolution}"
+    report.write(chosen.out, name, {"images": chosen.images, "contenders": found})
+    title = f"encode, {chosen.codec} codec, {chosen.resolution} px"
+    report.bars(chosen.out, name, title, {n: f["images_per_s"] for n, f in found.items()}, "images/s")
+
+
+if __name__ == "__main__":
+    main()

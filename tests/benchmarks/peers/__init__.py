@@ -1,0 +1,1 @@
+"""The ways people encode images to latents today, each as the short script it usually is."""
