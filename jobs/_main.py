@@ -22,8 +22,10 @@ from typing import Any, NoReturn, TextIO
 
 from jobs._supervise import Ending, supervised
 from pipeline.config import StrictModel, dump_yaml, help_text, load_config
-from pipeline.errors import PipelineError, StoppedError
+from pipeline.errors import StoppedError
 from pipeline.result import JobResult
+from pipeline.storage_errors import job_error
+from pipeline.tracking.redact import Redactor
 
 EXIT_CODES = """exit codes:
   0   done                      4   conflict: another run or another kind of dataset holds the output
@@ -63,11 +65,26 @@ def main(job: Job, argv: Sequence[str] | None = None) -> NoReturn:
 def _show_messages() -> None:
     """The pipeline's own messages as plain lines on standard error."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Discreet("%(message)s"))
     logger = logging.getLogger("pipeline")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+class _Discreet(logging.Formatter):
+    """Messages without the secrets that this process knows."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _redacted(super().format(record))
+
+
+def _redacted(text: str) -> str:
+    return Redactor.for_uri("")(text)
+
+
+def _say(job: Job, text: object) -> None:
+    print(_redacted(f"\n{job.name}: {text}"), file=sys.stderr, flush=True)
 
 
 def _parser(job: Job) -> argparse.ArgumentParser:
@@ -116,15 +133,16 @@ def _run(job: Job, arguments: argparse.Namespace) -> Ending:
         with _stop_signals():
             result = function(config)
         return 0, result.to_json(job.name)
-    except PipelineError as error:
-        print(f"\n{job.name}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code, _failure(job, error.exit_code, error.what)
     except KeyboardInterrupt:
-        print(f"\n{job.name}: interrupted; the same command goes on where it stopped", file=sys.stderr, flush=True)
+        _say(job, "interrupted; the same command goes on where it stopped")
         return StoppedError.exit_code, _failure(job, StoppedError.exit_code, "interrupted")
     except Exception as error:  # noqa: BLE001 - the outermost frame: whatever is left is a bug, and said to be one
-        traceback.print_exc()
-        print(f"\n{job.name}: this is a bug in latentloom; nothing committed was lost.", file=sys.stderr, flush=True)
+        known = job_error(error)
+        if known is not None:
+            _say(job, known)
+            return known.exit_code, _failure(job, known.exit_code, known.what)
+        print(_redacted(traceback.format_exc()), file=sys.stderr)
+        _say(job, "this is a bug in latentloom; nothing committed was lost.")
         return 1, _failure(job, 1, f"{type(error).__name__}: {error}")
 
 
@@ -136,13 +154,15 @@ def _died(job: Job, cause: str) -> Ending:
         next_step="see that the machine has memory and disk space left (the end of Ray's own node process looks "
         "like this, too), then run the same command again",
     )
-    print(f"\n{job.name}: {error}", file=sys.stderr, flush=True)
+    _say(job, error)
     return error.exit_code, _failure(job, error.exit_code, what)
 
 
 def _failure(job: Job, code: int, what: str) -> str:
     status = {4: "conflict", 5: "rejects-over-budget", 75: "stopped"}.get(code, "failed")
-    return json.dumps({"job": job.name, "status": status, "exit_code": code, "error": what.splitlines()[0]})
+    return json.dumps(
+        {"job": job.name, "status": status, "exit_code": code, "error": _redacted(what.splitlines()[0])}
+    )
 
 
 def _load(target: str) -> Any:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import logging
 import os
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import Field
 
 from pipeline.config import StrictModel
 from pipeline.errors import InputError, StoppedError
+from pipeline.storage_remote import process_settings
+
+_log = logging.getLogger(__name__)
+# Whether this process has a request with an autoscaler, which outlives processes.
+_asked = False
 
 # Several processes share the cores: OpenMP threads that spin while they wait steal them from each other.
 WORKER_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"}
@@ -27,6 +36,15 @@ class ClusterConfig(StrictModel):
     dashboard: bool = Field(
         default=True, description="Serve the dashboard of a locally started Ray, on loopback only."
     )
+    request_cpus: int | None = Field(
+        default=None, ge=1, description="CPUs to ask an autoscaling cluster for, and to wait for, before work is cut."
+    )
+    request_gpus: int | None = Field(
+        default=None, ge=1, description="The same for GPUs; the request holds until the job ends."
+    )
+    request_timeout_s: float = Field(
+        default=900.0, gt=0, description="Longest such wait; the job then starts with the part that has come."
+    )
 
 
 def ensure_ray(cluster: ClusterConfig) -> Any:
@@ -40,7 +58,9 @@ def ensure_ray(cluster: ClusterConfig) -> Any:
 
     if ray.is_initialized():
         return ray
-    common: dict[str, Any] = {"runtime_env": {"env_vars": WORKER_ENV}, "logging_level": logging.ERROR}
+    store = process_settings()
+    os.environ.update(store)
+    common: dict[str, Any] = {"runtime_env": {"env_vars": {**WORKER_ENV, **store}}, "logging_level": logging.ERROR}
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
@@ -53,6 +73,7 @@ def ensure_ray(cluster: ClusterConfig) -> Any:
                 rule="RAY_ADDRESS names a running cluster of the same Ray version",
                 next_step="start the cluster, correct the address, or unset RAY_ADDRESS to run on this machine",
             ) from None
+        _grow(ray, cluster)
         return ray
     try:
         ray.init(
@@ -73,16 +94,97 @@ def ensure_ray(cluster: ClusterConfig) -> Any:
 
 
 def shutdown_ray() -> None:
-    """Disconnect, and stop the Ray that `ensure_ray` started here; nothing happens when none is connected."""
+    """Disconnect, and stop the Ray that `ensure_ray` started here; nothing happens when none is connected.
+
+    What was asked of an autoscaler is withdrawn, so that its nodes may go.
+    """
     import ray
 
+    global _asked
     if ray.is_initialized():
+        if _asked:
+            from ray.autoscaler.sdk import request_resources
+
+            request_resources(bundles=[])
+            _asked = False
         ray.shutdown()
+
+
+def _grow(ray: Any, cluster: ClusterConfig) -> None:
+    """Ask an autoscaler for what the configuration requests, and wait until it is there."""
+    global _asked
+    wanted = {"CPU": cluster.request_cpus or 0, "GPU": cluster.request_gpus or 0}
+    if not any(wanted.values()):
+        return
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(num_cpus=wanted["CPU"] or None, bundles=[{"GPU": 1}] * wanted["GPU"])
+    _asked = True
+    atexit.register(shutdown_ray)
+    await_resources(wanted, ray.cluster_resources, cluster.request_timeout_s)
+
+
+def await_resources(wanted: dict[str, int], offered: Callable[[], dict[str, float]], timeout_s: float) -> None:
+    """Return when `offered` reaches `wanted`, or with a warning after `timeout_s` when a part of each is there.
+
+    Raises StoppedError when of some resource nothing came: a later start may find the cloud less busy.
+    """
+    give_up = time.monotonic() + timeout_s
+    told = False
+    while True:
+        have = offered()
+        missing = {name: n for name, n in wanted.items() if have.get(name, 0.0) < n}
+        if not missing:
+            return
+        shown = ", ".join(f"{have.get(name, 0.0):g} of {n} {name}s" for name, n in missing.items())
+        if time.monotonic() >= give_up:
+            break
+        if not told:
+            _log.info("waiting for the cluster to grow: %s are there", shown)
+            told = True
+        time.sleep(min(1.0, timeout_s))
+    if any(have.get(name, 0.0) < 1 for name in missing):
+        raise StoppedError(
+            f"The cluster did not grow within {timeout_s:g} s: {shown} are there",
+            key="cluster.request_timeout_s",
+            value=timeout_s,
+            rule="some of what cluster.request_cpus and cluster.request_gpus ask for must come",
+            next_step="see whether the cloud has such nodes and your quota allows them, then run the command again",
+        )
+    _log.warning("the cluster did not grow to what was asked for, going on with %s", shown)
+
+
+class Gauges:
+    """Figures as Ray metrics, each with its newest value: `latentloom_<job>_<name>`; Prometheus sees ray_ before it.
+
+    Names that are no identifiers (`val/loss`) are left to the tracker.
+    """
+
+    def __init__(self, job: str) -> None:
+        self._job = job
+        self._gauges: dict[str, Any] = {}
+
+    def __call__(self, figures: Mapping[str, float]) -> None:
+        """Show these figures until others of the same names come, or this process ends."""
+        from ray.util.metrics import Gauge
+
+        for name, value in figures.items():
+            if not name.isidentifier():
+                continue
+            if name not in self._gauges:
+                self._gauges[name] = Gauge(
+                    f"latentloom_{self._job}_{name}", description=f"{name} of a {self._job} job"
+                )
+            self._gauges[name].set(float(value))
 
 
 def local_raylets() -> list[int]:
     """Process ids of the raylets this process has started; empty on a cluster that others run."""
     import psutil
 
-    children = psutil.Process().children()
-    return [c.pid for c in children if c.name() == "raylet" and c.status() != psutil.STATUS_ZOMBIE]
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may end while it is looked at
+            if child.name() == "raylet" and child.status() != psutil.STATUS_ZOMBIE:
+                found.append(child.pid)
+    return found

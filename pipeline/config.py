@@ -74,6 +74,7 @@ def load_config(model: type[M], files: Sequence[str], overrides: Sequence[str] =
 
 def validate(model: type[M], data: Mapping[str, Any]) -> M:
     """Build `model` from plain data; raises ConfigError that lists every problem with its likely remedy."""
+    _refuse_passwords(data, "")
     try:
         # JSON mode: strict about types, yet a YAML list may fill a tuple.
         return model.model_validate_json(json.dumps(data))
@@ -88,6 +89,32 @@ def validate(model: type[M], data: Mapping[str, Any]) -> M:
         ) from None
     except TypeError as error:
         raise ConfigError(f"The configuration holds a value of an unknown type: {error}") from None
+
+
+_PASSWORD = re.compile(
+    r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/@\s:]*:(?!\d+/)\S+|(?<=http://)[^/@\s]+|(?<=https://)[^/@\s]+)@"
+)
+
+
+def _refuse_passwords(data: Any, key: str) -> None:
+    """ConfigError for a URI with a password: configurations are stored with the data, logged and shown.
+
+    Only a tracking store's may have one, for databases take it in no other way; it is removed wherever it is shown.
+    """
+    if isinstance(data, Mapping):
+        for name, value in data.items():
+            _refuse_passwords(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(data, list):
+        for value in data:
+            _refuse_passwords(value, key)
+    elif isinstance(data, str) and key != "tracking.uri" and _PASSWORD.match(data):
+        raise ConfigError(
+            "The configuration holds a password",
+            key=key,
+            value=re.sub(r"://.*@", "://***@", data),
+            rule="a URI names a place; configurations are stored beside the data and shown in many places",
+            next_step="take it out, and give credentials as the store's own environment variables, files or roles",
+        )
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

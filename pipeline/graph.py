@@ -6,7 +6,6 @@ their address, a write task commits what it got, and after each pass the ledger,
 
 from __future__ import annotations
 
-import errno
 import logging
 import signal
 import threading
@@ -14,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import ray
@@ -27,9 +26,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.cluster import local_raylets
 from pipeline.errors import ConfigError, InputError, PipelineError, StoppedError
 from pipeline.progress import Progress
+from pipeline.storage_errors import describe, job_error, storage_errors
 from pipeline.store.work import Work
 
 _POLL_S = 0.5
+T = TypeVar("T")
 
 
 class UnitSource(Datasource):  # type: ignore[misc]
@@ -92,7 +93,11 @@ class LedgerSink(Datasink[int]):  # type: ignore[misc]
         if not tables:
             return 0
         table = pa.concat_tables(tables)
-        self._write(table)
+        try:
+            self._write(table)
+        except storage_errors() as error:
+            # Told here, where the error is whole: Ray adds advice about its retries to what it carries.
+            raise _refused(error) from error
         return int(table.num_rows)
 
 
@@ -194,14 +199,24 @@ class Watch:
 
 def configure_ray_data() -> None:
     """Ray Data as this project needs it: no dropped blocks, no bars of its own."""
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # What goes wrong is told by the job itself; Ray's own account, with its tracebacks, goes to its log files.
+    for handler in logging.getLogger("ray.data").handlers:
+        if not hasattr(handler, "baseFilename") and type(handler).__name__ != "SessionFileHandler":
+            handler.setLevel(logging.CRITICAL)
     # Bounded repeats of a task can be asked for in this way only.
     warnings.filterwarnings("ignore", message=".*ray_remote_args.* is deprecated")
     context = DataContext.get_current()
     context.max_errored_blocks = 0
+    # Else a UDF's own error arrives as text inside another one, and what it means is lost.
+    context.raise_original_map_exception = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = False
+
+
+def whole_blocks() -> None:
+    """Blocks stay what the stages made them: none is split for its size."""
+    DataContext.get_current().target_max_block_size = None
 
 
 def actor_pool(size: int, retries: int, batch_rows: int | None = None) -> dict[str, Any]:
@@ -231,6 +246,31 @@ def check_cpus(demands: Mapping[str, float], key: str) -> None:
             rule="actors + one read + one write must fit the cluster's CPUs",
             next_step="lower the number of actors or the CPUs they reserve, or add nodes",
         )
+
+
+def answer(reference: Any) -> Any:
+    """What another actor answers, once it has; raises what it raised."""
+    return ray.get(reference)
+
+
+def held(load: Callable[[], T]) -> Callable[[], T]:
+    """Call `load` now; the answer is a function that returns what it returned, or raises its PipelineError.
+
+    For the start of an actor: an error raised there reaches the driver as a dead actor without its cause, and Ray
+    starts the actor anew; one raised by the first call arrives as what it is.
+    """
+    try:
+        loaded = load()
+    except PipelineError as error:
+        return _raises(error)
+    return lambda: loaded
+
+
+def _raises(error: PipelineError) -> Callable[[], Any]:
+    def call() -> Any:
+        raise error
+
+    return call
 
 
 def run_execution(execute: Callable[[], None]) -> RayError | None:
@@ -263,17 +303,22 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _known_cause(error: BaseException) -> PipelineError | None:
-    for cause in _causes(error):
-        if isinstance(cause, PipelineError) and not isinstance(cause, RayError):
+    causes = [cause for cause in _causes(error) if not isinstance(cause, RayError)]
+    for cause in causes:
+        if isinstance(cause, PipelineError):
             return cause
-        if isinstance(cause, OSError) and not isinstance(cause, RayError):
-            full = cause.errno in (errno.ENOSPC, errno.EDQUOT)
-            return InputError(
-                f"The store refused an operation: {cause}",
-                rule="what was committed before stays; nothing half-written is visible",
-                next_step=("free space" if full else "see to the store") + ", then run the same command again",
-            )
+    # The last is the first that was raised: what wraps it has Ray's advice about retries in its text.
+    for cause in reversed([cause for cause in causes if isinstance(cause, storage_errors())]):
+        return _refused(cause)
     return None
+
+
+def _refused(error: BaseException) -> PipelineError:
+    return job_error(error) or InputError(
+        f"The store refused an operation: {describe(error)}",
+        rule="what was committed before stays; nothing half-written is visible",
+        next_step="see to the store, then run the same command again",
+    )
 
 
 def _is_user_error(error: RayError) -> bool:

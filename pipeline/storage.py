@@ -8,6 +8,8 @@ local files by an exclusive hard link, S3 by `If-None-Match: *`, other stores by
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import os
 import random
 import secrets
@@ -19,13 +21,32 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 from pipeline.errors import InputError
-from pipeline.storage_errors import already_exists, describe, is_transient, storage_errors
+from pipeline.storage_errors import (
+    already_exists,
+    describe,
+    is_transient,
+    not_implemented,
+    plain_error,
+    storage_errors,
+    without_user,
+)
+from pipeline.storage_local import scanned, written_beside
+from pipeline.storage_remote import (
+    BUFFER_BYTES,
+    RangedFile,
+    create_whole,
+    is_marked,
+    make_filesystem,
+    put_whole,
+    read_whole,
+)
+from pipeline.storage_writers import refuse_or_warn, single_writer
 
 T = TypeVar("T")
 
-_ATTEMPTS = 6
-_BACKOFF_BASE_S, _BACKOFF_CAP_S = 0.2, 10.0
-_TEMPORARY_PREFIX = ".tmp-"
+_ATTEMPTS = 8
+_BACKOFF_BASE_S, _BACKOFF_CAP_S = 0.25, 15.0
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,14 +125,11 @@ class Root:
     def fs(self) -> Any:
         """The fsspec filesystem; made on first use in each process, without a listings cache."""
         if self._fs is None:
-            import fsspec
-
-            options: dict[str, Any] = {"use_listings_cache": False} if self._scheme in ("s3", "s3a") else {}
             try:
-                self._fs = fsspec.filesystem(self._scheme, **options)
+                self._fs = make_filesystem(self.uri, self._scheme)
             except (ImportError, ValueError) as error:
                 raise InputError(
-                    f"The store {self.uri} cannot be used: {error}",
+                    f"The store {without_user(self.uri)} cannot be used: {without_user(str(error))}",
                     rule="the scheme needs an installed fsspec backend",
                     next_step="pip install the backend (s3fs, gcsfs, adlfs, ...) or correct the scheme",
                 ) from None
@@ -123,7 +141,7 @@ class Root:
         """The whole object; FileNotFoundError when it is absent."""
         if self._local:
             return Path(self._path(key)).read_bytes()
-        return cast(bytes, self._retry(lambda: self.fs.cat_file(self._path(key))))
+        return self._retry(lambda: read_whole(self.fs, self._path(key)))
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """`length` bytes from offset `start` (fewer at the object's end)."""
@@ -134,10 +152,11 @@ class Root:
         return cast(bytes, self._retry(lambda: self.fs.cat_file(self._path(key), start=start, end=start + length)))
 
     def open(self, key: str) -> BinaryIO:
-        """A seekable binary file for reading."""
+        """A seekable binary file for reading; on a remote store every read of its buffer is retried by itself."""
         if self._local:
             return open(self._path(key), "rb")
-        return cast(BinaryIO, self._retry(lambda: self.fs.open(self._path(key), "rb")))
+        file = RangedFile(lambda start, length: self.read_range(key, start, length), self.info(key).size_bytes)
+        return io.BufferedReader(file, BUFFER_BYTES)
 
     def exists(self, key: str) -> bool:
         """Whether an object of this key exists now."""
@@ -167,6 +186,10 @@ class Root:
             detail = self._retry(lambda: self.fs.info(self._path("")))
         except FileNotFoundError:
             return "missing"
+        except PermissionError:
+            # The refusal of a question about one object has no body that says why; that of a listing has.
+            self._retry(lambda: self.fs.ls(self._path(""), detail=True))
+            raise
         return "directory" if detail["type"] == "directory" else "file"
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
@@ -191,16 +214,7 @@ class Root:
         return sorted(found, key=lambda e: e[0] + "/" if e[1] else e[0])
 
     def _local_entries(self, prefix: str) -> Entries:
-        try:
-            with os.scandir(self._path(prefix)) as scan:
-                return [
-                    (e.name, e.is_dir(follow_symlinks=False), _local_info(e))
-                    for e in scan
-                    # A link to a directory could lead round in a circle; one to nowhere is no object.
-                    if not e.name.startswith(_TEMPORARY_PREFIX) and (e.is_file() or e.is_dir(follow_symlinks=False))
-                ]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+        return [(e.name, e.is_dir(follow_symlinks=False), _local_info(e)) for e in scanned(self._path(prefix))]
 
     def _remote_entries(self, prefix: str) -> Entries:
         base = self._path(prefix).rstrip("/")
@@ -220,68 +234,51 @@ class Root:
     def put(self, key: str, data: bytes) -> None:
         """Write a whole object, replacing any other: readers see the old bytes or the new, never a mixture."""
         if self._local:
-            with self._temporary(key, data) as (temporary, final):
-                os.replace(temporary, final)
+            with written_beside(self._path(key), data) as temporary:
+                os.replace(temporary, self._path(key))
             return
-        self._retry(lambda: self.fs.pipe_file(self._path(key), data))
+        self._retry(lambda: put_whole(self.fs, self._path(key), data))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Create an object: True when this call created it, False when one was there already.
 
-        An answer that got lost (the connection broke after the store had taken the object) is resolved by
-        reading it back: the same bytes after a broken attempt are ours.
+        An answer that got lost (the connection broke after the store had taken the object) is resolved by looking
+        whose object it is: by a mark in its metadata on S3, whose clients may repeat a call unasked; elsewhere, the
+        same bytes after a broken attempt are ours.
         """
         if self._local:
-            with self._temporary(key, data) as (temporary, final):
+            with written_beside(self._path(key), data) as temporary:
                 try:
-                    os.link(temporary, final)
+                    os.link(temporary, self._path(key))
                 except FileExistsError:
                     return False
             return True
-        tries = 0
+        if single_writer() and self.exists(key):
+            return False
+        mark, tries = secrets.token_hex(8), 0
 
         def create() -> bool:
             nonlocal tries
             tries += 1
             try:
-                self._create_remote(key, data)
+                self._create_remote(key, data, mark)
             except Exception as error:
+                if single_writer() and not_implemented(error):
+                    put_whole(self.fs, self._path(key), data)
+                    return True
                 if not already_exists(error):
                     raise
-                return tries > 1 and self.read_bytes(key) == data
+                return self._is_ours(key, data, mark, tries)
             return True
 
         return self._retry(create)
 
-    def _create_remote(self, key: str, data: bytes) -> None:
-        path = self._path(key)
-        if self._scheme in ("s3", "s3a"):
-            bucket, _, name = path.partition("/")
-            self.fs.call_s3("put_object", Bucket=bucket, Key=name, Body=data, IfNoneMatch="*")
-        else:
-            self.fs.pipe_file(path, data, mode="create")
+    def _is_ours(self, key: str, data: bytes, mark: str, tries: int) -> bool:
+        marked = self._retry(lambda: is_marked(self.fs, self._path(key), mark))
+        return marked if marked is not None else tries > 1 and self.read_bytes(key) == data
 
-    @contextlib.contextmanager
-    def _temporary(self, key: str, data: bytes) -> Iterator[tuple[str, str]]:
-        """A fully written, synced temporary file beside its final name; removed whatever happens."""
-        final = self._path(key)
-        directory = os.path.dirname(final)
-        os.makedirs(directory, exist_ok=True)
-        temporary = os.path.join(directory, _TEMPORARY_PREFIX + secrets.token_hex(8))
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            yield temporary, final
-            descriptor = os.open(directory, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+    def _create_remote(self, key: str, data: bytes, mark: str) -> None:
+        create_whole(self.fs, self._path(key), data, mark)
 
     def delete(self, key: str) -> None:
         """Remove one object; nothing happens when it is absent. Only garbage collection calls this."""
@@ -309,29 +306,38 @@ class Root:
     # -- trouble -------------------------------------------------------------------------------------------
 
     def _retry(self, call: Callable[[], T]) -> T:
-        """Run a remote call, again after transient errors: exponential backoff with full jitter."""
-        for attempt in range(_ATTEMPTS):
+        """Run a remote call, again after transient errors: exponential backoff with full jitter.
+
+        What comes out in the end is an OSError whose text says it all: StoreUnavailable when time might have helped.
+        """
+        for attempt in range(1, _ATTEMPTS + 1):
             try:
                 return call()
             except Exception as error:
-                if attempt == _ATTEMPTS - 1 or not is_transient(error):
-                    raise
+                if attempt == _ATTEMPTS or not is_transient(error):
+                    plain = plain_error(error, self.uri)
+                    if plain is error:
+                        raise
+                    raise plain from error
+                if attempt == 2:
+                    _log.warning("the store does not serve us, trying again for a while: %s", describe(error))
                 time.sleep(random.uniform(0, min(_BACKOFF_CAP_S, _BACKOFF_BASE_S * 2**attempt)))
         raise AssertionError("unreachable")
 
     def probe(self) -> None:
         """Refuse a store that cannot be written or cannot create-if-absent; leaves one tiny probe object.
 
-        Raises InputError, with the store's own words, when the output cannot be used.
+        Raises InputError, with the store's own words, when the output cannot be used. Where a single writer is
+        vouched for, a store without conditional writes is only warned about.
         """
         key = f".probe/{secrets.token_hex(8)}"
         try:
-            if self.kind() == "file":
+            if self._local and self.kind() == "file":
                 raise NotADirectoryError(f"{self.uri} is a file")
-            first, second = self.put_if_absent(key, b"probe"), self.put_if_absent(key, b"again")
+            atomic = self._creates_once(key)
         except storage_errors() as error:
             raise InputError(
-                f"The output {self.uri} cannot be written: {describe(error)}",
+                f"The output {without_user(self.uri)} cannot be written: {describe(error)}",
                 rule="an output is a directory or bucket prefix this process may write to",
                 next_step="check the URI, the endpoint, the permissions and the free space",
             ) from None
@@ -339,12 +345,22 @@ class Root:
             self.delete(key)
             if self._local:
                 os.rmdir(os.path.dirname(self._path(key)))
-        if not first or second:
-            raise InputError(
-                f"The store {self.uri} has no atomic create-if-absent: two writes to one new key both succeeded",
-                rule="exactly-once commits need conditional writes",
-                next_step="use a store with If-None-Match (S3, GCS, MinIO, Ceph) or a local file system",
-            )
+        if not atomic:
+            refuse_or_warn(self.uri)
+
+    def _creates_once(self, key: str) -> bool:
+        if self._local:
+            return self.put_if_absent(key, b"probe") and not self.put_if_absent(key, b"again")
+        try:
+            for _ in ("first", "second"):
+                self._retry(lambda: self._create_remote(key, b"probe", "probe"))
+        except storage_errors() as error:
+            if not_implemented(error):
+                return False
+            if already_exists(error):
+                return True
+            raise
+        return False
 
 
 def _local_info(entry: os.DirEntry[str]) -> Callable[[str], ObjectInfo]:

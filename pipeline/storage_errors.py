@@ -2,16 +2,67 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import sys
 from collections.abc import Iterator
 
+from pipeline.errors import InputError, PipelineError, StoppedError
+
 _FINAL = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
+# The clients' own failures that no repetition can mend: they are about the configuration of this process.
+_CONFIGURATION = {
+    "NoCredentialsError": "no credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a role",
+    "PartialCredentialsError": "one half of the credentials is missing: set both AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY",
+    "ProfileNotFound": "AWS_PROFILE names a profile that is not configured here",
+    "ParamValidationError": "the bucket or key has a form that S3 does not allow",
+    "TokenRetrievalError": "the login has expired: log in again",
+    "UnauthorizedSSOTokenError": "the login has expired: log in again",
+}
+_PASSING_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}  # of status 400
+_CODES = {
+    "InvalidAccessKeyId": "the store does not know this access key",
+    "SignatureDoesNotMatch": "the secret key does not belong to the access key",
+    "AccessDenied": "the store does not let this access key do this",
+    "403": "the store does not let this access key do this, or does not know it",
+    "ExpiredToken": "the session token has expired",
+    "RequestTimeTooSkewed": "this machine's clock differs too much from the store's",
+    "NoSuchBucket": "the bucket does not exist",
+    "AuthorizationHeaderMalformed": "the bucket is in another region: set AWS_DEFAULT_REGION",
+    "PermanentRedirect": "the bucket is in another region: set AWS_DEFAULT_REGION",
+    "IllegalLocationConstraintException": "the bucket is in another region: set AWS_DEFAULT_REGION",
+    "301": "the bucket is in another region: set AWS_DEFAULT_REGION",
+    "400": "the store does not understand the request: another region, or an endpoint that is no S3",
+    "InvalidBucketName": "the bucket's name has a form that the store does not allow",
+    "QuotaExceeded": "the store's quota is used up",
+}
+_UNREACHABLE = {
+    "EndpointConnectionError": "the endpoint cannot be reached: check AWS_ENDPOINT_URL and the network",
+    "ConnectTimeoutError": "the endpoint cannot be reached: check AWS_ENDPOINT_URL and the network",
+    "ClientConnectorDNSError": "the endpoint's name cannot be resolved: check AWS_ENDPOINT_URL and the network",
+    "SSLError": "the server's certificate is not trusted, or it does not speak TLS",
+    "ReadTimeoutError": "the store does not answer",
+    "FSTimeoutError": "the store does not answer",
+    "ClientPayloadError": "the answer broke off half-way",
+    "IncompleteReadError": "the answer broke off half-way",
+    "ResponseStreamingError": "the answer broke off half-way",
+    "ConnectionClosedError": "the connection broke",
+}
+_USER_PART = re.compile(r"(://)[^/\s'\"<>@]+@")
+
+
+class StoreUnavailable(OSError):
+    """A store did not answer, or only with errors, for as long as it was asked: what was written before stays."""
 
 
 def storage_errors() -> tuple[type[Exception], ...]:
-    """What a store may raise: OSError, and the S3 client's own errors, which are none (an unreachable endpoint)."""
-    botocore = sys.modules.get("botocore.exceptions")
-    return (OSError,) if botocore is None else (OSError, botocore.BotoCoreError, botocore.ClientError)
+    """What a store may raise: OSError, and its clients' own errors, which are none (an unreachable endpoint)."""
+    found: list[type[Exception]] = [OSError]
+    for module, names in (("botocore.exceptions", ("BotoCoreError", "ClientError")), ("aiohttp", ("ClientError",))):
+        loaded = sys.modules.get(module)
+        found += [getattr(loaded, name) for name in names] if loaded is not None else []
+    return tuple(found)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -21,34 +72,109 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         seen = seen.__cause__ or seen.__context__
 
 
-def _status(error: BaseException) -> int | None:
+def _response(error: BaseException) -> tuple[int | None, str]:
+    """(HTTP status, the store's own code) of the answer behind an error; (None, "") when there was no answer."""
     for cause in _causes(error):
         response = getattr(cause, "response", None)
         if isinstance(response, dict):
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            return int(status) if status is not None else None
-    return None
+            code = str((response.get("Error") or {}).get("Code") or "")
+            return (int(status) if status is not None else None), code
+    return None, ""
 
 
 def already_exists(error: BaseException) -> bool:
     """Whether a store refused to create an object because one of that key is there."""
-    return _status(error) == 412 or isinstance(error, FileExistsError)
+    return _response(error)[0] == 412 or isinstance(error, FileExistsError)
+
+
+def not_implemented(error: BaseException) -> bool:
+    """Whether a store says that it does not know the kind of request."""
+    return _response(error)[0] == 501 or isinstance(error, NotImplementedError)
 
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same call may succeed a moment later: an overloaded or unreachable store, a broken connection."""
     if isinstance(error, _FINAL):
         return False
-    status = _status(error)
+    status, code = _response(error)
     if status is not None:
-        return status >= 500 or status in (408, 409, 429)
-    names = {type(c).__name__ for c in _causes(error)}
-    if names & {"NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "ProfileNotFound"}:
+        return (status >= 500 and status != 501) or status in (408, 409, 429) or code in _PASSING_CODES
+    if {type(c).__name__ for c in _causes(error)} & _CONFIGURATION.keys():
         return False
     return isinstance(error, storage_errors())
 
 
+def plain_error(error: Exception, uri: str) -> Exception:
+    """The error as one that says everything in its text, is an OSError, and survives the way between processes.
+
+    StoreUnavailable for what might have passed by itself; errors that are none of a store's come back unchanged.
+    """
+    if not isinstance(error, storage_errors()):
+        return error
+    if is_transient(error):
+        return _with_text(StoreUnavailable, _explained(error), uri)
+    remote = _response(error)[0] is not None or not isinstance(error, OSError)
+    if not remote:
+        return error
+    kind = next((k for k in (FileNotFoundError, PermissionError) if isinstance(error, k)), OSError)
+    return _with_text(kind, _explained(error), uri)
+
+
+_NUMBERS = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES}
+
+
+def _with_text(kind: type[OSError], text: str, uri: str) -> OSError:
+    return kind(_NUMBERS.get(kind, errno.EIO), text, without_user(uri))
+
+
+def _explained(error: BaseException) -> str:
+    status, code = _response(error)
+    names = [type(cause).__name__ for cause in _causes(error)]
+    said = _CODES.get(code) or next(
+        (text for name in names for text in (_CONFIGURATION.get(name), _UNREACHABLE.get(name)) if text), None
+    )
+    label = code or (f"HTTP {status}" if status is not None else names[-1])
+    return f"{said} ({label})" if said else f"{label}: {_one_line(error)}"
+
+
 def describe(error: BaseException) -> str:
     """An error in one line, without the request's headers or any credential."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {without_user(str(error.filename))}" if error.filename is not None else ""
+        return f"{type(error).__name__}: {without_user(error.strerror)[:300]}{where}"
+    remote = _response(error)[0] is not None or not isinstance(error, OSError)
+    return f"{type(error).__name__}: {_explained(error) if remote else _one_line(error)}"
+
+
+def job_error(error: BaseException) -> PipelineError | None:
+    """What a store's failure that nobody else has handled means for a job; None for any other error."""
+    if isinstance(error, PipelineError):
+        return error
+    if not isinstance(error, storage_errors()):
+        return None
+    if isinstance(error, StoreUnavailable):
+        return StoppedError(
+            f"The store stayed away too long: {describe(error)}",
+            rule="what was committed before stays; nothing half-written is visible",
+            next_step="when the store answers again, run the same command again",
+        )
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remote = not isinstance(error, OSError) or "://" in str(error.filename)
+    if not (full or remote):
+        return None
+    return InputError(
+        f"The store refused an operation: {describe(error)}",
+        rule="what was committed before stays; nothing half-written is visible",
+        next_step=("free space" if full else "see to the store") + ", then run the same command again",
+    )
+
+
+def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return f"{type(error).__name__}: {text[:300]}"
+    return without_user(text)[:300]
+
+
+def without_user(text: str) -> str:
+    """Text with the user parts of its URIs, where passwords are, masked."""
+    return _USER_PART.sub(r"\1***@", text)

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# Real servers (S3, PostgreSQL, MLflow) as fixtures: started when the first test asks for them.
+pytest_plugins = ("tests.support.servers",)
+
 # Tests never talk to a hub and never oversubscribe the cores they share.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -147,3 +147,24 @@ def test_help_lists_every_key_with_type_default_and_description() -> None:
     assert "source.kind  (folder | tar; default folder)" in text
     assert "source.depth  (whole number; default 1; only kind = folder)" in text
     assert "source.member  (text; default *; only kind = tar)" in text
+
+
+@pytest.mark.parametrize(
+    "uri", ["s3://key:planted/Secret@bucket/x", "ftp://u:planted@h/x", "https://planted@h/x", "http://u:planted@h"]
+)
+def test_passwords_in_uris_are_refused_and_not_shown(uri: str) -> None:
+    from pipeline.encode.config import EncodeJobConfig
+
+    with pytest.raises(ConfigError, match="holds a password") as caught:
+        load_config(EncodeJobConfig, [], [f"source.uri={uri}"])
+    assert "source.uri = " in str(caught.value)
+    assert "planted" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "uri", ["abfs://container@account/x", "s3://b/a:b@c", "hf://datasets/u/n@rev", "http://h/@x"]
+)
+def test_other_uses_of_the_at_sign_pass(uri: str) -> None:
+    from pipeline.store.config import VerifyJobConfig
+
+    assert load_config(VerifyJobConfig, [], [f"data.uri={uri}"]).data.uri == uri

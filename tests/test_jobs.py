@@ -13,7 +13,11 @@ from pipeline.config import dump_yaml, load_config
 from tests.support.images import make_images
 from tests.support.jobs import REPOSITORY, command, environment, run
 
-JOBS = sorted(p.stem for p in (REPOSITORY / "jobs").glob("*.py") if p.stem not in ("__init__", "_main", "_supervise", "quickstart"))
+JOBS = sorted(
+    p.stem
+    for p in (REPOSITORY / "jobs").glob("*.py")
+    if p.stem not in ("__init__", "_main", "_supervise", "quickstart")
+)
 CONFIGS = sorted(p.relative_to(REPOSITORY) for p in (REPOSITORY / "configs").rglob("*.yaml"))
 GOLDEN = REPOSITORY / "tests" / "golden" / "configs"
 # Overlays are no whole configuration: each is resolved on top of the one it is meant for.
@@ -27,7 +31,12 @@ FOLDERS = {"encode": "encode", "train": "train", "sample": "sample", "text": "em
 OTHERS = {"embed_text": "text/clip_l_t5.yaml"}
 
 # Jobs about other things than a dataset, and an input that is not there.
-ABSENT = {"lineage": ["start=nowhere.png"], "sync_tracking": ["tracking.journal_dir=nowhere"]}
+ABSENT = {
+    "lineage": ["start=nowhere.png"],
+    "promote": ["evaluation.uri=nowhere", "model.name=m", "at_least.accuracy=0.5"],
+    "regenerate": ["image=nowhere.png", "output=again.png"],
+    "sync_tracking": ["tracking.journal_dir=nowhere"],
+}
 
 
 def job_of(config: Path) -> tuple[str, list[str]]:
@@ -142,6 +151,7 @@ CONTRACT = {
     "fit_codec": ["source.uri", "output.uri", "tracking.uri"],
     "evaluate": ["output.uri", "tracking.uri"],
     "lineage": ["start", "tracking.uri"],
+    "promote": ["evaluation.uri", "model.name", "model.alias", "at_least", "at_most", "tracking.uri"],
     "sync_tracking": ["tracking.uri", "tracking.journal_dir"],
 }
 

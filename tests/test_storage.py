@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import pickle
 import threading
@@ -14,8 +16,11 @@ import s3fs
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline import storage
 from pipeline.errors import InputError
 from pipeline.storage import Root, check_key
+from pipeline.storage_errors import StoreUnavailable, describe, plain_error
+from pipeline.storage_remote import RangedFile, put_whole
 
 
 @pytest.fixture(scope="module")
@@ -172,16 +177,29 @@ def test_an_unknown_scheme_names_the_remedy() -> None:
         Root("")
 
 
-def test_a_store_without_conditional_writes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    root = Root(f"memory://{uuid.uuid4().hex}")
+@pytest.fixture
+def careless(monkeypatch: pytest.MonkeyPatch) -> Root:
+    """A store that takes a conditional write for a plain one."""
+    monkeypatch.setattr("pipeline.storage.create_whole", lambda fs, path, data, mark: put_whole(fs, path, data))
+    return Root(f"memory://{uuid.uuid4().hex}")
 
-    def overwrite(self: Root, key: str, data: bytes) -> bool:
-        self.put(key, data)
-        return True
 
-    monkeypatch.setattr(Root, "put_if_absent", overwrite)
-    with pytest.raises(InputError, match="no atomic create-if-absent"):
-        root.probe()
+def test_a_store_without_conditional_writes_is_refused(careless: Root) -> None:
+    with pytest.raises(InputError, match="no atomic create-if-absent") as caught:
+        careless.probe()
+    assert "LATENTLOOM_SINGLE_WRITER=yes" in str(caught.value)
+
+
+def test_a_single_writer_may_use_it_after_a_loud_warning(
+    careless: Root, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LATENTLOOM_SINGLE_WRITER", "yes")
+    with caplog.at_level(logging.WARNING):
+        careless.probe()
+    assert "WILL DAMAGE IT" in caplog.text
+    assert careless.put_if_absent("a", b"first") is True
+    assert careless.put_if_absent("a", b"second") is False
+    assert careless.read_bytes("a") == b"first"
 
 
 def test_a_lost_answer_is_resolved_by_reading_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,9 +207,9 @@ def test_a_lost_answer_is_resolved_by_reading_back(monkeypatch: pytest.MonkeyPat
     root = Root(f"memory://{uuid.uuid4().hex}")
     real, calls = Root._create_remote, []
 
-    def lossy(self: Root, key: str, data: bytes) -> None:
+    def lossy(self: Root, key: str, data: bytes, mark: str) -> None:
         calls.append(key)
-        real(self, key, data)
+        real(self, key, data, mark)
         if len(calls) == 1:
             raise ConnectionResetError("the answer got lost")
 
@@ -218,3 +236,42 @@ def test_transient_errors_are_retried_and_final_ones_are_not(monkeypatch: pytest
     with pytest.raises(PermissionError):
         root.read_bytes("a")
     assert failures == []
+
+
+def test_what_does_not_pass_in_time_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Root(f"memory://{uuid.uuid4().hex}")
+    monkeypatch.setattr(storage, "_BACKOFF_CAP_S", 0.0)
+
+    def broken(self: object, path: str, **options: object) -> bytes:
+        raise ConnectionResetError("reset by peer")
+
+    monkeypatch.setattr(type(root.fs), "cat_file", broken)
+    with pytest.raises(StoreUnavailable, match="reset by peer") as caught:
+        root.read_bytes("a")
+    assert pickle.loads(pickle.dumps(caught.value)).strerror == caught.value.strerror
+    assert root.uri in describe(caught.value)
+
+
+def test_errors_of_a_configuration_are_not_retried_and_say_what_to_do() -> None:
+    from botocore.exceptions import NoCredentialsError
+
+    plain = plain_error(NoCredentialsError(), "s3://user:planted@b/x")
+    assert type(plain) is OSError
+    assert "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in describe(plain)
+    assert "planted" not in describe(plain)
+    bug = KeyError("no store's fault")
+    assert plain_error(bug, "s3://b") is bug
+
+
+def test_a_ranged_file_reads_what_a_file_reads() -> None:
+    data = bytes(range(256)) * 40
+    file = io.BufferedReader(RangedFile(lambda start, n: data[start : start + n], len(data)), 1000)
+    assert file.read(10) == data[:10]
+    assert file.seek(-300, io.SEEK_END) == len(data) - 300
+    assert file.read() == data[-300:]
+    assert file.seek(5) == 5
+    assert file.read(5000) == data[5:5005]
+    assert file.read(0) == b""
+    short = RangedFile(lambda start, n: b"x", 100)
+    with pytest.raises(OSError, match="100 bytes were asked for at offset 0, 1 came"):
+        short.read(100)

@@ -15,6 +15,8 @@ from pipeline.storage_errors import describe, storage_errors
 if TYPE_CHECKING:
     import torch
 
+_AMPERE = 8  # compute capability from which bfloat16 is native
+
 
 class Codec(Protocol):
     """Pixels to raw latents and back, on one device.
@@ -40,11 +42,21 @@ class Codec(Protocol):
         ...
 
 
-def resolve_dtype(dtype: str, device: str) -> str:
-    """The arithmetic that `auto` stands for: bfloat16 on a GPU, float32 on a CPU (where bfloat16 is slower)."""
+def resolve_dtype(dtype: str, device: str, info: CodecInfo) -> str:
+    """The arithmetic that `auto` stands for.
+
+    float32 on a CPU, where bfloat16 is slower; bfloat16 on a GPU that computes in it (Ampere and later); on an
+    older one float16, unless the codec says that it overflows in it, else float32.
+    """
     if dtype != "auto":
         return dtype
-    return "bfloat16" if device.startswith("cuda") else "float32"
+    if not device.startswith("cuda"):
+        return "float32"
+    import torch
+
+    if torch.cuda.get_device_capability(device)[0] >= _AMPERE:
+        return "bfloat16"
+    return "float32" if info.config.get("force_upcast") else "float16"
 
 
 def posterior_seed(sample_id: bytes) -> int:
@@ -64,13 +76,13 @@ def load_codec(
     channels_last: bool = True,
 ) -> Codec:
     """Open the codec at `path` on `device`; InputError names what is missing, broken or refused."""
-    arithmetic = resolve_dtype(dtype, device)
     options = {"compile": compile, "channels_last": channels_last}
     if kind != "auto":
         from pipeline.codec.plugin import find_plugin
 
         plugin = find_plugin(kind)
         info = plugin.read_info(path, revision)
+        arithmetic = resolve_dtype(dtype, device, info)
         return plugin.load(path, revision, info, device=device, dtype=arithmetic, **options)
     from pipeline.codec.diffusers_codec import DiffusersCodec
 
@@ -80,4 +92,4 @@ def load_codec(
         raise InputError(f"The codec cannot be read: {describe(error)}", key="codec.path", value=path) from error
     # Hash what is loaded, not what the remote held a moment ago.
     info = diffusers_info(Root(str(directory)), path)
-    return DiffusersCodec.load(directory, info, device=device, dtype=arithmetic, **options)
+    return DiffusersCodec.load(directory, info, device=device, dtype=resolve_dtype(dtype, device, info), **options)

@@ -24,7 +24,9 @@ class CodecConfig(StrictModel):
     )
     kind: str = Field("auto", description="auto reads config.json (diffusers); else the name of a codec plug-in.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Arithmetic of the codec; auto is bfloat16 on a GPU, float32 on a CPU."
+        "auto",
+        description="Arithmetic of the codec; auto is bfloat16 on a GPU (before Ampere float16, or float32 where the "
+        "codec says force_upcast), float32 on a CPU.",
     )
     posterior: Literal["mode", "sample", "moments"] = Field(
         "mode",

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from pipeline.codec.info import CodecInfo, check_posterior
-from pipeline.errors import ConfigError, InputError
+from pipeline.codec.info import CodecInfo, check_dtype, check_posterior
+from pipeline.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,14 +27,7 @@ class DiffusersCodec:
         compile: bool = False,
         channels_last: bool = True,
     ) -> None:
-        if dtype == "float16" and info.config.get("force_upcast"):
-            raise ConfigError(
-                "This codec overflows in float16 (its config.json says force_upcast)",
-                key="codec.dtype",
-                value=dtype,
-                rule="its activations exceed 65504",
-                next_step="set codec.dtype=bfloat16 or float32",
-            )
+        check_dtype(info, dtype)
         # `vae` holds weights of `dtype` already.
         self.info = info
         self.device, self.dtype = torch.device(device), DTYPES[dtype]

@@ -149,6 +149,22 @@ def check_posterior(info: CodecInfo, posterior: str) -> None:
         )
 
 
+def check_dtype(info: CodecInfo, dtype: str) -> None:
+    """ConfigError for float16 where the codec's own config.json says that it overflows in it.
+
+    Only what the file says counts: the class default is true, but codecs that leave the key out (SD 1.x) are sound.
+    """
+    if dtype == "float16" and info.config.get("force_upcast"):
+        raise ConfigError(
+            "The codec may overflow in float16: its config.json says force_upcast",
+            key="codec.dtype",
+            value=dtype,
+            rule="such a codec is computed in bfloat16 or float32",
+            next_step="set codec.dtype=auto, bfloat16 or float32; diffusers writes the key for every AutoencoderKL "
+            'that does not deny it, so a codec known to be sound may say "force_upcast": false in its config.json',
+        )
+
+
 def _read_config(root: Root, path: str) -> dict[str, Any]:
     try:
         data = json.loads(root.read_bytes("config.json"))

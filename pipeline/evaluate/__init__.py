@@ -8,9 +8,9 @@
 
 Images pass in batches and are never held together; what stays is sums that merge by addition and a bounded,
 order-independent choice of feature vectors. Every figure carries its contract: how many images, which resize,
-which feature extractor by hash, which sampler. The extractor is the classifier fitted here on the real
-images, so distances compare runs of one data set and nothing else; they are not the Inception figures of the
-literature.
+which feature extractor by hash, which sampler. The extractor is a network given as a file or by name, or the
+classifier fitted here on the real images; distances in the latter's space compare runs of one data set and nothing
+else, and are not the Inception figures of the literature. CLIP and LPIPS are used where their weights are given.
 
 The classifier and the reference's feature sums are kept under a key made of the reference's digest and their
 settings, and evaluations of other samples against the same reference reuse them. `evaluation.json` is written

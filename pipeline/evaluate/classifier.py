@@ -102,13 +102,18 @@ class Classifier:
     fitted_on: int
     digest: str
 
-    @torch.inference_mode()
     def judge(self, images_NHWC: Images) -> tuple[Labels, npt.NDArray[np.float32]]:
         """Predicted label values [n] and features [n, d] float32 of a batch uint8 [n,h,w,3]."""
+        return self.look(images_NHWC)[:2]
+
+    @torch.inference_mode()
+    def look(self, images_NHWC: Images) -> tuple[Labels, npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Predicted label values [n], features [n, d] and class probabilities [n, k] of a batch uint8 [n,h,w,3]."""
         device = next(self.net.parameters()).device
         features_ND = self.net.features(torch.from_numpy(np.ascontiguousarray(images_NHWC)).to(device))
-        index_N = self.net.head(features_ND).argmax(dim=1).cpu().numpy()
-        return np.asarray(self.classes, np.int64)[index_N], features_ND.float().cpu().numpy()
+        logits_NK = self.net.head(features_ND).float()
+        labels_N = np.asarray(self.classes, np.int64)[logits_NK.argmax(dim=1).cpu().numpy()]
+        return labels_N, features_ND.float().cpu().numpy(), logits_NK.softmax(dim=1).cpu().numpy()
 
 
 def is_held_out(key: str, share: float) -> bool:

@@ -75,6 +75,54 @@ class QualityConfig(StrictModel):
     batch_size: int = Field(64, ge=1, description="Images a batch.")
 
 
+class ExtractorConfig(StrictModel):
+    """The feature space in which sets of images are compared."""
+
+    kind: Literal["classifier", "torchscript", "torchvision", "timm"] = Field(
+        "classifier",
+        description="classifier: the one fitted here; torchscript: a file; torchvision, timm: a network by name "
+        "(optional packages).",
+    )
+    path: str | None = Field(
+        None, description="torchscript: the file; images NCHW in, features [n, d] or (features, logits) out."
+    )
+    name: str | None = Field(None, description="torchvision or timm: the network's name, such as inception_v3.")
+    weights: str | None = Field(
+        None, description="Its state dict (.safetensors, or .pth of tensors); null: what the package downloads."
+    )
+    resolution: int | None = Field(
+        None,
+        ge=8,
+        le=2048,
+        description="Side that images are resized to; null: the network's own, torchscript: none.",
+    )
+    values: Literal["imagenet", "minus_one_one", "zero_one", "uint8"] = Field(
+        "imagenet", description="How pixel values go in: ImageNet's mean and deviation, [-1, 1], [0, 1], or 0..255."
+    )
+
+    @model_validator(mode="after")
+    def _says_which(self) -> Self:
+        if self.kind == "torchscript" and self.path is None:
+            raise ValueError("extractor.kind=torchscript needs extractor.path")
+        if self.kind in ("torchvision", "timm") and self.name is None:
+            raise ValueError(f"extractor.kind={self.kind} needs extractor.name")
+        return self
+
+
+class ClipConfig(StrictModel):
+    """The model that says how well images fit their prompts."""
+
+    path: str = Field(..., min_length=1, description="Directory of a CLIPModel in transformers layout.")
+
+
+class LpipsConfig(StrictModel):
+    """The network whose eyes judge the codec's round trip."""
+
+    net: Literal["alex", "vgg"] = Field("alex", description="The backbone: AlexNet or VGG16.")
+    backbone: str = Field(..., min_length=1, description="torchvision's state dict of it: .safetensors or .pth.")
+    linear: str = Field(..., min_length=1, description="The linear weights of LPIPS for it: .safetensors or .pth.")
+
+
 class ThresholdsConfig(StrictModel):
     """What the figures must reach; null asks nothing. A miss is exit code 1, with everything written."""
 
@@ -85,6 +133,10 @@ class ThresholdsConfig(StrictModel):
     recall: float | None = Field(None, ge=0, le=1, description="Least recall.")
     frechet: float | None = Field(None, ge=0, description="Largest Frechet distance.")
     kid: float | None = Field(None, description="Largest kernel distance.")
+    inception_score: float | None = Field(None, ge=1, description="Least inception score.")
+    clip_score: float | None = Field(None, ge=0, le=100, description="Least CLIP score.")
+    rfid: float | None = Field(None, ge=0, description="Largest Frechet distance of the codec's round trip.")
+    lpips: float | None = Field(None, ge=0, description="Largest LPIPS of the codec's round trip.")
 
 
 class EvaluateJobConfig(StrictModel):
@@ -100,6 +152,12 @@ class EvaluateJobConfig(StrictModel):
     classifier: ClassifierConfig = Field(ClassifierConfig(), description="The judge.")
     fidelity: FidelityConfig = Field(FidelityConfig(), description="The codec's round trip.")
     quality: QualityConfig = Field(QualityConfig(), description="Distances between sets.")
+    extractor: ExtractorConfig = Field(ExtractorConfig(), description="The feature space of these distances.")
+    clip: ClipConfig | None = Field(None, description="Judges images against their prompts; null: no CLIP score.")
+    lpips: LpipsConfig | None = Field(None, description="Judges the codec's round trip; null: no LPIPS.")
+    reference_cache: str | None = Field(
+        None, min_length=1, description="Keeps the reference's statistics for all reports; null: in output.uri."
+    )
     thresholds: ThresholdsConfig = Field(ThresholdsConfig(), description="What must be reached.")
     title: str = Field("Evaluation", min_length=1, max_length=200, description="Heading of the report.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.codec.info import CodecInfo, read_codec_info
@@ -33,7 +34,9 @@ class Inputs:
     history: tuple[dict[str, Any], ...]
     history_sha256: str | None
     key: str  # names inputs and settings together
-    judge_key: str  # names what the classifier and the reference's statistics depend on
+    judge_key: str  # names what the classifier depends on
+    space_key: str  # names what the reference's statistics depend on, apart from the feature space
+    files: dict[str, str]  # sha256 of the files of networks from outside, by configuration key
 
     @property
     def parents(self) -> dict[str, str]:
@@ -57,9 +60,11 @@ def inspect(config: EvaluateJobConfig) -> Inputs:
         key = (error.key or "").replace("source.", "reference.", 1) or None
         raise InputError(error.what, key=key, value=error.value, rule=error.rule, next_step=error.next_step) from None
     history, history_sha256 = _history(config)
-    settings = config.model_dump(mode="json", exclude={"output", "tracking"})
+    settings = config.model_dump(mode="json", exclude={"output", "tracking", "reference_cache"})
     judge = {name: settings[name] for name in ("reference", "image", "classifier", "quality")}
     judge_key = _digest([VERSION, reference.digest, judge, config.classifier_resolution])
+    space_key = _digest([VERSION, reference.digest, {n: settings[n] for n in ("reference", "image", "quality")}])
+    files = _network_files(config)
     key = _digest(
         [
             judge_key,
@@ -68,9 +73,34 @@ def inspect(config: EvaluateJobConfig) -> Inputs:
             latents.digest if latents else None,
             codec.weights_sha256 if codec else None,
             history_sha256,
+            files,
         ]
     )
-    return Inputs(reference, samples, codec, latents, history, history_sha256, key, judge_key)
+    return Inputs(reference, samples, codec, latents, history, history_sha256, key, judge_key, space_key, files)
+
+
+def _network_files(config: EvaluateJobConfig) -> dict[str, str]:
+    """sha256 of every file that a network from outside is read from; InputError names the key of a missing one."""
+    paths = {"extractor.path": config.extractor.path, "extractor.weights": config.extractor.weights}
+    if config.lpips is not None:
+        paths |= {"lpips.backbone": config.lpips.backbone, "lpips.linear": config.lpips.linear}
+    if config.clip is not None:
+        paths["clip.path"] = str(Path(config.clip.path) / "model.safetensors")
+    return {key: _file_sha256(key, path) for key, path in paths.items() if path is not None}
+
+
+def _file_sha256(key: str, path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(
+            f"A file of the evaluation cannot be read: {error.strerror}",
+            key=key,
+            value=path,
+            rule="networks from outside are read from local files",
+            next_step="correct the path, or copy the file",
+        ) from None
 
 
 def check_output(output: Root) -> None:

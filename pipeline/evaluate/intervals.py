@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 Z_95 = 1.959963984540054  # two-sided 95 % of the normal distribution
+FEWEST_GROUPS = 10  # a jackknife over fewer groups says little: the interval is then infinite
 
 
 @dataclass(frozen=True)
@@ -42,3 +44,35 @@ def mean_interval(total: float, total_of_squares: float, n: int) -> Estimate:
     variance = max(total_of_squares - n * mean * mean, 0.0) / (n - 1) if n > 1 else 0.0
     half = Z_95 * math.sqrt(variance / n)
     return Estimate(mean, mean - half, mean + half, n)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sufficient statistics of the mean of some values; `a + b` is the statistics of both."""
+
+    n: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Sums:
+        numbers = [float(v) for v in values]
+        return cls(len(numbers), math.fsum(numbers), math.fsum(v * v for v in numbers))
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(self.n + other.n, self.total + other.total, self.squares + other.squares)
+
+    def mean(self) -> Estimate:
+        """Their mean with a normal interval; ValueError when there are none."""
+        return mean_interval(self.total, self.squares, self.n)
+
+
+def jackknifed(value: float, dropped: Sequence[float], n: int) -> Estimate:
+    """A figure with the interval that its leave-one-group-out values give (Wolter, chapter 4)."""
+    groups = len(dropped)
+    if groups < FEWEST_GROUPS:
+        return Estimate(value, -math.inf, math.inf, n)
+    mean = math.fsum(dropped) / groups
+    variance = (groups - 1) / groups * math.fsum((v - mean) ** 2 for v in dropped)
+    half = Z_95 * math.sqrt(variance)
+    return Estimate(value, value - half, value + half, n)

@@ -17,7 +17,10 @@ import torch.nn.functional as functional
 
 from pipeline.codec.codec import Codec
 from pipeline.evaluate.classifier import Classifier, FitSettings, fit_classifier
+from pipeline.evaluate.eyes import Eyes
 from pipeline.evaluate.fidelity import FidelitySums, compare
+from pipeline.evaluate.inception_score import ClassSums
+from pipeline.evaluate.intervals import Sums
 from pipeline.evaluate.reference import ReferenceBatch
 from pipeline.evaluate.samples import SampleBatch
 from pipeline.evaluate.stats import FeatureStats
@@ -31,6 +34,9 @@ class RoundTrip:
     """What the codec does to real images; `pairs` are the first few (real, decoded), uint8 [h,w,3] each."""
 
     sums: FidelitySums = field(default_factory=FidelitySums)
+    real: FeatureStats | None = None
+    decoded: FeatureStats | None = None
+    lpips: Sums = field(default_factory=Sums)
     hits: int = 0
     judged: int = 0
     pairs: list[tuple[Images, Images]] = field(default_factory=list)
@@ -56,6 +62,8 @@ class Judged:
     """
 
     stats: FeatureStats | None = None
+    classes: ClassSums | None = None
+    clip: Sums = field(default_factory=Sums)
     seen: Counter[tuple[int, int]] = field(default_factory=Counter)  # (asked, seen) -> images
     unjudged: int = 0
     settings: dict[str, list[Any]] = field(default_factory=dict)
@@ -100,24 +108,33 @@ def fit_judge(
 
 
 def reference_stats(
-    batches: Iterable[ReferenceBatch], judge: Classifier, *, vectors: int, progress: Progress
+    batches: Iterable[ReferenceBatch], eyes: Eyes, *, vectors: int, progress: Progress
 ) -> FeatureStats:
     """Feature statistics of the real images."""
     stats: FeatureStats | None = None
     for batch in batches:
-        part = FeatureStats.of(image_keys(batch.ids), judge.judge(batch.images_NHWC)[1], vectors)
-        stats = part if stats is None else stats + part
+        features_ND = eyes.look(batch.images_NHWC).features_ND
+        assert features_ND is not None, "statistics need a feature space"
+        stats = _added(stats, batch.ids, features_ND, vectors)
         progress.update(stats.n)
     if stats is None:
         raise ValueError("there are no statistics of no images")
     return stats
 
 
+def _added(
+    stats: FeatureStats | None, ids: Sequence[bytes], features_ND: npt.NDArray[np.float32], vectors: int
+) -> FeatureStats:
+    part = FeatureStats.of(image_keys(ids), features_ND, vectors)
+    return part if stats is None else stats + part
+
+
 def round_trip(
     batches: Iterable[ReferenceBatch],
     codec: Codec,
-    judge: Classifier | None,
+    eyes: Eyes,
     *,
+    vectors: int,
     num_pairs: int,
     progress: Progress,
 ) -> RoundTrip:
@@ -132,32 +149,47 @@ def round_trip(
         for real, again in zip(batch.images_NHWC, decoded_NHWC, strict=True):
             if len(out.pairs) < num_pairs:
                 out.pairs.append((real, again))
-        if judge is not None:
-            seen = judge.judge(decoded_NHWC)[0]
-            known = [i for i, label in enumerate(batch.labels) if label in judge.classes]
-            out.judged += len(known)
-            out.hits += sum(int(seen[i]) == batch.labels[i] for i in known)
+        _look_at_trip(out, batch, decoded_NHWC, eyes, vectors)
+        if eyes.lpips is not None:
+            out.lpips += Sums.of(eyes.lpips(images, decoded))
         progress.update(out.sums.n)
     return out
 
 
+def _look_at_trip(out: RoundTrip, batch: ReferenceBatch, decoded_NHWC: Images, eyes: Eyes, vectors: int) -> None:
+    """What the networks see in the decoded images, and in the real ones they came from."""
+    sight = eyes.look(decoded_NHWC)
+    if sight.features_ND is not None:
+        real_ND = eyes.look(batch.images_NHWC).features_ND
+        assert real_ND is not None, "the same eyes looked at the decoded images"
+        out.real = _added(out.real, batch.ids, real_ND, vectors)
+        out.decoded = _added(out.decoded, batch.ids, sight.features_ND, vectors)
+    if sight.labels_N is not None and eyes.judge is not None:
+        known = [i for i, label in enumerate(batch.labels) if label in eyes.judge.classes]
+        out.judged += len(known)
+        out.hits += sum(int(sight.labels_N[i]) == batch.labels[i] for i in known)
+
+
 def judge_samples(
     batches: Iterable[SampleBatch],
-    judge: Classifier | None,
+    eyes: Eyes,
     *,
     vectors: int,
     show: Sequence[bytes],
     progress: Progress,
 ) -> Judged:
-    """One pass over all samples; without a judge only their settings and the ones to show are collected."""
-    out, wanted, done = Judged(), set(show), 0
+    """One pass over all samples; without eyes only their settings and the ones to show are collected."""
+    out, wanted, done, judge = Judged(), set(show), 0, eyes.judge
     settings: dict[str, set[Any]] = {}
     for batch in batches:
-        seen: npt.NDArray[np.int64] | None = None
-        if judge is not None:
-            seen, features_ND = judge.judge(batch.images_NHWC)
-            part = FeatureStats.of(image_keys(batch.ids), features_ND, vectors)
-            out.stats = part if out.stats is None else out.stats + part
+        sight = eyes.look(batch.images_NHWC)
+        seen = sight.labels_N
+        if sight.features_ND is not None:
+            out.stats = _added(out.stats, batch.ids, sight.features_ND, vectors)
+        if sight.probabilities_NK is not None:
+            sums = ClassSums.of(image_keys(batch.ids), sight.probabilities_NK)
+            out.classes = sums if out.classes is None else out.classes + sums
+        out.clip += _clip_scores(batch, eyes)
         for i, asked in enumerate(batch.labels):
             right = None
             if seen is not None and judge is not None and asked in judge.classes:
@@ -173,6 +205,13 @@ def judge_samples(
         progress.update(done)
     out.settings = {name: sorted(values)[:20] for name, values in sorted(settings.items())}
     return out
+
+
+def _clip_scores(batch: SampleBatch, eyes: Eyes) -> Sums:
+    rows = [i for i, prompt in enumerate(batch.prompts) if prompt is not None]
+    if eyes.clip is None or not rows:
+        return Sums()
+    return Sums.of(eyes.clip(batch.images_NHWC[rows], [prompt for prompt in batch.prompts if prompt is not None]))
 
 
 def first_of_each_label(batches: Iterable[ReferenceBatch], limit: int) -> Iterator[tuple[Images, int | None]]:

@@ -14,8 +14,12 @@ from safetensors.numpy import save as save_arrays
 from pipeline.codec.codec import load_codec
 from pipeline.errors import InputError
 from pipeline.evaluate.classifier import Classifier, FitSettings, from_bytes, to_bytes
+from pipeline.evaluate.clip import ClipScorer
 from pipeline.evaluate.config import EvaluateJobConfig
+from pipeline.evaluate.extractor import load_extractor
+from pipeline.evaluate.eyes import Eyes
 from pipeline.evaluate.inputs import Inputs
+from pipeline.evaluate.lpips import Lpips
 from pipeline.evaluate.measure import (
     RoundTrip,
     first_of_each_label,
@@ -39,7 +43,8 @@ PAIRS_SHOWN = 24
 REAL_SHOWN = 24
 REAL_LOOKED_AT = 512
 SAMPLES_SHOWN = 96
-NEEDS_JUDGE = ("accuracy", "frechet", "kid", "precision", "recall")
+NEEDS_JUDGE = ("accuracy", "classifier_accuracy", "reconstruction_accuracy")
+NEEDS_SPACE = ("frechet", "kid", "precision", "recall", "inception_score", "rfid")
 
 
 def measure(config: EvaluateJobConfig, inputs: Inputs, output: Root) -> Measured:
@@ -47,26 +52,39 @@ def measure(config: EvaluateJobConfig, inputs: Inputs, output: Root) -> Measured
     device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device
     device = "cpu" if device == "auto" else device
     measured = Measured()
-    measured.judge = _judge(config, inputs, output, device, measured.absent)
-    if measured.judge is not None and config.samples is not None:
-        measured.real = _reference(config, inputs, output, measured.judge)
+    judge = _judge(config, inputs, output, device, measured.absent)
+    eyes = _eyes(config, judge, device)
+    measured.eyes = eyes
+    if eyes.space_digest is not None and config.samples is not None:
+        measured.real = _reference(config, inputs, output, eyes)
     looked_at = _batches(config, inputs, config.quality.batch_size, REAL_LOOKED_AT)
     measured.real_shown = [
         Picture(pixels, "no label" if label is None else f"class {label}")
         for pixels, label in first_of_each_label(looked_at, REAL_SHOWN)
     ]
     if config.codec is not None:
-        measured.trip = _round_trip(config, inputs, measured.judge, device)
+        measured.trip = _round_trip(config, inputs, eyes, device)
     if inputs.samples is not None:
         with Progress("evaluate samples", inputs.samples.num_rows) as progress:
             measured.samples = judge_samples(
                 sample_batches(inputs.samples, config.quality.batch_size),
-                measured.judge,
+                eyes,
                 vectors=config.quality.vectors,
                 show=_shown(inputs),
                 progress=progress,
             )
     return measured
+
+
+def _eyes(config: EvaluateJobConfig, judge: Classifier | None, device: str) -> Eyes:
+    """The judge, and the networks from outside that are configured."""
+    lpips = config.lpips
+    return Eyes(
+        judge,
+        load_extractor(config.extractor, device=device),
+        ClipScorer(config.clip.path, device=device) if config.clip and config.samples else None,
+        Lpips.load(lpips.net, lpips.backbone, lpips.linear, device=device) if lpips and config.codec else None,
+    )
 
 
 def _batches(config: EvaluateJobConfig, inputs: Inputs, batch_size: int, limit: int) -> Iterator[ReferenceBatch]:
@@ -111,31 +129,31 @@ def _judge(
                 raise
             why = error.what[:1].lower() + error.what[1:]
     if why is not None:
-        absent.update(dict.fromkeys((*NEEDS_JUDGE, "classifier_accuracy", "reconstruction_accuracy"), why))
+        alone = config.extractor.kind == "classifier"
+        absent.update(dict.fromkeys((*NEEDS_JUDGE, *(NEEDS_SPACE if alone else ())), why))
         return None
     if kept is not None:
         kept.net.to(device)
     return kept
 
 
-def _reference(config: EvaluateJobConfig, inputs: Inputs, output: Root, judge: Classifier) -> FeatureStats:
-    """Feature statistics of the reference, kept under everything they depend on."""
-    limit, key = (
-        config.quality.reference_images,
-        STATISTICS.format(key=f"{inputs.judge_key}-{judge.digest[:16]}"),
-    )
+def _reference(config: EvaluateJobConfig, inputs: Inputs, output: Root, eyes: Eyes) -> FeatureStats:
+    """Feature statistics of the reference, kept under everything they depend on, for this report or for all."""
+    limit = config.quality.reference_images
+    key = STATISTICS.format(key=f"{inputs.space_key}-{str(eyes.space_digest)[:16]}")
+    place = Root(config.reference_cache) if config.reference_cache else output
     try:
-        return FeatureStats.from_arrays(load_arrays(output.read_bytes(key)), config.quality.vectors)
+        return FeatureStats.from_arrays(load_arrays(place.read_bytes(key)), config.quality.vectors)
     except (FileNotFoundError, NotADirectoryError, SafetensorError, KeyError):
         pass  # none yet, or a torn one: both are taken anew
     with Progress("evaluate reference", _total(inputs, limit)) as progress:
         batches = _batches(config, inputs, config.quality.batch_size, limit)
-        stats = reference_stats(batches, judge, vectors=config.quality.vectors, progress=progress)
-    output.put(key, save_arrays({name: np.ascontiguousarray(a) for name, a in stats.arrays().items()}))
+        stats = reference_stats(batches, eyes, vectors=config.quality.vectors, progress=progress)
+    place.put(key, save_arrays({name: np.ascontiguousarray(a) for name, a in stats.arrays().items()}))
     return stats
 
 
-def _round_trip(config: EvaluateJobConfig, inputs: Inputs, judge: Classifier | None, device: str) -> RoundTrip:
+def _round_trip(config: EvaluateJobConfig, inputs: Inputs, eyes: Eyes, device: str) -> RoundTrip:
     assert config.codec is not None  # checked by the caller
     limit = config.fidelity.images
     codec = load_codec(
@@ -149,7 +167,9 @@ def _round_trip(config: EvaluateJobConfig, inputs: Inputs, judge: Classifier | N
     )
     with Progress("evaluate codec", _total(inputs, limit)) as progress:
         batches = _batches(config, inputs, config.fidelity.batch_size, limit)
-        return round_trip(batches, codec, judge, num_pairs=PAIRS_SHOWN, progress=progress)
+        return round_trip(
+            batches, codec, eyes, vectors=config.quality.vectors, num_pairs=PAIRS_SHOWN, progress=progress
+        )
 
 
 def _shown(inputs: Inputs) -> list[bytes]:

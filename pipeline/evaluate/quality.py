@@ -1,25 +1,21 @@
 """How far samples are from real images in a feature space: Frechet distance, KID, precision and recall.
 
-The features here are those of the classifier fitted on the reference images, so these figures compare runs of
-one data set with each other. They are not comparable with published FID or KID, which use an Inception
-network. Uncertainty of the two distances is a delete-a-group jackknife over twenty blocks of images (Wolter,
-"Introduction to Variance Estimation", chapter 4): both sets lose the same block of keys, and the spread of
-the twenty leave-one-out values gives the standard error.
+The features are those of whichever extractor looked at both sets. Of the classifier fitted on the reference images
+they compare runs of one data set with each other, and are not comparable with published FID or KID, which use an
+Inception network; given that network as the extractor, they are. Uncertainty of the two distances is a
+delete-a-group jackknife over twenty blocks of images (Wolter, "Introduction to Variance Estimation", chapter 4): both
+sets lose the same block of keys, and the spread of the twenty leave-one-out values gives the standard error.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.evaluate.intervals import Z_95, Estimate, wilson
+from pipeline.evaluate.intervals import Estimate, jackknifed, wilson
 from pipeline.evaluate.stats import NUM_BLOCKS, FeatureStats, Floats, Moments
 
 ROWS_AT_ONCE = 1024
-FEWEST_GROUPS = 10  # a jackknife over fewer groups says little: the interval is then infinite
 Features = npt.NDArray[np.float32]
 
 
@@ -50,7 +46,7 @@ def frechet(real: FeatureStats, generated: FeatureStats) -> Estimate:
     dropped = [
         frechet_between(real.moments(without=b), generated.moments(without=b)) for b in _full_blocks(real, generated)
     ]
-    return _jackknifed(value, dropped, min(real.n, generated.n))
+    return jackknifed(value, dropped, min(real.n, generated.n))
 
 
 def kid(real: FeatureStats, generated: FeatureStats) -> Estimate:
@@ -82,7 +78,7 @@ def kid(real: FeatureStats, generated: FeatureStats) -> Estimate:
             continue
         if min(c[kept].sum() for c in counts) >= 2:
             dropped.append(estimate(kept))
-    return _jackknifed(estimate(every), dropped, int(min(c.sum() for c in counts)))
+    return jackknifed(estimate(every), dropped, int(min(c.sum() for c in counts)))
 
 
 def precision_recall(
@@ -109,15 +105,6 @@ def _full_blocks(real: FeatureStats, generated: FeatureStats) -> list[int]:
     sides = (real, generated)
     held = [b for b in range(NUM_BLOCKS) if any(s.blocks[b].n for s in sides)]
     return [b for b in held if all(s.n - s.blocks[b].n >= 2 for s in sides)]
-
-
-def _jackknifed(value: float, dropped: Sequence[float], n: int) -> Estimate:
-    groups = len(dropped)
-    if groups < FEWEST_GROUPS:
-        return Estimate(value, -math.inf, math.inf, n)
-    variance = (groups - 1) * float(np.var(np.asarray(dropped)))
-    half = Z_95 * math.sqrt(variance)
-    return Estimate(value, value - half, value + half, n)
 
 
 def _block_of(stats: FeatureStats) -> npt.NDArray[np.int64]:

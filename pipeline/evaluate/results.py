@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pipeline.evaluate.classifier import Classifier
 from pipeline.evaluate.config import EvaluateJobConfig, ThresholdsConfig
+from pipeline.evaluate.eyes import Eyes
 from pipeline.evaluate.figures import Figure
 from pipeline.evaluate.inputs import Inputs, run_of
 from pipeline.evaluate.intervals import wilson
@@ -17,12 +19,13 @@ from pipeline.evaluate.quality import frechet, kid, precision_recall
 from pipeline.evaluate.report import Picture, ReportContent, number, sample_picture
 from pipeline.evaluate.stats import FeatureStats
 
-SMALLER_IS_BETTER = ("frechet", "kid")
+SMALLER_IS_BETTER = ("frechet", "kid", "rfid", "lpips")
 TILES = {
     "accuracy": "samples right",
     "psnr_db": "codec PSNR",
     "ssim": "codec SSIM",
     "frechet": "Frechet distance",
+    "clip_score": "CLIP score",
 }
 CODEC_NOTE = (
     "Left of each pair a real image, right the same image decoded from its latent. "
@@ -33,19 +36,23 @@ JUDGE_NOTE = (
     "the same reference; they are not the Inception-based FID or KID of the literature, and real images the "
     "classifier was fitted on may look a little more typical to it than unseen ones."
 )
-SPACE = "in the feature space of the classifier fitted here (not Inception)"
 
 
 @dataclass
 class Measured:
     """Everything the passes found; what was not measured is None, with the reason in `absent`."""
 
-    judge: Classifier | None = None
+    eyes: Eyes = field(default_factory=Eyes)
     real: FeatureStats | None = None
     trip: RoundTrip | None = None
     samples: Judged | None = None
     real_shown: Sequence[Picture] = ()
     absent: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def judge(self) -> Classifier | None:
+        """The classifier fitted here."""
+        return self.eyes.judge
 
 
 def figures_of(measured: Measured, neighbours: int) -> tuple[tuple[Figure, ...], dict[str, str]]:
@@ -76,6 +83,18 @@ def _sample_figures(measured: Measured, neighbours: int, absent: dict[str, str])
         out.append(Figure.of("accuracy", wilson(judged.hits, judged.judged), "", how))
     elif "accuracy" not in absent:
         absent["accuracy"] = "no sample asks for a class that the classifier knows"
+    if judged.clip.n:
+        how = (
+            "mean of 100 max(cos(image, prompt), 0) over samples with a prompt, Hessel et al. 2021 (normal interval)"
+        )
+        out.append(Figure.of("clip_score", judged.clip.mean(), "", how))
+    elif measured.eyes.clip is not None:
+        absent["clip_score"] = "no sample has a prompt"
+    space = measured.eyes.space_name
+    spread = "jackknife interval over 20 blocks"
+    if judged.classes is not None:
+        how = f"exp of the mean KL(p(y|x) | p(y)), Salimans et al. 2016, {space}; {spread}"
+        out.append(Figure.of("inception_score", judged.classes.score(), "", how))
     if judged.stats is None or real is None:
         return out
     few = min(real.n, judged.stats.n)
@@ -83,16 +102,15 @@ def _sample_figures(measured: Measured, neighbours: int, absent: dict[str, str])
         why = f"{few} images are too few for a distance over {real.dims} features"
         return [*out, *_mark(absent, ("frechet", "kid", "precision", "recall"), why)]
     precision, recall = precision_recall(real, judged.stats, neighbours=neighbours)
-    spread = "jackknife interval over 20 blocks"
-    manifold = f"Kynkaanniemi et al. 2019, k = {neighbours}, {SPACE}"
+    manifold = f"Kynkaanniemi et al. 2019, k = {neighbours}, {space}"
     return [
         *out,
-        Figure.of("frechet", frechet(real, judged.stats), "", f"squared Frechet distance {SPACE}; {spread}"),
+        Figure.of("frechet", frechet(real, judged.stats), "", f"squared Frechet distance {space}; {spread}"),
         Figure.of(
             "kid",
             kid(real, judged.stats),
             "",
-            f"unbiased cubic-kernel distance {SPACE}; leans negative for small class-balanced sets; {spread}",
+            f"unbiased cubic-kernel distance {space}; leans negative for small class-balanced sets; {spread}",
         ),
         Figure.of("precision", precision, "", f"share of samples inside the real manifold, {manifold}"),
         Figure.of("recall", recall, "", f"share of real images inside the samples' manifold, {manifold}"),
@@ -120,10 +138,24 @@ def _codec_figures(measured: Measured, absent: dict[str, str]) -> list[Figure]:
         out.append(Figure("psnr_pooled_db", pooled, None, None, trip.sums.n, "dB", pooled_how))
     how = "codec there and back: mean SSIM, 11 x 11 Gaussian window, RGB (Wang et al. 2004; normal interval)"
     out.append(Figure.of("ssim", trip.sums.mean_ssim(), "", how))
+    if trip.lpips.n:
+        how = f"codec there and back: mean LPIPS, {measured.eyes.lpips.net if measured.eyes.lpips else ''} backbone"
+        out.append(Figure.of("lpips", trip.lpips.mean(), "", f"{how} (Zhang et al. 2018; normal interval)"))
+    out += _rfid(measured, trip, absent)
     if trip.judged:
         how = "share of decoded real images whose class the classifier still sees (Wilson interval)"
         out.append(Figure.of("reconstruction_accuracy", wilson(trip.hits, trip.judged), "", how))
     return out
+
+
+def _rfid(measured: Measured, trip: RoundTrip, absent: dict[str, str]) -> list[Figure]:
+    if trip.real is None or trip.decoded is None:
+        return []
+    if trip.real.n <= trip.real.dims:
+        why = f"{trip.real.n} round trips are too few for a distance over {trip.real.dims} features"
+        return _mark(absent, ("rfid",), why)
+    how = f"squared Frechet distance of real images and their round trips, {measured.eyes.space_name}"
+    return [Figure.of("rfid", frechet(trip.real, trip.decoded), "", f"{how}; jackknife interval over 20 blocks")]
 
 
 def missed_thresholds(figures: Sequence[Figure], thresholds: ThresholdsConfig) -> tuple[str, ...]:
@@ -158,6 +190,17 @@ def contract_of(config: EvaluateJobConfig, inputs: Inputs, measured: Measured) -
             "extractor_fitted_on": measured.judge.fitted_on,
             "extractor_seed": config.classifier.seed,
         }
+    if measured.eyes.extractor is not None and measured.judge is not None:
+        # The distances' own extractor takes these names; the classifier still judges classes.
+        out = {
+            ("classifier" + k.removeprefix("extractor") if k.startswith("extractor") else k): v
+            for k, v in out.items()
+        }
+        out.pop("feature_extractor")
+    out |= measured.eyes.contract()
+    if config.clip is not None and measured.eyes.clip is not None:
+        out["clip_model"] = Path(config.clip.path).name
+        out["clip_sha256"] = inputs.files.get("clip.path")
     if measured.samples is not None:
         out["samples"] = inputs.samples.num_rows if inputs.samples else None
         out |= {f"sample_{name}": values for name, values in measured.samples.settings.items()}
@@ -283,7 +326,7 @@ def _curves(history: Sequence[dict[str, Any]]) -> dict[str, list[tuple[float, fl
 
 def _notes(measured: Measured) -> list[str]:
     notes = []
-    if measured.judge is not None:
+    if measured.judge is not None and measured.eyes.extractor is None:
         notes.append(JUDGE_NOTE)
     notes += [f"{name}: {why}." for name, why in measured.absent.items()]
     return notes

@@ -13,6 +13,7 @@ from pipeline.errors import InputError
 from pipeline.sample.contact import caption
 from pipeline.sample.images import decode_image
 from pipeline.store.dataset import Dataset
+from pipeline.store.outside import read_outside
 
 COLUMNS = (
     "sample_id",
@@ -41,6 +42,7 @@ class SampleBatch:
     images_NHWC: npt.NDArray[np.uint8]
     labels: tuple[int | None, ...]
     captions: tuple[str, ...]
+    prompts: tuple[str | None, ...]
     encoded: tuple[bytes, ...]
     settings: frozenset[tuple[str, Any]]
 
@@ -73,12 +75,13 @@ def sample_batches(samples: Dataset, batch_size: int) -> Iterator[SampleBatch]:
 
 
 def _batch(samples: Dataset, rows: Sequence[dict[str, Any]]) -> SampleBatch:
-    encoded = [row["image"] or samples.root.read_bytes(row["file"]) for row in rows]
+    encoded = [row["image"] or read_outside(samples.root, row["file"]) for row in rows]
     return SampleBatch(
         ids=tuple(row["sample_id"] for row in rows),
         images_NHWC=np.stack([decode_image(data) for data in encoded]),
         labels=tuple(row["label"] for row in rows),
         captions=tuple(caption(row) for row in rows),
+        prompts=tuple(row["prompt"] for row in rows),
         encoded=tuple(encoded),
         settings=frozenset((key, row[key]) for row in rows for key in SETTINGS if row[key] is not None),
     )

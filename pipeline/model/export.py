@@ -69,7 +69,9 @@ class ExportInfo:
     buckets: tuple[str, ...]  # image sizes trained on, "HxW" in pixels
     license: str = "unknown"
     sampling_shift: float = 1.0  # shift of the sampling grid that suits the training density
-    text_encoder: dict[str, Any] | None = None
+    # The encoder whose embeddings the model reads: "encoder" (TextEncoderConfig as JSON), "fingerprint", "width",
+    # "max_length"; unconditional text is the embedding of the empty prompt.
+    text: dict[str, Any] | None = None
     weights_sha256: str = field(default="")  # filled in by save_export
 
     def __post_init__(self) -> None:
@@ -88,6 +90,8 @@ class ExportInfo:
     @classmethod
     def from_json(cls, values: object) -> ExportInfo:
         """The info of `to_json`; InputError naming every missing, unknown or ill-typed field."""
+        if isinstance(values, dict) and values.get("text_encoder", 0) is None:
+            values = {key: value for key, value in values.items() if key != "text_encoder"}  # its name before `text`
         try:
             return _INFO.validate_json(json.dumps(values))
         except ValidationError as error:

@@ -2,9 +2,13 @@
 
     grid or file  --requests-->  validated rows      label or prompt, seed, [h, w], steps, guidance
     requests      --plan-->      units               (unit, row) each; a unit has one shape and one schedule
+    prompts       --embed-->     [l, d] states       once per distinct prompt, by one actor that all denoisers ask
     units         --denoise-->   raw [c, h/f, w/f]   in padded batches of one size; noise keyed by request id
     latents       --decode-->    uint8 [h, w, 3]     by the codec the model was trained on
-    images        --write-->     fragments, commits  PNG/JPEG/WebP bytes with their provenance inside
+    images        --write-->     fragments, commits  PNG/JPEG/WebP bytes with their provenance inside: in rows,
+                                                     in files, or in one tar a unit
+
+The model is an export, a training checkpoint with one of its averages, or a plain diffusers pipeline directory.
 
 A request is known by the hash of its content, never by its place in a list: adding requests to a file costs
 the added ones only, and the same request drawn by another actor, in another batch or on another day starts from

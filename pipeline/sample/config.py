@@ -72,12 +72,19 @@ RequestsConfig = Annotated[GridRequests | FileRequests, Field(discriminator="kin
 class SampleModelConfig(StrictModel):
     """The model that draws."""
 
-    uri: str = Field(..., min_length=1, description="Export directory: a path or fsspec URI.")
+    uri: str = Field(
+        ...,
+        min_length=1,
+        description="Export, training checkpoint (or a directory of either: the newest), or diffusers pipeline "
+        "directory: a path or fsspec URI.",
+    )
     ema: str | None = Field(
-        None, description="Name the averaged weights must have; null: those that were exported, whichever they are."
+        None,
+        description="Name of the averaged weights: picks one of a checkpoint's (raw: none), must be an export's; "
+        "null: a checkpoint's first, an export's whichever.",
     )
     codec: str | None = Field(
-        None, description="Codec directory; null: where the export says it is. Its weights must be the same."
+        None, description="Codec directory; null: where the model says it is. Its weights must be the same."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Arithmetic of model and codec; auto is bfloat16 on a GPU, float32 on a CPU."
@@ -89,8 +96,10 @@ class SampleOutputConfig(StrictModel):
     """Where the images go, and in which form."""
 
     uri: str = Field(..., min_length=1, description="Directory or fsspec URI that receives the images.")
-    format: Literal["parquet", "files"] = Field(
-        "parquet", description="parquet: image bytes in Parquet rows; files: also one file per image under images/."
+    format: Literal["parquet", "files", "webdataset"] = Field(
+        "parquet",
+        description="parquet: image bytes in Parquet rows; files: one file per image under images/; webdataset: one "
+        "tar per unit of requests under shards/. Rows name what lies outside them.",
     )
     image: Literal["png", "jpeg", "webp"] = Field("png", description="Encoding of each image.")
     quality: int = Field(95, ge=1, le=100, description="Quality of jpeg and webp (webp: 100 is lossless).")
@@ -119,6 +128,16 @@ class StageConfig(StrictModel):
     num_gpus: float | None = Field(
         None, ge=0, description="GPUs each actor reserves, fractions share one; null: a part of each GPU there is."
     )
+
+
+class PromptConfig(StrictModel):
+    """The actor that embeds prompts, where the model reads text: one for the whole job."""
+
+    num_cpus: float = Field(0.2, gt=0, description="CPUs it reserves.")
+    num_gpus: float | None = Field(
+        None, ge=0, description="GPUs it reserves; null: a part of one, where there is one."
+    )
+    cache_bytes: int = Field(1 << 30, ge=1, description="Embeddings it keeps, so that a prompt is computed once.")
 
 
 class WriteConfig(StrictModel):
@@ -152,6 +171,20 @@ class SampleJobConfig(StrictModel):
     )
     denoise: StageConfig = Field(StageConfig(), description="The actors that run the diffusion model.")
     decode: StageConfig = Field(StageConfig(), description="The actors that run the codec.")
+    prompts: PromptConfig = Field(PromptConfig(), description="The actor that embeds prompts.")
     write: WriteConfig = Field(WriteConfig(), description="How images are encoded and committed.")
     cluster: ClusterConfig = Field(ClusterConfig(), description="The Ray cluster.")
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow tracking.")
+
+
+class RegenerateJobConfig(StrictModel):
+    """Everything the regenerate job reads."""
+
+    image: str = Field(..., min_length=1, description="The image: a file that jobs.sample made, path or fsspec URI.")
+    output: str = Field(..., min_length=1, description="Receives the image drawn again.")
+    model_uri: str | None = Field(
+        None, min_length=1, description="Where the model lies now; null: where the image says it was."
+    )
+    codec: str | None = Field(
+        None, min_length=1, description="Where the codec lies now; null: where the image says it was."
+    )

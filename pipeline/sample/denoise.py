@@ -6,7 +6,7 @@ request's latent is bit for bit the same whatever is drawn beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from pipeline.diffusion.objectives import Objective
 from pipeline.diffusion.rng import ids_from_bytes, keyed_normal
 from pipeline.diffusion.samplers import Conditioning, sample
-from pipeline.model.export import ExportInfo, load_export
+from pipeline.model.export import ExportInfo
+from pipeline.sample.loading import load_model
 from pipeline.sample.plan import padded, shape_groups
+from pipeline.sample.prompts import Embedding
 from pipeline.sample.provenance import Draw
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,15 +38,21 @@ class Schedule:
     interval: tuple[float, float]
 
 
+Embed = Callable[[Sequence[str]], Mapping[str, Embedding]]
+Texts = Sequence[tuple[Embedding, Embedding]]  # of each row: its prompt, and what guidance leads away from
+
+
 class Denoiser:
-    """A loaded export that draws tables of requests in batches of `draw.batch_size` rows.
+    """A loaded model that draws tables of requests in batches of `draw.batch_size` rows.
 
     On a CPU the bits of a latent also depend on the number of threads torch computes with: whoever makes the
     process sets it (`use_threads`).
     """
 
-    def __init__(self, model: nn.Module, info: ExportInfo, draw: Draw, *, compile: bool = False) -> None:
-        self.info, self.how = info, draw
+    def __init__(
+        self, model: nn.Module, info: ExportInfo, draw: Draw, *, embed: Embed | None = None, compile: bool = False
+    ) -> None:
+        self.info, self.how, self._embed = info, draw, embed
         self.device, self.dtype = torch.device(draw.device), DTYPES[draw.dtype]
         self._objective = Objective.from_dict(info.objective)
         self._model = model.requires_grad_(False).eval().to(self.device)
@@ -55,10 +63,12 @@ class Denoiser:
         self._std = torch.tensor(info.latent_std, dtype=torch.float32, device=self.device).reshape(shape)
 
     @classmethod
-    def load(cls, model_uri: str, draw: Draw, *, compile: bool = False) -> Denoiser:
-        """The denoiser of an export; InputError when it is missing, damaged or not what it says."""
-        model, info = load_export(model_uri)
-        return cls(model, info, draw, compile=compile)
+    def load(
+        cls, model_uri: str, draw: Draw, *, ema: str | None = None, embed: Embed | None = None, compile: bool = False
+    ) -> Denoiser:
+        """The denoiser of a model as `read_model` finds it; InputError when it is missing, damaged or another."""
+        model, info = load_model(model_uri, ema)
+        return cls(model, info, draw, embed=embed, compile=compile)
 
     def __call__(self, requests: pa.Table, on_batch: Callable[[int], None] | None = None) -> pa.Table:
         """The table with columns `latent` (float32 bytes, C order, raw) and `latent_shape` ([c, h, w]) added.
@@ -68,12 +78,18 @@ class Denoiser:
         """
         names = requests["request_id"].to_pylist()
         labels = requests["label"].to_pylist()
+        texts = self._texts(requests)
         latents: list[bytes | None] = [None] * requests.num_rows
         shapes: list[list[int]] = [[]] * requests.num_rows
         for group in shape_groups(requests):
             schedule = schedule_of(requests.slice(int(group[0]), 1))
             for batch, num_real in padded(group, self.how.batch_size):
-                drawn = self.draw_batch([names[i] for i in batch], [labels[i] for i in batch], schedule)
+                drawn = self.draw_batch(
+                    [names[i] for i in batch],
+                    [labels[i] for i in batch],
+                    schedule,
+                    [texts[i] for i in batch] if texts else None,
+                )
                 drawn_NCHW = drawn[:num_real].cpu().numpy()
                 for index, latent in zip(batch[:num_real], drawn_NCHW, strict=True):
                     shapes[index] = list(latent.shape)
@@ -83,17 +99,33 @@ class Denoiser:
         table = requests.append_column("latent", pa.array(latents, pa.large_binary()))
         return table.append_column("latent_shape", pa.array(shapes, pa.list_(pa.int32(), 3)))
 
-    @torch.no_grad()
-    def draw_batch(self, names: Sequence[bytes], labels: Sequence[int | None], schedule: Schedule) -> Tensor:
+    def draw_batch(
+        self,
+        names: Sequence[bytes],
+        labels: Sequence[int | None],
+        schedule: Schedule,
+        texts: Texts | None = None,
+    ) -> Tensor:
         """Raw latents, float32 [n, c, h/f, w/f] on the device, of n requests with one schedule, in one batch."""
         shape = (self.info.latent_channels, schedule.height // self.info.factor, schedule.width // self.info.factor)
         # Noise comes from the CPU whatever the device, so that it is the same everywhere.
-        noise = keyed_normal(self.how.seed, ids_from_bytes(names), purpose=NOISE, shape=shape).to(self.device)
-        cond, uncond = self._conditioning(labels)
+        noise = keyed_normal(self.how.seed, ids_from_bytes(names), purpose=NOISE, shape=shape)
+        return self.denoise(noise, labels, schedule, texts)
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        noise_NCHW: Tensor,
+        labels: Sequence[int | None],
+        schedule: Schedule,
+        texts: Texts | None = None,
+    ) -> Tensor:
+        """Raw latents from standard normal noise of their shape."""
+        cond, uncond = self._conditioning(labels, texts)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             normalised = sample(
                 self._model,
-                noise,
+                noise_NCHW.to(self.device),
                 objective=self._objective,
                 sampler=self.how.sampler,
                 steps=schedule.steps,
@@ -105,12 +137,39 @@ class Denoiser:
             )
         return normalised.float() * self._std + self._mean
 
-    def _conditioning(self, labels: Sequence[int | None]) -> tuple[Conditioning, Conditioning]:
-        if self.info.num_classes is None:
-            return {}, {}
-        no_label = self.info.num_classes
-        known = torch.tensor([no_label if n is None else n for n in labels], dtype=torch.int64, device=self.device)
-        return {"labels_B": known}, {"labels_B": torch.full_like(known, no_label)}
+    def _texts(self, requests: pa.Table) -> Texts | None:
+        """The embeddings of every row; a prompt that is not given is the empty one."""
+        if self._embed is None:
+            return None
+        prompts = [text or "" for text in requests["prompt"].to_pylist()]
+        away = [text or "" for text in requests["negative_prompt"].to_pylist()]
+        found = self._embed(list(dict.fromkeys([*prompts, *away])))
+        return [(found[prompt], found[other]) for prompt, other in zip(prompts, away, strict=True)]
+
+    def _conditioning(self, labels: Sequence[int | None], texts: Texts | None) -> tuple[Conditioning, Conditioning]:
+        cond: dict[str, Tensor | None] = {}
+        uncond: dict[str, Tensor | None] = {}
+        if self.info.num_classes is not None:
+            no_label = self.info.num_classes
+            known = torch.tensor(
+                [no_label if n is None else n for n in labels], dtype=torch.int64, device=self.device
+            )
+            cond["labels_B"], uncond["labels_B"] = known, torch.full_like(known, no_label)
+        if texts is not None:
+            cond |= self._text_arguments([wanted for wanted, _ in texts])
+            uncond |= self._text_arguments([away for _, away in texts])
+        return cond, uncond
+
+    def _text_arguments(self, rows: Sequence[Embedding]) -> dict[str, Tensor | None]:
+        out: dict[str, Tensor | None] = {"text_BLD": self._stacked([row.text_LD for row in rows])}
+        if rows[0].mask_L is not None:
+            out["text_mask_BL"] = self._stacked([row.mask_L for row in rows if row.mask_L is not None])
+        if rows[0].pooled_P is not None:
+            out["pooled_BP"] = self._stacked([row.pooled_P for row in rows if row.pooled_P is not None])
+        return out
+
+    def _stacked(self, arrays: Sequence[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(arrays)).to(self.device)
 
 
 def schedule_of(row: pa.Table) -> Schedule:

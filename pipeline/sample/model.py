@@ -1,4 +1,4 @@
-"""What the driver must know of an exported model: its limits, its codec, its digest. Imports no torch."""
+"""What the driver must know of a model: its limits, its codec, its digest. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,24 +9,41 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import ConfigError, InputError
+from pipeline.model.checkpoints import MARKER, CheckpointPlace, find_checkpoint
+from pipeline.model.foreign_info import INDEX, is_pipeline_dir, read_pipeline_dir
 from pipeline.sample.requests import Limits
+from pipeline.sample.text import TextSpec, text_of_export, text_of_pipeline
 from pipeline.storage import Root
 from pipeline.storage_errors import describe, storage_errors
 from pipeline.store.layout import canonical_json
 
 INFO_FILE = "latentloom.json"
 WEIGHTS_DIR = "model/"
+RAW = "raw"  # the weights as trained, no average of them
 # What changes an image, of all that an export tells about itself.
 _IDENTITY = ("model", "objective", "num_classes", "latent_channels", "factor", "latent_mean", "latent_std")
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The content of an export's information file, and the digest of all that decides its images."""
+    """What a model says about itself, and the digest of all that decides its images.
+
+    uri: exactly this model, also where a directory of them was named. kind: export, checkpoint or pipeline. info:
+    the fields of an ExportInfo. always_labelled: it has classes and no label for "none", hence no guidance.
+    """
 
     uri: str
     info: Mapping[str, Any]
     digest: str
+    kind: str = "export"
+    text: TextSpec | None = None
+    always_labelled: bool = False
+
+    @property
+    def ema(self) -> str | None:
+        """Name of the average the weights are."""
+        ema: str | None = self.info.get("ema")
+        return ema
 
     @property
     def objective(self) -> str:
@@ -59,7 +76,8 @@ class ModelFacts:
         """What may be asked of this model."""
         return Limits(
             num_classes=self.num_classes,
-            takes_text=False,  # there is no text encoder to turn a prompt into what the model reads
+            takes_text=self.text is not None,
+            always_labelled=self.always_labelled,
             multiple=int(self.info["factor"]) * _stride(self.info["model"]),
             sizes=tuple(_size(bucket) for bucket in self.info["buckets"]),
             any_size=any_size,
@@ -67,35 +85,100 @@ class ModelFacts:
 
 
 def read_model(uri: str, ema: str | None = None) -> ModelFacts:
-    """The facts of the export at `uri`, or of the one trained longest right below it; reads no weights.
+    """The facts of the model at `uri`; reads no weights, except to hash those that nothing else names.
 
-    The digest covers the weights by the hash the export records, which loading them checks. InputError when
-    there is no export, ConfigError when its weights are not the average `ema` that was asked for.
+    uri: an export, or a directory of exports (the one trained longest); a training checkpoint, or the directory of
+    them (the newest complete one); a plain diffusers pipeline directory. ema: the average whose weights are meant;
+    a checkpoint holds several, the others one each. InputError when there is none of these, ConfigError when they
+    do not hold that average.
     """
     try:
-        root = _find(Root(uri))
-        document = json.loads(root.read_bytes(INFO_FILE))
-        info = document["info"]
-        identity = {key: info[key] for key in _IDENTITY}
-        weights = {name: file["sha256"] for name, file in document["files"].items() if name.startswith(WEIGHTS_DIR)}
+        facts = _facts(Root(uri), ema)
     except _unreadable() as error:
-        raise InputError(
-            f"There is no readable model export at {uri}: {describe(error)}",
-            key="model.uri",
-            value=uri,
-            rule=f"an export is a directory with {INFO_FILE}, or holds such directories",
-            next_step="name the export directory that jobs.train printed, or train one",
-        ) from None
-    if ema is not None and info.get("ema") != ema:
+        raise _no_model(uri, describe(error)) from None
+    if ema is not None and facts.info.get("ema") != ema:
         raise ConfigError(
-            "The export holds other averaged weights than asked for",
+            "The model holds other averaged weights than asked for",
             key="model.ema",
             value=ema,
-            rule=f"this export holds {info.get('ema')!r}",
-            next_step="leave model.ema out, or export the track you want",
+            rule=f"this {facts.kind} holds {facts.info.get('ema')!r}",
+            next_step="leave model.ema out, or name a checkpoint of the run and one of its tracks",
         )
-    body = {"weights": weights, "identity": identity}
-    return ModelFacts(root.uri, info, hashlib.blake2b(canonical_json(body), digest_size=16).hexdigest())
+    return facts
+
+
+def _facts(root: Root, ema: str | None) -> ModelFacts:
+    if is_pipeline_dir(root):
+        return _pipeline_facts(root)
+    place = find_checkpoint(root)
+    return _checkpoint_facts(place, ema) if place is not None else _export_facts(_find(root))
+
+
+def _export_facts(root: Root) -> ModelFacts:
+    document = json.loads(root.read_bytes(INFO_FILE))
+    info = document["info"]
+    weights = {name: file["sha256"] for name, file in document["files"].items() if name.startswith(WEIGHTS_DIR)}
+    return _told("export", root.uri, info, weights, text_of_export(info))
+
+
+def _pipeline_facts(root: Root) -> ModelFacts:
+    found = read_pipeline_dir(root)
+    weights = {"pipeline": found.info["weights_sha256"]}
+    return _told(
+        "pipeline", root.uri, found.info, weights, text_of_pipeline(found), always_labelled=found.always_labelled
+    )
+
+
+def _checkpoint_facts(place: CheckpointPlace, ema: str | None) -> ModelFacts:
+    meta = place.complete.meta
+    if not meta.get("model"):
+        raise InputError(
+            "This checkpoint does not say what its model is",
+            key="model.uri",
+            value=place.uri,
+            rule="checkpoints describe their model since this version",
+            next_step="sample from an export of the run, or go on training for one more checkpoint",
+        )
+    tracks = [track["name"] for track in meta["ema_tracks"]]
+    name = ema or (tracks[0] if tracks else RAW)
+    if name not in (*tracks, RAW):
+        raise ConfigError(
+            "The checkpoint holds no such average",
+            key="model.ema",
+            value=name,
+            rule=f"it holds {', '.join([*tracks, RAW])}",
+            next_step="name one of these; raw is the weights as trained",
+        )
+    info = {**meta["model"], "images_seen": place.complete.images, "ema": name}
+    weights = {file: told["sha256"] for file, told in place.complete.marker["files"].items()}
+    return _told("checkpoint", place.uri, info, {**weights, "ema": name}, text_of_export(info))
+
+
+def _told(
+    kind: str,
+    uri: str,
+    info: Mapping[str, Any],
+    weights: Mapping[str, str],
+    text: TextSpec | None,
+    *,
+    always_labelled: bool = False,
+) -> ModelFacts:
+    body: dict[str, Any] = {"weights": weights, "identity": {key: info[key] for key in _IDENTITY}}
+    if text is not None:
+        body["text"] = text.digest
+    digest = hashlib.blake2b(canonical_json(body), digest_size=16).hexdigest()
+    return ModelFacts(uri, info, digest, kind, text, always_labelled)
+
+
+def _no_model(uri: str, why: str) -> InputError:
+    return InputError(
+        f"There is no readable model at {uri}: {why}",
+        key="model.uri",
+        value=uri,
+        rule=f"a model is an export ({INFO_FILE}), a checkpoint ({MARKER}), a diffusers pipeline ({INDEX}), or a "
+        "directory of the first two",
+        next_step="name the export directory that jobs.train printed, or train one",
+    )
 
 
 def _unreadable() -> tuple[type[Exception], ...]:
@@ -129,9 +212,9 @@ def resolve_sampler(name: str, objective: str) -> str:
 
 def _stride(model: Mapping[str, Any]) -> int:
     """Latent cells that a side must be a multiple of: the patch of a transformer, the halvings of a U-Net."""
-    if "patch" in model:
-        return int(model["patch"])
-    return int(2 ** (len(model["block_out_channels"]) - 1))
+    config = model.get("config", model)
+    patch = config.get("patch") or config.get("patch_size")
+    return int(patch) if patch else int(2 ** (len(config["block_out_channels"]) - 1))
 
 
 def _size(bucket: str) -> tuple[int, int]:

@@ -25,7 +25,7 @@ IMAGES = pa.schema(
         *ADDRESS,  # sample_id is the request id, key its hex form
         pa.field("bucket", pa.string(), nullable=False),
         pa.field("image", pa.large_binary(), nullable=False),  # empty when `file` names it
-        pa.field("file", pa.string()),
+        pa.field("file", pa.string()),  # an object's key, or key#offset+length of a tar
         pa.field("media_type", pa.string(), nullable=False),
         pa.field("content_sha256", pa.binary(32), nullable=False),
         *[REQUEST_SCHEMA.field(name) for name in (*FIELDS, "extra")],

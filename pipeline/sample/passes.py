@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.cluster import ensure_ray, shutdown_ray
 from pipeline.errors import StoppedError
@@ -16,6 +17,7 @@ from pipeline.graph import (
     configure_ray_data,
     run_execution,
     start_monitor,
+    whole_blocks,
 )
 from pipeline.progress import Progress
 from pipeline.sample.config import SampleJobConfig, StageConfig
@@ -26,6 +28,7 @@ from pipeline.sample.stages import (
     DecoderSpec,
     DenoiseBlocks,
     DenoiserSpec,
+    EmbedPrompts,
     EncodeImages,
     RequestReader,
 )
@@ -40,8 +43,8 @@ _log = logging.getLogger(__name__)
 
 READ_CPUS = 0.1
 WRITE_CPUS = 0.1
-# Shares of one GPU that the two stages take when the configuration leaves it to us: decoding is a single step.
-DENOISE_GPU, DECODE_GPU = 0.75, 0.25
+# Shares of one GPU that the stages take when the configuration leaves it to us: decoding is a single step.
+DENOISE_GPU, DECODE_GPU, PROMPTS_GPU = 0.6, 0.25, 0.15
 DECODE_CPUS = 0.3
 _TASK_RETRIES = 2
 _PATIENCE = 3
@@ -57,6 +60,7 @@ class Resources:
     decode_actors: int
     decode_cpus: float
     decode_gpus: float
+    prompts_gpus: float
 
 
 def run_passes(
@@ -77,10 +81,26 @@ class _Passes:
         self.config, self.prepared, self.root, self.generation = config, prepared, root, generation
         self.wanted = wanted
         configure_ray_data()
-        self.resources = _resources(config)
+        if config.output.format == "webdataset":
+            whole_blocks()  # a unit is one tar: it must reach its write in one piece
+        self.resources = _resources(config, with_text=prepared.model.text is not None)
         self.monitor = start_monitor("sample")
+        self.embedder = self._start_embedder()
         meta = {"latentloom.generation": str(generation.number)}
         self.committer = Committer(root, generation.number, config.write.row_group_bytes, None, meta)
+
+    def _start_embedder(self) -> Any:
+        """The actor that all denoisers ask for embeddings; None for a model that reads no text."""
+        import ray
+
+        text, gpus = self.prepared.model.text, self.resources.prompts_gpus
+        if text is None:
+            return None
+        draw = on_device(self.prepared.draw, "cuda" if gpus else "cpu")
+        actor = ray.remote(EmbedPrompts).options(
+            num_cpus=self.config.prompts.num_cpus, num_gpus=gpus or None, max_restarts=-1, max_task_retries=-1
+        )
+        return actor.remote(text, draw, self.config.prompts.cache_bytes)
 
     def run(self) -> None:
         state = read_state(self.root)
@@ -127,7 +147,10 @@ class _Passes:
         )
         dataset = dataset.map_batches(
             DenoiseBlocks,
-            fn_constructor_args=(DenoiserSpec(prepared.model.uri, draw, config.model.compile), self.monitor),
+            fn_constructor_args=(
+                DenoiserSpec(prepared.model.uri, prepared.model.ema, draw, config.model.compile, self.embedder),
+                self.monitor,
+            ),
             num_cpus=r.denoise_cpus,
             num_gpus=r.denoise_gpus or None,
             **actor_pool(r.denoise_actors, _TASK_RETRIES),
@@ -148,11 +171,12 @@ class _Passes:
             num_cpus=config.write.encoder_cpus,
             compute=ray.data.TaskPoolStrategy(size=config.write.encoders),
         )
-        sink = LedgerSink("CommitImages", CommitImages(self.committer), config.write.fragment_rows)
+        tars = self.root if config.output.format == "webdataset" else None
+        sink = LedgerSink("CommitImages", CommitImages(self.committer, tars), config.write.fragment_rows)
         dataset.write_datasink(sink, ray_remote_args={"num_cpus": WRITE_CPUS}, concurrency=config.write.writers)
 
 
-def _resources(config: SampleJobConfig) -> Resources:
+def _resources(config: SampleJobConfig, *, with_text: bool) -> Resources:
     """Actors and their sizes; ConfigError when they, a read, an encoding and a write do not fit the cluster."""
     import ray
 
@@ -161,18 +185,22 @@ def _resources(config: SampleJobConfig) -> Resources:
     denoise_gpus, denoise_actors = _pool(config.denoise, gpus, DENOISE_GPU, max(1, int(cpus)))
     decode_gpus, decode_actors = _pool(config.decode, gpus, DECODE_GPU, 1)
     decode_cpus = config.decode.num_cpus or DECODE_CPUS
-    spare = READ_CPUS + WRITE_CPUS + config.write.encoder_cpus
+    spare = READ_CPUS + WRITE_CPUS + config.write.encoder_cpus + (config.prompts.num_cpus if with_text else 0.0)
+    wanted = config.prompts.num_gpus
+    prompts_gpus = 0.0 if not with_text else wanted if wanted is not None else PROMPTS_GPU if gpus else 0.0
     share = (cpus - spare - decode_actors * decode_cpus) / denoise_actors
     denoise_cpus = config.denoise.num_cpus or max(0.1, round(min(1.0, share) - 5e-5, 4))
     check_cpus(
         {
             f"{denoise_actors} denoise actors": denoise_actors * denoise_cpus,
             f"{decode_actors} decode actors": decode_actors * decode_cpus,
-            "a read, an encoding and a write": spare,
+            "a read, an encoding, a write and the prompts": spare,
         },
         "denoise.actors",
     )
-    return Resources(denoise_actors, denoise_cpus, denoise_gpus, decode_actors, decode_cpus, decode_gpus)
+    return Resources(
+        denoise_actors, denoise_cpus, denoise_gpus, decode_actors, decode_cpus, decode_gpus, prompts_gpus
+    )
 
 
 def _pool(stage: StageConfig, gpus: float, part: float, without: int) -> tuple[float, int]:

@@ -17,6 +17,7 @@ from pipeline.sample.requests import Defaults, Limits, Requests, grid_columns, v
 from pipeline.storage import Root
 from pipeline.storage_errors import describe, storage_errors
 from pipeline.store.identity import Identity
+from pipeline.tracking.config import REGISTERED, resolve_paths
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Prepared:
 
 def prepare(config: SampleJobConfig) -> Prepared:
     """Read model, codec and requests; every problem is a PipelineError, and nothing has been written."""
-    model = read_model(config.model.uri, config.model.ema)
+    model = read_model(_model_uri(config), config.model.ema)
     codec_path, codec_kind = _codec_path(config, model), model.codec_kind
     codec = codec_info(codec_path, model.codec_revision, codec_kind)
     _check_codec(model, codec, codec_path)
@@ -52,6 +53,15 @@ def prepare(config: SampleJobConfig) -> Prepared:
     about = {"origin": {**asdict(origin), "versions": dict(origin.versions)}}
     identity = Identity("images", fingerprint, about)
     return Prepared(requests, model, codec, codec_path, codec_kind, draw, origin, identity)
+
+
+def _model_uri(config: SampleJobConfig) -> str:
+    """Where the model lies; a name in the registry stands for the version it means now."""
+    if not config.model.uri.startswith(REGISTERED):
+        return config.model.uri
+    from pipeline.tracking.registry import resolve
+
+    return resolve(config.model.uri, resolve_paths(config.tracking).uri).uri
 
 
 def on_device(draw: Draw, device: str) -> Draw:
@@ -114,7 +124,7 @@ def _codec_path(config: SampleJobConfig, model: ModelFacts) -> str:
     path = config.model.codec or told.get("path")
     if not path:
         raise InputError(
-            "The export does not say where its codec lies",
+            "The model does not say where its codec lies",
             key="model.codec",
             rule="latents become pixels by the codec they were encoded with",
             next_step="set model.codec to the codec's directory",
@@ -130,6 +140,16 @@ def _check_codec(model: ModelFacts, codec: CodecInfo, path: str) -> None:
             key="model.codec",
             value=path,
             rule=f"its weights must have the sha256 {wanted}, these have {codec.weights_sha256}",
+            next_step="give the codec that encoded the training latents",
+        )
+    shape = (codec.latent_channels, codec.factor)
+    if shape != (model.info["latent_channels"], model.info["factor"]):
+        raise ConflictError(
+            "Model and codec do not fit",
+            key="model.codec",
+            value=path,
+            rule=f"the model makes {model.info['latent_channels']} channels at 1/{model.info['factor']} of the size, "
+            f"the codec reads {shape[0]} at 1/{shape[1]}",
             next_step="give the codec that encoded the training latents",
         )
 

@@ -14,6 +14,7 @@ from pipeline.sample.images import read_provenance
 from pipeline.sample.model import read_model
 from pipeline.sample.output import IMAGES, encode_rows
 from pipeline.sample.plan import PLAN_SCHEMA
+from pipeline.sample.prompts import PromptEmbedder
 from pipeline.sample.provenance import Draw, check_origin, origin_of, request_of
 
 
@@ -26,13 +27,14 @@ def regenerate(image: bytes, *, model_uri: str | None = None, codec_path: str | 
     found = read_provenance(image)
     request, draw, origin = request_of(found), Draw(**found["draw"]), origin_of(found)
     model_uri, codec_path = model_uri or origin.model_uri, codec_path or origin.codec_path
-    facts = read_model(model_uri)
+    facts = read_model(model_uri, origin.ema)
     codec = codec_info(codec_path, facts.codec_revision, facts.codec_kind)
     here = replace(origin, model_digest=facts.digest, codec_sha256=codec.weights_sha256)
     check_origin(found, here)
     use_threads(draw.threads)
     plan_row = pa.Table.from_pylist([{**request, "unit": 0, "row": 0}], schema=PLAN_SCHEMA)
-    latents = Denoiser.load(facts.uri, draw)(plan_row)
+    embed = None if facts.text is None else PromptEmbedder(facts.text, device=draw.device)
+    latents = Denoiser.load(facts.uri, draw, ema=facts.ema, embed=embed)(plan_row)
     decoder = Decoder(
         codec_path,
         kind=facts.codec_kind,

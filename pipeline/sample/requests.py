@@ -49,7 +49,8 @@ class Limits:
     """What one model can be asked for.
 
     `multiple` is the side in pixels that every height and width must be a multiple of. `sizes` are the (height,
-    width) the model was trained on; with `any_size` others are accepted too.
+    width) the model was trained on; with `any_size` others are accepted too. `always_labelled`: the model has classes
+    and no label for "none", so every request needs one and nothing can be guided.
     """
 
     num_classes: int | None
@@ -57,6 +58,7 @@ class Limits:
     multiple: int
     sizes: tuple[tuple[int, int], ...]
     any_size: bool = False
+    always_labelled: bool = False
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,11 @@ def _condition_faults(request: Mapping[str, Any], limits: Limits) -> list[str]:
         faults.append(f"prompt {_clip(prompt)}: the model was trained without text")
     if request["negative_prompt"] is not None and prompt is None:
         faults.append("negative_prompt without a prompt")
-    if label is None and prompt is None and guidance != 1.0:
+    if limits.always_labelled and label is None:
+        faults.append("no label: the model was trained without an unconditional label")
+    if limits.always_labelled and guidance != 1.0:
+        faults.append(f"guidance {guidance}: the model was trained without an unconditional label, so 1 only")
+    elif label is None and prompt is None and guidance != 1.0:
         faults.append(f"guidance {guidance} without a label or prompt: there is nothing to guide towards")
     return faults
 

@@ -12,6 +12,7 @@ from pipeline.sample.contact import caption, choose, contact_sheet
 from pipeline.sample.gallery import Picture, gallery_html
 from pipeline.sample.images import thumbnail
 from pipeline.store.dataset import Dataset
+from pipeline.store.outside import read_outside
 
 CONTACT_KEY = "contact.png"
 GALLERY_KEY = "gallery.html"
@@ -36,7 +37,7 @@ def show(uri: str, plan: pa.Table, wanted: Iterable[bytes], count: int, facts: d
         return {}
     chosen = choose(candidates, count)
     rows = _read(dataset, candidates, chosen)
-    images = [row["image"] or dataset.root.read_bytes(row["file"]) for row in rows]
+    images = [row["image"] or read_outside(dataset.root, row["file"]) for row in rows]
     captions = [caption(row) for row in rows]
     pictures = [
         Picture(thumbnail(image, THUMBNAIL), "image/png", text, json.dumps(json.loads(row["provenance"]), indent=1))

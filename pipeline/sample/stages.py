@@ -10,9 +10,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.graph import answer, held
 from pipeline.sample.output import IMAGES, encode_rows
 from pipeline.sample.plan import PLAN_SCHEMA
 from pipeline.sample.provenance import Draw, Origin
+from pipeline.sample.tars import pack_units
+from pipeline.sample.text import TextSpec
 from pipeline.storage import Root
 from pipeline.store.plan import EntrySpan, read_entries
 from pipeline.store.schema import REJECTS
@@ -48,13 +51,34 @@ class RequestReader:
         yield pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)
 
 
+class EmbedPrompts:
+    """An actor that all denoisers ask: prompts in, their embeddings out, each distinct one computed once."""
+
+    def __init__(self, spec: TextSpec, draw: Draw, cache_bytes: int) -> None:
+        from pipeline.sample.denoise import use_threads
+        from pipeline.sample.prompts import PromptEmbedder
+
+        use_threads(draw.threads)
+        self._embedder = held(lambda: PromptEmbedder(spec, device=draw.device, cache_bytes=cache_bytes))
+
+    def embed(self, prompts: list[str]) -> Any:
+        """{prompt: Embedding}."""
+        return self._embedder()(prompts)
+
+    def embedded(self) -> int:
+        """How many prompts went through the encoders so far."""
+        return self._embedder().embedded
+
+
 @dataclass(frozen=True)
 class DenoiserSpec:
-    """Everything a denoising actor needs to start."""
+    """Everything a denoising actor needs to start; `embedder` is the EmbedPrompts of a text model."""
 
     model_uri: str
+    ema: str | None
     draw: Draw
     compile: bool
+    embedder: Any = None
 
 
 class DenoiseBlocks:
@@ -65,10 +89,13 @@ class DenoiseBlocks:
 
         use_threads(spec.draw.threads)
         self._monitor = monitor
-        self._denoiser = Denoiser.load(spec.model_uri, spec.draw, compile=spec.compile)
+        embed = None if spec.embedder is None else lambda prompts: answer(spec.embedder.embed.remote(list(prompts)))
+        self._denoiser = held(
+            lambda: Denoiser.load(spec.model_uri, spec.draw, ema=spec.ema, embed=embed, compile=spec.compile)
+        )
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        return self._denoiser(block, on_batch=lambda rows: self._monitor.add.remote({"rows": rows}))
+        return self._denoiser()(block, on_batch=lambda rows: self._monitor.add.remote({"rows": rows}))
 
 
 @dataclass(frozen=True)
@@ -89,17 +116,19 @@ class DecodeBlocks:
         from pipeline.sample.denoise import use_threads
 
         use_threads(spec.draw.threads)
-        self._decoder = Decoder(
-            spec.codec_path,
-            kind=spec.codec_kind,
-            revision=spec.codec_revision,
-            batch_size=spec.draw.batch_size,
-            device=spec.draw.device,
-            dtype=spec.draw.dtype,
+        self._decoder = held(
+            lambda: Decoder(
+                spec.codec_path,
+                kind=spec.codec_kind,
+                revision=spec.codec_revision,
+                batch_size=spec.draw.batch_size,
+                device=spec.draw.device,
+                dtype=spec.draw.dtype,
+            )
         )
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        return self._decoder(block)
+        return self._decoder()(block)
 
 
 @dataclass(frozen=True)
@@ -127,11 +156,14 @@ def _widened(table: pa.Table) -> pa.Table:
 
 @dataclass(frozen=True)
 class CommitImages:
-    """A write task's work: FINISHED rows to one commit."""
+    """A write task's work: FINISHED rows to one commit; with `tars` their images go into shards there first."""
 
     committer: Committer
+    tars: Root | None = None
 
     def __call__(self, table: pa.Table) -> None:
         stored = table.filter(pc.equal(table["outcome"], "stored")).select(IMAGES.names).cast(IMAGES)
+        if self.tars is not None:
+            stored = pack_units(stored, self.tars.put_if_absent)
         rejects = table.filter(pc.equal(table["outcome"], "rejected")).select(REJECTS.names).cast(REJECTS)
         self.committer.commit(stored, rejects, {})

@@ -8,9 +8,11 @@ listing    streams entries in one strict order (key, row), the same on local dis
 readers    give a unit's rows, any sub-ranges of them: folder here, tar shards in webdataset, tables in parquet
 decode     bytes to a loaded image under limits; color to sRGB; render to every resolution from one decode
 isolate    the same in a child process with CPU and memory limits, for decoders that may be slow or crash
+tables     what is inside one Parquet file; table_child runs it in a child that asks for its bytes (pipes serves both)
 buckets    (height, width) to bucket and crop box: arithmetic only
 prepare    a row to its variants or to one Reject; policy_fingerprint says all that decides pixels (DECODE.md)
-reasons    the closed list of reasons; filters, fields, metadata, patterns, uris serve the readers
+reasons    the closed list of reasons; fields, metadata, patterns, uris serve the readers
+filters    which rows to keep, the same expression over tables (filters) and over single records (record_filter)
 synthetic  the shapes that the quickstart learns to draw
 
 Every row ends as pixels, as rejected(reason) or as filtered(reason); no bytes, however hostile, raise or hang.

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.config import StrictModel
 from pipeline.source.filters import parse_filter
+from pipeline.source.record_filter import keeps
 
 Format = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "jpeg2000", "ppm"]
 FORMATS: tuple[Format, ...] = ("jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "jpeg2000", "ppm")
@@ -35,6 +36,18 @@ class _Source(StrictModel):
     extra: tuple[str, ...] = Field((), description='further fields kept with each row as JSON; ["*"] keeps all')
     max_bytes: int = Field(64 << 20, ge=1, description="an image of more bytes is rejected, unread where possible")
     read_ahead: int = Field(16, ge=1, le=256, description="objects fetched ahead of the decoder on remote stores")
+    filter: str | None = Field(
+        None,
+        description='rows to keep, by their metadata, e.g. "aesthetic > 5 and width >= 256"; others are filtered',
+    )
+
+    @field_validator("filter")
+    @classmethod
+    def _filter_parses(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_filter(value)
+            keeps(value, {})  # literals of types that do not go together are found without any record
+        return value
 
     @model_validator(mode="after")
     def _classes_are_distinct(self) -> Self:
@@ -51,6 +64,9 @@ class FolderSource(_Source):
         "metadata", description="labels from the metadata, or from the name of an image's directory (needs classes)"
     )
     exclude: tuple[str, ...] = Field((), description="glob patterns over keys of files that are no rows")
+    max_metadata_bytes: int = Field(
+        1 << 30, ge=1, description="a metadata file of more bytes stops the listing: it is held in memory as a whole"
+    )
 
     @model_validator(mode="after")
     def _directory_labels_need_classes(self) -> Self:
@@ -78,18 +94,17 @@ class ParquetSource(_Source):
     uri_prefixes: tuple[str, ...] = Field(
         (), description="absolute image URIs are read only below these; relative ones below the source itself"
     )
-    filter: str | None = Field(
-        None, description='rows to keep, e.g. "aesthetic > 5 and width >= 256"; the others count as filtered'
-    )
     status: str | None = Field("status", description='column that must say "success" where it exists (img2dataset)')
     exif: str | None = Field("exif", description="column with EXIF as JSON where it exists (img2dataset)")
-
-    @field_validator("filter")
-    @classmethod
-    def _filter_parses(cls, value: str | None) -> str | None:
-        if value is not None:
-            parse_filter(value)
-        return value
+    isolate: bool = Field(
+        True,
+        description="parse the files in a child process with limits on memory and CPU; false for files you trust",
+    )
+    memory_mb: int = Field(
+        4096,
+        ge=512,
+        description="address space of that child, MiB: a page of a file must fit, as stored and unpacked",
+    )
 
 
 SourceConfig = Annotated[FolderSource | WebDatasetSource | ParquetSource, Field(discriminator="kind")]

@@ -18,6 +18,8 @@ _ORIENTATIONS = {
     "mirrored horizontal then rotated 90 cw": 7,
     "rotated 90 ccw": 8,
 }
+MAX_TEXT_BYTES = 1 << 20  # of one row's caption, and of its pass-through fields
+_MAX_LABEL = 10**18 - 1
 _INTEGER = re.compile(r"\s*[0-9]{1,18}\s*")
 
 
@@ -33,14 +35,21 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
 
 
 def canonical(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text. Foreign types become their text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    """JSON with sorted keys and no spaces: equal values give equal text. Foreign types become their text.
+
+    ValueError for text that is no Unicode (a lone surrogate), over MAX_TEXT_BYTES, or nested without end.
+    """
+    try:
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    except (RecursionError, TypeError) as error:  # TypeError: keys of several types cannot be sorted
+        raise ValueError(f"the fields are no JSON: {error}") from None
+    return _checked(text, "the fields")
 
 
 def parse_caption(value: Any) -> str | None:
-    """Text or nothing; ValueError for any other type."""
+    """Text or nothing; ValueError for any other type, a lone surrogate, or more than MAX_TEXT_BYTES."""
     if value is None or isinstance(value, str):
-        return value
+        return None if value is None else _checked(value, "the caption")
     raise ValueError(f"the caption must be text, not {type(value).__name__}")
 
 
@@ -56,7 +65,7 @@ def parse_label(value: Any, classes: Sequence[str]) -> int | None:
         if _INTEGER.fullmatch(value):
             return _known(int(value), classes)
     known = f" or one of the {len(classes)} classes" if classes else ""
-    raise ValueError(f"the label {value!r} is no integer from 0 up{known}")
+    raise ValueError(f"the label {value!r:.60} is no integer from 0 up{known}")
 
 
 def pick_extra(record: Mapping[str, Any], names: Sequence[str], taken: Sequence[str | None]) -> dict[str, Any]:
@@ -82,7 +91,19 @@ def orientation_of(exif: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 8 else None
 
 
+def _checked(text: str, what: str) -> str:
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} cannot be written as UTF-8") from None
+    if size > MAX_TEXT_BYTES:
+        raise ValueError(f"{what} take {size} bytes, over {MAX_TEXT_BYTES}")
+    return text
+
+
 def _known(label: int, classes: Sequence[str]) -> int:
+    if label > _MAX_LABEL:
+        raise ValueError(f"the label is beyond {_MAX_LABEL}")
     if classes and label >= len(classes):
         raise ValueError(f"the label {label} is beyond the {len(classes)} classes")
     return label

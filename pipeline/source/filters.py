@@ -1,13 +1,17 @@
 """Row filters written as Python expressions, turned into pyarrow expressions without ever being evaluated.
 
+Tables are filtered by these; `record_filter` gives the same answers for single records.
+
 The grammar is a small part of Python's: column names (`col("odd name")` for odd ones), numbers, strings,
 True/False/None, comparisons (also chained, `in [..]`, `is None`), `and`/`or`/`not`, `+ - * /` and unary minus.
-A comparison with null keeps no row. Everything else is refused while the configuration is read.
+A division has a fraction whatever its operands are. A comparison with null keeps no row. Everything else is refused
+while the configuration is read.
 """
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from typing import Any
 
 _MAX_CHARS, _MAX_DEPTH = 4096, 40
@@ -38,7 +42,16 @@ def parse_filter(text: str) -> ast.expr:
 
 def filter_columns(text: str) -> set[str]:
     """The names of the columns that a filter reads."""
-    return {name for node in ast.walk(parse_filter(text)) if (name := _column(node)) is not None} - {"col"}
+    return set(_columns(parse_filter(text)))
+
+
+def _columns(node: ast.AST) -> Iterator[str]:
+    name = column_of(node)
+    if name is not None:
+        yield name
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from _columns(child)
 
 
 def to_arrow(text: str) -> Any:
@@ -46,7 +59,8 @@ def to_arrow(text: str) -> Any:
     return _build(parse_filter(text))
 
 
-def _column(node: ast.AST) -> str | None:
+def column_of(node: ast.AST) -> str | None:
+    """The column that a node names, or None when it is something else."""
     if isinstance(node, ast.Name):
         return node.id
     if (
@@ -68,7 +82,8 @@ def _is_condition(node: ast.AST) -> bool:
     )
 
 
-def _is_literal(node: ast.AST) -> bool:
+def is_literal(node: ast.AST) -> bool:
+    """Whether a node is a number, a text, or true or false."""
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return isinstance(node.operand, ast.Constant) and type(node.operand.value) in (int, float)
     return isinstance(node, ast.Constant) and type(node.value) in (int, float, str, bool)
@@ -77,7 +92,7 @@ def _is_literal(node: ast.AST) -> bool:
 def _check(node: ast.AST, depth: int) -> None:
     if depth > _MAX_DEPTH:
         raise ValueError(f"filter is nested deeper than {_MAX_DEPTH}")
-    if _column(node) is not None or _is_literal(node):
+    if column_of(node) is not None or is_literal(node):
         return
     children: list[ast.expr]
     if isinstance(node, ast.BoolOp):
@@ -88,6 +103,8 @@ def _check(node: ast.AST, depth: int) -> None:
         children = [node.left, node.right]
     elif isinstance(node, ast.Compare):
         children = [node.left]
+        if len(node.ops) > 1 and not all(type(operator) in _COMPARE for operator in node.ops):
+            raise ValueError("filter: `in` and `is` cannot be part of a chain; put `and` between two conditions")
         for operator, right in zip(node.ops, node.comparators, strict=True):
             children += _check_comparison(operator, right)
     else:
@@ -99,7 +116,7 @@ def _check(node: ast.AST, depth: int) -> None:
 
 def _check_comparison(operator: ast.cmpop, right: ast.expr) -> list[ast.expr]:
     if isinstance(operator, ast.In | ast.NotIn):
-        if not isinstance(right, ast.List | ast.Tuple) or not all(_is_literal(e) for e in right.elts):
+        if not isinstance(right, ast.List | ast.Tuple) or not all(is_literal(e) for e in right.elts):
             raise ValueError("filter: `in` needs a list of numbers or strings")
         return []
     if isinstance(operator, ast.Is | ast.IsNot):
@@ -112,10 +129,10 @@ def _check_comparison(operator: ast.cmpop, right: ast.expr) -> list[ast.expr]:
 def _build(node: ast.AST) -> Any:
     import pyarrow.compute as pc
 
-    name = _column(node)
+    name = column_of(node)
     if name is not None:
         return pc.field(name)
-    if _is_literal(node):
+    if is_literal(node):
         return pc.scalar(ast.literal_eval(node))
     if isinstance(node, ast.BoolOp):
         out = _build(node.values[0])
@@ -126,13 +143,16 @@ def _build(node: ast.AST) -> Any:
         inner = _build(node.operand)
         return ~inner if isinstance(node.op, ast.Not) else _call("negate", inner)
     if isinstance(node, ast.BinOp):
-        return _call(_ARITHMETIC[type(node.op)], _build(node.left), _build(node.right))
+        left, right = _build(node.left), _build(node.right)
+        if isinstance(node.op, ast.Div):  # Arrow would divide whole numbers without a fraction, and not by zero
+            left, right = left.cast("float64"), right.cast("float64")
+        return _call(_ARITHMETIC[type(node.op)], left, right)
     assert isinstance(node, ast.Compare)
-    left, out = node.left, None
-    for operator, right in zip(node.ops, node.comparators, strict=True):
-        term = _compare(left, operator, right)
+    before, out = node.left, None
+    for operator, after in zip(node.ops, node.comparators, strict=True):
+        term = _compare(before, operator, after)
         out = term if out is None else out & term
-        left = right
+        before = after
     return out
 
 

@@ -31,7 +31,7 @@ class Entry:
     """One object of a source, or a range of rows of one: what a unit of work is made of.
 
     key: relative to `source_root(source).uri`; rows row_start..row_stop (None: unknown before reading);
-    meta: for folder sources the canonical JSON of caption, label and extra, None where there are none.
+    meta: for folder sources the canonical JSON of caption, label, extra and what the filter says, None without any.
     """
 
     key: str
@@ -110,8 +110,8 @@ def _with_directory_label(record: str | None, key: str, source: FolderSource) ->
             rule="with label_from: directory every image's own directory is one of the classes",
             next_step=f"add {directory!r} to source.classes, or exclude the files",
         )
-    fields = parse_object(record) if record is not None else {"caption": None, "extra": {}}
-    return canonical({**fields, "label": source.classes.index(directory)})
+    fields = parse_object(record) if record is not None else {}
+    return canonical({"caption": None, "extra": {}, **fields, "label": source.classes.index(directory)})
 
 
 def _is_regular(root: Root, key: str) -> bool:

@@ -2,8 +2,10 @@
 
 A file's `file_name` is relative to the metadata's own directory and may lie deeper; of several the nearest
 directory wins. Files in key order visit every directory's subtree in one stretch, so only the metadata of the
-directories above the present file are held. A line that cannot be understood, or that names a file which is not
-there, stops the listing: silently dropping captions or labels would be worse.
+directories above the present file are held. Where the source has a filter, a file that it does not keep carries the
+mark FILTERED, so that a changed filter changes only the entries it decides otherwise. A line that cannot be
+understood, or that names a file which is not there, stops the listing: silently dropping captions or labels would be
+worse.
 """
 
 from __future__ import annotations
@@ -18,9 +20,12 @@ from typing import Any
 from pipeline.errors import InputError
 from pipeline.source.config import FolderSource
 from pipeline.source.fields import canonical, parse_caption, parse_label, parse_object, pick_extra
+from pipeline.source.filters import filter_columns
+from pipeline.source.record_filter import Cell, keeps
 from pipeline.storage import Root
 
 NAMES = ("metadata.csv", "metadata.jsonl")
+FILTERED = "filtered"  # a key of an entry's metadata: the filter does not keep the row
 
 
 @dataclass
@@ -36,15 +41,17 @@ class FolderMetadata:
     def __init__(self, root: Root, source: FolderSource) -> None:
         self._root, self._source = root, source
         self._open: list[_Directory] = []
+        # A file that no metadata name has null in every field.
+        self._unnamed = None if source.filter is None or keeps(source.filter, {}) else canonical({FILTERED: True})
 
     def record_of(self, key: str) -> str | None:
-        """The canonical JSON of a file's caption, label and extra fields, or None when no metadata name it."""
+        """The canonical JSON of a file's caption, label, extra fields and mark; None when no metadata name it."""
         self._enter(key)
         for directory in reversed(self._open):
             found = directory.records.pop(key[len(directory.path) :], None)
             if found is not None:
                 return found[1]
-        return None
+        return self._unnamed
 
     def finish(self) -> None:
         """Check the directories that are still open."""
@@ -89,6 +96,15 @@ class FolderMetadata:
 
     def _parse(self, key: str) -> dict[str, tuple[int, str]]:
         where = self._root.uri_of(key)
+        size, limit = self._root.info(key).size_bytes, self._source.max_metadata_bytes
+        if size > limit:
+            raise InputError(
+                f"{where} has {size} bytes",
+                key="source.max_metadata_bytes",
+                value=limit,
+                rule="a metadata file is held in memory while its directory is listed",
+                next_step="split it over the directories it speaks of, use Parquet or tar shards, or raise the limit",
+            )
         try:
             text = self._root.read_bytes(key).decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -102,16 +118,19 @@ class FolderMetadata:
         return records
 
     def _lines(self, where: str, text: str, *, csv_file: bool) -> Iterator[tuple[int, str, str]]:
-        for line, parsed in _csv_records(text) if csv_file else _json_records(text):
+        needed = filter_columns(self._source.filter) if self._source.filter else set()
+        for line, parsed in _csv_records(text, needed) if csv_file else _json_records(text):
             try:
                 if isinstance(parsed, ValueError):
                     raise parsed
-                yield line, _file_name(parsed), self._meta(parsed)
+                yield line, _file_name(parsed), self._meta(parsed, text_only=csv_file)
             except ValueError as error:
                 raise _error(where, line, str(error), "correct or remove the line") from None
 
-    def _meta(self, record: dict[str, Any]) -> str:
+    def _meta(self, record: dict[str, Any], *, text_only: bool) -> str:
         source = self._source
+        cells = {name: Cell(value) for name, value in record.items()} if text_only else record
+        mark = {} if source.filter is None or keeps(source.filter, cells) else {FILTERED: True}
         taken = ("file_name", source.caption, source.label)
         label = source.label if source.label_from == "metadata" else None
         return canonical(
@@ -119,6 +138,7 @@ class FolderMetadata:
                 "caption": parse_caption(record.get(source.caption)) if source.caption else None,
                 "label": parse_label(record.get(label), source.classes) if label else None,
                 "extra": pick_extra(record, source.extra, taken),
+                **mark,
             }
         )
 
@@ -132,9 +152,12 @@ def _json_records(text: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]
                 yield line, error
 
 
-def _csv_records(text: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+def _csv_records(text: str, needed: set[str]) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        missing = sorted(needed - set(reader.fieldnames or ()))
+        if missing:
+            yield 1, ValueError(f"there is no column {missing[0]}, which source.filter names")
         for record in reader:
             if None in record or None in record.values():
                 yield (

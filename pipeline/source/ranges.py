@@ -12,7 +12,12 @@ class Ranges:
         for start, stop in ranges:
             if start < 0 or (stop is not None and stop < start):
                 raise ValueError(f"range ({start}, {stop}) must have 0 <= start <= stop")
-        self._ranges = tuple(ranges)
+        self._ranges = tuple((start, stop) for start, stop in ranges)
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int | None], ...]:
+        """The ranges as they were given."""
+        return self._ranges
 
     def __contains__(self, row: object) -> bool:
         return isinstance(row, int) and any(a <= row and (b is None or row < b) for a, b in self._ranges)

@@ -12,7 +12,9 @@ from functools import lru_cache
 from pipeline.source.config import FolderSource, ParquetSource, SourceConfig, WebDatasetSource
 from pipeline.source.fields import canonical, parse_object
 from pipeline.source.listing import Entry, source_root
+from pipeline.source.metadata import FILTERED
 from pipeline.source.ranges import Ranges
+from pipeline.source.reasons import Reason
 from pipeline.source.remote import Failure, fetch, map_ahead
 from pipeline.source.rows import EndOfUnit, SourceRow
 from pipeline.storage import Root
@@ -44,10 +46,13 @@ def _root(source: SourceConfig) -> Root:
 def _read_folder(root: Root, source: FolderSource, entries: Sequence[Entry], wanted: Ranges) -> Iterator[SourceRow]:
     def read(item: tuple[int, Entry]) -> SourceRow:
         row, entry = item
+        fields = parse_object(entry.meta) if entry.meta is not None else {}
+        if fields.get(FILTERED):
+            message = f"not kept by {source.filter}"
+            return SourceRow.without_image(row, entry.key, Reason.ROW_FILTER, message, source.name)
         data = fetch(root, entry.key, source.max_bytes, entry.size_bytes)
         if isinstance(data, Failure):
             return SourceRow.without_image(row, entry.key, data.reason, data.message, source.name)
-        fields = parse_object(entry.meta) if entry.meta is not None else {}
         extra = canonical(fields["extra"]) if fields.get("extra") else None
         return SourceRow(row, entry.key, data, fields.get("caption"), fields.get("label"), extra, source=source.name)
 

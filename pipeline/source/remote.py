@@ -6,6 +6,7 @@ import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, TypeVar
 
@@ -16,6 +17,7 @@ from pipeline.storage_errors import describe
 
 A = TypeVar("A")
 B = TypeVar("B")
+ReadRange = Callable[[int, int], bytes]  # (offset, length) -> bytes, fewer at the end
 _READ_BYTES = 8 << 20
 
 
@@ -51,14 +53,36 @@ def open_file(root: Root, key: str, size_bytes: int) -> BinaryIO:
     """A buffered seekable file; on remote stores each read of the buffer is one ranged request with retries."""
     if root.local_path() is not None:
         return root.open(key)
-    return io.BufferedReader(_RangedFile(root, key, size_bytes), _READ_BYTES)
+    return io.BufferedReader(
+        RangedFile(lambda start, length: root.read_range(key, start, length), size_bytes), _READ_BYTES
+    )
 
 
-class _RangedFile(io.RawIOBase):
-    """Reads through `Root.read_range`, whose retries a long-lived HTTP body would not have."""
+@contextmanager
+def open_ranges(root: Root, key: str, known_size: int | None = None) -> Iterator[tuple[ReadRange, int]]:
+    """(a function that reads length bytes from an offset, the object's size); errors of the store pass through."""
+    size = root.info(key).size_bytes if known_size is None else known_size
+    if root.local_path() is None:
+        yield lambda start, length: root.read_range(key, start, length), size
+        return
+    with root.open(key) as file:
 
-    def __init__(self, root: Root, key: str, size_bytes: int) -> None:
-        self._root, self._key, self._size, self._at = root, key, size_bytes, 0
+        def read(start: int, length: int) -> bytes:
+            file.seek(start)
+            return file.read(length)
+
+        yield read, size
+
+
+class RangedFile(io.RawIOBase):
+    """A file over a function that reads ranges: one request each, whose retries a long-lived body would not have.
+
+    `failed` keeps the error of a range that could not be read, which a library in between may dress up.
+    """
+
+    def __init__(self, read: ReadRange, size_bytes: int) -> None:
+        self._read, self.size, self._at = read, size_bytes, 0
+        self.failed: Exception | None = None
 
     def readable(self) -> bool:
         return True
@@ -67,7 +91,7 @@ class _RangedFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
         self._at = max(0, base + offset)
         return self._at
 
@@ -75,8 +99,12 @@ class _RangedFile(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        length = min(len(buffer), max(0, self._size - self._at))
-        data = self._root.read_range(self._key, self._at, length) if length else b""
+        length = min(len(buffer), max(0, self.size - self._at))
+        try:
+            data = self._read(self._at, length) if length else b""
+        except Exception as error:
+            self.failed = error
+            raise
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)

@@ -1,8 +1,9 @@
 """A tar archive read from front to back: names and sizes of its members, payloads only when asked for.
 
 Nothing is ever written to disk, links and devices are passed over, and nothing is trusted: extended headers are
-bounded, checksums are checked by the standard library's header parser, and an archive that ends without its
-end-of-archive block is reported. Understands ustar, GNU long names and pax paths and sizes (POSIX.1-2001).
+bounded, holes of sparse files are never filled, a compressed archive may not unpack to more than 100 times its size,
+checksums are checked by the standard library's header parser, and an archive that ends without its end-of-archive
+block is reported. Understands ustar, GNU long names and pax paths and sizes (POSIX.1-2001).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import BinaryIO, cast
 _BLOCK = 512
 _MAX_EXTENDED_BYTES = 1 << 20
 _SKIP_BYTES = 1 << 20
+_MAX_RATIO, _FREE_BYTES = 100, 64 << 20  # packed images hardly shrink; a small archive may be padding
 _DATA_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _BODILESS_TYPES = (
     tarfile.LNKTYPE,
@@ -53,6 +55,8 @@ class Member:
 def members(file: BinaryIO) -> Iterator[Member]:
     """The regular members in order; TarError where the archive cannot be followed any further."""
     stream, packed = _unpacked(file)
+    stored = _size(file)
+    end = max(_FREE_BYTES, _MAX_RATIO * stored) if packed else stored
     name: str | None = None
     size: int | None = None
     while True:
@@ -61,6 +65,7 @@ def members(file: BinaryIO) -> Iterator[Member]:
             return
         if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
             body = _extended(stream, header)
+            _check_end(stream, 0, end, packed=packed)
             if header.type == tarfile.GNUTYPE_LONGNAME:
                 name = body.rstrip(b"\0").decode("utf-8", "surrogateescape")
             else:
@@ -70,9 +75,25 @@ def members(file: BinaryIO) -> Iterator[Member]:
         member = Member(header.name if name is None else name, length, stream, length)
         if header.type in _DATA_TYPES:
             yield member
-        _skip(stream, member._left + -length % _BLOCK, seekable=not packed)
+        left = member._left + -length % _BLOCK
+        _check_end(stream, left, end, packed=packed)
+        _skip(stream, left, seekable=not packed)
         if header.type not in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
             name, size = None, None
+
+
+def _check_end(stream: BinaryIO, ahead: int, end: int, *, packed: bool) -> None:
+    """TarError where `ahead` more bytes lie beyond what the archive holds, or may unpack to."""
+    if stream.tell() + ahead > end:
+        problem = f"unpacks to more than {end} bytes, {_MAX_RATIO} times its size" if packed else "was cut off"
+        raise TarError(f"the archive {problem}")
+
+
+def _size(file: BinaryIO) -> int:
+    at = file.tell()
+    end = file.seek(0, 2)
+    file.seek(at)
+    return end
 
 
 def _unpacked(file: BinaryIO) -> tuple[BinaryIO, bool]:

@@ -11,20 +11,30 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from pipeline.errors import PipelineError
 from pipeline.source.config import WebDatasetSource
-from pipeline.source.fields import canonical, orientation_of, parse_caption, parse_label, parse_object, pick_extra
+from pipeline.source.fields import (
+    MAX_TEXT_BYTES,
+    canonical,
+    orientation_of,
+    parse_caption,
+    parse_label,
+    parse_object,
+    pick_extra,
+)
 from pipeline.source.listing import Entry
 from pipeline.source.ranges import Ranges
 from pipeline.source.reasons import Reason
+from pipeline.source.record_filter import keeps
 from pipeline.source.remote import Failure, failure_of, open_file
 from pipeline.source.rows import EndOfUnit, SourceRow
 from pipeline.source.tar import Member, TarError, members
 from pipeline.storage import Root
 
-_MAX_TEXT_BYTES = 1 << 20
+_MAX_NAME = 4096
+_MAX_SAMPLES = 1 << 21  # of one tar: their names are remembered, to tell duplicates
 _TEXTS = ("txt", "json", "cls")
 
 
@@ -34,6 +44,7 @@ class _Sample:
     row: int
     parts: dict[str, bytes] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
+    image: str | None = None  # the extension of the image to be taken
     duplicate: bool = False
 
 
@@ -100,6 +111,8 @@ def _samples(file: BinaryIO, source: WebDatasetSource, row: int, wanted: Ranges)
                 mark = int.from_bytes(hashlib.blake2b(base.encode("utf-8", "replace"), digest_size=8).digest(), "big")
                 current.duplicate = mark in seen
                 seen.add(mark)
+                if len(seen) > _MAX_SAMPLES:
+                    raise TarError(f"more than {_MAX_SAMPLES} samples in one tar")
             if row in wanted:
                 _collect(current, member, extension, source)
     except TarError as error:
@@ -121,17 +134,27 @@ def _split(name: str) -> tuple[str, str]:
 
 def _collect(sample: _Sample, member: Member, extension: str, source: WebDatasetSource) -> None:
     if extension in source.images:
-        if member.size > source.max_bytes:
-            message = f"{member.size} bytes, over source.max_bytes {source.max_bytes}"
-            sample.failures[extension] = Failure(Reason.TOO_MANY_BYTES, message)
-        else:
-            sample.parts[extension] = member.read()
+        # Of several images of a sample only the one that will be taken is held.
+        rank = source.images.index(extension)
+        if sample.image is not None and rank > source.images.index(sample.image):
+            return
+        if sample.image is not None:
+            sample.parts.pop(sample.image, None)
+        sample.image = extension
+        _take(sample, member, extension, source.max_bytes, Reason.TOO_MANY_BYTES)
     elif extension in _TEXTS:
-        if member.size > _MAX_TEXT_BYTES:
-            message = f"{member.name} has {member.size} bytes, over {_MAX_TEXT_BYTES}"
-            sample.failures[extension] = Failure(Reason.BAD_METADATA, message)
-        else:
-            sample.parts[extension] = member.read()
+        _take(sample, member, extension, MAX_TEXT_BYTES, Reason.BAD_METADATA)
+
+
+def _take(sample: _Sample, member: Member, extension: str, limit: int, reason: Reason) -> None:
+    sample.parts.pop(extension, None)
+    sample.failures.pop(extension, None)
+    if member.size > limit:
+        rule = "source.max_bytes " if reason is Reason.TOO_MANY_BYTES else ""
+        message = f"{member.name[:200]} has {member.size} bytes, over {rule}{limit}"
+        sample.failures[extension] = Failure(reason, message)
+    else:
+        sample.parts[extension] = member.read()
 
 
 def _to_row(sample: _Sample, source: WebDatasetSource, entry: Entry) -> SourceRow:
@@ -141,37 +164,60 @@ def _to_row(sample: _Sample, source: WebDatasetSource, entry: Entry) -> SourceRo
         safe = key.encode("utf-8", "backslashreplace").decode()
         return SourceRow.without_image(sample.row, safe, reason, message, source.name)
 
+    if len(sample.base) > _MAX_NAME:
+        key = f"{entry.key}/{sample.base[:100]}?{sample.row}"
+        return without(Reason.UNSAFE_NAME, f"a member's name has {len(sample.base)} characters, over {_MAX_NAME}")
     if sample.base.startswith("/") or ".." in sample.base.split("/") or not _is_text(sample.base):
         return without(Reason.UNSAFE_NAME, "member names are relative UTF-8 paths without '..'")
     if sample.duplicate:
         key += f"?{sample.row}"
         return without(Reason.DUPLICATE_KEY, "an earlier sample of this tar has the same key")
-    image = next((e for e in source.images if e in sample.parts or e in sample.failures), None)
-    failed = next((sample.failures[e] for e in (image, *_TEXTS) if e in sample.failures), None)
-    if failed is not None:
-        return without(failed.reason, failed.message)
-    if image is None:
-        return without(Reason.NO_IMAGE, f"no member ends in one of {', '.join(source.images)}")
+    unread = next((sample.failures[e] for e in _TEXTS if e in sample.failures), None)
+    if unread is not None:
+        return without(unread.reason, unread.message)
     try:
-        return _with_texts(sample, source, key, sample.parts[image])
+        texts = _Texts.of(sample, source)
+        if texts.status not in (None, "success"):
+            return without(Reason.SOURCE_STATUS, f"status is {texts.status!r}")
+        if source.filter is not None and not keeps(source.filter, texts.fields):
+            return without(Reason.ROW_FILTER, f"not kept by {source.filter}")
+        if sample.image is None:
+            return without(Reason.NO_IMAGE, f"no member ends in one of {', '.join(source.images)}")
+        if sample.image in sample.failures:
+            return without(sample.failures[sample.image].reason, sample.failures[sample.image].message)
+        return _with_texts(sample, source, key, texts)
     except (ValueError, UnicodeError) as error:
         return without(Reason.BAD_METADATA, str(error))
 
 
-def _with_texts(sample: _Sample, source: WebDatasetSource, key: str, image: bytes) -> SourceRow:
-    record = parse_object(sample.parts["json"]) if "json" in sample.parts else {}
-    caption = parse_caption(record.get(source.caption)) if source.caption else None
-    if source.caption and "txt" in sample.parts:
-        caption = sample.parts["txt"].decode("utf-8-sig")
-    label = parse_label(record.get(source.label), source.classes) if source.label else None
-    if source.label and "cls" in sample.parts:
-        label = parse_label(sample.parts["cls"].decode("utf-8-sig").strip(), source.classes)
-    extra = pick_extra(record, source.extra, (source.caption, source.label))
-    row = SourceRow(sample.row, key, image, caption, label, canonical(extra) if extra else None, source=source.name)
-    row.exif_orientation = orientation_of(record.get("exif"))
-    status = record.get("status")
-    if isinstance(status, str) and status != "success":
-        return SourceRow.without_image(sample.row, key, Reason.SOURCE_STATUS, f"status is {status!r}", source.name)
+@dataclass
+class _Texts:
+    """What the .json, .txt and .cls members say; `fields` is what a filter sees: .txt and .cls under their names."""
+
+    fields: dict[str, Any]
+    record: dict[str, Any]
+    status: str | None
+
+    @staticmethod
+    def of(sample: _Sample, source: WebDatasetSource) -> _Texts:
+        record = parse_object(sample.parts["json"]) if "json" in sample.parts else {}
+        fields = dict(record)
+        if source.caption and "txt" in sample.parts:
+            fields[source.caption] = sample.parts["txt"].decode("utf-8-sig")
+        if source.label and "cls" in sample.parts:
+            fields[source.label] = parse_label(sample.parts["cls"].decode("utf-8-sig").strip(), source.classes)
+        status = record.get("status")
+        return _Texts(fields, record, status if isinstance(status, str) else None)
+
+
+def _with_texts(sample: _Sample, source: WebDatasetSource, key: str, texts: _Texts) -> SourceRow:
+    assert sample.image is not None
+    caption = parse_caption(texts.fields.get(source.caption)) if source.caption else None
+    label = parse_label(texts.fields.get(source.label), source.classes) if source.label else None
+    extra = pick_extra(texts.record, source.extra, (source.caption, source.label))
+    image, packed = sample.parts[sample.image], canonical(extra) if extra else None
+    row = SourceRow(sample.row, key, image, caption, label, packed, source=source.name)
+    row.exif_orientation = orientation_of(texts.record.get("exif"))
     return row
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -18,23 +17,15 @@ from pipeline.errors import InputError
 from pipeline.storage import Root
 from pipeline.store import layout
 from pipeline.store.identity import Identity, read_identity
+from pipeline.store.pages import Bytes, fixed_width_pages, fixed_width_values, plain_span
+from pipeline.store.readable import ReadableGroups
 from pipeline.store.row_groups import RowGroupInfo
 from pipeline.store.rowset import RowSet
 from pipeline.store.runs import last_run
 from pipeline.store.shard import channel_totals
 from pipeline.store.state import State, VisibleFile, read_state
 
-
-@dataclass(frozen=True)
-class RowGroup:
-    """One readable row group: its place, its bucket ("HxW" pixels) and its visible rows."""
-
-    index: int
-    file: str
-    group: int
-    bucket: str
-    num_rows: int
-    size_bytes: int
+_FOOTERS = 4096  # kept at a time; about 1.6 KB for each row group of a file
 
 
 class Dataset:
@@ -44,18 +35,8 @@ class Dataset:
         self.root, self.identity, self.state = root, identity, state
         self._footers: dict[str, pq.FileMetaData] = {}
         self._lock = threading.Lock()
-        self._groups: list[tuple[VisibleFile, int, RowGroupInfo]] = []
-        row_groups: list[RowGroup] = []
-        for file in state.files:
-            for number, info in enumerate(file.info.row_groups):
-                visible = info.rows if not _touches(file.dead, info) else self._count_visible(file, number)
-                if visible:
-                    row_groups.append(
-                        RowGroup(len(row_groups), file.info.path, number, info.bucket, visible, info.size_bytes)
-                    )
-                    self._groups.append((file, number, info))
-        self.row_groups: Sequence[RowGroup] = tuple(row_groups)
-        self.num_rows = sum(g.num_rows for g in row_groups)
+        self.row_groups = ReadableGroups(state.files, self._count_visible)
+        self.num_rows = int(self.row_groups.rows.sum())
 
     @classmethod
     def open_kind(cls, uri: str, kind: str, key: str = "data.uri") -> Any:
@@ -95,8 +76,12 @@ class Dataset:
     @cached_property
     def layout_digest(self) -> str:
         """Hex digest of the physical row groups in order: what the order of a stream depends on."""
-        body = [self.digest, [[g.file, g.group, g.num_rows] for g in self.row_groups]]
-        return hashlib.blake2b(layout.canonical_json(body), digest_size=16).hexdigest()
+        groups = self.row_groups
+        body = [self.digest, [file.info.path for file in groups.files]]
+        hasher = hashlib.blake2b(layout.canonical_json(body), digest_size=16)
+        for column in (groups.file_of, groups.number, groups.rows):
+            hasher.update(column.astype("<i8").tobytes())
+        return hasher.hexdigest()
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
@@ -106,41 +91,74 @@ class Dataset:
 
     def groups_within(self, first_unit: int, stop_unit: int) -> Iterator[tuple[int, RowGroupInfo]]:
         """(index, info) of the readable row groups that may hold rows of units [first_unit, stop_unit)."""
-        for index, (_, _, info) in enumerate(self._groups):
-            if info.first_unit < stop_unit and info.last_unit >= first_unit:
-                yield index, info
+        return self.row_groups.within(first_unit, stop_unit)
 
-    def read(self, row_group: int, columns: Sequence[str] | None) -> pa.Table:
+    def read(self, row_group: int, columns: Sequence[str] | None, *, verify: bool = True) -> pa.Table:
         """The visible rows of one row group, in (unit, row, variant) order; None reads all columns.
 
-        Page checksums are verified.
-
-        OSError or ArrowInvalid when the file is damaged or gone. Safe to call from several threads.
+        verify: check the checksums of all pages read. OSError or ArrowInvalid when the file is damaged or gone.
+        Safe to call from several threads.
         """
-        file, number, info = self._groups[row_group]
-        if not _touches(file.dead, info):
-            return self._read_group(file.info.path, number, columns)
+        file, number = self.row_groups.place(row_group)
+        if not self.row_groups.partial[row_group]:
+            return self._read_group(file.info.path, number, columns, verify)
         extra = [] if columns is None else [c for c in ("unit", "row") if c not in columns]
-        table = self._read_group(file.info.path, number, None if columns is None else [*columns, *extra])
-        dead = file.dead.contains(table["unit"].to_numpy(), table["row"].to_numpy())
-        table = table.filter(pa.array(~dead))
+        table = self._read_group(file.info.path, number, None if columns is None else [*columns, *extra], verify)
+        table = table.filter(pa.array(_alive(file, table)))
         return table if columns is None else table.select(list(columns))
 
-    def _count_visible(self, file: VisibleFile, number: int) -> int:
-        table = self._read_group(file.info.path, number, ["unit", "row"])
-        return int((~file.dead.contains(table["unit"].to_numpy(), table["row"].to_numpy())).sum())
+    def read_fixed(self, row_group: int, column: str, *, verify: bool = True) -> list[Bytes]:
+        """The visible values of a binary column that all have one length: uint8 [n_i, width], in order.
 
-    def _read_group(self, path: str, number: int, columns: Sequence[str] | None) -> pa.Table:
+        Without `verify` they are views of the file where it is stored so (nothing is decoded, copied or checked;
+        on a remote store one ranged read). ValueError when values are null or differ in length; else as `read`.
+        """
+        file, number = self.row_groups.place(row_group)
+        span = None if verify else plain_span(self._footer(file.info.path), number, column)
+        if span is None:
+            return fixed_width_values(self.read(row_group, [column], verify=verify)[column])
+        pages = fixed_width_pages(self._bytes(file.info.path, *span), file.info.row_groups[number].rows)
+        if not self.row_groups.partial[row_group]:
+            return pages
+        alive = _alive(file, self._read_group(file.info.path, number, ["unit", "row"], verify))
+        return [np.concatenate(pages)[alive]]
+
+    def _count_visible(self, file: VisibleFile, number: int) -> int:
+        return int(_alive(file, self._read_group(file.info.path, number, ["unit", "row"], True)).sum())
+
+    def _bytes(self, path: str, start: int, length: int) -> Bytes:
+        local = self.root.local_path(path)
+        if local is None:
+            return np.frombuffer(self.root.read_range(path, start, length), np.uint8)
+        with pa.memory_map(str(local)) as source:
+            source.seek(start)
+            return np.frombuffer(source.read_buffer(length), np.uint8)  # keeps the mapping alive
+
+    def _footer(self, path: str) -> pq.FileMetaData:
+        footer = self._footers.get(path)
+        if footer is None:
+            local = self.root.local_path(path)
+            with pa.memory_map(str(local)) if local is not None else self.root.open(path) as source:
+                footer = pq.read_metadata(source)
+            self._keep_footer(path, footer)
+        return footer
+
+    def _keep_footer(self, path: str, footer: pq.FileMetaData) -> None:
+        with self._lock:
+            self._footers[path] = footer
+            while len(self._footers) > _FOOTERS:
+                self._footers.pop(next(iter(self._footers)))
+
+    def _read_group(self, path: str, number: int, columns: Sequence[str] | None, verify: bool) -> pa.Table:
         local = self.root.local_path(path)
         source = pa.memory_map(str(local)) if local is not None else self.root.open(path)
         with source:
             footer = self._footers.get(path)
             reader = pq.ParquetFile(
-                source, metadata=footer, pre_buffer=local is None, page_checksum_verification=True
+                source, metadata=footer, pre_buffer=local is None, page_checksum_verification=verify
             )
             if footer is None:
-                with self._lock:
-                    self._footers[path] = reader.metadata
+                self._keep_footer(path, reader.metadata)
             names = None if columns is None else list(columns)
             return reader.read_row_group(number, columns=names, use_threads=False)
 
@@ -172,32 +190,27 @@ class LatentDataset(Dataset):
     @cached_property
     def num_classes(self) -> int | None:
         """One more than the largest label; None when any row group holds a row without a label."""
-        infos = [info for _, _, info in self._groups]
-        if not infos or any(i.unlabelled for i in infos):
+        groups = self.row_groups
+        if not len(groups) or groups.stored("unlabelled").any():
             return None
-        return 1 + max(i.label_max for i in infos)
+        return 1 + int(groups.stored("label_max").max())
 
     @cached_property
     def _channel_moments(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        total: npt.NDArray[np.float64] | float = 0.0
-        squares: npt.NDArray[np.float64] | float = 0.0
-        values = 0
-        for index, (file, _, info) in enumerate(self._groups):
-            sums: dict[str, Any] = {
-                "channel_sum": info.channel_sum,
-                "channel_sumsq": info.channel_sumsq,
-                "values": info.values,
-            }
-            if _touches(file.dead, info):
-                # Some stored rows do not count: their sums must not either.
-                sums = channel_totals(self.read(index, ["latent", "latent_shape"]), self.latent_dtype)
-            total = total + np.array(sums["channel_sum"])
-            squares = squares + np.array(sums["channel_sumsq"])
-            values += sums["values"]
-        if not values:
+        groups = self.row_groups
+        if not len(groups):
             raise InputError(f"The dataset {self.uri} has no visible row", next_step="run jobs.encode to its end")
-        mean = np.asarray(total) / values
-        return mean, np.sqrt(np.maximum(np.asarray(squares) / values - mean**2, 0.0))
+        whole = ~groups.partial
+        sums, squares = groups.channel_sums()
+        total, square = sums[whole].sum(axis=0), squares[whole].sum(axis=0)
+        values = int(groups.stored("values")[whole].sum())
+        for index in np.flatnonzero(groups.partial).tolist():
+            # Some stored rows do not count: their sums must not either.
+            alive = channel_totals(self.read(index, ["latent", "latent_shape"]), self.latent_dtype)
+            total, square = total + alive["channel_sum"], square + alive["channel_sumsq"]
+            values += alive["values"]
+        mean = total / values
+        return mean, np.sqrt(np.maximum(square / values - mean**2, 0.0))
 
     @property
     def channel_mean(self) -> npt.NDArray[np.float64]:
@@ -210,8 +223,6 @@ class LatentDataset(Dataset):
         return self._channel_moments[1]
 
 
-def _touches(dead: RowSet, info: RowGroupInfo) -> bool:
-    if not dead:
-        return False
-    span = RowSet.from_triples([(u, 0, 1 << 31) for u in range(info.first_unit, info.last_unit + 1)])
-    return bool(span & dead)
+def _alive(file: VisibleFile, rows: pa.Table) -> npt.NDArray[np.bool_]:
+    """Which rows, given by unit and row, are visible."""
+    return ~file.dead.contains(rows["unit"].to_numpy(), rows["row"].to_numpy())

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import InputError
 from pipeline.storage import Root
+from pipeline.storage_errors import StoreUnavailable
 from pipeline.store import layout
 from pipeline.store.generation import fenced, latest_number, read_claim
 from pipeline.store.record import CommitRecord, parse_record
@@ -87,7 +88,9 @@ def read_bundle(root: Root, name: str) -> Iterator[tuple[str, bytes]]:
             reader = pq.ParquetFile(file, page_checksum_verification=True)
             for batch in reader.iter_batches(batch_size=4096):
                 yield from zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True)
-    except (FileNotFoundError, pa.ArrowException, OSError) as error:
+    except StoreUnavailable:
+        raise
+    except (pa.ArrowException, OSError) as error:
         raise InputError(
             f"The ledger bundle {root.uri_of(name)} cannot be read: {error}",
             rule="bundles are written once and never changed",

@@ -19,6 +19,7 @@ from pipeline.store import layout
 from pipeline.store.generation import latest_number, read_claim
 from pipeline.store.identity import read_identity
 from pipeline.store.ledger import visible_records
+from pipeline.store.outside import COLUMNS, problems_outside
 from pipeline.store.plan import Plan, read_plan
 from pipeline.store.record import CommitRecord, FileInfo
 from pipeline.store.rowset import RowSet
@@ -116,8 +117,11 @@ def _check_file(root: Root, info: FileInfo, dead: RowSet, level: Level) -> tuple
             return problem("size", f"{size:,} bytes there, {info.size_bytes:,} committed")
         if level == "files":
             with root.open(info.path) as file:
-                rows = pq.ParquetFile(file).metadata.num_rows
-            return ([], RowSet.empty(), 0) if rows == info.rows else problem("rows", f"{rows} rows, not {info.rows}")
+                reader = pq.ParquetFile(file)
+                rows = reader.metadata.num_rows
+                if rows != info.rows:
+                    return problem("rows", f"{rows} rows, not {info.rows}")
+                return _outside(root, reader, read=False), RowSet.empty(), 0
         data = root.read_bytes(info.path)
     except FileNotFoundError:
         return problem("missing", "a commit record names this file and it is not there")
@@ -128,7 +132,16 @@ def _check_file(root: Root, info: FileInfo, dead: RowSet, level: Level) -> tuple
         return problem("checksum", f"sha256 {digest[:16]}… there, {info.sha256[:16]}… committed")
     table = pq.read_table(pa.BufferReader(data), columns=["unit", "row"], page_checksum_verification=True)
     rows_in = RowSet.from_rows(table["unit"].to_numpy(), table["row"].to_numpy())
-    return [], rows_in - dead, len(data)
+    problems = _outside(root, pq.ParquetFile(pa.BufferReader(data)), read=True)
+    return problems, rows_in - dead, len(data)
+
+
+def _outside(root: Root, reader: pq.ParquetFile, *, read: bool) -> list[dict[str, Any]]:
+    """What is wrong with the objects that a data file's rows name, where they keep their blobs outside of it."""
+    if not set(COLUMNS) <= set(reader.schema_arrow.names):
+        return []
+    found = problems_outside(root, reader.read(columns=list(COLUMNS)), read=read)
+    return [{"kind": kind, "where": where, "detail": detail} for kind, where, detail in found]
 
 
 def _each_row_once(state: State, seen: list[RowSet], report: VerifyReport) -> None:

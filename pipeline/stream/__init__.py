@@ -1,9 +1,13 @@
 """From a latent dataset to an endless, reproducible sequence of batches.
 
     row groups   --order-->    epochs, lanes, windows     pure arithmetic on (seed, epoch, position)
-    windows      --reader-->   rows, shuffled             [n, c*h*w] stored halves, on threads
-    rows         --loader-->   batches                    [b, c, h, w] float32, ids, labels, captions, sizes
+    windows      --reader-->   rows, shuffled             [n, 2*c*h*w] stored bytes, on threads
+    rows         --loader-->   batches                    [b, c, h, w] as stored, ids, labels, captions, sizes
+    batches      --text----->  and their captions' embeddings, as stored, where text is learned from
     streams      --mixture-->  one stream                 whole batches of several datasets, by weight
+
+A latent is copied twice, from the page cache to its window and from there to its batch: nothing is decoded, checked
+(unless `verify`) or widened to float32 on the way, which is the device's work.
 
 The global batch is cut into `lanes`; a lane owns a fixed stretch of every bucket's shuffled row groups and
 gives the same share of every batch. Ranks serve neighbouring lanes, so the ranks' shares, put together in

@@ -3,50 +3,81 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from itertools import chain
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pipeline.stream.columns import widen
-from pipeline.stream.data import Batch
+from pipeline.stream.data import Batch, TextRows
 from pipeline.stream.order import Order, Window
 from pipeline.stream.reader import SIZE_COLUMNS, Shape, WindowRows
 
-# Prepared in one go, because small rows are too many to handle batch by batch: float32 bytes, and batches.
-_CHUNK_BYTES = 4 << 20
-_CHUNK_BATCHES = 32
+# Prepared in one go, because small rows are too many to handle batch by batch: stored bytes, and batches.
+_CHUNK_BYTES = 8 << 20
+_CHUNK_BATCHES = 256
+_SCRATCH_BYTES = 1 << 18  # which a core's cache holds
 
 Submit = Callable[[Window], "Future[WindowRows]"]
 
 
-def batches(order: Order, lanes: range, start_step: int, dtype: str, submit: Submit) -> Iterator[Batch]:
-    """Batches from `start_step` on, without end, made of the given lanes' shares."""
+def batches(
+    order: Order, lanes: range, start_step: int, dtype: str, submit: Submit, text: TextRows | None = None
+) -> Iterator[list[Batch]]:
+    """Batches from `start_step` on, without end, made of the given lanes' shares, in packets of some."""
     epoch, before = order.served_before(start_step)
     feeds = {}
     for bucket in np.flatnonzero(order.batches).tolist():
         row = int(before[bucket]) * order.slot
         cursors = [_LaneCursor(order, bucket, lane, epoch, row, submit) for lane in lanes]
-        feeds[bucket] = _bucket_batches(order.layout.buckets[bucket], order.slot, cursors, dtype)
+        feeds[bucket] = _Feed(order.layout.buckets[bucket], order.slot, cursors, dtype, text)
+    packet: list[Batch] = []
     for step, epoch, bucket in order.steps_from(start_step):
-        chunk, index = next(feeds[bucket])
-        yield chunk.batch(index, step, epoch)
+        feed = feeds[bucket]
+        if packet and not feed.ready:
+            yield packet  # before the wait for the next ones
+            packet = []
+        packet.append(feed.batch(step, epoch))
 
 
-def _bucket_batches(bucket: str, slot: int, cursors: list[_LaneCursor], dtype: str) -> Iterator[tuple[_Chunk, int]]:
-    """A bucket's batches in order, without end, each as a chunk of them and an index into it."""
-    count = 1
-    while True:
-        shape = cursors[0].peek().shape
-        chunk = _Chunk(bucket, shape, count, len(cursors), slot)
-        for at, cursor in enumerate(cursors):
-            chunk.fill(at, cursor, dtype)
-        for batch in range(count):
-            yield chunk, batch
+class _Feed:
+    """A bucket's batches in order, without end, several of them prepared in one go."""
+
+    def __init__(self, bucket: str, slot: int, cursors: list[_LaneCursor], dtype: str, text: TextRows | None) -> None:
+        self._bucket, self._slot, self._cursors, self._dtype, self._text = bucket, slot, cursors, dtype, text
+        self._count, self._at = 0, 0
+        self._chunk: _Chunk | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next batch is at hand."""
+        return self._at < self._count
+
+    def batch(self, step: int, epoch: int) -> Batch:
+        """The next batch, as that of a step."""
+        if self._chunk is None or not self.ready:
+            self._chunk = self._prepare()
+        self._at += 1
+        return self._chunk.batch(self._at - 1, step, epoch)
+
+    def _prepare(self) -> _Chunk:
+        first = self._cursors[0].peek()
+        shape, sizes = first.shape, first.sizes is not None
+        del first  # or it would outlive its window's turn
+        text_bytes = 0 if self._text is None else self._text.row_bytes
+        batch_bytes = (2 * math.prod(shape) + text_bytes) * self._slot * len(self._cursors)
         # The first batch is not kept waiting for others, and a resume not made to read far ahead.
-        batch_bytes = 4 * math.prod(shape) * slot * len(cursors)
-        count = max(1, min(2 * count, _CHUNK_BATCHES, _CHUNK_BYTES // batch_bytes))
+        self._chunk = None
+        self._count = max(1, min(2 * self._count, _CHUNK_BATCHES, _CHUNK_BYTES // batch_bytes))
+        self._at = 0
+        lanes = len(self._cursors)
+        chunk = _Chunk(self._bucket, shape, self._dtype, self._count, lanes, self._slot, sizes=sizes)
+        for at, cursor in enumerate(self._cursors):
+            chunk.fill(at, cursor)
+        chunk.finish(self._text)
+        return chunk
 
 
 class _LaneCursor:
@@ -101,54 +132,91 @@ class _Chunk:
     Arrays are [batches, lanes, slot rows, ...]; a batch is one contiguous slice of each.
     """
 
-    def __init__(self, bucket: str, shape: Shape, count: int, lanes: int, slot: int) -> None:
+    def __init__(
+        self, bucket: str, shape: Shape, dtype: str, count: int, lanes: int, slot: int, *, sizes: bool
+    ) -> None:
         self._bucket, self._shape, self._count, self._slot = bucket, shape, count, slot
-        self._wide = math.prod(shape)
-        self._latents = np.empty((count, lanes, slot * self._wide), dtype=np.float32)
+        self._dtype = np.float16 if dtype == "float16" else np.uint16
+        self._wide = 2 * math.prod(shape)
+        self._latents = np.empty((count, lanes, slot * self._wide), dtype=np.uint8)
         self._sample_ids = np.empty((count, lanes, slot, 2), dtype=np.uint64)
         self._labels = np.empty((count, lanes, slot), dtype=np.int64)
-        self._sizes = np.empty((count, lanes, slot, len(SIZE_COLUMNS)), dtype=np.int32)
+        self._sizes: NDArray[np.int32] | None = None
+        if sizes:
+            self._sizes = np.empty((count, lanes, slot, len(SIZE_COLUMNS)), dtype=np.int32)
+        self._scratch = np.empty((max(1, _SCRATCH_BYTES // self._wide), self._wide), dtype=np.uint8)
         self._captions: list[list[str | None]] = []
+        self._parts: list[tuple[Any, ...]] = []
 
-    def fill(self, lane: int, cursor: _LaneCursor, dtype: str) -> None:
+    def fill(self, lane: int, cursor: _LaneCursor) -> None:
         """Take every batch's share of one lane; lanes come in order."""
-        captions: list[str | None] = []
+        captions: list[str | None] | None = None
         done = 0
         for rows, begin, end in cursor.take(self._count * self._slot):
             if rows.captions is not None:
-                captions += rows.captions.slice(begin, end - begin).to_pylist()
+                captions = [*(captions or ()), *rows.captions.slice(begin, end - begin).to_pylist()]
             for at, places in _blocks(done, done + end - begin, self._slot):
                 size = (at.stop - at.start) * (places.stop - places.start)
-                self._copy(rows, slice(begin, begin + size), lane, at, places, dtype)
+                self._copy(rows, slice(begin, begin + size), lane, at, places)
                 begin += size
                 done += size
             del rows
-        self._captions.append(captions)
+        if captions is not None:
+            self._captions.append(captions)
 
-    def _copy(self, rows: WindowRows, source: slice, lane: int, at: slice, places: slice, dtype: str) -> None:
+    def _copy(self, rows: WindowRows, source: slice, lane: int, at: slice, places: slice) -> None:
         """A stretch of a window's rows into a rectangle of batches x places."""
         shape = (at.stop - at.start, places.stop - places.start)
         wide = slice(places.start * self._wide, places.stop * self._wide)
-        halves = rows.latents[source].reshape(shape[0], shape[1] * self._wide)
-        widen(halves, self._latents[at, lane, wide], dtype, rows.finite)
+        self._gather(rows, source, self._latents[at, lane, wide], shape[1])
         self._sample_ids[at, lane, places] = rows.sample_ids[source].reshape(*shape, 2)
         self._labels[at, lane, places] = rows.labels[source].reshape(shape)
-        self._sizes[at, lane, places] = rows.sizes[source].reshape(*shape, -1)
+        if self._sizes is not None and rows.sizes is not None:
+            self._sizes[at, lane, places] = rows.sizes[source].reshape(*shape, -1)
+
+    def _gather(self, rows: WindowRows, source: slice, out: NDArray[np.uint8], places: int) -> None:
+        """Latents in the order served into out [batches, places * width], by way of a piece of cached memory."""
+        if rows.order is None:
+            out[...] = rows.latents[source].reshape(out.shape)
+            return
+        index = rows.order[source]
+        tall = max(1, len(self._scratch) // places)
+        for first in range(0, len(out), tall):
+            target = out[first : first + tall]
+            chosen = index[first * places : (first + len(target)) * places]
+            if target.flags.c_contiguous:
+                np.take(rows.latents, chosen, axis=0, out=target.reshape(-1, self._wide), mode="clip")
+            else:
+                moved = self._scratch[: len(chosen)]
+                np.take(rows.latents, chosen, axis=0, out=moved, mode="clip")
+                target[...] = moved.reshape(target.shape)
+
+    def finish(self, text: TextRows | None) -> None:
+        """Cut into batches, and ask what is asked of whole batches, when all lanes are there."""
+        count = self._count
+        latents = self._latents.view(self._dtype).reshape(count, -1, *self._shape)
+        labels: list[NDArray[np.int64] | None] = list(self._labels.reshape(count, -1))
+        for at in np.flatnonzero((self._labels < 0).all(axis=(1, 2))).tolist():
+            labels[at] = None
+        sizes = [None] * count if self._sizes is None else list(self._sizes.reshape(count, -1, len(SIZE_COLUMNS)))
+        told: list[list[str] | None] = [None] * count
+        found: list[Any] = [None] * count
+        if self._captions:
+            for at in range(count):
+                captions = self._batch_captions(at)
+                if text is not None:
+                    found[at] = text.lookup_stored(captions)
+                if any(caption is not None for caption in captions):
+                    told[at] = [caption or "" for caption in captions]
+        ids = list(self._sample_ids.reshape(count, -1, 2))
+        self._parts = list(zip(list(latents), ids, labels, told, sizes, found, strict=True))
+
+    def _batch_captions(self, index: int) -> Sequence[str | None]:
+        begin = index * self._slot
+        return list(chain.from_iterable(lane[begin : begin + self._slot] for lane in self._captions))
 
     def batch(self, index: int, step: int, epoch: int) -> Batch:
-        labels = self._labels[index].reshape(-1)
-        begin = index * self._slot
-        texts = list(chain.from_iterable(lane[begin : begin + self._slot] for lane in self._captions))
-        return Batch(
-            step=step,
-            epoch=epoch,
-            bucket=self._bucket,
-            latents=self._latents[index].reshape(-1, *self._shape),
-            sample_ids=self._sample_ids[index].reshape(-1, 2),
-            labels=labels if (labels >= 0).any() else None,
-            captions=[text or "" for text in texts] if any(text is not None for text in texts) else None,
-            sizes=self._sizes[index].reshape(-1, len(SIZE_COLUMNS)),
-        )
+        return Batch(step, epoch, self._bucket, *self._parts[index])
 
 
 def _blocks(begin: int, end: int, slot: int) -> Iterator[tuple[slice, slice]]:

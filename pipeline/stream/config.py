@@ -8,7 +8,7 @@ from pipeline.config import StrictModel
 
 
 class StreamConfig(StrictModel):
-    """How latents are shuffled and fetched; everything but `prefetch` and `threads` is part of the order."""
+    """How latents are shuffled and fetched; the last three fields are no part of the order."""
 
     lanes: int = Field(
         8,
@@ -32,3 +32,7 @@ class StreamConfig(StrictModel):
     )
     prefetch: int = Field(4, ge=1, description="Batches prepared ahead of the training step.")
     threads: int = Field(2, ge=1, description="Threads that read and shuffle windows, in each worker.")
+    verify: bool = Field(
+        False,
+        description="Check page checksums while reading, for about half the rows a second.",
+    )

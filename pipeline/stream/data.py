@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -28,10 +28,25 @@ class RowGroupInfo(Protocol):
     def size_bytes(self) -> int: ...
 
 
+@runtime_checkable
+class ColumnarGroups(Protocol):
+    """Row groups that are at hand as columns too: a million of them must not be looked at one by one."""
+
+    @property
+    def buckets(self) -> tuple[str, ...]: ...
+    @property
+    def bucket_of(self) -> NDArray[np.int64]: ...
+    @property
+    def rows(self) -> NDArray[np.int64]: ...
+    @property
+    def size_bytes(self) -> NDArray[np.int64]: ...
+
+
 class LatentRows(Protocol):
-    """The part of a latent dataset the stream uses; `read` must be safe to call from several threads.
+    """The part of a latent dataset the stream uses; the reads must be safe to call from several threads.
 
     digest: changes with the rows; layout_digest: changes with the rows or their places in row groups.
+    read_fixed: values of a binary column of one length, uint8 [n_i, width] each, ValueError when they differ.
     """
 
     @property
@@ -42,42 +57,77 @@ class LatentRows(Protocol):
     def latent_dtype(self) -> str: ...
     @property
     def row_groups(self) -> Sequence[RowGroupInfo]: ...
-    def read(self, row_group: int, columns: Sequence[str]) -> pa.Table: ...
+    def read(self, row_group: int, columns: Sequence[str], *, verify: bool) -> pa.Table: ...
+    def read_fixed(self, row_group: int, column: str, *, verify: bool) -> list[NDArray[np.uint8]]: ...
+
+
+class TextRows(Protocol):
+    """Embeddings by caption; None is the empty prompt. row_bytes: memory of one row that `lookup_stored` gives."""
+
+    @property
+    def digest(self) -> str: ...
+    @property
+    def row_bytes(self) -> int: ...
+    def lookup_stored(self, captions: Sequence[str | None]) -> tuple[NDArray[Any], NDArray[np.bool_]]: ...
 
 
 @dataclass(frozen=True)
 class Batch:
     """One rank's share of the global batch `step`; all of one bucket.
 
-    latents: float32 [b, c, h, w], raw (nothing scaled or shifted); sample_ids: uint64 [b, 2], the 16 bytes
-    of each id as two little-endian words; labels: int64 [b], -1 where a row has none; captions: "" where a
-    row has none; both None when no row of the share has one. sizes: int32 [b, 6], in original pixels:
-    height, width, crop top, left, height, width. dataset: which one of a mixture.
+    latents [b, c, h, w] as stored, raw (nothing scaled or shifted): float16, or the bits of bfloat16 as uint16;
+    to widen them is the device's work (`widened` does it here). sample_ids: uint64 [b, 2], the 16 bytes of each
+    id as two little-endian words; labels: int64 [b], -1 where a row has none; captions: "" where a row has none;
+    both None when no row of the share has one. sizes: int32 [b, 6], in original pixels: height, width, crop top,
+    left, height, width; None when they are not read. text: embeddings [b, l, d] as stored, like latents, and which
+    of the l are tokens, bool [b, l]; None without text. dataset: which one of a mixture.
     """
 
     step: int
     epoch: int
     bucket: str
-    latents: NDArray[np.float32]
+    latents: NDArray[Any]
     sample_ids: NDArray[np.uint64]
     labels: NDArray[np.int64] | None
     captions: list[str] | None
-    sizes: NDArray[np.int32]
+    sizes: NDArray[np.int32] | None
+    text: tuple[NDArray[Any], NDArray[np.bool_]] | None = None
     dataset: int = 0
+
+
+def widened(stored: NDArray[Any]) -> NDArray[np.float32]:
+    """Stored halves, float16 or the bits of bfloat16 as uint16, as float32."""
+    if stored.dtype == np.uint16:
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32)
 
 
 def layout_of(dataset: LatentRows, split_rows: NDArray[np.int64] | None = None) -> Layout:
     """The dataset's row groups as arrays; `split_rows` replaces the row counts when a split is served."""
-    groups = dataset.row_groups
-    names = sorted({group.bucket for group in groups})
-    number = {name: at for at, name in enumerate(names)}
-    count = len(groups)
-    rows = split_rows
-    if rows is None:
-        rows = np.fromiter((group.num_rows for group in groups), np.int64, count)
+    buckets, bucket_of, rows, size_bytes = _columns(dataset.row_groups)
+    order = sorted(range(len(buckets)), key=buckets.__getitem__)
+    place = np.empty(len(buckets), dtype=np.int64)
+    place[order] = np.arange(len(buckets))
     return Layout(
-        buckets=tuple(names),
-        bucket_of=np.fromiter((number[group.bucket] for group in groups), np.int64, count),
-        rows=rows,
-        read_bytes=np.fromiter((max(1, group.size_bytes) for group in groups), np.int64, count),
+        buckets=tuple(buckets[at] for at in order),
+        bucket_of=place[bucket_of],
+        rows=rows if split_rows is None else split_rows,
+        read_bytes=np.maximum(size_bytes, 1),
     )
+
+
+def row_counts(groups: Sequence[RowGroupInfo]) -> NDArray[np.int64]:
+    """Rows of each row group: int64 [groups]."""
+    return _columns(groups)[2]
+
+
+def _columns(
+    groups: Sequence[RowGroupInfo],
+) -> tuple[tuple[str, ...], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """(bucket names, bucket of each, rows, bytes): as they lie in a store's own columns, or one by one."""
+    if isinstance(groups, ColumnarGroups):
+        return groups.buckets, groups.bucket_of, groups.rows, groups.size_bytes
+    names: dict[str, int] = {}
+    bucket_of = [names.setdefault(group.bucket, len(names)) for group in groups]
+    rows, size_bytes = [group.num_rows for group in groups], [group.size_bytes for group in groups]
+    return tuple(names), np.array(bucket_of, np.int64), np.array(rows, np.int64), np.array(size_bytes, np.int64)

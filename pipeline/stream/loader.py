@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError
 from pipeline.stream.assemble import batches
-from pipeline.stream.data import Batch, LatentRows, layout_of
+from pipeline.stream.data import Batch, LatentRows, TextRows, layout_of
 from pipeline.stream.order import Order, OrderSpec
 from pipeline.stream.reader import Channel, WindowReader
 from pipeline.stream.split import split_rows
@@ -48,7 +48,10 @@ class LatentStream:
         lanes: int = 8,
         shuffle: bool = True,
         captions: bool = True,
+        sizes: bool = True,
         threads: int = 2,
+        verify: bool = False,
+        text: TextRows | None = None,
         cache: Root | None = None,
     ) -> None:
         _check_world(rank, world_size, lanes)
@@ -59,7 +62,8 @@ class LatentStream:
         self.rows_per_epoch = self.steps_per_epoch * batch_size
         served = self.order.batches * batch_size
         self.left_out = dict(zip(self.order.layout.buckets, (self.order.bucket_rows - served).tolist(), strict=True))
-        self._dataset, self._prefetch, self._captions, self._threads = dataset, prefetch, captions, threads
+        self._dataset, self._prefetch, self._threads, self._verify = dataset, prefetch, threads, verify
+        self._captions, self._sizes, self._text = captions or text is not None, sizes, text
         self._side = None if holdout == 0.0 else (holdout, split == "holdout")
         self._lanes = range(rank * lanes // world_size, (rank + 1) * lanes // world_size)
         self._running: set[_Run] = set()
@@ -73,6 +77,7 @@ class LatentStream:
             "lanes": lanes,
             "window_bytes": window_bytes,
             "shuffle": shuffle,
+            **({} if text is None else {"text": text.digest}),
         }
         self._warn_of_unserved(split)
 
@@ -80,8 +85,11 @@ class LatentStream:
         run = _Run(self)
         self._running.add(run)
         try:
-            while (batch := run.next()) is not None:
-                yield batch
+            while (packet := run.next()) is not None:
+                for batch in packet:
+                    if run.closed:
+                        return
+                    yield batch
         finally:
             self._running.discard(run)
             run.close()
@@ -142,33 +150,42 @@ class _Run:
     """One iteration: a thread that prepares batches ahead of the consumer, on top of a window reader."""
 
     def __init__(self, stream: LatentStream) -> None:
-        self._reader = WindowReader(stream._dataset, stream._side, captions=stream._captions, threads=stream._threads)
+        self.closed = False
+        self._reader = WindowReader(
+            stream._dataset,
+            stream._side,
+            captions=stream._captions,
+            sizes=stream._sizes,
+            threads=stream._threads,
+            verify=stream._verify,
+        )
         self._channel: Channel[Batch] = Channel(stream._prefetch)
         self._outcome: Future[None] = Future()
         self._producer = threading.Thread(
             target=self._produce,
-            args=(stream.order, stream._lanes, stream.start_step, stream._dataset.latent_dtype),
+            args=(stream.order, stream._lanes, stream.start_step, stream._dataset.latent_dtype, stream._text),
             name="latent-batches",
             daemon=True,
         )
         self._producer.start()
 
-    def next(self) -> Batch | None:
-        """The next batch; raises what stopped the producer, once the batches before it are taken."""
-        batch = self._channel.get()
-        if batch is None and self._outcome.done():
+    def next(self) -> list[Batch] | None:
+        """The next batches; raises what stopped the producer, once the batches before it are taken."""
+        packet = self._channel.get()
+        if packet is None and not self.closed and self._outcome.done():
             self._outcome.result()
-        return batch
+        return packet
 
     def close(self) -> None:
+        self.closed = True
         self._channel.close()
         self._reader.close()
         self._producer.join()
 
-    def _produce(self, order: Order, lanes: range, start_step: int, dtype: str) -> None:
+    def _produce(self, order: Order, lanes: range, start_step: int, dtype: str, text: TextRows | None) -> None:
         try:
-            for batch in batches(order, lanes, start_step, dtype, self._reader.submit):
-                if not self._channel.put(batch):
+            for packet in batches(order, lanes, start_step, dtype, self._reader.submit, text):
+                if not self._channel.put(packet):
                     break
             self._outcome.set_result(None)
         except BaseException as error:  # noqa: BLE001 - kept whole, and raised where the batches are consumed

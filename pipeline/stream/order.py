@@ -35,8 +35,15 @@ def random_bits(count: int, *key: object) -> NDArray[np.uint64]:
 
 
 def permutation(count: int, *key: object) -> Ints:
-    """A bijection of range(count) that depends on nothing but the key: int64 [count]."""
-    return np.argsort(random_bits(count, *key), kind="stable")
+    """A bijection of range(count) that depends on nothing but the key: int64 [count].
+
+    Each index is put below random bits and the words are sorted: as no two are equal, every way of sorting
+    gives the same result, and sorting words is ten times as fast as a stable sort of indices.
+    """
+    below = np.uint64((1 << max(1, count - 1).bit_length()) - 1)
+    words = random_bits(count, *key) & ~below | np.arange(count, dtype=np.uint64)
+    words.sort()
+    return (words & below).astype(np.int64)
 
 
 @dataclass(frozen=True)

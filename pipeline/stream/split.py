@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 from pipeline.stream.columns import binary_rows
-from pipeline.stream.data import LatentRows
+from pipeline.stream.data import LatentRows, row_counts
 
 if TYPE_CHECKING:
     from pipeline.storage import Root
@@ -58,18 +58,18 @@ def held_out_counts(
     """
     name = hashlib.blake2b(repr((_RULE, dataset.layout_digest, share)).encode(), digest_size=16).hexdigest()
     key = f"heldout-{name}.npy"
-    limits = np.fromiter((g.num_rows for g in dataset.row_groups), np.int64, len(dataset.row_groups))
+    limits = row_counts(dataset.row_groups)
     if cache is not None and cache.exists(key):
         cached = _parse(cache.read_bytes(key))
         if cached is not None and cached.shape == limits.shape and ((cached >= 0) & (cached <= limits)).all():
             return cached
 
     def count(row_group: int) -> int:
-        ids = binary_rows(dataset.read(row_group, ["sample_id"]).column("sample_id"), 16)
+        ids = binary_rows(dataset.read(row_group, ["sample_id"], verify=False).column("sample_id"), 16)
         return int(np.count_nonzero(held_out(id_words(ids), share)))
 
     with ThreadPoolExecutor(threads, thread_name_prefix="held-out") as pool:
-        counts = np.fromiter(pool.map(count, (g.index for g in dataset.row_groups)), np.int64, len(limits))
+        counts = np.fromiter(pool.map(count, range(len(limits))), np.int64, len(limits))
     if cache is not None:
         buffer = io.BytesIO()
         np.save(buffer, counts, allow_pickle=False)
@@ -100,4 +100,4 @@ def split_rows(
     counts = held_out_counts(dataset, share, cache=cache, threads=threads)
     if split == "holdout":
         return counts
-    return np.fromiter((g.num_rows for g in dataset.row_groups), np.int64, len(counts)) - counts
+    return row_counts(dataset.row_groups) - counts

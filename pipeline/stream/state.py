@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.errors import ConflictError
 
-VERSION = 1
+VERSION = 2  # changes whenever the same settings give another order
 
 _NEXT = "resume with the data and settings the state was made with, or start a new run"
 

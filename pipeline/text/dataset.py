@@ -21,6 +21,7 @@ from pipeline.text.captions import EMPTY_PROMPT, as_hashes, caption_hash
 _READERS = 8
 
 Floats = npt.NDArray[np.float32]
+Halves = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
 
 
@@ -82,13 +83,24 @@ class TextEmbeddings:
 
         InputError when a caption has no embedding.
         """
-        embeddings_NLD = np.zeros((len(captions), self.max_length, self.width), np.float32)
+        stored_NLD, mask_NL = self.lookup_stored(captions)
+        return to_float32(stored_NLD.view(np.uint8).reshape(-1), self._dtype).reshape(stored_NLD.shape), mask_NL
+
+    def lookup_stored(self, captions: Sequence[str | None]) -> tuple[Halves, npt.NDArray[np.bool_]]:
+        """The same, embeddings as they are stored: float16, or the bits of bfloat16 as uint16."""
+        halves = np.float16 if self._dtype == "float16" else np.uint16
+        embeddings_NLD = np.zeros((len(captions), self.max_length, self.width), halves)
         mask_NL = np.zeros((len(captions), self.max_length), np.bool_)
         for table, i, row in self._places(captions):
-            values_LD = self._values(table["embedding"], row).reshape(-1, self.width)
+            values_LD = np.frombuffer(table["embedding"][row].as_buffer(), halves).reshape(-1, self.width)
             embeddings_NLD[i, : len(values_LD)] = values_LD
             mask_NL[i, : len(values_LD)] = True
         return embeddings_NLD, mask_NL
+
+    @property
+    def row_bytes(self) -> int:
+        """Memory of one caption that `lookup_stored` gives."""
+        return self.max_length * (2 * self.width + 1)
 
     def lookup_pooled(self, captions: Sequence[str | None]) -> Floats:
         """float32 [n, P]: the pooled states of n captions; InputError where the encoder stored none."""

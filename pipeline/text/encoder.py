@@ -33,11 +33,21 @@ class TextEncoder:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, max_length: int, batch_size: int, layer: str, pooled: str, device: str
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        batch_size: int,
+        layer: str,
+        pooled: str,
+        device: str,
+        attend_padding: bool = False,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._max_length, self._batch_size = max_length, batch_size
         self._layer, self._pooled, self._device = layer, pooled, device
+        self._attend_padding = attend_padding
 
     def encode(self, captions: Sequence[str]) -> Encoded:
         """Any number of captions, in batches of one shape; the last one is filled with the empty prompt."""
@@ -63,7 +73,7 @@ class TextEncoder:
         mask_NL = batch["attention_mask"]
         states = self._model(
             input_ids=batch["input_ids"].to(self._device),
-            attention_mask=mask_NL.to(self._device),
+            attention_mask=None if self._attend_padding else mask_NL.to(self._device),
             output_hidden_states=self._layer == "penultimate",
         )
         hidden_NLD = states.hidden_states[-2] if self._layer == "penultimate" else states.last_hidden_state
@@ -93,9 +103,16 @@ class TextEncoder:
 
 
 def load_encoder(
-    files: EncoderFiles, encoder: TextEncoderConfig, *, batch_size: int, device: str = "cpu"
+    files: EncoderFiles,
+    encoder: TextEncoderConfig,
+    *,
+    batch_size: int,
+    device: str = "cpu",
+    attend_padding: bool = False,
 ) -> TextEncoder:
     """The encoder that `files` describe, ready to use; InputError when its files do not fit together.
+
+    attend_padding: padding is not masked, as published pipelines call their encoders.
 
     Weights come from safetensors, nothing is downloaded, and no code in the directory is run.
     """
@@ -137,6 +154,7 @@ def load_encoder(
         layer=encoder.layer,
         pooled=encoder.pooled,
         device=device,
+        attend_padding=attend_padding,
     )
 
 

@@ -47,7 +47,8 @@ class _Task:
     latents: LatentDataset
 
     def identity(self) -> Identity:
-        where = {"name": self.encoder.name, "path": self.encoder.path, "revision": self.encoder.revision}
+        named = ("name", "path", "revision", "subfolder", "tokenizer_subfolder")
+        where = self.encoder.model_dump(mode="json", include=set(named))
         return Identity("text", self.files.fingerprint(self.encoder), {"encoder": where})
 
     def source(self) -> dict[str, Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config import StrictModel
+
+REGISTERED = "models:/"  # what the URI of a registered model begins with
 
 
 class TrackingConfig(StrictModel):
@@ -30,6 +32,58 @@ class TrackingConfig(StrictModel):
     close_timeout_s: float = Field(
         60.0, gt=0, description="longest wait at the end of a job for the store to take what is left"
     )
+
+
+class RegistryConfig(StrictModel):
+    """The model registry beside the tracking store."""
+
+    name: str | None = Field(
+        None,
+        pattern=r"^[^/@:]+$",
+        max_length=250,
+        description="Name under which the finished model becomes a version in MLflow's model registry; null: none.",
+    )
+
+
+class EvaluationConfig(StrictModel):
+    """The evaluation that decides."""
+
+    uri: str = Field(..., min_length=1, description="Output of the evaluate job: a directory or fsspec URI.")
+
+
+class PromotedModelConfig(StrictModel):
+    """The registered model, and the alias that is to move."""
+
+    name: str = Field(..., pattern=r"^[^/@:]+$", description="Name in the registry: registry.name of the training.")
+    alias: str = Field(
+        "production",
+        pattern=r"^[A-Za-z][A-Za-z0-9_-]*$",
+        description="Alias to move, asked for as models:/NAME@ALIAS.",
+    )
+    version: int | None = Field(
+        None, ge=1, description="Version the evaluation must be about; null: the one that it is about."
+    )
+
+
+class PromoteJobConfig(StrictModel):
+    """Everything the promote job reads."""
+
+    evaluation: EvaluationConfig = Field(..., description="The evaluation that decides.")
+    model: PromotedModelConfig = Field(..., description="What is promoted.")
+    at_least: dict[str, float] = Field({}, description="Figure -> least value, such as accuracy: 0.9.")
+    at_most: dict[str, float] = Field({}, description="Figure -> largest value, such as frechet: 20.")
+    cautious: bool = Field(
+        True, description="Judge a figure by the unfavourable end of its interval; false: by the value itself."
+    )
+    tracking: TrackingConfig = Field(TrackingConfig(), description="The tracking store with the registry.")
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> PromoteJobConfig:
+        if not self.at_least and not self.at_most:
+            raise ValueError("give at_least or at_most: a promotion without thresholds checks nothing")
+        if self.model.alias == "latest":
+            raise ValueError("model.alias must be another than latest, which always means the newest version")
+        return self
 
 
 class SyncTrackingJobConfig(StrictModel):

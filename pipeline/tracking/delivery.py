@@ -41,6 +41,7 @@ class Store(Protocol):
     ) -> None: ...
     def log_artifact(self, run_id: str, local: Path, folder: str) -> None: ...
     def log_input(self, run_id: str, name: str, digest: str, source: str, context: str) -> None: ...
+    def register_model(self, run_id: str, name: str, uri: str, tags: Mapping[str, str]) -> None: ...
     def set_status(self, run_id: str, status: str, end_ms: int | None = None) -> None: ...
 
 
@@ -199,6 +200,8 @@ class Delivery:
             self._store.log_artifact(self.run_id, local, record["folder"])
         elif kind == "input":
             self._store.log_input(self.run_id, *(str(record[k]) for k in ("name", "digest", "source", "context")))
+        elif kind == "model":
+            self._store.register_model(self.run_id, str(record["name"]), str(record["uri"]), dict(record["tags"]))
         elif kind == "status":
             self._ended = True
             if self._still_ours():

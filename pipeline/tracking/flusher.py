@@ -56,6 +56,10 @@ class Flusher:
         """True when the run is known at the store, waiting at most `timeout_s`."""
         return self._connected.wait(timeout_s)
 
+    def num_unsent_bytes(self) -> int:
+        """Bytes of the journal that the store has not confirmed yet."""
+        return self._journal.num_unsent_bytes()
+
     def close(self, timeout_s: float) -> int:
         """A last attempt or two, at most `timeout_s` long; returns how many bytes stay in the journal unsent.
 

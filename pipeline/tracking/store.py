@@ -24,6 +24,7 @@ from pipeline.tracking.redact import Redactor, sqlite_path, without_credentials
 RUN_KEY_TAG = "latentloom.run_key"
 ATTEMPT_TAG = "latentloom.attempt"
 DIGEST_TAG = "latentloom.digest"
+URI_TAG = "latentloom.uri"
 MAX_POINTS_PER_CALL = 1000
 MAX_PAIRS_PER_CALL = 100
 _MAX_DIGEST = 36  # mlflow's column; the whole digest travels as an input tag
@@ -184,6 +185,24 @@ class MlflowStore:
         tags = [InputTag("mlflow.data.context", context), InputTag(DIGEST_TAG, digest)]
         with self._translated():
             self.client.log_inputs(run_id, [DatasetInput(dataset, tags)])
+
+    def register_model(self, run_id: str, name: str, uri: str, tags: Mapping[str, str]) -> None:
+        """Make the model at `uri` a version of a registered model, made when absent; once per run and URI."""
+        from mlflow.exceptions import MlflowException
+
+        with self._translated():
+            try:
+                self.client.create_registered_model(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            for known in self.client.search_model_versions(f"run_id = '{run_id}'"):
+                if known.name == name and known.tags.get(URI_TAG) == uri:
+                    return
+            # A server takes no path of another machine's disk for a source; the tag holds the truth.
+            source = uri if self._sqlite is not None or "://" in uri else f"runs:/{run_id}/model"
+            marked = {k: str(v)[:_MAX_TAG] for k, v in {**tags, URI_TAG: uri}.items()}
+            self.client.create_model_version(name, source, run_id=run_id, tags=marked, await_creation_for=0)
 
     def set_status(self, run_id: str, status: str, end_ms: int | None = None) -> None:
         """RUNNING reopens a run, FINISHED, FAILED and KILLED end it."""

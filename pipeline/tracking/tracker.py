@@ -79,8 +79,16 @@ class Tracker(Protocol):
         """A dataset the run read (context "input") or made (context "output")."""
         ...
 
+    def register_model(self, name: str, uri: str, tags: Mapping[str, str]) -> None:
+        """The model at `uri`, made by this run, as a version of a registered model."""
+        ...
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Tags; the last value of a key stays."""
+        ...
+
+    def num_unsent_bytes(self) -> int:
+        """Records that still wait on this machine for the store, bytes."""
         ...
 
     def finish(self, status: str) -> None:
@@ -102,7 +110,11 @@ class NoopTracker:
     def log_text(self, text: str, artifact_path: str) -> None: ...
     def log_file(self, local: str | Path, artifact_path: str) -> None: ...
     def log_input(self, name: str, digest: str, source: str, context: str) -> None: ...
+    def register_model(self, name: str, uri: str, tags: Mapping[str, str]) -> None: ...
     def set_tags(self, tags: Mapping[str, str]) -> None: ...
+    def num_unsent_bytes(self) -> int:
+        return 0
+
     def finish(self, status: str) -> None: ...
 
 
@@ -176,8 +188,15 @@ class JournalTracker:
         source = self._redact(source)
         self._journal.append({"kind": "input", "name": name, "digest": digest, "source": source, "context": context})
 
+    def register_model(self, name: str, uri: str, tags: Mapping[str, str]) -> None:
+        record = {"kind": "model", "name": name, "uri": self._redact(uri), "tags": self._clean_tags(tags)}
+        self._journal.append(record)
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self._journal.append({"kind": "tags", "values": self._clean_tags(tags)})
+
+    def num_unsent_bytes(self) -> int:
+        return 0 if self._finished else self._flusher.num_unsent_bytes()
 
     def finish(self, status: str) -> None:
         if status not in STATUSES:

@@ -1,6 +1,7 @@
 """From a latent dataset to a trained, exported model: one readable loop, and the machinery that keeps it honest.
 
     dataset --handshake-->  facts: channels, classes, codec         refused before anything starts, naming both
+    captions' embeddings --stream, task--> text [b, l, d], mask     the empty prompt for a keyed share (data.text_uri)
     stream  --task------->  x0, noise, t  [b, c, h, w], [b]          draws keyed by (seed, sample id, epoch)
     model   --loop------->  loss, one update per global batch        guard, clip, AdamW, EMA; counted in images
     state   --checkpoint->  shards, receipts, COMPLETE.json          DCP safetensors and JSON, no pickle
@@ -10,7 +11,7 @@
 `loop`, `task`, `state`, `ema`, `checkpoint`, `validate`, `parallel` know torch only. `worker` joins them to the
 dataset, the stream and the tracker on one rank; `job` starts workers with Ray Train and watches them.
 
-The store of `output.uri` is all that starts of a job share: `checkpoints/`, `history.jsonl`, `quarantine.jsonl`
+The store of `output.uri` is all that starts of a job share: `checkpoints/`, `history.jsonl`, `quarantine.parquet`
 (samples of skipped steps), `control/` (who is current, who should stop), `run.json` (the MLflow run), `done.json`.
 
 A crash, of a worker, a node or the driver, leaves the checkpoints that have their marker. The next start, Ray's or

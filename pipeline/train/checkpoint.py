@@ -14,14 +14,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 import secrets
 import shutil
 import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,50 +29,12 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from pipeline.errors import InputError
+from pipeline.model.checkpoints import MARKER, NAME, Complete, fetch_checked, list_complete, local_copy
 from pipeline.storage import Root
 from pipeline.train import world
 
-MARKER = "COMPLETE.json"
-_NAME = re.compile(r"^(\d{15})-([0-9a-f]{8})$")
-_SHARD = re.compile(r"^shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")
 _FILE_BYTES = 1 << 30
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Complete:
-    """A checkpoint whose marker exists: directory name, images seen, the marker's content."""
-
-    name: str
-    images: int
-    marker: Mapping[str, Any]
-
-    @property
-    def meta(self) -> Mapping[str, Any]:
-        """The JSON part of the training state."""
-        value: Mapping[str, Any] = self.marker["meta"]
-        return value
-
-
-def list_complete(root: Root) -> list[Complete]:
-    """Checkpoints with a readable marker, oldest first; a torn marker is warned about and left out."""
-    found = []
-    for name in sorted(root.list_dirs()):
-        match = _NAME.match(name)
-        if match is None:
-            continue
-        try:
-            marker = json.loads(root.read_bytes(f"{name}/{MARKER}"))
-            if all(_SHARD.match(file) for file in marker["files"]) and int(marker["meta"]["images"]) >= 0:
-                found.append(Complete(name, int(match.group(1)), marker))
-                continue
-            problem = "its marker names files that are no shards"
-        except FileNotFoundError:
-            continue  # still being written, or torn: no marker, no checkpoint
-        except (ValueError, KeyError, TypeError) as error:
-            problem = f"its marker cannot be read ({error})"
-        _log.warning("checkpoint %s is skipped: %s", root.uri_of(name), problem)
-    return found
 
 
 class CheckpointStore:
@@ -98,6 +58,8 @@ class CheckpointStore:
         self.keep_last, self.keep_every_images = keep_last, keep_every_images
         self.node_leader, self.receipts_timeout_s = node_leader, receipts_timeout_s
         self.attempt: str = world.broadcast_json(secrets.token_hex(4))
+        # When the newest checkpoint of this start was complete (rank 0 only); until there is one, when it started.
+        self.completed_at = time.time()
         self._thread: threading.Thread | None = None
         self._failure: list[BaseException] = []
 
@@ -149,6 +111,7 @@ class CheckpointStore:
             everything = self._collect_receipts(name, world_size)
             marker = {"meta": meta, "files": everything, "world_size": world_size}
             self.root.put(f"{name}/{MARKER}", _to_json(marker))
+            self.completed_at = time.time()
             shutil.rmtree(mine.parent, ignore_errors=True)
             self.prune()
 
@@ -181,7 +144,7 @@ class CheckpointStore:
         keep = {c.name for c in complete[-self.keep_last :]} | self._milestones(complete)
         newest, known = complete[-1], {c.name for c in complete}
         for name in self.root.list_dirs():
-            match = _NAME.match(name)
+            match = NAME.match(name)
             torn = match is not None and name not in known and int(match.group(1)) < newest.images
             if torn or (name in known and name not in keep):
                 # The marker goes first: a deletion cut short leaves a torn checkpoint, never a corrupt one.
@@ -204,15 +167,24 @@ class CheckpointStore:
     # -- loading -------------------------------------------------------------------------------------------
 
     def load_newest(
-        self, tensors: Mapping[str, Tensor], check: Callable[[Mapping[str, Any]], None]
+        self,
+        tensors: Mapping[str, Tensor],
+        check: Callable[[Mapping[str, Any]], None],
+        *,
+        not_after: int | None = None,
     ) -> Mapping[str, Any] | None:
         """Fill `tensors` in place from the newest intact checkpoint; returns its meta, None when there is none.
 
-        `check` sees the meta first and may refuse it by raising. A corrupt checkpoint (a missing, foreign, short
-        or altered file) is skipped with a warning for the one before it. Any world size may load.
+        not_after: of those at this count of images or before it. `check` sees the meta first and may refuse it by
+        raising. A corrupt checkpoint (a missing, foreign, short or altered file) is skipped with a warning for the
+        one before it. Any world size may load.
         """
         found: list[dict[str, Any]] = world.broadcast_json(
-            [{"name": c.name, "marker": dict(c.marker)} for c in reversed(list_complete(self.root))]
+            [
+                {"name": c.name, "marker": dict(c.marker)}
+                for c in reversed(list_complete(self.root))
+                if not_after is None or c.images <= not_after
+            ]
             if world.rank() == 0
             else None
         )
@@ -233,7 +205,7 @@ class CheckpointStore:
     def _fetch(self, name: str, files: Mapping[str, Any]) -> tuple[Path, str | None]:
         if self.node_leader:
             return fetch_checked(self.root, name, files, self.staging / "restore")
-        return _local_copy(self.root, name, self.staging / "restore"), None
+        return local_copy(self.root, name, self.staging / "restore"), None
 
     def _read(self, tensors: Mapping[str, Tensor], local: Path) -> None:
         with warnings.catch_warnings():
@@ -246,35 +218,6 @@ class CheckpointStore:
         world.barrier()
         if self.node_leader and local.is_relative_to(self.staging):
             shutil.rmtree(local)
-
-
-def fetch_checked(root: Root, name: str, files: Mapping[str, Any], scratch: Path) -> tuple[Path, str | None]:
-    """A local directory with a checkpoint's files, fetched below `scratch` unless they are local; what is wrong."""
-    local = _local_copy(root, name, scratch)
-    if local.is_relative_to(scratch):
-        shutil.rmtree(local, ignore_errors=True)
-        root.download_dir(name, local)
-    return local, _problem(local, files)
-
-
-def _local_copy(root: Root, name: str, scratch: Path) -> Path:
-    in_place = root.local_path(name)
-    return in_place if in_place is not None else scratch / name
-
-
-def _problem(local: Path, files: Mapping[str, Any]) -> str | None:
-    """What distinguishes a directory from what its marker records: None when nothing does."""
-    present = {p.name for p in local.glob("*.safetensors")}
-    if present != set(files):
-        return f"files {sorted(present ^ set(files))} are missing or foreign"
-    for file, expected in sorted(files.items()):
-        digest = hashlib.sha256()
-        with open(local / file, "rb") as stream:
-            while chunk := stream.read(8 << 20):
-                digest.update(chunk)
-        if (local / file).stat().st_size != expected["bytes"] or digest.hexdigest() != expected["sha256"]:
-            return f"{file} does not have the recorded size and sha256"
-    return None
 
 
 def _file_of_tensor(tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -11,13 +11,17 @@ from pipeline.config import StrictModel
 from pipeline.diffusion.config import ObjectiveConfig, SamplerConfig, TimestepConfig
 from pipeline.model.config import ModelConfig
 from pipeline.stream.config import StreamConfig
-from pipeline.tracking.config import TrackingConfig
+from pipeline.tracking.config import RegistryConfig, TrackingConfig
 
 
 class DataConfig(StrictModel):
     """The latents to learn from."""
 
     uri: str = Field(..., min_length=1, description="Latent dataset: a directory or any fsspec URI.")
+    text_uri: str | None = Field(
+        None, min_length=1, description="Embeddings of its captions, made by jobs.embed_text; null: no text."
+    )
+    text_cache_bytes: int = Field(256 << 20, ge=1, description="Embeddings a worker keeps in memory.")
 
 
 class OutputConfig(StrictModel):
@@ -78,9 +82,17 @@ class TrainConfig(StrictModel):
     guard_norm: float = Field(
         1e4, gt=0, description="A step whose gradient norm is above this, or not finite, is skipped on all workers."
     )
-    max_skipped_in_a_row: int = Field(10, ge=1, description="The run stops after this many skipped steps in a row.")
+    max_skipped_in_a_row: int = Field(
+        10, ge=1, description="After this many skipped steps in a row the weights go back to the last checkpoint."
+    )
+    max_rollbacks: int = Field(
+        2, ge=0, description="Times that may happen, the batches in between left out; then the run stops."
+    )
     label_dropout: float = Field(
         0.1, ge=0, le=1, description="Share of samples trained without their label, for guidance."
+    )
+    text_dropout: float = Field(
+        0.1, ge=0, le=1, description="Share of samples trained on the empty prompt, together with label_dropout's."
     )
     conditional: bool = Field(True, description="false: ignore labels even where the dataset has them.")
     ema: tuple[EmaConfig, ...] = Field(
@@ -162,6 +174,7 @@ class TrainJobConfig(StrictModel):
     codec: CodecOverride = Field(CodecOverride(), description="The codec of the latents.")
     cluster: ClusterConfig = Field(ClusterConfig(), description="Where Ray runs.")
     tracking: TrackingConfig = Field(TrackingConfig(), description="Where the run is recorded.")
+    registry: RegistryConfig = Field(RegistryConfig(), description="Where the finished model is registered.")
 
     @model_validator(mode="after")
     def _sections_fit(self) -> TrainJobConfig:

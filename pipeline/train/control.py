@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 from pipeline import errors
@@ -20,6 +22,7 @@ from pipeline.storage import Root
 
 _GENERATION = re.compile(r"^control/generation-(\d{6})\.json$")
 POLL_S = 1.0
+NOTICE_S = 5.0
 
 
 def claim_generation(root: Root, note: dict[str, Any]) -> int:
@@ -107,3 +110,21 @@ class StopWatch:
             if stop or newest > self.generation:
                 self._stop.set()
                 return
+
+
+class Notices:
+    """When to ask whether a node is about to be taken away, and whether the answer is news."""
+
+    def __init__(self, ask: Callable[[], bool] | None, every_s: float = NOTICE_S) -> None:
+        self._ask, self._every_s = ask, every_s
+        self._asked_at, self._known = time.monotonic(), False
+
+    def due(self) -> bool:
+        """Whether it is time; the ranks ask together when rank 0 says so."""
+        return self._ask is not None and time.monotonic() - self._asked_at >= self._every_s
+
+    def new_notice(self) -> bool:
+        """Ask; True once for each notice: what there is should be saved now."""
+        known, self._known = self._known, self._ask is not None and self._ask()
+        self._asked_at = time.monotonic()
+        return self._known and not known

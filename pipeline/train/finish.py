@@ -18,6 +18,7 @@ from pipeline.train.state import TrainState
 from pipeline.train.task import Task
 
 MODELS = "model"
+_TEXT = ("encoder", "fingerprint", "width", "max_length")  # what of Facts.text a sampler needs
 
 
 def export_model(
@@ -35,30 +36,50 @@ def export_model(
     weights = whole_weights(state, track)
     if world.rank() == 0:
         model = build_model(
-            config.model, latent_channels=facts.latent_channels, num_classes=facts.num_classes, text_dim=None
-        )
-        model.load_state_dict(weights)
-        info = ExportInfo(
-            model=config.model.model_dump(mode="json"),
-            objective=config.objective.model_dump(mode="json"),
+            config.model,
             latent_channels=facts.latent_channels,
             num_classes=facts.num_classes,
-            text_dim=None,
-            factor=facts.factor,
-            latent_mean=tuple(task.mean.tolist()),
-            latent_std=tuple(task.std.tolist()),
-            codec={**dataset.codec, **(facts.codec or {})},
-            dataset={"uri": dataset.uri, "digest": dataset.digest},
-            fingerprint_digest=dataset.fingerprint_digest,
-            run_id=run_id,
-            images_seen=state.images,
-            ema=track or "raw",
-            buckets=facts.buckets,
+            text_dim=facts.text_dim,
         )
+        model.load_state_dict(weights)
+        info = export_info(config, facts, dataset, task, run_id=run_id, images=state.images, ema=track or "raw")
         place = root.child(MODELS).child(export_name(state.images))
         if not _already_there(place, info):
             save_export(place, model, info)
     world.barrier()
+
+
+def export_info(
+    config: TrainJobConfig,
+    facts: Facts,
+    dataset: LatentDataset,
+    task: Task,
+    *,
+    run_id: str | None,
+    images: int,
+    ema: str,
+) -> ExportInfo:
+    """What a sampler must know about the model of a run; kept in exports and in every checkpoint."""
+    return ExportInfo(
+        model=config.model.model_dump(mode="json"),
+        objective=config.objective.model_dump(mode="json"),
+        latent_channels=facts.latent_channels,
+        num_classes=facts.num_classes,
+        text_dim=facts.text_dim,
+        factor=facts.factor,
+        latent_mean=tuple(task.mean.tolist()),
+        latent_std=tuple(task.std.tolist()),
+        codec={**dataset.codec, **(facts.codec or {})},
+        dataset={"uri": dataset.uri, "digest": dataset.digest},
+        fingerprint_digest=dataset.fingerprint_digest,
+        run_id=run_id,
+        images_seen=images,
+        ema=ema,
+        buckets=facts.buckets,
+        text=None
+        if facts.text is None
+        else {k: facts.text[k] for k in ("encoder", "fingerprint", "width", "max_length")},
+    )
 
 
 def _already_there(place: Root, info: ExportInfo) -> bool:

@@ -16,10 +16,10 @@ from pipeline.sample.contact import contact_sheet
 from pipeline.sample.images import encode_image
 from pipeline.train import world
 from pipeline.train.state import TrainState
-from pipeline.train.task import Task
+from pipeline.train.task import Task, Text
 
 _CHUNK = 16
-
+_CAPTION = 24  # letters shown of a prompt
 
 _CPU = torch.device("cpu")
 
@@ -28,6 +28,7 @@ _CPU = torch.device("cpu")
 class Grid:
     """How a grid is drawn. shape: (c, h, w) of a latent; sampler: keyword arguments of `samplers.sample`.
 
+    prompts: the prompt of each picture, and their embeddings; None for a model that reads no text.
     collective: every rank draws it (sharded models need that); otherwise rank 0 alone. `show` gets the PNG bytes on
     rank 0.
     """
@@ -40,6 +41,7 @@ class Grid:
     codec: dict[str, Any]
     show: Callable[[TrainState, bytes], None]
     collective: bool = False
+    prompts: tuple[tuple[str, ...], Text] | None = None
     device: torch.device = _CPU
 
     def run(self, state: TrainState) -> dict[str, float]:
@@ -67,20 +69,43 @@ class Grid:
         labels, parts = self.classes(), []
         for first in range(0, self.images, _CHUNK):
             rows = slice(first, first + _CHUNK)
-            conditioning: dict[str, Any] = {}
-            if labels is not None:
-                none = torch.full_like(labels[rows], self.task.num_classes or 0)
-                conditioning = {"cond": {"labels_B": labels[rows]}, "uncond": {"labels_B": none}}
+            cond, uncond = self._conditioning(rows, labels)
             parts.append(
-                sample(state.model, noise[rows], objective=self.task.objective, **conditioning, **self.sampler)
+                sample(
+                    state.model,
+                    noise[rows],
+                    objective=self.task.objective,
+                    cond=cond,
+                    uncond=uncond,
+                    **self.sampler,
+                )
             )
         return self.task.raw(torch.cat(parts))
+
+    def _conditioning(self, rows: slice, labels: Tensor | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        cond: dict[str, Tensor] = {}
+        uncond: dict[str, Tensor] = {}
+        if labels is not None:
+            cond["labels_B"] = labels[rows]
+            uncond["labels_B"] = torch.full_like(labels[rows], self.task.num_classes or 0)
+        if self.prompts is not None and self.task.empty_text is not None:
+            names = ("text_BLD", "text_mask_BL")
+            for name, values, empty in zip(names, self.prompts[1], self.task.empty_text, strict=True):
+                cond[name] = values[rows].to(self.device)
+                uncond[name] = empty.to(self.device).expand(cond[name].shape)
+        return cond, uncond
+
+    def _captions(self) -> list[str]:
+        labels = self.classes()
+        parts = [[] if labels is None else [f"class {int(labels[i])}"] for i in range(self.images)]
+        if self.prompts is not None:
+            for part, prompt in zip(parts, self.prompts[0], strict=True):
+                part.append(prompt[:_CAPTION])
+        return [", ".join(part) for part in parts]
 
     def _sheet(self, latents: Tensor) -> bytes:
         codec = load_codec(**self.codec, device=str(self.device))
         pixels = torch.cat(
             [codec.decode(latents[i : i + _CHUNK]).cpu() for i in range(0, self.images, _CHUNK)]
         ).numpy()
-        labels = self.classes()
-        captions = [""] * self.images if labels is None else [f"class {int(c)}" for c in labels]
-        return contact_sheet([encode_image(p, {}) for p in pixels], captions)
+        return contact_sheet([encode_image(p, {}) for p in pixels], self._captions())

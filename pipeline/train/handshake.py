@@ -11,10 +11,11 @@ from typing import Any
 
 from pipeline.codec.info import codec_info
 from pipeline.errors import ConfigError, ConflictError
-from pipeline.store.dataset import LatentDataset
+from pipeline.store.dataset import Dataset, LatentDataset
 from pipeline.train.config import CodecOverride, TrainJobConfig
 
 _TEXT_ONLY = ("unet2d_condition", "sd3_transformer2d")
+_NO_TEXT = ("unet2d", "dit_transformer2d")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,12 @@ class Facts:
     moments: bool
     buckets: tuple[str, ...]
     codec: dict[str, Any] | None  # path, revision, kind: where it lies now; None when nobody knows
+    text: dict[str, Any] | None = None  # see `text_facts`; None when no text is learned from
+
+    @property
+    def text_dim(self) -> int | None:
+        """Width of a text embedding."""
+        return None if self.text is None else int(self.text["width"])
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -58,8 +65,9 @@ def handshake(config: TrainJobConfig, dataset: LatentDataset) -> Facts:
         factor=int(codec["factor"]),
         num_classes=dataset.num_classes if config.train.conditional else None,
         moments=moments,
-        buckets=tuple(sorted({g.bucket for g in dataset.row_groups})),
+        buckets=tuple(sorted(dataset.row_groups.buckets)),
         codec=locate_codec(config.codec, codec),
+        text=None if config.data.text_uri is None else text_facts(config.data.text_uri, dataset),
     )
     _check_model(config, facts, dataset.uri)
     if config.grid.every_images is not None and facts.codec is None:
@@ -74,13 +82,29 @@ def handshake(config: TrainJobConfig, dataset: LatentDataset) -> Facts:
 
 def _check_model(config: TrainJobConfig, facts: Facts, uri: str) -> None:
     model = config.model
-    if model.kind in _TEXT_ONLY:
+    if model.kind in _TEXT_ONLY and facts.text is None:
         raise ConfigError(
-            f"The model {model.kind} needs text embeddings, the dataset {uri} has none",
-            key="model.kind",
-            value=model.kind,
+            f"The model {model.kind} needs text embeddings, and data.text_uri names none for {uri}",
+            key="data.text_uri",
             rule="a text-conditioned model learns from precomputed text embeddings",
-            next_step="choose dit, unet2d or dit_transformer2d",
+            next_step="run jobs.embed_text on the dataset and name what it wrote, or choose dit, unet2d or "
+            "dit_transformer2d",
+        )
+    if model.kind in _NO_TEXT and facts.text is not None:
+        raise ConfigError(
+            f"The model {model.kind} cannot read the text embeddings at {config.data.text_uri}",
+            key="data.text_uri",
+            value=config.data.text_uri,
+            rule="it is conditioned on classes only",
+            next_step="set data.text_uri=null, or choose dit, unet2d_condition or sd3_transformer2d",
+        )
+    if model.kind == "sd3_transformer2d" and facts.num_classes is not None:
+        raise ConfigError(
+            f"The model {model.kind} cannot read classes, and every row of {uri} has a label",
+            key="train.conditional",
+            value=config.train.conditional,
+            rule="it is conditioned on text only",
+            next_step="set train.conditional=false, or choose dit or unet2d_condition",
         )
     if model.kind == "dit_transformer2d":
         side = model.sample_size * facts.factor
@@ -103,6 +127,38 @@ def _check_model(config: TrainJobConfig, facts: Facts, uri: str) -> None:
             rule="every row of the dataset has a label",
             next_step="choose dit or unet2d, which also learn without classes",
         )
+
+
+def text_facts(uri: str, latents: LatentDataset) -> dict[str, Any]:
+    """What a model must know of the embeddings at `uri`; ConflictError when they are not of these latents' captions.
+
+    {"uri", "digest", "width", "max_length", "encoder": a TextEncoderConfig as JSON, "fingerprint"}.
+    """
+    text: Dataset = Dataset.open_kind(uri, "text", "data.text_uri")
+    seen = [version.source for version in text.state.plan.versions]
+    unfinished = text.state.gaps().count()
+    if unfinished or all(source.get("digest") != latents.digest for source in seen):
+        made_from = f"{seen[-1].get('uri')} (digest {seen[-1].get('digest')})" if seen else "nothing"
+        raise ConflictError(
+            f"The embeddings at {uri} were made from {made_from}"
+            + (f" and lack {unfinished:,} captions" if unfinished else "")
+            + f"; the latents are {latents.uri} (digest {latents.digest})",
+            key="data.text_uri",
+            value=uri,
+            rule="every caption of the latents has its embedding before training starts",
+            next_step="run jobs.embed_text on the latents: it embeds only what is new",
+        )
+    made_by, where = text.fingerprint, dict(text.identity.about["encoder"])
+    shared = {name: made_by[name] for name in ("max_length", "layer", "pooled", "embedding_dtype")}
+    path = where["path"]
+    encoder = {
+        **where,
+        "path": str(Path(path).absolute()) if Path(path).exists() else path,
+        **shared,
+        "dtype": made_by["encoder_dtype"],
+    }
+    facts = {"uri": text.uri, "digest": text.digest, "width": made_by["width"], "max_length": made_by["max_length"]}
+    return {**facts, "encoder": encoder, "fingerprint": made_by}
 
 
 def locate_codec(override: CodecOverride, made_by: dict[str, Any]) -> dict[str, Any] | None:
@@ -144,5 +200,6 @@ def identity(config: TrainJobConfig, dataset: LatentDataset, facts: Facts) -> di
         "train.label_dropout": config.train.label_dropout,
         "train.ema": [t.model_dump(mode="json") for t in config.train.ema],
         "num_classes": facts.num_classes,
+        **({} if facts.text is None else {"train.text_dropout": config.train.text_dropout}),
         "dataset.fingerprint": dataset.fingerprint_digest,
     }

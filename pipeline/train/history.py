@@ -13,7 +13,6 @@ from typing import Any
 from pipeline.storage import Root
 
 HISTORY = "history.jsonl"
-QUARANTINE = "quarantine.jsonl"
 
 
 class Journal:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from pipeline.cluster import WORKER_ENV, ensure_ray
+from pipeline.cluster import WORKER_ENV, Gauges, ensure_ray
 from pipeline.config import config_digest, dump_yaml
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.progress import Progress
@@ -240,6 +240,8 @@ def _train_on_ray(payload: dict[str, Any]) -> dict[str, Any]:
         facts=Facts.from_json(payload["facts"]),
         node_leader=ray.train.get_context().get_local_rank() == 0,
         scratch=scratch,
+        preempted=lambda: ray.train.get_preemption_info() is not None,
+        publish=Gauges("train"),
     )
     try:
         return run_worker(config, place)
@@ -330,6 +332,10 @@ def _result(config: TrainJobConfig, root: Root, outcome: dict[str, Any], tracker
     figures = {k: float(v) for k, v in (checks[-1] if checks else {}).items() if k.endswith("/loss")}
     rates = [r["images_per_s"] for r in losses if "images_per_s" in r]
     tracker.log_input("model", config_digest(config), root.uri_of("model"), "output")
+    if config.registry.name is not None:
+        final = {"loss": last["loss"], **figures} if last else figures
+        tags = {f"latentloom.figure.{k.replace('/', '.')}": f"{v:.6g}" for k, v in final.items()}
+        tracker.register_model(config.registry.name, root.child("model").uri_of(max(root.list_dirs("model"))), tags)
     return JobResult(
         status="done",
         counts={"steps": outcome["step"], "images": outcome["images"], "skipped_steps": last.get("skipped_steps", 0)},

@@ -7,6 +7,7 @@ killed and resumed is, on the same number of ranks, bitwise the run that was not
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,14 +25,19 @@ from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.meter import Meter
 from pipeline.train.schedule import learning_rate
 from pipeline.train.state import TrainState
-from pipeline.train.task import Forward, Task
+from pipeline.train.task import Forward, Task, on_device
 
 NUM_BINS = 4
 _CPU = torch.device("cpu")
+_log = logging.getLogger(__name__)
 
 
 class BatchLike(Protocol):
-    """This rank's share of one global batch: raw latents [b, c, h, w], ids uint64 [b, 2], labels [b] or None."""
+    """This rank's share of one global batch: raw latents [b, c, h, w], ids uint64 [b, 2], labels [b] or None.
+
+    text: embeddings [b, l, d] and which of the l are tokens [b, l], or None. Latents and embeddings may be as
+    stored (see `task.on_device`).
+    """
 
     @property
     def epoch(self) -> int: ...
@@ -41,6 +47,8 @@ class BatchLike(Protocol):
     def sample_ids(self) -> np.ndarray: ...
     @property
     def labels(self) -> np.ndarray | None: ...
+    @property
+    def text(self) -> tuple[np.ndarray, np.ndarray] | None: ...
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ class Settings:
     clip_norm: float = 1.0
     guard_norm: float = 1e4
     max_skipped_in_a_row: int = 10
+    max_rollbacks: int = 2
     precision: str = "fp32"
     log_images: int = 1024
     checkpoint_images: int = 65536
@@ -85,13 +94,19 @@ Log = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Callbacks:
-    """How the outside follows a run; each is called on every rank, `log` always before the checkpoint of its step."""
+    """How the outside follows a run; each is called on every rank, `log` always before the checkpoint of its step.
+
+    should_stop: checkpoint and return. poll_due, on any rank: all ranks ask `preempted` at once; where it says yes
+    they checkpoint and go on, for the node may stay, and who comes after it should lose nothing.
+    """
 
     hooks: Sequence[Hook] = ()
     log: Log = lambda _record: None
     skip: Log = lambda _record: None
     resume: Callable[[TrainState], None] = lambda _state: None
     should_stop: Callable[[], bool] = lambda: False
+    poll_due: Callable[[], bool] = lambda: False
+    preempted: Callable[[], bool] = lambda: False
 
 
 def train(
@@ -108,7 +123,7 @@ def train(
     """Train until `settings.images`; returns "done", or "stopped" after a checkpoint when a rank wants to stop.
 
     open_stream(step) yields this rank's share of every global batch from `step` on. Raises PipelineError when
-    too many steps in a row had to be skipped, ConflictError when a checkpoint is another run's.
+    too many steps in a row had to be skipped too often, ConflictError when a checkpoint is another run's.
     """
     meta = checkpoints.load_newest(state.tensors(), state.check)
     if meta is not None:
@@ -130,16 +145,19 @@ def train(
         norm = _gradient_norm(state, settings.clip_norm)
 
         # One small reduction: everything that every rank must decide alike is decided on its result.
-        sums[0] = float(call.should_stop())
+        sums[0], sums[-1] = float(call.should_stop()), float(call.poll_due())
         sums = world.total(sums)
         stop = bool(sums[0] > 0)
+        leaving = bool(sums[-1] > 0) and call.preempted()
         loss = float(sums[1]) / settings.batch_size
         rate = _learning_rate(state.images, settings)
         if math.isfinite(loss) and math.isfinite(norm) and norm <= settings.guard_norm:
             _update(state, rate, settings.batch_size)
             _add_to_window(state, sums)
         else:
-            _skip(state, batch, loss, norm, settings, call.skip)
+            _skip(state, batch, loss, norm, call.skip)
+            if state.skipped_in_a_row >= settings.max_skipped_in_a_row:
+                _roll_back(state, checkpoints, loss, norm, settings)
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         meter.step(settings.batch_size)
@@ -152,7 +170,7 @@ def train(
             if done or _crossed(before, state.images, hook.every_images):
                 with meter.paused():
                     call.log({"step": state.step, "images": state.images, **hook.run(state)})
-        if done or stop or _crossed(before, state.images, settings.checkpoint_images):
+        if done or stop or leaving or _crossed(before, state.images, settings.checkpoint_images):
             with meter.paused():
                 checkpoints.save(state.tensors(), state.meta())
     checkpoints.wait()
@@ -161,23 +179,29 @@ def train(
 
 
 def _backward(state: TrainState, engine: Engine, task: Task, batch: BatchLike, settings: Settings) -> Tensor:
-    """Backward over this rank's share; float64 [2 + 2 * NUM_BINS]: a free slot, loss sum, bin sums, bin counts."""
+    """Backward over this rank's share; float64: a free slot, loss sum, bin sums, bin counts, a free slot."""
     device = engine.device
-    latents = torch.from_numpy(np.ascontiguousarray(batch.latents)).to(device, non_blocking=True)
+    latents = on_device(batch.latents, device)
+    text = (
+        None if batch.text is None else (on_device(batch.text[0], device), torch.from_numpy(batch.text[1]).to(device))
+    )
     ids = ids_from_words(batch.sample_ids).to(device)
     labels = None if batch.labels is None else torch.from_numpy(batch.labels).to(device)
     # The count of micro-batches depends on the largest share, so that ranks with uneven shares stay in step.
     largest_share = -(-settings.batch_size // world.world_size())
     num_micro = -(-largest_share // settings.micro_batch)
-    sums = torch.zeros(2 + 2 * NUM_BINS, dtype=torch.float64, device=device)
+    sums = torch.zeros(3 + 2 * NUM_BINS, dtype=torch.float64, device=device)
     for i, rows in enumerate(torch.arange(len(latents)).tensor_split(num_micro)):
         # A rank one sample short repeats its first one, with weight 0.
         part = slice(int(rows[0]), int(rows[-1]) + 1) if len(rows) else slice(0, 1)
         counts = float(len(rows) > 0)
         micro_labels = None if labels is None else labels[part]
+        micro_text = None if text is None else (text[0][part], text[1][part])
         with engine.without_sync(i < num_micro - 1):
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                losses, t = task.training_losses(engine.forward, latents[part], ids[part], micro_labels, batch.epoch)
+                losses, t = task.training_losses(
+                    engine.forward, latents[part], ids[part], micro_labels, batch.epoch, micro_text
+                )
             # Ranks are averaged, samples of the global batch are meant: undo the one, do the other.
             scale = counts * world.world_size() / settings.batch_size
             (losses.sum() * scale).backward()  # type: ignore[no-untyped-call]
@@ -186,7 +210,7 @@ def _backward(state: TrainState, engine: Engine, task: Task, batch: BatchLike, s
             bins = (t * NUM_BINS).long().clamp(0, NUM_BINS - 1)
             sums[1] += values.sum()
             sums[2 : 2 + NUM_BINS].index_add_(0, bins, values)
-            sums[2 + NUM_BINS :].index_add_(0, bins, torch.full_like(values, counts))
+            sums[2 + NUM_BINS : -1].index_add_(0, bins, torch.full_like(values, counts))
     return sums.cpu()
 
 
@@ -217,28 +241,51 @@ def _update(state: TrainState, rate: float, batch_size: int) -> None:
     state.skipped_in_a_row = 0
 
 
-def _skip(state: TrainState, batch: BatchLike, loss: float, norm: float, settings: Settings, on_skip: Log) -> None:
-    """Leave weights and averages as they are, say which samples were in the batch, give up after too many."""
+def _skip(state: TrainState, batch: BatchLike, loss: float, norm: float, on_skip: Log) -> None:
+    """Leave weights and averages as they are, and say which samples were in the batch."""
     state.skipped_steps += 1
     state.skipped_in_a_row += 1
     names = world.gather_json([bytes(row.astype("<u8").tobytes()).hex() for row in batch.sample_ids])
     ids = [name for share in names for name in share]
     on_skip({"step": state.step, "images": state.images, "loss": loss, "grad_norm": norm, "sample_ids": ids})
-    if state.skipped_in_a_row >= settings.max_skipped_in_a_row:
+
+
+def _roll_back(state: TrainState, checkpoints: CheckpointStore, loss: float, norm: float, settings: Settings) -> None:
+    """Take the last checkpoint's weights, averages and optimiser and go on after the skipped batches.
+
+    The same batches would end the same way, so neither the stream nor the count of images goes back. Gives up,
+    with PipelineError, after too many times, or when there is no checkpoint.
+    """
+    checkpoints.wait()
+    world.barrier()
+    back = None
+    if state.rollbacks < settings.max_rollbacks:
+        # One taken between the skipped steps would hold the very weights that are to be given up.
+        good = state.images - state.skipped_in_a_row * settings.batch_size
+        back = checkpoints.load_newest(state.tensors(), state.check, not_after=good)
+    if back is None:
         raise PipelineError(
             f"Training diverged: {state.skipped_in_a_row} steps in a row had a non-finite loss or a gradient norm "
-            f"above {settings.guard_norm:g} (step {state.step}, loss {loss:g}, norm {norm:g}, "
-            f"samples {', '.join(ids[:4])}, ...)",
+            f"above {settings.guard_norm:g} (step {state.step}, loss {loss:g}, norm {norm:g}) after "
+            f"{state.rollbacks} returns to a checkpoint",
             key="train.max_skipped_in_a_row",
             value=settings.max_skipped_in_a_row,
-            rule="a step is skipped on all ranks when its loss or gradients are not usable",
-            next_step="lower train.learning_rate, or look at the samples named in quarantine.jsonl",
+            rule=f"such steps are skipped on all ranks; the run goes back at most {settings.max_rollbacks} times "
+            "(train.max_rollbacks), as far as it has checkpoints",
+            next_step="lower train.learning_rate, or look at the samples named in quarantine.parquet",
         )
+    state.rollbacks += 1
+    state.skipped_in_a_row = 0
+    _log.warning(
+        "step %d: weights are again those of %d images; training goes on after the skipped batches",
+        state.step,
+        int(back["images"]),
+    )
 
 
 def _add_to_window(state: TrainState, sums: Tensor) -> None:
     window = state.window.setdefault("sums", [0.0] * (1 + 2 * NUM_BINS))
-    state.window["sums"] = [a + b for a, b in zip(window, sums[1:].tolist(), strict=True)]
+    state.window["sums"] = [a + b for a, b in zip(window, sums[1:-1].tolist(), strict=True)]
 
 
 def _record(state: TrainState, epoch: int, rate: float, norm: float, meter: Meter) -> dict[str, Any]:
@@ -252,6 +299,7 @@ def _record(state: TrainState, epoch: int, rate: float, norm: float, meter: Mete
         if count:
             record[f"loss_t{i}"] = value / count
     record |= {"learning_rate": rate, "grad_norm": norm, "skipped_steps": state.skipped_steps}
+    record["rollbacks"] = state.rollbacks
     return record | meter.figures()
 
 

@@ -5,21 +5,16 @@ Reads safetensors shards alone, in one process, whatever number of ranks wrote t
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.errors import InputError
+from pipeline.model.checkpoints import Complete, fetch_checked, list_complete
+from pipeline.model.shards import read_tensors
 from pipeline.storage import Root
-from pipeline.train.checkpoint import Complete, fetch_checked, list_complete
 from pipeline.train.ema import combine, reconstruction
-
-_SHARDING_KEY = "DCP_SHARDING_INFO"
 
 
 def rebuild(checkpoints: Root, sigma_rel: float, images: int | None = None) -> dict[str, Tensor]:
@@ -52,27 +47,4 @@ def read_track(checkpoints: Root, complete: Complete, track: str) -> dict[str, T
         local, problem = fetch_checked(checkpoints, complete.name, complete.marker["files"], Path(scratch))
         if problem is not None:
             raise InputError(f"The checkpoint {checkpoints.uri_of(complete.name)} is corrupt: {problem}")
-        return _assemble([local / name for name in sorted(complete.marker["files"])], f"ema/{track}/")
-
-
-def _assemble(files: Sequence[Path], prefix: str) -> dict[str, Tensor]:
-    pieces: dict[str, list[tuple[list[int], Tensor]]] = {}
-    for path in files:
-        with safe_open(str(path), framework="pt") as file:
-            offsets = json.loads((file.metadata() or {}).get(_SHARDING_KEY, "{}"))
-            for key in file.keys():  # noqa: SIM118 - a handle, not a mapping
-                if key.startswith(prefix):
-                    at = offsets.get(key, {}).get("saved_offsets")
-                    value = file.get_tensor(key)
-                    pieces.setdefault(key.removeprefix(prefix), []).append((at or [0] * value.ndim, value))
-    return {key: _join(parts) for key, parts in pieces.items()}
-
-
-def _join(parts: list[tuple[list[int], Tensor]]) -> Tensor:
-    if len(parts) == 1:
-        return parts[0][1]
-    shape = [max(at[d] + v.shape[d] for at, v in parts) for d in range(parts[0][1].ndim)]
-    whole = torch.empty(shape, dtype=parts[0][1].dtype)
-    for at, value in parts:
-        whole[tuple(slice(a, a + n) for a, n in zip(at, value.shape, strict=True))] = value
-    return whole
+        return read_tensors([local / name for name in sorted(complete.marker["files"])], f"ema/{track}/")

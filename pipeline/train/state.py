@@ -35,8 +35,10 @@ class TrainState:
     images: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    rollbacks: int = 0
     window: dict[str, list[float]] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)  # what a sampler must know, for those who draw from here
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -61,8 +63,10 @@ class TrainState:
             "seed": self.seed,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "rollbacks": self.rollbacks,
             "window": self.window,
             "identity": self.identity,
+            "model": self.about,
             "ema_tracks": [{"name": t.name, "sigma_rel": t.sigma_rel} for t in self.ema.tracks],
         }
 
@@ -70,6 +74,7 @@ class TrainState:
         """Take over the JSON part; `check` must have passed."""
         self.step, self.images = int(meta["step"]), int(meta["images"])
         self.skipped_steps, self.skipped_in_a_row = int(meta["skipped_steps"]), int(meta["skipped_in_a_row"])
+        self.rollbacks = int(meta.get("rollbacks", 0))  # checkpoints of older releases have none
         self.window = {k: list(v) for k, v in meta["window"].items()}
 
     def check(self, meta: Mapping[str, Any]) -> None:

@@ -15,18 +15,19 @@ from torch import Tensor
 from pipeline.diffusion.rng import keyed_normal, keyed_uniform
 from pipeline.train import world
 from pipeline.train.state import TrainState
-from pipeline.train.task import Forward, Task
+from pipeline.train.task import Forward, Task, Text
 
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Samples of one latent shape: raw latents [n, c, h, w], ids int64 [n, 2], labels [n] or None."""
+    """Samples of one latent shape: raw latents [n, c, h, w], ids int64 [n, 2], labels [n] or None, text or None."""
 
     latents: Tensor
     ids: Tensor
     labels: Tensor | None
+    text: Text | None = None
 
 
 @dataclass(frozen=True)
@@ -81,5 +82,6 @@ class Validation:
         t = (stratum + u) / self.num_timesteps
         noise = keyed_normal(task.seed, ids, purpose="validate/noise", counter=stratum, shape=x0.shape[1:])
         labels = None if chunk.labels is None or task.num_classes is None else chunk.labels.to(self.device)
+        text = None if chunk.text is None else (chunk.text[0].to(self.device), chunk.text[1].to(self.device))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return task.losses(self.forward, x0, noise, t, labels)
+            return task.losses(self.forward, x0, noise, t, labels, text)

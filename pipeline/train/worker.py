@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.diffusion.objectives import Objective
-from pipeline.diffusion.rng import ids_from_words
-from pipeline.diffusion.timesteps import TimestepDensity
 from pipeline.model.build import build_model, repeated_blocks
 from pipeline.model.flops import forward_flops, train_flops
 from pipeline.storage import Root
 from pipeline.store.dataset import LatentDataset
 from pipeline.stream.loader import LatentStream
+from pipeline.text.dataset import TextEmbeddings
 from pipeline.tracking.tracker import NoopTracker, Tracker, attach_tracker
 from pipeline.train import world
 from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.config import TrainJobConfig
-from pipeline.train.control import StopWatch
+from pipeline.train.control import Notices, StopWatch
 from pipeline.train.ema import Track
-from pipeline.train.finish import export_model
+from pipeline.train.finish import export_info, export_model
 from pipeline.train.grid import Grid
 from pipeline.train.handshake import Facts, identity
-from pipeline.train.history import QUARANTINE, Journal
-from pipeline.train.loop import BatchLike, Callbacks, Engine, Hook, Settings, train
+from pipeline.train.inputs import batches_from, grid_prompts, make_task, open_stream, open_text, validation_chunks
+from pipeline.train.loop import Callbacks, Engine, Hook, Settings, train
 from pipeline.train.meter import Meter, peak_flops
 from pipeline.train.parallel import wrap
+from pipeline.train.report import Reporter
 from pipeline.train.state import TrainState, make_state
-from pipeline.train.task import Task
-from pipeline.train.validate import Chunk, Validation
+from pipeline.train.task import Task, Text
+from pipeline.train.validate import Validation
 
 _RUN_ID_WAIT_S = 30.0
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,6 +42,8 @@ class Place:
     """Where this rank runs: its device, which start of the job, whose MLflow run, what the driver found out.
 
     node_leader: whether this rank fetches files for all ranks of its node; scratch: a directory they share.
+    preempted: asks, on all ranks together, whether some node is about to go; None where nobody can know.
+    publish: shows rank 0's figures to whoever watches the cluster.
     """
 
     device: str
@@ -53,6 +52,8 @@ class Place:
     facts: Facts
     node_leader: bool
     scratch: Path
+    preempted: Callable[[], bool] | None = None
+    publish: Callable[[Mapping[str, float]], None] = lambda figures: None
 
 
 def run_worker(config: TrainJobConfig, place: Place) -> dict[str, Any]:
@@ -66,9 +67,13 @@ def run_worker(config: TrainJobConfig, place: Place) -> dict[str, Any]:
     dataset = LatentDataset.open(config.data.uri)
     facts = place.facts
     device = torch.device(place.device)
-    stream = _open_stream(config, dataset, root)
+    text = open_text(config)
+    stream = open_stream(config, dataset, root, text)
     state, engine = _build(config, facts, device, identity(config, dataset, facts) | _stream_identity(stream))
-    task = make_task(config, dataset, facts)
+    task = make_task(config, dataset, facts, text)
+    state.about = export_info(
+        config, facts, dataset, task, run_id=place.tracking_handle, images=0, ema="raw"
+    ).to_json()
     checkpoints = CheckpointStore(
         root.child("checkpoints"),
         place.scratch,
@@ -76,24 +81,27 @@ def run_worker(config: TrainJobConfig, place: Place) -> dict[str, Any]:
         keep_every_images=config.checkpoint.keep_every_images,
         node_leader=place.node_leader,
     )
-    watch = StopWatch(root, place.generation) if world.rank() == 0 else None
     lead = world.rank() == 0
+    watch = StopWatch(root, place.generation) if lead else None
+    notices = Notices(place.preempted)
     tracker = attach_tracker(config.tracking, place.tracking_handle) if lead else NoopTracker()
-    reporter = Reporter(root, tracker) if lead else None
+    reporter = Reporter(root, tracker, checkpoints, place.publish) if lead else None
     try:
         status = train(
             state,
             engine,
             task,
-            lambda step: _batches(stream, step),
+            lambda step: batches_from(stream, step),
             loop_settings(config),
             checkpoints,
             callbacks=Callbacks(
-                hooks=_hooks(config, dataset, facts, task, state, device, tracker),
+                hooks=_hooks(config, dataset, facts, task, state, device, tracker, text),
                 log=reporter.log if reporter else lambda _record: None,
                 skip=reporter.skip if reporter else lambda _record: None,
                 resume=reporter.resume if reporter else lambda _state: None,
                 should_stop=watch.requested if watch else lambda: False,
+                poll_due=notices.due if lead else lambda: False,
+                preempted=notices.new_notice,
             ),
             meter=_meter(config, facts, device),
         )
@@ -110,54 +118,6 @@ def run_worker(config: TrainJobConfig, place: Place) -> dict[str, Any]:
     return {"status": status, "step": state.step, "images": state.images}
 
 
-@dataclass
-class Reporter:
-    """Rank 0's reports: first to the run's own history, then to the tracker."""
-
-    root: Root
-    tracker: Tracker
-
-    def __post_init__(self) -> None:
-        self.history, self.quarantine = Journal(self.root), Journal(self.root, QUARANTINE)
-
-    def resume(self, state: TrainState) -> None:
-        """Forget what was reported after the checkpoint the run goes on from."""
-        self.history.rewind(state.step)
-        self.quarantine.rewind(state.step)
-
-    def log(self, record: dict[str, Any]) -> None:
-        """One report; its place on the tracker's axis is the count of images."""
-        self.history.append(record)
-        figures = {k: float(v) for k, v in record.items() if k not in ("step", "images")}
-        if figures:
-            self.tracker.log_metrics(figures, step=int(record["images"]))
-
-    def skip(self, record: dict[str, Any]) -> None:
-        """A skipped step, with the ids of its samples."""
-        self.quarantine.append({k: str(v) if isinstance(v, float) else v for k, v in record.items()})
-        _log.warning(
-            "step %d is skipped: loss %s, gradient norm %s", record["step"], record["loss"], record["grad_norm"]
-        )
-
-
-def make_task(config: TrainJobConfig, dataset: LatentDataset, facts: Facts) -> Task:
-    """The learning problem of a configuration; latents are normalised by the dataset's own statistics."""
-    c = facts.latent_channels
-    mean = torch.from_numpy(dataset.channel_mean[:c]).float()
-    # A channel that never varies is shifted, not blown up. Of stored posteriors, the means' spread is taken.
-    std = torch.from_numpy(dataset.channel_std[:c]).float().clamp_min(1e-6)
-    return Task(
-        objective=Objective(**config.objective.model_dump()),
-        density=TimestepDensity(**config.timesteps.model_dump()),
-        mean=mean,
-        std=std,
-        num_classes=facts.num_classes,
-        label_dropout=config.train.label_dropout,
-        seed=config.train.seed,
-        moments=facts.moments,
-    )
-
-
 def loop_settings(config: TrainJobConfig) -> Settings:
     """The loop's numbers out of the configuration."""
     names = set(Settings.__dataclass_fields__) - {"checkpoint_images"}
@@ -165,26 +125,8 @@ def loop_settings(config: TrainJobConfig) -> Settings:
     return Settings(**values, checkpoint_images=config.checkpoint.every_images)
 
 
-def _open_stream(config: TrainJobConfig, dataset: LatentDataset, root: Root) -> LatentStream:
-    return LatentStream(
-        dataset,
-        seed=config.train.seed,
-        batch_size=config.train.batch_size,
-        rank=world.rank(),
-        world_size=world.world_size(),
-        captions=False,
-        cache=root.child("cache"),
-        **config.stream.model_dump(),
-    )
-
-
 def _stream_identity(stream: LatentStream) -> dict[str, Any]:
     return {f"stream.{k}": v for k, v in stream.identity.items()}
-
-
-def _batches(stream: LatentStream, step: int) -> Iterator[BatchLike]:
-    stream.start_step = step
-    return iter(stream)
 
 
 def _build(
@@ -193,7 +135,7 @@ def _build(
     t = config.train
     torch.manual_seed(t.seed)
     model = build_model(
-        config.model, latent_channels=facts.latent_channels, num_classes=facts.num_classes, text_dim=None
+        config.model, latent_channels=facts.latent_channels, num_classes=facts.num_classes, text_dim=facts.text_dim
     )
     engine = wrap(
         model,
@@ -226,7 +168,8 @@ def _meter(config: TrainJobConfig, facts: Facts, device: torch.device) -> Meter:
         height=height,
         width=width,
         num_classes=facts.num_classes,
-        text_dim=None,
+        text_dim=facts.text_dim,
+        text_length=0 if facts.text is None else int(facts.text["max_length"]),
     )
     return Meter(train_flops(forward), peak * world.world_size())
 
@@ -239,13 +182,14 @@ def _hooks(
     state: TrainState,
     device: torch.device,
     tracker: Tracker,
+    text: TextEmbeddings | None,
 ) -> list[Hook]:
     hooks = []
     if config.validation.images:
         question = Validation(
             task,
             state.model,
-            validation_chunks(config, dataset),
+            validation_chunks(config, dataset, Root(config.output.uri), text),
             num_timesteps=config.validation.timesteps,
             ema=[t.name for t in state.ema.tracks],
             device=device,
@@ -253,28 +197,19 @@ def _hooks(
         )
         hooks.append(Hook(config.validation.every_images, question.run))
     if config.grid.every_images is not None:
-        hooks.append(Hook(config.grid.every_images, _grid(config, facts, task, device, tracker).run))
+        prompts = None if text is None else grid_prompts(dataset, text, config.grid.images)
+        hooks.append(Hook(config.grid.every_images, _grid(config, facts, task, device, tracker, prompts).run))
     return hooks
 
 
-def validation_chunks(config: TrainJobConfig, dataset: LatentDataset) -> list[Chunk]:
-    """The first held-out samples in an order of their own: the same on every rank, at every start."""
-    v, chunks, wanted = config.validation, list[Chunk](), config.validation.images
-    # Only `holdout` decides which rows these are; one lane, so that a few rows fill a chunk.
-    settings = config.stream.model_dump() | {"lanes": 1}
-    stream = LatentStream(
-        dataset, seed=0, batch_size=v.chunk, split="holdout", captions=False, **settings, cache=None
-    )
-    with stream:
-        for batch in stream:
-            if len(chunks) * v.chunk >= wanted or batch.epoch > 0:
-                break
-            labels = None if batch.labels is None else torch.from_numpy(batch.labels)
-            chunks.append(Chunk(torch.from_numpy(batch.latents), ids_from_words(batch.sample_ids), labels))
-    return chunks
-
-
-def _grid(config: TrainJobConfig, facts: Facts, task: Task, device: torch.device, tracker: Tracker) -> Grid:
+def _grid(
+    config: TrainJobConfig,
+    facts: Facts,
+    task: Task,
+    device: torch.device,
+    tracker: Tracker,
+    prompts: tuple[tuple[str, ...], Text] | None,
+) -> Grid:
     assert facts.codec is not None  # the handshake made sure
     root = Root(config.output.uri)
 
@@ -295,12 +230,13 @@ def _grid(config: TrainJobConfig, facts: Facts, task: Task, device: torch.device
         sampler={
             "sampler": s.name,
             "steps": s.steps,
-            "guidance": s.guidance if facts.num_classes is not None else 1.0,
+            "guidance": s.guidance if facts.num_classes is not None or prompts is not None else 1.0,
             "guidance_interval": s.guidance_interval,
             "shift": s.shift,
         },
         codec=facts.codec,
         show=show,
+        prompts=prompts,
         collective=config.train.strategy == "fsdp2",
         device=device,
     )

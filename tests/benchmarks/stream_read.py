@@ -1,23 +1,37 @@
-"""Rows per second of the training stream against plain pyarrow reads of the same columns of the same files.
+"""Rows per second of the training stream against a plain pyarrow column read, and against other loaders.
 
-    python -m tests.benchmarks.stream_read [--rows-mb 128] [--rounds 5] [--json out.json]
+    python -m tests.benchmarks.stream_read [--mb 256] [--epochs 3] [--rounds 3] [--groups 1000000] [--json out.json]
 
-The plain read is the limit: every row group of every file, one after the other, into Arrow memory, with
-nothing done to it. The stream shuffles, checks, and gives float32 numpy batches. Both run alternately on a
-warm page cache; a figure is the median of the rounds, and the ratio is taken round by round.
+One table per latent size, all on the same latents in one run, warm page cache, one reading process each:
+
+    limit        every row group of every file with pyarrow, one after the other, columns sample_id, latent and
+                 label, into Arrow memory; nothing is shuffled, batched or handed over
+    ours         LatentStream: shuffled, batches of stored halves [b, c, h, w] with ids and labels
+    ours, f32    the same, and each batch widened to a float32 tensor, which the loop does on its device
+    the peers    what their users do: Ray Data iter_torch_batches on the same Parquet files; MosaicML Streaming and
+                 webdataset on copies in their own format (their bytes: the stored halves), shuffle on, no workers
+
+A figure is the median of the rounds, in which the ways take turns; a way that is not installed is left out and
+named. `--groups` opens a dataset of so many row groups, whose ledger is real and whose data are two files, and tells
+the seconds to the order of its first batch. Peers are no dependency of the project: pip install "ray[data]"
+mosaicml-streaming webdataset.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,26 +39,46 @@ import pyarrow.parquet as pq
 
 from pipeline.store.dataset import LatentDataset
 from pipeline.stream.loader import LatentStream
-from pipeline.stream.reader import SIZE_COLUMNS
 from tests.support.rows import claim, committer, latent_rows, planned_root
 
-COLUMNS = ["sample_id", "latent", "label", *SIZE_COLUMNS]
-CASES = {"4x8x8 (512 B)": (4, 8, 8), "4x32x32 (8 KiB)": (4, 32, 32), "4x64x64 (32 KiB)": (4, 64, 64)}
+COLUMNS = ["sample_id", "latent", "label"]
+SHAPES = {"4x8x8": (4, 8, 8), "4x32x32": (4, 32, 32), "4x64x64": (4, 64, 64)}
+BATCH = 64
+Way = Callable[["Case"], float]
 
 
-def make_dataset(uri: str, shape: tuple[int, int, int], total_bytes: int) -> LatentDataset:
-    """Random latents of one shape in four files with row groups of 8 MiB."""
-    wide = 2 * int(np.prod(shape))
-    per_file = max(64, total_bytes // wide // 4)
-    root = planned_root(uri, units=4, rows=per_file)
+class Case:
+    """One dataset, and what has been made of it for the peers."""
+
+    def __init__(self, folder: Path, shape: tuple[int, int, int], total_bytes: int, epochs: int) -> None:
+        self.folder, self.shape, self.epochs = folder, shape, epochs
+        self.width = 2 * int(np.prod(shape))
+        self.dataset = make_dataset(str(folder / "data"), shape, total_bytes)
+        self.files = [str(self.dataset.root.local_path(f.info.path)) for f in self.dataset.row_groups.files]
+
+    def batches(self) -> Iterator[tuple[bytes, bytes, int]]:
+        """(id, latent, label) of every row, for a peer's writer."""
+        for group in range(len(self.dataset.row_groups)):
+            table = self.dataset.read(group, COLUMNS)
+            yield from zip(*(table[name].to_pylist() for name in COLUMNS), strict=True)
+
+
+def make_dataset(uri: str, shape: tuple[int, int, int], total_bytes: int, files: int = 4) -> LatentDataset:
+    """Random latents of one shape in some files with row groups of 8 MiB."""
+    width = 2 * int(np.prod(shape))
+    per_file = max(BATCH, total_bytes // width // files)
+    root = planned_root(uri, units=files, rows=per_file)
     generation = claim(root)
     generator = np.random.default_rng(0)
     template = latent_rows([(0, 0)])
-    for unit in range(4):
+    for unit in range(files):
         rows = pa.concat_tables([template] * per_file).combine_chunks()
-        latents = generator.normal(size=(per_file, wide // 2)).astype(np.float16)
+        latents = generator.normal(size=(per_file, width // 2)).astype(np.float16)
+        ids = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(16), per_file, [None, pa.py_buffer(generator.bytes(16 * per_file))]
+        )
         new = {
-            "sample_id": _ids(generator, per_file),
+            "sample_id": ids,
             "unit": pa.array(np.full(per_file, unit)),
             "row": pa.array(np.arange(per_file)),
             "latent": pa.array([row.tobytes() for row in latents], pa.large_binary()),
@@ -57,64 +91,255 @@ def make_dataset(uri: str, shape: tuple[int, int, int], total_bytes: int) -> Lat
     return LatentDataset.open(uri)
 
 
-def _ids(generator: np.random.Generator, count: int) -> pa.Array:
-    return pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(16), count, [None, pa.py_buffer(generator.bytes(16 * count))]
-    )
+# -- ways ------------------------------------------------------------------------------------------------------
 
 
-def plain_rows_per_s(dataset: LatentDataset) -> float:
-    """One pass over the columns with pyarrow alone."""
+def limit(case: Case) -> float:
+    """Plain pyarrow."""
     start, rows = time.perf_counter(), 0
-    for file in sorted({group.file for group in dataset.row_groups}):
-        with pa.memory_map(str(dataset.root.local_path(file))) as source:
-            reader = pq.ParquetFile(source)
-            for group in range(reader.num_row_groups):
-                rows += len(reader.read_row_group(group, columns=COLUMNS, use_threads=False))
+    for _ in range(case.epochs):
+        for file in case.files:
+            with pa.memory_map(file) as source:
+                reader = pq.ParquetFile(source)
+                for group in range(reader.num_row_groups):
+                    rows += len(reader.read_row_group(group, columns=COLUMNS, use_threads=False))
     return rows / (time.perf_counter() - start)
 
 
-def stream_rows_per_s(dataset: LatentDataset, batch_size: int) -> tuple[float, float]:
-    """One epoch of batches, and the seconds to the first one."""
-    start = time.perf_counter()
-    stream = LatentStream(dataset, seed=1, batch_size=batch_size, captions=False)
-    batches = iter(stream)
-    next(batches)
-    first = time.perf_counter() - start
-    rows = batch_size
-    for batch in islice(batches, stream.steps_per_epoch - 1):
-        rows += len(batch.latents)
-    elapsed = time.perf_counter() - start
-    batches.close()
-    return rows / elapsed, first
+def ours(case: Case) -> float:
+    """The stream as training uses it, from the second epoch on: what is read ahead has been paid for by then."""
+    return _ours(case, lambda batch: None)
+
+
+def ours_widened(case: Case) -> float:
+    """And float32 tensors of it."""
+    import torch
+
+    return _ours(case, lambda batch: torch.from_numpy(batch.latents).float())
+
+
+def _ours(case: Case, use: Callable[[Any], object]) -> float:
+    stream = LatentStream(case.dataset, seed=1, batch_size=BATCH, captions=False, sizes=False)
+    with stream:
+        batches = iter(stream)
+        for _ in islice(batches, stream.steps_per_epoch):
+            pass
+        start, rows = time.perf_counter(), 0
+        for batch in islice(batches, case.epochs * stream.steps_per_epoch):
+            use(batch)
+            rows += len(batch.sample_ids)
+        return rows / (time.perf_counter() - start)
+
+
+def ray_data(case: Case) -> float:
+    """read_parquet, halves to a tensor by numpy in map_batches, local shuffle, iter_torch_batches."""
+    import ray
+    import ray.data
+
+    if not ray.is_initialized():
+        ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)), include_dashboard=False, log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    shape, width = case.shape, case.width
+
+    def decode(batch: dict[str, Any]) -> dict[str, Any]:
+        latents = np.frombuffer(b"".join(batch["latent"]), np.float16).reshape(-1, *shape)
+        assert latents[0].nbytes == width
+        return {"latent": latents, "label": batch["label"]}
+
+    dataset = ray.data.read_parquet(case.files, columns=["latent", "label"]).map_batches(decode, batch_size=1024)
+    start, rows = time.perf_counter(), 0
+    for _ in range(case.epochs):
+        for batch in dataset.iter_torch_batches(batch_size=BATCH, local_shuffle_buffer_size=16 * BATCH):
+            rows += len(batch["latent"])
+    return rows / (time.perf_counter() - start)
+
+
+def mosaic(case: Case) -> float:
+    """MDS shards, py1s shuffle, torch DataLoader in this process."""
+    import torch
+    from streaming import MDSWriter, StreamingDataset
+
+    out = case.folder / "mds"
+    if not out.exists():
+        columns = {"id": "bytes", "latent": "bytes", "label": "int"}
+        with MDSWriter(out=str(out), columns=columns, size_limit=64 << 20) as writer:
+            for name, latent, label in case.batches():
+                writer.write({"id": name, "latent": latent, "label": label})
+    dataset = StreamingDataset(local=str(out), shuffle=True, batch_size=BATCH)
+
+    def collate(rows: list[dict[str, Any]]) -> tuple[Any, Any]:
+        latents = np.frombuffer(b"".join(row["latent"] for row in rows), np.float16).reshape(-1, *case.shape)
+        return torch.from_numpy(latents), torch.tensor([row["label"] for row in rows])
+
+    loader = torch.utils.data.DataLoader(dataset, batch_size=BATCH, collate_fn=collate)
+    return _epochs(case, lambda: (len(latents) for latents, _ in loader))
+
+
+def web_dataset(case: Case) -> float:
+    """Tar shards, shuffle buffer of 1,000, batches in this process."""
+    import torch
+    import webdataset
+
+    out = case.folder / "wds"
+    if not out.exists():
+        out.mkdir()
+        with webdataset.ShardWriter(str(out / "%05d.tar"), maxsize=64 << 20, verbose=0) as writer:
+            for at, (name, latent, label) in enumerate(case.batches()):
+                writer.write({"__key__": f"{at:09d}", "bin": latent, "id": name, "cls": label})
+
+    def decode(sample: dict[str, Any]) -> tuple[np.ndarray[Any, Any], int]:
+        return np.frombuffer(sample["bin"], np.float16).reshape(case.shape), int(sample["cls"])
+
+    urls = sorted(str(path) for path in out.glob("*.tar"))
+    source = webdataset.WebDataset(urls, shardshuffle=100).shuffle(1000).map(decode)
+    loader = source.batched(BATCH, partial=False)
+    return _epochs(case, lambda: (len(torch.as_tensor(np.stack(latents))) for latents, _ in _pairs(loader)))
+
+
+def _pairs(loader: Any) -> Iterator[tuple[Any, Any]]:
+    yield from loader
+
+
+def _epochs(case: Case, epoch: Callable[[], Iterator[int]]) -> float:
+    start, rows = time.perf_counter(), 0
+    for _ in range(case.epochs):
+        rows += sum(epoch())
+    return rows / (time.perf_counter() - start)
+
+
+WAYS: dict[str, tuple[Way, str | None]] = {
+    "limit": (limit, None),
+    "ours": (ours, None),
+    "ours, f32": (ours_widened, "torch"),
+    "ray data": (ray_data, "ray"),
+    "mosaicml-streaming": (mosaic, "mosaicml-streaming"),
+    "webdataset": (web_dataset, "webdataset"),
+}
+
+
+# -- a ledger of a million row groups --------------------------------------------------------------------------
+
+
+def time_to_order(groups: int) -> dict[str, float]:
+    """Seconds to open a dataset of `groups` row groups and to know which rows make the first batch."""
+    from dataclasses import replace
+
+    from pipeline.store.ledger import commit, visible_records
+    from pipeline.store.plan import append_version, read_plan
+    from pipeline.store.row_groups import RowGroups
+    from pipeline.store.rowset import RowSet
+    from pipeline.stream.data import layout_of
+    from pipeline.stream.order import Order, OrderSpec
+    from tests.support.rows import Listed
+
+    per_file, rows = 32, 256
+    files = -(-groups // per_file)
+    with tempfile.TemporaryDirectory() as folder:
+        root = planned_root(f"{folder}/data", units=1, rows=1)
+        generation = claim(root)
+        committer(root, generation).commit(latent_rows([(0, 0)]), None, {})
+        ((_, seed),) = visible_records(root)
+        info = seed.files[0]
+        one = info.row_groups[0]
+        # One unit a file, so that the ledger has the size it has in life.
+        units = ([Listed(f"{unit:06d}", row_stop=per_file * rows)] for unit in range(1, files + 1))
+        append_version(read_plan(root), units, source={"uri": "mem"}, generation=generation.number)
+        for first in range(1, files + 1, 64):
+            told = []
+            for unit in range(first, min(first + 64, files + 1)):
+                group = replace(one, rows=rows, size_bytes=8 << 20, first_unit=unit, last_unit=unit)
+                path = f"data/{unit:032x}.parquet"
+                told.append(
+                    replace(info, path=path, rows=per_file * rows, row_groups=RowGroups.of([group] * per_file))
+                )
+            span = np.arange(first, min(first + 64, files + 1))
+            covered = RowSet.from_arrays(span, np.zeros_like(span), np.full_like(span, per_file * rows))
+            commit(root, replace(seed, covered=covered, files=tuple(told)))
+        generation.abandon()
+        claim(root).abandon()  # a later run's start puts the records of this one into a bundle
+        start = time.perf_counter()
+        dataset = LatentDataset.open(root.uri)
+        opened = time.perf_counter()
+        spec = OrderSpec(seed=0, batch_size=1024, lanes=8, window_bytes=1 << 30)
+        order = Order(layout_of(dataset), spec)
+        for lane in range(8):
+            next(iter(order.windows(0, 0, lane))).permutation()
+        next(order.steps_from(0))
+        assert dataset.layout_digest
+        end = time.perf_counter()
+        assert len(dataset.row_groups) > groups
+        return {"groups": len(dataset.row_groups), "open_s": opened - start, "first_order_s": end - start}
+
+
+def measure(case: Case, rounds: int) -> tuple[dict[str, float], dict[str, str]]:
+    """Rows a second by way, and why some are absent."""
+    absent: dict[str, str] = {}
+    figures: dict[str, list[float]] = {}
+    for _ in range(rounds + 1):  # the first one warms the page cache and is not counted
+        for name, (way, package) in WAYS.items():
+            if name in absent:
+                continue
+            try:
+                figures.setdefault(name, []).append(way(case))
+            except ImportError as problem:
+                absent[name] = f"{package} is not installed ({problem})"
+                figures.pop(name, None)
+    return {name: statistics.median(rates[1:]) for name, rates in figures.items()}, absent
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows-mb", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--mb", type=int, default=256, help="latents of each size, MiB")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--groups", type=int, default=0, help="row groups of the ledger to open; 0: leave that out")
+    parser.add_argument("--only", nargs="*", default=list(SHAPES), choices=list(SHAPES), help="latent sizes")
+    parser.add_argument("--folder", type=Path, help="where to put the data; default a temporary directory")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))}
-    report = {"machine": machine, "pyarrow": pa.__version__, "numpy": np.__version__, "cases": []}
-    print(f"{'latent':18} {'plain rows/s':>14} {'stream rows/s':>14} {'ratio':>6} {'first batch ms':>15}")
-    for name, shape in CASES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            dataset = make_dataset(f"{folder}/data", shape, args.rows_mb << 20)
-            rounds = []
-            for _ in range(args.rounds + 1):  # the first one warms the page cache and is not counted
-                plain = plain_rows_per_s(dataset)
-                ours, first = stream_rows_per_s(dataset, args.batch_size)
-                rounds.append((plain, ours, ours / plain, 1000 * first))
-        plain, ours, ratio, first = (statistics.median(column) for column in zip(*rounds[1:], strict=True))
-        print(f"{name:18} {plain:14,.0f} {ours:14,.0f} {ratio:6.2f} {first:15.1f}")
-        case = {"latent": name, "plain": plain, "stream": ours, "ratio": ratio, "first_batch_ms": first}
-        report["cases"].append(case)
-    text = json.dumps(report)
-    print(text)
+    report: dict[str, Any] = {"machine": machine(), "versions": versions(), "cases": []}
+    print(json.dumps(report["machine"] | report["versions"]))
+    print(f"{'latent':10} {'way':20} {'rows/s':>12} {'MiB/s':>8} {'of the limit':>13}")
+    for name in args.only:
+        folder = Path(tempfile.mkdtemp(dir=args.folder))
+        try:
+            case = Case(folder, SHAPES[name], args.mb << 20, args.epochs)
+            rates, absent = measure(case, args.rounds)
+        finally:
+            shutil.rmtree(folder)
+        for way, rate in rates.items():
+            share = rate / rates["limit"]
+            print(f"{name:10} {way:20} {rate:12,.0f} {rate * case.width / 2**20:8,.0f} {share:13.2f}")
+        report["cases"].append({"latent": name, "rows_per_s": rates, "absent": absent, "load": os.getloadavg()[0]})
+        for way, why in absent.items():
+            print(f"{name:10} {way:20} absent: {why}")
+    if args.groups:
+        report["ledger"] = time_to_order(args.groups)
+        print({key: round(value, 2) for key, value in report["ledger"].items()})
     if args.json:
-        args.json.write_text(text + "\n")
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    """What a figure means nothing without."""
+    model = platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        model = names[0].partition(":")[2].strip() if names else model
+    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0]}
+
+
+def versions() -> dict[str, str]:
+    """Of what takes part."""
+    packages = ("numpy", "pyarrow", "torch", "ray", "mosaicml-streaming", "webdataset")
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from pipeline.codec.codec import load_codec, posterior_seed, resolve_dtype
 from pipeline.codec.diffusers_codec import DiffusersCodec
-from pipeline.codec.info import codec_info
+from pipeline.codec.info import CodecInfo, check_dtype, codec_info
 from pipeline.codec.weights import WEIGHTS
 from pipeline.errors import ConfigError, InputError
 from pipeline.storage import Root
@@ -117,15 +120,105 @@ def test_bfloat16_stays_near_float32(sd: Path) -> None:
     assert float((exact - rounded).abs().max() / exact.std()) < 0.2
 
 
-def test_auto_dtype() -> None:
-    assert resolve_dtype("auto", "cuda:1") == "bfloat16"
-    assert resolve_dtype("auto", "cpu") == "float32"
-    assert resolve_dtype("float16", "cpu") == "float16"
+@pytest.mark.parametrize(
+    ("capability", "force_upcast", "dtype"),
+    [((9, 0), True, "bfloat16"), ((8, 0), False, "bfloat16"), ((7, 5), True, "float32"), ((7, 5), None, "float16")],
+)
+def test_auto_dtype(
+    capability: tuple[int, int], force_upcast: bool | None, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    config = {} if force_upcast is None else {"force_upcast": force_upcast}
+    info = CodecInfo("AutoencoderKL", config, "", 4, 8)
+    assert resolve_dtype("auto", "cuda:1", info) == dtype
+    assert resolve_dtype("auto", "cpu", info) == "float32"
+    assert resolve_dtype("float16", "cuda", info) == "float16"
 
 
-def test_float16_of_a_codec_that_overflows_in_it(sd: Path) -> None:
-    with pytest.raises(ConfigError, match="force_upcast"):
+def test_float16_of_a_codec_that_says_it_overflows(sd: Path, tmp_path: Path) -> None:
+    """save_pretrained writes force_upcast; the error names the key and both ways out, and they work."""
+    with pytest.raises(
+        ConfigError, match=r"(?s)force_upcast.*codec\.dtype = float16.*auto, bfloat16.*: false in its"
+    ):
         load_codec(str(sd), dtype="float16")
+    with pytest.raises(ConfigError, match="force_upcast"):
+        check_dtype(codec_info(str(sd)), "float16")
+    pixels = images(2)
+    exact = load_codec(str(sd), dtype="auto").encode(pixels)
+    assert torch.equal(exact, load_codec(str(sd)).encode(pixels))
+    near = load_codec(str(sd), dtype="bfloat16").encode(pixels)
+    assert float((near - exact).abs().max() / exact.std()) < 0.2
+    for value in (False, None):  # denied, or left out as the files of SD 1.x do
+        config = json.loads((sd / "config.json").read_text())
+        config["force_upcast"] = value
+        changed = {k: v for k, v in config.items() if v is not None}
+        directory = tmp_path / str(value)
+        directory.mkdir()
+        (directory / "config.json").write_text(json.dumps(changed))
+        (directory / WEIGHTS).write_bytes((sd / WEIGHTS).read_bytes())
+        half = load_codec(str(directory), dtype="float16").encode(pixels)
+        assert float((half - exact).abs().max() / exact.std()) < 0.02
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize("place", ["pipeline", "memory", "s3", "commit", "tag"])
+def test_every_class_loads_from_every_place(
+    any_codec: Path, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the real loaders; the hub offline, from a cache of its own layout."""
+    monkeypatch.setenv("LATENTLOOM_CACHE", str(tmp_path / "cache"))
+    files = {file.name: file.read_bytes() for file in any_codec.iterdir()}
+    hub = tmp_path / "models--someone--vae"
+
+    def put(directory: Path) -> str:
+        directory.mkdir(parents=True)
+        for name, data in files.items():
+            (directory / name).write_bytes(data)
+        return str(directory)
+
+    revision = None
+    with contextlib.ExitStack() as stack:
+        if place == "pipeline":
+            path = str(Path(put(tmp_path / "pipe" / "vae")).parent)
+        elif place == "memory":
+            path = f"memory://places/{any_codec.name}"
+            Root(path).upload_dir(any_codec)
+        elif place == "s3":
+            path = stack.enter_context(bucket(monkeypatch)) + "/models/vae"
+            Root(path).upload_dir(any_codec)
+        else:
+            put(hub / "snapshots" / COMMIT / ("vae" if place == "tag" else ""))
+            (hub / "refs").mkdir()
+            (hub / "refs" / "v1").write_text(COMMIT)
+            monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+            monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+            path, revision = "someone/vae", COMMIT if place == "commit" else "v1"
+        here, there = load_codec(str(any_codec)), load_codec(path, revision=revision)
+        assert there.info == here.info == codec_info(path, revision)
+        assert torch.equal(there.encode(images(1)), here.encode(images(1)))
+
+
+@contextlib.contextmanager
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URI of a new bucket on an S3 server of its own."""
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        s3fs.S3FileSystem.clear_instance_cache()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "test")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        Root("s3://codecs").fs.call_s3("create_bucket", Bucket="codecs")
+        yield "s3://codecs"
+    finally:
+        server.stop()
 
 
 @pytest.mark.slow

@@ -1,8 +1,12 @@
-"""The encode job's `encode.dedup`: what it runs, notes and leaves, with the Ray passes replaced by plain commits."""
+"""The encode job's `encode.dedup`: what it runs, notes and leaves, with the Ray passes replaced by plain commits.
+
+The last test is one real run: duplicates, a filter, a reject and perceptual hashes together.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -21,6 +25,7 @@ from pipeline.result import JobResult
 from pipeline.source.listing import list_entries
 from pipeline.storage import Root
 from pipeline.store import dedup
+from pipeline.store.dataset import LatentDataset
 from pipeline.store.generation import claim_next, latest_number
 from pipeline.store.plan import read_entries, read_plan
 from pipeline.store.runs import last_run
@@ -28,6 +33,8 @@ from pipeline.store.schema import LATENTS
 from pipeline.store.state import read_state
 from pipeline.store.verify import verify
 from pipeline.tracking.tracker import NoopTracker
+from tests.support.images import make_codec, make_images
+from tests.support.jobs import run
 from tests.support.rows import IDENTITY, committer, latent_rows
 
 
@@ -192,3 +199,64 @@ def test_the_fingerprint_does_not_know_of_it() -> None:
         for d in ("off", "exact")
     ]
     assert prints[0] == prints[1]
+
+
+@pytest.mark.ray
+def test_a_real_run_accounts_for_duplicates_filters_and_rejects_and_stores_hashes(tmp_path: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    images = make_images(tmp_path / "images", 12, broken=1)
+    # Copies of three files under later names, and of one the same picture in another coding.
+    for number in (2, 5, 7):
+        (images / f"copy-{number}.png").write_bytes((images / f"{number:05d}.png").read_bytes())
+    Image.open(images / "00004.png").save(images / "recoded.jpg", quality=95)
+    names = sorted(p.name for p in images.iterdir() if p.suffix in (".png", ".jpg"))
+    lines = [json.dumps({"file_name": n, "score": 1 if n in ("00000.png", "00009.png") else 9}) for n in names]
+    (images / "metadata.jsonl").write_text("\n".join(lines))
+    make_codec(tmp_path / "codec")
+    out = tmp_path / "latents"
+    arguments = [
+        f"source.uri={images}",
+        "source.kind=folder",
+        "source.filter=score > 5",
+        "image.resolution=[32, 16]",
+        "image.flip=true",
+        "image.multiple_of=4",
+        "image.phash=true",
+        f"codec.path={tmp_path / 'codec'}",
+        f"output.uri={out}",
+        "encode.dedup=exact",
+        "encode.unit_rows=4",
+        "cluster.num_cpus=2",
+        "cluster.dashboard=false",
+        "tracking.enabled=false",
+    ]
+    code, answer, errors = run("encode", *arguments, cwd=tmp_path)
+    assert code == 0, errors
+    counts = answer["counts"]
+    assert (counts["filtered.duplicate_content"], counts["filtered.row_filter"], counts["rejected"]) == (3, 2, 1)
+    # Conservation: each of the 17 files has one outcome.
+    assert (len(names), counts["latents"], counts["filtered"]) == (17, 11, 5)
+    assert verify(str(out), "checksums").problems == []
+    again = run("encode", *arguments, cwd=tmp_path)
+    assert (again[0], again[1]["status"]) == (0, "unchanged")
+
+    dataset = LatentDataset.open(str(out))
+    columns = ["key", "variant", "bucket", "flipped", "phash", "content_sha256"]
+    rows = [r for g in dataset.row_groups for r in dataset.read(g.index, columns).to_pylist()]
+    kept = {r["key"] for r in rows}
+    assert kept == {n for n in names if n[:4] not in ("copy", "brok") and n not in ("00000.png", "00009.png")}
+    # Two resolutions, each plain and flipped, of every source row; one hash for all of them.
+    shapes = sorted((r["variant"], r["bucket"], r["flipped"]) for r in rows if r["key"] == "00003.png")
+    assert shapes == [(0, "32x32", False), (1, "32x32", True), (2, "16x16", False), (3, "16x16", True)]
+    assert len(rows) == 4 * len(kept)
+    hashes = {key: {r["phash"] for r in rows if r["key"] == key} for key in kept}
+    assert all(len(found) == 1 and None not in found for found in hashes.values())
+
+    def distance(a: str, b: str) -> int:
+        return int(np.bitwise_count(np.uint64(next(iter(hashes[a]))) ^ np.uint64(next(iter(hashes[b])))))
+
+    assert distance("00004.png", "recoded.jpg") <= 6
+    others = [distance("00004.png", k) for k in kept if k not in ("00004.png", "recoded.jpg")]
+    assert min(others) > 6

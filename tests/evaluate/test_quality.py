@@ -153,3 +153,31 @@ def test_keys_and_vectors_must_pair() -> None:
 def test_too_little_data_gives_an_unbounded_interval_and_not_a_narrow_one() -> None:
     estimate = frechet(stats_of(gaussian(2, 2, 1)), stats_of(gaussian(2, 2, 2), 1))
     assert (estimate.low, estimate.high) == (-np.inf, np.inf)
+
+
+def test_kid_is_the_unbiased_mmd_of_scikit_learns_kernel() -> None:
+    pairwise = pytest.importorskip("sklearn.metrics.pairwise")
+    x, y = gaussian(60, 5, 1).astype(np.float32), gaussian(50, 5, 2, mean=0.3).astype(np.float32)
+    xx, yy, xy = (
+        pairwise.polynomial_kernel(a.astype(np.float64), b.astype(np.float64), degree=3, gamma=1 / 5, coef0=1)
+        for a, b in ((x, x), (y, y), (x, y))
+    )
+    n, m = len(x), len(y)
+    expected = (xx.sum() - np.trace(xx)) / (n * (n - 1)) + (yy.sum() - np.trace(yy)) / (m * (m - 1)) - 2 * xy.mean()
+    assert kid(stats_of(x, 1), stats_of(y, 2)).value == pytest.approx(expected, rel=1e-9)
+
+
+def test_precision_and_recall_agree_with_scikit_learns_neighbours() -> None:
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    x, y = gaussian(80, 4, 3), gaussian(80, 4, 4, mean=0.8)
+    real, generated = stats_of(x, 5), stats_of(y, 6)
+
+    def share(queries: npt.NDArray[np.float32], manifold: npt.NDArray[np.float32]) -> float:
+        tree = neighbors.NearestNeighbors(n_neighbors=4).fit(manifold)  # a vector is its own first neighbour
+        radii = tree.kneighbors(manifold)[0][:, 3]
+        distances = np.linalg.norm(queries[:, None] - manifold[None], axis=2)
+        return float((distances <= radii[None]).any(axis=1).mean())
+
+    precision, recall = precision_recall(real, generated, neighbours=3)
+    assert precision.value == pytest.approx(share(generated.features_MD, real.features_MD))
+    assert recall.value == pytest.approx(share(real.features_MD, generated.features_MD))

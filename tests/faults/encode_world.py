@@ -24,6 +24,7 @@ def arguments(base: Path, output: str | Path, **extra: Any) -> list[str]:
         "encode.unit_rows": 8,
         "encode.fragment_rows": 8,
         "encode.batch_size": 4,
+        "encode.actors": 2,
         "encode.crash_limit": 20,
         "cluster.num_cpus": 4,
         "cluster.dashboard": "false",

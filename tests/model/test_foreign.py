@@ -22,7 +22,9 @@ from diffusers import (
 from pipeline.diffusion.objectives import Objective
 from pipeline.diffusion.samplers import sample
 from pipeline.errors import InputError
-from pipeline.model.foreign import is_pipeline_dir, load_pipeline_dir
+from pipeline.model.foreign import load_pipeline_dir
+from pipeline.model.foreign_info import is_pipeline_dir
+from pipeline.storage import Root
 
 
 def a_vae(**changes: Any) -> AutoencoderKL:
@@ -65,7 +67,7 @@ def test_dit_pipeline_gives_our_latents(tmp_path: Path) -> None:
     pipe = DiTPipeline(transformer, vae, scheduler, id2label={i: str(i) for i in range(5)})
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(tmp_path, safe_serialization=True)
-    assert is_pipeline_dir(str(tmp_path))
+    assert is_pipeline_dir(Root(str(tmp_path)))
     model, info = load_pipeline_dir(str(tmp_path))
     assert Objective.from_dict(info.objective) == Objective("epsilon", "linear", 0.0001, 0.02)
     assert (info.num_classes, info.text_dim, info.latent_channels, info.factor) == (5, None, 4, 4)

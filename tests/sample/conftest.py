@@ -18,6 +18,11 @@ class Tiny:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """One for all tests."""
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def make_tiny(root: Path) -> Tiny:
     """A class-conditional DiT on 4-channel latents of an f2 AutoencoderKL; images of 16x16 and 16x24."""
     import torch
     from diffusers import AutoencoderKL
@@ -27,7 +32,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     from pipeline.model.config import DiTConfig
     from pipeline.model.export import ExportInfo, save_export
 
-    root = tmp_path_factory.mktemp("tiny")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         AutoencoderKL(

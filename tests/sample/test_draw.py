@@ -246,7 +246,7 @@ def test_an_image_encoder_that_fails_costs_only_that_image(
 
 
 def test_a_model_that_is_not_there_or_not_it_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="There is no readable model export"):
+    with pytest.raises(InputError, match="There is no readable model"):
         read_model(str(tmp_path))
     with pytest.raises(ConfigError, match="other averaged weights than asked for"):
         read_model(tiny.model_uri, "ema_0.05")

@@ -24,6 +24,8 @@ from pipeline.sample.images import read_provenance
 from pipeline.sample.regenerate import regenerate
 from pipeline.storage import Root
 from pipeline.store.dataset import Dataset
+from pipeline.store.outside import read_outside
+from pipeline.store.verify import verify
 from tests.sample.conftest import Tiny
 
 
@@ -193,6 +195,53 @@ def test_rejects_are_counted_and_the_budget_ends_the_job_with_its_data_kept(
         3,
         3,
     )
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_prompts_are_embedded_once_for_all_denoisers(
+    tmp_path: Path, recorder: Recorder, ray_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    from pipeline.sample.passes import _Passes
+    from tests.sample.pipelines import make_sd_pipeline
+
+    make_sd_pipeline(tmp_path)
+    handles: list[Any] = []
+    start_embedder = _Passes._start_embedder
+
+    def watched(self: _Passes) -> Any:
+        handles.append(start_embedder(self))
+        return handles[-1]
+
+    monkeypatch.setattr(_Passes, "_start_embedder", watched)
+    config = validate(
+        SampleJobConfig,
+        {
+            "model": {"uri": str(tmp_path / "pipe")},
+            "output": {"uri": str(tmp_path / "out"), "format": "webdataset"},
+            "requests": {
+                "kind": "grid",
+                "prompts": ["red", "blue", "a sky"],
+                "count": 4,
+                "steps": 2,
+                "guidance": 2.0,
+            },
+            "batch_size": 2,
+            "unit_requests": 2,
+            "denoise": {"actors": 2, "num_cpus": 0.3},
+            "tracking": {"enabled": False},
+        },
+    )
+    result = sample_job.run(config)
+    assert result.counts["images"] == 12
+    assert ray.get(handles[0].embedded.remote()) == 4  # three prompts and the empty one
+    rows = images_at(tmp_path / "out")
+    assert len(list((tmp_path / "out" / "shards").iterdir())) == 6
+    image = read_outside(Root(str(tmp_path / "out")), next(iter(rows.values()))["file"])
+    assert regenerate(image) == image
+    assert verify(str(tmp_path / "out"), "checksums").problems == []
 
 
 def _mend_hash(export: Path) -> None:

@@ -56,6 +56,40 @@ def test_failed_reads_are_rows(tmp_path, monkeypatch):
     assert all(r.status == "rejected" and r.image is None and r.message for r in found)
 
 
+def test_a_filter_marks_entries_and_reads_none_of_their_bytes(tmp_path, monkeypatch):
+    for name in ("a", "b", "c", "d"):
+        write(tmp_path / f"{name}.png", name)
+    lines = [{"file_name": f"{n}.png", "score": s, "text": n} for n, s in (("a", 1), ("b", 6), ("c", 9))]
+    write(tmp_path / "metadata.jsonl", "\n".join(map(json.dumps, lines)))
+
+    def metas(text):
+        return {e.key: e.meta for e in list_entries(FolderSource(uri=str(tmp_path), filter=text))}
+
+    # A changed filter changes the entries that it decides otherwise, and no others; without one nothing is marked.
+    every, low, high = metas(None), metas("score > 5"), metas("score > 8")
+    assert {k for k in every if every[k] != low[k]} == {"a.png", "d.png"}
+    assert {k for k in every if high[k] != low[k]} == {"b.png"}
+    read = []
+    real = Root.read_bytes
+    monkeypatch.setattr(Root, "read_bytes", lambda self, key: (read.append(key), real(self, key))[1])
+    source = FolderSource(uri=str(tmp_path), filter="score > 5")
+    entries = list(list_entries(source))
+    found = list(read_unit(source, entries, [(0, None)]))
+    assert [r.status for r in found] == ["filtered", "ok", "ok", "filtered"]
+    assert [r.caption for r in found] == [None, "b", "c", None]
+    assert [key for key in read if key.endswith(".png")] == ["b.png", "c.png"]
+
+
+def test_a_filter_and_labels_from_directories_go_together(tmp_path):
+    for name in ("cat/a.png", "dog/b.png"):
+        write(tmp_path / name, name)
+    write(tmp_path / "metadata.jsonl", json.dumps({"file_name": "dog/b.png", "score": 9}))
+    options = {"label_from": "directory", "classes": ("cat", "dog")}
+    source = FolderSource(uri=str(tmp_path), filter="score > 5", **options)
+    found = list(read_unit(source, list(list_entries(source)), [(0, None)]))
+    assert [(r.status, r.label) for r in found] == [("filtered", None), ("ok", 1)]
+
+
 def test_an_unusable_store_is_not_mistaken_for_bad_rows(tmp_path, monkeypatch):
     write(tmp_path / "a.jpg", "x")
     source = FolderSource(uri=str(tmp_path))

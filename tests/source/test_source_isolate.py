@@ -51,9 +51,9 @@ def test_a_child_gives_the_same_rendering_as_this_process():
 
 def test_reasons_come_back_from_the_child_and_the_child_lives_on():
     assert reason_of(b"II*\0rubbish", isolate="all") in ("corrupt", "truncated")
-    first = isolate._idle.queue[-1]
+    first = isolate.children.idle.queue[-1]
     assert reason_of(b"", isolate="all") == "empty"
-    assert isolate._idle.queue[-1] is first
+    assert isolate.children.idle.queue[-1] is first
 
 
 def test_a_decode_over_its_cpu_seconds_is_ended():
@@ -73,8 +73,8 @@ def test_a_decode_over_its_memory_is_a_reason():
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
 def test_a_crash_is_a_reason_and_not_a_crash_of_the_worker(number):
-    child = isolate._take(3072)
-    isolate._give_back(child)
+    child = isolate.children.take(3072)
+    isolate.children.give_back(child)
     timer = threading.Timer(0.2, os.kill, (child._process.pid, number))
     timer.start()
     assert reason_of(slow_image()) == "decoder_crashed"
@@ -85,8 +85,8 @@ def test_a_crash_is_a_reason_and_not_a_crash_of_the_worker(number):
 def test_a_stopped_child_does_not_hang_the_worker(monkeypatch):
     monkeypatch.setattr(isolate, "_GRACE_S", 0.0)
     monkeypatch.setattr(isolate, "_WALL_PER_CPU", 1.0)
-    child = isolate._take(3072)
-    isolate._give_back(child)
+    child = isolate.children.take(3072)
+    isolate.children.give_back(child)
     os.kill(child._process.pid, signal.SIGSTOP)
     with pytest.raises(DecodeError, match="signal 9"):
         render_isolated(encode(gradient(), "TIFF"), b"", None, ImageConfig(**OPEN, decode_cpu_s=0.5))
@@ -97,12 +97,12 @@ def test_threads_have_children_of_their_own():
     with ThreadPoolExecutor(3) as pool:
         results = list(pool.map(lambda _: outcome(data)[0].pixels, range(30)))
     assert all(np.array_equal(r, results[0]) for r in results)
-    assert 1 <= isolate._idle.qsize() <= 3
+    assert 1 <= isolate.children.idle.qsize() <= 3
 
 
 def test_children_end_with_their_parent():
     code = (
-        "import sys; from pipeline.source import isolate; c = isolate._take(3072); isolate._give_back(c);"
+        "import sys; from pipeline.source.isolate import children; c = children.take(3072); children.give_back(c);"
         "print(c._process.pid, flush=True); import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

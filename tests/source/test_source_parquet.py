@@ -152,6 +152,8 @@ def test_wrong_labels_and_large_images_are_rejects(tmp_path):
         ({"filter": "size > 1"}, "has no column 'size'"),
         ({"extra": ("nothing",)}, "has no column 'nothing'"),
         ({"image": "number"}, "holds int64, which is no image"),
+        ({"filter": "text > 5"}, "The filter does not fit the columns"),
+        ({"filter": "number"}, "The filter does not fit the columns"),
     ],
 )
 def test_columns_that_are_not_there_stop_the_listing(tmp_path, fields, problem):
@@ -186,7 +188,7 @@ def test_unwanted_row_groups_are_not_read(tmp_path, monkeypatch):
         "iter_batches",
         lambda self, *a, row_groups, **k: (groups.extend(row_groups), real(self, *a, row_groups=row_groups, **k))[1],
     )
-    assert [r.row for r in rows(tmp_path, ranges=[(6, 8), (15, 16)])] == [6, 7, 15]
+    assert [r.row for r in rows(tmp_path, ranges=[(6, 8), (15, 16)], isolate=False)] == [6, 7, 15]
     assert groups == [1, 3]
 
 
@@ -201,8 +203,7 @@ def test_damage_is_rejected_rows_and_nothing_raises(tmp_path):
     write(tmp_path / "a.parquet", bytes(data))
     found = list(read_unit(source, entries, [(0, None)]))
     assert [r.row for r in found] == list(range(20))
-    assert [r.reason for r in found[:5]] == [None] * 5
-    assert {r.reason for r in found[5:]} == {"corrupt_container"}
+    assert [r.reason for r in found] == [None] * 5 + ["corrupt_container"] * 5 + [None] * 10
     (tmp_path / "a.parquet").unlink()
     assert {r.reason for r in read_unit(source, entries, [(3, 5)])} == {"missing"}
 

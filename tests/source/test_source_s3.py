@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import threading
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -234,6 +235,63 @@ def test_reads_that_fail_for_good_are_rejects_to_be_retried(
     assert all("Connection reset" in (row.message or "") and row.image is None for row in failed.values())
     assert reads[name] >= storage._ATTEMPTS
     assert all(row.image for row in rows if row.row not in failed)
+
+
+class Overloaded:
+    """The S3 server behind a door that answers reads of one object with 503 SlowDown, for a while or for good."""
+
+    def __init__(self) -> None:
+        from moto.server import DomainDispatcherApplication, create_backend_app
+        from werkzeug.serving import make_server
+
+        self._application: Any = DomainDispatcherApplication(create_backend_app)
+        self.name, self.left, self.refused = "", 0, 0
+        self._server = make_server("127.0.0.1", 0, self, threaded=True)
+        self.endpoint = f"http://127.0.0.1:{self._server.port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    def __enter__(self) -> Overloaded:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
+        reads = environ["REQUEST_METHOD"] == "GET" and environ["PATH_INFO"].endswith(self.name)
+        if self.name and reads and self.left > 0:
+            self.left, self.refused = self.left - 1, self.refused + 1
+            start_response("503 Slow Down", [("Content-Type", "application/xml")])
+            return [b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"]
+        return self._application(environ, start_response)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "lost"),
+    [("folder", "1.png", [1]), ("webdataset", "001.tar", [2]), ("parquet", "a.parquet", [0, 1, 2, 3, 4])],
+)
+def test_a_server_that_asks_to_slow_down_is_asked_again_and_then_costs_its_rows(
+    kind: str, name: str, lost: list[int], local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the real client: answers over HTTP, not exceptions planted into it."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with Overloaded() as server:
+        root = connect(server.endpoint, monkeypatch)
+        root.upload_dir(local / kind, kind)
+        source = source_of(kind, root.uri)
+        entries = list(list_entries(source))
+        server.name, server.left = name, 2
+        again = rows_of(source, entries)
+        assert [(r.row, r.image) for r in again] == [(r.row, r.image) for r in rows_of(source_of(kind, str(local)))]
+        assert server.refused == 2
+        server.left = 10**9
+        rows = rows_of(source, entries)
+        failed = [r for r in rows if r.status == "rejected"]
+        assert ([r.row for r in failed], {r.reason for r in failed}) == (lost, {Reason.READ_FAILED})
+        assert all(r.image for r in rows if r.row not in lost)
+        assert server.refused >= 2 + storage._ATTEMPTS
 
 
 def test_an_object_that_vanished_after_planning_is_missing(remote: Root) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from pipeline.store.pages import fixed_width_values
 from pipeline.stream.order import Order
 
 
@@ -63,10 +64,15 @@ class MemoryRows:
             return values.astype(np.float16)
         return (values.view(np.uint32) >> 16).astype(np.uint16)
 
-    def read(self, row_group: int, columns: Sequence[str]) -> pa.Table:
+    def read(self, row_group: int, columns: Sequence[str], *, verify: bool = True) -> pa.Table:
         with self._lock:
             self.reads.append((row_group, tuple(columns)))
         return self.tables[row_group].select(list(columns))
+
+    def read_fixed(self, row_group: int, column: str, *, verify: bool = True) -> list[np.ndarray]:
+        """In two parts, as a file gives several pages."""
+        (values,) = fixed_width_values(self.read(row_group, [column])[column])
+        return [values[:3], values[3:]] if len(values) > 3 else [values]
 
     @property
     def latent_reads(self) -> list[int]:

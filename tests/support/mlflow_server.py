@@ -3,83 +3,117 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
-import socket
-import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-START_TIMEOUT_S = 120.0
+from tests.support.processes import Daemon, free_port
+
+__all__ = ["BasicAuth", "MlflowServer", "free_port"]
+START_TIMEOUT_S = 180.0
+AUTH = """\
+[mlflow]
+default_permission = {permission}
+database_uri = {database}
+admin_username = {user}
+admin_password = {password}
+authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+grant_default_workspace_access = false
+"""
+
+
+@dataclass(frozen=True)
+class BasicAuth:
+    """The server's administrator, and where it keeps its users."""
+
+    database_uri: str
+    user: str = "latentloom-admin"
+    password: str = field(default_factory=lambda: f"pw-{secrets.token_hex(12)}")
+
+    def environment(self) -> dict[str, str]:
+        """What a client needs to be let in."""
+        return {"MLFLOW_TRACKING_USERNAME": self.user, "MLFLOW_TRACKING_PASSWORD": self.password}
 
 
 class MlflowServer:
-    """`mlflow server` on sqlite, with proxied artifacts; one process group, one port over all its lives."""
+    """`mlflow server` with proxied artifacts; one process group, one port over all its lives.
 
-    def __init__(self, folder: Path, *, backend_uri: str | None = None) -> None:
-        self.folder = folder
+    On sqlite and a folder unless told otherwise. `auth`: users and passwords are asked for; `environment`: what the
+    server needs besides, such as the keys of the store its artifacts go to.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        backend_uri: str | None = None,
+        artifacts_uri: str | None = None,
+        auth: BasicAuth | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.folder, self.auth = folder, auth
         self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.backend_uri = backend_uri or f"sqlite:///{folder / 'server.db'}"
-        self._process: subprocess.Popen[bytes] | None = None
+        self.artifacts_uri = artifacts_uri or str(folder / "artifacts")
+        self._environment = dict(environment or {})
+        self._server = Daemon(self._command(), folder / "server.log")
 
     def start(self) -> None:
         """Start and wait until it answers."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--backend-store-uri", self.backend_uri, "--workers", "1"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts"), "--serve-artifacts"]
         # Seven job processes and a gigabyte less; and nothing is reported to anybody.
         quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        with (self.folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                command,
-                cwd=self.folder,
-                env={**os.environ, **quiet},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
+        secret = {"MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(16)} if self.auth else {}
+        if self.auth:
+            path = self.folder / "auth.ini"
+            body = AUTH.format(
+                permission="EDIT",
+                database=self.auth.database_uri.replace("%", "%%"),
+                user=self.auth.user,
+                password=self.auth.password,
             )
+            path.write_text(body)
+            secret["MLFLOW_AUTH_CONFIG_PATH"] = str(path)
+        self._server.start({**os.environ, **quiet, **secret, **self._environment}, cwd=self.folder)
         self._wait_until_healthy()
 
     def kill(self) -> None:
         """SIGKILL to the whole group: nothing is finished, nothing is said."""
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGCONT)
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
+        self._server.stop(signal.SIGKILL)
 
     def freeze(self) -> None:
         """SIGSTOP: connections are accepted by the kernel and never answered."""
-        assert self._process is not None
-        os.killpg(self._process.pid, signal.SIGSTOP)
+        self._server.send(signal.SIGSTOP)
 
     def thaw(self) -> None:
         """SIGCONT."""
-        assert self._process is not None
-        os.killpg(self._process.pid, signal.SIGCONT)
+        self._server.send(signal.SIGCONT)
+
+    @property
+    def alive(self) -> bool:
+        return self._server.alive
+
+    def _command(self) -> list[str]:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--backend-store-uri", self.backend_uri, "--workers", "1"]
+        command += ["--artifacts-destination", self.artifacts_uri, "--serve-artifacts"]
+        return [*command, "--app-name", "basic-auth"] if self.auth else command
 
     def _wait_until_healthy(self) -> None:
-        assert self._process is not None
         give_up = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < give_up:
-            if self._process.poll() is not None:
-                break
+        while time.monotonic() < give_up and self._server.alive:
             try:
                 with urllib.request.urlopen(f"{self.uri}/health", timeout=5):
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.2)
-        log = (self.folder / "server.log").read_text(errors="replace")[-3000:]
+        said = self._server.tail()
         self.kill()
-        raise RuntimeError(f"mlflow server did not start:\n{log}")
-
-
-def free_port() -> int:
-    """A TCP port of loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        raise RuntimeError(f"mlflow server did not start:\n{said}")

@@ -23,9 +23,10 @@ _FIRST_WORKER_PORT, _PORTS_PER_NODE = 20_000, 1_000
 
 @dataclass
 class RayNodes:
-    """The cluster's address, and one daemon a node, the head first."""
+    """The cluster's address, the port of the head's Prometheus metrics, and one daemon a node, the head first."""
 
     address: str
+    metrics_port: int
     daemons: list[Daemon]
 
     def raylet(self, number: int) -> psutil.Process:
@@ -40,7 +41,7 @@ class RayNodes:
 def ray_nodes(*cpus: int) -> Iterator[RayNodes]:
     """A cluster whose head and further nodes have so many CPUs each; gone at the end, by process id."""
     folder = Path(tempfile.mkdtemp(prefix="nodes-", dir="/tmp"))  # sockets need short paths
-    nodes = RayNodes(f"127.0.0.1:{free_port()}", [])
+    nodes = RayNodes(f"127.0.0.1:{free_port()}", free_port(), [])
     try:
         for number, count in enumerate(cpus):
             _start(nodes, folder, number, count)
@@ -54,7 +55,7 @@ def ray_nodes(*cpus: int) -> Iterator[RayNodes]:
 def _start(nodes: RayNodes, folder: Path, number: int, cpus: int) -> None:
     first = _FIRST_WORKER_PORT + number * _PORTS_PER_NODE
     port = nodes.address.rpartition(":")[2]
-    head = ["--head", f"--port={port}", "--include-dashboard=false"]
+    head = ["--head", f"--port={port}", "--include-dashboard=false", f"--metrics-export-port={nodes.metrics_port}"]
     role = head if number == 0 else [f"--address={nodes.address}"]
     command = [
         *(RAY, "start", *role, "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"),

@@ -70,7 +70,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges)
 
 
-def make_t5(folder: Path, seed: int = 0, *, pad: bool = True) -> Path:
+def make_t5(folder: Path, seed: int = 0, *, pad: bool = True, width: int = WIDTH) -> Path:
     """A T5 encoder with a word-level tokenizer that closes with </s>."""
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -79,7 +79,7 @@ def make_t5(folder: Path, seed: int = 0, *, pad: bool = True) -> Path:
     torch.manual_seed(seed)
     config = T5Config(
         vocab_size=len(WORDS),
-        d_model=WIDTH,
+        d_model=width,
         d_kv=8,
         d_ff=48,
         num_layers=2,

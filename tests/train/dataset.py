@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def make_dataset(
     side: int = 8,
     posterior: str = "mode",
     codec_channels: int | None = None,
+    captions: Sequence[str] = (),
 ) -> str:
     """Write the dataset and return its URI; the fingerprint depends on the shape only."""
     root = Root(str(path))
@@ -62,12 +64,13 @@ def make_dataset(
         drop_removed=False,
     )
     committer = Committer(root, generation.number, 4096, "float16", {})
-    committer.commit(_rows(rows, classes, stored, side), REJECTS.empty_table(), {})
+    told = [captions[i % len(captions)] if captions else None for i in range(rows)]
+    committer.commit(_rows(rows, classes, stored, side, told), REJECTS.empty_table(), {})
     generation.close({"status": "done"})
     return root.uri
 
 
-def _rows(rows: int, classes: int | None, channels: int, side: int) -> pa.Table:
+def _rows(rows: int, classes: int | None, channels: int, side: int, captions: list[str | None]) -> pa.Table:
     rng = np.random.default_rng(3)
     labels = np.arange(rows) % (classes or 1)
     patterns = rng.normal(size=(classes or 1, channels, side, side)) * 2
@@ -87,7 +90,7 @@ def _rows(rows: int, classes: int | None, channels: int, side: int) -> pa.Table:
         "crop_top": [0] * rows,
         "crop_left": [0] * rows,
         "flipped": [False] * rows,
-        "caption": [None] * rows,
+        "caption": captions,
         "label": [None if classes is None else int(c) for c in labels],
         "extra": [None] * rows,
         "content_sha256": [None] * rows,

@@ -55,6 +55,7 @@ class FakeBatch:
     latents: np.ndarray
     sample_ids: np.ndarray
     labels: np.ndarray | None
+    text: tuple[np.ndarray, np.ndarray] | None = None
 
 
 def samples() -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ from pipeline.errors import ConflictError, PipelineError
 from pipeline.storage import Root
 from pipeline.train import control
 from pipeline.train.control import (
+    Notices,
     StopWatch,
     claim_generation,
     current_generation,
@@ -92,3 +93,13 @@ def test_a_rewound_journal_has_no_seam(root: Root) -> None:
     resumed.rewind(6)
     resumed.append({"step": 9, "again": True})
     assert read_records(root) == [{"step": 3}, {"step": 6}, {"step": 9, "again": True}]
+
+
+def test_a_notice_is_news_once_and_asked_for_only_so_often() -> None:
+    answers = [False, True, True, False, True]
+    notices = Notices(lambda: answers.pop(0), every_s=0.0)
+    assert notices.due()
+    assert [notices.new_notice() for _ in range(5)] == [False, True, False, False, True]
+    assert not Notices(lambda: True, every_s=3600.0).due()
+    assert not Notices(None, every_s=0.0).due()
+    assert not Notices(None).new_notice()

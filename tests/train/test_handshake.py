@@ -42,7 +42,7 @@ def test_channels_that_are_not_the_codecs_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_text_model_on_a_dataset_without_text_is_refused(uri: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"sd3_transformer2d needs text embeddings, the dataset .* has none"):
+    with pytest.raises(ConfigError, match=r"sd3_transformer2d needs text embeddings, and data.text_uri names none"):
         handshake(_with_model(tmp_path, uri, {"kind": "sd3_transformer2d"}), LatentDataset.open(uri))
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from pipeline.errors import ConflictError, PipelineError
 from pipeline.train import world
+from pipeline.train.checkpoint import list_complete
 from pipeline.train.loop import Callbacks, Hook, train
 from tests.train.helpers import (
     BATCH,
@@ -140,6 +143,21 @@ def test_accumulation_is_the_same_step_as_one_large_batch(undisturbed: Any, tmp_
         torch.testing.assert_close(value, undisturbed[0][key], rtol=1e-3, atol=2e-5, msg=key)
 
 
+def test_bf16_trains_near_fp32_and_keeps_its_weights_in_fp32(tmp_path: Path) -> None:
+    found = {}
+    for precision in ("fp32", "bf16"):
+        state, engine, store = new_run(tmp_path / precision)
+        train(state, engine, make_task(), fake_stream(), make_settings(precision=precision), store)
+        found[precision] = snapshot(state)
+        assert all(p.dtype == torch.float32 for p in state.params.values())
+    moved = 0.0
+    for key, value in found["fp32"].items():
+        if key.startswith("model/"):
+            torch.testing.assert_close(found["bf16"][key], value, rtol=0.0, atol=0.05)
+            moved += float((found["bf16"][key] - value).abs().sum())
+    assert moved > 0.0, "the arithmetic was that of fp32"
+
+
 def test_hooks_run_when_a_multiple_of_images_is_crossed_and_at_the_end(tmp_path: Path) -> None:
     seen: list[int] = []
     records: list[dict[str, Any]] = []
@@ -190,9 +208,9 @@ def test_an_exploding_gradient_is_skipped_too(tmp_path: Path) -> None:
     assert_equal_states(snapshot(state), before)
 
 
-def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
+def test_too_many_skipped_steps_in_a_row_without_a_checkpoint_stop_the_run(tmp_path: Path) -> None:
     state, engine, store = new_run(tmp_path)
-    with pytest.raises(PipelineError, match=r"Training diverged: 3 steps in a row"):
+    with pytest.raises(PipelineError, match=r"Training diverged: 3 steps in a row[\s\S]*after 0 returns"):
         train(
             state,
             engine,
@@ -202,6 +220,48 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
             store,
         )
     assert state.step == 4
+
+
+def test_after_too_many_skipped_steps_the_run_goes_back_to_its_checkpoint_and_on_after_the_bad_data(
+    tmp_path: Path,
+) -> None:
+    # Checkpoints at 4, 8, ... steps; steps 6 to 8 are bad, and what step 5 did is given up.
+    settings = make_settings(max_skipped_in_a_row=3, checkpoint_images=4 * BATCH, images=12 * BATCH)
+    at_four, engine, store = new_run(tmp_path / "short")
+    short = make_settings(max_skipped_in_a_row=3, checkpoint_images=4 * BATCH, images=4 * BATCH, decay_images=0)
+    settings = replace(settings, decay_images=0)
+    train(at_four, engine, make_task(), fake_stream(), short, store)
+    state, engine, store = new_run(tmp_path / "long")
+    seen: list[dict[str, Tensor]] = []
+    after = Hook(9 * BATCH, lambda state: seen.append(snapshot(state)) or {})
+    bad = fake_stream(poison=(6, 7, 8))
+    train(state, engine, make_task(), bad, settings, store, callbacks=Callbacks(hooks=[after]))
+    assert_equal_states(seen[0], snapshot(at_four))
+    assert (state.step, state.rollbacks, state.skipped_steps, state.skipped_in_a_row) == (12, 1, 3, 0)
+    # A run that is killed meanwhile and repeats all that ends the same.
+    again, engine, store = new_run(tmp_path / "again")
+    with pytest.raises(Killed):
+        train(again, engine, make_task(), dying(fake_stream(poison=(6, 7, 8)), 10), settings, store)
+    again, engine, store = new_run(tmp_path / "again")
+    train(again, engine, make_task(), fake_stream(poison=(6, 7, 8)), settings, store)
+    assert_equal_states(snapshot(again), snapshot(state))
+
+
+def test_a_run_that_goes_back_too_often_stops(tmp_path: Path) -> None:
+    settings = make_settings(max_skipped_in_a_row=2, max_rollbacks=2, checkpoint_images=BATCH)
+    state, engine, store = new_run(tmp_path)
+    with pytest.raises(PipelineError, match=r"Training diverged[\s\S]*after 2 returns to a checkpoint"):
+        train(state, engine, make_task(), fake_stream(poison=tuple(range(3, 20))), settings, store)
+    assert (state.step, state.rollbacks) == (8, 2)
+
+
+def test_a_notice_that_a_node_leaves_makes_a_checkpoint_and_the_run_goes_on(tmp_path: Path) -> None:
+    state, engine, store = new_run(tmp_path)
+    answers = iter([False, True])
+    calls = Callbacks(poll_due=lambda: state.step in (2, 5), preempted=lambda: next(answers))
+    settings = make_settings(images=9 * BATCH, checkpoint_images=100 * BATCH)
+    assert train(state, engine, make_task(), fake_stream(), settings, store, callbacks=calls) == "done"
+    assert [c.images for c in list_complete(store.root)] == [6 * BATCH, 9 * BATCH]
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,82 @@
+"""The nightly chain for Airflow: each step is a pod that launches one RayJob and ends with the job's exit code.
+
+On top of an overlay of infra/kuberay and of infra/schedules/cronjob/access.yaml. Put this file into the DAGs folder;
+it needs the provider for Kubernetes and nothing of latentloom.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Any
+
+from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
+from airflow.sdk import DAG
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from kubernetes.client import models as k8s
+
+STEPS = ("encode", "train", "sample", "evaluate", "promote")
+# Bug, configuration, input, conflict, rejects over budget: running again cannot help, a person has to look.
+STOP = frozenset({1, 2, 3, 4, 5})
+
+
+class LaunchRayJob(KubernetesPodOperator):
+    """A pod operator that gives up at once on the exit codes that another try would only repeat."""
+
+    def cleanup(self, pod: Any, remote_pod: Any, *args: Any, **kwargs: Any) -> None:
+        """As inherited, which raises when the pod failed; then how it ended decides whether Airflow may retry."""
+        try:
+            super().cleanup(pod, remote_pod, *args, **kwargs)
+        except AirflowException as error:
+            code = exit_code(remote_pod, self.base_container_name)
+            if code in STOP:
+                raise AirflowFailException(f"{self.task_id} ended with exit code {code}: {error}") from error
+            raise
+
+
+def exit_code(pod: Any, container: str) -> int | None:
+    """The exit code of a pod's container, None when it has not ended or nothing is known."""
+    statuses = getattr(getattr(pod, "status", None), "container_statuses", None) or []
+    ended = [s.state.terminated for s in statuses if s.name == container and s.state and s.state.terminated]
+    return ended[0].exit_code if ended else None
+
+
+with DAG(
+    dag_id="latentloom_nightly",
+    description="New images to latents, a model, samples of it, and how good they are",
+    schedule="17 1 * * *",
+    start_date=datetime(2026, 1, 1),
+    catchup=False,
+    max_active_runs=1,
+    default_args={"retries": 6, "retry_delay": timedelta(minutes=5), "retry_exponential_backoff": True},
+    tags=["latentloom"],
+) as dag:
+    before = None
+    for step in STEPS:
+        task = LaunchRayJob(
+            task_id=step,
+            name=f"launch-{step}",
+            namespace="latentloom",
+            image="latentloom-cpu:0.1.0",
+            cmds=["python", "/opt/latentloom/launch.py"],
+            # The day the run is for: a retry and a cleared task find the RayJobs of that night.
+            arguments=["--run", "nightly-{{ ds_nodash }}", step],
+            service_account_name="latentloom-schedule",
+            labels={"app.kubernetes.io/part-of": "latentloom", "app.kubernetes.io/component": "schedule"},
+            security_context=k8s.V1PodSecurityContext(
+                run_as_non_root=True,
+                run_as_user=1000,
+                run_as_group=100,
+                seccomp_profile=k8s.V1SeccompProfile(type="RuntimeDefault"),
+            ),
+            container_security_context=k8s.V1SecurityContext(
+                allow_privilege_escalation=False, capabilities=k8s.V1Capabilities(drop=["ALL"])
+            ),
+            container_resources=k8s.V1ResourceRequirements(
+                requests={"cpu": "50m", "memory": "64Mi"}, limits={"memory": "256Mi"}
+            ),
+            on_finish_action="delete_succeeded_pod",
+            execution_timeout=timedelta(days=3),
+        )
+        if before is not None:
+            before >> task
+        before = task

@@ -1,0 +1,34 @@
+variable "bucket" {
+  description = "Name of the bucket that holds sources, latents, models and samples."
+  type        = string
+}
+
+variable "ledger_patterns" {
+  description = "Keys that are created once and never written again, anywhere in the bucket: the datasets' ledgers."
+  type        = list(string)
+  default = [
+    "*/dataset.json",
+    "*/plan/v*.json",
+    "*/generations/*/open.json",
+    "*/generations/*/closed.json",
+    "*/ledger/*",
+    "*/control/generation-*.json",
+  ]
+}
+
+variable "oidc_issuers" {
+  description = "Clusters whose service accounts may take the role: ARN of the OIDC provider by issuer without https://."
+  type        = map(string)
+}
+
+variable "service_accounts" {
+  description = "The service accounts that may take the role, as namespace:name."
+  type        = list(string)
+  default     = ["latentloom:latentloom"]
+}
+
+variable "noncurrent_days" {
+  description = "Days for which a deleted or replaced object can be brought back."
+  type        = number
+  default     = 14
+}

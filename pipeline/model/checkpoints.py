@@ -1,0 +1,114 @@
+"""The read side of training checkpoints: which are complete, and are their files what was saved. No torch.
+
+A checkpoint is the directory <images>-<attempt> of safetensors shards, complete once COMPLETE.json names them
+with size and sha256. Names of other files are refused, so nothing read here can be anything but tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.storage import Root
+
+MARKER = "COMPLETE.json"
+NAME = re.compile(r"^(\d{15})-([0-9a-f]{8})$")
+_SHARD = re.compile(r"^shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Complete:
+    """A checkpoint whose marker exists: directory name, images seen, the marker's content."""
+
+    name: str
+    images: int
+    marker: Mapping[str, Any]
+
+    @property
+    def meta(self) -> Mapping[str, Any]:
+        """The JSON part of the training state."""
+        value: Mapping[str, Any] = self.marker["meta"]
+        return value
+
+
+def list_complete(root: Root) -> list[Complete]:
+    """Checkpoints with a readable marker, oldest first; a torn marker is warned about and left out."""
+    found = []
+    for name in sorted(root.list_dirs()):
+        match = NAME.match(name)
+        if match is None:
+            continue
+        try:
+            marker = json.loads(root.read_bytes(f"{name}/{MARKER}"))
+            if all(_SHARD.match(file) for file in marker["files"]) and int(marker["meta"]["images"]) >= 0:
+                found.append(Complete(name, int(match.group(1)), marker))
+                continue
+            problem = "its marker names files that are no shards"
+        except FileNotFoundError:
+            continue  # still being written, or torn: no marker, no checkpoint
+        except (ValueError, KeyError, TypeError) as error:
+            problem = f"its marker cannot be read ({error})"
+        _log.warning("checkpoint %s is skipped: %s", root.uri_of(name), problem)
+    return found
+
+
+@dataclass(frozen=True)
+class CheckpointPlace:
+    """One complete checkpoint and the directory it lies in."""
+
+    root: Root
+    complete: Complete
+
+    @property
+    def uri(self) -> str:
+        """The checkpoint's own URI."""
+        return self.root.uri_of(self.complete.name)
+
+
+def find_checkpoint(root: Root) -> CheckpointPlace | None:
+    """The checkpoint at a URI, or the newest complete one right below it; None when there is neither."""
+    parent, _, name = root.uri.rpartition("/")
+    if NAME.match(name) and root.exists(MARKER):
+        above = Root(parent)
+        mine = [c for c in list_complete(above) if c.name == name]
+        return CheckpointPlace(above, mine[0]) if mine else None
+    complete = list_complete(root)
+    return CheckpointPlace(root, complete[-1]) if complete else None
+
+
+def fetch_checked(root: Root, name: str, files: Mapping[str, Any], scratch: Path) -> tuple[Path, str | None]:
+    """A local directory with a checkpoint's files, fetched below `scratch` unless they are local; what is wrong."""
+    local = local_copy(root, name, scratch)
+    if local.is_relative_to(scratch):
+        shutil.rmtree(local, ignore_errors=True)
+        root.download_dir(name, local)
+    return local, _problem(local, files)
+
+
+def local_copy(root: Root, name: str, scratch: Path) -> Path:
+    """Where a checkpoint's files are on this machine: in place, or below `scratch` once fetched."""
+    in_place = root.local_path(name)
+    return in_place if in_place is not None else scratch / name
+
+
+def _problem(local: Path, files: Mapping[str, Any]) -> str | None:
+    """What distinguishes a directory from what its marker records: None when nothing does."""
+    present = {p.name for p in local.glob("*.safetensors")}
+    if present != set(files):
+        return f"files {sorted(present ^ set(files))} are missing or foreign"
+    for file, expected in sorted(files.items()):
+        digest = hashlib.sha256()
+        with open(local / file, "rb") as stream:
+            while chunk := stream.read(8 << 20):
+                digest.update(chunk)
+        if (local / file).stat().st_size != expected["bytes"] or digest.hexdigest() != expected["sha256"]:
+            return f"{file} does not have the recorded size and sha256"
+    return None

@@ -1,0 +1,219 @@
+"""What a plain diffusers pipeline directory says about itself, read from its JSON files. No torch.
+
+A directory names a denoiser (unet/ or transformer/), a scheduler (whose noise schedule and prediction type are what
+the model was trained with), a vae and, for text models, encoders with their tokenizers. What it does not say
+(dataset, run) stays empty.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import InputError
+from pipeline.storage import Root, check_key
+
+INDEX = "model_index.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+CLASSES = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "SD3Transformer2DModel")
+NUM_TRAIN_STEPS = 1000
+_FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+_SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
+_KINDS = {"epsilon": "epsilon", "v_prediction": "v"}
+_CHUNK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """One text encoder of a pipeline: its folder, its tokenizer's, and which of its outputs the model reads."""
+
+    name: str
+    subfolder: str
+    tokenizer_subfolder: str
+    layer: str = "last"
+    pooled: str = "none"
+    max_length: int | None = None
+
+
+@dataclass(frozen=True)
+class PipelineDir:
+    """A pipeline directory: its denoiser, `info` as the fields of an ExportInfo, and its text encoders.
+
+    `arrangement` says how encoders become what the model reads: "single" is the one encoder's hidden states, "sd3"
+    the layout of Esser et al. 2024, appendix B.3 (CLIP states side by side and padded to the width of T5, then T5's).
+    """
+
+    root: Root
+    component: str
+    class_name: str
+    config: dict[str, Any]
+    info: dict[str, Any]
+    null_label: int | None
+    weight_names: tuple[str, ...]
+    encoders: tuple[Encoder, ...]
+    arrangement: str
+
+    @property
+    def always_labelled(self) -> bool:
+        """Whether every call needs a class: there are classes, and no label stands for none."""
+        return self.info["num_classes"] is not None and self.null_label is None
+
+
+def is_pipeline_dir(root: Root) -> bool:
+    """Whether a plain diffusers pipeline lies there."""
+    return root.exists(INDEX)
+
+
+def read_pipeline_dir(root: Root) -> PipelineDir:
+    """Everything a sampler must know of a pipeline directory; hashes the denoiser's weights. InputError."""
+    index = _json(root, INDEX)
+    component, class_name = _denoiser(index, root)
+    config = _json(root, f"{component}/config.json")
+    objective, shift = _objective(_json(root, "scheduler/scheduler_config.json"), root)
+    vae = _json(root, "vae/config.json")
+    names = _weight_names(root.child(component))
+    num_classes = config.get("num_embeds_ada_norm" if class_name == "DiTTransformer2DModel" else "num_class_embeds")
+    channels = int(config["in_channels"])
+    mean, std = _normalisation(vae, channels)
+    factor = 2 ** (len(vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or ()) - 1)
+    info = {
+        "model": {"kind": "diffusers", "class": class_name, "config": _public(config)},
+        "objective": objective,
+        "latent_channels": channels,
+        "num_classes": num_classes,
+        "text_dim": config.get("cross_attention_dim") or config.get("joint_attention_dim"),
+        "factor": factor,
+        "latent_mean": mean,
+        "latent_std": std,
+        "codec": {"path": root.uri_of("vae")},
+        "dataset": {},
+        "fingerprint_digest": "",
+        "run_id": None,
+        "images_seen": 0,
+        "ema": "unknown",
+        "buckets": _buckets(config, factor),
+        "sampling_shift": shift,
+        "weights_sha256": _combined(root.child(component), names),
+    }
+    encoders, arrangement = _encoders(index, class_name)
+    # Of these classes only DiT reserves a label for "no label"; a UNet's last class is a class.
+    null_label = num_classes if class_name == "DiTTransformer2DModel" else None
+    return PipelineDir(root, component, class_name, config, info, null_label, names, encoders, arrangement)
+
+
+def refused(root: Root, what: str, rule: str) -> InputError:
+    """The error about a directory that cannot be sampled from."""
+    return InputError(
+        f"this diffusers directory cannot be sampled from ({what})",
+        key="model.uri",
+        value=root.uri,
+        rule=rule,
+        next_step="give a pipeline directory with safetensors weights of a supported class, or one of our exports",
+    )
+
+
+def _denoiser(index: Mapping[str, Any], root: Root) -> tuple[str, str]:
+    for name in ("unet", "transformer"):
+        entry = index.get(name)
+        if isinstance(entry, list) and len(entry) == 2:
+            if entry[1] in CLASSES:
+                return name, str(entry[1])
+            raise refused(root, f"{INDEX}: {name}", f"{entry[1]} is not one of {', '.join(CLASSES)}")
+    raise refused(root, INDEX, "it names neither a unet nor a transformer")
+
+
+def _objective(scheduler: dict[str, Any], root: Root) -> tuple[dict[str, Any], float]:
+    key = "scheduler/scheduler_config.json"
+    if scheduler.get("num_train_timesteps", NUM_TRAIN_STEPS) != NUM_TRAIN_STEPS:
+        raise refused(root, key, f"num_train_timesteps must be {NUM_TRAIN_STEPS}")
+    if scheduler.get("_class_name") in _FLOW_SCHEDULERS:
+        return {"kind": "flow"}, float(scheduler.get("shift", 1.0))
+    kind = _KINDS.get(scheduler.get("prediction_type", "epsilon"))
+    schedule = _SCHEDULES.get(scheduler.get("beta_schedule", "linear"))
+    if kind is None or schedule is None:
+        raise refused(root, key, f"prediction_type must be one of {[*_KINDS]}, beta_schedule one of {[*_SCHEDULES]}")
+    if scheduler.get("trained_betas") is not None or scheduler.get("rescale_betas_zero_snr"):
+        raise refused(root, key, "trained_betas and rescale_betas_zero_snr are not supported")
+    # The defaults of diffusers' schedulers, which leave them out of nothing they save.
+    betas = {"beta_start": scheduler.get("beta_start", 0.0001), "beta_end": scheduler.get("beta_end", 0.02)}
+    return {"kind": kind, "schedule": schedule, **betas}, 1.0
+
+
+def _normalisation(vae: dict[str, Any], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    # diffusers: for_model = (raw - shift) * scale, or (raw - mean) * scale / std where channels have their own.
+    scale = float(vae.get("scaling_factor") or 1.0)
+    mean = vae.get("latents_mean") or [vae.get("shift_factor") or 0.0] * channels
+    std = vae.get("latents_std") or [1.0] * channels
+    return tuple(float(m) for m in mean), tuple(float(s) / scale for s in std)
+
+
+def _buckets(config: Mapping[str, Any], factor: int) -> tuple[str, ...]:
+    size = config.get("sample_size")
+    if not size:
+        return ()
+    height, width = size if isinstance(size, list) else (size, size)
+    return (f"{height * factor}x{width * factor}",)
+
+
+def _encoders(index: Mapping[str, Any], class_name: str) -> tuple[tuple[Encoder, ...], str]:
+    """The encoders that the index names, and their arrangement."""
+    there = [
+        number
+        for number in ("", "_2", "_3")
+        if isinstance(index.get(f"text_encoder{number}"), list) and index[f"text_encoder{number}"][1]
+    ]
+    if class_name == "UNet2DConditionModel" and there == [""]:
+        return (Encoder("text_encoder", "text_encoder", "tokenizer"),), "single"
+    if class_name == "SD3Transformer2DModel" and there[:2] == ["", "_2"]:
+        clips = [
+            Encoder(f"text_encoder{n}", f"text_encoder{n}", f"tokenizer{n}", "penultimate", "projection")
+            for n in ("", "_2")
+        ]
+        t5 = [Encoder("text_encoder_3", "text_encoder_3", "tokenizer_3", max_length=256)] if "_3" in there else []
+        return (*clips, *t5), "sd3"
+    return (), "none"
+
+
+def _weight_names(component: Root) -> tuple[str, ...]:
+    names = [WEIGHTS]
+    if not component.exists(WEIGHTS):
+        index = _json(component, f"{WEIGHTS}.index.json")
+        names = sorted({str(name) for name in dict(index.get("weight_map", {})).values()})
+    for name in names:
+        if not name.endswith(".safetensors") or "/" in name:
+            raise refused(component, name, "weights must be safetensors files beside their index")
+    return tuple(names)
+
+
+def _combined(component: Root, names: tuple[str, ...]) -> str:
+    """One hash over the weight files; a single file's own sha256 when there is one."""
+    digests = []
+    for name in names:
+        digest = hashlib.sha256()
+        try:
+            with component.open(check_key(name)) as file:
+                while chunk := file.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+        except FileNotFoundError as error:
+            raise refused(component, name, "the file is missing") from error
+        digests.append(digest.hexdigest())
+    return digests[0] if len(digests) == 1 else ",".join(digests)
+
+
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def _json(root: Root, key: str) -> dict[str, Any]:
+    try:
+        values = json.loads(root.read_bytes(key))
+    except FileNotFoundError as error:
+        raise refused(root, key, "the file is missing") from error
+    except ValueError as error:
+        raise refused(root, key, f"not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise refused(root, key, "not a JSON object")
+    return values

@@ -1,0 +1,174 @@
+"""Child processes under limits, spoken to over their standard pipes: a JSON header, then bytes; no pickle.
+
+    parent: Child(module, memory) .send(header, blobs) .receive_header(..) .receive(..)   child: limit(), then a loop
+            pool.take / pool.give_back                                                           over read_header
+
+A child takes one task at a time. It sets its own alarms for each (`alarms`), whose default action ends it even
+inside C code: CPU seconds, so that a busy machine does not turn sound data into timeouts, and more seconds of wall
+clock for whatever waits. Its address space is limited. A parent that dies closes the pipes, which ends its children.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import resource
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import IO, Any, Generic, TypeVar
+
+_CHUNK = 1 << 20
+_MAX_HEADER_BYTES = 64 << 20
+
+
+class Child:
+    """One child process and its pipes, used by one thread at a time."""
+
+    def __init__(self, module: str, memory_mb: int) -> None:
+        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
+        self.memory_mb = memory_mb
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, str(memory_mb)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            bufsize=0,
+        )
+
+    def alive(self) -> bool:
+        """Whether the process can take another task."""
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        """End the process now and reap it."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+    def exit_code(self) -> int:
+        """How it ended: minus the signal's number, or the code; waits for the end."""
+        return self._process.wait()
+
+    def send(self, header: dict[str, Any], blobs: list[bytes]) -> None:
+        """Hand over a header and bytes; BrokenPipeError when the child has ended."""
+        assert self._process.stdin is not None
+        send(self._process.stdin, header, blobs)
+
+    def receive_header(self, deadline: float) -> dict[str, Any]:
+        """The child's next header; EOFError when it has ended, or has to be ended because `deadline` has passed."""
+        size = int.from_bytes(self.receive(8, deadline), "little")
+        if size > _MAX_HEADER_BYTES:
+            self._process.kill()  # no header of ours: the process is not sound any more
+            raise EOFError
+        header: dict[str, Any] = json.loads(self.receive(size, deadline))
+        return header
+
+    def receive(self, size: int, deadline: float) -> bytes:
+        """`size` bytes from the child, by the monotonic clock's `deadline`; EOFError as above."""
+        assert self._process.stdout is not None
+        out = bytearray()
+        while len(out) < size:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
+                self._process.kill()  # its own alarms failed: a stopped process
+                raise EOFError
+            part = self._process.stdout.read(min(size - len(out), _CHUNK))
+            if not part:
+                raise EOFError
+            out += part
+        return bytes(out)
+
+
+C = TypeVar("C", bound=Child)
+
+
+class Pool(Generic[C]):
+    """Idle children of one kind: started when first needed, at most one per thread that uses them."""
+
+    def __init__(self, start: Callable[[int], C]) -> None:
+        self._start = start
+        self.idle: queue.LifoQueue[C] = queue.LifoQueue()
+        self._owner = os.getpid()
+        self._lock = threading.Lock()
+
+    def take(self, memory_mb: int) -> C:
+        """An idle child with this much address space, or a new one."""
+        with self._lock:
+            if self._owner != os.getpid():  # after a fork: the pipes of inherited children belong to the parent
+                self._owner = os.getpid()
+                while not self.idle.empty():
+                    self.idle.get_nowait()
+        while True:
+            try:
+                child = self.idle.get_nowait()
+            except queue.Empty:
+                return self._start(memory_mb)
+            if child.alive() and child.memory_mb == memory_mb:
+                return child
+            child.kill()
+
+    def give_back(self, child: C) -> None:
+        """Keep a child that finished its task for the next one."""
+        if child.alive():
+            self.idle.put(child)
+        else:
+            child.kill()
+
+    def close(self) -> None:
+        """End every idle child; the next task starts a new one."""
+        while self._owner == os.getpid() and not self.idle.empty():
+            self.idle.get_nowait().kill()
+
+
+def send(pipe: IO[bytes], header: dict[str, Any], blobs: list[bytes]) -> None:
+    """Write a header and bytes."""
+    text = json.dumps(header).encode()
+    for blob in (len(text).to_bytes(8, "little") + text, *blobs):
+        view = memoryview(blob)
+        while view:
+            view = view[pipe.write(view) :]
+
+
+# -- in the child --------------------------------------------------------------------------------------------
+
+
+def read_exactly(pipe: IO[bytes], size: int) -> bytes:
+    """`size` bytes from the parent; EOFError when it closed the pipe."""
+    out = bytearray()
+    while len(out) < size:
+        part = pipe.read(min(size - len(out), _CHUNK))
+        if not part:
+            raise EOFError
+        out += part
+    return bytes(out)
+
+
+def read_header(pipe: IO[bytes]) -> dict[str, Any]:
+    """The parent's next header; EOFError when it closed the pipe."""
+    header: dict[str, Any] = json.loads(read_exactly(pipe, int.from_bytes(read_exactly(pipe, 8), "little")))
+    return header
+
+
+def limited_pipes(memory_mb: int) -> tuple[IO[bytes], IO[bytes]]:
+    """(from the parent, to the parent), with this process's address space limited from here on."""
+    source, sink = os.fdopen(0, "rb", buffering=0), os.fdopen(1, "wb", buffering=0)
+    # Signals of a terminal or a scheduler are for the parent, whose end closes our pipe.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    return source, sink
+
+
+def alarms(cpu_s: float, wall_s: float) -> None:
+    """End this process after so many seconds from now; 0 takes an alarm back."""
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+    signal.setitimer(signal.ITIMER_REAL, wall_s)

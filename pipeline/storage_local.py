@@ -1,0 +1,50 @@
+"""Writing and listing on a local disk: files appear whole, under their name, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+
+TEMPORARY_PREFIX = ".tmp-"
+
+
+@contextlib.contextmanager
+def written_beside(final: str, data: bytes) -> Iterator[str]:
+    """A fully written, synced temporary file beside its final name; removed whatever happens.
+
+    The block links or renames it to its name; the directory is synced after that.
+    """
+    directory = os.path.dirname(final)
+    os.makedirs(directory, exist_ok=True)
+    temporary = os.path.join(directory, TEMPORARY_PREFIX + secrets.token_hex(8))
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def scanned(directory: str) -> list[os.DirEntry[str]]:
+    """The entries of a directory that are objects or directories; none when it does not exist."""
+    try:
+        with os.scandir(directory) as scan:
+            # A link to a directory could lead round in a circle; one to nowhere is no object.
+            return [
+                entry
+                for entry in scan
+                if not entry.name.startswith(TEMPORARY_PREFIX)
+                and (entry.is_file() or entry.is_dir(follow_symlinks=False))
+            ]
+    except (FileNotFoundError, NotADirectoryError):
+        return []

@@ -1,0 +1,64 @@
+"""Samples of skipped steps, as Parquet that anybody can read: one row for each sample and step.
+
+    sample_id binary(16) | step int64, counted from 0 | images int64, after the step | loss, grad_norm float64
+
+The object is replaced as a whole, atomically, at every skip. A resume drops the rows of steps it is about to repeat.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.storage import Root
+
+QUARANTINE = "quarantine.parquet"
+SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.binary(16), False),
+        pa.field("step", pa.int64(), False),
+        pa.field("images", pa.int64(), False),
+        pa.field("loss", pa.float64(), False),
+        pa.field("grad_norm", pa.float64(), False),
+    ]
+)
+
+
+class Quarantine:
+    """The quarantine of one run."""
+
+    def __init__(self, root: Root) -> None:
+        self.root = root
+        self.rows = read_quarantine(root)
+
+    def rewind(self, step: int) -> None:
+        """Drop what was recorded at `step` and later."""
+        kept = self.rows.filter(pc.less(self.rows["step"], step))
+        if len(kept) != len(self.rows):
+            self._put(kept)
+
+    def add(self, skipped: Mapping[str, Any]) -> None:
+        """The samples of one skipped step: step, images, loss, grad_norm, and sample_ids in hex."""
+        ids = [bytes.fromhex(name) for name in skipped["sample_ids"]]
+        shared = {name: [skipped[name]] * len(ids) for name in ("step", "images", "loss", "grad_norm")}
+        self._put(pa.concat_tables([self.rows, pa.table({"sample_id": ids, **shared}, schema=SCHEMA)]))
+
+    def _put(self, rows: pa.Table) -> None:
+        self.rows = rows
+        sink = io.BytesIO()
+        pq.write_table(rows, sink, compression="zstd", write_page_checksum=True)
+        self.root.put(QUARANTINE, sink.getvalue())
+
+
+def read_quarantine(root: Root) -> pa.Table:
+    """All samples of skipped steps; an empty table when no step was skipped."""
+    try:
+        data = root.read_bytes(QUARANTINE)
+    except FileNotFoundError:
+        return SCHEMA.empty_table()
+    return pq.read_table(io.BytesIO(data), schema=SCHEMA, page_checksum_verification=True)

@@ -1,0 +1,55 @@
+"""Rank 0's reports: first to the run's own history, then to the tracker and to whoever watches the cluster."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.storage import Root
+from pipeline.tracking.tracker import Tracker
+from pipeline.train.checkpoint import CheckpointStore
+from pipeline.train.history import Journal
+from pipeline.train.quarantine import Quarantine
+from pipeline.train.state import TrainState
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Reporter:
+    """What the loop tells, put where it can be found after a crash."""
+
+    root: Root
+    tracker: Tracker
+    checkpoints: CheckpointStore
+    publish: Callable[[Mapping[str, float]], None] = lambda figures: None
+
+    def __post_init__(self) -> None:
+        self.history, self.quarantine = Journal(self.root), Quarantine(self.root)
+
+    def resume(self, state: TrainState) -> None:
+        """Forget what was reported after the checkpoint the run goes on from."""
+        self.history.rewind(state.step)
+        self.quarantine.rewind(state.step)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """One report; its place on the tracker's axis is the count of images."""
+        self.history.append(record)
+        figures = {k: float(v) for k, v in record.items() if k not in ("step", "images")}
+        if figures:
+            self.tracker.log_metrics(figures, step=int(record["images"]))
+        told = {
+            "images": float(record["images"]),
+            "checkpoint_time_s": self.checkpoints.completed_at,
+            "tracking_unsent_bytes": float(self.tracker.num_unsent_bytes()),
+        }
+        self.publish({**figures, **told})
+
+    def skip(self, record: dict[str, Any]) -> None:
+        """A skipped step, with the ids of its samples."""
+        self.quarantine.add(record)
+        _log.warning(
+            "step %d is skipped: loss %s, gradient norm %s", record["step"], record["loss"], record["grad_norm"]
+        )

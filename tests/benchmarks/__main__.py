@@ -1,0 +1,48 @@
+"""All benchmarks, one after the other: `python -m tests.benchmarks [AREA ...] [--out DIR] [--data FOLDER] [--quick]`.
+
+Each area is a script that also runs alone. Tables go to standard output, figures with the machine's name as JSON to
+DIR. Run it on a machine that does nothing else; peers that are not installed are left out and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+AREAS: dict[str, Callable[[Path, Path, bool], list[str]]] = {
+    "decode": lambda out, data, quick: ["--data", f"{data}", "--json", f"{out}/decode.json"],
+    "encode": lambda out, data, quick: [
+        *("--photos", f"{data}/photos", "--out", f"{out}", "--images", "400" if quick else "2000"),
+    ],
+    "ledger_scale": lambda out, data, quick: [
+        *("--out", f"{out}/ledger_scale.json", "--images", "1e6", "1e7", *([] if quick else ["1e8", "1e9"])),
+    ],
+    "stream_read": lambda out, data, quick: ["--json", f"{out}/stream_read.json", *(["--mb", "64"] if quick else [])],
+    "train_step": lambda out, data, quick: ["--json", f"{out}/train_step.json"],
+    "sample_throughput": lambda out, data, quick: ["--out", f"{out}", *(["--many", "0"] if quick else [])],
+}
+
+
+def main() -> None:
+    """Run the areas asked for; the first that fails ends it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("areas", nargs="*", help=f"of {', '.join(AREAS)}; all without")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="a folder with photos/ and tricky/")
+    parser.add_argument("--quick", action="store_true", help="smaller inputs: to see that everything runs")
+    chosen = parser.parse_args()
+    unknown = sorted(set(chosen.areas) - set(AREAS))
+    if unknown:
+        parser.error(f"no such area: {', '.join(unknown)}; choose from {', '.join(AREAS)}")
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    for area in chosen.areas or AREAS:
+        print(f"\n== {area}", flush=True)
+        command = [f"tests.benchmarks.{area}", *AREAS[area](chosen.out, chosen.data, chosen.quick)]
+        subprocess.run([sys.executable, "-m", *command], check=True)
+
+
+if __name__ == "__main__":
+    main()

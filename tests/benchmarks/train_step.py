@@ -1,0 +1,221 @@
+"""Training steps a second against a bare loop, the reference DiT against diffusers', and the price of a kill.
+
+    python -m tests.benchmarks.train_step [--steps 12] [--rounds 3] [--batch-size 8] [--kill] [--json F]
+
+loop    the job's own code on one rank (stream from disk, keyed noise and times, guard, clip, EMA, history) against a
+        loop over one batch of float32 tensors in memory with torch.randn, torch.rand, clip and fused AdamW. The same
+        DiT, batch and steps; both leave their first step out. Target: at least 0.95.
+DiT     forward and backward of one batch, against diffusers' DiTTransformer2DModel of equal width, depth and heads.
+kill    (--kill) a job of two workers on a local Ray; one is killed with SIGKILL: seconds until the restarted workers
+        have done a step, and the steps that were repeated.
+
+A figure is the median of rounds in which the sides take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.config import merge, validate
+from pipeline.model.build import build_model, model_config_from_dict
+from pipeline.storage import Root
+from pipeline.store.dataset import LatentDataset
+from pipeline.train.config import TrainJobConfig
+from pipeline.train.control import claim_generation
+from pipeline.train.handshake import handshake
+from pipeline.train.history import read_records
+from pipeline.train.state import make_state
+from pipeline.train.worker import Place, run_worker
+from tests.benchmarks.stream_read import machine, versions
+from tests.train.dataset import make_dataset
+
+CHANNELS, SIDE, CLASSES = 4, 32, 10
+MODEL = {"kind": "dit", "hidden": 192, "depth": 4, "heads": 3, "patch": 2}
+
+
+def settings(folder: Path, data: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The job's configuration: a report at every step, so that each has its own rate."""
+    return {
+        "data": {"uri": data},
+        "output": {"uri": str(folder / "run")},
+        "model": MODEL,
+        "train": {
+            "images": args.steps * args.batch_size,
+            "batch_size": args.batch_size,
+            "micro_batch": args.batch_size,
+            "log_images": args.batch_size,
+            "device": args.device,
+            "cpus_per_worker": args.threads,
+            "precision": args.precision,
+        },
+        "stream": {"lanes": 1},
+        "checkpoint": {"every_images": 1 << 40},
+        "tracking": {"enabled": False},
+    }
+
+
+def job_seconds(data: str, args: argparse.Namespace) -> float:
+    """Median seconds of a step of the job's loop."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = validate(TrainJobConfig, settings(folder, data, args))
+        facts = handshake(config, LatentDataset.open(data))
+        generation = claim_generation(Root(config.output.uri), {})
+        run_worker(config, Place(args.device, generation, None, facts, True, folder / "scratch"))
+        rates = [r["images_per_s"] for r in read_records(Root(config.output.uri)) if "images_per_s" in r]
+        return args.batch_size / statistics.median(rates[1:])
+
+
+def bare_seconds(args: argparse.Namespace) -> float:
+    """Median seconds of a step of a loop without anything around it."""
+    device = torch.device(args.device)
+    torch.set_num_threads(args.threads)
+    model = build().to(device)
+    state = make_state(model, tracks=(), seed=0, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    for group in state.optimizer.param_groups:
+        group["lr"] = 1e-4
+    x = torch.randn(args.batch_size, CHANNELS, SIDE, SIDE, device=device)
+    labels = torch.randint(CLASSES, (args.batch_size,), device=device)
+    seconds = []
+    for _ in range(args.steps):
+        start = now(device)
+        noise, t = torch.randn_like(x), torch.rand(args.batch_size, device=device)
+        at = t.view(-1, 1, 1, 1)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            loss = (model((1 - at) * x + at * noise, t, labels).float() - (noise - x)).square().mean()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        assert float(norm) >= 0.0  # whoever clips looks at it
+        seconds.append(now(device) - start)
+    return statistics.median(seconds[1:])
+
+
+def build() -> nn.Module:
+    """The model of all sides."""
+    torch.manual_seed(0)
+    return build_model(model_config_from_dict(MODEL), latent_channels=CHANNELS, num_classes=CLASSES, text_dim=None)
+
+
+def diffusers_dit() -> nn.Module:
+    """diffusers' own, of equal size, its label dropout off."""
+    heads = int(MODEL["heads"])  # type: ignore[call-overload]
+    size = {"heads": heads, "head_dim": int(MODEL["hidden"]) // heads, "depth": MODEL["depth"]}  # type: ignore[call-overload]
+    config = {"kind": "dit_transformer2d", "sample_size": SIDE, "patch": MODEL["patch"], **size}
+    torch.manual_seed(0)
+    return build_model(model_config_from_dict(config), latent_channels=CHANNELS, num_classes=CLASSES, text_dim=None)
+
+
+def pass_seconds(make: Callable[[], nn.Module], args: argparse.Namespace) -> float:
+    """Median seconds of forward and backward."""
+    device = torch.device(args.device)
+    torch.set_num_threads(args.threads)
+    model = make().to(device)
+    x = torch.randn(args.batch_size, CHANNELS, SIDE, SIDE, device=device)
+    t = torch.full((args.batch_size,), 0.5, device=device)
+    labels = torch.zeros(args.batch_size, dtype=torch.int64, device=device)
+    seconds = []
+    for _ in range(args.steps):
+        start = now(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            loss = model(x, t, labels).float().square().mean()
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+        seconds.append(now(device) - start)
+    return statistics.median(seconds[1:])
+
+
+def now(device: torch.device) -> float:
+    """The clock, when the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def restart_cost() -> dict[str, float]:
+    """Seconds from a worker's SIGKILL to the next step done, and how many steps were done twice."""
+    from tests.train.driver import Driver
+    from tests.train.job_config import job_config
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = make_dataset(folder / "latents")
+        length = {"train": {"images": 16 * 2000, "num_workers": 2, "log_images": 16}}
+        every = {"checkpoint": {"every_images": 16 * 20}}
+        driver = Driver(job_config(folder, data, merge(length, every)), folder)
+        try:
+            driver.wait_until(lambda: len(read_records(driver.root)) > 30, "thirty steps")
+            worker = driver.wait_until(driver.workers, "a worker")[-1]
+            worker.kill()
+            killed = time.monotonic()
+            time.sleep(2.0)  # what was under way has been written by then
+            before = read_records(driver.root)[-1]["step"]
+            first = driver.wait_until(
+                lambda: next((r["step"] for r in read_records(driver.root)[-1:] if r["step"] != before), None),
+                "a step after the restart",
+            )
+            return {"seconds": time.monotonic() - killed, "repeated_steps": float(max(0, before - first + 1))}
+        finally:
+            driver.end()
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--kill", action="store_true", help="measure the restart, too: starts Ray")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    logging.getLogger().setLevel(logging.WARNING)
+    report: dict[str, Any] = {"machine": machine(), "versions": versions(), "settings": {**vars(args), "json": None}}
+    if args.device.startswith("cuda"):
+        report["machine"]["device"] = torch.cuda.get_device_name(args.device)
+    sides: dict[str, list[float]] = {"job": [], "bare": [], "dit": [], "diffusers": []}
+    with tempfile.TemporaryDirectory() as name:
+        data = make_dataset(Path(name), rows=max(256, 4 * args.batch_size), classes=CLASSES, side=SIDE)
+        for _ in range(args.rounds):
+            sides["job"].append(job_seconds(data, args))
+            sides["bare"].append(bare_seconds(args))
+            sides["dit"].append(pass_seconds(build, args))
+            sides["diffusers"].append(pass_seconds(diffusers_dit, args))
+    seconds = {name: statistics.median(values) for name, values in sides.items()}
+    report["seconds_per_step"] = seconds
+    report["job_to_bare"] = statistics.median(b / j for j, b in zip(sides["job"], sides["bare"], strict=True))
+    report["dit_to_diffusers"] = statistics.median(
+        theirs / mine for mine, theirs in zip(sides["dit"], sides["diffusers"], strict=True)
+    )
+    report["machine"]["load_after"] = os.getloadavg()[0]
+    print(f"{'':34} {'ours s':>9} {'theirs s':>9} {'ratio':>6}")
+    for title, mine, theirs, ratio in (
+        ("job's loop / bare loop", "job", "bare", "job_to_bare"),
+        ("DiT / diffusers, forward+backward", "dit", "diffusers", "dit_to_diffusers"),
+    ):
+        print(f"{title:34} {seconds[mine]:9.4f} {seconds[theirs]:9.4f} {report[ratio]:6.2f}")
+    if args.kill:
+        report["restart"] = restart_cost()
+        print(f"a killed worker: {report['restart']}")
+    print(json.dumps(report))
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

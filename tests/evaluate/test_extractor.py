@@ -1,0 +1,186 @@
+"""Feature extractors from outside: what goes in, what comes out, and what is said when one cannot be had."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from pipeline.errors import ConfigError, InputError
+from pipeline.evaluate.config import ExtractorConfig
+from pipeline.evaluate.extractor import IMAGENET_MEAN, IMAGENET_STD, Extractor, load_extractor, with_features
+from pipeline.evaluate.weights import load_state_dict
+
+
+class Net(nn.Module):
+    """Features: the mean over places of three filtered channels; logits: a linear layer on them."""
+
+    def __init__(self, both: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 1)
+        self.head = nn.Linear(5, 4)
+        self.both = both
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.conv(x)
+        return features, self.head(features.mean(dim=(2, 3)))
+
+
+def images(n: int = 3, h: int = 12, w: int = 10, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (n, h, w, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Net]:
+    torch.manual_seed(0)
+    net = Net().eval()
+    path = tmp_path_factory.mktemp("script") / "net.pt"
+    torch.jit.script(net).save(str(path))
+    return path, net
+
+
+def loaded(**config: Any) -> Extractor:
+    extractor = load_extractor(ExtractorConfig(**config))
+    assert extractor is not None
+    return extractor
+
+
+def test_a_torchscript_file_gives_what_its_module_gives(script: tuple[Path, Net]) -> None:
+    path, net = script
+    extractor = loaded(kind="torchscript", path=str(path))
+    features, probabilities = extractor(images())
+    x = torch.from_numpy(images()).permute(0, 3, 1, 2).float() / 255
+    x = (x - torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)) / torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
+    with torch.no_grad():
+        maps, logits = net(x)
+    np.testing.assert_allclose(features, maps.mean(dim=(2, 3)).numpy(), rtol=1e-5, atol=1e-6)
+    assert probabilities is not None
+    np.testing.assert_allclose(probabilities, logits.softmax(1).numpy(), rtol=1e-5, atol=1e-6)
+    assert extractor.contract["extractor_sha256"] == extractor.digest
+    assert extractor.contract["extractor_resize"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("values", "low", "high"), [("minus_one_one", -1.0, 1.0), ("zero_one", 0.0, 1.0), ("uint8", 0, 255)]
+)
+def test_values_and_sizes_go_in_as_configured(tmp_path: Path, values: str, low: float, high: float) -> None:
+    class Told(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            whole = x.float().flatten(1)
+            return torch.stack([whole.min(1)[0], whole.max(1)[0], torch.full((len(x),), float(x.shape[2]))], 1)
+
+    torch.jit.script(Told()).save(str(tmp_path / "told.pt"))
+    extractor = loaded(kind="torchscript", path=str(tmp_path / "told.pt"), values=values, resolution=8)
+    black_and_white = np.stack([np.zeros((12, 12, 3), np.uint8), np.full((12, 12, 3), 255, np.uint8)])
+    features, probabilities = extractor(black_and_white)
+    assert probabilities is None
+    np.testing.assert_allclose(features[:, 0], [low, high], atol=1e-6)
+    np.testing.assert_allclose(features[:, 2], 8)
+
+
+def test_features_are_what_the_last_linear_layer_reads() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 3)).eval()
+    x = torch.randn(5, 3, 2, 2)
+    with torch.no_grad():
+        features, logits = with_features(net)(x)
+        assert logits is not None
+        assert torch.equal(features, functional.relu(net[1](x.flatten(1))))
+        assert torch.equal(logits, net[3](features))
+        plain = nn.Conv2d(3, 4, 1)
+        alone, none = with_features(plain)(x)
+    assert none is None
+    assert alone.shape == (5, 4, 2, 2)
+
+
+def test_a_file_that_is_no_torchscript_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(b"no archive")
+    for path in ("a.pt", "none.pt"):
+        with pytest.raises(InputError, match="TorchScript file cannot be loaded"):
+            load_extractor(ExtractorConfig(kind="torchscript", path=str(tmp_path / path)))
+
+
+def test_the_classifier_is_no_extractor_from_outside() -> None:
+    assert load_extractor(ExtractorConfig()) is None
+
+
+@pytest.mark.parametrize("kind", ["torchvision", "timm"])
+def test_a_package_that_is_not_there_is_named_with_the_extra_that_brings_it(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.import_module
+
+    def absent(name: str, *rest: Any) -> Any:
+        if name.partition(".")[0] == kind:
+            raise ImportError(f"No module named {name!r}")
+        return real(name, *rest)
+
+    monkeypatch.setattr(importlib, "import_module", absent)
+    with pytest.raises(ConfigError, match=rf"The package {kind} is not there[\s\S]*latentloom\[evaluate\]"):
+        load_extractor(ExtractorConfig(kind=kind, name="resnet18"))
+
+
+def test_torchvision_networks_by_name(tmp_path: Path) -> None:
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    model = models.get_model("resnet18", weights=None).eval()
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "r.safetensors")
+    extractor = loaded(kind="torchvision", name="resnet18", weights=str(tmp_path / "r.safetensors"), resolution=32)
+    features, probabilities = extractor(images(2, 32, 32))
+    assert features.shape == (2, 512)
+    assert probabilities is not None
+    assert probabilities.shape == (2, 1000)
+    with pytest.raises(ConfigError, match="knows no network of this name"):
+        load_extractor(ExtractorConfig(kind="torchvision", name="resnet19"))
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "b.safetensors")
+    with pytest.raises(InputError, match="not those of torchvision resnet18"):
+        loaded(kind="torchvision", name="resnet18", weights=str(tmp_path / "b.safetensors"))
+
+
+def test_timm_networks_by_name(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", pretrained=False).eval()
+    torch.save(model.state_dict(), tmp_path / "r.pth")
+    extractor = loaded(kind="timm", name="resnet10t", weights=str(tmp_path / "r.pth"), resolution=64)
+    features, probabilities = extractor(images(2, 64, 64))
+    assert features.shape == (2, model.num_features)
+    assert probabilities is not None
+    with pytest.raises(ConfigError, match="knows no network of this name"):
+        load_extractor(ExtractorConfig(kind="timm", name="resnet19"))
+
+
+def test_weights_run_nothing(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"a": Evil()}, tmp_path / "evil.pth")
+    torch.save({"a": torch.ones(2)}, tmp_path / "good.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    (tmp_path / "torn.safetensors").write_bytes(b"\x10")
+    for name in ("evil.pth", "list.pth", "torn.safetensors", "none.pth"):
+        with pytest.raises(InputError, match=r"cannot be read[\s\S]*extractor\.weights"):
+            load_state_dict(str(tmp_path / name), "extractor.weights")
+    assert not (tmp_path / "ran").exists()
+    assert torch.equal(load_state_dict(str(tmp_path / "good.pth"), "x")["a"], torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"kind": "torchscript"}, r"needs extractor\.path"),
+        ({"kind": "timm"}, r"kind=timm needs extractor\.name"),
+        ({"kind": "torchvision"}, r"kind=torchvision needs extractor\.name"),
+    ],
+)
+def test_an_extractor_says_which(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExtractorConfig(**config)

@@ -1,0 +1,50 @@
+"""What a training run tells whoever watches the cluster, besides its own history and the tracker."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from pipeline.cluster import Gauges
+from pipeline.storage import Root
+from pipeline.tracking.tracker import NoopTracker
+from tests.infra.test_infra_valid import metric_names
+
+
+def test_a_report_tells_progress_checkpoint_and_queue() -> None:
+    from pipeline.train.report import Reporter
+
+    class Behind(NoopTracker):
+        def num_unsent_bytes(self) -> int:
+            return 4096
+
+    told: dict[str, float] = {}
+    at = time.time() - 3600
+    checkpoints = cast(Any, SimpleNamespace(completed_at=at))
+    reporter = Reporter(Root("memory://infra-metrics"), Behind(), checkpoints, told.update)
+    reporter.log({"step": 3, "images": 96, "loss": 0.5, "images_per_s": 12.0})
+    assert told["images"] == 96
+    assert told["checkpoint_time_s"] == at
+    assert told["tracking_unsent_bytes"] == 4096
+    assert told["loss"] == 0.5
+
+
+def test_gauges_have_the_names_that_rules_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, float] = {}
+
+    class Gauge:
+        def __init__(self, name: str, description: str) -> None:
+            self.name = name
+
+        def set(self, value: float) -> None:
+            made[self.name] = value
+
+    monkeypatch.setattr("ray.util.metrics.Gauge", Gauge)
+    show = Gauges("train")
+    show({"images": 64, "val/loss": 0.1, "checkpoint_time_s": 5.0})
+    show({"images": 128})
+    assert made == {"latentloom_train_images": 128.0, "latentloom_train_checkpoint_time_s": 5.0}
+    assert set(made) <= metric_names()

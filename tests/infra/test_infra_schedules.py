@@ -1,0 +1,340 @@
+"""The schedules: the launcher against a small Kubernetes API on loopback, and the objects that call it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import errors
+from tests.infra.infra_files import BASE, INFRA, Manifest, named, of_kind, read, render
+
+SCHEDULES = INFRA / "schedules"
+LAUNCH = SCHEDULES / "launch.py"
+STEPS = ["encode", "train", "sample", "evaluate", "promote"]
+
+
+class Api:
+    """Stores RayJobs, and lets each created one end as the test has ordered: {"encode": [75, 0]} by attempts."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, dict[str, Any]] = {
+            name: {
+                "apiVersion": "ray.io/v1",
+                "kind": "RayJob",
+                "metadata": {"name": name, "labels": {"app.kubernetes.io/component": name}, "uid": "1"},
+                "spec": {
+                    "suspend": True,
+                    "backoffLimit": 3,
+                    "entrypoint": f"python -m jobs.{name} a=${{LATENTLOOM_RUN}}",
+                },
+                "status": {"jobDeploymentStatus": "Suspended"},
+            }
+            for name in [*STEPS, "verify"]
+        }
+        self.created: list[str] = []
+        self.ends: dict[str, list[Any]] = {}
+        self.failures: list[int] = []
+        self.tokens: set[str] = set()
+        api = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self._answer(*api.get(self.path.rpartition("/")[2]))
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                self._answer(*api.post(body))
+
+            def _answer(self, code: int, body: Any) -> None:
+                api.tokens.add(self.headers.get("Authorization", ""))
+                if api.failures:
+                    code, body = api.failures.pop(0), {"message": "planted"}
+                self.send_response(code)
+                self.end_headers()
+                self.wfile.write(json.dumps(body).encode())
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread.start()
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def get(self, name: str) -> tuple[int, Any]:
+        job = self.jobs.get(name)
+        if job is None:
+            return 404, {}
+        answer = json.loads(json.dumps(job))
+        # The next look sees the state after this one.
+        if job["metadata"].get("next"):
+            job["status"] = job["metadata"]["next"].pop(0)
+        return 200, answer
+
+    def post(self, job: dict[str, Any]) -> tuple[int, Any]:
+        name = job["metadata"]["name"]
+        if name in self.jobs:
+            return 409, {}
+        template = job["metadata"]["labels"]["app.kubernetes.io/component"]
+        end = (self.ends.get(template) or [0]).pop(0)
+        job["status"] = {"jobDeploymentStatus": "Initializing"}
+        job["metadata"]["next"] = [{"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"}, ended(end)]
+        self.jobs[name] = job
+        self.created.append(name)
+        return 201, job
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+def ended(code: int | str) -> dict[str, str]:
+    """The status KubeRay shows for a job that ended; the message is Ray's own."""
+    if code == 0:
+        return {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
+    if code == "stopped":
+        return {"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"}
+    if code == "lost":
+        return {"jobDeploymentStatus": "Failed", "reason": "JobDeploymentStatusTransitionGracePeriodExceeded"}
+    message = f"Job entrypoint command failed with exit code {code}, last available logs (truncated to 20,000 chars):"
+    return {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "reason": "AppFailed", "message": message}
+
+
+@pytest.fixture
+def api() -> Iterator[Api]:
+    server = Api()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def launch(api: Api, tmp_path: Path) -> Any:
+    (tmp_path / "namespace").write_text("latentloom\n")
+    (tmp_path / "token").write_text("sesame\n")
+
+    def call(*arguments: str, run: str = "nightly-29387417") -> tuple[int, str]:
+        command = [sys.executable, str(LAUNCH), "--run", run, "--api", api.url, "--account", str(tmp_path)]
+        done = subprocess.run(
+            [*command, "--period", "0.01", "--patience", "2", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    return call
+
+
+def test_a_night_makes_one_rayjob_per_step_in_order(api: Api, launch: Any) -> None:
+    assert launch(*STEPS)[0] == 0
+    assert api.created == [f"nightly-29387417-{s}-1" for s in STEPS]
+    spec = api.jobs["nightly-29387417-train-1"]["spec"]
+    assert spec == {"suspend": False, "backoffLimit": 0, "entrypoint": "python -m jobs.train a=nightly-29387417"}
+    assert api.jobs["nightly-29387417-train-1"]["metadata"]["labels"]["latentloom/run"] == "nightly-29387417"
+    assert api.tokens == {"Bearer sesame"}
+
+
+def test_a_second_start_of_the_same_night_makes_nothing(api: Api, launch: Any) -> None:
+    assert launch(*STEPS)[0] == 0
+    before = list(api.created)
+    assert launch(*STEPS)[0] == 0
+    assert api.created == before
+
+
+def test_stopped_and_lost_jobs_get_another_attempt(api: Api, launch: Any) -> None:
+    api.ends = {"encode": [75, "lost", "stopped", 137, 0]}
+    assert launch("encode", "train")[0] == 0
+    assert api.created == [f"nightly-29387417-encode-{n}" for n in (1, 2, 3, 4, 5)] + ["nightly-29387417-train-1"]
+
+
+@pytest.mark.parametrize("code", [1, 2, 3, 4, 5])
+def test_other_codes_end_the_chain_and_stay(api: Api, launch: Any, code: int) -> None:
+    api.ends = {"train": [code]}
+    first, said = launch(*STEPS)
+    assert first == code
+    assert f"exit code {code}" in said
+    assert api.created[-1] == "nightly-29387417-train-1"
+    made = list(api.created)
+    assert launch(*STEPS)[0] == code, "the next pod must not repeat what cannot succeed"
+    assert api.created == made
+
+
+def test_attempts_are_bounded(api: Api, launch: Any) -> None:
+    api.ends = {"encode": [75] * 9}
+    assert launch("--attempts", "2", "encode")[0] == 75
+    assert len(api.created) == 2
+
+
+def test_a_running_job_is_adopted(api: Api, launch: Any) -> None:
+    running = {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"}
+    api.jobs["nightly-29387417-encode-1"] = {
+        "metadata": {"name": "nightly-29387417-encode-1", "next": [running, ended(0)]},
+        "status": running,
+    }
+    assert launch("encode")[0] == 0
+    assert api.created == []
+
+
+def test_an_api_that_stumbles_is_waited_for_and_one_that_refuses_is_not(api: Api, launch: Any) -> None:
+    api.failures = [500, 503]
+    assert launch("encode")[0] == 0
+    api.failures = [403] * 5
+    code, said = launch("train")
+    assert code == 3
+    assert "HTTP 403" in said
+
+
+def test_an_api_that_stays_away_leaves_the_work_running(api: Api, launch: Any) -> None:
+    api.failures = [500] * 1000
+    assert launch("encode")[0] == 75
+
+
+def test_bad_input(api: Api, launch: Any) -> None:
+    assert launch("encode", run="Nightly_1")[0] == 2
+    assert launch("encode", run="n" * 50)[0] == 2
+    code, said = launch("enkode")
+    assert code == 2
+    assert "no RayJob enkode" in said
+    assert api.created == []
+
+
+# -- who calls it ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cronjobs() -> list[Manifest]:
+    return render(SCHEDULES / "cronjob")
+
+
+def test_cron_objects_are_valid(cronjobs: list[Manifest]) -> None:
+    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
+    for manifest in cronjobs:
+        kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
+    assert {m["metadata"]["name"] for m in of_kind(cronjobs, "CronJob")} == {"nightly", "weekly-verify"}
+
+
+def test_exit_codes_are_mapped_to_retry_or_stop(cronjobs: list[Manifest]) -> None:
+    """Every code a job can end with has its rule, and it is the one the README gives."""
+    codes = {
+        c.exit_code for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.PipelineError)
+    }
+    for cron in of_kind(cronjobs, "CronJob"):
+        assert cron["spec"]["concurrencyPolicy"] == "Forbid"
+        job = cron["spec"]["jobTemplate"]["spec"]
+        assert job["template"]["spec"]["restartPolicy"] == "Never", "a pod failure policy asks for it"
+        rules = {
+            r["action"]: set(r["onExitCodes"]["values"])
+            for r in job["podFailurePolicy"]["rules"]
+            if "onExitCodes" in r
+        }
+        assert rules["FailJob"] == codes - {errors.StoppedError.exit_code}
+        assert errors.StoppedError.exit_code in rules["Count"]
+        names = {c["name"] for c in job["template"]["spec"]["containers"]}
+        assert {
+            r["onExitCodes"]["containerName"] for r in job["podFailurePolicy"]["rules"] if "onExitCodes" in r
+        } <= names
+
+
+def test_templates_named_by_schedules_exist(cronjobs: list[Manifest]) -> None:
+    templates = {m["metadata"]["name"] for m in of_kind(render(BASE), "RayJob")}
+    for cron in of_kind(cronjobs, "CronJob"):
+        (container,) = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+        run, *steps = container["args"][1:]
+        assert run == "$(RUN)"
+        assert set(steps) <= templates
+        # nightly-29387417-evaluate-5: the longest name it can make.
+        assert max(len(f"{cron['metadata']['name']}-29387417-{s}-5") for s in steps) <= 47
+    role = named(cronjobs, "Role", "latentloom-schedule")
+    assert role["rules"] == [{"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["get", "create"]}]
+
+
+def test_the_launcher_stops_on_the_same_codes() -> None:
+    text = LAUNCH.read_text()
+    codes = {int(c) for c in re.findall(r"\d+", re.search(r"^STOP = \{(.*)\}", text, re.MULTILINE)[1])}  # type: ignore[index]
+    known = {
+        c.exit_code for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.PipelineError)
+    }
+    assert codes == known - {75}
+
+
+def argo() -> Manifest:
+    (workflow,) = read(SCHEDULES / "argo" / "nightly.yaml")
+    return workflow
+
+
+def test_argo_workflow_is_valid_by_its_models() -> None:
+    models = pytest.importorskip("hera.workflows.models", reason="pip install hera")
+
+    def unknown(given: Any, kept: Any, place: str) -> list[str]:
+        """Fields of the file that the model did not keep."""
+        if isinstance(given, dict) and isinstance(kept, dict):
+            return [
+                x
+                for k, v in given.items()
+                for x in (unknown(v, kept[k], f"{place}.{k}") if k in kept else [f"{place}.{k}"])
+            ]
+        if isinstance(given, list) and isinstance(kept, list):
+            return [
+                x for i, (a, b) in enumerate(zip(given, kept, strict=True)) for x in unknown(a, b, f"{place}.{i}")
+            ]
+        return []
+
+    model = models.CronWorkflow.parse_obj(argo())
+    assert unknown(argo(), json.loads(model.json(by_alias=True, exclude_none=True)), "") == []
+
+
+def test_argo_workflow_chains_the_steps_and_retries_what_can_succeed() -> None:
+    spec = argo()["spec"]
+    assert spec["concurrencyPolicy"] == "Forbid"
+    chain, step = spec["workflowSpec"]["templates"]
+    tasks = chain["dag"]["tasks"]
+    assert [t["arguments"]["parameters"][0]["value"] for t in tasks] == STEPS
+    assert [t.get("dependencies", []) for t in tasks] == [[], *[[s] for s in STEPS[:-1]]]
+    expression = step["retryStrategy"]["expression"]
+
+    def again(status: str, code: int) -> bool:
+        # The expression language's operators are Python's under other names.
+        text = (
+            expression.replace("||", "or").replace("lastRetry.status", "status").replace("lastRetry.exitCode", "code")
+        )
+        return bool(eval(text, {"asInt": int, "status": status, "code": code, "__builtins__": {}}))  # noqa: S307
+
+    assert again("Failed", 75)
+    assert again("Failed", 137)
+    assert again("Error", -1)
+    assert not any(again("Failed", code) for code in (1, 2, 3, 4, 5))
+
+
+def test_airflow_dag_by_importing_it_with_airflow(tmp_path: Path) -> None:
+    """Airflow wants an environment of its own: LATENTLOOM_AIRFLOW_PYTHON names its Python."""
+    python = os.environ.get("LATENTLOOM_AIRFLOW_PYTHON")
+    if not python:
+        pytest.skip("LATENTLOOM_AIRFLOW_PYTHON names no Python with Airflow and its Kubernetes provider")
+    script = Path(__file__).with_name("infra_airflow_check.py")
+    done = subprocess.run(
+        [python, str(script), str(SCHEDULES / "airflow" / "latentloom_nightly.py")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "AIRFLOW_HOME": str(tmp_path), "AIRFLOW__CORE__LOAD_EXAMPLES": "False"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    answer = json.loads(done.stdout.strip().splitlines()[-1])
+    assert answer["chain"] == STEPS
+    assert answer["arguments"] == [["--run", "nightly-{{ ds_nodash }}", s] for s in STEPS]
+    assert answer["stop"] == {str(c): "AirflowFailException" for c in (1, 2, 3, 4, 5)}
+    assert answer["retries"] > 0
+    assert answer["again"] == "AirflowException", "which Airflow retries"

@@ -1,0 +1,82 @@
+"""`jobs.regenerate`: an image from its file alone, and what is said when that cannot be."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.errors import ConflictError, InputError
+from pipeline.sample.config import RegenerateJobConfig
+from pipeline.sample.decode import Decoder
+from pipeline.sample.denoise import Denoiser, use_threads
+from pipeline.sample.output import encode_rows
+from pipeline.sample.plan import extend_plan
+from pipeline.sample.prepare import on_device, prepare
+from pipeline.sample.regenerate_job import dry_run, run
+from tests.sample.conftest import Tiny
+from tests.sample.test_draw import job
+from tests.support.jobs import command, environment
+
+
+@pytest.fixture
+def image(tiny: Tiny, tmp_path: Path) -> Path:
+    """One drawn image as a file, its model and codec where they were."""
+    shutil.copytree(tiny.model_uri, tmp_path / "model")
+    config = job(tiny, model={"uri": str(tmp_path / "model")})
+    ready = prepare(config)
+    ready = replace(ready, draw=on_device(ready.draw, "cpu"))
+    use_threads(1)
+    plan = extend_plan(None, ready.requests.table.slice(4, 1), 64)
+    decoder = Decoder(ready.codec_path, batch_size=ready.draw.batch_size)
+    rows, _ = encode_rows(decoder(Denoiser.load(ready.model.uri, ready.draw)(plan)), ready.draw, ready.origin)
+    path = tmp_path / "one.png"
+    path.write_bytes(rows["image"][0].as_py())
+    return path
+
+
+def test_a_file_is_drawn_again_byte_for_byte(image: Path, tmp_path: Path) -> None:
+    config = RegenerateJobConfig(image=str(image), output=str(tmp_path / "again.png"))
+    told = dry_run(config)
+    assert told.outputs["model"] == str(tmp_path / "model")
+    assert not (tmp_path / "again.png").exists()
+    result = run(config)
+    assert (result.status, result.counts["identical"]) == ("identical", 1)
+    assert (tmp_path / "again.png").read_bytes() == image.read_bytes()
+
+
+def test_a_model_that_moved_is_named_and_another_is_refused(image: Path, tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "model").rename(tmp_path / "moved")
+    output = str(tmp_path / "again.png")
+    with pytest.raises(InputError, match="There is no readable model"):
+        run(RegenerateJobConfig(image=str(image), output=output))
+    assert run(RegenerateJobConfig(image=str(image), output=output, model_uri=str(tmp_path / "moved"))).status == (
+        "identical"
+    )
+    info = tmp_path / "moved" / "latentloom.json"
+    info.write_text(info.read_text().replace("0.1,", "0.2,", 1))
+    with pytest.raises(ConflictError, match="made by another model or codec"):
+        run(RegenerateJobConfig(image=str(image), output=output, model_uri=str(tmp_path / "moved")))
+
+
+def test_what_is_no_image_of_ours_is_refused(tmp_path: Path, image: Path) -> None:
+    output = str(tmp_path / "again.png")
+    with pytest.raises(InputError, match="The image cannot be read"):
+        run(RegenerateJobConfig(image=str(tmp_path / "none.png"), output=output))
+    Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
+    with pytest.raises(InputError, match="carries no provenance"):
+        run(RegenerateJobConfig(image=str(tmp_path / "plain.png"), output=output))
+    with pytest.raises(InputError, match="The image cannot be written"):
+        run(RegenerateJobConfig(image=str(image), output=str(image / "below.png")))
+
+
+def test_the_sample_jobs_help_says_how(tmp_path: Path) -> None:
+    done = subprocess.run(
+        command("sample", "--help"), cwd=tmp_path, env=environment(), text=True, capture_output=True, check=True
+    )
+    assert "python -m jobs.regenerate image=" in done.stdout
+    assert "model_uri=" in done.stdout

@@ -1,0 +1,131 @@
+"""Values of one length are views of the file, the same as a decoder gives, and anything odd is refused."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.store.dataset import LatentDataset
+from pipeline.store.pages import fixed_width_pages, fixed_width_values, plain_span
+from tests.support.rows import claim, committer, latent_rows, planned_root
+
+
+def column_chunk(
+    values: list[bytes], *, nullable: bool = False, **options: object
+) -> tuple[np.ndarray, tuple[int, int] | None]:
+    """A whole file of one required column, and the place of its chunk in it."""
+    schema = pa.schema([pa.field("blob", pa.large_binary(), nullable)])
+    sink = io.BytesIO()
+    given = {"compression": "NONE", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
+    pq.write_table(pa.table({"blob": values}, schema=schema), sink, **{**given, **options})
+    data = sink.getvalue()
+    span = plain_span(pq.read_metadata(io.BytesIO(data)), 0, "blob")
+    return np.frombuffer(data, np.uint8), span
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(1, 400),
+    width=st.integers(1, 300),
+    page=st.sampled_from([64, 1000, 1 << 20]),
+    statistics=st.booleans(),
+)
+def test_views_of_pages_are_the_values_a_decoder_gives(rows: int, width: int, page: int, statistics: bool) -> None:
+    values = [np.random.default_rng(at).bytes(width) for at in range(rows)]
+    data, span = column_chunk(values, data_page_size=page, write_statistics=statistics, write_batch_size=7)
+    assert span is not None
+    chunk = data[span[0] : sum(span)]
+    pages = fixed_width_pages(chunk, rows)
+    assert b"".join(page.tobytes() for page in pages) == b"".join(values)
+    assert all(np.shares_memory(page, data) for page in pages)
+    if page == 64 and rows * width > 2000:
+        assert len(pages) > 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"compression": "ZSTD"}, {"use_dictionary": True}, {"nullable": True}], ids=lambda o: next(iter(o))
+)
+def test_what_is_stored_otherwise_must_be_decoded(options: dict[str, object]) -> None:
+    assert column_chunk([b"same"] * 9, **options)[1] is None
+
+
+def test_a_chunk_that_is_not_what_it_should_be_is_refused() -> None:
+    data, span = column_chunk([b"abcd"] * 50)
+    assert span is not None
+    chunk = data[span[0] : sum(span)].copy()
+    with pytest.raises(ValueError, match="does not hold"):
+        fixed_width_pages(chunk, 49)
+    with pytest.raises(ValueError, match="ends too early"):
+        fixed_width_pages(chunk, 51)
+    with pytest.raises(ValueError, match="does not hold 50 values"):
+        fixed_width_pages(chunk[:-3], 50)
+    for at in range(12):  # whatever is in a header, it is refused or it is read, and nothing else happens
+        for byte in (0, 21, 127, 255):
+            broken = chunk.copy()
+            broken[at] = byte
+            try:
+                fixed_width_pages(broken, 50)
+            except ValueError:
+                continue
+    uneven, span = column_chunk([b"abcd", b"abc", b"abcde"])
+    assert span is not None
+    with pytest.raises(ValueError, match="a value is 3 bytes long, not 4"):
+        fixed_width_pages(uneven[span[0] : sum(span)], 3)
+
+
+def test_decoded_columns_are_held_to_the_same_rule() -> None:
+    column = pa.chunked_array([pa.array([b"ab", b"cd"]), pa.array([], pa.binary()), pa.array([b"ef"])])
+    assert b"".join(part.tobytes() for part in fixed_width_values(column)) == b"abcdef"
+    with pytest.raises(ValueError, match="1 values are null"):
+        fixed_width_values(pa.chunked_array([pa.array([b"ab", None])]))
+    with pytest.raises(ValueError, match="3 bytes long, not 2"):
+        fixed_width_values(pa.chunked_array([pa.array([b"ab"]), pa.array([b"abc"])]))
+
+
+@pytest.fixture
+def uri(tmp_path: Path) -> str:
+    """Two units, the second written twice, so that some stored rows are dead."""
+    root = planned_root(str(tmp_path / "data"), units=2, rows=30)
+    generation = claim(root)
+    committer(root, generation, 700).commit(latent_rows([(0, row) for row in range(30)]), None, {})
+    committer(root, generation, 700).commit(latent_rows([(1, row) for row in range(30)]), None, {})
+    generation.abandon()
+    generation = claim(root)
+    committer(root, generation, 700).commit(latent_rows([(1, row) for row in range(3, 25, 2)]), None, {})
+    generation.abandon()
+    return root.uri
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_fixed_reads_of_a_dataset_are_its_visible_rows(uri: str, verify: bool) -> None:
+    dataset = LatentDataset.open(uri)
+    assert dataset.row_groups.partial.any()
+    assert not dataset.row_groups.partial.all()
+    for group in range(len(dataset.row_groups)):
+        decoded = dataset.read(group, ["latent"])["latent"].to_pylist()
+        pages = dataset.read_fixed(group, "latent", verify=verify)
+        assert b"".join(page.tobytes() for page in pages) == b"".join(decoded)
+        assert sum(map(len, pages)) == dataset.row_groups[group].num_rows
+    assert sum(group.num_rows for group in dataset.row_groups) == dataset.num_rows == 60
+
+
+def test_a_flipped_byte_is_noticed_where_checksums_are_asked_for(uri: str) -> None:
+    dataset = LatentDataset.open(uri)
+    path = Path(uri) / dataset.row_groups[0].file
+    values = dataset.read_fixed(0, "latent", verify=False)[0][0].tobytes()
+    data = bytearray(path.read_bytes())
+    data[data.index(values)] ^= 1
+    path.write_bytes(bytes(data))
+    again = LatentDataset.open(uri)
+    assert again.read_fixed(0, "latent", verify=False)[0][0].tobytes() != values
+    again.read(0, ["latent"], verify=False)
+    for read in (again.read, again.read_fixed):
+        with pytest.raises(OSError, match=r"(?i)crc|checksum"):
+            read(0, ["latent"] if read == again.read else "latent", verify=True)

@@ -1,0 +1,148 @@
+"""Captions embedded by a real (tiny) encoder, learned from, and described to whoever samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import validate
+from pipeline.errors import ConfigError, ConflictError, InputError
+from pipeline.model.export import load_export, read_info
+from pipeline.sample.text import text_of_export
+from pipeline.storage import Root
+from pipeline.store.dataset import LatentDataset
+from pipeline.stream.loader import LatentStream
+from pipeline.text.config import EmbedTextJobConfig
+from pipeline.text.dataset import TextEmbeddings
+from pipeline.text.job import run as embed
+from pipeline.train.config import TrainJobConfig
+from pipeline.train.control import claim_generation
+from pipeline.train.handshake import handshake
+from pipeline.train.inputs import embedded, grid_prompts, make_task, validation_chunks
+from pipeline.train.worker import Place, run_worker
+from tests.text.text_builders import CLIP_LENGTH, WIDTH, make_clip
+from tests.train.dataset import make_dataset
+from tests.train.job_config import job_config
+
+CAPTIONS = ("a red circle", "a blue square", "the green sky of a picture")
+UNET = {
+    "kind": "unet2d_condition",
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "attention": (True, False),
+    "attention_heads": 2,
+    "norm_num_groups": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def uris(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Latents with captions (one in four has none), and their embeddings."""
+    folder = tmp_path_factory.mktemp("text")
+    latents = make_dataset(folder / "latents", rows=64, captions=(*CAPTIONS, ""))
+    encoder = {"name": "clip", "path": str(make_clip(folder / "clip"))}
+    values = {"data": {"uri": latents}, "encoders": [encoder], "device": "cpu", "tracking": {"enabled": False}}
+    result = embed(validate(EmbedTextJobConfig, values))
+    return latents, result.outputs["clip"]
+
+
+def config_of(tmp_path: Path, uris: tuple[str, str], changes: dict[str, Any] | None = None) -> TrainJobConfig:
+    base = {"data": {"text_uri": uris[1], "uri": uris[0]}, "train": {"images": 96, "text_dropout": 0.5}}
+    return job_config(tmp_path, uris[0], {**base, **(changes or {})})
+
+
+def start(config: TrainJobConfig, tmp_path: Path) -> None:
+    facts = handshake(config, LatentDataset.open(config.data.uri))
+    generation = claim_generation(Root(config.output.uri), {})
+    run_worker(config, Place("cpu", generation, None, facts, True, tmp_path / "scratch"))
+
+
+def test_batches_carry_the_embeddings_of_their_captions(uris: tuple[str, str]) -> None:
+    text = TextEmbeddings.open(uris[1])
+    with LatentStream(LatentDataset.open(uris[0]), seed=1, batch_size=16, lanes=4, text=text, sizes=False) as stream:
+        for batch, _ in zip(stream, range(5), strict=False):
+            assert batch.captions is not None
+            assert batch.text is not None
+            wanted, mask = text.lookup(batch.captions)
+            assert np.array_equal(batch.text[0].astype(np.float32), wanted)
+            assert np.array_equal(batch.text[1], mask)
+    assert stream.identity["text"] == text.digest
+
+
+@pytest.mark.parametrize("model", [{"kind": "dit", "hidden": 16, "depth": 2, "heads": 2}, UNET], ids=["dit", "unet"])
+def test_a_text_model_learns_validates_and_says_what_sampling_needs(
+    uris: tuple[str, str], tmp_path: Path, model: dict[str, Any]
+) -> None:
+    held = {"stream": {"lanes": 4, "holdout": 0.25}, "validation": {"images": 4, "chunk": 4, "every_images": 96}}
+    plain = config_of(tmp_path, uris, held).model_dump(mode="json")
+    config = validate(TrainJobConfig, {**plain, "model": model})
+    start(config, tmp_path)
+    trained, info = load_export(config.output.uri + "/model")
+    assert info.text_dim == WIDTH
+    assert info.text is not None
+    assert (info.text["width"], info.text["max_length"]) == (WIDTH, CLIP_LENGTH)
+    spec = text_of_export(read_info(config.output.uri + "/model").to_json())
+    assert spec is not None
+    assert spec.encoders[0].path == info.text["encoder"]["path"]
+    # What is asked matters to what is answered.
+    text = TextEmbeddings.open(uris[1])
+    values, mask = embedded(text, [CAPTIONS[0], CAPTIONS[1]])
+    x = torch.randn(1, 4, 8, 8).expand(2, -1, -1, -1)
+    with torch.no_grad():
+        one, other = trained(x, torch.full((2,), 0.5), torch.tensor([0, 0]), values, mask)
+    assert not torch.equal(one, other)
+
+
+def test_dropped_captions_are_the_empty_prompt_and_go_with_the_labels(uris: tuple[str, str], tmp_path: Path) -> None:
+    text = TextEmbeddings.open(uris[1])
+    changes = {"train": {"text_dropout": 0.5, "label_dropout": 0.5}}
+    config = config_of(tmp_path, uris, changes)
+    dataset = LatentDataset.open(uris[0])
+    task = make_task(config, dataset, handshake(config, dataset), text)
+    ids = torch.randint(1 << 62, (200, 2), generator=torch.Generator().manual_seed(0))
+    given = embedded(text, [CAPTIONS[0]] * 200)
+    labels = task.dropped_labels(torch.zeros(200, dtype=torch.int64), ids, 0)
+    kept = task.dropped_text(given, ids, 0)
+    assert labels is not None
+    assert kept is not None
+    (empty, empty_mask), dropped = embedded(text, [""]), labels == task.num_classes
+    assert 60 < int(dropped.sum()) < 140
+    for row in range(200):
+        want = (empty[0], empty_mask[0]) if dropped[row] else (given[0][row], given[1][row])
+        assert torch.equal(kept[0][row], want[0])
+        assert torch.equal(kept[1][row], want[1])
+    assert task.dropped_text(None, ids, 0) is None
+
+
+def test_validation_and_grids_ask_with_text(uris: tuple[str, str], tmp_path: Path) -> None:
+    held = {"stream": {"lanes": 4, "holdout": 0.25}, "validation": {"images": 8, "chunk": 4}}
+    config = config_of(tmp_path, uris, held)
+    dataset, text = LatentDataset.open(uris[0]), TextEmbeddings.open(uris[1])
+    root = Root(config.output.uri)
+    chunks = validation_chunks(config, dataset, root, text)
+    assert all(c.text is not None and c.text[0].shape == (4, CLIP_LENGTH, WIDTH) for c in chunks)
+    assert list(root.child("cache").list()), "what was counted about the split is kept"
+    prompts, (values, mask) = grid_prompts(dataset, text, 6)
+    assert prompts == (*CAPTIONS, "", *CAPTIONS[:2])
+    assert torch.equal(values[0], values[4])
+    assert values.shape == (6, *mask.shape[1:], WIDTH)
+
+
+def test_text_that_does_not_fit_is_refused(uris: tuple[str, str], tmp_path: Path) -> None:
+    other = make_dataset(tmp_path / "other", rows=48, captions=CAPTIONS)
+    with pytest.raises(ConflictError, match=r"embeddings at .* were made from .*; the latents are .*other"):
+        handshake(config_of(tmp_path, (other, uris[1])), LatentDataset.open(other))
+    with pytest.raises(InputError, match=r"is a dataset of latents"):
+        handshake(config_of(tmp_path, (uris[0], uris[0])), LatentDataset.open(uris[0]))
+    plain = config_of(tmp_path, uris).model_dump(mode="json")
+    small = {"kind": "unet2d", "block_out_channels": (8, 16), "norm_num_groups": 4}
+    config = validate(TrainJobConfig, {**plain, "model": small})
+    with pytest.raises(ConfigError, match=r"unet2d cannot read the text embeddings"):
+        handshake(config, LatentDataset.open(uris[0]))
+    config = validate(TrainJobConfig, {**plain, "model": {"kind": "sd3_transformer2d"}})
+    with pytest.raises(ConfigError, match=r"sd3_transformer2d cannot read classes"):
+        handshake(config, LatentDataset.open(uris[0]))
