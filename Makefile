@@ -10,8 +10,8 @@ export GOMP_SPINCOUNT := 0
 
 help:
 	@echo "make quickstart   images -> latents -> model -> images on this machine, with a report (some minutes)"
-	@echo "make test         lint, types, import rules, unit tests, the encode job and the chain on real Ray"
-	@echo "make test-all     every test there is: also kills, slow ones, Ray Train and Ray Data sampling"
+	@echo "make test         lint, types, import rules, unit tests, and the jobs on real Ray, with kills and full disks"
+	@echo "make test-all     every test there is: also S3 and MLflow servers that fail, a cluster, slow ones"
 	@echo "make test-quick   the tests that need neither Ray nor much time"
 	@echo "make soak         kill tests for as long as KILLS=200 SEED=7 say"
 
@@ -37,14 +37,14 @@ quickstart: install
 	@$(BIN)/python -m jobs.quickstart
 
 test: lint types
-	$(BIN)/python -m pytest -m "ray and not soak" tests/e2e tests/encode
-	$(BIN)/python -m pytest -m "not soak and not ray and not slow" --durations=15
+	$(BIN)/python -m pytest -m "not soak and not ray and not slow and not s3" -n 2 --durations=15
+	$(BIN)/python -m pytest -m "ray and not soak and not s3" tests/e2e tests/encode tests/faults --durations=15
 
 test-all: lint types
 	$(BIN)/python -m pytest -m "not soak" --durations=30
 
 test-quick: install-dev
-	$(BIN)/python -m pytest -m "not soak and not ray and not slow" -q
+	$(BIN)/python -m pytest -m "not soak and not ray and not slow and not s3" -n 2 -q
 
 lint: install-dev
 	$(BIN)/ruff format --check .

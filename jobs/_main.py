@@ -128,7 +128,7 @@ def _run(job: Job, arguments: argparse.Namespace) -> Ending:
         model: type[StrictModel] = _load(job.config)
         config = load_config(model, files, overrides)
         if arguments.print_config:
-            return 0, dump_yaml(config).rstrip()
+            return 0, _redacted(dump_yaml(config).rstrip())
         function: Callable[[Any], JobResult] = _load(job.dry_run if arguments.dry_run else job.run)
         with _stop_signals():
             result = function(config)

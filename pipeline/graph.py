@@ -23,7 +23,7 @@ from ray.data.datasource import Datasink, Datasource, ReadTask
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.cluster import local_raylets
+from pipeline.cluster import Gauges, local_raylets
 from pipeline.errors import ConfigError, InputError, PipelineError, StoppedError
 from pipeline.progress import Progress
 from pipeline.storage_errors import describe, job_error, storage_errors
@@ -107,6 +107,7 @@ class MonitorState:
     def __init__(self, job: str) -> None:
         self._job = job
         self._meters: dict[str, Any] = {}
+        self._gauges = Gauges(job)
         self._done: dict[str, float] = {}
         self._open: dict[str, list[tuple[int, int, int]]] = {}
         self._deaths: dict[tuple[int, int, int], int] = {}
@@ -120,9 +121,13 @@ class MonitorState:
         self._open.pop(actor, None)
 
     def add(self, amounts: Mapping[str, float]) -> None:
-        """Add to named totals, which are also Ray metrics: `latentloom_<job>_<name>`, a counter each."""
+        """Add to named totals, which are also Ray metrics: `latentloom_<job>_<name>`, a counter each.
+
+        A node shows counters of ended jobs, too; the gauge `latentloom_<job>_active` goes with its job.
+        """
         from ray.util.metrics import Counter
 
+        self._gauges({"active": 1.0})
         for name, amount in amounts.items():
             self._done[name] = self._done.get(name, 0.0) + amount
             if name not in self._meters:
@@ -158,6 +163,7 @@ class Watch:
     start: int
     figures: Callable[[dict[str, float], float], dict[str, float | str]]
     on_totals: Callable[[dict[str, float]], None] = lambda totals: None
+    total: int | None = None
     lost: bool = False
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
@@ -193,6 +199,8 @@ class Watch:
             except RayError:
                 continue  # the display waits; the work does not
             done = self.start + int(totals.get("rows", 0))
+            # Rows that are done again, after a death, count twice here and once in the ledger.
+            done = min(done, self.total) if self.total is not None else done
             self.progress.update(done, **self.figures(totals, time.monotonic() - began))
             self.on_totals(totals)
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pipeline import storage
 from pipeline.errors import InputError
 from pipeline.storage import Root, check_key
-from pipeline.storage_errors import StoreUnavailable, describe, plain_error
+from pipeline.storage_errors import StoreUnavailable, describe, job_error, plain_error
 from pipeline.storage_remote import RangedFile, put_whole
 
 
@@ -275,3 +275,43 @@ def test_a_ranged_file_reads_what_a_file_reads() -> None:
     short = RangedFile(lambda start, n: b"x", 100)
     with pytest.raises(OSError, match="100 bytes were asked for at offset 0, 1 came"):
         short.read(100)
+
+
+def test_what_a_stores_failure_means_for_a_job() -> None:
+    from pipeline.errors import ConflictError
+
+    conflict = ConflictError("held")
+    outcomes = [
+        (StoreUnavailable(5, "the store does not answer", "s3://b"), 75),
+        (OSError(28, "No space left on device"), 3),
+        (PermissionError(13, "not allowed", "s3://b/x"), 3),
+        (conflict, 4),
+        (PermissionError(13, "Permission denied", "/here/file"), None),
+        (KeyError("a bug"), None),
+    ]
+    for error, code in outcomes:
+        meant = job_error(error)
+        assert (meant.exit_code if meant else None) == code
+    assert job_error(conflict) is conflict
+    assert "the store does not answer: s3://b" in str(job_error(outcomes[0][0]))
+
+
+def test_the_clients_errors_come_out_as_plain_ones_with_the_stores_own_code() -> None:
+    from botocore.exceptions import ClientError
+
+    def answer(status: int, code: str) -> Exception:
+        response = {"Error": {"Code": code, "Message": "m"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+        return ClientError(response, "PutObject")  # type: ignore[arg-type]
+
+    kinds = [
+        (503, "SlowDown", StoreUnavailable, "SlowDown"),
+        (400, "RequestTimeout", StoreUnavailable, "RequestTimeout"),
+        (501, "NotImplemented", OSError, "NotImplemented"),
+        (301, "PermanentRedirect", OSError, "set AWS_DEFAULT_REGION"),
+        (403, "RequestTimeTooSkewed", OSError, "this machine's clock differs"),
+    ]
+    for status, code, kind, said in kinds:
+        plain = plain_error(answer(status, code), "s3://b/x")
+        assert type(plain) is kind
+        assert said in describe(plain)
+        assert pickle.loads(pickle.dumps(plain)).args == plain.args

@@ -82,9 +82,8 @@ class _Passes:
         gaps = state.gaps(retry)
         total = sum(v.num_rows for v in state.plan.versions)
         done = state.covered.count()
-        watch = Watch(
-            self.monitor, Progress("encode", total or None, start=done), done, self._shares(), self._log_totals
-        )
+        progress = Progress("encode", total or None, start=done)
+        watch = Watch(self.monitor, progress, done, self._shares(), self._log_totals, total=total or None)
         with watch:
             stalled = 0
             while gaps:
@@ -94,11 +93,11 @@ class _Passes:
                     if (f := self._once(work, state))
                 ]
                 self.generation.check()
+                self._judge(failures)
                 state = read_state(self.root)
                 left = state.gaps()
                 stalled = stalled + 1 if left == gaps else 0
                 gaps = left
-                self._judge(failures)
                 if stalled > self.config.encode.crash_limit:
                     raise StoppedError(
                         f"Workers died {stalled} times without progress; {_open_rows(gaps)} rows are left",
@@ -211,11 +210,11 @@ class _Passes:
         _log.warning("%d row(s) quarantined: the encoder's process died on each of them alone", len(values))
 
     def _log_totals(self, totals: dict[str, float]) -> None:
-        """Totals as tracked metrics, every few seconds, by rows done."""
+        """Totals as tracked metrics, every few seconds, by rows done; and what waits for the tracking server."""
+        self.gauges({"tracking_unsent_bytes": self.tracker.num_unsent_bytes()})
         if time.monotonic() >= self._next_log and totals.get("rows"):
             self._next_log = time.monotonic() + _LOG_S
             self.tracker.log_metrics({f"progress/{k}": v for k, v in totals.items()}, step=int(totals["rows"]))
-            self.gauges({"tracking_unsent_bytes": self.tracker.num_unsent_bytes()})
 
 
 def _open_rows(gaps: RowSet) -> str:

@@ -76,7 +76,7 @@ class SampleModelConfig(StrictModel):
         ...,
         min_length=1,
         description="Export, training checkpoint (or a directory of either: the newest), or diffusers pipeline "
-        "directory: a path or fsspec URI.",
+        "directory: a path or fsspec URI; or a registered model: models:/NAME@ALIAS, models:/NAME/VERSION.",
     )
     ema: str | None = Field(
         None,

@@ -19,6 +19,7 @@ from pipeline.stream.reader import SIZE_COLUMNS, Shape, WindowRows
 _CHUNK_BYTES = 8 << 20
 _CHUNK_BATCHES = 256
 _SCRATCH_BYTES = 1 << 18  # which a core's cache holds
+_DIRECT_BYTES = 1 << 14  # of a batch's share of a lane, from which one call each is cheaper than a second copy
 
 Submit = Callable[[Window], "Future[WindowRows]"]
 
@@ -180,15 +181,16 @@ class _Chunk:
             out[...] = rows.latents[source].reshape(out.shape)
             return
         index = rows.order[source]
-        tall = max(1, len(self._scratch) // places)
+        # Rows that are long enough go straight to their places; short ones by way of the cache, many at a time.
+        tall = 1 if places * self._wide >= _DIRECT_BYTES else max(1, len(self._scratch) // places)
         for first in range(0, len(out), tall):
             target = out[first : first + tall]
             chosen = index[first * places : (first + len(target)) * places]
             if target.flags.c_contiguous:
-                np.take(rows.latents, chosen, axis=0, out=target.reshape(-1, self._wide), mode="clip")
+                rows.latents.take(chosen, axis=0, out=target.reshape(-1, self._wide), mode="clip")
             else:
                 moved = self._scratch[: len(chosen)]
-                np.take(rows.latents, chosen, axis=0, out=moved, mode="clip")
+                rows.latents.take(chosen, axis=0, out=moved, mode="clip")
                 target[...] = moved.reshape(target.shape)
 
     def finish(self, text: TextRows | None) -> None:

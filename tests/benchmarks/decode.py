@@ -99,6 +99,11 @@ def psnr_db(a: Pixels, b: Pixels) -> float:
     return 10 * float(np.log10(255**2 / max(error, 1e-10)))
 
 
+def told_db(figure: float) -> str:
+    """PSNR for a table; beyond 8-bit rounding the pictures are equal."""
+    return f"{figure:8.1f}" if figure < 100 else "   exact"
+
+
 def seconds(call: Callable[[], object], repeats: int) -> float:
     """CPU seconds of one call: other processes on the machine take no part in it."""
     began = time.process_time()
@@ -188,13 +193,13 @@ def show(lines: list[dict[str, Any]], margins: list[dict[str, Any]], found: Coun
     for line in lines:
         rates = " ".join(f"{line[f'{way}_images_per_s']:8.1f}" for way in ("draft", "full", "plain"))
         quality = " ".join(
-            f"{line[f'{kind}_{way}_psnr_db']:8.1f}" for kind in ("mosaic", "enlarged") for way in ("draft", "full")
+            told_db(line[f"{kind}_{way}_psnr_db"]) for kind in ("mosaic", "enlarged") for way in ("draft", "full")
         )
         print(f"{line['source']:8} {rates} {line['draft_over_plain']:12.2f} {'':14} {quality}")
     print("\ndraft leaves at least this many decoded pixels per output pixel and direction, largest source, mosaic")
     for line in margins:
         mark = "  <- the policy" if line["chosen"] else ""
-        print(f"{line['margin']:8g} {line['images_per_s']:8.1f} images/CPU s {line['psnr_db']:8.1f} dB{mark}")
+        print(f"{line['margin']:8g} {line['images_per_s']:8.1f} images/CPU s {told_db(line['psnr_db'])} dB{mark}")
     if found:
         print("\nformat     outcome                files")
     for (name, outcome), number in sorted(found.items()):

@@ -26,9 +26,10 @@ import os
 import platform
 import shutil
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -271,16 +272,18 @@ def time_to_order(groups: int) -> dict[str, float]:
         return {"groups": len(dataset.row_groups), "open_s": opened - start, "first_order_s": end - start}
 
 
-def measure(case: Case, rounds: int) -> tuple[dict[str, float], dict[str, str]]:
+def measure(case: Case, rounds: int, ways: Sequence[str]) -> tuple[dict[str, float], dict[str, str]]:
     """Rows a second by way, and why some are absent."""
     absent: dict[str, str] = {}
     figures: dict[str, list[float]] = {}
     for _ in range(rounds + 1):  # the first one warms the page cache and is not counted
-        for name, (way, package) in WAYS.items():
+        for name in ways:
+            way, package = WAYS[name]
             if name in absent:
                 continue
             try:
                 figures.setdefault(name, []).append(way(case))
+                print(f"  {name}: {figures[name][-1]:,.0f} rows/s", file=sys.stderr, flush=True)
             except ImportError as problem:
                 absent[name] = f"{package} is not installed ({problem})"
                 figures.pop(name, None)
@@ -295,6 +298,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--groups", type=int, default=0, help="row groups of the ledger to open; 0: leave that out")
     parser.add_argument("--only", nargs="*", default=list(SHAPES), choices=list(SHAPES), help="latent sizes")
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS), help="besides the limit")
     parser.add_argument("--folder", type=Path, help="where to put the data; default a temporary directory")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -305,7 +309,7 @@ def main() -> None:
         folder = Path(tempfile.mkdtemp(dir=args.folder))
         try:
             case = Case(folder, SHAPES[name], args.mb << 20, args.epochs)
-            rates, absent = measure(case, args.rounds)
+            rates, absent = measure(case, args.rounds, list(dict.fromkeys(["limit", *args.ways])))
         finally:
             shutil.rmtree(folder)
         for way, rate in rates.items():

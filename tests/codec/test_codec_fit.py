@@ -107,11 +107,11 @@ def test_it_learns(tmp_path: Path) -> None:
     fit_codec(
         _blobs(24),
         _blobs(4, 1),
-        FitConfig(**{**SMALL, "steps": 80, "learning_rate": 4e-3}),
+        FitConfig(**{**SMALL, "steps": 160, "learning_rate": 2e-3}),
         tmp_path,
         on_step=lambda step, figures: losses.append(figures["loss"]),
     )
-    assert len(losses) == 80
+    assert len(losses) == 160
     assert np.mean(losses[-8:]) < 0.5 * np.mean(losses[:4])
 
 

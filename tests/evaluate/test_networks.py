@@ -106,17 +106,21 @@ def test_clip_score_is_the_cosine_of_transformers_own_features(tmp_path: Path) -
     np.testing.assert_allclose(ClipScorer(str(tmp_path))(pictures[1:], PROMPTS[1:])[0], scores[1], rtol=1e-5)
 
 
-def test_clip_images_are_resized_and_cropped_as_its_processor_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "box"), [((24, 36), (2, 0, 10, 8)), ((36, 24), (0, 2, 8, 10))])
+def test_clip_images_are_resized_and_cropped_as_its_processor_does(
+    tmp_path: Path, size: tuple[int, int], box: tuple[int, int, int, int]
+) -> None:
     from PIL import Image
 
     make_whole_clip(tmp_path)
     scorer = ClipScorer(str(tmp_path))
-    smooth = torch.nn.functional.interpolate(images(1, 6, 9).permute(0, 3, 1, 2).float(), (24, 36), mode="bilinear")
-    picture = smooth.round().to(torch.uint8).permute(0, 2, 3, 1)
+    coarse = images(1, size[0] // 4, size[1] // 4).permute(0, 3, 1, 2).float()
+    picture = nn.functional.interpolate(coarse, size, mode="bilinear").round().to(torch.uint8).permute(0, 2, 3, 1)
     mine = scorer._pixels(picture)[0]
-    theirs = Image.fromarray(picture[0].numpy()).resize((12, 8), Image.Resampling.BICUBIC).crop((2, 0, 10, 8))
-    expected = (torch.from_numpy(np.asarray(theirs).copy()).permute(2, 0, 1).float() / 255 - torch.tensor(MEAN).view(
-        3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)  # fmt: skip
+    small = (12, 8) if size[1] > size[0] else (8, 12)
+    theirs = Image.fromarray(picture[0].numpy()).resize(small, Image.Resampling.BICUBIC).crop(box)
+    values = torch.from_numpy(np.asarray(theirs).copy()).permute(2, 0, 1).float() / 255
+    expected = (values - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     assert mine.shape == (3, 8, 8)
     assert (mine - expected).abs().max() < 2 / 255 / min(STD)
 

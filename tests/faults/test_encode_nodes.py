@@ -46,8 +46,8 @@ def test_a_run_shows_its_metrics_and_survives_the_loss_of_a_node(
     for name, value in FAST_METRICS.items():
         monkeypatch.setenv(name, value)
     with ray_nodes(2, 2) as cluster:
-        env = {"RAY_ADDRESS": cluster.address}
-        process = start("encode", *arguments(base, output, **{"encode.actors": 3}), cwd=base, env=env)
+        command = arguments(base, output, **{"encode.actors": 3})
+        process = start("encode", *command, cwd=base, env=cluster.env)
         root = Root(str(output))
         while process.poll() is None and not list(root.list("ledger")):
             time.sleep(0.05)
@@ -58,6 +58,8 @@ def test_a_run_shows_its_metrics_and_survives_the_loss_of_a_node(
         assert process.returncode in (0, 75), errors
         assert any(name.startswith("ray_latentloom_encode_rows") for name in names), names
         if process.returncode == 75:  # it may give up, but only in good order
-            code, _, errors = run("encode", *arguments(base, output, **{"encode.actors": 1}), cwd=base, env=env)
+            code, _, errors = run(
+                "encode", *arguments(base, output, **{"encode.actors": 1}), cwd=base, env=cluster.env
+            )
             assert code == 0, errors
     check(base, output)

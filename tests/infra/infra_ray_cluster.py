@@ -39,7 +39,7 @@ class RayCluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_JOB_STOP_WAIT_TIME_S": "300",
             "RAY_metrics_report_interval_ms": "1000",
-            # A machine that is busy with other tests starts an agent slowly.
+            # A machine that is busy with other tests starts nodes slowly.
             "RAY_agent_register_timeout_ms": "240000",
         }
         self._daemons: list[Daemon] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,9 @@ def sample_settings(bucket: str, model: str, **changes: object) -> dict[str, obj
 
 
 def succeed(job: str, settings: dict[str, object], cwd: Path) -> dict[str, Any]:
+    """The answer of a job that must end well, and say no secret on the way."""
     code, answer, errors = run(job, *words(settings), cwd=cwd, timeout=900)
     assert code == 0, errors
+    secrets = [os.environ.get(name) for name in ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD")]
+    assert not [s for s in secrets if s and s in errors + str(answer)]
     return answer

@@ -12,6 +12,7 @@ from tests.s3.settings import encode_settings, sample_settings, succeed, tracked
 from tests.support.images import make_codec, make_images
 from tests.support.jobs import run
 from tests.support.mlflow_server import MlflowServer
+from tests.support.postgres import Postgres
 from tests.support.processes import free_port
 from tests.support.radosgw import Keys, Radosgw
 from tests.support.servers import use_store
@@ -33,6 +34,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_whole_chain_lies_in_the_store(
     s3_environment: Radosgw,
     mlflow_stack: MlflowServer,
+    postgres: Postgres,
     local: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -84,9 +86,13 @@ def test_the_whole_chain_lies_in_the_store(
     # Nothing of it lies on this machine, and no secret lies anywhere.
     assert [p.name for p in tmp_path.iterdir() if p.name != "journal"] == []
     secrets = (s3_environment.keys.secret, mlflow_stack.auth.password)
-    for info in Root(bucket).list():
-        data = Root(bucket).read_bytes(info.key)
-        assert not [s for s in secrets if s.encode() in data], info.key
+    for place in (bucket, mlflow_stack.artifacts_uri):
+        for info in Root(place).list():
+            data = Root(place).read_bytes(info.key)
+            assert not [s for s in secrets if s.encode() in data], info.key
+    database = postgres.dump("mlflow")
+    assert trained["mlflow_run_id"] in database
+    assert not [s for s in (*secrets, postgres.password) if s in database]
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,18 @@ def test_footers_that_claim_a_few_rows_more_than_there_are(tmp_path):
     assert [r.reason for r in found].count("corrupt_container") >= 400
 
 
+def test_a_footer_that_aborts_its_reader_costs_only_the_child(tmp_path):
+    """Arrow 25 ends the whole process over these two bytes: columns declared required with counts of their nulls."""
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"image": [PNG], "text": ["t"]}), sink)
+    assert b"\x25\x02" in sink.getvalue()
+    write(tmp_path / "a.parquet", with_footer(sink.getvalue(), lambda f: f.replace(b"\x25\x02", b"\x25\x00")))
+    pq.write_table(pa.table({"image": [PNG]}), tmp_path / "b.parquet")
+    lost, good, end = rows(ParquetSource, tmp_path)
+    assert lost.reason in ("decoder_crashed", "corrupt_container")
+    assert (good.image, end) == (PNG, EndOfUnit(2))
+
+
 def test_footers_without_end_or_sense(tmp_path):
     sink = io.BytesIO()
     pq.write_table(pa.table({"image": [PNG]}), sink)

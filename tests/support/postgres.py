@@ -72,6 +72,12 @@ class Postgres:
             self._sql(f'create database "{name}"')
         return f"postgresql+{driver}://{_ADMIN}:{self.password}@127.0.0.1:{self.port}/{name}"
 
+    def dump(self, name: str) -> str:
+        """A database as SQL text."""
+        command = [str(self._bin / "pg_dump"), "-h", "127.0.0.1", "-p", str(self.port), "-U", _ADMIN, name]
+        password = {**os.environ, "PGPASSWORD": self.password}
+        return subprocess.run(command, env=password, capture_output=True, text=True, check=True).stdout
+
     def _init(self) -> None:
         words = self.folder / "password"
         words.write_text(self.password)

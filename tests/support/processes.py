@@ -26,7 +26,7 @@ class Daemon:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> None:
-        """Start it from the main thread (it ends with the thread that started it); the caller waits for its service."""
+        """Start it from the main thread: it ends with the thread that started it. The caller waits for it."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*_mortal(self.user), *self.command],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -23,11 +24,25 @@ _FIRST_WORKER_PORT, _PORTS_PER_NODE = 20_000, 1_000
 
 @dataclass
 class RayNodes:
-    """The cluster's address, the port of the head's Prometheus metrics, and one daemon a node, the head first."""
+    """The cluster's address, the port of the head's Prometheus metrics, and one daemon a node, the head first.
+
+    `token` is what everybody who talks to it must know.
+    """
 
     address: str
     metrics_port: int
+    token: str
     daemons: list[Daemon]
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The environment variables with which a job works on it."""
+        return {"RAY_ADDRESS": self.address, **self.access}
+
+    @property
+    def access(self) -> dict[str, str]:
+        """What its nodes need to trust each other."""
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
 
     def raylet(self, number: int) -> psutil.Process:
         """The raylet process of a node."""
@@ -41,7 +56,7 @@ class RayNodes:
 def ray_nodes(*cpus: int) -> Iterator[RayNodes]:
     """A cluster whose head and further nodes have so many CPUs each; gone at the end, by process id."""
     folder = Path(tempfile.mkdtemp(prefix="nodes-", dir="/tmp"))  # sockets need short paths
-    nodes = RayNodes(f"127.0.0.1:{free_port()}", free_port(), [])
+    nodes = RayNodes(f"127.0.0.1:{free_port()}", free_port(), secrets.token_hex(32), [])
     try:
         for number, count in enumerate(cpus):
             _start(nodes, folder, number, count)
@@ -63,7 +78,7 @@ def _start(nodes: RayNodes, folder: Path, number: int, cpus: int) -> None:
         *(f"--min-worker-port={first}", f"--max-worker-port={first + _PORTS_PER_NODE - 1}"),
     ]
     daemon = Daemon(command, folder / f"node-{number}.log")
-    daemon.start(env=dict(os.environ), cwd=folder)
+    daemon.start(env={**os.environ, **nodes.access}, cwd=folder)
     nodes.daemons.append(daemon)
     deadline = time.monotonic() + 180
     while "Ray runtime started" not in daemon.log.read_text(errors="replace"):
