@@ -31,7 +31,12 @@ class EncodeConfig(StrictModel):
         None, gt=0, description="CPUs an actor reserves; null: what reads and writes leave."
     )
     actor_gpus: float | None = Field(None, ge=0, description="GPUs an actor reserves; null: 1 where there are any.")
-    threads_per_actor: int | None = Field(None, ge=1, description="Torch threads per actor; null: CPUs it reserves.")
+    threads_per_actor: int | None = Field(
+        None,
+        ge=1,
+        description="Torch threads per actor; null: CPUs it reserves. With more than one on a CPU the last bits of a "
+        "latent may depend on its place in the batch.",
+    )
     decode: Literal["actor", "tasks"] = Field(
         "actor", description="Decode in threads beside the device, or in tasks of their own on CPU nodes."
     )

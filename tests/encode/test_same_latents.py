@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,15 @@ def latents(
     """{(caption, variant): (hash of the file, latent, bucket)}."""
     rows = encoded(source, codec_path, IMAGE, order)
     return {(r["caption"], r["variant"]): (r["content_sha256"], r["latent"], r["bucket"]) for r in rows}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in an encoder actor on a CPU: with several, the last bits depend on a row's place in its batch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("real", [False, True])
