@@ -38,7 +38,7 @@ quickstart: install
 
 test: lint types
 	$(BIN)/python -m pytest -m "not soak and not ray and not slow and not s3" -n 2 --durations=15
-	$(BIN)/python -m pytest -m "ray and not soak and not s3" tests/e2e tests/encode tests/faults --durations=15
+	$(BIN)/python -m pytest -m "ray and not soak and not s3 and not slow" tests/e2e tests/encode tests/faults --durations=15
 
 test-all: lint types
 	$(BIN)/python -m pytest -m "not soak" --durations=30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import time
@@ -21,12 +22,13 @@ FAST_METRICS = {"RAY_metrics_report_interval_ms": "500"}
 
 
 def metrics(cluster: RayNodes) -> str:
-    """What Prometheus would read from the head; nothing while nobody answers."""
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{cluster.metrics_port}/metrics", timeout=5) as answer:
-            return str(answer.read().decode())
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return ""
+    """What Prometheus would read from all nodes; nothing from one that does not answer."""
+    found = ""
+    for port in cluster.metrics_ports:
+        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+                found += answer.read().decode()
+    return found
 
 
 def seen_while_running(cluster: RayNodes, process: subprocess.Popen[str]) -> set[str]:

@@ -24,13 +24,13 @@ _FIRST_WORKER_PORT, _PORTS_PER_NODE = 20_000, 1_000
 
 @dataclass
 class RayNodes:
-    """The cluster's address, the port of the head's Prometheus metrics, and one daemon a node, the head first.
+    """The cluster's address, the ports of its nodes' Prometheus metrics, and one daemon a node, the head first.
 
     `token` is what everybody who talks to it must know.
     """
 
     address: str
-    metrics_port: int
+    metrics_ports: list[int]
     token: str
     daemons: list[Daemon]
 
@@ -56,7 +56,7 @@ class RayNodes:
 def ray_nodes(*cpus: int) -> Iterator[RayNodes]:
     """A cluster whose head and further nodes have so many CPUs each; gone at the end, by process id."""
     folder = Path(tempfile.mkdtemp(prefix="nodes-", dir="/tmp"))  # sockets need short paths
-    nodes = RayNodes(f"127.0.0.1:{free_port()}", free_port(), secrets.token_hex(32), [])
+    nodes = RayNodes(f"127.0.0.1:{free_port()}", [free_port() for _ in cpus], secrets.token_hex(32), [])
     try:
         for number, count in enumerate(cpus):
             _start(nodes, folder, number, count)
@@ -70,11 +70,12 @@ def ray_nodes(*cpus: int) -> Iterator[RayNodes]:
 def _start(nodes: RayNodes, folder: Path, number: int, cpus: int) -> None:
     first = _FIRST_WORKER_PORT + number * _PORTS_PER_NODE
     port = nodes.address.rpartition(":")[2]
-    head = ["--head", f"--port={port}", "--include-dashboard=false", f"--metrics-export-port={nodes.metrics_port}"]
+    head = ["--head", f"--port={port}", "--include-dashboard=false"]
     role = head if number == 0 else [f"--address={nodes.address}"]
     command = [
         *(RAY, "start", *role, "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"),
         *(f"--num-cpus={cpus}", f"--temp-dir={folder / str(number)}", "--object-store-memory=200000000"),
+        f"--metrics-export-port={nodes.metrics_ports[number]}",
         *(f"--min-worker-port={first}", f"--max-worker-port={first + _PORTS_PER_NODE - 1}"),
     ]
     daemon = Daemon(command, folder / f"node-{number}.log")
