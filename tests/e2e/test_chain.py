@@ -13,7 +13,7 @@ from pipeline.store.verify import verify
 from tests.support.images import make_codec
 from tests.support.jobs import REPOSITORY, run
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.ray
 
 
 def configured(kind: str) -> str:
