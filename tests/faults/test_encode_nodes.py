@@ -17,7 +17,7 @@ from tests.faults.encode_world import arguments, check
 from tests.support.jobs import run, start
 from tests.support.ray_nodes import RayNodes, ray_nodes
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 FAST_METRICS = {"RAY_metrics_report_interval_ms": "500"}
 
 
