@@ -149,8 +149,8 @@ class MonitorState:
 
 
 def start_monitor(job: str) -> Any:
-    """A monitor actor on the driver's node, without a CPU of its own."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    """A monitor actor on the driver's node, without a CPU of its own: it is there as long as the driver is."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(MonitorState).options(num_cpus=0, scheduling_strategy=here, max_restarts=-1).remote(job)
 
 

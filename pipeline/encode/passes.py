@@ -179,7 +179,11 @@ class _Passes:
         """
         import ray
 
-        left = Counter(tuple(ranges) for ranges in ray.get(self.monitor.left_open.remote()))
+        try:
+            left = Counter(tuple(ranges) for ranges in ray.get(self.monitor.left_open.remote(), timeout=60))
+        except ray.exceptions.RayError as error:
+            _log.warning("what the dead workers were busy with is unknown: %s", str(error).splitlines()[0])
+            return
         if not failures:
             return
         repeated = [ranges for ranges, times in left.items() if times > 1] or list(left)
