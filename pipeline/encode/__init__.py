@@ -8,7 +8,8 @@ Flow, with what travels at each arrow and what a crash leaves::
     latents --write tasks: one fragment, one commit record--> visible rows                   (at most orphan files)
 
 `planning` turns a listing into plan versions. `encoder` is the work on the device, a plain class that knows no
-Ray. `blocks` are the Arrow schemas between stages. `graph` describes the Ray Data execution; `job` wires it and
-repeats it over the gaps until none are left or nothing moves. Ray repeats, splits and reorders what it likes: rows
+Ray. `blocks` are the Arrow schemas between stages. `passes` describes the Ray Data execution and repeats it over the
+gaps until none are left or nothing moves; `job` claims, plans and tracks. `recheck`, the deepest level of `verify`,
+reads a sample of images again and compares. Ray repeats, splits and reorders what it likes: rows
 carry their address, fragments are named by content, and only the ledger decides what is visible.
 """

@@ -10,6 +10,7 @@ the model's `null_label`. Nothing is dropped inside: the trainer drops labels an
     flops     ModelConfig + a latent's shape      ->  FLOPs of one forward, counted on shapes alone
     export    nn.Module + ExportInfo              ->  a directory: safetensors, JSON, a model card; and back
     foreign   a plain diffusers pipeline directory ->  nn.Module + ExportInfo
+    from_checkpoint  a training checkpoint, one EMA ->  nn.Module + ExportInfo
 
 An export is complete when its latentloom.json is there; that file is written last, so a crash leaves a directory that
 reads as "no export" and is written over by the next attempt. A complete export is never changed. Loading runs no code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from pipeline.storage import Root
@@ -15,39 +16,29 @@ def note_run(root: Root, generation: int, note: dict[str, Any]) -> None:
     root.put(f"{layout.generation_dir(generation)}/run.json", json.dumps(note, sort_keys=True).encode())
 
 
-def last_recipe(root: Root) -> dict[str, Any]:
-    """How the newest run that noted it read its source; {} when none did."""
+def _notes(root: Root) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(generation, note) of every generation that left one, the newest first."""
     for number in range(latest_number(root), 0, -1):
         try:
-            note = json.loads(root.read_bytes(f"{layout.generation_dir(number)}/run.json"))
+            yield number, json.loads(root.read_bytes(f"{layout.generation_dir(number)}/run.json"))
         except FileNotFoundError:
             continue
-        if "recipe" in note:
-            return dict(note["recipe"])
-    return {}
+
+
+def last_recipe(root: Root) -> dict[str, Any]:
+    """How the newest run that noted it read its source; {} when none did."""
+    return next((dict(note["recipe"]) for _, note in _notes(root) if "recipe" in note), {})
 
 
 def noted_runs(root: Root) -> list[str]:
     """Every run that wrote the dataset, as id or handle, the newest first."""
-    found: dict[str, None] = {}
-    for number in range(latest_number(root), 0, -1):
-        try:
-            note = json.loads(root.read_bytes(f"{layout.generation_dir(number)}/run.json"))
-        except FileNotFoundError:
-            continue
-        name = note.get("run_id") or note.get("handle")
-        if name:
-            found.setdefault(str(name))
-    return list(found)
+    names = (note.get("run_id") or note.get("handle") for _, note in _notes(root))
+    return list(dict.fromkeys(str(name) for name in names if name))
 
 
 def last_run(root: Root) -> dict[str, Any]:
     """The newest note, {} when there is none; `unfinished` says that its generation never closed as done."""
-    for number in range(latest_number(root), 0, -1):
-        try:
-            note: dict[str, Any] = json.loads(root.read_bytes(f"{layout.generation_dir(number)}/run.json"))
-        except FileNotFoundError:
-            continue
+    for number, note in _notes(root):
         closing = read_closing(root, number)
         return {**note, "generation": number, "unfinished": closing is None or closing.get("status") != "done"}
     return {}

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from pipeline.errors import InputError
-from pipeline.tracking.probe import check_access, check_uri
-from pipeline.tracking.redact import masked_uri, sqlite_path
+from pipeline.tracking.probe import check_readable
+from pipeline.tracking.redact import masked_uri
 from pipeline.tracking.store import RUN_KEY_TAG, DatasetLink, MlflowStore, RunState, StoreUnavailable
 from pipeline.tracking.tracker import HANDLE_PREFIX, JOB_TAG, PARENT_TAG, PARENTS_TAG
 
@@ -120,17 +120,7 @@ def _plain(text: str) -> str:
 
 @contextlib.contextmanager
 def _opened(uri: str) -> Iterator[MlflowStore]:
-    check_uri(uri)
-    check_access(uri)
-    file = sqlite_path(uri)
-    if file is not None and not file.exists():  # reading must not make one
-        raise InputError(
-            f"There is no tracking store {file}",
-            key="tracking.uri",
-            value=masked_uri(uri),
-            rule="the store that the jobs recorded their runs in",
-            next_step="name it, or run this in the working directory of those jobs",
-        )
+    check_readable(uri)
     try:
         yield MlflowStore(uri)
     except StoreUnavailable as error:

@@ -12,7 +12,7 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, InputError
 from pipeline.tracking.redact import Redactor, masked_uri, sqlite_path, without_credentials
 
 _log = logging.getLogger(__name__)
@@ -37,6 +37,21 @@ def check_uri(uri: str) -> None:
             raise _malformed(shown, "it names no host")
     else:
         raise _malformed(shown, f"the scheme {parts.scheme!r} is none of those known")
+
+
+def check_readable(uri: str) -> None:
+    """Raise what the other checks raise, and InputError for a file that is not there: reading must not make one."""
+    check_uri(uri)
+    check_access(uri)
+    file = sqlite_path(uri)
+    if file is not None and not file.exists():
+        raise InputError(
+            f"There is no tracking store {file}",
+            key=_KEY,
+            value=masked_uri(uri),
+            rule="the store that the jobs recorded their runs in",
+            next_step="name it, or run this in the working directory of those jobs",
+        )
 
 
 def check_access(uri: str, timeout_s: float = PROBE_TIMEOUT_S) -> None:

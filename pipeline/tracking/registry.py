@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.tracking.probe import check_access, check_uri
-from pipeline.tracking.redact import masked_uri, sqlite_path
+from pipeline.tracking.probe import check_readable
+from pipeline.tracking.redact import masked_uri
 from pipeline.tracking.store import URI_TAG, MlflowStore, StoreRefused, StoreUnavailable
 
 LATEST = "latest"
@@ -105,17 +105,7 @@ def opened(uri: str) -> Iterator[Registry]:
     """The registry of a tracking URI; InputError when it is not there or does not answer."""
     from mlflow.exceptions import MlflowException
 
-    check_uri(uri)
-    check_access(uri)
-    file = sqlite_path(uri)
-    if file is not None and not file.exists():  # asking must not make one
-        raise InputError(
-            f"There is no tracking store {file}, hence no model registry",
-            key="tracking.uri",
-            value=masked_uri(uri),
-            rule="the store that the training recorded its run in",
-            next_step="name it, or run this in the working directory of that job",
-        )
+    check_readable(uri)
     try:
         yield Registry(MlflowStore(uri))
     except (MlflowException, StoreUnavailable, StoreRefused, OSError) as error:

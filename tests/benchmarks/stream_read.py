@@ -20,10 +20,8 @@ mosaicml-streaming webdataset.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import statistics
 import sys
@@ -40,6 +38,7 @@ import pyarrow.parquet as pq
 
 from pipeline.store.dataset import LatentDataset
 from pipeline.stream.loader import LatentStream
+from tests.benchmarks.report import machine
 from tests.support.rows import claim, committer, latent_rows, planned_root
 
 COLUMNS = ["sample_id", "latent", "label"]
@@ -302,7 +301,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to put the data; default a temporary directory")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    report: dict[str, Any] = {"machine": machine(), "versions": versions(), "cases": []}
+    report: dict[str, Any] = {"machine": machine(), "cases": []}
     print(json.dumps(report["machine"] | report["versions"]))
     print(f"{'latent':10} {'way':20} {'rows/s':>12} {'MiB/s':>8} {'of the limit':>13}")
     for name in args.only:
@@ -323,27 +322,6 @@ def main() -> None:
         print({key: round(value, 2) for key, value in report["ledger"].items()})
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def machine() -> dict[str, Any]:
-    """What a figure means nothing without."""
-    model = platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        model = names[0].partition(":")[2].strip() if names else model
-    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0]}
-
-
-def versions() -> dict[str, str]:
-    """Of what takes part."""
-    packages = ("numpy", "pyarrow", "torch", "ray", "mosaicml-streaming", "webdataset")
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from pipeline.train.handshake import handshake
 from pipeline.train.history import read_records
 from pipeline.train.state import make_state
 from pipeline.train.worker import Place, run_worker
-from tests.benchmarks.stream_read import machine, versions
+from tests.benchmarks.report import machine
 from tests.train.dataset import make_dataset
 
 CHANNELS, SIDE, CLASSES = 4, 32, 10
@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     logging.getLogger().setLevel(logging.WARNING)
-    report: dict[str, Any] = {"machine": machine(), "versions": versions(), "settings": {**vars(args), "json": None}}
+    report: dict[str, Any] = {"machine": machine(), "settings": {**vars(args), "json": None}}
     if args.device.startswith("cuda"):
         report["machine"]["device"] = torch.cuda.get_device_name(args.device)
     sides: dict[str, list[float]] = {"job": [], "bare": [], "dit": [], "diffusers": []}
