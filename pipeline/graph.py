@@ -227,13 +227,15 @@ def whole_blocks() -> None:
     DataContext.get_current().target_max_block_size = None
 
 
-def actor_pool(size: int, retries: int, batch_rows: int | None = None) -> dict[str, Any]:
+def actor_pool(size: int, retries: int, batch_rows: int | None = None, calls: int = 1) -> dict[str, Any]:
     """Arguments for a pool of `size` actors that are replaced when they die, with bounded repeats of a task.
 
-    `batch_rows` cuts what an actor gets per call; None hands it whole blocks.
+    `batch_rows` cuts what an actor gets per call; None hands it whole blocks. `calls`: at a time, per actor.
     """
     return {
-        "compute": ActorPoolStrategy(size=size),
+        "compute": ActorPoolStrategy(
+            size=size, max_concurrent_calls_per_actor=calls, enable_true_multi_threading=calls > 1
+        ),
         "batch_size": batch_rows,
         "batch_format": "pyarrow",
         "max_restarts": -1,

@@ -7,27 +7,19 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.encode.blocks import ENCODED, source_row
+from pipeline.encode.items import Item, rejection
 from pipeline.source.config import ImageConfig
 from pipeline.source.prepare import Prepared, Reject, prepare
 
 # Between decode tasks and encoders: everything an encoded row has, with pixels where the latent will be.
 PIXELS = ENCODED.append(pa.field("pixels", pa.large_binary())).append(pa.field("size", pa.list_(pa.int32(), 2)))
-
-
-@dataclass(frozen=True)
-class Item:
-    """One future row of ENCODED: its values, and uint8 pixels [h, w, 3] unless its outcome is already known."""
-
-    values: dict[str, Any]
-    pixels: npt.NDArray[np.uint8] | None
 
 
 class Decoder:
@@ -38,16 +30,28 @@ class Decoder:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._lock = threading.Lock()
         self.busy_s = 0.0  # seconds of work of all threads together
+        self._reported_s = 0.0
 
     def items(self, raw: pa.Table) -> Iterator[Item]:
-        """The items of a table in row order; at most `ahead` rows are decoded before they are asked for."""
-        waiting: deque[Future[list[Item]]] = deque()
-        for values in _rows(raw):
-            waiting.append(self._pool.submit(self._timed, values))
-            if len(waiting) >= self._ahead:
-                yield from waiting.popleft().result()
+        """The items of a table in row order; at most `ahead` rows are decoded before they are asked for.
+
+        The first of them at once, not when the first item is asked for.
+        """
+        rows = _rows(raw)
+        return self._decoded(
+            rows, deque(self._pool.submit(self._timed, values) for values in islice(rows, self._ahead))
+        )
+
+    def _decoded(self, rows: Iterator[dict[str, Any]], waiting: deque[Future[list[Item]]]) -> Iterator[Item]:
         while waiting:
             yield from waiting.popleft().result()
+            waiting.extend(self._pool.submit(self._timed, values) for values in islice(rows, 1))
+
+    def unreported_s(self) -> float:
+        """Seconds of work since this was asked last."""
+        with self._lock:
+            news, self._reported_s = self.busy_s - self._reported_s, self.busy_s
+        return news
 
     def close(self) -> None:
         """End the threads."""
@@ -82,11 +86,6 @@ class Decoder:
             Item({**address, **text, **_described(p), "outcome": "stored", "variants": len(prepared)}, p.pixels)
             for p in prepared
         ]
-
-
-def rejection(status: str, reason: str, message: str) -> dict[str, Any]:
-    """The outcome columns of a row that has no latent."""
-    return {"outcome": status, "variants": 0, "reason": str(reason), "message": message[:500]}
 
 
 def _rows(raw: pa.Table) -> Iterator[dict[str, Any]]:

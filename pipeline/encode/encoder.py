@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -15,19 +17,15 @@ import torch
 
 from pipeline.codec.codec import Codec, posterior_seed
 from pipeline.encode.blocks import ENCODED
-from pipeline.encode.decoding import Item, rejection
+from pipeline.encode.device import DeviceQueue
+from pipeline.encode.items import Item, rejection
 from pipeline.source.reasons import Reason
 from pipeline.store.schema import pack_latents
 
-_IN_FLIGHT = 2  # batches queued on the device while the host prepares the next
+# How long a call whose last batches are not full waits for another to begin, where others may.
+_GRACE_S = 0.25
 
-
-@dataclass
-class _Running:
-    """A batch on the device whose latents have not been fetched yet."""
-
-    items: list[Item]
-    latents_NCHW: torch.Tensor
+Size = tuple[int, int]
 
 
 @dataclass
@@ -40,112 +38,216 @@ class Usage:
     rejected: int = 0
     halvings: int = 0
 
+    def since(self, before: Usage) -> Usage:
+        """What came on top of it."""
+        return Usage(*(getattr(self, f.name) - getattr(before, f.name) for f in fields(self)))
+
+
+@dataclass(eq=False)
+class _Call:
+    """One table on its way: rows that are done, and how many are not."""
+
+    on_batch: Callable[[int], None] | None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    open: int = 0
+
+
+Owned = tuple[_Call, Item]
+
 
 @dataclass
+class _Running:
+    """A batch on the device whose latents have not been fetched yet."""
+
+    owned: list[Owned]
+    fetch: Callable[[], npt.NDArray[np.float32]]
+
+
 class Encoder:
-    """Encodes items; the last batch of a bucket is padded, so that a latent does not depend on its batch-mates.
+    """Encodes items in batches of one shape a bucket; padded, so that a latent does not depend on its batch-mates.
 
     `batch_size` holds for the largest bucket by area; smaller buckets get proportionally more. A batch that does
     not fit the device's memory is halved for good; an image on which the codec fails alone is rejected.
+
+    `calls` threads may encode at a time. They hand in their items one after the other and share batches: what is
+    left of one table is filled up with the next, and the device works on while a table ends and another begins.
     """
 
-    codec: Codec
-    posterior: str
-    latent_dtype: str
-    batch_size: int
-    max_area: int
-    source_uri: str
-    device: str = "cpu"
-    usage: Usage = field(default_factory=Usage)
-    _limits: dict[tuple[int, int], int] = field(default_factory=dict)
-    _running: deque[_Running] = field(default_factory=deque)
+    def __init__(
+        self,
+        codec: Codec,
+        posterior: str,
+        latent_dtype: str,
+        batch_size: int,
+        max_area: int,
+        source_uri: str,
+        device: str = "cpu",
+        calls: int = 1,
+    ) -> None:
+        self.codec, self.posterior, self.latent_dtype = codec, posterior, latent_dtype
+        self.batch_size, self.max_area, self.source_uri, self.calls = batch_size, max_area, source_uri, calls
+        self.usage = Usage()
+        self._reported = Usage()
+        self._device = DeviceQueue(device)
+        self._limits: dict[Size, int] = {}
+        self._queues: dict[Size, list[Owned]] = {}
+        self._running: deque[_Running] = deque()
+        self._turn = threading.Lock()  # held while a call hands in its items
+        self._state = threading.Condition(threading.RLock())  # held while anything above changes
+        self._taking = 0  # calls that have items to hand in
+        self._ending: deque[_Call] = deque()  # calls that have handed in all
+        self._broken: BaseException | None = None
 
     def encode(self, items: Iterable[Item], on_batch: Callable[[int], None] | None = None) -> pa.Table:
-        """An ENCODED table of all items, ordered by (unit, row, variant); `on_batch` hears of finished rows."""
-        queues: dict[tuple[int, int], list[Item]] = {}
-        rows: list[dict[str, Any]] = []
+        """An ENCODED table of all items, ordered by (unit, row, variant); `on_batch` hears of stored rows."""
+        call = _Call(on_batch)
+        with self._changing():
+            self._taking += 1
+        try:
+            with self._turn:
+                self._take(call, items)
+        finally:
+            with self._state:
+                self._taking -= 1
+                self._state.notify_all()
+        self._finish(call)
+        call.rows.sort(key=lambda r: (r["unit"], r["row"], r.get("variant") or 0))
+        with self._state:
+            self.usage.rejected += sum(r["outcome"] in ("rejected", "filtered") for r in call.rows)
+        return _withdraw_partial(pa.Table.from_pylist(call.rows, schema=ENCODED))
+
+    def unreported(self) -> Usage:
+        """What was used since this was asked last, by all calls together."""
+        with self._state:
+            news, self._reported = self.usage.since(self._reported), self.usage.since(Usage())
+        return news
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Alone with the state. An error in it concerns batches of several calls: it ends them all."""
+        with self._state:
+            if self._broken is not None:
+                raise self._broken
+            try:
+                yield
+            except BaseException as error:
+                self._broken = error
+                raise
+            finally:
+                self._state.notify_all()
+
+    def _take(self, call: _Call, items: Iterable[Item]) -> None:
         asked = time.perf_counter()
         for item in items:
-            self.usage.wait_s += time.perf_counter() - asked
-            if item.pixels is None:
-                rows.append(item.values)
-            else:
-                size = (item.pixels.shape[0], item.pixels.shape[1])
-                queue = queues.setdefault(size, [])
-                queue.append(item)
-                if len(queue) >= self._limit(size):
-                    rows += self._submit(queues.pop(size), on_batch)
+            with self._changing():
+                self.usage.wait_s += time.perf_counter() - asked
+                if item.pixels is None:
+                    call.rows.append(item.values)
+                else:
+                    self._add(call, item, (item.pixels.shape[0], item.pixels.shape[1]))
             asked = time.perf_counter()
-        for queue in queues.values():
-            rows += self._submit(queue, on_batch)
-        while self._running:
-            rows += self._fetch(on_batch)
-        rows.sort(key=lambda r: (r["unit"], r["row"], r.get("variant") or 0))
-        self.usage.rejected += sum(r["outcome"] in ("rejected", "filtered") for r in rows)
-        return _withdraw_partial(pa.Table.from_pylist(rows, schema=ENCODED))
 
-    def _limit(self, size: tuple[int, int]) -> int:
+    def _add(self, call: _Call, item: Item, size: Size) -> None:
+        call.open += 1
+        queue = self._queues.setdefault(size, [])
+        queue.append((call, item))
+        if len(queue) >= self._limit(size):
+            self._submit(self._queues.pop(size))
+
+    def _finish(self, call: _Call) -> None:
+        """Wait for the call's latents: for its batches to fill up, as long as other calls hand in items."""
+        with self._changing():
+            self._ending.append(call)
+            while call.open:
+                if any(owner is call for batch in self._running for owner, _ in batch.owned):
+                    self._fetch()
+                elif self._must_flush(call):
+                    for size in [s for s, q in self._queues.items() if any(owner is call for owner, _ in q)]:
+                        self._submit(self._queues.pop(size))
+                else:
+                    self._state.wait()
+                if self._broken is not None:
+                    raise self._broken
+            self._ending.remove(call)
+
+    def _must_flush(self, call: _Call) -> bool:
+        """Whether the call is the oldest, and nobody will fill its batches in any near time."""
+        if self._taking or self._ending[0] is not call:
+            return False
+        if len(self._ending) < self.calls:
+            self._state.wait_for(lambda: self._taking or self._broken, _GRACE_S)
+        return not self._taking
+
+    def _limit(self, size: Size) -> int:
         return self._limits.setdefault(size, max(1, self.batch_size * self.max_area // (size[0] * size[1])))
 
-    def _submit(self, items: list[Item], on_batch: Callable[[int], None] | None) -> list[dict[str, Any]]:
-        """Queue a batch on the device; returns the rows of older batches that had to make room."""
+    def _submit(self, owned: list[Owned]) -> None:
+        """Queue a batch on the device; older batches that have to make room are brought back."""
         began = time.perf_counter()
-        rows: list[dict[str, Any]] = []
-        for part, latents in self._run(items, rows):
-            self._running.append(_Running(part, latents))
+        self._run(owned)
         self.usage.device_s += time.perf_counter() - began
-        while len(self._running) > (_IN_FLIGHT if self.device.startswith("cuda") else 0):
-            rows += self._fetch(on_batch)
-        return rows
+        while len(self._running) > self._device.depth:
+            self._fetch()
 
-    def _run(self, items: list[Item], failed: list[dict[str, Any]]) -> list[tuple[list[Item], torch.Tensor]]:
-        """(items, latents) of a batch, cut into pieces where the device or the codec demands it."""
-        assert items[0].pixels is not None
-        size = (items[0].pixels.shape[0], items[0].pixels.shape[1])
+    def _run(self, owned: list[Owned]) -> None:
+        """Queue a batch, cut into pieces where the device or the codec demands it."""
+        pixels = owned[0][1].pixels
+        assert pixels is not None
+        size = (pixels.shape[0], pixels.shape[1])
         limit = self._limit(size)
-        if len(items) > limit:
-            return self._run(items[:limit], failed) + self._run(items[limit:], failed)
+        if len(owned) > limit:
+            self._run(owned[:limit])
+            return self._run(owned[limit:])
         try:
-            return [(items, self._call(items, size, limit))]
+            fetch = self._call([item for _, item in owned], size, limit)
         except Exception as error:
             if _out_of_memory(error):
                 if limit == 1:
                     raise
                 self._limits[size] = limit // 2
                 self.usage.halvings += 1
-                if self.device.startswith("cuda"):
-                    torch.cuda.empty_cache()
-                return self._run(items, failed)
+                self._device.release_cached()
+                return self._run(owned)
             if isinstance(error, torch.AcceleratorError):
                 raise  # the device's context is gone: only a new process helps
-            if len(items) == 1:
+            if len(owned) == 1:
                 message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                failed.append(self._failed(items[0], Reason.ENCODE_FAILED, message))
-                return []
-            half = len(items) // 2
-            return self._run(items[:half], failed) + self._run(items[half:], failed)
+                return self._deliver(owned, [self._failed(owned[0][1], Reason.ENCODE_FAILED, message)])
+            half = len(owned) // 2
+            self._run(owned[:half])
+            return self._run(owned[half:])
+        self._running.append(_Running(owned, fetch))
 
-    def _call(self, items: list[Item], size: tuple[int, int], limit: int) -> torch.Tensor:
-        batch_NHWC = torch.zeros((limit, *size, 3), dtype=torch.uint8, pin_memory=self.device.startswith("cuda"))
+    def _call(self, items: list[Item], size: Size, limit: int) -> Callable[[], npt.NDArray[np.float32]]:
+        batch_NHWC = self._device.host_batch((limit, *size, 3))
         array = batch_NHWC.numpy()
         for i, item in enumerate(items):
             array[i] = item.pixels
+        array[len(items) :] = 0
         seeds = None
         if self.posterior == "sample":
             seeds = [posterior_seed(item.values["sample_id"]) for item in items] + [0] * (limit - len(items))
-        on_device = batch_NHWC.to(self.device, non_blocking=True)
-        return self.codec.encode(on_device, posterior=self.posterior, seeds=seeds)[: len(items)]
+        latents = self.codec.encode(self._device.upload(batch_NHWC), posterior=self.posterior, seeds=seeds)
+        return self._device.download(latents[: len(items)])
 
-    def _fetch(self, on_batch: Callable[[int], None] | None) -> list[dict[str, Any]]:
+    def _fetch(self) -> None:
+        """Bring the oldest batch back."""
         began = time.perf_counter()
         running = self._running.popleft()
-        latents_NCHW = running.latents_NCHW.float().cpu().numpy()
+        latents_NCHW = running.fetch()
         self.usage.device_s += time.perf_counter() - began
-        rows = self._rows(running.items, latents_NCHW)
-        self.usage.stored += len(rows)
-        if on_batch:
-            on_batch(len(rows))
-        return rows
+        self._deliver(running.owned, self._rows([item for _, item in running.owned], latents_NCHW))
+
+    def _deliver(self, owned: list[Owned], rows: list[dict[str, Any]]) -> None:
+        stored: dict[_Call, int] = {}
+        for (call, _), row in zip(owned, rows, strict=True):
+            call.rows.append(row)
+            call.open -= 1
+            stored[call] = stored.get(call, 0) + (row["outcome"] == "stored")
+        for call, count in stored.items():
+            self.usage.stored += count
+            if call.on_batch and count:
+                call.on_batch(count)
 
     def _rows(self, items: list[Item], latents_NCHW: npt.NDArray[np.float32]) -> list[dict[str, Any]]:
         limit = np.finfo(np.float16).max if self.latent_dtype == "float16" else np.finfo(np.float32).max

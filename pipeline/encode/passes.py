@@ -39,6 +39,8 @@ _log = logging.getLogger(__name__)
 
 # Repeats by Ray of a block whose actor died, before the pass ends and this module looks for the guilty unit.
 _TASK_RETRIES = 2
+# Blocks an actor has at a time: one whose images it takes, and others whose last batches wait for company.
+_CALLS = 3
 _LOG_S = 10.0
 _SHARES_S = 10.0
 
@@ -132,18 +134,19 @@ class _Passes:
                 batch_format="pyarrow",
                 num_cpus=encode.decode_cpus,
             )
-        r = self.resources
+        # Alone with a row under suspicion: whoever dies then has died of it.
+        r, calls = self.resources, _CALLS if batch_rows is None else 1
         dataset = dataset.map_batches(
             EncodeBlocks,
-            fn_constructor_args=(self._spec(r), self.monitor),
+            fn_constructor_args=(self._spec(r, calls), self.monitor),
             num_cpus=r["actor_cpus"],
             num_gpus=r["actor_gpus"] or None,
-            **actor_pool(r["actors"], _TASK_RETRIES, batch_rows),
+            **actor_pool(r["actors"], _TASK_RETRIES, batch_rows, calls),
         )
         sink = LedgerSink("CommitLatents", CommitRows(self.committer, self.monitor), self._rows_per_write())
         dataset.write_datasink(sink, ray_remote_args={"num_cpus": encode.write_cpus}, concurrency=encode.writers)
 
-    def _spec(self, resources: dict[str, Any]) -> EncoderSpec:
+    def _spec(self, resources: dict[str, Any], calls: int) -> EncoderSpec:
         encode = self.config.encode
         return EncoderSpec(
             codec=self.config.codec,
@@ -156,6 +159,7 @@ class _Passes:
             threads=resources["threads"],
             device="cuda" if resources["actor_gpus"] else "cpu",
             decoded=encode.decode == "tasks",
+            calls=calls,
         )
 
     def _shares(self) -> Shares:

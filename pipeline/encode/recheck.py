@@ -18,8 +18,9 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.codec.codec import Codec, load_codec
-from pipeline.encode.decoding import Decoder, Item
+from pipeline.encode.decoding import Decoder
 from pipeline.encode.encoder import Encoder
+from pipeline.encode.items import Item
 from pipeline.encode.stages import UnitReader
 from pipeline.encode.summary import largest_area
 from pipeline.errors import InputError

@@ -5,6 +5,7 @@ Torch is imported by the encoder alone: the processes that read and write start 
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -79,10 +80,14 @@ class EncoderSpec:
     threads: int
     device: str
     decoded: bool  # blocks come with pixels, from decode tasks
+    calls: int  # blocks an actor has at a time
 
 
 class EncodeBlocks:
-    """An actor: a RAW (or PIXELS) block in, an ENCODED block out. Reports to `monitor` on the way."""
+    """An actor: a RAW (or PIXELS) block in, an ENCODED block out. Reports to `monitor` on the way.
+
+    Called from `spec.calls` threads, so that the device goes on between blocks and batches fill up across them.
+    """
 
     def __init__(self, spec: EncoderSpec, monitor: Any) -> None:
         import torch
@@ -108,32 +113,27 @@ class EncodeBlocks:
             spec.max_area,
             spec.source_uri,
             device=spec.device,
+            calls=spec.calls,
         )
         ahead = 2 * spec.batch_size
         self._decoder = None if spec.decoded else Decoder(spec.image, spec.source_uri, spec.decode_threads, ahead)
-        self._monitor, self._name = monitor, f"{os.uname().nodename}-{os.getpid()}"
+        self._monitor, self._place = monitor, f"{os.uname().nodename}-{os.getpid()}"
+        self._numbers = itertools.count()
 
     def __call__(self, block: pa.Table) -> pa.Table:
         if not len(block):
             return block
         touched = RowSet.from_rows(*_addresses(block)).triples()
-        self._monitor.begin.remote(self._name, [tuple(t) for t in touched])
+        name = f"{self._place}-{next(self._numbers)}"
+        self._monitor.begin.remote(name, [tuple(t) for t in touched])
         items = items_of(block) if self._decoder is None else self._decoder.items(block)
-        before = (self._encoder.usage.wait_s, self._encoder.usage.device_s, self._encoder.usage.rejected)
-        decoded_s = self._decoder.busy_s if self._decoder else 0.0
         table = self._encoder.encode(items, on_batch=lambda n: self._monitor.add.remote({"rows": n}))
-        usage = self._encoder.usage
-        rejected = usage.rejected - before[2]
-        self._monitor.add.remote(
-            {
-                "rows": rejected,
-                "rejected": rejected,
-                "wait_s": usage.wait_s - before[0],
-                "device_s": usage.device_s - before[1],
-                "decode_s": self._decoder.busy_s - decoded_s if self._decoder else 0.0,
-            }
-        )
-        self._monitor.end.remote(self._name)
+        usage = self._encoder.unreported()
+        decode_s = self._decoder.unreported_s() if self._decoder else 0.0
+        amounts = {"rows": usage.rejected, "rejected": usage.rejected}
+        seconds = {"wait_s": usage.wait_s, "device_s": usage.device_s, "decode_s": decode_s}
+        self._monitor.add.remote(amounts | seconds)
+        self._monitor.end.remote(name)
         return table
 
 

@@ -7,18 +7,20 @@ take the embeddings of the empty prompt as their unconditional text: they have n
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, InputError
-from pipeline.model.config import (
-    DiTTransformer2DConfig,
-    SD3Transformer2DConfig,
-    UNet2DConditionConfig,
-    UNet2DConfig,
-)
+
+if TYPE_CHECKING:
+    from pipeline.model.config import (
+        DiTTransformer2DConfig,
+        SD3Transformer2DConfig,
+        UNet2DConditionConfig,
+        UNet2DConfig,
+    )
 
 TIME_SCALE = 1000.0
 DIFFUSERS_CLASSES = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "SD3Transformer2DModel")

@@ -7,11 +7,15 @@ inputs and of weights. Recomputation by activation checkpointing is not useful w
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.model.build import build_model
-from pipeline.model.config import ModelConfig
+if TYPE_CHECKING:
+    from pipeline.model.config import ModelConfig
 
 
 def forward_flops(
@@ -25,12 +29,30 @@ def forward_flops(
     text_length: int = 77,
 ) -> int:
     """FLOPs of one forward pass on one latent [latent_channels, height, width]."""
+    from pipeline.model.build import build_model  # it reads configurations; who counts a module has none
+
+    return module_flops(
+        lambda: build_model(model, latent_channels=latent_channels, num_classes=num_classes, text_dim=text_dim),
+        shape=(latent_channels, height, width),
+        labelled=num_classes is not None,
+        text_shape=None if text_dim is None else (text_length, text_dim),
+    )
+
+
+def module_flops(
+    make: Callable[[], nn.Module],
+    *,
+    shape: tuple[int, int, int],
+    labelled: bool,
+    text_shape: tuple[int, int] | None = None,
+) -> int:
+    """The same of the module that `make` returns, on one latent of `shape` and text embeddings of `text_shape`."""
     with torch.device("meta"), torch.no_grad():
-        module = build_model(model, latent_channels=latent_channels, num_classes=num_classes, text_dim=text_dim)
-        text = None if text_dim is None else torch.empty(1, text_length, text_dim)
-        labels = None if num_classes is None else torch.zeros(1, dtype=torch.int64)
+        module = make()
+        text = None if text_shape is None else torch.empty(1, *text_shape)
+        labels = torch.zeros(1, dtype=torch.int64) if labelled else None
         with FlopCounterMode(display=False) as counter:
-            module(torch.empty(1, latent_channels, height, width), torch.empty(1), labels, text)
+            module(torch.empty(1, *shape), torch.empty(1), labels, text)
     return int(counter.get_total_flops())
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -17,11 +18,12 @@ from torch import Tensor, nn
 from pipeline.diffusion.objectives import Objective
 from pipeline.diffusion.rng import ids_from_bytes, keyed_normal
 from pipeline.diffusion.samplers import Conditioning, sample
-from pipeline.model.export import ExportInfo
-from pipeline.sample.loading import load_model
 from pipeline.sample.plan import padded, shape_groups
-from pipeline.sample.prompts import Embedding
 from pipeline.sample.provenance import Draw
+
+if TYPE_CHECKING:
+    from pipeline.model.export import ExportInfo
+    from pipeline.sample.prompts import Embedding
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NOISE = "sample noise"  # the purpose that keys a request's noise; changing it changes every image
@@ -38,8 +40,8 @@ class Schedule:
     interval: tuple[float, float]
 
 
-Embed = Callable[[Sequence[str]], Mapping[str, Embedding]]
-Texts = Sequence[tuple[Embedding, Embedding]]  # of each row: its prompt, and what guidance leads away from
+Embed = Callable[[Sequence[str]], Mapping[str, "Embedding"]]
+Texts = Sequence[tuple["Embedding", "Embedding"]]  # of each row: its prompt, and what guidance leads away from
 
 
 class Denoiser:
@@ -67,6 +69,8 @@ class Denoiser:
         cls, model_uri: str, draw: Draw, *, ema: str | None = None, embed: Embed | None = None, compile: bool = False
     ) -> Denoiser:
         """The denoiser of a model as `read_model` finds it; InputError when it is missing, damaged or another."""
+        from pipeline.sample.loading import load_model  # it reads every form of model; one in memory needs none
+
         model, info = load_model(model_uri, ema)
         return cls(model, info, draw, embed=embed, compile=compile)
 

@@ -23,6 +23,7 @@ AREAS: dict[str, Callable[[Path, Path, bool], list[str]]] = {
     "stream_read": lambda out, data, quick: ["--json", f"{out}/stream_read.json", *(["--mb", "64"] if quick else [])],
     "train_step": lambda out, data, quick: ["--json", f"{out}/train_step.json"],
     "tracking_outage": lambda out, data, quick: ["--out", f"{out}"],
+    "gpu": lambda out, data, quick: ["--json", f"{out}/gpu.json", *(["--quick"] if quick else [])],
     "sample_throughput": lambda out, data, quick: ["--out", f"{out}", *(["--many", "0"] if quick else [])],
 }
 

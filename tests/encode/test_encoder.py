@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from pipeline.codec.info import CodecInfo
-from pipeline.encode.decoding import Decoder, Item, items_of, pixels_table
-from pipeline.encode.encoder import Encoder
+from pipeline.encode.decoding import Decoder, items_of, pixels_table
+from pipeline.encode.encoder import Encoder, Usage
+from pipeline.encode.items import Item
 from pipeline.source.config import ImageConfig
 from pipeline.store.schema import latents_from
 
@@ -190,3 +192,56 @@ def test_decoding_runs_ahead_but_keeps_the_order() -> None:
     assert [i.values["row"] for i in items] == list(range(30))
     assert [i.values["row"] for i in items if i.pixels is None] == [0, 7, 14, 21, 28]
     assert all(i.pixels is None or (i.pixels == i.values["row"]).all() for i in items)
+
+
+def handed_in(machine: Encoder, tables: Sequence[Sequence[Item]]) -> list[pa.Table]:
+    """Every table encoded by a thread of its own, all at once."""
+    with ThreadPoolExecutor(len(tables)) as pool:
+        return [f.result(timeout=60) for f in [pool.submit(machine.encode, items) for items in tables]]
+
+
+def test_tables_encoded_at_a_time_share_batches_and_get_what_each_would_have_got_alone() -> None:
+    tables = [[item(10 * t + r, (8, 8) if r % 2 else (4, 8)) for r in range(7)] for t in range(6)]
+    tables[3][2] = item(32, (4, 8), first=POISON)
+    alone = [encoder(Blocks()).encode(table) for table in tables]
+    codec = Blocks()
+    machine = Encoder(codec, "mode", "float16", 4, 64, "mem", calls=3)  # type: ignore[arg-type]
+    for found, wanted in zip(handed_in(machine, tables), alone, strict=True):
+        assert found.equals(wanted)
+    assert machine.usage.stored == 41
+    assert machine.usage.rejected == 1
+    assert set(codec.shapes) == {(4, 8, 8, 3), (8, 4, 8, 3)}
+    # 18 of one size by 4 and 24 of the other by 8: alone they would have taken 6 x 2 calls at the least.
+    separate = Blocks()
+    for table in tables:
+        encoder(separate).encode(table)
+    assert len(codec.shapes) < len(separate.shapes)
+
+
+def test_a_device_that_fails_ends_every_table_on_it() -> None:
+    codec = Blocks(capacity=10)
+    machine = Encoder(codec, "mode", "float16", 4, 64, "mem", calls=2)  # type: ignore[arg-type]
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(machine.encode, [item(r) for r in range(3)]) for _ in range(2)]:
+            with pytest.raises(torch.OutOfMemoryError, match="planted"):
+                future.result(timeout=60)
+
+
+def test_items_that_cannot_be_read_end_their_own_table_alone() -> None:
+    def unreadable() -> Iterator[Item]:
+        yield item(0)
+        raise ValueError("planted")
+
+    machine = Encoder(Blocks(), "mode", "float16", 4, 64, "mem", calls=2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="planted"):
+        machine.encode(unreadable())
+    assert stored(machine.encode([item(1)])) == stored(encoder(Blocks()).encode([item(1)]))
+
+
+def test_usage_is_told_once() -> None:
+    machine = encoder(Blocks())
+    machine.encode([item(r, first=POISON if r == 1 else 0) for r in range(3)])
+    first = machine.unreported()
+    assert (first.stored, first.rejected) == (2, 1)
+    assert first.device_s > 0
+    assert machine.unreported() == Usage()
