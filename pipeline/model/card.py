@@ -48,7 +48,7 @@ def model_card(info: Mapping[str, Any], diffusers_class: str | None) -> str:
         ),
         ("Objective", f"`{json.dumps(info['objective'], sort_keys=True)}`"),
         ("Weights", f"{info['ema']}, after {info['images_seen']:,} images, SHA-256 `{info['weights_sha256']}`"),
-        ("Dataset", f"`{_public(info['dataset'].get('uri', ''))}`, digest `{info['dataset'].get('digest', '')}`"),
+        *_datasets(info),
         ("Codec", f"`{_public(str(info['codec'].get('path', '')))}`, fingerprint `{info['fingerprint_digest']}`"),
         ("Image sizes (height x width)", ", ".join(info["buckets"]) or "not recorded"),
         ("Classes", _count(info["num_classes"], "label index {n} means no label")),
@@ -86,6 +86,14 @@ Times run from 0 (data) to 1 (noise). The model works on latents normalised per 
 - mean: `{mean}`
 - std: `{std}`
 """
+
+
+def _datasets(info: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """A row for the dataset, or one for each of a mixture."""
+    mixture = info.get("mixture") or [info["dataset"]]
+    names = ["Dataset"] if len(mixture) == 1 else [f"Dataset, weight {part['weight']:g}" for part in mixture]
+    told = [f"`{_public(part.get('uri', ''))}`, digest `{part.get('digest', '')}`" for part in mixture]
+    return list(zip(names, told, strict=True))
 
 
 def _use(diffusers_class: str | None) -> str:

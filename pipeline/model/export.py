@@ -61,7 +61,7 @@ class ExportInfo:
     latent_mean: tuple[float, ...]
     latent_std: tuple[float, ...]
     codec: dict[str, Any]  # what the latents were made with, and "path" where the codec is
-    dataset: dict[str, str]  # uri, digest
+    dataset: dict[str, str]  # uri, digest; of several, the first one's
     fingerprint_digest: str
     run_id: str | None
     images_seen: int
@@ -72,6 +72,7 @@ class ExportInfo:
     # The encoder whose embeddings the model reads: "encoder" (TextEncoderConfig as JSON), "fingerprint", "width",
     # "max_length"; unconditional text is the embedding of the empty prompt.
     text: dict[str, Any] | None = None
+    mixture: tuple[dict[str, Any], ...] = ()  # uri, digest, weight of every dataset, where there are several
     weights_sha256: str = field(default="")  # filled in by save_export
 
     def __post_init__(self) -> None:
@@ -84,8 +85,9 @@ class ExportInfo:
             raise ValueError(f"latent_std must be positive, got {min(self.latent_std)}")
 
     def to_json(self) -> dict[str, Any]:
-        """Its fields as JSON values."""
-        return asdict(self)
+        """Its fields as JSON values; `mixture` only where there is one."""
+        values = asdict(self)
+        return values if self.mixture else {key: value for key, value in values.items() if key != "mixture"}
 
     @classmethod
     def from_json(cls, values: object) -> ExportInfo:

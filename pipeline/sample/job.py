@@ -236,10 +236,8 @@ def _open_run(
     )
     tracker.log_text(dump_yaml(config), "config.yaml")
     tracker.log_input(name=prepared.model.uri, digest=origin.model_digest, source=prepared.model.uri, context="model")
-    if origin.dataset_digest and origin.dataset_uri:
-        tracker.log_input(
-            name=origin.dataset_uri, digest=origin.dataset_digest, source=origin.dataset_uri, context="training data"
-        )
+    for uri, digest in origin.datasets:
+        tracker.log_input(name=uri, digest=digest, source=uri, context="training data")
     requests_uri = getattr(config.requests, "uri", "grid")
     tracker.log_input(
         name=requests_uri, digest=plan_part.rpartition("/")[2][:32], source=requests_uri, context="input"

@@ -50,7 +50,8 @@ def prepare(config: SampleJobConfig) -> Prepared:
         "codec_sha256": origin.codec_sha256,
         "form": config.output.format,
     }
-    about = {"origin": {**asdict(origin), "versions": dict(origin.versions)}}
+    known = {key: value for key, value in asdict(origin).items() if value != ()}
+    about = {"origin": {**known, "versions": dict(origin.versions)}}
     identity = Identity("images", fingerprint, about)
     return Prepared(requests, model, codec, codec_path, codec_kind, draw, origin, identity)
 
@@ -180,6 +181,7 @@ def _origin(model: ModelFacts, codec: CodecInfo, codec_path: str) -> Origin:
         codec_path=codec_path,
         codec_sha256=codec.weights_sha256,
         versions=tuple((name, _version(name)) for name in ("latentloom", "torch", "diffusers")),
+        mixture=tuple((part["uri"], part["digest"], part["weight"]) for part in model.info.get("mixture", ())),
     )
 
 

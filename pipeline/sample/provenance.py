@@ -39,7 +39,10 @@ class Draw:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the model came from, as it is told in every image."""
+    """Where the model came from, as it is told in every image.
+
+    mixture: (URI, digest, weight) of every dataset of a model that learned from several; the first is `dataset_*`.
+    """
 
     model_uri: str
     model_digest: str
@@ -50,6 +53,14 @@ class Origin:
     codec_path: str
     codec_sha256: str
     versions: tuple[tuple[str, str], ...] = ()
+    mixture: tuple[tuple[str, str, float], ...] = ()
+
+    @property
+    def datasets(self) -> tuple[tuple[str, str], ...]:
+        """(URI, digest) of every dataset that is known."""
+        if self.mixture:
+            return tuple((uri, digest) for uri, digest, _ in self.mixture)
+        return ((self.dataset_uri, self.dataset_digest),) if self.dataset_uri and self.dataset_digest else ()
 
 
 def provenance(request: Mapping[str, Any], draw: Draw, origin: Origin) -> dict[str, Any]:
@@ -67,6 +78,7 @@ def provenance(request: Mapping[str, Any], draw: Draw, origin: Origin) -> dict[s
             "ema": origin.ema,
         },
         "dataset": {"uri": _clean(origin.dataset_uri), "digest": origin.dataset_digest},
+        **({"mixture": [[_clean(uri), *rest] for uri, *rest in origin.mixture]} if origin.mixture else {}),
         "codec": {"path": without_credentials(origin.codec_path), "weights_sha256": origin.codec_sha256},
         "versions": dict(origin.versions),
     }
@@ -102,6 +114,7 @@ def origin_of(found: Mapping[str, Any]) -> Origin:
         codec_path=codec["path"],
         codec_sha256=codec["weights_sha256"],
         versions=tuple(found["versions"].items()),
+        mixture=tuple((uri, digest, weight) for uri, digest, weight in found.get("mixture", ())),
     )
 
 

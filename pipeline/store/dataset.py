@@ -117,7 +117,7 @@ class Dataset:
         span = None if verify else plain_span(self._footer(file.info.path), number, column)
         if span is None:
             return fixed_width_values(self.read(row_group, [column], verify=verify)[column])
-        pages = fixed_width_pages(self._bytes(file.info.path, *span), file.info.row_groups[number].rows)
+        pages = fixed_width_pages(self._bytes(file.info.path, *span), int(file.info.row_groups.rows[number]))
         if not self.row_groups.partial[row_group]:
             return pages
         alive = _alive(file, self._read_group(file.info.path, number, ["unit", "row"], verify))

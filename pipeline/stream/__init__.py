@@ -20,6 +20,6 @@ named in `left_out` and in a warning.
 Nothing is ever written to the dataset and there is no state but the step number: a crash leaves nothing,
 and a stream started at step n gives what the first one would have given from there, after re-reading at
 most the one window per lane and bucket that the step falls in. Memory holds at most two windows per lane
-and bucket, together `window_bytes` over all ranks, besides the row groups just being read and the batches
-already prepared.
+and bucket, together `window_bytes` over all ranks and datasets, besides the row groups just being read and
+the batches already prepared.
 """

@@ -20,7 +20,8 @@ class StreamConfig(StrictModel):
         1 << 30,
         ge=1,
         description="Bytes of stored rows held for shuffling by all workers together. Each lane shuffles "
-        "its share at a time; a worker holds its lanes' share.",
+        "its share at a time; a worker holds its lanes' share. Of several datasets (data.mix) each gets what it "
+        "cannot do without, and the rest goes by weight.",
     )
     shuffle: bool = Field(True, description="Shuffle row groups and rows anew in every epoch.")
     holdout: float = Field(
@@ -30,8 +31,10 @@ class StreamConfig(StrictModel):
         description="Share of rows, chosen by a hash of the sample id, kept out of training for validation. "
         "Needs one pass over the id column (16 bytes a row), which is cached.",
     )
-    prefetch: int = Field(4, ge=1, description="Batches prepared ahead of the training step.")
-    threads: int = Field(2, ge=1, description="Threads that read and shuffle windows, in each worker.")
+    prefetch: int = Field(4, ge=1, description="Batches prepared ahead of the training step, of each dataset.")
+    threads: int = Field(
+        2, ge=1, description="Threads that read and shuffle windows, in each worker, for each dataset."
+    )
     verify: bool = Field(
         False,
         description="Check page checksums while reading, for about half the rows a second.",

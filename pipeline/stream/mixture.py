@@ -7,33 +7,80 @@ resumable as its streams: each of them starts at the number of its own batches b
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import replace
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import ConfigError
-from pipeline.stream.data import Batch
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.stream.data import Batch, LatentRows, TextRows, layout_of
 from pipeline.stream.loader import LatentStream
-from pipeline.stream.order import random_bits
+from pipeline.stream.order import least_window_bytes, random_bits
+from pipeline.stream.split import split_rows
 from pipeline.stream.state import check_state, make_state
 
+if TYPE_CHECKING:
+    from pipeline.storage import Root
+
 BLOCK = 1024  # steps; a weight is honoured to half of 1 / BLOCK
+
+
+@dataclass(frozen=True)
+class Part:
+    """A dataset of a mixture: its weight, the embeddings of its captions, and its name in errors."""
+
+    name: str
+    dataset: LatentRows
+    weight: float
+    text: TextRows | None = None
+
+
+def open_mixture(
+    parts: Sequence[Part],
+    *,
+    seed: int,
+    batch_size: int,
+    lanes: int,
+    window_bytes: int,
+    holdout: float = 0.0,
+    cache: Root | None = None,
+    **settings: Any,
+) -> MixtureStream:
+    """The stream of some datasets; the settings are those of `LatentStream`, alike for all of them.
+
+    `window_bytes` is for all together: each gets what it cannot do without, the rest goes by weight. Raises what
+    `LatentStream` raises, with the name of the dataset.
+    """
+    weights, least = [part.weight for part in parts], []
+    for part in parts:
+        with naming(part.name):
+            layout = layout_of(part.dataset, split_rows(part.dataset, holdout, "train", cache=cache))
+            least.append(least_window_bytes(layout, batch_size, lanes))
+    shared = {"seed": seed, "batch_size": batch_size, "lanes": lanes, "holdout": holdout, "cache": cache, **settings}
+    streams = []
+    for part, size_bytes in zip(parts, _divided(window_bytes, least, weights), strict=True):
+        with naming(part.name):
+            streams.append(LatentStream(part.dataset, window_bytes=size_bytes, text=part.text, **shared))
+    return MixtureStream(streams, weights, seed=seed, names=[part.name for part in parts])
 
 
 class MixtureStream:
     """An endless stream of the batches of several streams, each in proportion to its weight.
 
     `Batch.dataset` says which stream a batch is of and `Batch.epoch` counts that stream's epochs. Raises
-    ConfigError for weights that are not positive, not one per stream, or too small to get a step.
+    ConfigError for weights that are not positive, not one per stream, or too small to get a step. An error of a
+    stream names it.
     """
 
-    def __init__(self, streams: Sequence[LatentStream], weights: Sequence[float], *, seed: int) -> None:
+    def __init__(
+        self, streams: Sequence[LatentStream], weights: Sequence[float], *, seed: int, names: Sequence[str] = ()
+    ) -> None:
         self.streams, self._seed = list(streams), seed
-        self._shares = _shares(weights, len(self.streams))
+        self._names = list(names) or [f"dataset {at}" for at in range(len(self.streams))]
+        self._shares = shares_of(weights, len(self.streams))
         self.start_step = 0
         self.identity: dict[str, Any] = {"seed": seed, "shares": self._shares.tolist()}
         for at, stream in enumerate(self.streams):
@@ -51,7 +98,8 @@ class MixtureStream:
                 if step % BLOCK == 0 or step == self.start_step:
                     schedule = self._block(step // BLOCK)
                 dataset = int(schedule[step % BLOCK])
-                batch = next(sources[dataset], None)
+                with naming(self._names[dataset]):
+                    batch = next(sources[dataset], None)
                 if batch is None:  # a stream was closed
                     return
                 yield replace(batch, step=step, dataset=dataset)
@@ -79,26 +127,61 @@ class MixtureStream:
         return np.asarray(owner[np.argsort(times, kind="stable")], dtype=np.int64)
 
 
-def _shares(weights: Sequence[float], streams: int) -> NDArray[np.int64]:
-    """Steps of each stream in a block, by largest remainder: int64 [streams], sum BLOCK."""
+@contextmanager
+def naming(name: str | None) -> Iterator[None]:
+    """Errors from inside say which dataset they are about; None leaves them as they are."""
+    try:
+        yield
+    except PipelineError as error:
+        if name is None:
+            raise
+        raise type(error)(
+            f"{name}: {error.what}", key=error.key, value=error.value, rule=error.rule, next_step=error.next_step
+        ) from error
+
+
+def apportion(weights: Sequence[float], total: int) -> NDArray[np.int64]:
+    """Whole numbers in proportion to the weights, by largest remainder: int64 [weights], their sum is `total`."""
+    given = np.asarray(weights, dtype=np.float64)
+    exact = given / given.sum() * total
+    parts: NDArray[np.int64] = np.floor(exact).astype(np.int64)
+    parts[np.argsort(parts - exact, kind="stable")[: total - int(parts.sum())]] += 1
+    return parts
+
+
+def shares_of(weights: Sequence[float], streams: int) -> NDArray[np.int64]:
+    """Steps of each stream in a block: int64 [streams], sum BLOCK; ConfigError for weights that give none."""
     given = np.asarray(weights, dtype=np.float64)
     if len(given) != streams or not streams or not np.isfinite(given).all() or (given <= 0).any():
         raise ConfigError(
             "the datasets cannot be mixed by these weights",
-            key="weights",
+            key="data.mix",
             value=list(weights),
             rule=f"one positive number for each of the {streams} datasets",
         )
-    exact = given / given.sum() * BLOCK
-    shares: NDArray[np.int64] = np.floor(exact).astype(np.int64)
-    short = BLOCK - int(shares.sum())
-    shares[np.argsort(shares - exact, kind="stable")[:short]] += 1
+    shares = apportion(weights, BLOCK)
     if (shares == 0).any():
         raise ConfigError(
             "a dataset's weight is too small to be served",
-            key="weights",
+            key="data.mix",
             value=list(weights),
             rule=f"at least 1/{BLOCK} of their sum each",
             next_step="raise the weight, or leave the dataset out",
         )
     return shares
+
+
+def _divided(window_bytes: int, least: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """Each dataset's part of the memory; ConfigError when it is less than they need together."""
+    spare = window_bytes - sum(least)
+    if spare < 0:
+        raise ConfigError(
+            "the shuffling windows do not fit their memory",
+            key="stream.window_bytes",
+            value=window_bytes,
+            rule=f"the {len(least)} datasets need at least {' + '.join(map(str, least))} bytes: for each lane and "
+            "bucket 2 windows of at least the largest row group",
+            next_step=f"allow {sum(least)} bytes (all workers and datasets together), or use fewer lanes",
+        )
+    shares = shares_of(weights, len(least)).tolist()
+    return [need + spare * share // BLOCK for need, share in zip(least, shares, strict=True)]

@@ -150,8 +150,7 @@ class Order:
             )
         self.slot = spec.batch_size // spec.lanes
         count = len(layout.buckets)
-        self.bucket_rows: Ints = np.zeros(count, dtype=np.int64)
-        np.add.at(self.bucket_rows, layout.bucket_of, layout.rows)
+        self.bucket_rows = _bucket_rows(layout)
         self.batches: Ints = self.bucket_rows // spec.batch_size
         self.steps_per_epoch = int(self.batches.sum())
         if not self.steps_per_epoch:
@@ -170,17 +169,15 @@ class Order:
 
     def _lane_budgets(self) -> list[int]:
         """Bytes of one window of one lane, per bucket: a row group at least, the rest by the bucket's size."""
-        spec, costs = self.spec, [self.layout.read_bytes[members] for members in self._members]
-        served = [int(b) > 0 for b in self.batches]
-        largest = [int(c.max()) if yes else 0 for c, yes in zip(costs, served, strict=True)]
-        totals = [int(c.sum()) if yes else 0 for c, yes in zip(costs, served, strict=True)]
+        spec, served, count = self.spec, self.batches > 0, np.count_nonzero(self.batches)
+        largest, totals = _costs(self.layout, served)
         spare = spec.window_bytes // (2 * spec.lanes) - sum(largest)
         if spare < 0:
             raise ConfigError(
                 "the shuffling windows do not fit their memory",
                 key="stream.window_bytes",
                 value=spec.window_bytes,
-                rule=f"{spec.lanes} lanes x {sum(served)} buckets x 2 windows of at least the largest row group",
+                rule=f"{spec.lanes} lanes x {count} buckets x 2 windows of at least the largest row group",
                 next_step=f"allow {2 * spec.lanes * sum(largest)} bytes (all workers together), or use fewer lanes",
             )
         whole = max(1, sum(totals))
@@ -240,6 +237,27 @@ class Order:
         key = ("rows", self.spec.seed, epoch, self.layout.buckets[bucket], lane) if self.spec.shuffle else None
         costs = self.layout.read_bytes[pieces[0]]
         return LaneWindows(bucket, (pieces[0], pieces[1], pieces[2]), costs, self._budgets[bucket], key)
+
+
+def least_window_bytes(layout: Layout, batch_size: int, lanes: int) -> int:
+    """The least `window_bytes` of an order: for each lane and bucket served, two windows of a row group."""
+    return 2 * lanes * sum(_costs(layout, _bucket_rows(layout) >= batch_size)[0])
+
+
+def _bucket_rows(layout: Layout) -> Ints:
+    """Rows of each bucket: int64 [buckets]."""
+    rows = np.zeros(len(layout.buckets), dtype=np.int64)
+    np.add.at(rows, layout.bucket_of, layout.rows)
+    return rows
+
+
+def _costs(layout: Layout, served: NDArray[np.bool_]) -> tuple[list[int], list[int]]:
+    """Bytes of each bucket's largest row group and of all of them; 0 for a bucket that is not served."""
+    largest, totals = np.zeros(len(served), np.int64), np.zeros(len(served), np.int64)
+    used = (layout.rows > 0) & served[layout.bucket_of]
+    np.maximum.at(largest, layout.bucket_of[used], layout.read_bytes[used])
+    np.add.at(totals, layout.bucket_of[used], layout.read_bytes[used])
+    return largest.tolist(), totals.tolist()
 
 
 def _pieces(groups: Ints, first_rows: Ints, begin: int, end: int) -> tuple[Ints, Ints, Ints]:

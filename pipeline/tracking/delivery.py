@@ -40,7 +40,9 @@ class Store(Protocol):
         self, run_id: str, points: Sequence[Point], params: Mapping[str, str], tags: Mapping[str, str]
     ) -> None: ...
     def log_artifact(self, run_id: str, local: Path, folder: str) -> None: ...
-    def log_input(self, run_id: str, name: str, digest: str, source: str, context: str) -> None: ...
+    def log_input(
+        self, run_id: str, name: str, digest: str, source: str, context: str, tags: Mapping[str, str] | None = None
+    ) -> None: ...
     def register_model(self, run_id: str, name: str, uri: str, tags: Mapping[str, str]) -> None: ...
     def set_status(self, run_id: str, status: str, end_ms: int | None = None) -> None: ...
 
@@ -199,7 +201,8 @@ class Delivery:
                 raise FileNotFoundError(f"{record['file']} is gone from the journal's folder")
             self._store.log_artifact(self.run_id, local, record["folder"])
         elif kind == "input":
-            self._store.log_input(self.run_id, *(str(record[k]) for k in ("name", "digest", "source", "context")))
+            name, digest, source, context = (str(record[k]) for k in ("name", "digest", "source", "context"))
+            self._store.log_input(self.run_id, name, digest, source, context, record.get("tags"))
         elif kind == "model":
             self._store.register_model(self.run_id, str(record["name"]), str(record["uri"]), dict(record["tags"]))
         elif kind == "status":

@@ -172,7 +172,9 @@ class MlflowStore:
         with self._translated():
             self.client.log_artifact(run_id, str(local), folder or None)
 
-    def log_input(self, run_id: str, name: str, digest: str, source: str, context: str) -> None:
+    def log_input(
+        self, run_id: str, name: str, digest: str, source: str, context: str, tags: Mapping[str, str] | None = None
+    ) -> None:
         """Attach a dataset to a run by name, digest and source; repeating it changes nothing."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -182,9 +184,9 @@ class MlflowStore:
             source_type=urlsplit(source).scheme or "local",
             source=json.dumps({"uri": source}),
         )
-        tags = [InputTag("mlflow.data.context", context), InputTag(DIGEST_TAG, digest)]
+        whole = {"mlflow.data.context": context, DIGEST_TAG: digest, **(tags or {})}
         with self._translated():
-            self.client.log_inputs(run_id, [DatasetInput(dataset, tags)])
+            self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag(k, v) for k, v in whole.items()])])
 
     def register_model(self, run_id: str, name: str, uri: str, tags: Mapping[str, str]) -> None:
         """Make the model at `uri` a version of a registered model, made when absent; once per run and URI."""

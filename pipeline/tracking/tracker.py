@@ -75,8 +75,10 @@ class Tracker(Protocol):
         """A file as artifact, copied now; `artifact_path` includes the file name."""
         ...
 
-    def log_input(self, name: str, digest: str, source: str, context: str) -> None:
-        """A dataset the run read (context "input") or made (context "output")."""
+    def log_input(
+        self, name: str, digest: str, source: str, context: str, tags: Mapping[str, str] | None = None
+    ) -> None:
+        """A dataset the run read (context "input") or made (context "output"); tags: of this use of it."""
         ...
 
     def register_model(self, name: str, uri: str, tags: Mapping[str, str]) -> None:
@@ -109,7 +111,9 @@ class NoopTracker:
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
     def log_text(self, text: str, artifact_path: str) -> None: ...
     def log_file(self, local: str | Path, artifact_path: str) -> None: ...
-    def log_input(self, name: str, digest: str, source: str, context: str) -> None: ...
+    def log_input(
+        self, name: str, digest: str, source: str, context: str, tags: Mapping[str, str] | None = None
+    ) -> None: ...
     def register_model(self, name: str, uri: str, tags: Mapping[str, str]) -> None: ...
     def set_tags(self, tags: Mapping[str, str]) -> None: ...
     def num_unsent_bytes(self) -> int:
@@ -184,9 +188,11 @@ class JournalTracker:
             )
         self._log_artifact(artifact_path, path)
 
-    def log_input(self, name: str, digest: str, source: str, context: str) -> None:
-        source = self._redact(source)
-        self._journal.append({"kind": "input", "name": name, "digest": digest, "source": source, "context": context})
+    def log_input(
+        self, name: str, digest: str, source: str, context: str, tags: Mapping[str, str] | None = None
+    ) -> None:
+        told = {"name": name, "digest": digest, "source": self._redact(source), "context": context}
+        self._journal.append({"kind": "input", **told, **({"tags": self._clean_tags(tags)} if tags else {})})
 
     def register_model(self, name: str, uri: str, tags: Mapping[str, str]) -> None:
         record = {"kind": "model", "name": name, "uri": self._redact(uri), "tags": self._clean_tags(tags)}

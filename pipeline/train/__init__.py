@@ -1,6 +1,7 @@
 """From a latent dataset to a trained, exported model: one readable loop, and the machinery that keeps it honest.
 
     dataset --handshake-->  facts: channels, classes, codec         refused before anything starts, naming both
+    datasets --agreement-->  one codec, one kind of condition       of several (data.mix), served by weight
     captions' embeddings --stream, task--> text [b, l, d], mask     the empty prompt for a keyed share (data.text_uri)
     stream  --task------->  x0, noise, t  [b, c, h, w], [b]          draws keyed by (seed, sample id, epoch)
     model   --loop------->  loss, one update per global batch        guard, clip, AdamW, EMA; counted in images

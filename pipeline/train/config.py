@@ -14,14 +14,42 @@ from pipeline.stream.config import StreamConfig
 from pipeline.tracking.config import RegistryConfig, TrackingConfig
 
 
+class MixConfig(StrictModel):
+    """One more dataset to learn from."""
+
+    uri: str = Field(..., min_length=1, description="Latent dataset, made by the same codec as that of data.uri.")
+    weight: float = Field(1.0, gt=0, description="Its part of the images served, in proportion to the other weights.")
+    text_uri: str | None = Field(
+        None,
+        min_length=1,
+        description="Embeddings of its captions by the same encoder; all datasets have them or none.",
+    )
+
+
 class DataConfig(StrictModel):
     """The latents to learn from."""
 
     uri: str = Field(..., min_length=1, description="Latent dataset: a directory or any fsspec URI.")
+    weight: float = Field(
+        1.0, gt=0, description="Its part of the images served, in proportion to the weights in data.mix."
+    )
     text_uri: str | None = Field(
         None, min_length=1, description="Embeddings of its captions, made by jobs.embed_text; null: no text."
     )
-    text_cache_bytes: int = Field(256 << 20, ge=1, description="Embeddings a worker keeps in memory.")
+    text_cache_bytes: int = Field(
+        256 << 20, ge=1, description="Embeddings a worker keeps in memory; shared by weight with those of data.mix."
+    )
+    mix: tuple[MixConfig, ...] = Field(
+        (),
+        description="Further datasets: [{uri, weight, text_uri}]. Every batch is of one dataset; within each 1,024 "
+        "steps each has its part exactly, whatever the sizes. A class number must mean the same in all.",
+    )
+
+    @property
+    def parts(self) -> dict[str, MixConfig]:
+        """Every dataset by the key of its section: "data" first, then "data.mix.0" and so on."""
+        first = MixConfig(uri=self.uri, weight=self.weight, text_uri=self.text_uri)
+        return {"data": first, **{f"data.mix.{at}": part for at, part in enumerate(self.mix)}}
 
 
 class OutputConfig(StrictModel):
@@ -133,7 +161,11 @@ class ValidationConfig(StrictModel):
     """Loss on held-out samples at fixed times with fixed noise."""
 
     every_images: int = Field(16384, ge=1, description="Measured each time this many images are done.")
-    images: int = Field(0, ge=0, description="Held-out samples asked; 0: no validation.")
+    images: int = Field(
+        0,
+        ge=0,
+        description="Held-out samples asked, of several datasets by weight, in whole chunks; 0: no validation.",
+    )
     timesteps: int = Field(4, ge=1, description="Strata of time at which each sample is asked.")
     chunk: int = Field(16, ge=1, description="Samples of one forward pass; fixed, so that results are comparable.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -10,10 +11,10 @@ from torch import Tensor
 from pipeline.model.build import build_model
 from pipeline.model.export import MARKER, ExportInfo, export_name, read_info, save_export
 from pipeline.storage import Root
-from pipeline.store.dataset import LatentDataset
 from pipeline.train import world
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.handshake import Facts
+from pipeline.train.inputs import Served
 from pipeline.train.state import TrainState
 from pipeline.train.task import Task
 
@@ -24,7 +25,7 @@ _TEXT = ("encoder", "fingerprint", "width", "max_length")  # what of Facts.text 
 def export_model(
     config: TrainJobConfig,
     facts: Facts,
-    dataset: LatentDataset,
+    served: Sequence[Served],
     task: Task,
     state: TrainState,
     root: Root,
@@ -42,7 +43,7 @@ def export_model(
             text_dim=facts.text_dim,
         )
         model.load_state_dict(weights)
-        info = export_info(config, facts, dataset, task, run_id=run_id, images=state.images, ema=track or "raw")
+        info = export_info(config, facts, served, task, run_id=run_id, images=state.images, ema=track or "raw")
         place = root.child(MODELS).child(export_name(state.images))
         if not _already_there(place, info):
             save_export(place, model, info)
@@ -52,7 +53,7 @@ def export_model(
 def export_info(
     config: TrainJobConfig,
     facts: Facts,
-    dataset: LatentDataset,
+    served: Sequence[Served],
     task: Task,
     *,
     run_id: str | None,
@@ -60,6 +61,8 @@ def export_info(
     ema: str,
 ) -> ExportInfo:
     """What a sampler must know about the model of a run; kept in exports and in every checkpoint."""
+    datasets = [{"uri": part.latents.uri, "digest": part.latents.digest, "weight": part.weight} for part in served]
+    dataset = served[0].latents
     return ExportInfo(
         model=config.model.model_dump(mode="json"),
         objective=config.objective.model_dump(mode="json"),
@@ -71,6 +74,7 @@ def export_info(
         latent_std=tuple(task.std.tolist()),
         codec={**dataset.codec, **(facts.codec or {})},
         dataset={"uri": dataset.uri, "digest": dataset.digest},
+        mixture=tuple(datasets) if len(datasets) > 1 else (),
         fingerprint_digest=dataset.fingerprint_digest,
         run_id=run_id,
         images_seen=images,

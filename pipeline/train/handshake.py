@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.codec.info import codec_info
 from pipeline.errors import ConfigError, ConflictError
 from pipeline.store.dataset import Dataset, LatentDataset
+from pipeline.train.agreement import check_mixture, check_same_encoder, check_text_uris, common_classes
 from pipeline.train.config import CodecOverride, TrainJobConfig
 
 _TEXT_ONLY = ("unet2d_condition", "sd3_transformer2d")
@@ -47,29 +48,25 @@ class Facts:
         return cls(**{**values, "buckets": tuple(values["buckets"])})
 
 
-def handshake(config: TrainJobConfig, dataset: LatentDataset) -> Facts:
-    """The facts of a dataset that fits; ConfigError or ConflictError, naming both sides, of one that does not."""
-    codec = dataset.codec
-    channels, moments = int(codec["latent_channels"]), dataset.posterior == "moments"
-    stored = len(dataset.channel_mean)
-    if stored != channels * (2 if moments else 1):
-        raise ConflictError(
-            f"The dataset holds {stored} channels a row, its codec makes {channels} (posterior: {dataset.posterior})",
-            key="data.uri",
-            value=dataset.uri,
-            rule="stored latents have the codec's channels, twice for moments",
-            next_step="verify the dataset with jobs.verify",
-        )
+def handshake(config: TrainJobConfig, dataset: LatentDataset, *mix: LatentDataset) -> Facts:
+    """The facts of a dataset that fits; ConfigError or ConflictError, naming both sides, of one that does not.
+
+    mix: the datasets of `data.mix`, in order; the facts are then those of all together.
+    """
+    datasets = dict(zip(config.data.parts, (dataset, *mix), strict=True))
+    for key, each in datasets.items():
+        _check_channels(f"{key}.uri", each)
+    check_mixture(config, datasets)
     facts = Facts(
-        latent_channels=channels,
-        factor=int(codec["factor"]),
-        num_classes=dataset.num_classes if config.train.conditional else None,
-        moments=moments,
-        buckets=tuple(sorted(dataset.row_groups.buckets)),
-        codec=locate_codec(config.codec, codec),
-        text=None if config.data.text_uri is None else text_facts(config.data.text_uri, dataset),
+        latent_channels=int(dataset.codec["latent_channels"]),
+        factor=int(dataset.codec["factor"]),
+        num_classes=common_classes(config, datasets),
+        moments=dataset.posterior == "moments",
+        buckets=tuple(sorted({bucket for each in datasets.values() for bucket in each.row_groups.buckets})),
+        codec=locate_codec(config.codec, dataset.codec),
+        text=_common_text(config, datasets),
     )
-    _check_model(config, facts, dataset.uri)
+    _check_model(config, facts, " and ".join(each.uri for each in datasets.values()))
     if config.grid.every_images is not None and facts.codec is None:
         raise ConfigError(
             f"Grids are pictures, and the dataset {dataset.uri} does not say where its codec lies",
@@ -78,6 +75,33 @@ def handshake(config: TrainJobConfig, dataset: LatentDataset) -> Facts:
             next_step="set codec.path, or grid.every_images=null",
         )
     return facts
+
+
+def _check_channels(key: str, dataset: LatentDataset) -> None:
+    channels = int(dataset.codec["latent_channels"])
+    stored = len(dataset.channel_mean)
+    if stored != channels * (2 if dataset.posterior == "moments" else 1):
+        raise ConflictError(
+            f"The dataset holds {stored} channels a row, its codec makes {channels} (posterior: {dataset.posterior})",
+            key=key,
+            value=dataset.uri,
+            rule="stored latents have the codec's channels, twice for moments",
+            next_step="verify the dataset with jobs.verify",
+        )
+
+
+def _common_text(config: TrainJobConfig, datasets: dict[str, LatentDataset]) -> dict[str, Any] | None:
+    """The facts of the first dataset's embeddings, which hold for all; None where no text is learned from."""
+    check_text_uris(config)
+    texts = {
+        key: text_facts(part.text_uri, datasets[key], f"{key}.text_uri")
+        for key, part in config.data.parts.items()
+        if part.text_uri is not None
+    }
+    if not texts:
+        return None
+    check_same_encoder(config, texts)
+    return texts["data"]
 
 
 def _check_model(config: TrainJobConfig, facts: Facts, uri: str) -> None:
@@ -129,12 +153,12 @@ def _check_model(config: TrainJobConfig, facts: Facts, uri: str) -> None:
         )
 
 
-def text_facts(uri: str, latents: LatentDataset) -> dict[str, Any]:
+def text_facts(uri: str, latents: LatentDataset, key: str = "data.text_uri") -> dict[str, Any]:
     """What a model must know of the embeddings at `uri`; ConflictError when they are not of these latents' captions.
 
     {"uri", "digest", "width", "max_length", "encoder": a TextEncoderConfig as JSON, "fingerprint"}.
     """
-    text: Dataset = Dataset.open_kind(uri, "text", "data.text_uri")
+    text: Dataset = Dataset.open_kind(uri, "text", key)
     seen = [version.source for version in text.state.plan.versions]
     unfinished = text.state.gaps().count()
     if unfinished or all(source.get("digest") != latents.digest for source in seen):
@@ -143,7 +167,7 @@ def text_facts(uri: str, latents: LatentDataset) -> dict[str, Any]:
             f"The embeddings at {uri} were made from {made_from}"
             + (f" and lack {unfinished:,} captions" if unfinished else "")
             + f"; the latents are {latents.uri} (digest {latents.digest})",
-            key="data.text_uri",
+            key=key,
             value=uri,
             rule="every caption of the latents has its embedding before training starts",
             next_step="run jobs.embed_text on the latents: it embeds only what is new",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, takewhile
 
+import numpy as np
 import torch
 
 from pipeline.diffusion.objectives import Objective
@@ -11,7 +15,9 @@ from pipeline.diffusion.rng import ids_from_words
 from pipeline.diffusion.timesteps import TimestepDensity
 from pipeline.storage import Root
 from pipeline.store.dataset import LatentDataset
+from pipeline.stream.data import Batch
 from pipeline.stream.loader import LatentStream
+from pipeline.stream.mixture import BLOCK, MixtureStream, Part, apportion, naming, open_mixture, shares_of
 from pipeline.text.dataset import TextEmbeddings
 from pipeline.train import world
 from pipeline.train.config import TrainJobConfig
@@ -24,11 +30,34 @@ CACHE = "cache"  # below output.uri: what was counted once about the dataset
 _CPU = torch.device("cpu")
 
 
-def open_text(config: TrainJobConfig) -> TextEmbeddings | None:
-    """The embeddings to learn from; None where the run reads no text."""
-    if config.data.text_uri is None:
-        return None
-    return TextEmbeddings.open(config.data.text_uri, cache_bytes=config.data.text_cache_bytes, key="data.text_uri")
+@dataclass(frozen=True)
+class Served:
+    """A dataset of the run; weight: as given; share: of the batches, 1 when it is the only one."""
+
+    latents: LatentDataset
+    weight: float = 1.0
+    share: float = 1.0
+    text: TextEmbeddings | None = None
+
+    @property
+    def name(self) -> str | None:
+        """What errors call it; None when there is no other it could be taken for."""
+        return None if self.share == 1.0 else self.latents.uri
+
+
+def open_served(config: TrainJobConfig) -> tuple[Served, ...]:
+    """The datasets of the run, the first one first, with the embeddings to learn from."""
+    parts = config.data.parts
+    weights = [part.weight for part in parts.values()]
+    shares = (shares_of(weights, len(weights)) / BLOCK).tolist()
+    served = []
+    for (key, part), share in zip(parts.items(), shares, strict=True):
+        text = None
+        if part.text_uri is not None:
+            memory = max(1, int(share * config.data.text_cache_bytes))
+            text = TextEmbeddings.open(part.text_uri, cache_bytes=memory, key=f"{key}.text_uri")
+        served.append(Served(LatentDataset.open(part.uri, f"{key}.uri"), part.weight, share, text))
+    return tuple(served)
 
 
 def embedded(text: TextEmbeddings, captions: list[str | None]) -> Text:
@@ -37,19 +66,17 @@ def embedded(text: TextEmbeddings, captions: list[str | None]) -> Text:
     return on_device(values, _CPU), torch.from_numpy(mask)
 
 
-def make_task(
-    config: TrainJobConfig, dataset: LatentDataset, facts: Facts, text: TextEmbeddings | None = None
-) -> Task:
-    """The learning problem of a configuration; latents are normalised by the dataset's own statistics."""
+def make_task(config: TrainJobConfig, served: Sequence[Served], facts: Facts) -> Task:
+    """The learning problem of a configuration; latents are normalised by the statistics of what is served."""
+    mean, std = pooled_statistics(served)
     c = facts.latent_channels
-    mean = torch.from_numpy(dataset.channel_mean[:c]).float()
-    # A channel that never varies is shifted, not blown up. Of stored posteriors, the means' spread is taken.
-    std = torch.from_numpy(dataset.channel_std[:c]).float().clamp_min(1e-6)
+    text = served[0].text
     return Task(
         objective=Objective(**config.objective.model_dump()),
         density=TimestepDensity(**config.timesteps.model_dump()),
-        mean=mean,
-        std=std,
+        mean=torch.from_numpy(mean[:c]).float(),
+        # A channel that never varies is shifted, not blown up. Of stored posteriors, the means' spread is taken.
+        std=torch.from_numpy(std[:c]).float().clamp_min(1e-6),
         num_classes=facts.num_classes,
         label_dropout=config.train.label_dropout,
         seed=config.train.seed,
@@ -59,59 +86,81 @@ def make_task(
     )
 
 
-def open_stream(
-    config: TrainJobConfig, dataset: LatentDataset, root: Root, text: TextEmbeddings | None = None
-) -> LatentStream:
+def pooled_statistics(served: Sequence[Served]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of every stored channel as served, float64 [c] each.
+
+    With shares p_i: mean = sum p_i mean_i, variance = sum p_i (std_i^2 + (mean_i - mean)^2).
+    """
+    shares = np.array([part.share for part in served])[:, None]
+    means = np.stack([part.latents.channel_mean for part in served])
+    stds = np.stack([part.latents.channel_std for part in served])
+    mean = (shares * means).sum(axis=0)
+    return mean, np.sqrt((shares * (stds**2 + (means - mean) ** 2)).sum(axis=0))
+
+
+def open_stream(config: TrainJobConfig, served: Sequence[Served], root: Root) -> LatentStream | MixtureStream:
     """This rank's share of the training rows."""
-    return LatentStream(
-        dataset,
-        seed=config.train.seed,
-        batch_size=config.train.batch_size,
-        rank=world.rank(),
-        world_size=world.world_size(),
-        captions=False,
-        sizes=False,
-        text=text,
-        cache=root.child(CACHE),
+    settings = {
+        "seed": config.train.seed,
+        "batch_size": config.train.batch_size,
+        "rank": world.rank(),
+        "world_size": world.world_size(),
+        "captions": False,
+        "sizes": False,
+        "cache": root.child(CACHE),
         **config.stream.model_dump(),
-    )
+    }
+    if len(served) == 1:
+        return LatentStream(served[0].latents, text=served[0].text, **settings)
+    parts = [Part(part.latents.uri, part.latents, part.weight, part.text) for part in served]
+    return open_mixture(parts, **settings)
 
 
-def batches_from(stream: LatentStream, step: int) -> Iterator[BatchLike]:
+def batches_from(stream: LatentStream | MixtureStream, step: int) -> Iterator[BatchLike]:
     """The stream's batches from a step on."""
     stream.start_step = step
     return iter(stream)
 
 
-def validation_chunks(
-    config: TrainJobConfig, dataset: LatentDataset, root: Root, text: TextEmbeddings | None = None
-) -> list[Chunk]:
-    """The first held-out samples in an order of their own: the same on every rank, at every start."""
-    v, chunks, wanted = config.validation, list[Chunk](), config.validation.images
+def validation_chunks(config: TrainJobConfig, served: Sequence[Served], root: Root) -> list[Chunk]:
+    """Held-out samples, of each dataset as many chunks as its share: the same on every rank, at every start."""
+    wanted = math.ceil(config.validation.images / config.validation.chunk)
+    counts = apportion([part.share for part in served], wanted).tolist()
+    return [
+        chunk for part, count in zip(served, counts, strict=True) for chunk in _held_out(config, part, root, count)
+    ]
+
+
+def _held_out(config: TrainJobConfig, part: Served, root: Root, count: int) -> list[Chunk]:
+    """The first chunks of a dataset's held-out samples in an order of their own; fewer when it has no more."""
+    if not count:
+        return []
     # Only `holdout` decides which rows these are; one lane, so that a few rows fill a chunk.
     settings = config.stream.model_dump() | {"lanes": 1}
-    stream = LatentStream(
-        dataset,
-        seed=0,
-        batch_size=v.chunk,
-        split="holdout",
-        captions=False,
-        sizes=False,
-        text=text,
-        cache=root.child(CACHE),
-        **settings,
-    )
-    with stream:
-        for batch in stream:
-            if len(chunks) * v.chunk >= wanted or batch.epoch > 0:
-                break
-            labels = None if batch.labels is None else torch.from_numpy(batch.labels)
-            asked = None
-            if batch.text is not None:
-                asked = (on_device(batch.text[0], _CPU), torch.from_numpy(batch.text[1]))
-            latents = on_device(batch.latents, _CPU)
-            chunks.append(Chunk(latents, ids_from_words(batch.sample_ids), labels, asked))
-    return chunks
+    with (
+        naming(part.name),
+        LatentStream(
+            part.latents,
+            seed=0,
+            batch_size=config.validation.chunk,
+            split="holdout",
+            captions=False,
+            sizes=False,
+            text=part.text,
+            cache=root.child(CACHE),
+            **settings,
+        ) as stream,
+    ):
+        first_epoch = takewhile(lambda batch: batch.epoch == 0, stream)
+        return [_chunk(batch) for batch in islice(first_epoch, count)]
+
+
+def _chunk(batch: Batch) -> Chunk:
+    labels = None if batch.labels is None else torch.from_numpy(batch.labels)
+    asked = None
+    if batch.text is not None:
+        asked = (on_device(batch.text[0], _CPU), torch.from_numpy(batch.text[1]))
+    return Chunk(on_device(batch.latents, _CPU), ids_from_words(batch.sample_ids), labels, asked)
 
 
 def grid_prompts(dataset: LatentDataset, text: TextEmbeddings, count: int) -> tuple[tuple[str, ...], Text]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.cluster import WORKER_ENV, Gauges, ensure_ray
 from pipeline.config import config_digest, dump_yaml
@@ -27,7 +27,7 @@ from pipeline.storage import Root
 from pipeline.storage_errors import storage_errors
 from pipeline.tracking.config import resolve_paths
 from pipeline.tracking.ending import ended_by_outcome
-from pipeline.train.config import TrainJobConfig
+from pipeline.train.config import DataConfig, MixConfig, TrainJobConfig
 from pipeline.train.control import claim_generation, record_failure, recorded_failure, request_stop
 from pipeline.train.history import read_records
 
@@ -38,7 +38,10 @@ if TYPE_CHECKING:
 
 DONE = "done.json"
 RUN = "run.json"
+WEIGHT_TAG = "latentloom.weight"
 _WATCH_S = 1.0
+
+Data = TypeVar("Data", DataConfig, MixConfig)
 
 
 def run(config: TrainJobConfig) -> JobResult:
@@ -51,9 +54,9 @@ def run(config: TrainJobConfig) -> JobResult:
     finished = _finished(root, config)
     if finished is not None:
         return finished
-    dataset, facts = _open(config)
+    datasets, facts = _open(config)
     root.probe()
-    tracker = _open_run(config, root, dataset)
+    tracker = _open_run(config, root, datasets)
     with ended_by_outcome(tracker):
         generation = claim_generation(root, {"config": config_digest(config), "time": time.time()})
         outcome = _fit(config, root, generation, tracker.handle, facts)
@@ -70,23 +73,33 @@ def run(config: TrainJobConfig) -> JobResult:
 def dry_run(config: TrainJobConfig) -> JobResult:
     """What a run would do: steps, epochs, space for checkpoints; starts nothing and writes nothing."""
     config = _absolute(config)
-    dataset, facts = _open(config)
+    datasets, facts = _open(config)
     t = config.train
     steps = math.ceil(t.images / t.batch_size)
-    per_epoch = dataset.num_rows * (1.0 - config.stream.holdout)
     return JobResult(
         status="dry-run",
         counts={
             "steps": steps,
             "images": steps * t.batch_size,
-            "rows": dataset.num_rows,
+            "rows": sum(dataset.num_rows for dataset in datasets),
             "classes": facts.num_classes or 0,
             "checkpoints": math.ceil(t.images / config.checkpoint.every_images),
             "micro_batches_per_step": math.ceil(math.ceil(t.batch_size / t.num_workers) / t.micro_batch),
         },
         outputs={"model": root_of(config).uri_of("model")},
-        figures={"epochs": steps * t.batch_size / max(1.0, per_epoch)},
+        figures=_epochs(config, datasets, steps * t.batch_size),
     )
+
+
+def _epochs(config: TrainJobConfig, datasets: tuple[LatentDataset, ...], images: int) -> dict[str, float]:
+    """How often each dataset is seen: "epochs" is the first one's, "epochs_mix<n>" that of `data.mix[n]`."""
+    weights = [part.weight for part in config.data.parts.values()]
+    names = ["epochs", *(f"epochs_mix{at}" for at in range(len(config.data.mix)))]
+    figures = {}
+    for name, weight, dataset in zip(names, weights, datasets, strict=True):
+        per_epoch = dataset.num_rows * (1.0 - config.stream.holdout)
+        figures[name] = images * (weight / sum(weights)) / max(1.0, per_epoch)
+    return figures
 
 
 def root_of(config: TrainJobConfig) -> Root:
@@ -99,13 +112,19 @@ def root_of(config: TrainJobConfig) -> Root:
 
 def _absolute(config: TrainJobConfig) -> TrainJobConfig:
     """Workers run in a directory of their own: local paths must not depend on it."""
+    data = config.data.model_copy(update={"mix": tuple(_absolute_data(part) for part in config.data.mix)})
     return config.model_copy(
         update={
-            "data": config.data.model_copy(update={"uri": Root(config.data.uri).uri}),
+            "data": _absolute_data(data),
             "output": config.output.model_copy(update={"uri": Root(config.output.uri).uri}),
             "tracking": resolve_paths(config.tracking),
         }
     )
+
+
+def _absolute_data(section: Data) -> Data:
+    text = None if section.text_uri is None else Root(section.text_uri).uri
+    return section.model_copy(update={"uri": Root(section.uri).uri, "text_uri": text})
 
 
 def _finished(root: Root, config: TrainJobConfig) -> JobResult | None:
@@ -119,30 +138,28 @@ def _finished(root: Root, config: TrainJobConfig) -> JobResult | None:
     return JobResult(**{**done["result"], "status": "unchanged"})
 
 
-def _open(config: TrainJobConfig) -> tuple[LatentDataset, Facts]:
+def _open(config: TrainJobConfig) -> tuple[tuple[LatentDataset, ...], Facts]:
     from pipeline.store.dataset import LatentDataset
     from pipeline.train.handshake import handshake
 
-    dataset = LatentDataset.open(config.data.uri)
-    return dataset, handshake(config, dataset)
+    datasets = tuple(LatentDataset.open(part.uri, f"{key}.uri") for key, part in config.data.parts.items())
+    return datasets, handshake(config, *datasets)
 
 
-def _open_run(config: TrainJobConfig, root: Root, dataset: LatentDataset) -> Tracker:
+def _open_run(config: TrainJobConfig, root: Root, datasets: tuple[LatentDataset, ...]) -> Tracker:
     """The MLflow run: a new one, or the one that an earlier start of this training opened."""
-    from pipeline.store.runs import last_run
     from pipeline.tracking.tracker import open_tracker
 
     try:
         earlier = json.loads(root.read_bytes(RUN))["run"]
     except FileNotFoundError:
         earlier = None
-    encode_run = dataset.provenance.get("run_id") or last_run(dataset.root).get("handle")
     tracker = open_tracker(
         config.tracking,
         job="train",
         run_name=f"train {config.model.kind}",
         resume_run_id=earlier,
-        parents={"encode": str(encode_run)} if encode_run else {},
+        parents=_encode_runs(datasets),
     )
     root.put(RUN, json.dumps({"run": tracker.handle}).encode())
     t = config.train
@@ -159,12 +176,32 @@ def _open_run(config: TrainJobConfig, root: Root, dataset: LatentDataset) -> Tra
             "precision": t.precision,
             "ema": ", ".join(e.name for e in t.ema),
             "data.uri": config.data.uri,
+            **({"data.mix": _told_mix(config)} if config.data.mix else {}),
             "output.uri": config.output.uri,
         }
     )
     tracker.log_text(dump_yaml(config), "config.yaml")
-    tracker.log_input("latents", dataset.digest, dataset.uri, "input")
+    for part, dataset in zip(config.data.parts.values(), datasets, strict=True):
+        tags = {WEIGHT_TAG: f"{part.weight:g}"} if config.data.mix else None
+        tracker.log_input("latents", dataset.digest, dataset.uri, "input", tags)
     return tracker
+
+
+def _encode_runs(datasets: tuple[LatentDataset, ...]) -> dict[str, str]:
+    """The runs that made the datasets: "encode" the first one's, "encode.mix<n>" that of `data.mix[n]`."""
+    from pipeline.store.runs import last_run
+
+    runs = {}
+    for at, dataset in enumerate(datasets):
+        run_id = dataset.provenance.get("run_id") or last_run(dataset.root).get("handle")
+        if run_id:
+            runs[f"encode.mix{at - 1}" if at else "encode"] = str(run_id)
+    return runs
+
+
+def _told_mix(config: TrainJobConfig) -> str:
+    """All datasets and their weights, in one line."""
+    return ", ".join(f"{part.weight:g} x {part.uri}" for part in config.data.parts.values())
 
 
 # -- Ray -------------------------------------------------------------------------------------------------------

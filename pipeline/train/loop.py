@@ -36,11 +36,13 @@ class BatchLike(Protocol):
     """This rank's share of one global batch: raw latents [b, c, h, w], ids uint64 [b, 2], labels [b] or None.
 
     text: embeddings [b, l, d] and which of the l are tokens [b, l], or None. Latents and embeddings may be as
-    stored (see `task.on_device`).
+    stored (see `task.on_device`). dataset: which of several all its samples are of; epoch: that dataset's.
     """
 
     @property
     def epoch(self) -> int: ...
+    @property
+    def dataset(self) -> int: ...
     @property
     def latents(self) -> np.ndarray: ...
     @property
@@ -165,7 +167,7 @@ def train(
         # Reports, hooks and checkpoints happen when the count of images crosses a multiple, wherever it began.
         done = state.images >= settings.images
         if done or _crossed(before, state.images, settings.log_images):
-            call.log(_record(state, batch.epoch, rate, norm, meter))
+            call.log(_record(state, batch, rate, norm, meter))
         for hook in call.hooks:
             if done or _crossed(before, state.images, hook.every_images):
                 with meter.paused():
@@ -247,7 +249,8 @@ def _skip(state: TrainState, batch: BatchLike, loss: float, norm: float, on_skip
     state.skipped_in_a_row += 1
     names = world.gather_json([bytes(row.astype("<u8").tobytes()).hex() for row in batch.sample_ids])
     ids = [name for share in names for name in share]
-    on_skip({"step": state.step, "images": state.images, "loss": loss, "grad_norm": norm, "sample_ids": ids})
+    told = {"step": state.step, "images": state.images, "loss": loss, "grad_norm": norm, "sample_ids": ids}
+    on_skip({**told, "dataset": batch.dataset})
 
 
 def _roll_back(state: TrainState, checkpoints: CheckpointStore, loss: float, norm: float, settings: Settings) -> None:
@@ -288,11 +291,15 @@ def _add_to_window(state: TrainState, sums: Tensor) -> None:
     state.window["sums"] = [a + b for a, b in zip(window, sums[1:-1].tolist(), strict=True)]
 
 
-def _record(state: TrainState, epoch: int, rate: float, norm: float, meter: Meter) -> dict[str, Any]:
-    """The figures since the last record; the open window is part of the checkpoint, so a resume leaves no seam."""
+def _record(state: TrainState, batch: BatchLike, rate: float, norm: float, meter: Meter) -> dict[str, Any]:
+    """The figures since the last record; the open window is part of the checkpoint, so a resume leaves no seam.
+
+    "epoch" is that of the first dataset and "epoch_mix<n>" that of `data.mix[n]`: of several, the last batch's alone.
+    """
     total, *rest = state.window.pop("sums", [0.0] * (1 + 2 * NUM_BINS))
     sums, counts = rest[:NUM_BINS], rest[NUM_BINS:]
-    record: dict[str, Any] = {"step": state.step, "images": state.images, "epoch": epoch}
+    epoch = f"epoch_mix{batch.dataset - 1}" if batch.dataset else "epoch"
+    record: dict[str, Any] = {"step": state.step, "images": state.images, epoch: batch.epoch}
     if sum(counts):
         record["loss"] = total / sum(counts)
     for i, (value, count) in enumerate(zip(sums, counts, strict=True)):

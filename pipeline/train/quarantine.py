@@ -1,6 +1,7 @@
 """Samples of skipped steps, as Parquet that anybody can read: one row for each sample and step.
 
     sample_id binary(16) | step int64, counted from 0 | images int64, after the step | loss, grad_norm float64
+    dataset string, the URI of the sample's dataset: only where the run learns from several
 
 The object is replaced as a whole, atomically, at every skip. A resume drops the rows of steps it is about to repeat.
 """
@@ -27,6 +28,7 @@ SCHEMA = pa.schema(
         pa.field("grad_norm", pa.float64(), False),
     ]
 )
+MIXED = SCHEMA.append(pa.field("dataset", pa.string(), False))
 
 
 class Quarantine:
@@ -43,10 +45,12 @@ class Quarantine:
             self._put(kept)
 
     def add(self, skipped: Mapping[str, Any]) -> None:
-        """The samples of one skipped step: step, images, loss, grad_norm, and sample_ids in hex."""
+        """The samples of one skipped step: step, images, loss, grad_norm, sample_ids in hex, of several a dataset."""
         ids = [bytes.fromhex(name) for name in skipped["sample_ids"]]
-        shared = {name: [skipped[name]] * len(ids) for name in ("step", "images", "loss", "grad_norm")}
-        self._put(pa.concat_tables([self.rows, pa.table({"sample_id": ids, **shared}, schema=SCHEMA)]))
+        schema = MIXED if "dataset" in skipped else SCHEMA
+        shared = {name: [skipped[name]] * len(ids) for name in schema.names if name != "sample_id"}
+        new = pa.table({"sample_id": ids, **shared}, schema=schema)
+        self._put(pa.concat_tables([self.rows, new]) if len(self.rows) else new)
 
     def _put(self, rows: pa.Table) -> None:
         self.rows = rows
@@ -61,4 +65,4 @@ def read_quarantine(root: Root) -> pa.Table:
         data = root.read_bytes(QUARANTINE)
     except FileNotFoundError:
         return SCHEMA.empty_table()
-    return pq.read_table(io.BytesIO(data), schema=SCHEMA, page_checksum_verification=True)
+    return pq.read_table(io.BytesIO(data), page_checksum_verification=True)

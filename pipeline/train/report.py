@@ -19,12 +19,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Reporter:
-    """What the loop tells, put where it can be found after a crash."""
+    """What the loop tells, put where it can be found after a crash. datasets: their URIs, in the run's order."""
 
     root: Root
     tracker: Tracker
     checkpoints: CheckpointStore
     publish: Callable[[Mapping[str, float]], None] = lambda figures: None
+    datasets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.history, self.quarantine = Journal(self.root), Quarantine(self.root)
@@ -48,8 +49,16 @@ class Reporter:
         self.publish({**figures, **told})
 
     def skip(self, record: dict[str, Any]) -> None:
-        """A skipped step, with the ids of its samples."""
-        self.quarantine.add(record)
+        """A skipped step, with the ids of its samples and, of several datasets, the one they are of."""
+        told, place = {key: value for key, value in record.items() if key != "dataset"}, ""
+        if len(self.datasets) > 1:
+            told["dataset"] = self.datasets[record["dataset"]]
+            place = f" ({told['dataset']})"
+        self.quarantine.add(told)
         _log.warning(
-            "step %d is skipped: loss %s, gradient norm %s", record["step"], record["loss"], record["grad_norm"]
+            "step %d%s is skipped: loss %s, gradient norm %s",
+            record["step"],
+            place,
+            record["loss"],
+            record["grad_norm"],
         )

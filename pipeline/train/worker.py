@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,8 @@ import torch
 from pipeline.model.build import build_model, repeated_blocks
 from pipeline.model.flops import forward_flops, train_flops
 from pipeline.storage import Root
-from pipeline.store.dataset import LatentDataset
 from pipeline.stream.loader import LatentStream
-from pipeline.text.dataset import TextEmbeddings
+from pipeline.stream.mixture import MixtureStream
 from pipeline.tracking.tracker import NoopTracker, Tracker, attach_tracker
 from pipeline.train import world
 from pipeline.train.checkpoint import CheckpointStore
@@ -25,7 +24,15 @@ from pipeline.train.ema import Track
 from pipeline.train.finish import export_info, export_model
 from pipeline.train.grid import Grid
 from pipeline.train.handshake import Facts, identity
-from pipeline.train.inputs import batches_from, grid_prompts, make_task, open_stream, open_text, validation_chunks
+from pipeline.train.inputs import (
+    Served,
+    batches_from,
+    grid_prompts,
+    make_task,
+    open_served,
+    open_stream,
+    validation_chunks,
+)
 from pipeline.train.loop import Callbacks, Engine, Hook, Settings, train
 from pipeline.train.meter import Meter, peak_flops
 from pipeline.train.parallel import wrap
@@ -64,15 +71,15 @@ def run_worker(config: TrainJobConfig, place: Place) -> dict[str, Any]:
     """
     torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
     root = Root(config.output.uri)
-    dataset = LatentDataset.open(config.data.uri)
+    served = open_served(config)
     facts = place.facts
     device = torch.device(place.device)
-    text = open_text(config)
-    stream = open_stream(config, dataset, root, text)
-    state, engine = _build(config, facts, device, identity(config, dataset, facts) | _stream_identity(stream))
-    task = make_task(config, dataset, facts, text)
+    stream = open_stream(config, served, root)
+    same_run = identity(config, served[0].latents, facts) | _stream_identity(stream)
+    state, engine = _build(config, facts, device, same_run)
+    task = make_task(config, served, facts)
     state.about = export_info(
-        config, facts, dataset, task, run_id=place.tracking_handle, images=0, ema="raw"
+        config, facts, served, task, run_id=place.tracking_handle, images=0, ema="raw"
     ).to_json()
     checkpoints = CheckpointStore(
         root.child("checkpoints"),
@@ -85,7 +92,8 @@ def run_worker(config: TrainJobConfig, place: Place) -> dict[str, Any]:
     watch = StopWatch(root, place.generation) if lead else None
     notices = Notices(place.preempted)
     tracker = attach_tracker(config.tracking, place.tracking_handle) if lead else NoopTracker()
-    reporter = Reporter(root, tracker, checkpoints, place.publish) if lead else None
+    uris = tuple(part.latents.uri for part in served)
+    reporter = Reporter(root, tracker, checkpoints, place.publish, uris) if lead else None
     try:
         status = train(
             state,
@@ -95,7 +103,7 @@ def run_worker(config: TrainJobConfig, place: Place) -> dict[str, Any]:
             loop_settings(config),
             checkpoints,
             callbacks=Callbacks(
-                hooks=_hooks(config, dataset, facts, task, state, device, tracker, text),
+                hooks=_hooks(config, served, facts, task, state, device, tracker),
                 log=reporter.log if reporter else lambda _record: None,
                 skip=reporter.skip if reporter else lambda _record: None,
                 resume=reporter.resume if reporter else lambda _state: None,
@@ -109,7 +117,7 @@ def run_worker(config: TrainJobConfig, place: Place) -> dict[str, Any]:
             watch.check_current()
         if status == "done":
             run_id = tracker.wait_run_id(_RUN_ID_WAIT_S)
-            export_model(config, facts, dataset, task, state, root, run_id=run_id)
+            export_model(config, facts, served, task, state, root, run_id=run_id)
     finally:
         stream.close()
         if watch is not None:
@@ -125,7 +133,7 @@ def loop_settings(config: TrainJobConfig) -> Settings:
     return Settings(**values, checkpoint_images=config.checkpoint.every_images)
 
 
-def _stream_identity(stream: LatentStream) -> dict[str, Any]:
+def _stream_identity(stream: LatentStream | MixtureStream) -> dict[str, Any]:
     return {f"stream.{k}": v for k, v in stream.identity.items()}
 
 
@@ -176,20 +184,19 @@ def _meter(config: TrainJobConfig, facts: Facts, device: torch.device) -> Meter:
 
 def _hooks(
     config: TrainJobConfig,
-    dataset: LatentDataset,
+    served: Sequence[Served],
     facts: Facts,
     task: Task,
     state: TrainState,
     device: torch.device,
     tracker: Tracker,
-    text: TextEmbeddings | None,
 ) -> list[Hook]:
     hooks = []
     if config.validation.images:
         question = Validation(
             task,
             state.model,
-            validation_chunks(config, dataset, Root(config.output.uri), text),
+            validation_chunks(config, served, Root(config.output.uri)),
             num_timesteps=config.validation.timesteps,
             ema=[t.name for t in state.ema.tracks],
             device=device,
@@ -197,7 +204,8 @@ def _hooks(
         )
         hooks.append(Hook(config.validation.every_images, question.run))
     if config.grid.every_images is not None:
-        prompts = None if text is None else grid_prompts(dataset, text, config.grid.images)
+        first = served[0]
+        prompts = None if first.text is None else grid_prompts(first.latents, first.text, config.grid.images)
         hooks.append(Hook(config.grid.every_images, _grid(config, facts, task, device, tracker, prompts).run))
     return hooks
 

@@ -64,7 +64,7 @@ class Case:
 
 
 def make_dataset(uri: str, shape: tuple[int, int, int], total_bytes: int, files: int = 4) -> LatentDataset:
-    """Random latents of one shape in some files with row groups of 8 MiB."""
+    """Random latents of one shape in some files, with row groups as the encode job writes them."""
     width = 2 * int(np.prod(shape))
     per_file = max(BATCH, total_bytes // width // files)
     root = planned_root(uri, units=files, rows=per_file)
@@ -86,7 +86,7 @@ def make_dataset(uri: str, shape: tuple[int, int, int], total_bytes: int, files:
         }
         for name, values in new.items():
             rows = rows.set_column(rows.column_names.index(name), template.schema.field(name), values)
-        committer(root, generation, row_group_bytes=8 << 20).commit(rows, None, {})
+        committer(root, generation, row_group_bytes=16 << 20).commit(rows, None, {})
     generation.abandon()
     return LatentDataset.open(uri)
 

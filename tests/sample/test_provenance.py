@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ConflictError, InputError
-from pipeline.sample.provenance import Draw, Origin, check_origin, provenance, request_of, without_credentials
+from pipeline.sample.provenance import (
+    Draw,
+    Origin,
+    check_origin,
+    origin_of,
+    provenance,
+    request_of,
+    without_credentials,
+)
 from pipeline.sample.requests import Defaults, Limits, validate_requests
 
 DRAW = Draw(
@@ -47,6 +55,16 @@ def test_a_request_comes_back_whole() -> None:
     assert request_of(found) == request()
     assert Draw(**found["draw"]) == DRAW
     check_origin(found, ORIGIN)
+
+
+def test_every_dataset_of_a_mixture_is_named() -> None:
+    mixture = (("s3://u:p@b/one", "d", 3.0), ("/two", "e", 0.5))
+    found = json.loads(json.dumps(provenance(request(), DRAW, dataclasses.replace(ORIGIN, mixture=mixture))))
+    assert origin_of(found).mixture == (("s3://b/one", "d", 3.0), ("/two", "e", 0.5))
+    assert origin_of(found).datasets == (("s3://b/one", "d"), ("/two", "e"))
+    assert "mixture" not in provenance(request(), DRAW, ORIGIN)
+    assert ORIGIN.datasets == (("https://u:pw@host/data?token=abc", "d"),)
+    assert dataclasses.replace(ORIGIN, dataset_uri=None).datasets == ()
 
 
 def test_an_edited_request_is_noticed() -> None:

@@ -10,10 +10,10 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from pipeline.errors import ConfigError, ConflictError
+from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.stream.data import Batch
 from pipeline.stream.loader import LatentStream
-from pipeline.stream.mixture import BLOCK, MixtureStream
+from pipeline.stream.mixture import BLOCK, MixtureStream, Part, apportion, open_mixture
 from tests.stream.latent_rows import MemoryRows
 
 WEIGHTS = [0.7, 0.2, 0.1]
@@ -81,6 +81,39 @@ def test_a_state_of_another_mixture_is_refused() -> None:
 def _other_seed() -> LatentStream:
     dataset = MemoryRows([("64x64", 32)] * 3)
     return LatentStream(dataset, seed=4, batch_size=4, lanes=4, window_bytes=10**6)
+
+
+def opened(window_bytes: int, **changes: object) -> MixtureStream:
+    parts = [Part(f"s3://{at}", MemoryRows([("64x64", 16 + 8 * at)] * 3), w) for at, w in enumerate(WEIGHTS)]
+    return open_mixture(parts, **{"seed": 3, "batch_size": 4, "lanes": 4, "window_bytes": window_bytes, **changes})
+
+
+def test_the_memory_is_that_of_all_datasets_together() -> None:
+    least = [2 * 4 * (100 * rows + 1) for rows in (16, 24, 32)]
+    exact = opened(sum(least))
+    assert [stream.order.spec.window_bytes for stream in exact.streams] == least
+    rich = [stream.order.spec.window_bytes for stream in opened(sum(least) + 10 * BLOCK).streams]
+    assert sum(rich) <= sum(least) + 10 * BLOCK
+    assert [given - need for given, need in zip(rich, least, strict=True)] == [7170, 2050, 1020]
+    rule = r"stream.window_bytes = \d+[\s\S]*at least 12808 \+ 19208 \+ 25608 bytes[\s\S]*allow 57624 bytes"
+    with pytest.raises(ConfigError, match=rule):
+        opened(sum(least) - 1)
+
+
+def test_an_error_names_the_dataset_it_is_about() -> None:
+    with pytest.raises(ConfigError, match=r"s3://0: the data do not fill a single batch[\s\S]*holds 48"):
+        opened(10**6, batch_size=52)
+    stream = opened(10**6)
+    stream.streams[1]._dataset.tables[0] = stream.streams[1]._dataset.tables[0].slice(1)
+    with pytest.raises(InputError, match=r"s3://1: row group 0 of the latent dataset cannot be used"):
+        take(stream, 20)
+
+
+@pytest.mark.parametrize("total", [0, 1, 7, BLOCK])
+def test_whole_numbers_in_proportion(total: int) -> None:
+    parts = apportion([3.0, 1.0, 0.5], total)
+    assert parts.sum() == total
+    assert np.abs(parts - np.array([3.0, 1.0, 0.5]) / 4.5 * total).max() < 1
 
 
 @pytest.mark.parametrize("weights", [[1.0, 2.0], [1.0, -1.0, 1.0], [1.0, 0.0, 1.0], [1.0, float("nan"), 1.0]])

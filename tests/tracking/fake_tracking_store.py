@@ -19,6 +19,7 @@ class FakeRun:
     tags: dict[str, str] = field(default_factory=dict)
     artifacts: dict[str, bytes] = field(default_factory=dict)
     inputs: set[tuple[str, str, str, str]] = field(default_factory=set)
+    input_tags: dict[str, dict[str, str]] = field(default_factory=dict)
     status: str = "RUNNING"
 
 
@@ -81,9 +82,12 @@ class FakeStore:
         self._run(run_id).artifacts[f"{folder}/{local.name}".lstrip("/")] = local.read_bytes()
         self._fault("log_artifact: answer")
 
-    def log_input(self, run_id: str, name: str, digest: str, source: str, context: str) -> None:
+    def log_input(
+        self, run_id: str, name: str, digest: str, source: str, context: str, tags: Mapping[str, str] | None = None
+    ) -> None:
         self._enter("log_input")
         self._run(run_id).inputs.add((name, digest, source, context))
+        self._run(run_id).input_tags[digest] = dict(tags or {})
 
     def set_status(self, run_id: str, status: str, end_ms: int | None = None) -> None:
         self._enter("set_status")

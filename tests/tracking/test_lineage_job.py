@@ -114,6 +114,15 @@ def test_a_run_leads_both_ways(chain: Chain) -> None:
     assert [s["uri"] for s in last.details["sources"]] == ["s3://photos"]
 
 
+def test_a_model_of_several_datasets_leads_to_all_of_them(chain: Chain) -> None:
+    other = chain.job("encode", {}, [("b2" * 16, "s3://drawings")], ("e5" * 16, "s3://latents"))
+    made_of = [("f6" * 16, chain.data.uri), ("e5" * 16, "s3://latents")]
+    parents = {"encode": chain.encode, "encode.mix0": other}
+    result = chain.ask(chain.job("train", parents, made_of, ("a7" * 16, "s3://m/both")))
+    assert set(ids(result, "back")[1:]) == {chain.encode, other}
+    assert {"s3://photos", "s3://drawings"} <= {source["uri"] for source in result.details["sources"]}
+
+
 def test_a_dataset_leads_to_all_runs_that_wrote_it_and_those_that_read_it(chain: Chain) -> None:
     assert noted_runs(chain.data) == [chain.encode, chain.first]
     result = chain.ask(chain.data.uri)

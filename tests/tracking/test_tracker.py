@@ -44,6 +44,7 @@ def test_a_run_holds_everything_it_was_told(tracking: TrackingConfig, tmp_path: 
     sheet.write_bytes(b"png")
     tracker.log_file(sheet, "samples/contact.png")
     tracker.log_input("latents", "ab" * 32, "/data/latents", "input")
+    tracker.log_input("latents", "cd" * 32, "/data/more", "input", {"latentloom.weight": "0.5"})
     tracker.set_tags({"note": "first", "team": "vision"})
     tracker.set_tags({"note": "second"})
     tracker.finish("FINISHED")
@@ -51,6 +52,8 @@ def test_a_run_holds_everything_it_was_told(tracking: TrackingConfig, tmp_path: 
     run = MlflowStore(tracking.uri).client.get_run(tracker.run_id)
     assert (run.info.status, run.info.run_name) == ("FINISHED", "a run")
     assert run.info.end_time is not None
+    told = {str(i.dataset.digest)[:2]: {t.key: t.value for t in i.tags} for i in run.inputs.dataset_inputs}
+    assert (told["cd"]["latentloom.weight"], "latentloom.weight" in told["ab"]) == ("0.5", False)
     assert run.data.params == {"lr": "0.0001", "model": "{'kind': 'dit'}"}
     wanted = {"note": "second", "team": "vision", "latentloom.job": "train", "latentloom.parent.encode": "e" * 32}
     assert wanted.items() <= run.data.tags.items()

@@ -45,12 +45,14 @@ def test_repeating_a_call_changes_nothing(tracking: TrackingConfig, header: Buil
     for _ in range(3):
         points = [Point("loss", float("nan"), 5, 1), Point("loss", 2.0, 6, 2)]
         store.log_batch(run_id, points, {"p": "1"}, {"t": "1"})
-        store.log_input(run_id, "n", "d" * 64, "s3://b/x", "input")
+        store.log_input(run_id, "n", "d" * 64, "s3://b/x", "input", {"latentloom.weight": "2"})
     assert len(store.client.get_metric_history(run_id, "loss")) == 2
     state = store.run_state(run_id)
     assert state is not None
     assert (len(state.datasets), state.last_steps, state.params) == (1, {"loss": 2}, {"p": "1"})
     assert state.datasets[0].digest == "d" * 64
+    (used,) = store.client.get_run(run_id).inputs.dataset_inputs
+    assert {tag.key: tag.value for tag in used.tags}["latentloom.weight"] == "2"
 
 
 def test_errors_come_out_as_refused_missing_or_unavailable(tracking: TrackingConfig, header: Build) -> None:

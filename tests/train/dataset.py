@@ -40,20 +40,28 @@ def make_dataset(
     posterior: str = "mode",
     codec_channels: int | None = None,
     captions: Sequence[str] = (),
+    name: str = "",
+    weights_sha256: str = "0" * 64,
+    image: str | None = None,
+    shift: float = 0.5,
 ) -> str:
-    """Write the dataset and return its URI; the fingerprint depends on the shape only."""
+    """Write the dataset and return its URI; the fingerprint depends on the shape, the weights and `image` only.
+
+    Datasets of different names hold different images of other patterns.
+    """
     root = Root(str(path))
     stored = channels * (2 if posterior == "moments" else 1)
     codec = {
         "class_name": "Fake",
-        "weights_sha256": "0" * 64,
+        "weights_sha256": weights_sha256,
         "latent_channels": codec_channels or channels,
         "factor": 4,
     }
-    fingerprint = {"codec": codec, "latent_dtype": "float16", "posterior": posterior, "side": side}
+    fingerprint = {"codec": codec, "latent_dtype": "float16", "posterior": posterior}
+    fingerprint |= {"side": side} if image is None else {"image": image}
     claim_identity(root, Identity("latents", fingerprint, {"codec": codec}))
     generation = claim_next(root, lambda previous: collect(root, previous), job="encode")
-    entries = [FakeEntry(f"{i:06d}.png") for i in range(rows)]
+    entries = [FakeEntry(f"{name}{i:06d}.png") for i in range(rows)]
     update_plan(
         root,
         entries,
@@ -65,21 +73,23 @@ def make_dataset(
     )
     committer = Committer(root, generation.number, 4096, "float16", {})
     told = [captions[i % len(captions)] if captions else None for i in range(rows)]
-    committer.commit(_rows(rows, classes, stored, side, told), REJECTS.empty_table(), {})
+    committer.commit(_rows(rows, classes, stored, side, told, name, shift), REJECTS.empty_table(), {})
     generation.close({"status": "done"})
     return root.uri
 
 
-def _rows(rows: int, classes: int | None, channels: int, side: int, captions: list[str | None]) -> pa.Table:
-    rng = np.random.default_rng(3)
+def _rows(
+    rows: int, classes: int | None, channels: int, side: int, captions: list[str | None], name: str, shift: float
+) -> pa.Table:
+    rng = np.random.default_rng([3, *name.encode()])
     labels = np.arange(rows) % (classes or 1)
     patterns = rng.normal(size=(classes or 1, channels, side, side)) * 2
-    latents = (patterns[labels] + 0.3 * rng.normal(size=(rows, channels, side, side)) + 0.5).astype(np.float32)
-    ids = [hashlib.blake2b(str(i).encode(), digest_size=16).digest() for i in range(rows)]
+    latents = (patterns[labels] + 0.3 * rng.normal(size=(rows, channels, side, side)) + shift).astype(np.float32)
+    ids = [hashlib.blake2b(f"{name}{i}".encode(), digest_size=16).digest() for i in range(rows)]
     pixels = side * 4
     columns: dict[str, object] = {
         "sample_id": ids,
-        "key": [f"{i:06d}.png" for i in range(rows)],
+        "key": [f"{name}{i:06d}.png" for i in range(rows)],
         "unit": np.zeros(rows, np.int64),
         "row": np.arange(rows),
         "variant": np.zeros(rows, np.int32),

@@ -56,6 +56,7 @@ class FakeBatch:
     sample_ids: np.ndarray
     labels: np.ndarray | None
     text: tuple[np.ndarray, np.ndarray] | None = None
+    dataset: int = 0
 
 
 def samples() -> tuple[np.ndarray, np.ndarray, np.ndarray]:

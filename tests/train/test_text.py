@@ -22,7 +22,7 @@ from pipeline.text.job import run as embed
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.control import claim_generation
 from pipeline.train.handshake import handshake
-from pipeline.train.inputs import embedded, grid_prompts, make_task, validation_chunks
+from pipeline.train.inputs import embedded, grid_prompts, make_task, open_served, open_stream, validation_chunks
 from pipeline.train.worker import Place, run_worker
 from tests.text.text_builders import CLIP_LENGTH, WIDTH, make_clip
 from tests.train.dataset import make_dataset
@@ -44,10 +44,13 @@ def uris(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """Latents with captions (one in four has none), and their embeddings."""
     folder = tmp_path_factory.mktemp("text")
     latents = make_dataset(folder / "latents", rows=64, captions=(*CAPTIONS, ""))
-    encoder = {"name": "clip", "path": str(make_clip(folder / "clip"))}
+    return latents, embed_captions(latents, make_clip(folder / "clip"))
+
+
+def embed_captions(latents: str, clip: Path, **settings: Any) -> str:
+    encoder = {"name": "clip", "path": str(clip), **settings}
     values = {"data": {"uri": latents}, "encoders": [encoder], "device": "cpu", "tracking": {"enabled": False}}
-    result = embed(validate(EmbedTextJobConfig, values))
-    return latents, result.outputs["clip"]
+    return embed(validate(EmbedTextJobConfig, values)).outputs[encoder["name"]]
 
 
 def config_of(tmp_path: Path, uris: tuple[str, str], changes: dict[str, Any] | None = None) -> TrainJobConfig:
@@ -56,7 +59,7 @@ def config_of(tmp_path: Path, uris: tuple[str, str], changes: dict[str, Any] | N
 
 
 def start(config: TrainJobConfig, tmp_path: Path) -> None:
-    facts = handshake(config, LatentDataset.open(config.data.uri))
+    facts = handshake(config, *(LatentDataset.open(part.uri) for part in config.data.parts.values()))
     generation = claim_generation(Root(config.output.uri), {})
     run_worker(config, Place("cpu", generation, None, facts, True, tmp_path / "scratch"))
 
@@ -102,7 +105,7 @@ def test_dropped_captions_are_the_empty_prompt_and_go_with_the_labels(uris: tupl
     changes = {"train": {"text_dropout": 0.5, "label_dropout": 0.5}}
     config = config_of(tmp_path, uris, changes)
     dataset = LatentDataset.open(uris[0])
-    task = make_task(config, dataset, handshake(config, dataset), text)
+    task = make_task(config, open_served(config), handshake(config, dataset))
     ids = torch.randint(1 << 62, (200, 2), generator=torch.Generator().manual_seed(0))
     given = embedded(text, [CAPTIONS[0]] * 200)
     labels = task.dropped_labels(torch.zeros(200, dtype=torch.int64), ids, 0)
@@ -123,7 +126,7 @@ def test_validation_and_grids_ask_with_text(uris: tuple[str, str], tmp_path: Pat
     config = config_of(tmp_path, uris, held)
     dataset, text = LatentDataset.open(uris[0]), TextEmbeddings.open(uris[1])
     root = Root(config.output.uri)
-    chunks = validation_chunks(config, dataset, root, text)
+    chunks = validation_chunks(config, open_served(config), root)
     assert all(c.text is not None and c.text[0].shape == (4, CLIP_LENGTH, WIDTH) for c in chunks)
     assert list(root.child("cache").list()), "what was counted about the split is kept"
     prompts, (values, mask) = grid_prompts(dataset, text, 6)
@@ -146,3 +149,32 @@ def test_text_that_does_not_fit_is_refused(uris: tuple[str, str], tmp_path: Path
     config = validate(TrainJobConfig, {**plain, "model": {"kind": "sd3_transformer2d"}})
     with pytest.raises(ConfigError, match=r"sd3_transformer2d cannot read classes"):
         handshake(config, LatentDataset.open(uris[0]))
+
+
+def test_a_mixture_learns_from_the_text_of_each_dataset(uris: tuple[str, str], tmp_path: Path) -> None:
+    clip = Path(uris[0]).parent / "clip"
+    latents = make_dataset(tmp_path / "more", rows=48, captions=("seen here only", CAPTIONS[0]), name="more")
+    more = {"uri": latents, "text_uri": embed_captions(latents, clip)}
+
+    def mixed(part: dict[str, str]) -> TrainJobConfig:
+        return config_of(tmp_path, uris, {"data": {"uri": uris[0], "text_uri": uris[1], "mix": [part]}})
+
+    config = mixed(more)
+    start(config, tmp_path)
+    info = read_info(config.output.uri + "/model")
+    assert (info.text_dim, len(info.mixture)) == (WIDTH, 2)
+    served = open_served(config)
+    stream = open_stream(config, served, Root(config.output.uri))
+    for batch, _ in zip(stream, range(6), strict=False):
+        text = served[batch.dataset].text
+        assert text is not None
+        assert batch.captions is not None
+        assert batch.text is not None
+        assert np.array_equal(batch.text[0].astype(np.float32), text.lookup(batch.captions)[0])
+        assert ("seen here only" in batch.captions) == (batch.dataset == 1)
+    stream.close()
+    other = {"uri": latents, "text_uri": embed_captions(latents, clip, name="short", max_length=8)}
+    with pytest.raises(ConflictError, match=r"max_length: \d+ in the first, 8 in the second[\s\S]*mix.0.text_uri"):
+        start(mixed(other), tmp_path)
+    with pytest.raises(ConflictError, match=r"the latents are .*more[\s\S]*data.mix.0.text_uri"):
+        start(mixed({**more, "text_uri": uris[1]}), tmp_path)
