@@ -10,9 +10,9 @@ export GOMP_SPINCOUNT := 0
 
 help:
 	@echo "make quickstart   images -> latents -> model -> images on this machine, with a report (some minutes)"
-	@echo "make test         lint, types, import rules, unit tests, and the jobs on real Ray, with kills and full disks"
-	@echo "make test-all     every test there is: also S3 and MLflow servers that fail, a cluster, slow ones"
-	@echo "make test-quick   the tests that need neither Ray nor much time"
+	@echo "make test         lint, types, import rules, tests; the jobs on real Ray, with kills; servers that fail"
+	@echo "make test-all     every test there is: also what takes many minutes"
+	@echo "make test-quick   unit tests alone: no process, no server, no Ray"
 	@echo "make soak         kill tests for as long as KILLS=200 SEED=7 say"
 
 $(BIN)/python:
@@ -39,12 +39,13 @@ quickstart: install
 test: lint types
 	$(BIN)/python -m pytest -m "not soak and not ray and not slow and not s3" -n 2 --durations=15
 	$(BIN)/python -m pytest -m "ray and not soak and not s3 and not slow" tests/e2e tests/encode tests/faults --durations=15
+	$(BIN)/python -m pytest tests/s3/test_s3_store.py tests/tracking/test_tracking_stack.py --durations=5
 
 test-all: lint types
 	$(BIN)/python -m pytest -m "not soak" --durations=30
 
 test-quick: install-dev
-	$(BIN)/python -m pytest -m "not soak and not ray and not slow and not s3" -n 2 -q
+	$(BIN)/python -m pytest -m "not integration and not soak and not ray and not slow and not s3" -n 2 -q
 
 lint: install-dev
 	$(BIN)/ruff format --check .

@@ -17,6 +17,8 @@ import torch
 from tests.benchmarks.gpu.device import Bench, covered, fitting, kernel_spans, medians, nvidia_smi
 from tests.support.bare_environment import with_requirements
 
+pytestmark = pytest.mark.integration
+
 INSTALLED = ("torch", "numpy", "pyarrow", "pillow", "fsspec", "diffusers")
 ROOT = Path(__file__).parents[1]
 

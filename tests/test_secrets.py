@@ -12,6 +12,8 @@ import pytest
 from tests.support.jobs import REPOSITORY, command, environment, run
 from tests.support.processes import free_port
 
+pytestmark = pytest.mark.integration
+
 PLANTED = "planted-Secret-77"
 TALKATIVE = """
 import logging, os

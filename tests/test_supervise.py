@@ -15,6 +15,8 @@ import pytest
 
 from tests.support.jobs import environment
 
+pytestmark = pytest.mark.integration
+
 MODULE = """
 import os, signal, time
 from pathlib import Path

@@ -17,7 +17,7 @@ from pipeline.errors import InputError
 from pipeline.storage import Root
 from pipeline.store import layout
 from pipeline.store.identity import Identity, read_identity
-from pipeline.store.pages import Bytes, fixed_width_pages, fixed_width_values, plain_span
+from pipeline.store.pages import Bytes, FixedRows, fixed_width_pages, fixed_width_values, plain_span
 from pipeline.store.readable import ReadableGroups
 from pipeline.store.row_groups import RowGroupInfo
 from pipeline.store.rowset import RowSet
@@ -25,6 +25,7 @@ from pipeline.store.runs import last_run
 from pipeline.store.shard import channel_totals
 from pipeline.store.state import State, VisibleFile, read_state
 
+_WORTH_A_MAPPING = 1 << 20
 _FOOTERS = 4096  # kept at a time; about 1.6 KB for each row group of a file
 
 
@@ -107,21 +108,20 @@ class Dataset:
         table = table.filter(pa.array(_alive(file, table)))
         return table if columns is None else table.select(list(columns))
 
-    def read_fixed(self, row_group: int, column: str, *, verify: bool = True) -> list[Bytes]:
-        """The visible values of a binary column that all have one length: uint8 [n_i, width], in order.
+    def read_fixed(self, row_group: int, column: str, *, verify: bool = True) -> FixedRows:
+        """The visible values of a binary column that all have one length, in order.
 
-        Without `verify` they are views of the file where it is stored so (nothing is decoded, copied or checked;
+        Without `verify` they lie in the file itself where it is stored so (nothing is decoded, copied or checked;
         on a remote store one ranged read). ValueError when values are null or differ in length; else as `read`.
         """
         file, number = self.row_groups.place(row_group)
         span = None if verify else plain_span(self._footer(file.info.path), number, column)
         if span is None:
             return fixed_width_values(self.read(row_group, [column], verify=verify)[column])
-        pages = fixed_width_pages(self._bytes(file.info.path, *span), int(file.info.row_groups.rows[number]))
+        values = fixed_width_pages(self._bytes(file.info.path, *span), int(file.info.row_groups.rows[number]))
         if not self.row_groups.partial[row_group]:
-            return pages
-        alive = _alive(file, self._read_group(file.info.path, number, ["unit", "row"], verify))
-        return [np.concatenate(pages)[alive]]
+            return values
+        return values[_alive(file, self._read_group(file.info.path, number, ["unit", "row"], verify))]
 
     def _count_visible(self, file: VisibleFile, number: int) -> int:
         return int(_alive(file, self._read_group(file.info.path, number, ["unit", "row"], True)).sum())
@@ -132,7 +132,9 @@ class Dataset:
             return np.frombuffer(self.root.read_range(path, start, length), np.uint8)
         with pa.memory_map(str(local)) as source:
             source.seek(start)
-            return np.frombuffer(source.read_buffer(length), np.uint8)  # keeps the mapping alive
+            found = np.frombuffer(source.read_buffer(length), np.uint8)  # keeps the mapping alive
+            # A process may have some 65,000 mappings: many small ones are not worth one each.
+            return found if length >= _WORTH_A_MAPPING else found.copy()
 
     def _footer(self, path: str) -> pq.FileMetaData:
         footer = self._footers.get(path)

@@ -3,11 +3,14 @@
 A required BYTE_ARRAY column, PLAIN and uncompressed, is for each page a header (Thrift, compact protocol) and then,
 value by value, a length of 4 bytes and the bytes (the Parquet format's Encodings.md and PageHeader in
 parquet.thrift). Where all values have one length they are an evenly strided array. Latents are stored that way so
-that reading them is one copy, from the page cache to where they are needed.
+that reading them is one copy, from the page cache to where they are needed: `gather` makes it, for rows in any order
+out of any number of columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 Bytes = npt.NDArray[np.uint8]
+Ints = npt.NDArray[np.int64]
+_VIEW = np.dtype([("length", "<i4"), ("prefix", "<i4"), ("buffer", "<i4"), ("offset", "<i4")])
+_INLINE = 12  # a view holds so many bytes itself (Arrow columnar format, variable-size binary view layout)
 _DATA_PAGE, _PLAIN = 0, 0
 _LENGTH = 4  # bytes before each value
 
@@ -37,13 +43,60 @@ def plain_span(footer: pq.FileMetaData, group: int, column: str) -> tuple[int, i
     return (chunk.data_page_offset, chunk.total_compressed_size) if plain else None
 
 
-def fixed_width_pages(chunk: Bytes, rows: int) -> list[Bytes]:
-    """The values of a column chunk in order, as views [n, width] of its bytes, one per page.
+@dataclass(frozen=True)
+class FixedRows:
+    """Values of one length where they lie: value i is data[starts[i] : starts[i] + width].
+
+    data: uint8 [bytes], often a view of a file; starts: int64 [n].
+    """
+
+    data: Bytes
+    starts: Ints
+    width: int
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, rows: slice | npt.NDArray[Any]) -> FixedRows:
+        return FixedRows(self.data, self.starts[rows], self.width)
+
+    def values(self) -> Bytes:
+        """A copy of all: uint8 [n, width]."""
+        return gather([self.data], np.zeros(len(self), np.int32), self.starts, self.width)
+
+
+def gather(parts: Sequence[Bytes], part_of: npt.NDArray[np.int32], starts: Ints, width: int) -> Bytes:
+    """Values from several pieces of memory end to end, each copied once: uint8 [n, width], writable.
+
+    Value i is parts[part_of[i]][starts[i] : starts[i] + width]. ValueError for a place outside its part, or a part
+    of 2 GiB and more.
+    """
+    sizes = np.array([len(part) for part in parts], np.int64)
+    if len(starts) and ((starts < 0) | (starts + width > sizes[part_of])).any():
+        raise ValueError("a value lies outside its column")
+    if len(starts) and sizes.max() >= 1 << 31:
+        raise ValueError(f"a column of {sizes.max()} bytes in one row group; at most 2 GiB can be read")
+    if width <= _INLINE or not len(starts):
+        small = np.empty((len(starts), width), np.uint8)
+        for at, part in enumerate(parts):
+            mine = part_of == at
+            small[mine] = part[starts[mine, None] + np.arange(width)]
+        return small
+    # Arrow's own loop over views makes the copy. Their prefix, which comparisons use, is not looked at.
+    views = np.zeros(len(starts), _VIEW)
+    views["length"], views["buffer"], views["offset"] = width, part_of, starts
+    buffers = [None, pa.py_buffer(views), *map(pa.py_buffer, parts)]
+    copied = pa.Array.from_buffers(pa.binary_view(), len(starts), buffers).cast(pa.large_binary())
+    return np.frombuffer(copied.buffers()[-1], np.uint8).reshape(len(starts), width)
+
+
+def fixed_width_pages(chunk: Bytes, rows: int) -> FixedRows:
+    """The values of a column chunk in order, in its own bytes.
 
     ValueError when the chunk is not what `plain_span` promised, when it does not hold `rows` values, or when they
     differ in length. Checksums are not looked at.
     """
-    pages: list[Bytes] = []
+    starts: list[Ints] = []
     data: memoryview = chunk.data  # whose items are plain integers, quick to look at
     at, left, width = 0, rows, -1
     while left > 0:
@@ -57,33 +110,29 @@ def fixed_width_pages(chunk: Bytes, rows: int) -> list[Bytes]:
         at = begin + int(size or 0)
         if not 0 < count <= left or (_LENGTH + width) * count != at - begin or at > len(chunk):
             raise ValueError(f"a page of {at - begin} bytes does not hold {count} values of {width} bytes")
-        whole = chunk[begin:at].reshape(count, _LENGTH + width)
-        lengths = np.ndarray((count,), "<u4", whole, 0, (_LENGTH + width,))
+        lengths = np.ndarray((count,), "<u4", chunk[begin:at], 0, (_LENGTH + width,))
         if (lengths != width).any():
             raise ValueError(f"a value is {int(lengths[lengths != width][0])} bytes long, not {width}")
-        pages.append(whole[:, _LENGTH:])
+        starts.append(np.arange(count, dtype=np.int64) * (_LENGTH + width) + (begin + _LENGTH))
         left -= count
-    return pages
+    return FixedRows(chunk, np.concatenate([np.zeros(0, np.int64), *starts]), max(0, width))
 
 
-def fixed_width_values(column: pa.ChunkedArray) -> list[Bytes]:
+def fixed_width_values(column: pa.ChunkedArray) -> FixedRows:
     """The same of a decoded binary column; ValueError for a null, or when values differ in length."""
-    parts: list[Bytes] = []
-    width = -1
-    for chunk in column.chunks:
-        if chunk.null_count:
-            raise ValueError(f"{chunk.null_count} values are null")
-        if not len(chunk):
-            continue
-        word = np.int64 if pa.types.is_large_binary(chunk.type) else np.int32
-        _, starts, data = chunk.buffers()
-        offsets = np.frombuffer(starts, word, len(chunk) + 1 + chunk.offset)[chunk.offset :]
-        lengths = np.diff(offsets)
-        width = int(lengths[0]) if width < 0 else width
-        if (lengths != width).any():
-            raise ValueError(f"a value is {int(lengths[lengths != width][0])} bytes long, not {width}")
-        parts.append(np.frombuffer(data, np.uint8)[offsets[0] : offsets[-1]].reshape(-1, width))
-    return parts
+    values = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    if values.null_count:
+        raise ValueError(f"{values.null_count} values are null")
+    if not len(values):
+        return FixedRows(np.zeros(0, np.uint8), np.zeros(0, np.int64), 0)
+    word = np.int64 if pa.types.is_large_binary(values.type) else np.int32
+    _, places, data = values.buffers()
+    offsets = np.frombuffer(places, word, len(values) + 1 + values.offset)[values.offset :].astype(np.int64)
+    lengths = np.diff(offsets)
+    width = int(lengths[0])
+    if (lengths != width).any():
+        raise ValueError(f"a value is {int(lengths[lengths != width][0])} bytes long, not {width}")
+    return FixedRows(np.frombuffer(data, np.uint8), offsets[:-1], width)
 
 
 def _struct(data: memoryview, at: int) -> tuple[dict[int, Any], int]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.store.pages import Bytes, gather
 from pipeline.stream.data import Batch, TextRows
 from pipeline.stream.order import Order, Window
 from pipeline.stream.reader import SIZE_COLUMNS, Shape, WindowRows
@@ -18,8 +19,6 @@ from pipeline.stream.reader import SIZE_COLUMNS, Shape, WindowRows
 # Prepared in one go, because small rows are too many to handle batch by batch: stored bytes, and batches.
 _CHUNK_BYTES = 8 << 20
 _CHUNK_BATCHES = 256
-_SCRATCH_BYTES = 1 << 18  # which a core's cache holds
-_DIRECT_BYTES = 1 << 14  # of a batch's share of a lane, from which one call each is cheaper than a second copy
 
 Submit = Callable[[Window], "Future[WindowRows]"]
 
@@ -139,13 +138,15 @@ class _Chunk:
         self._bucket, self._shape, self._count, self._slot = bucket, shape, count, slot
         self._dtype = np.float16 if dtype == "float16" else np.uint16
         self._wide = 2 * math.prod(shape)
-        self._latents = np.empty((count, lanes, slot * self._wide), dtype=np.uint8)
+        # Where the latents lie: in which of `memory`, and from which byte on.
+        self._memory: list[Bytes] = []
+        self._part = np.empty((count, lanes, slot), dtype=np.int32)
+        self._start = np.empty((count, lanes, slot), dtype=np.int64)
         self._sample_ids = np.empty((count, lanes, slot, 2), dtype=np.uint64)
         self._labels = np.empty((count, lanes, slot), dtype=np.int64)
         self._sizes: NDArray[np.int32] | None = None
         if sizes:
             self._sizes = np.empty((count, lanes, slot, len(SIZE_COLUMNS)), dtype=np.int32)
-        self._scratch = np.empty((max(1, _SCRATCH_BYTES // self._wide), self._wide), dtype=np.uint8)
         self._captions: list[list[str | None]] = []
         self._parts: list[tuple[Any, ...]] = []
 
@@ -156,47 +157,33 @@ class _Chunk:
         for rows, begin, end in cursor.take(self._count * self._slot):
             if rows.captions is not None:
                 captions = [*(captions or ()), *rows.captions.slice(begin, end - begin).to_pylist()]
+            first_part = len(self._memory)
+            self._memory += rows.memory
             for at, places in _blocks(done, done + end - begin, self._slot):
                 size = (at.stop - at.start) * (places.stop - places.start)
-                self._copy(rows, slice(begin, begin + size), lane, at, places)
+                self._copy(rows, slice(begin, begin + size), first_part, lane, at, places)
                 begin += size
                 done += size
             del rows
         if captions is not None:
             self._captions.append(captions)
 
-    def _copy(self, rows: WindowRows, source: slice, lane: int, at: slice, places: slice) -> None:
+    def _copy(self, rows: WindowRows, source: slice, first_part: int, lane: int, at: slice, places: slice) -> None:
         """A stretch of a window's rows into a rectangle of batches x places."""
         shape = (at.stop - at.start, places.stop - places.start)
-        wide = slice(places.start * self._wide, places.stop * self._wide)
-        self._gather(rows, source, self._latents[at, lane, wide], shape[1])
+        self._part[at, lane, places] = rows.part[source].reshape(shape) + first_part
+        self._start[at, lane, places] = rows.start[source].reshape(shape)
         self._sample_ids[at, lane, places] = rows.sample_ids[source].reshape(*shape, 2)
         self._labels[at, lane, places] = rows.labels[source].reshape(shape)
         if self._sizes is not None and rows.sizes is not None:
             self._sizes[at, lane, places] = rows.sizes[source].reshape(*shape, -1)
 
-    def _gather(self, rows: WindowRows, source: slice, out: NDArray[np.uint8], places: int) -> None:
-        """Latents in the order served into out [batches, places * width], by way of a piece of cached memory."""
-        if rows.order is None:
-            out[...] = rows.latents[source].reshape(out.shape)
-            return
-        index = rows.order[source]
-        # Rows that are long enough go straight to their places; short ones by way of the cache, many at a time.
-        tall = 1 if places * self._wide >= _DIRECT_BYTES else max(1, len(self._scratch) // places)
-        for first in range(0, len(out), tall):
-            target = out[first : first + tall]
-            chosen = index[first * places : (first + len(target)) * places]
-            if target.flags.c_contiguous:
-                rows.latents.take(chosen, axis=0, out=target.reshape(-1, self._wide), mode="clip")
-            else:
-                moved = self._scratch[: len(chosen)]
-                rows.latents.take(chosen, axis=0, out=moved, mode="clip")
-                target[...] = moved.reshape(target.shape)
-
     def finish(self, text: TextRows | None) -> None:
         """Cut into batches, and ask what is asked of whole batches, when all lanes are there."""
         count = self._count
-        latents = self._latents.view(self._dtype).reshape(count, -1, *self._shape)
+        stored = gather(self._memory, self._part.ravel(), self._start.ravel(), self._wide)
+        self._memory = []  # the windows are free to go
+        latents = stored.view(self._dtype).reshape(count, -1, *self._shape)
         labels: list[NDArray[np.int64] | None] = list(self._labels.reshape(count, -1))
         for at in np.flatnonzero((self._labels < 0).all(axis=(1, 2))).tolist():
             labels[at] = None

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.store.pages import FixedRows
 from pipeline.stream.order import Layout
 
 
@@ -46,7 +47,7 @@ class LatentRows(Protocol):
     """The part of a latent dataset the stream uses; the reads must be safe to call from several threads.
 
     digest: changes with the rows; layout_digest: changes with the rows or their places in row groups.
-    read_fixed: values of a binary column of one length, uint8 [n_i, width] each, ValueError when they differ.
+    read_fixed: where the values of a binary column of one length lie; ValueError when they differ in length.
     """
 
     @property
@@ -58,7 +59,7 @@ class LatentRows(Protocol):
     @property
     def row_groups(self) -> Sequence[RowGroupInfo]: ...
     def read(self, row_group: int, columns: Sequence[str], *, verify: bool) -> pa.Table: ...
-    def read_fixed(self, row_group: int, column: str, *, verify: bool) -> list[NDArray[np.uint8]]: ...
+    def read_fixed(self, row_group: int, column: str, *, verify: bool) -> FixedRows: ...
 
 
 class TextRows(Protocol):

@@ -1,14 +1,12 @@
 """Windows read, split, shuffled and checked on threads, and the channel that hands batches over.
 
-A latent is copied once into its window, from the file's pages, and once from there into its batch. The windows'
-memory is used again and again: what the system must fill with zeros for each new window costs more than the copy.
+A latent stays in the pages of its file, brought into memory here, until it is copied into its batch: once.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-import weakref
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
+from pipeline.store.pages import Bytes, FixedRows
 from pipeline.stream.columns import binary_rows, integers
 from pipeline.stream.data import LatentRows
 from pipeline.stream.order import Piece, Window
@@ -26,23 +25,25 @@ from pipeline.stream.split import held_out, id_words
 
 SIZE_COLUMNS = ("original_height", "original_width", "crop_top", "crop_left", "crop_height", "crop_width")
 
+_PAGE_BYTES = 4096
+
 T = TypeVar("T")
 Shape = tuple[int, int, int]
-Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class WindowRows:
-    """The rows of a window.
+    """The rows of a window in the order served, all of one latent `shape` [c, h, w].
 
-    latents: stored bytes uint8 [n, 2*c*h*w] of `shape` [c, h, w], as laid out; order: which of them is served at
-    each place, int64 [n], None when kept in order. All else is in the order served: sample_ids: uint64 [n, 2];
-    labels: int64 [n], -1 for none; sizes: int32 [n, 6]; captions: n strings; None where they are not wanted.
+    Latent i is memory[part[i]][start[i] : start[i] + 2*c*h*w], stored bytes (see `store.pages.gather`); part: int32
+    [n]; start: int64 [n]. sample_ids: uint64 [n, 2]; labels: int64 [n], -1 for none; sizes: int32 [n, 6]; captions:
+    n strings; None where they are not wanted.
     """
 
     shape: Shape
-    latents: Bytes
-    order: NDArray[np.int64] | None
+    memory: tuple[Bytes, ...]
+    part: NDArray[np.int32]
+    start: NDArray[np.int64]
     sample_ids: NDArray[np.uint64]
     labels: NDArray[np.int64]
     sizes: NDArray[np.int32] | None
@@ -66,7 +67,6 @@ class WindowReader:
         self._sizes = sizes
         self._columns = ["sample_id", "label", *(SIZE_COLUMNS if sizes else ()), *(["caption"] if captions else ())]
         self._shapes: dict[int, Shape] = {}
-        self._memory = _Memory()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="latent-reader")
 
     def submit(self, window: Window) -> Future[WindowRows]:
@@ -77,43 +77,38 @@ class WindowReader:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, window: Window) -> WindowRows:
-        count, shape = window.num_rows, self._shape(window)
+        shape = self._shape(window)
         wide = 2 * math.prod(shape)
-        memory = self._memory.take(count * wide)
-        latents = memory[: count * wide].reshape(count, wide)
-        order = None if window.key is None else window.permutation()
-        parts: list[_Small] = []
-        done = 0
+        parts: list[_Part] = []
         for piece in window.pieces:
-            stop = done + piece.stop - piece.start
             try:
-                parts.append(self._read_piece(piece, latents[done:stop]))
+                parts.append(self._read_piece(piece, wide))
             except ValueError as problem:
                 raise self._unusable(piece.row_group, str(problem)) from problem
-            done = stop
-        small = _joined(parts, order)
-        rows = WindowRows(shape, latents, order, small.sample_ids, small.labels, small.sizes, small.captions)
-        weakref.finalize(rows, self._memory.give_back, memory).atexit = False
-        return rows
+        return _joined(shape, parts, None if window.key is None else window.permutation())
 
-    def _read_piece(self, piece: Piece, latents: Bytes) -> _Small:
-        """Copy a piece's latents to their place; everything else of its rows is returned."""
+    def _read_piece(self, piece: Piece, wide: int) -> _Part:
         table = self._dataset.read(piece.row_group, self._columns, verify=self._verify)
         ids = id_words(binary_rows(table.column("sample_id"), 16))
         chosen = self._choose(piece, ids)
-        pages = self._dataset.read_fixed(piece.row_group, "latent", verify=self._verify)
-        _copy_rows(pages, chosen, latents)
+        latents = self._dataset.read_fixed(piece.row_group, "latent", verify=self._verify)
+        if len(latents) != len(ids):
+            raise ValueError(f"it gave {len(latents)} latents for {len(ids)} rows")
+        latents, count = latents[chosen], piece.stop - piece.start
+        if latents.width != wide:
+            raise ValueError(f"a value is {latents.width} bytes long, not {wide}")
+        _bring_in(latents)
         sizes = None
         if self._sizes:
-            sizes = np.empty((len(latents), len(SIZE_COLUMNS)), dtype=np.int32)
+            sizes = np.empty((count, len(SIZE_COLUMNS)), dtype=np.int32)
             for at, name in enumerate(SIZE_COLUMNS):
                 sizes[:, at] = integers(table.column(name))[chosen]
         captions = None
         if self._captions:
             column = table.column("caption").combine_chunks()
             whole = isinstance(chosen, slice)
-            captions = column.slice(piece.start, len(latents)) if whole else column.take(pa.array(chosen))
-        return _Small(ids[chosen], integers(table.column("label"))[chosen], sizes, captions)
+            captions = column.slice(piece.start, count) if whole else column.take(pa.array(chosen))
+        return _Part(latents, ids[chosen], integers(table.column("label"))[chosen], sizes, captions)
 
     def _choose(self, piece: Piece, ids: NDArray[np.uint64]) -> slice | NDArray[np.int64]:
         """The piece's rows among all rows of its row group."""
@@ -150,16 +145,17 @@ class WindowReader:
 
 
 @dataclass(frozen=True)
-class _Small:
-    """What rows hold besides their latents; see `WindowRows`."""
+class _Part:
+    """A piece's rows, as laid out; see `WindowRows`."""
 
+    latents: FixedRows
     sample_ids: NDArray[np.uint64]
     labels: NDArray[Any]
     sizes: NDArray[np.int32] | None
     captions: pa.Array | None
 
 
-def _joined(parts: list[_Small], order: NDArray[np.int64] | None) -> _Small:
+def _joined(shape: Shape, parts: list[_Part], order: NDArray[np.int64] | None) -> WindowRows:
     """Parts end to end, then in the order served."""
 
     def joined(arrays: list[Any]) -> Any:
@@ -172,52 +168,23 @@ def _joined(parts: list[_Small], order: NDArray[np.int64] | None) -> _Small:
     if parts[0].captions is not None:
         captions = pa.chunked_array([part.captions for part in parts]).combine_chunks()
         captions = captions if order is None else captions.take(pa.array(order))
-    labels = joined([part.labels for part in parts]).astype(np.int64, copy=False)
-    return _Small(
-        joined([part.sample_ids for part in parts]), labels, joined([part.sizes for part in parts]), captions
+    part_of = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.latents) for part in parts])
+    return WindowRows(
+        shape,
+        tuple(part.latents.data for part in parts),
+        joined([part_of]),
+        joined([part.latents.starts for part in parts]),
+        joined([part.sample_ids for part in parts]),
+        joined([part.labels for part in parts]).astype(np.int64, copy=False),
+        joined([part.sizes for part in parts]),
+        captions,
     )
 
 
-def _copy_rows(pages: list[Bytes], chosen: slice | NDArray[np.int64], out: Bytes) -> None:
-    """The chosen rows (ascending) of pages [n_i, width] laid end to end, into out [n, width]."""
-    first = done = 0
-    for page in pages:
-        stop = first + len(page)
-        if isinstance(chosen, slice):
-            taken: Any = slice(max(chosen.start - first, 0), max(min(chosen.stop, stop) - first, 0))
-            count = max(0, taken.stop - taken.start)
-        else:
-            low, high = np.searchsorted(chosen, (first, stop))
-            taken, count = chosen[low:high] - first, int(high - low)
-        if count:
-            if page.shape[1] != out.shape[1]:
-                raise ValueError(f"a value is {page.shape[1]} bytes long, not {out.shape[1]}")
-            out[done : done + count] = page[taken]
-        done, first = done + count, stop
-    if done != len(out):
-        raise ValueError(f"it gave {first} latents, which do not hold the {len(out)} asked for")
-
-
-class _Memory:
-    """Pieces of memory used one after the other by windows of about one size."""
-
-    def __init__(self) -> None:
-        self._free: list[Bytes] = []
-        self._lock = threading.Lock()
-
-    def take(self, size_bytes: int) -> Bytes:
-        """At least that many bytes, not cleared; what is never touched of them takes no memory."""
-        with self._lock:
-            fitting = [at for at, piece in enumerate(self._free) if len(piece) >= size_bytes]
-            if fitting:
-                return self._free.pop(min(fitting, key=lambda at: len(self._free[at])))
-            del self._free[:1]  # too small for this one: do not keep it as well
-        return np.empty(1 << max(0, size_bytes - 1).bit_length(), dtype=np.uint8)
-
-    def give_back(self, piece: Bytes) -> None:
-        """Nobody looks at it any more."""
-        with self._lock:
-            self._free.append(piece)
+def _bring_in(latents: FixedRows) -> None:
+    """Touch every memory page of the latents, so that the disk is waited for here and in the order of the file."""
+    if len(latents):
+        latents.data[int(latents.starts[0]) : int(latents.starts[-1]) + latents.width : _PAGE_BYTES].max()
 
 
 class Channel(Generic[T]):

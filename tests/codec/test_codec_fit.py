@@ -23,6 +23,8 @@ from pipeline.config import dump_yaml, load_config, validate
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.source.config import FolderSource, ImageConfig
 
+pytestmark = pytest.mark.integration
+
 SMALL: dict[str, Any] = {
     "images": 24,
     "holdout": 4,

@@ -20,6 +20,8 @@ from pipeline.codec.weights import WEIGHTS
 from pipeline.errors import ConfigError, InputError
 from pipeline.storage import Root
 
+pytestmark = pytest.mark.integration
+
 WITH_POSTERIOR = ("sd", "flux", "flux2")
 
 

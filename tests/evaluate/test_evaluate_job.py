@@ -17,6 +17,8 @@ from pipeline.errors import ConfigError, ConflictError, InputError, PipelineErro
 from pipeline.evaluate.figures import Record
 from pipeline.evaluate.job import dry_run, run
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -7,6 +7,8 @@ import pytest
 from pipeline.cluster import await_resources
 from pipeline.errors import StoppedError
 
+pytestmark = pytest.mark.integration
+
 
 def test_waits_until_everything_is_there() -> None:
     steps = iter([{}, {"CPU": 2.0}, {"CPU": 8.0}, {"CPU": 8.0, "GPU": 2.0}])

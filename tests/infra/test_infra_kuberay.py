@@ -31,6 +31,8 @@ from tests.infra.infra_files import (
 )
 from tests.infra.infra_kustomize import render_here
 
+pytestmark = pytest.mark.integration
+
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
 
 RAY_KINDS = ("RayJob", "RayCronJob")

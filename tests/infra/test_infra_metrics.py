@@ -13,6 +13,8 @@ from pipeline.storage import Root
 from pipeline.tracking.tracker import NoopTracker
 from tests.infra.test_infra_valid import metric_names
 
+pytestmark = pytest.mark.integration
+
 
 def test_a_report_tells_progress_checkpoint_and_queue() -> None:
     from pipeline.train.report import Reporter

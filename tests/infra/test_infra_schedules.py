@@ -18,6 +18,8 @@ import pytest
 from pipeline import errors
 from tests.infra.infra_files import BASE, INFRA, Manifest, named, of_kind, read, render
 
+pytestmark = pytest.mark.integration
+
 SCHEDULES = INFRA / "schedules"
 LAUNCH = SCHEDULES / "launch.py"
 STEPS = ["encode", "train", "sample", "evaluate", "promote"]

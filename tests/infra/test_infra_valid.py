@@ -18,6 +18,8 @@ from pipeline.storage import Root
 from tests.infra.infra_files import INFRA, REPOSITORY, Manifest, named, of_kind, pod_specs, read, render
 from tests.support.rows import claim, committer, latent_rows, planned_root, rejected_rows
 
+pytestmark = pytest.mark.integration
+
 DOCKER, MONITORING, TERRAFORM = INFRA / "docker", INFRA / "monitoring", INFRA / "terraform"
 DOCKERFILES = sorted(p for p in DOCKER.glob("Dockerfile*") if p.suffix != ".dockerignore")
 YAML = sorted(p for p in INFRA.rglob("*.yaml"))

@@ -22,6 +22,8 @@ from pipeline.model.config import (
 )
 from pipeline.model.flops import forward_flops, train_flops
 
+pytestmark = pytest.mark.integration
+
 LEVELS: dict[str, Any] = {"block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8}
 SMALL: dict[str, tuple[ModelConfig, int | None, int | None]] = {
     "dit-class": (DiTConfig(hidden=32, depth=2, heads=2), 5, None),

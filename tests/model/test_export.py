@@ -31,6 +31,8 @@ from pipeline.model.export import (
 )
 from pipeline.storage import Root
 
+pytestmark = pytest.mark.integration
+
 UNET = UNet2DConfig(block_out_channels=(16, 32), norm_num_groups=8, attention_head_dim=8)
 DIT = DiTConfig(hidden=32, depth=2, heads=2)
 

@@ -12,6 +12,8 @@ import pytest
 
 from tests.support.fault_proxy import FaultProxy
 
+pytestmark = pytest.mark.integration
+
 
 class Echo(BaseHTTPRequestHandler):
     """Answers with what it was sent; keeps connections open."""

@@ -27,6 +27,8 @@ from pipeline.sample.regenerate import regenerate
 from pipeline.store.schema import REJECTS
 from tests.sample.conftest import Tiny
 
+pytestmark = pytest.mark.integration
+
 
 def job(tiny: Tiny, **changes: Any) -> SampleJobConfig:
     base: dict[str, Any] = {

@@ -36,6 +36,8 @@ from pipeline.train.state import make_state
 from tests.sample.conftest import Tiny
 from tests.sample.pipelines import SIDE, make_dit_pipeline, make_sd3_pipeline, make_sd_pipeline
 
+pytestmark = pytest.mark.integration
+
 
 def ready(uri: Path | str, requests: dict[str, Any], **changes: Any) -> Prepared:
     config = validate(

@@ -29,6 +29,8 @@ from pipeline.text.files import encoder_files
 from tests.sample.conftest import Tiny
 from tests.text.text_builders import CLIP_LENGTH, WIDTH, make_clip
 
+pytestmark = pytest.mark.integration
+
 
 def make_text_export(tiny: Tiny, folder: Path) -> Path:
     """An export that learned from the embeddings of a CLIP: the encoder's configuration and fingerprint inside."""

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.benchmarks import decode
+
+pytestmark = pytest.mark.integration
 
 
 def test_the_benchmark_of_decoding(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -16,6 +16,8 @@ from pipeline.source.prepare import Reject, prepare
 from pipeline.source.reasons import Reason
 from pipeline.source.rows import SourceRow
 
+pytestmark = pytest.mark.integration
+
 CONFIG = ImageConfig(resolution=32, max_upscale=1e6, max_pixels=20_000_000, decode_cpu_s=5.0, phash=True)
 
 

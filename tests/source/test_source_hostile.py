@@ -30,6 +30,8 @@ from pipeline.source.reasons import Reason
 from pipeline.source.rows import EndOfUnit
 from pipeline.source.tar import TarError, members
 
+pytestmark = pytest.mark.integration
+
 PNG = encode(gradient(), "PNG")
 
 

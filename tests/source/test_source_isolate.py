@@ -19,6 +19,8 @@ from pipeline.source.config import ImageConfig
 from pipeline.source.decode import DecodeError
 from pipeline.source.isolate import close_children, render_isolated
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(autouse=True)
 def no_children_left():

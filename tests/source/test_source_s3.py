@@ -29,6 +29,8 @@ from pipeline.source.reasons import Reason
 from pipeline.source.rows import EndOfUnit, SourceRow
 from pipeline.storage import Root
 
+pytestmark = pytest.mark.integration
+
 KINDS: dict[str, type[FolderSource | WebDatasetSource | ParquetSource]] = {
     "folder": FolderSource,
     "webdataset": WebDatasetSource,

@@ -33,6 +33,8 @@ from pipeline.store.state import read_state
 from pipeline.store.verify import collect_garbage, verify
 from tests.support.rows import IDENTITY, Listed, claim, committer, latent_rows, planned_root, rejected_rows
 
+pytestmark = pytest.mark.integration
+
 Address = tuple[int, int]
 PLENTY = 1 << 30
 MEMORY_OF_ONE_ROW = 2 * 160

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.store.dataset import LatentDataset
-from pipeline.store.pages import fixed_width_pages, fixed_width_values, plain_span
+from pipeline.store.pages import fixed_width_pages, fixed_width_values, gather, plain_span
 from tests.support.rows import claim, committer, latent_rows, planned_root
 
 
@@ -42,11 +42,11 @@ def test_views_of_pages_are_the_values_a_decoder_gives(rows: int, width: int, pa
     data, span = column_chunk(values, data_page_size=page, write_statistics=statistics, write_batch_size=7)
     assert span is not None
     chunk = data[span[0] : sum(span)]
-    pages = fixed_width_pages(chunk, rows)
-    assert b"".join(page.tobytes() for page in pages) == b"".join(values)
-    assert all(np.shares_memory(page, data) for page in pages)
+    found = fixed_width_pages(chunk, rows)
+    assert found.values().tobytes() == b"".join(values)
+    assert np.shares_memory(found.data, data)
     if page == 64 and rows * width > 2000:
-        assert len(pages) > 1
+        assert len(set(np.diff(found.starts).tolist())) > 1, "several pages, with headers between them"
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_chunk_that_is_not_what_it_should_be_is_refused() -> None:
 
 def test_decoded_columns_are_held_to_the_same_rule() -> None:
     column = pa.chunked_array([pa.array([b"ab", b"cd"]), pa.array([], pa.binary()), pa.array([b"ef"])])
-    assert b"".join(part.tobytes() for part in fixed_width_values(column)) == b"abcdef"
+    assert fixed_width_values(column).values().tobytes() == b"abcdef"
     with pytest.raises(ValueError, match="1 values are null"):
         fixed_width_values(pa.chunked_array([pa.array([b"ab", None])]))
     with pytest.raises(ValueError, match="3 bytes long, not 2"):
@@ -110,22 +110,48 @@ def test_fixed_reads_of_a_dataset_are_its_visible_rows(uri: str, verify: bool) -
     assert not dataset.row_groups.partial.all()
     for group in range(len(dataset.row_groups)):
         decoded = dataset.read(group, ["latent"])["latent"].to_pylist()
-        pages = dataset.read_fixed(group, "latent", verify=verify)
-        assert b"".join(page.tobytes() for page in pages) == b"".join(decoded)
-        assert sum(map(len, pages)) == dataset.row_groups[group].num_rows
+        found = dataset.read_fixed(group, "latent", verify=verify)
+        assert found.values().tobytes() == b"".join(decoded)
+        assert len(found) == dataset.row_groups[group].num_rows
     assert sum(group.num_rows for group in dataset.row_groups) == dataset.num_rows == 60
 
 
 def test_a_flipped_byte_is_noticed_where_checksums_are_asked_for(uri: str) -> None:
     dataset = LatentDataset.open(uri)
     path = Path(uri) / dataset.row_groups[0].file
-    values = dataset.read_fixed(0, "latent", verify=False)[0][0].tobytes()
+    values = dataset.read_fixed(0, "latent", verify=False)[:1].values().tobytes()
     data = bytearray(path.read_bytes())
     data[data.index(values)] ^= 1
     path.write_bytes(bytes(data))
     again = LatentDataset.open(uri)
-    assert again.read_fixed(0, "latent", verify=False)[0][0].tobytes() != values
+    assert again.read_fixed(0, "latent", verify=False)[:1].values().tobytes() != values
     again.read(0, ["latent"], verify=False)
     for read in (again.read, again.read_fixed):
         with pytest.raises(OSError, match=r"(?i)crc|checksum"):
             read(0, ["latent"] if read == again.read else "latent", verify=True)
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), width=st.sampled_from([1, 8, 12, 13, 16, 513]))
+def test_values_are_gathered_in_any_order_from_any_memory(data: st.DataObject, width: int) -> None:
+    sizes = data.draw(st.lists(st.integers(width, width + 900), min_size=1, max_size=4))
+    parts = [np.random.default_rng(at).integers(0, 256, size, dtype=np.uint8) for at, size in enumerate(sizes)]
+    places = data.draw(
+        st.lists(
+            st.integers(0, len(parts) - 1).flatmap(
+                lambda at: st.tuples(st.just(at), st.integers(0, sizes[at] - width))
+            )
+        )
+    )
+    part_of = np.array([at for at, _ in places], np.int32)
+    starts = np.array([start for _, start in places], np.int64)
+    found = gather(parts, part_of, starts, width)
+    assert found.shape == (len(places), width)
+    assert found.flags.writeable
+    assert found.tobytes() == b"".join(parts[at][start : start + width].tobytes() for at, start in places)
+
+
+@pytest.mark.parametrize("start", [-1, 85])
+def test_nothing_is_gathered_from_beside_the_memory(start: int) -> None:
+    with pytest.raises(ValueError, match="outside its column"):
+        gather([np.zeros(100, np.uint8)], np.zeros(1, np.int32), np.array([start], np.int64), 16)

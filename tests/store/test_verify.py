@@ -16,6 +16,8 @@ from pipeline.store.dataset import LatentDataset
 from pipeline.store.verify import collect_garbage, verify
 from tests.support.rows import claim, committer, latent_rows, planned_root, rejected_rows
 
+pytestmark = pytest.mark.integration
+
 
 def build(path: Path, seed: int, units: int = 6, rows: int = 10) -> Root:
     """A finished dataset whose fragments came in random order and random cuts."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from pipeline.store.pages import fixed_width_values
+from pipeline.store.pages import FixedRows, fixed_width_values
 from pipeline.stream.order import Order
 
 
@@ -69,10 +69,8 @@ class MemoryRows:
             self.reads.append((row_group, tuple(columns)))
         return self.tables[row_group].select(list(columns))
 
-    def read_fixed(self, row_group: int, column: str, *, verify: bool = True) -> list[np.ndarray]:
-        """In two parts, as a file gives several pages."""
-        (values,) = fixed_width_values(self.read(row_group, [column])[column])
-        return [values[:3], values[3:]] if len(values) > 3 else [values]
+    def read_fixed(self, row_group: int, column: str, *, verify: bool = True) -> FixedRows:
+        return fixed_width_values(self.read(row_group, [column])[column])
 
     @property
     def latent_reads(self) -> list[int]:

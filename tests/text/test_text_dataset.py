@@ -25,6 +25,8 @@ from pipeline.text.dataset import TextEmbeddings
 from pipeline.text.embed import embed_gaps
 from tests.support.rows import claim, planned_root
 
+pytestmark = pytest.mark.integration
+
 LENGTH, WIDTH = 6, 8
 CAPTIONS = ["", *(f"caption {i}" for i in range(40))]
 

@@ -20,6 +20,8 @@ from pipeline.text.config import TextEncoderConfig
 from pipeline.text.encoder import TextEncoder, load_encoder
 from pipeline.text.files import encoder_files
 
+pytestmark = pytest.mark.integration
+
 CAPTIONS = ["a red circle", "", "sky", "the blue square of the picture", "the green circle and a red sky 1 2", "on 3"]
 LONG = "red " * 40
 

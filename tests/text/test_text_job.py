@@ -31,6 +31,8 @@ from tests.support.jobs import REPOSITORY, environment
 from tests.support.jobs import run as run_job
 from tests.support.rows import claim
 
+pytestmark = pytest.mark.integration
+
 UNITS: list[list[str | None]] = [
     ["a red circle", "the blue sky", None, "a red circle", "picture 1"],
     ["a red circle", "", "red " * 40, "picture 2", "a green square", "grün"],

@@ -9,6 +9,8 @@ from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.lineage import descend, runs_of_dataset, walk
 from pipeline.tracking.tracker import open_tracker
 
+pytestmark = pytest.mark.integration
+
 SOURCE, LATENTS, MODEL, IMAGES = ("a1" * 32, "b2" * 32, "c3" * 32, "d4" * 32)
 
 

@@ -24,6 +24,8 @@ from pipeline.tracking.tracker import open_tracker
 from tests.support.jobs import run as run_job
 from tests.support.rows import claim, committer, latent_rows, planned_root
 
+pytestmark = pytest.mark.integration
+
 SOURCE, MODEL, IMAGES = ("a1" * 16, "c3" * 16, "d4" * 16)
 DRAW = Draw(7, "euler", 1.0, 4, "cpu", 1, "float32", "png", 95)
 

@@ -18,6 +18,8 @@ from pipeline.tracking.registry import resolve
 from pipeline.tracking.store import MlflowStore
 from pipeline.tracking.tracker import open_tracker
 
+pytestmark = pytest.mark.integration
+
 FIGURES = (
     Figure("accuracy", 0.95, 0.91, 0.98, 100, "", "by the judge"),
     Figure("frechet", 12.0, 10.0, 15.0, 100, "", "distance"),

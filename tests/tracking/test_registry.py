@@ -16,6 +16,8 @@ from pipeline.tracking.store import MlflowStore
 from pipeline.tracking.tracker import open_tracker
 from tests.support.processes import free_port
 
+pytestmark = pytest.mark.integration
+
 
 def train(tracking: TrackingConfig, uri: str, loss: float, name: str = "flowers") -> str:
     """A training run that registers its model; its id."""

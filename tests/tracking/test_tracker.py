@@ -16,6 +16,8 @@ from pipeline.tracking.store import MlflowStore
 from pipeline.tracking.tracker import JournalTracker, NoopTracker, Tracker, attach_tracker, open_tracker
 from tests.support.mlflow_server import free_port
 
+pytestmark = pytest.mark.integration
+
 SECRET = "planted-Secret-77"
 
 

@@ -29,6 +29,8 @@ from tests.train.helpers import (
     snapshot,
 )
 
+pytestmark = pytest.mark.integration
+
 
 class Killed(Exception):
     """Stands for the end of a process in the middle of a step."""

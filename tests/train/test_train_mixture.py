@@ -39,6 +39,8 @@ from pipeline.train.worker import Place, run_worker
 from tests.train.dataset import make_dataset
 from tests.train.job_config import job_config
 
+pytestmark = pytest.mark.integration
+
 VALIDATED = {"stream": {"holdout": 0.25}, "validation": {"images": 16, "chunk": 4, "every_images": 128}}
 Uris = tuple[str, str]
 

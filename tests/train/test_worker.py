@@ -21,6 +21,8 @@ from pipeline.train.worker import Place, run_worker
 from tests.train.dataset import make_dataset
 from tests.train.job_config import job_config
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def data_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
