@@ -50,7 +50,7 @@ class DeviceQueue:
             return host.numpy
         host = torch.empty(latents.shape, dtype=torch.float32, pin_memory=True)
         host.copy_(latents.float(), non_blocking=True)
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         done.record(torch.cuda.current_stream(self._device))
 
         def fetch() -> Latents:

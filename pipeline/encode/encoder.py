@@ -22,8 +22,10 @@ from pipeline.encode.items import Item, rejection
 from pipeline.source.reasons import Reason
 from pipeline.store.schema import pack_latents
 
-# How long a call whose last batches are not full waits for another to begin, where others may.
+# A call whose last batches are not full waits so long for another to begin, where others may; and, while others hand
+# in their items, for so many of their batches.
 _GRACE_S = 0.25
+_PATIENCE_BATCHES = 16
 
 Size = tuple[int, int]
 
@@ -94,6 +96,7 @@ class Encoder:
         self._running: deque[_Running] = deque()
         self._turn = threading.Lock()  # held while a call hands in its items
         self._state = threading.Condition(threading.RLock())  # held while anything above changes
+        self._submitted = 0  # batches so far
         self._taking = 0  # calls that have items to hand in
         self._ending: deque[_Call] = deque()  # calls that have handed in all
         self._broken: BaseException | None = None
@@ -103,6 +106,7 @@ class Encoder:
         call = _Call(on_batch)
         with self._changing():
             self._taking += 1
+            self._state.notify_all()
         try:
             with self._turn:
                 self._take(call, items)
@@ -132,9 +136,8 @@ class Encoder:
                 yield
             except BaseException as error:
                 self._broken = error
-                raise
-            finally:
                 self._state.notify_all()
+                raise
 
     def _take(self, call: _Call, items: Iterable[Item]) -> None:
         asked = time.perf_counter()
@@ -158,25 +161,28 @@ class Encoder:
         """Wait for the call's latents: for its batches to fill up, as long as other calls hand in items."""
         with self._changing():
             self._ending.append(call)
+            patience = self._submitted + _PATIENCE_BATCHES
             while call.open:
-                if any(owner is call for batch in self._running for owner, _ in batch.owned):
-                    self._fetch()
-                elif self._must_flush(call):
-                    for size in [s for s, q in self._queues.items() if any(owner is call for owner, _ in q)]:
+                mine = [size for size, queue in self._queues.items() if any(owner is call for owner, _ in queue)]
+                if mine and (self._submitted >= patience or self._nobody_comes(call)):
+                    for size in set(mine) & set(self._queues):
                         self._submit(self._queues.pop(size))
-                else:
+                elif not mine and not self._taking:
+                    self._fetch()  # else whoever submits the next batches does, and the device has work meanwhile
+                elif self._broken is None:
                     self._state.wait()
                 if self._broken is not None:
                     raise self._broken
             self._ending.remove(call)
+            self._state.notify_all()
 
-    def _must_flush(self, call: _Call) -> bool:
-        """Whether the call is the oldest, and nobody will fill its batches in any near time."""
+    def _nobody_comes(self, call: _Call) -> bool:
+        """Whether the call is the oldest that ends, and no other will fill its batches in any near time."""
         if self._taking or self._ending[0] is not call:
             return False
         if len(self._ending) < self.calls:
             self._state.wait_for(lambda: self._taking or self._broken, _GRACE_S)
-        return not self._taking
+        return not self._taking and self._broken is None
 
     def _limit(self, size: Size) -> int:
         return self._limits.setdefault(size, max(1, self.batch_size * self.max_area // (size[0] * size[1])))
@@ -185,6 +191,7 @@ class Encoder:
         """Queue a batch on the device; older batches that have to make room are brought back."""
         began = time.perf_counter()
         self._run(owned)
+        self._submitted += 1
         self.usage.device_s += time.perf_counter() - began
         while len(self._running) > self._device.depth:
             self._fetch()
@@ -199,26 +206,30 @@ class Encoder:
             self._run(owned[:limit])
             return self._run(owned[limit:])
         try:
-            fetch = self._call([item for _, item in owned], size, limit)
+            fetch = self._launch([item for _, item in owned], size, limit)
         except Exception as error:
-            if _out_of_memory(error):
-                if limit == 1:
-                    raise
-                self._limits[size] = limit // 2
-                self.usage.halvings += 1
-                self._device.release_cached()
-                return self._run(owned)
-            if isinstance(error, torch.AcceleratorError):
+            too_large = _out_of_memory(error)
+            if too_large and limit == 1:
+                raise
+            if not too_large and isinstance(error, torch.AcceleratorError):
                 raise  # the device's context is gone: only a new process helps
-            if len(owned) == 1:
-                message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                return self._deliver(owned, [self._failed(owned[0][1], Reason.ENCODE_FAILED, message)])
-            half = len(owned) // 2
-            self._run(owned[:half])
-            return self._run(owned[half:])
-        self._running.append(_Running(owned, fetch))
+            message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        else:
+            self._running.append(_Running(owned, fetch))
+            return
+        # Not in the handler: as long as the error lives, its frames hold what the batch has on the device.
+        if too_large:
+            self._limits[size] = limit // 2
+            self.usage.halvings += 1
+            self._device.release_cached()
+            return self._run(owned)
+        if len(owned) == 1:
+            return self._deliver(owned, [self._failed(owned[0][1], Reason.ENCODE_FAILED, message)])
+        half = len(owned) // 2
+        self._run(owned[:half])
+        self._run(owned[half:])
 
-    def _call(self, items: list[Item], size: Size, limit: int) -> Callable[[], npt.NDArray[np.float32]]:
+    def _launch(self, items: list[Item], size: Size, limit: int) -> Callable[[], npt.NDArray[np.float32]]:
         batch_NHWC = self._device.host_batch((limit, *size, 3))
         array = batch_NHWC.numpy()
         for i, item in enumerate(items):
@@ -248,6 +259,7 @@ class Encoder:
             self.usage.stored += count
             if call.on_batch and count:
                 call.on_batch(count)
+        self._state.notify_all()
 
     def _rows(self, items: list[Item], latents_NCHW: npt.NDArray[np.float32]) -> list[dict[str, Any]]:
         limit = np.finfo(np.float16).max if self.latent_dtype == "float16" else np.finfo(np.float32).max

@@ -179,7 +179,8 @@ class _Passes:
         """After a pass in which workers died: units they died on run row by row, rows they die on are quarantined.
 
         What a worker died on again and again is left open by several processes; what a bystander was busy with
-        when the execution broke down, by one.
+        when the execution broke down, by one. Blocks that shared a worker with it time after time come under
+        suspicion, too; units under suspicion have their workers to themselves.
         """
         import ray
 

@@ -115,7 +115,7 @@ class EncodeBlocks:
             device=spec.device,
             calls=spec.calls,
         )
-        ahead = 2 * spec.batch_size
+        ahead = -(-2 * spec.batch_size // spec.calls)  # by each call; together they hold two batches of pixels
         self._decoder = None if spec.decoded else Decoder(spec.image, spec.source_uri, spec.decode_threads, ahead)
         self._monitor, self._place = monitor, f"{os.uname().nodename}-{os.getpid()}"
         self._numbers = itertools.count()

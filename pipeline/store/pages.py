@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
 _VIEW = np.dtype([("length", "<i4"), ("prefix", "<i4"), ("buffer", "<i4"), ("offset", "<i4")])
+MAX_PART_BYTES = (1 << 31) - 1  # places in one piece of memory are 32-bit integers, there
 _INLINE = 12  # a view holds so many bytes itself (Arrow columnar format, variable-size binary view layout)
 _DATA_PAGE, _PLAIN = 0, 0
 _LENGTH = 4  # bytes before each value
@@ -69,13 +70,13 @@ def gather(parts: Sequence[Bytes], part_of: npt.NDArray[np.int32], starts: Ints,
     """Values from several pieces of memory end to end, each copied once: uint8 [n, width], writable.
 
     Value i is parts[part_of[i]][starts[i] : starts[i] + width]. ValueError for a place outside its part, or a part
-    of 2 GiB and more.
+    above MAX_PART_BYTES.
     """
     sizes = np.array([len(part) for part in parts], np.int64)
     if len(starts) and ((starts < 0) | (starts + width > sizes[part_of])).any():
         raise ValueError("a value lies outside its column")
-    if len(starts) and sizes.max() >= 1 << 31:
-        raise ValueError(f"a column of {sizes.max()} bytes in one row group; at most 2 GiB can be read")
+    if len(starts) and sizes.max() > MAX_PART_BYTES:
+        raise ValueError(f"a part has {sizes.max()} bytes, of at most {MAX_PART_BYTES}")
     if width <= _INLINE or not len(starts):
         small = np.empty((len(starts), width), np.uint8)
         for at, part in enumerate(parts):

@@ -6,8 +6,8 @@
     batches      --text----->  and their captions' embeddings, as stored, where text is learned from
     streams      --mixture-->  one stream                 whole batches of several datasets, by weight
 
-A latent is copied twice, from the page cache to its window and from there to its batch: nothing is decoded, checked
-(unless `verify`) or widened to float32 on the way, which is the device's work.
+A latent is copied once, from its file's pages to its batch (twice where its window ends with the batch): nothing is
+decoded, checked (unless `verify`) or widened to float32 on the way, which is the device's work.
 
 The global batch is cut into `lanes`; a lane owns a fixed stretch of every bucket's shuffled row groups and
 gives the same share of every batch. Ranks serve neighbouring lanes, so the ranks' shares, put together in

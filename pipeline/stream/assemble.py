@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -157,6 +158,8 @@ class _Chunk:
         for rows, begin, end in cursor.take(self._count * self._slot):
             if rows.captions is not None:
                 captions = [*(captions or ()), *rows.captions.slice(begin, end - begin).to_pylist()]
+            if end == len(rows.labels):
+                rows = _last_of(rows, begin, self._wide)
             first_part = len(self._memory)
             self._memory += rows.memory
             for at, places in _blocks(done, done + end - begin, self._slot):
@@ -206,6 +209,13 @@ class _Chunk:
 
     def batch(self, index: int, step: int, epoch: int) -> Batch:
         return Batch(step, epoch, self._bucket, *self._parts[index])
+
+
+def _last_of(rows: WindowRows, begin: int, wide: int) -> WindowRows:
+    """Copies the latents from `begin` on, the others are lost: for a window to go while a batch still lacks rows."""
+    latents = gather(rows.memory, rows.part[begin:], rows.start[begin:], wide)
+    start = (np.arange(len(rows.start), dtype=np.int64) - begin) * wide
+    return replace(rows, memory=(latents.reshape(-1),), part=np.zeros_like(rows.part), start=start)
 
 
 def _blocks(begin: int, end: int, slot: int) -> Iterator[tuple[slice, slice]]:

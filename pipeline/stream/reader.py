@@ -1,6 +1,7 @@
 """Windows read, split, shuffled and checked on threads, and the channel that hands batches over.
 
-A latent stays in the pages of its file, brought into memory here, until it is copied into its batch: once.
+A latent stays in the pages of its file, brought into memory here, until it is copied into its batch: once. Only the
+last of a window are copied twice, so that its memory is free before the next but one is read.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.store.pages import Bytes, FixedRows
+from pipeline.store.pages import MAX_PART_BYTES, Bytes, FixedRows
 from pipeline.stream.columns import binary_rows, integers
 from pipeline.stream.data import LatentRows
 from pipeline.stream.order import Piece, Window
@@ -97,6 +98,8 @@ class WindowReader:
         latents, count = latents[chosen], piece.stop - piece.start
         if latents.width != wide:
             raise ValueError(f"a value is {latents.width} bytes long, not {wide}")
+        if len(latents.data) > MAX_PART_BYTES:
+            raise ValueError(f"its latents take {len(latents.data)} bytes, of at most {MAX_PART_BYTES}")
         _bring_in(latents)
         sizes = None
         if self._sizes:

@@ -58,7 +58,10 @@ def bars(out: Path | None, name: str, title: str, values: Mapping[str, float], u
     figure, axes = pyplot.subplots(figsize=(7, 0.6 + 0.45 * len(values)))
     names = list(values)[::-1]
     ours, limit, peer = "#1a73e8", "#9aa0a6", "#f9ab00"
-    colours = [ours if n.startswith("ours") else limit if n.startswith("no pipeline") else peer for n in names]
+    colours = [
+        ours if n.startswith("ours") else limit if n.startswith(("no pipeline", "limit", "bare")) else peer
+        for n in names
+    ]
     axes.barh(names, [values[name] for name in names], color=colours)
     axes.set_xlabel(unit)
     axes.set_title(title, loc="left", fontsize=10)

@@ -1,6 +1,6 @@
 """Images per second of the sample job's graph against a bare denoise and decode loop; memory over 10,000 samples.
 
-    python -m tests.benchmarks.sample_throughput [--images 960] [--rounds 2] [--many 10000] [--out DIR]
+    python -m tests.benchmarks.sample_throughput [--images 480] [--rounds 2] [--many 10000] [--out DIR]
 
 The model is a small DiT with guidance on latents of 8x8, the codec a small AutoencoderKL; both have random weights.
 
@@ -38,7 +38,7 @@ from pipeline.sample.config import SampleJobConfig
 from pipeline.sample.prepare import Prepared, on_device, prepare
 from tests.benchmarks.report import bars, table, write
 
-BATCH, STEPS, GUIDANCE = 16, 10, 2.0
+BATCH, STEPS, GUIDANCE = 16, 25, 2.0  # the steps are the job's default
 CORES = os.cpu_count() or 1
 
 
@@ -225,7 +225,7 @@ def _growth(values: Sequence[float | None]) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=960)
+    parser.add_argument("--images", type=int, default=480)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--many", type=int, default=10_000)
     parser.add_argument("--out", type=Path, default=None)

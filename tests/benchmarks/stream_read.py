@@ -38,7 +38,7 @@ import pyarrow.parquet as pq
 
 from pipeline.store.dataset import LatentDataset
 from pipeline.stream.loader import LatentStream
-from tests.benchmarks.report import machine
+from tests.benchmarks.report import bars, machine
 from tests.support.rows import claim, committer, latent_rows, planned_root
 
 COLUMNS = ["sample_id", "latent", "label"]
@@ -321,6 +321,9 @@ def main() -> None:
         report["ledger"] = time_to_order(args.groups)
         print({key: round(value, 2) for key, value in report["ledger"].items()})
     if args.json:
+        for case in report["cases"]:
+            name = f"stream_{case['latent']}"
+            bars(args.json.parent, name, f"stream, latents {case['latent']}", case["rows_per_s"], "rows/s")
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 

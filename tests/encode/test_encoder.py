@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -122,6 +125,18 @@ def test_memory_that_runs_out_halves_the_batch_and_goes_on() -> None:
     assert codec.shapes[-1] == (2, 8, 8, 3)
     machine.encode([item(r) for r in range(8)])
     assert machine.usage.halvings == 2  # what fits is remembered
+
+
+def test_a_batch_that_did_not_fit_is_gone_before_a_smaller_one_is_tried() -> None:
+    class Counting(Blocks):
+        attempts: ClassVar[list[weakref.ref[torch.Tensor]]] = []
+
+        def encode(self, images_NHWC: torch.Tensor, **options: Any) -> torch.Tensor:
+            assert not [attempt for attempt in self.attempts if attempt() is not None]
+            self.attempts.append(weakref.ref(images_NHWC))
+            return super().encode(images_NHWC, **options)
+
+    assert len(stored(encoder(Counting(capacity=64)).encode([item(r) for r in range(4)]))) == 4
 
 
 def test_memory_that_does_not_hold_one_image_is_an_error() -> None:
@@ -245,3 +260,21 @@ def test_usage_is_told_once() -> None:
     assert (first.stored, first.rejected) == (2, 1)
     assert first.device_s > 0
     assert machine.unreported() == Usage()
+
+
+def test_a_rare_size_is_not_kept_waiting_as_long_as_others_come() -> None:
+    machine = Encoder(Blocks(), "mode", "float16", 4, 64, "mem", calls=2)  # type: ignore[arg-type]
+    answered = threading.Event()
+    taken = itertools.count()
+
+    def common() -> Iterator[Item]:
+        while not answered.is_set() and next(taken) < 100_000:
+            yield item(1)
+
+    with ThreadPoolExecutor(2) as pool:
+        rare = pool.submit(machine.encode, [item(0, (4, 8))])
+        other = pool.submit(machine.encode, common())
+        assert len(rare.result(timeout=60)) == 1
+        answered.set()
+        other.result(timeout=60)
+    assert next(taken) < 100_000

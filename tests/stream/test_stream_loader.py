@@ -192,10 +192,10 @@ def test_the_windows_held_at_any_time_fit_their_memory() -> None:
 
     def submit(window: Window) -> Future[WindowRows]:
         nonlocal most
-        cost = sum(dataset.row_groups[piece.row_group].size_bytes for piece in window.pieces)
         rows = reader._read(window)
-        held[id(rows)] = cost
-        weakref.finalize(rows, held.pop, id(rows))
+        for piece, memory in zip(window.pieces, rows.memory, strict=True):
+            held[id(memory)] = dataset.row_groups[piece.row_group].size_bytes
+            weakref.finalize(memory, held.pop, id(memory))
         most = max(most, sum(held.values()))
         future: Future[WindowRows] = Future()
         future.set_result(rows)
