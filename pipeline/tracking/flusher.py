@@ -1,7 +1,8 @@
 """The background thread that carries a process's journal to the store, off the caller's path.
 
-Order at start, behind the folder's gate: first what dead attempts of the same run left (so that what they logged is
-known), then this process's own run, then, once that is sent, what other runs left.
+Order at start, behind the folder's gate: first what earlier attempts of the same run left (so that what they logged
+is known; one that is still inside a request is waited for), then this process's own run, then, once that is sent,
+what other runs left.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from collections.abc import Callable
 
 from pipeline.tracking.delivery import Delivery, Store
 from pipeline.tracking.journal import Header, JournalReader, JournalWriter, gate
-from pipeline.tracking.replay import replay_orphans
+from pipeline.tracking.replay import is_held, replay_orphans
 
 _log = logging.getLogger(__name__)
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 30.0
 FSYNC_EVERY_S = 5.0
 CLOSING_ATTEMPTS = 2
+EARLIER_ATTEMPT_S = 120.0  # longest wait for an earlier attempt that was told to end and is inside a request
 
 
 class Flusher:
@@ -41,6 +43,7 @@ class Flusher:
         self._store: Store | None = None
         self._delivery: Delivery | None = None
         self._others_replayed = False
+        self._wait_until: float | None = None
         self._is_others_turn = False
         self._unsent = 0
         self._backoff_s = FIRST_BACKOFF_S
@@ -117,7 +120,7 @@ class Flusher:
         delivery = Delivery(store, self._journal, live=True)
         header = delivery.header
         with gate(self._writer.path.parent) as mine:
-            if not mine:
+            if not mine or self._waits_for_earlier_attempt(header):
                 return False
             replay_orphans(
                 self._writer.path.parent, store, header.server, lambda other, run_id: _same_run(header, other, run_id)
@@ -126,6 +129,14 @@ class Flusher:
         self._delivery, self.run_id = delivery, delivery.run_id
         self._connected.set()
         return True
+
+    def _waits_for_earlier_attempt(self, header: Header) -> bool:
+        """Whether another owner of this run may be sending: steps that it delivers later would be there twice."""
+        path = self._writer.path
+        held = header.role == "owner" and is_held(path.parent, path, lambda o, run_id: _same_run(header, o, run_id))
+        if held and self._wait_until is None:
+            self._wait_until = time.monotonic() + EARLIER_ATTEMPT_S
+        return held and self._wait_until is not None and time.monotonic() < self._wait_until
 
     def _replay_others(self, store: Store) -> None:
         if self._others_replayed or self._closing.is_set():

@@ -85,6 +85,21 @@ def replay_orphans(
     return report
 
 
+def is_held(folder: Path, mine: Path, wanted: Callable[[Header, str | None], bool]) -> bool:
+    """Whether another owner of a run that `wanted` picks has not let go of its journal: it may be sending still."""
+    for path in journals(folder):
+        if path == mine or "-owner-" not in path.name:
+            continue
+        with adopt(path) as free:
+            if free or not path.exists():
+                continue
+            journal = JournalReader(path)
+            header = journal.header()
+            if header is not None and wanted(header, journal.confirmed.run_id):
+                return True
+    return False
+
+
 def _owners_first(paths: list[Path]) -> Iterator[Path]:
     """An owner's journal may have to make the run that the attached ones wait for."""
     yield from (p for p in paths if "-owner-" in p.name)

@@ -109,6 +109,31 @@ def test_a_store_that_never_answers_blocks_nobody(tmp_path: Path, header: Build)
     assert steps(store) == list(range(1000))
 
 
+def test_an_earlier_attempt_that_is_inside_a_request_goes_first(tmp_path: Path, header: Build) -> None:
+    """Else what it delivers when the store goes on would be there twice, logged again by the resumed run."""
+    release, entered = threading.Event(), threading.Event()
+
+    def fault(call: str) -> None:
+        if call == "log_batch" and not entered.is_set():
+            entered.set()
+            release.wait(PATIENCE_S)
+
+    store = FakeStore(fault)
+    first, first_flusher = open_flusher(tmp_path, header(1), store)
+    for step in range(6):
+        first.append(metric(step))
+    assert entered.wait(PATIENCE_S)
+    assert first_flusher.close(0.05) > 0
+    second, second_flusher = open_flusher(tmp_path, header(2), store)  # the same run, resumed
+    for step in range(3, 9):
+        second.append(metric(step, time_ms=2))
+    assert not second_flusher.wait_connected(0.3)
+    release.set()
+    assert second_flusher.close(PATIENCE_S) == 0
+    first_flusher._thread.join(PATIENCE_S)
+    assert steps(store) == list(range(9))
+
+
 def test_what_a_dead_store_did_not_take_is_sent_by_the_next_start(tmp_path: Path, header: Build) -> None:
     outage = Outage()
     store = FakeStore(outage)
