@@ -26,6 +26,7 @@ from pipeline.storage_errors import (
     describe,
     is_transient,
     not_implemented,
+    note_answer,
     plain_error,
     storage_errors,
     without_user,
@@ -312,8 +313,12 @@ class Root:
         """
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                return call()
+                found = call()
+                note_answer(self.uri)
+                return found
             except Exception as error:
+                if not is_transient(error):
+                    note_answer(self.uri)
                 if attempt == _ATTEMPTS or not is_transient(error):
                     plain = plain_error(error, self.uri)
                     if plain is error:

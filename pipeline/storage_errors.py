@@ -6,6 +6,7 @@ import errno
 import re
 import sys
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 from pipeline.errors import InputError, PipelineError, StoppedError
 
@@ -54,6 +55,19 @@ _USER_PART = re.compile(r"(://)[^/\s'\"<>@]+@")
 
 class StoreUnavailable(OSError):
     """A store did not answer, or only with errors, for as long as it was asked: what was written before stays."""
+
+
+_answered: set[str] = set()  # scheme and bucket of every store that this process has had an answer from
+
+
+def note_answer(uri: str) -> None:
+    """The store of a URI has answered this process: should it fall silent later, that passes."""
+    _answered.add(_store_of(uri))
+
+
+def _store_of(uri: str) -> str:
+    parts = urlsplit(without_user(uri))
+    return f"{parts.scheme}://{parts.netloc}"
 
 
 def storage_errors() -> tuple[type[Exception], ...]:
@@ -154,6 +168,12 @@ def job_error(error: BaseException) -> PipelineError | None:
     if not isinstance(error, storage_errors()):
         return None
     if isinstance(error, StoreUnavailable):
+        if _store_of(str(error.filename)) not in _answered:
+            return InputError(
+                f"The store never answered: {describe(error)}",
+                rule="a job starts when its stores can be reached",
+                next_step="check the endpoint, the region and the network, then run the same command again",
+            )
         return StoppedError(
             f"The store stayed away too long: {describe(error)}",
             rule="what was committed before stays; nothing half-written is visible",

@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says nothing on a machine that does other things, too.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 # Real servers (S3, PostgreSQL, MLflow) as fixtures: started when the first test asks for them.
 pytest_plugins = ("tests.support.servers",)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pipeline import storage
 from pipeline.errors import InputError
 from pipeline.storage import Root, check_key
-from pipeline.storage_errors import StoreUnavailable, describe, job_error, plain_error
+from pipeline.storage_errors import StoreUnavailable, describe, job_error, note_answer, plain_error
 from pipeline.storage_remote import RangedFile, put_whole
 
 
@@ -281,8 +281,10 @@ def test_what_a_stores_failure_means_for_a_job() -> None:
     from pipeline.errors import ConflictError
 
     conflict = ConflictError("held")
+    note_answer("s3://b/some/prefix")
     outcomes = [
-        (StoreUnavailable(5, "the store does not answer", "s3://b"), 75),
+        (StoreUnavailable(5, "the store does not answer", "s3://b/x"), 75),
+        (StoreUnavailable(5, "the store does not answer", "s3://never-heard-of/x"), 3),
         (OSError(28, "No space left on device"), 3),
         (PermissionError(13, "not allowed", "s3://b/x"), 3),
         (conflict, 4),
@@ -293,7 +295,7 @@ def test_what_a_stores_failure_means_for_a_job() -> None:
         meant = job_error(error)
         assert (meant.exit_code if meant else None) == code
     assert job_error(conflict) is conflict
-    assert "the store does not answer: s3://b" in str(job_error(outcomes[0][0]))
+    assert "the store does not answer: s3://b/x" in str(job_error(outcomes[0][0]))
 
 
 def test_the_clients_errors_come_out_as_plain_ones_with_the_stores_own_code() -> None:

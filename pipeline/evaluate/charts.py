@@ -85,7 +85,8 @@ def _binned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _ticks(low: float, high: float) -> list[float]:
     """Round numbers inside [low, high], four to eight of them."""
-    span = high - low or abs(high) or 1.0
+    # A range below the normal numbers has no round ones in it.
+    span = next(s for s in (high - low, abs(high), 1.0) if s > 1e-300)
     step = 10.0 ** math.floor(math.log10(span / 5))
     step *= next(f for f in (1, 2, 5, 10) if span / (step * f) <= 7)
     first = math.ceil(low / step - 1e-9)

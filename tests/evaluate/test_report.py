@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -80,6 +80,7 @@ def test_small_pictures_keep_every_pixel_and_large_ones_shrink() -> None:
     assert max(decoded(data_uri(noise(512))).size) == 192
 
 
+@example([(0.0, 0.0), (0.0, 5e-324)])
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 1e12), st.floats(allow_nan=True, allow_infinity=True)), max_size=30))
 def test_any_history_can_be_drawn(points: list[tuple[float, float]]) -> None:
