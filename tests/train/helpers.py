@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -28,6 +30,23 @@ from pipeline.train.task import Task
 NUM_SAMPLES = 37
 CHANNELS = 2
 BATCH = 6
+
+
+@contextmanager
+def stopped_after(monkeypatch: pytest.MonkeyPatch, questions: int) -> Iterator[None]:
+    """In here a worker that asks whether it should stop is told so at that question, one of which comes each step."""
+    from pipeline.train import worker
+
+    class StopsSoon(worker.StopWatch):
+        asked = 0
+
+        def requested(self) -> bool:
+            self.asked += 1
+            return self.asked == questions
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "StopWatch", StopsSoon)
+        yield
 
 
 class TinyNet(nn.Module):

@@ -37,6 +37,7 @@ from pipeline.train.inputs import Served, make_task, open_served, open_stream, p
 from pipeline.train.quarantine import read_quarantine
 from pipeline.train.worker import Place, run_worker
 from tests.train.dataset import make_dataset
+from tests.train.helpers import stopped_after
 from tests.train.job_config import job_config
 
 pytestmark = pytest.mark.integration
@@ -82,17 +83,7 @@ def test_a_stopped_and_resumed_run_on_a_mixture_is_the_undisturbed_one(
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     start(mixed(whole, uris, changes=VALIDATED), whole)
-    from pipeline.train import worker
-
-    class StopsSoon(worker.StopWatch):
-        asked = 0
-
-        def requested(self) -> bool:
-            self.asked += 1
-            return self.asked == 7
-
-    with monkeypatch.context() as patch:
-        patch.setattr(worker, "StopWatch", StopsSoon)
+    with stopped_after(monkeypatch, 7):
         assert start(mixed(broken, uris, changes=VALIDATED), broken)["status"] == "stopped"
     assert start(mixed(broken, uris, changes=VALIDATED), broken) == {"status": "done", "step": 20, "images": 320}
 

@@ -19,6 +19,7 @@ from pipeline.train.handshake import handshake
 from pipeline.train.history import read_records
 from pipeline.train.worker import Place, run_worker
 from tests.train.dataset import make_dataset
+from tests.train.helpers import stopped_after
 from tests.train.job_config import job_config
 
 pytestmark = pytest.mark.integration
@@ -59,17 +60,7 @@ def test_stop_and_resume_leave_the_history_and_export_of_an_undisturbed_run(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     start(job_config(whole, data_uri, VALIDATED), whole)
     config = job_config(broken, data_uri, VALIDATED)
-    from pipeline.train import worker
-
-    class StopsSoon(worker.StopWatch):
-        asked = 0
-
-        def requested(self) -> bool:
-            self.asked += 1
-            return self.asked == 7
-
-    with monkeypatch.context() as patch:
-        patch.setattr(worker, "StopWatch", StopsSoon)
+    with stopped_after(monkeypatch, 7):
         assert start(config, broken) == {"status": "stopped", "step": 7, "images": 112}
     # As if a worker had gone on for a while after its last checkpoint, and was then killed.
     history = Path(config.output.uri) / "history.jsonl"
