@@ -50,7 +50,7 @@ class EncodeConfig(StrictModel):
     )
     fragment_rows: int = Field(8192, ge=1, description="Rows after which it commits even so: what a crash can cost.")
     row_group_bytes: int = Field(
-        16 << 20, ge=1024, description="Latent bytes of a row group, the quantum of shuffling."
+        16 << 20, ge=1024, le=1 << 30, description="Latent bytes of a row group, the quantum of shuffling."
     )
     units_per_execution: int = Field(10_000, ge=1, description="Units in one Ray Data execution; more run in turn.")
     crash_limit: int = Field(

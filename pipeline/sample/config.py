@@ -147,7 +147,7 @@ class WriteConfig(StrictModel):
     encoder_cpus: float = Field(0.2, gt=0, description="CPUs such a task reserves.")
     writers: int = Field(2, ge=1, description="Write tasks at a time.")
     fragment_rows: int = Field(256, ge=1, description="Images a write waits for before it commits a fragment.")
-    row_group_bytes: int = Field(16 << 20, ge=1024, description="Image bytes of a row group.")
+    row_group_bytes: int = Field(16 << 20, ge=1024, le=1 << 30, description="Image bytes of a row group.")
 
 
 class SampleJobConfig(StrictModel):

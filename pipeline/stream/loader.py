@@ -82,7 +82,11 @@ class LatentStream:
         self._warn_of_unserved(split)
 
     def __iter__(self) -> Iterator[Batch]:
-        run = _Run(self)
+        return self.batches_from(self.start_step)
+
+    def batches_from(self, step: int) -> Iterator[Batch]:
+        """An iteration that begins at this step; several may be in progress."""
+        run = _Run(self, step)
         self._running.add(run)
         try:
             while (packet := run.next()) is not None:
@@ -149,7 +153,7 @@ def _check_world(rank: int, world_size: int, lanes: int) -> None:
 class _Run:
     """One iteration: a thread that prepares batches ahead of the consumer, on top of a window reader."""
 
-    def __init__(self, stream: LatentStream) -> None:
+    def __init__(self, stream: LatentStream, start_step: int) -> None:
         self.closed = False
         self._reader = WindowReader(
             stream._dataset,
@@ -163,7 +167,7 @@ class _Run:
         self._outcome: Future[None] = Future()
         self._producer = threading.Thread(
             target=self._produce,
-            args=(stream.order, stream._lanes, stream.start_step, stream._dataset.latent_dtype, stream._text),
+            args=(stream.order, stream._lanes, start_step, stream._dataset.latent_dtype, stream._text),
             name="latent-batches",
             daemon=True,
         )

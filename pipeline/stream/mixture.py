@@ -47,6 +47,7 @@ def open_mixture(
     window_bytes: int,
     holdout: float = 0.0,
     cache: Root | None = None,
+    threads: int = 2,
     **settings: Any,
 ) -> MixtureStream:
     """The stream of some datasets; the settings are those of `LatentStream`, alike for all of them.
@@ -57,13 +58,14 @@ def open_mixture(
     weights, least = [part.weight for part in parts], []
     for part in parts:
         with naming(part.name):
-            layout = layout_of(part.dataset, split_rows(part.dataset, holdout, "train", cache=cache))
+            layout = layout_of(part.dataset, split_rows(part.dataset, holdout, "train", cache=cache, threads=threads))
             least.append(least_window_bytes(layout, batch_size, lanes))
-    shared = {"seed": seed, "batch_size": batch_size, "lanes": lanes, "holdout": holdout, "cache": cache, **settings}
+    settings |= {"seed": seed, "batch_size": batch_size, "lanes": lanes, "holdout": holdout, "cache": cache}
+    settings["threads"] = threads
     streams = []
     for part, size_bytes in zip(parts, _divided(window_bytes, least, weights), strict=True):
         with naming(part.name):
-            streams.append(LatentStream(part.dataset, window_bytes=size_bytes, text=part.text, **shared))
+            streams.append(LatentStream(part.dataset, window_bytes=size_bytes, text=part.text, **settings))
     return MixtureStream(streams, weights, seed=seed, names=[part.name for part in parts])
 
 
@@ -87,15 +89,18 @@ class MixtureStream:
             self.identity |= {f"datasets[{at}].{key}": value for key, value in stream.identity.items()}
 
     def __iter__(self) -> Iterator[Batch]:
-        block, position = divmod(self.start_step, BLOCK)
+        return self.batches_from(self.start_step)
+
+    def batches_from(self, start_step: int) -> Iterator[Batch]:
+        """An iteration that begins at this step; several may be in progress."""
+        block, position = divmod(start_step, BLOCK)
         before = self._shares * block + np.bincount(self._block(block)[:position], minlength=len(self.streams))
         with ExitStack() as stack:
             sources: list[Iterator[Batch]] = []
             for stream, step in zip(self.streams, before.tolist(), strict=True):
-                stream.start_step = step
-                sources.append(stack.enter_context(closing(iter(stream))))  # type: ignore[type-var]
-            for step in count(self.start_step):
-                if step % BLOCK == 0 or step == self.start_step:
+                sources.append(stack.enter_context(closing(stream.batches_from(step))))  # type: ignore[type-var]
+            for step in count(start_step):
+                if step % BLOCK == 0 or step == start_step:
                     schedule = self._block(step // BLOCK)
                 dataset = int(schedule[step % BLOCK])
                 with naming(self._names[dataset]):

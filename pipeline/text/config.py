@@ -58,7 +58,7 @@ class EmbedConfig(StrictModel):
 
     batch_size: int = Field(32, ge=1, description="Captions per forward pass; the last one is filled up.")
     unit_captions: int = Field(1024, ge=1, description="Captions per commit: what a killed run loses at most.")
-    row_group_bytes: int = Field(4 << 20, ge=1024, description="Embedding bytes of a row group.")
+    row_group_bytes: int = Field(4 << 20, ge=1024, le=1 << 30, description="Embedding bytes of a row group.")
 
 
 class EmbedTextJobConfig(StrictModel):

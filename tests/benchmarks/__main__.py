@@ -17,10 +17,14 @@ AREAS: dict[str, Callable[[Path, Path, bool], list[str]]] = {
     "encode": lambda out, data, quick: [
         *("--photos", f"{data}/photos", "--out", f"{out}", "--images", "400" if quick else "2000"),
     ],
+    "encode_growth": lambda out, data, quick: [
+        *("--photos", f"{data}/photos", "--out", f"{out}", *(["--images", "1000", "2000"] if quick else [])),
+    ],
     "ledger_scale": lambda out, data, quick: [
         *("--out", f"{out}/ledger_scale.json", "--images", "1e6", "1e7", *([] if quick else ["1e8", "1e9"])),
     ],
     "stream_read": lambda out, data, quick: ["--json", f"{out}/stream_read.json", *(["--mb", "64"] if quick else [])],
+    "stream_places": lambda out, data, quick: ["--out", f"{out}", *(["--mb", "64"] if quick else [])],
     "train_step": lambda out, data, quick: ["--json", f"{out}/train_step.json"],
     "tracking_outage": lambda out, data, quick: ["--out", f"{out}"],
     "gpu": lambda out, data, quick: ["--json", f"{out}/gpu.json", *(["--quick"] if quick else [])],

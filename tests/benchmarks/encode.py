@@ -1,27 +1,30 @@
 """Encoding a folder of images: the product, two peers, and the limit, on the same files and codec in one run.
 
     python -m tests.benchmarks.encode [--photos FOLDER] [--images 2000] [--codec small sd] [--out DIR]
+        [--set image.buckets.kind=aspect ...] [--before COMMIT]
 
 Each contender is a command of its own and runs on a quarter of the images and on all of them. Its rate is that of
 the images between: what starting up costs falls out of the difference, and is shown beside it. The photographs are
 repeated under new names. `small` is an AutoencoderKL in which the pipeline dominates, `sd` one of the size and shape
 of Stable Diffusion's, both with random weights; `sd` gets a twenty-fifth of the images, of half the resolution.
+
+`--set` changes settings of the product's job (peers and limit have none of them). `--before` also runs the job as it
+was at an earlier commit, in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tests.benchmarks import report
 
@@ -38,6 +41,7 @@ class Case:
     resolution: int
     batch: int
     actors: int
+    changes: tuple[str, ...] = ()
 
 
 def make_codec(folder: Path, kind: str) -> Path:
@@ -84,10 +88,13 @@ def ours(case: Case, out: Path) -> list[str]:
         "tracking.enabled": "false",
         "cluster.dashboard": "false",
     }
-    return ["jobs.encode", *(f"{key}={value}" for key, value in settings.items())]
+    return ["jobs.encode", *(f"{key}={value}" for key, value in settings.items()), *case.changes]
 
 
-def peer(name: str) -> Callable[[Case, Path], list[str]]:
+Contender = Callable[[Case, Path], list[str]]
+
+
+def peer(name: str) -> Contender:
     """A script of tests/benchmarks/peers."""
 
     def command(case: Case, out: Path) -> list[str]:
@@ -97,7 +104,7 @@ def peer(name: str) -> Callable[[Case, Path], list[str]]:
     return command
 
 
-def limit(processes: int) -> Callable[[Case, Path], list[str]]:
+def limit(processes: int) -> Contender:
     """Decoding and the VAE alone."""
 
     def command(case: Case, out: Path) -> list[str]:
@@ -107,16 +114,39 @@ def limit(processes: int) -> Callable[[Case, Path], list[str]]:
     return command
 
 
-def run(command: list[str]) -> tuple[float, float]:
-    """(seconds of the whole command, largest resident set of its processes in MiB)."""
+@contextlib.contextmanager
+def checkout(commit: str) -> Iterator[Path]:
+    """The tree of a commit of this repository."""
+    with tempfile.TemporaryDirectory(prefix="before-") as folder:
+        tree = Path(folder, "tree")
+        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(tree), commit], check=True)
+        try:
+            yield tree
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", str(tree)], check=True)
+
+
+def environment(tree: Path | None = None) -> dict[str, str]:
+    """For a contender's process; `tree`: the source it runs from, when it is not this one."""
     env = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "PASSIVE"}
     env.pop("RAY_ADDRESS", None)
+    return env if tree is None else {**env, "PYTHONPATH": str(tree)}
+
+
+def run(command: list[str], tree: Path | None = None) -> float:
+    """Seconds of the whole command."""
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", *command], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        env=environment(tree),
+        cwd=tree,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return time.perf_counter() - began, float(answer.get("work_s", 0.0))
+    return time.perf_counter() - began
 
 
 def stored(out: Path) -> tuple[int, int, float]:
@@ -129,10 +159,12 @@ def stored(out: Path) -> tuple[int, int, float]:
     return len(files), sum(p.stat().st_size for p in files), 1e3 * (time.perf_counter() - began)
 
 
-def measure(case: Case, quarter: Case, contender: Callable[[Case, Path], list[str]], place: Path) -> dict[str, float]:
+def measure(
+    case: Case, quarter: Case, contender: Contender, place: Path, tree: Path | None = None
+) -> dict[str, float]:
     """One contender on the quarter and on the whole."""
-    few, _ = run(contender(quarter, place / "quarter"))
-    many, _ = run(contender(case, place / "whole"))
+    few = run(contender(quarter, place / "quarter"), tree)
+    many = run(contender(case, place / "whole"), tree)
     files, size, list_ms = stored(place / "whole") if (place / "whole").exists() else (0, 0, 0.0)
     shutil.rmtree(place, ignore_errors=True)
     rate = (case.count - quarter.count) / max(many - few, 1e-9)
@@ -156,6 +188,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--actors", type=int, default=os.cpu_count())
     parser.add_argument("--only", nargs="*", help="contenders to run; all without")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the product's job")
+    parser.add_argument("--before", metavar="COMMIT", help="an earlier commit, whose job runs, too")
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args(arguments)
     contenders = {
@@ -164,25 +198,31 @@ def main(arguments: list[str] | None = None) -> None:
         "Ray Data template": peer("encode_ray_data"),
         **{f"no pipeline, {n} process(es)": limit(n) for n in sorted({1, os.cpu_count() or 1})},
     }
-    for codec in chosen.codec:
-        compare(codec, contenders, chosen)
+    if chosen.only:
+        contenders = {name: contenders[name] for name in chosen.only}
+    with contextlib.ExitStack() as stack:
+        trees: dict[str, Path] = {}
+        if chosen.before:
+            name = f"ours at {chosen.before}"
+            contenders[name], trees[name] = ours, stack.enter_context(checkout(chosen.before))
+        for codec in chosen.codec:
+            compare(codec, contenders, trees, chosen)
 
 
-def compare(codec: str, contenders: dict[str, Callable[[Case, Path], list[str]]], chosen: argparse.Namespace) -> None:
+def compare(codec: str, contenders: dict[str, Contender], trees: dict[str, Path], chosen: argparse.Namespace) -> None:
     """All contenders with one codec."""
     images, resolution = chosen.images, chosen.resolution
     if codec == "sd":
         images, resolution = max(32, images // 25), resolution // 2
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         place = Path(folder)
-        how = (make_codec(place / "codec", codec), resolution, chosen.batch, chosen.actors)
+        how = (make_codec(place / "codec", codec), resolution, chosen.batch, chosen.actors, tuple(chosen.set))
         counts = (images, images // 4)
         cases = [Case(make_images(place / str(n), chosen.photos, n), n, *how) for n in counts]
         found = {}
         for name, contender in contenders.items():
-            if not chosen.only or name in chosen.only:
-                found[name] = measure(*cases, contender, place / "out")
-                print(f"{name}: {found[name]['images_per_s']:.1f} images/s", file=sys.stderr, flush=True)
+            found[name] = measure(*cases, contender, place / "out", trees.get(name))
+            print(f"{name}: {found[name]['images_per_s']:.1f} images/s", file=sys.stderr, flush=True)
     limits = [f["images_per_s"] for name, f in found.items() if name.startswith("no pipeline")]
     best = max(limits, default=float("nan"))
     rows = [
@@ -191,8 +231,8 @@ def compare(codec: str, contenders: dict[str, Callable[[Case, Path], list[str]]]
     ]
     heads = [f"{codec}, {resolution} px", "images/s", "of limit", "start s", "files", "bytes/image", "list+open ms"]
     print(report.table(heads, rows))
-    name = f"encode_{codec}_{resolution}"
-    report.write(chosen.out, name, {"images": images, "contenders": found})
+    name = f"encode_{codec}_{resolution}{'_set' if chosen.set else ''}"
+    report.write(chosen.out, name, {"images": images, "set": chosen.set, "contenders": found})
     title = f"encode, {codec} codec, {resolution} px"
     report.bars(chosen.out, name, title, {n: f["images_per_s"] for n, f in found.items()}, "images/s")
 

@@ -22,20 +22,17 @@ import argparse
 import os
 import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from pipeline.cluster import ClusterConfig, ensure_ray, shutdown_ray
 from pipeline.config import validate
 from pipeline.sample import job as sample_job
 from pipeline.sample.config import SampleJobConfig
 from pipeline.sample.prepare import Prepared, on_device, prepare
+from tests.benchmarks.memory import MemoryWatch
 from tests.benchmarks.report import bars, table, write
 
 BATCH, STEPS, GUIDANCE = 16, 25, 2.0  # the steps are the job's default
@@ -129,59 +126,13 @@ def graph(model: Path, folder: Path, images: int) -> float:
     return (many - few) / (many_s - few_s)
 
 
-class MemoryWatch:
-    """Private memory of this process and of its Ray workers, every few seconds, by what each of them is."""
-
-    def __init__(self, every_s: float = 2.0) -> None:
-        self.samples: list[tuple[float, dict[str, float]]] = []
-        self._every_s, self._stop = every_s, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> MemoryWatch:
-        self._began = time.monotonic()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(self._every_s):
-            self.samples.append((time.monotonic() - self._began, memory_by_role()))
-
-
-def memory_by_role() -> dict[str, float]:
-    """MiB of the largest process in each role."""
-    me = psutil.Process()
-    found = {"driver": _private_mib(me)}
-    for child in me.children(recursive=True):
-        try:
-            role = _role(" ".join(child.cmdline()))
-            if role:
-                found[role] = max(found.get(role, 0.0), _private_mib(child))
-        except psutil.Error:
-            continue  # it ended while we looked
-    return found
-
-
-def _private_mib(process: psutil.Process) -> float:
-    info = process.memory_info()
-    return float(info.rss - info.shared) / 2**20
-
-
-def _role(line: str) -> str | None:
-    names = {
-        "DenoiseBlocks": "denoise actor",
-        "DecodeBlocks": "decode actor",
-        "EncodeImages": "encode task",
-        "CommitImages": "write task",
-        "ReadRequests": "read task",
-        "MonitorState": "monitor",
-        "/raylet ": "raylet",
-        "gcs_server": "gcs",
-    }
-    return next((role for part, role in names.items() if part in line), None)
+ROLES = {
+    "DenoiseBlocks": "denoise actor",
+    "DecodeBlocks": "decode actor",
+    "EncodeImages": "encode task",
+    "CommitImages": "write task",
+    "ReadRequests": "read task",
+}
 
 
 def throughput(folder: Path, images: int, rounds: int) -> dict[str, Any]:
@@ -201,26 +152,16 @@ def flat_memory(folder: Path, images: int) -> dict[str, Any]:
     model = make_model(folder, hidden=32, depth=1)
     requests = {"kind": "grid", "classes": "all", "count": images // 10, "steps": 1, "guidance": 1.0}
     config = configured(model, folder / "many", images, requests=requests, unit_requests=64)
-    with MemoryWatch() as watch:
+    with MemoryWatch(ROLES) as watch:
         began = time.monotonic()
         result = sample_job.run(config)
         seconds = time.monotonic() - began
-    roles = sorted({role for _, found in watch.samples for role in found})
     return {
         "images": result.counts["images"],
         "seconds": seconds,
         "samples": [[round(at, 1), {k: round(v, 1) for k, v in found.items()}] for at, found in watch.samples],
-        "growth_mib": {role: _growth([found.get(role) for _, found in watch.samples]) for role in roles},
+        "growth_mib": watch.growth_mib(),
     }
-
-
-def _growth(values: Sequence[float | None]) -> float | None:
-    """Median of the last quarter less the median of the quarter before the middle, of the moments there are."""
-    there = [v for v in values if v is not None]
-    if len(there) < 8:
-        return None
-    quarter = len(there) // 4
-    return statistics.median(there[-quarter:]) - statistics.median(there[quarter : 2 * quarter])
 
 
 def main() -> None:

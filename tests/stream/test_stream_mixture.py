@@ -60,6 +60,20 @@ def test_a_mixture_resumes_at_any_step_and_for_any_number_of_workers() -> None:
         assert np.array_equal(batch.latents, np.concatenate([left.latents, right.latents]))
 
 
+def test_two_iterations_in_progress_do_not_touch_each_other() -> None:
+    stream, want = mixture(), labels(take(mixture(), 30))
+    first = iter(stream)
+    stream.start_step = 20
+    second = iter(stream)
+    got: tuple[list[Batch], list[Batch]] = ([], [])
+    for _ in range(10):
+        got[0].append(next(first))
+        got[1].append(next(second))
+    stream.close()
+    assert labels(got[0]) == want[:10]
+    assert labels(got[1]) == want[20:]
+
+
 def test_closing_ends_a_mixture() -> None:
     before = threading.active_count()
     stream = mixture()
