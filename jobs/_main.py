@@ -140,7 +140,7 @@ def _run(job: Job, arguments: argparse.Namespace) -> Ending:
         known = job_error(error)
         if known is not None:
             _say(job, known)
-            return known.exit_code, _failure(job, known.exit_code, known.what)
+            return known.exit_code, _failure(job, known.exit_code, known.what, known.result)
         print(_redacted(traceback.format_exc()), file=sys.stderr)
         _say(job, "this is a bug in latentloom; nothing committed was lost.")
         return 1, _failure(job, 1, f"{type(error).__name__}: {error}")
@@ -158,11 +158,12 @@ def _died(job: Job, cause: str) -> Ending:
     return error.exit_code, _failure(job, error.exit_code, what)
 
 
-def _failure(job: Job, code: int, what: str) -> str:
+def _failure(job: Job, code: int, what: str, result: JobResult | None = None) -> str:
+    """The answer of a job that failed: the fields of any other, and why."""
     status = {4: "conflict", 5: "rejects-over-budget", 75: "stopped"}.get(code, "failed")
-    return json.dumps(
-        {"job": job.name, "status": status, "exit_code": code, "error": _redacted(what.splitlines()[0])}
-    )
+    done = json.loads((result or JobResult(status)).to_json(job.name))
+    why = {"status": status, "exit_code": code, "error": _redacted(what.splitlines()[0])}
+    return json.dumps({"job": job.name, **why, **{key: value for key, value in done.items() if key not in why}})
 
 
 def _load(target: str) -> Any:

@@ -8,7 +8,7 @@ JOB = Job(
     config="pipeline.sample.config:SampleJobConfig",
     run="pipeline.sample.job:run",
     dry_run="pipeline.sample.job:dry_run",
-    example="python -m jobs.sample configs/sample/grid.yaml model.uri=s3://bucket/model/export output.uri=s3://bucket/images",
+    example="python -m jobs.sample configs/sample/photos_256.yaml model.uri=s3://bucket/model/model output.uri=s3://bucket/images",
     notes="""making an image again:
   Every image carries its provenance (PNG text, EXIF of JPEG and WebP): request, seeds, sampler, model and codec by
   digest. With output.format=files each is a file of its own; out of Parquet or a tar, save its bytes to one first.

@@ -7,11 +7,17 @@ argument; what reaches a person at a terminal is one of these.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from pipeline.result import JobResult
+
 
 class PipelineError(Exception):
     """A failure that a person or a scheduler can act on; `exit_code` says how."""
 
     exit_code = 1
+    result: JobResult | None = None
 
     def __init__(
         self,
@@ -32,9 +38,15 @@ class PipelineError(Exception):
             lines.append(f"  next:  {next_step}")
         super().__init__("\n".join(lines))
 
+    def with_result(self, result: JobResult) -> Self:
+        """The error itself, which now carries what the job has done: its counts belong to the answer."""
+        self.result = result
+        return self
+
     def __reduce__(self) -> tuple[object, ...]:
         # Ray carries exceptions between processes; the keyword-only constructor needs help to survive it.
-        return (_rebuild, (type(self), self.what, self.key, self.value, self.rule, self.next_step))
+        arguments = (type(self), self.what, self.key, self.value, self.rule, self.next_step)
+        return (_rebuild, arguments, {"result": self.result})
 
 
 def _rebuild(

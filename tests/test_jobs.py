@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -117,6 +118,13 @@ def test_flags_answer_without_ray_torch_or_mlflow(job: str, flag: str, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("job", JOBS)
+def test_the_example_of_a_job_names_files_that_are_there(job: str) -> None:
+    example = importlib.import_module(f"jobs.{job}").JOB.example
+    named = [word for word in example.split() if word.endswith(".yaml")]
+    assert [word for word in named if not (REPOSITORY / word).is_file()] == []
+
+
 def test_help_names_flags_keys_and_exit_codes() -> None:
     done = subprocess.run(
         command("encode", "--help"), cwd=REPOSITORY, env=environment(), text=True, capture_output=True, check=True
@@ -218,6 +226,7 @@ def test_bad_input_gets_one_clear_message_and_writes_nothing(
     )
     assert got == code, errors
     assert (answer["job"], answer["status"], answer["exit_code"]) == ("encode", "failed", code)
+    assert {"counts", "outputs", "mlflow_run_id", "rates", "error"} <= set(answer)
     assert message in errors
     assert "Traceback" not in errors
     assert len(errors.splitlines()) <= 25

@@ -13,6 +13,7 @@ import pyarrow as pa
 from pipeline.config import config_digest, dump_yaml
 from pipeline.errors import InputError, PipelineError, RejectBudgetError
 from pipeline.result import JobResult
+from pipeline.sample.claim import check_identity, settle_identity
 from pipeline.sample.config import SampleJobConfig
 from pipeline.sample.plan import planned_rows
 from pipeline.sample.planning import freeze_requests, planned_requests
@@ -46,9 +47,11 @@ def run(config: SampleJobConfig) -> JobResult:
         if ended and wanted.count() == len(names) and not wanted - state.covered:
             return _finish(config, prepared, state, wanted, "unchanged", last_run(root).get("run_id"))
     root.probe()
-    claim_identity(root, prepared.identity)
+    if not root.exists(IDENTITY):
+        claim_identity(root, prepared.identity)
     generation = claim_next(root, lambda previous: collect(root, previous), job="sample")
     try:
+        settle_identity(root, prepared.identity, generation)
         result = _sample(config, prepared, root, generation)
         generation.close({"status": "done"})
         return result
@@ -71,7 +74,7 @@ def dry_run(config: SampleJobConfig) -> JobResult:
             planned_rows(planned_requests(state.plan), requests["request_id"].to_pylist()) & state.covered
         ).count()
     calls = sum(
-        steps * (2 if guidance != 1.0 else 1) * (2 if prepared.draw.sampler == "heun" else 1)
+        _solver_calls(prepared.draw.sampler, steps) * (2 if guidance != 1.0 else 1)
         for steps, guidance in zip(requests["steps"].to_pylist(), requests["guidance"].to_pylist(), strict=True)
     )
     counts = {
@@ -82,6 +85,11 @@ def dry_run(config: SampleJobConfig) -> JobResult:
         "model_evaluations": calls,
     }
     return JobResult("dry-run", counts, {"images": root.uri})
+
+
+def _solver_calls(sampler: str, steps: int) -> int:
+    """How often a solver asks the model: heun twice a step, but for its last one, which is euler's."""
+    return 2 * steps - 1 if sampler == "heun" else steps
 
 
 def _output(config: SampleJobConfig, prepared: Prepared) -> Root:
@@ -97,7 +105,7 @@ def _output(config: SampleJobConfig, prepared: Prepared) -> Root:
             next_step="name a directory",
         )
     if kind == "directory" and root.exists(IDENTITY):
-        check_same(root, read_identity(root, "output.uri"), prepared.identity)
+        check_identity(root, prepared.identity)
     return root
 
 
@@ -118,6 +126,8 @@ def _sample(config: SampleJobConfig, prepared: Prepared, root: Root, generation:
             from pipeline.sample.passes import run_passes
 
             run_passes(config, prepared, root, generation, wanted)
+        # A run that was stopped for long, and fenced off meanwhile, could have put its own identity last.
+        check_same(root, read_identity(root, "output.uri"), prepared.identity)
         state = read_state(root)
         seconds = time.monotonic() - began
         shown = _show(config, prepared, root, planned, wanted, tracker)
@@ -166,7 +176,7 @@ def _finish(
             value=config.reject_budget,
             rule="the share of rejected requests stays within the budget",
             next_step=f"look into {config.output.uri}/rejects; less guidance or more steps may tame the model",
-        )
+        ).with_result(JobResult(status, counts, {"images": config.output.uri}, run_id))
     root = Root(config.output.uri)
     outputs = {"images": root.uri}
     outputs |= {

@@ -94,12 +94,12 @@ def ours(case: Case, out: Path) -> list[str]:
 Contender = Callable[[Case, Path], list[str]]
 
 
-def peer(name: str) -> Contender:
-    """A script of tests/benchmarks/peers."""
+def peer(name: str, more: Callable[[Case], tuple[int, ...]] = lambda case: ()) -> Contender:
+    """A script of tests/benchmarks/peers; `more` are arguments that it alone has."""
 
     def command(case: Case, out: Path) -> list[str]:
         place = f"tests.benchmarks.peers.{name}"
-        return [place, *map(str, (case.images, case.codec, out, case.resolution, case.batch))]
+        return [place, *map(str, (case.images, case.codec, out, case.resolution, case.batch, *more(case)))]
 
     return command
 
@@ -195,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     contenders = {
         "ours": ours,
         "DataLoader, a file an image": peer("encode_loop"),
-        "Ray Data template": peer("encode_ray_data"),
+        "Ray Data template": peer("encode_ray_data", lambda case: (case.actors,)),
         **{f"no pipeline, {n} process(es)": limit(n) for n in sorted({1, os.cpu_count() or 1})},
     }
     if chosen.only:

@@ -112,7 +112,7 @@ def main() -> None:
 
 
 def growth_table(runs: list[dict[str, Any]]) -> str:
-    """Time, and the peak of every role in MiB; the last line is the growth over the second half of the last run."""
+    """Time, and the peak of every role in MiB; the last line is the last run's growth, third quarter to last."""
     roles = sorted({role for run in runs for role in run["peak_mib"]})
     rows: list[list[object]] = [
         [

@@ -40,7 +40,7 @@ class MemoryWatch:
         return {role: max(self._of(role)) for role in self.roles}
 
     def growth_mib(self) -> dict[str, float | None]:
-        """Median of the last quarter less that of the quarter before the middle; None where there is too little."""
+        """Median of the last quarter of the samples less that of the quarter before it; None where there are few."""
         return {role: _growth(self._of(role)) for role in self.roles}
 
     def _of(self, role: str) -> list[float]:
@@ -78,4 +78,4 @@ def _growth(values: Sequence[float]) -> float | None:
     if len(values) < 8:
         return None
     quarter = len(values) // 4
-    return statistics.median(values[-quarter:]) - statistics.median(values[quarter : 2 * quarter])
+    return statistics.median(values[-quarter:]) - statistics.median(values[-2 * quarter : -quarter])

@@ -92,8 +92,10 @@ def _gpu() -> str | None:
 
 
 def _commit() -> str:
+    """The commit, marked where the tree is another."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     try:
-        asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        asked = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
         return ""  # a machine without git
     return asked.stdout.strip()

@@ -148,7 +148,7 @@ def throughput(folder: Path, images: int, rounds: int) -> dict[str, Any]:
 
 
 def flat_memory(folder: Path, images: int) -> dict[str, Any]:
-    """Memory of each role in ten parts of the job's time, and its growth over the second half."""
+    """Memory of each role in ten parts of the job's time, and its growth from the third quarter to the last."""
     model = make_model(folder, hidden=32, depth=1)
     requests = {"kind": "grid", "classes": "all", "count": images // 10, "steps": 1, "guidance": 1.0}
     config = configured(model, folder / "many", images, requests=requests, unit_requests=64)

@@ -1,9 +1,10 @@
 """The training stream against a plain column read where the latents lie: page cache, disk, S3; shuffled and in order.
 
-    python -m tests.benchmarks.stream_places [--mb 512] [--latent 4x32x32] [--rounds 3] [--no-s3] [--out DIR]
+    python -m tests.benchmarks.stream_places [--mb 2048] [--window-mb 512] [--latent 4x32x32] [--no-s3] [--out DIR]
 
-Every pass is one epoch from nothing: open files, start threads, read ahead, to the last batch. Cold: the files' pages
-are dropped from the page cache before the pass. S3: a real gateway (Ceph's, with its objects in memory) on loopback;
+Every pass is one epoch from nothing to its last batch: threads start, windows fill (the first batch holds rows of all
+lanes, so that half of the windows' bytes are read before it). Cold: the files' pages are dropped from the page cache
+before the pass. S3: a real gateway (Ceph's, with its objects in memory) on loopback;
 it computes on the same cores, so that the rates are low and only their ratios mean something. The limit reads the
 columns sample_id, latent and label of one row group after the other with pyarrow, on S3 with pre_buffer, also by as
 many threads as the stream has; it shuffles, batches and hands over nothing. A figure is the median of the rounds, in
@@ -51,19 +52,19 @@ def _read(dataset: LatentDataset, path: str) -> int:
         return sum(len(reader.read_row_group(group, columns=COLUMNS, use_threads=False)) for group in groups)
 
 
-def streamed(dataset: LatentDataset, *, shuffle: bool) -> int:
+def streamed(dataset: LatentDataset, window_bytes: int, *, shuffle: bool) -> int:
     """Rows of one epoch of the stream."""
-    with LatentStream(
-        dataset, seed=1, batch_size=BATCH, captions=False, sizes=False, shuffle=shuffle, threads=THREADS
-    ) as stream:
+    columns: dict[str, Any] = {"captions": False, "sizes": False}
+    how: dict[str, Any] = {"window_bytes": window_bytes, "shuffle": shuffle, "threads": THREADS}
+    with LatentStream(dataset, seed=1, batch_size=BATCH, **columns, **how) as stream:
         return sum(len(batch.sample_ids) for batch in islice(iter(stream), stream.steps_per_epoch))
 
 
-WAYS: dict[str, Callable[[LatentDataset], int]] = {
-    "limit, 1 thread": in_order,
-    f"limit, {THREADS} threads": lambda dataset: in_order(dataset, THREADS),
-    "ours, in order": lambda dataset: streamed(dataset, shuffle=False),
-    "ours, shuffled": lambda dataset: streamed(dataset, shuffle=True),
+WAYS: dict[str, Callable[[LatentDataset, int], int]] = {
+    "limit, 1 thread": lambda dataset, window: in_order(dataset),
+    f"limit, {THREADS} threads": lambda dataset, window: in_order(dataset, THREADS),
+    "ours, in order": lambda dataset, window: streamed(dataset, window, shuffle=False),
+    "ours, shuffled": lambda dataset, window: streamed(dataset, window, shuffle=True),
 }
 
 
@@ -78,7 +79,7 @@ def drop_pages(dataset: LatentDataset) -> None:
             os.close(handle)
 
 
-def measure(uri: str, rounds: int, *, cold: bool) -> dict[str, float]:
+def measure(uri: str, window_bytes: int, rounds: int, *, cold: bool) -> dict[str, float]:
     """Rows a second by way; unless `cold`, a first round warms what there is to warm and is not counted."""
     figures: dict[str, list[float]] = {}
     for number in range(rounds if cold else rounds + 1):
@@ -87,14 +88,14 @@ def measure(uri: str, rounds: int, *, cold: bool) -> dict[str, float]:
             if cold:
                 drop_pages(dataset)
             began = time.perf_counter()
-            rate = way(dataset) / (time.perf_counter() - began)
+            rate = way(dataset, window_bytes) / (time.perf_counter() - began)
             if cold or number:
                 figures.setdefault(name, []).append(rate)
                 print(f"  {name}: {rate:,.0f} rows/s", file=sys.stderr, flush=True)
     return {name: statistics.median(rates) for name, rates in figures.items()}
 
 
-def on_s3(shape: tuple[int, int, int], total_bytes: int, rounds: int) -> dict[str, float]:
+def on_s3(shape: tuple[int, int, int], total_bytes: int, window_bytes: int, rounds: int) -> dict[str, float]:
     """The same with every file in a bucket of a gateway that is started for it."""
     server = Radosgw()
     server.start()
@@ -102,7 +103,7 @@ def on_s3(shape: tuple[int, int, int], total_bytes: int, rounds: int) -> dict[st
         os.environ |= server.environment()
         uri = f"s3://{server.make_bucket()}/latents"
         make_dataset(uri, shape, total_bytes)
-        return measure(uri, rounds, cold=False)
+        return measure(uri, window_bytes, rounds, cold=False)
     finally:
         server.stop()
 
@@ -110,30 +111,31 @@ def on_s3(shape: tuple[int, int, int], total_bytes: int, rounds: int) -> dict[st
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mb", type=int, default=512, help="latents, MiB")
+    parser.add_argument("--mb", type=int, default=2048, help="latents, MiB")
+    parser.add_argument("--window-mb", type=int, default=512, help="stream.window_bytes, MiB")
     parser.add_argument("--latent", choices=list(SHAPES), default="4x32x32")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where to put the local data; default a temporary directory")
     parser.add_argument("--no-s3", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    shape, size = SHAPES[args.latent], args.mb << 20
+    shape, size, window = SHAPES[args.latent], args.mb << 20, args.window_mb << 20
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         make_dataset(f"{folder}/data", shape, size)
-        found["warm"] = measure(f"{folder}/data", args.rounds, cold=False)
-        found["cold"] = measure(f"{folder}/data", args.rounds, cold=True)
+        found["warm"] = measure(f"{folder}/data", window, args.rounds, cold=False)
+        found["cold"] = measure(f"{folder}/data", window, args.rounds, cold=True)
     if args.no_s3 or missing_programs():
         print(f"no S3: {'not asked for' if args.no_s3 else f'not installed: {missing_programs()}'}")
     else:
-        found["S3"] = on_s3(shape, size, args.rounds)
+        found["S3"] = on_s3(shape, size, window, args.rounds)
     rows = [
         [place, way, rate, rate / rates["limit, 1 thread"], rate / max(r for n, r in rates.items() if "limit" in n)]
         for place, rates in found.items()
         for way, rate in rates.items()
     ]
     print(report.table([args.latent, "way", "rows/s", "of one thread's limit", "of the better limit"], rows))
-    figures: dict[str, Any] = {"latent": args.latent, "mb": args.mb, "rows_per_s": found}
+    figures: dict[str, Any] = {"latent": args.latent, "mb": args.mb, "window_mb": args.window_mb, "rows_per_s": found}
     report.write(args.out, "stream_places", figures)
     values = {f"{way} ({place})": rate for place, rates in found.items() for way, rate in rates.items()}
     report.bars(args.out, "stream_places", f"stream and plain reads, latents {args.latent}", values, "rows/s")

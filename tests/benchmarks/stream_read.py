@@ -13,8 +13,8 @@ One table per latent size, all on the same latents in one run, warm page cache, 
 
 A figure is the median of the rounds, in which the ways take turns; a way that is not installed is left out and
 named. `--groups` opens a dataset of so many row groups, whose ledger is real and whose data are two files, and tells
-the seconds to the order of its first batch. Peers are no dependency of the project: pip install "ray[data]"
-mosaicml-streaming webdataset.
+the seconds to the order of its first batch. Peers are no dependency of the project: pip install
+".[benchmarks]".
 """
 
 from __future__ import annotations

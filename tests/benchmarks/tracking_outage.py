@@ -34,7 +34,7 @@ from pipeline.tracking.journal import journals
 from pipeline.tracking.replay import replay
 from pipeline.tracking.store import MlflowStore
 from pipeline.tracking.tracker import NoopTracker, Tracker, open_tracker
-from tests.benchmarks.report import table, write
+from tests.benchmarks.report import bars, table, write
 from tests.support.mlflow_server import MlflowServer
 
 FIGURES = 20
@@ -149,6 +149,9 @@ def main() -> None:
     points = figures["points"]
     print(f"points: {points['logged']:,} logged, {points['lost']:,} lost, {points['doubled']:,} doubled")
     write(chosen.out, "tracking_outage", figures)
+    steps = {f"ours: server {name}": values["step_p50_ms"] for name, values in figures["states"].items()}
+    steps["bare: no tracking"] = figures["states"]["up"]["untracked_step_p50_ms"]
+    bars(chosen.out, "tracking_outage", "a training step, by what the tracking server does", steps, "ms")
 
 
 if __name__ == "__main__":

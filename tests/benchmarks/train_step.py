@@ -38,7 +38,7 @@ from pipeline.train.handshake import handshake
 from pipeline.train.history import read_records
 from pipeline.train.state import make_state
 from pipeline.train.worker import Place, run_worker
-from tests.benchmarks.report import machine
+from tests.benchmarks.report import bars, machine
 from tests.train.dataset import make_dataset
 
 CHANNELS, SIDE, CLASSES = 4, 32, 10
@@ -108,6 +108,13 @@ def build() -> nn.Module:
     """The model of all sides."""
     torch.manual_seed(0)
     return build_model(model_config_from_dict(MODEL), latent_channels=CHANNELS, num_classes=CLASSES, text_dim=None)
+
+
+def compiled() -> nn.Module:
+    """The same, compiled at its first pass, which is not counted."""
+    model = build()
+    model.compile(dynamic=False)
+    return model
 
 
 def diffusers_dit() -> nn.Module:
@@ -181,6 +188,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--compile", action="store_true", help="the DiT compiled, too; needs a C++ compiler")
     parser.add_argument("--kill", action="store_true", help="measure the restart, too: starts Ray")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -196,12 +204,18 @@ def main() -> None:
             sides["bare"].append(bare_seconds(args))
             sides["dit"].append(pass_seconds(build, args))
             sides["diffusers"].append(pass_seconds(diffusers_dit, args))
+            if args.compile:
+                sides.setdefault("compiled", []).append(pass_seconds(compiled, args))
     seconds = {name: statistics.median(values) for name, values in sides.items()}
     report["seconds_per_step"] = seconds
     report["job_to_bare"] = statistics.median(b / j for j, b in zip(sides["job"], sides["bare"], strict=True))
     report["dit_to_diffusers"] = statistics.median(
         theirs / mine for mine, theirs in zip(sides["dit"], sides["diffusers"], strict=True)
     )
+    if args.compile:
+        report["compiled_to_eager"] = statistics.median(
+            eager / fast for eager, fast in zip(sides["dit"], sides["compiled"], strict=True)
+        )
     report["machine"]["load_after"] = os.getloadavg()[0]
     print(f"{'':34} {'ours s':>9} {'theirs s':>9} {'ratio':>6}")
     for title, mine, theirs, ratio in (
@@ -209,12 +223,26 @@ def main() -> None:
         ("DiT / diffusers, forward+backward", "dit", "diffusers", "dit_to_diffusers"),
     ):
         print(f"{title:34} {seconds[mine]:9.4f} {seconds[theirs]:9.4f} {report[ratio]:6.2f}")
+    if args.compile:
+        print(
+            f"{'DiT compiled / DiT as it is':34} {seconds['compiled']:9.4f} {seconds['dit']:9.4f} "
+            f"{report['compiled_to_eager']:6.2f}"
+        )
     if args.kill:
         report["restart"] = restart_cost()
         print(f"a killed worker: {report['restart']}")
     print(json.dumps(report))
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
+        names = {
+            "job": "ours: the job's loop",
+            "bare": "bare loop",
+            "dit": "ours: DiT, forward + backward",
+            "compiled": "ours: DiT compiled",
+            "diffusers": "diffusers' DiT",
+        }
+        rates = {name: 1 / seconds[side] for side, name in names.items() if side in seconds}
+        bars(args.json.parent, "train_step", "training, steps per second", rates, "steps/s")
 
 
 if __name__ == "__main__":

@@ -103,6 +103,8 @@ def test_rejects_can_be_tried_again(base: Path, tmp_path: Path) -> None:
     assert code == 5, errors
     assert "rejected" in errors
     assert answer["status"] == "rejects-over-budget"
+    assert (answer["counts"]["latents"], answer["counts"]["rejected"]) == (5, 1)
+    assert answer["outputs"]["dataset"].endswith("latents")
     assert len(rows(tmp_path)) == 5  # the data is kept
     (reject,) = [
         r for p in (tmp_path / "latents" / "rejects").glob("*.parquet") for r in pq.read_table(p).to_pylist()

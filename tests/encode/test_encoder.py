@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ import torch
 
 from pipeline.codec.info import CodecInfo
 from pipeline.encode.decoding import Decoder, items_of, pixels_table
+from pipeline.encode.device import DeviceQueue, Latents
 from pipeline.encode.encoder import Encoder, Usage
 from pipeline.encode.items import Item
 from pipeline.source.config import ImageConfig
@@ -240,6 +241,49 @@ def test_a_device_that_fails_ends_every_table_on_it() -> None:
         for future in [pool.submit(machine.encode, [item(r) for r in range(3)]) for _ in range(2)]:
             with pytest.raises(torch.OutOfMemoryError, match="planted"):
                 future.result(timeout=60)
+
+
+class LosesResults(DeviceQueue):
+    """A device that takes batches, and fails when the first of them is fetched."""
+
+    depth = 2
+
+    def download(self, latents: torch.Tensor) -> Callable[[], Latents]:
+        def fetch() -> Latents:
+            raise RuntimeError("planted: the device is gone")
+
+        return fetch
+
+
+@pytest.mark.parametrize("attempt", range(40))
+def test_a_table_that_waits_for_company_hears_of_a_failed_device(
+    monkeypatch: pytest.MonkeyPatch, attempt: int
+) -> None:
+    # Which thread comes first after the last item is up to the system: hence some attempts.
+    monkeypatch.setattr("pipeline.encode.encoder.DeviceQueue", LosesResults)
+    monkeypatch.setattr("pipeline.encode.encoder._GRACE_S", 3600.0)
+    machine = Encoder(Blocks(), "mode", "float16", 4, 64, "mem", calls=3)  # type: ignore[arg-type]
+    errors: list[BaseException] = []
+    alone = threading.Event()
+
+    def few() -> Iterator[Item]:
+        yield item(0, (4, 8))
+        alone.set()
+
+    def encode(items: Iterable[Item]) -> None:
+        try:
+            machine.encode(items)
+        except RuntimeError as error:
+            errors.append(error)
+
+    waiting = threading.Thread(target=encode, args=[few()], daemon=True)
+    waiting.start()
+    assert alone.wait(10)
+    other = threading.Thread(target=encode, args=[[item(r) for r in range(1, 5)]], daemon=True)
+    other.start()
+    waiting.join(10)
+    other.join(10)
+    assert [str(error) for error in errors] == ["planted: the device is gone"] * 2
 
 
 def test_items_that_cannot_be_read_end_their_own_table_alone() -> None:

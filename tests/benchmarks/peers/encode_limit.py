@@ -35,9 +35,10 @@ def work(paths: list[Path], codec_path: str, resolution: int, batch: int, thread
         return None if isinstance(found, Reject) else found[0].pixels
 
     ready.wait()
+    # Beside a GPU the next images are decoded meanwhile; on the cores that encode, threads would only get in the way.
     with ThreadPoolExecutor(2) as pool:
         waiting: list[Any] = []
-        for found in pool.map(pixels, paths):
+        for found in pool.map(pixels, paths) if device == "cuda" else map(pixels, paths):
             waiting += [] if found is None else [found]
             if len(waiting) == batch:
                 codec.encode(torch.from_numpy(np.stack(waiting)).to(device)).cpu()

@@ -1,12 +1,14 @@
 """Ray Data as its public templates use it: float32 tensors between stages, list columns in Parquet.
 
-`python -m ... IMAGES CODEC OUT RESOLUTION BATCH`
+`python -m ... IMAGES CODEC OUT RESOLUTION BATCH ACTORS`: on a GPU machine one actor a GPU; else ACTORS, which reserve
+half of the CPUs together, so that reading and writing find theirs: with all of them reserved it would wait for ever.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -31,10 +33,11 @@ def transform(row: dict[str, Any], resolution: int) -> dict[str, Any]:
 class Encode:
     """An actor with the VAE."""
 
-    def __init__(self, codec: str) -> None:
+    def __init__(self, codec: str, threads: int) -> None:
         import torch
         from diffusers import AutoencoderKL
 
+        torch.set_num_threads(threads)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.vae = AutoencoderKL.from_pretrained(codec).to(self.device).eval()
 
@@ -49,7 +52,7 @@ class Encode:
 
 def main() -> None:
     images, codec, out = sys.argv[1:4]
-    resolution, batch = int(sys.argv[4]), int(sys.argv[5])
+    resolution, batch, actors = (int(a) for a in sys.argv[4:7])
     ray.init(include_dashboard=False, log_to_driver=False)
     gpus = ray.cluster_resources().get("GPU", 0)
     count = len(list(Path(images).iterdir()))
@@ -58,10 +61,11 @@ def main() -> None:
     dataset = dataset.map(transform, fn_kwargs={"resolution": resolution})
     dataset = dataset.map_batches(
         Encode,
-        fn_constructor_args=(codec,),
+        fn_constructor_args=(codec, max(1, (os.cpu_count() or 1) // actors)),
         batch_size=batch,
         num_gpus=1 if gpus else None,
-        compute=ray.data.ActorPoolStrategy(size=max(1, int(gpus))),
+        num_cpus=None if gpus else ray.cluster_resources()["CPU"] / 2 / actors,
+        compute=ray.data.ActorPoolStrategy(size=int(gpus) or actors),
     )
     dataset.write_parquet(out)
     print(json.dumps({"images": count, "work_s": time.perf_counter() - began}))
