@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from pipeline.codec.config import CodecConfig
 from pipeline.codec.info import CodecInfo
 from pipeline.encode.config import EncodeJobConfig
 from pipeline.errors import RejectBudgetError
@@ -15,6 +18,8 @@ from pipeline.source.render import bucket_sizes
 from pipeline.store.plan_diff import DiffReport
 from pipeline.store.state import State
 from pipeline.tracking.redact import without_credentials
+
+_log = logging.getLogger(__name__)
 
 
 def fingerprint_of(config: EncodeJobConfig, info: CodecInfo) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -38,6 +43,24 @@ def fingerprint_of(config: EncodeJobConfig, info: CodecInfo) -> tuple[dict[str, 
     }
     where = {"path": _absolute(config.codec.path), "revision": config.codec.revision, "kind": config.codec.kind}
     return fingerprint, {"codec": {**codec, **where}, **libraries}
+
+
+def adopted(config: EncodeJobConfig, fingerprint: Mapping[str, Any]) -> EncodeJobConfig:
+    """The configuration with `codec.dtype=auto` read as what a dataset's fingerprint says; any other is kept.
+
+    Datasets of earlier versions say auto, and what their rows were computed in followed the devices.
+    """
+    recorded = fingerprint.get("codec_dtype")
+    if config.codec.dtype != "auto" or recorded not in get_args(CodecConfig.model_fields["dtype"].annotation):
+        return config
+    if recorded == "auto":
+        _log.warning("the dataset does not say which arithmetic its codec ran in (codec.dtype auto): by device, still")
+    return with_dtype(config, recorded)
+
+
+def with_dtype(config: EncodeJobConfig, dtype: str) -> EncodeJobConfig:
+    """The same configuration with another `codec.dtype`."""
+    return config.model_copy(update={"codec": config.codec.model_copy(update={"dtype": dtype})})
 
 
 def _absolute(path: str) -> str:
@@ -82,6 +105,8 @@ def finish(
         "source_removed": report.removed,
     }
     settled = state.covered.count()
+    rates = {"images_per_s": settled / seconds} if seconds else {}
+    result = JobResult(status, counts, {"dataset": config.output.uri}, run_id, rates)
     share = state.num_rejected / settled if settled else 0.0
     if share > config.encode.reject_budget:
         worst = ", ".join(f"{reason} {rows.count():,}" for reason, rows in state.rejects.items())
@@ -92,6 +117,5 @@ def finish(
             rule="the share of rejected rows stays within the budget",
             next_step=f"look into {config.output.uri}/rejects, mend the source, or raise the budget; "
             "encode.retry_rejects=[reason] tries chosen ones again",
-        )
-    rates = {"images_per_s": settled / seconds} if seconds else {}
-    return JobResult(status, counts, {"dataset": config.output.uri}, run_id, rates, {})
+        ).with_result(result)
+    return result

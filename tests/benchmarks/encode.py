@@ -6,7 +6,8 @@
 Each contender is a command of its own and runs on a quarter of the images and on all of them. Its rate is that of
 the images between: what starting up costs falls out of the difference, and is shown beside it. The photographs are
 repeated under new names. `small` is an AutoencoderKL in which the pipeline dominates, `sd` one of the size and shape
-of Stable Diffusion's, both with random weights; `sd` gets a twenty-fifth of the images, of half the resolution.
+of Stable Diffusion's, both with random weights; `sd` gets a sixteenth of the images,
+of half the resolution, in batches of a quarter.
 
 `--set` changes settings of the product's job (peers and limit have none of them). `--before` also runs the job as it
 was at an earlier commit, in the same run.
@@ -85,6 +86,8 @@ def ours(case: Case, out: Path) -> list[str]:
         "output.uri": out,
         "encode.batch_size": case.batch,
         "encode.actors": case.actors,
+        # So few images fit one unit, and one unit is one actor's work.
+        "encode.unit_rows": min(256, max(case.batch, case.count // (4 * case.actors))),
         "tracking.enabled": "false",
         "cluster.dashboard": "false",
     }
@@ -211,12 +214,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def compare(codec: str, contenders: dict[str, Contender], trees: dict[str, Path], chosen: argparse.Namespace) -> None:
     """All contenders with one codec."""
-    images, resolution = chosen.images, chosen.resolution
+    images, resolution, batch = chosen.images, chosen.resolution, chosen.batch
     if codec == "sd":
-        images, resolution = max(32, images // 25), resolution // 2
+        images, resolution, batch = max(32, images // 16), resolution // 2, max(1, batch // 4)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         place = Path(folder)
-        how = (make_codec(place / "codec", codec), resolution, chosen.batch, chosen.actors, tuple(chosen.set))
+        how = (make_codec(place / "codec", codec), resolution, batch, chosen.actors, tuple(chosen.set))
         counts = (images, images // 4)
         cases = [Case(make_images(place / str(n), chosen.photos, n), n, *how) for n in counts]
         found = {}
