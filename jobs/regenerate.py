@@ -8,6 +8,11 @@ JOB = Job(
     config="pipeline.sample.config:RegenerateJobConfig",
     run="pipeline.sample.regenerate_job:run",
     dry_run="pipeline.sample.regenerate_job:dry_run",
+    notes="""what equality is promised:
+  On a CPU, with the versions and the number of threads the image names, the bytes are the same: status "identical".
+  On another device or version the answer tells the largest and the mean difference of the pixels and the PSNR; a mean
+  absolute difference of at most 1 level of 255 is "within tolerance", more is "differs". An image drawn on a GPU is
+  drawn on the CPU where there is no GPU; the answer's details name the device then and now.""",
     example="python -m jobs.regenerate image=sample.png output=again.png model_uri=runs/model/000000128000",
 )
 

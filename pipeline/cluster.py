@@ -178,13 +178,23 @@ class Gauges:
             self._gauges[name].set(float(value))
 
 
-def local_raylets() -> list[int]:
-    """Process ids of the raylets this process has started; empty on a cluster that others run."""
-    import psutil
+class LocalRaylets:
+    """The raylets this process has started; none on a cluster that others run."""
 
-    found = []
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.NoSuchProcess):  # it may end while it is looked at
-            if child.name() == "raylet" and child.status() != psutil.STATUS_ZOMBIE:
-                found.append(child.pid)
-    return found
+    def __init__(self) -> None:
+        import psutil
+
+        self._raylets = []
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # it may end while it is looked at
+                if child.name() == "raylet" and child.status() != psutil.STATUS_ZOMBIE:
+                    self._raylets.append(child)
+
+    def all_live(self) -> bool:
+        """Whether none has ended since; cheap: nothing but these processes is looked at."""
+        import psutil
+
+        try:
+            return all(r.is_running() and r.status() != psutil.STATUS_ZOMBIE for r in self._raylets)
+        except psutil.NoSuchProcess:
+            return False

@@ -23,7 +23,7 @@ from ray.data.datasource import Datasink, Datasource, ReadTask
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.cluster import Gauges, local_raylets
+from pipeline.cluster import Gauges, LocalRaylets
 from pipeline.errors import ConfigError, InputError, PipelineError, StoppedError
 from pipeline.progress import Progress
 from pipeline.storage_errors import describe, job_error, storage_errors
@@ -33,14 +33,27 @@ _POLL_S = 0.5
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What one process of some kind reserves, all of it on one node."""
+
+    name: str
+    cpus: float
+    gpus: float = 0.0
+
+
 class UnitSource(Datasource):  # type: ignore[misc]
-    """One read task per unit of work; `read` runs on the workers and yields blocks."""
+    """One read task per unit of work; `reader_of` gives what runs on a worker, for one unit, and yields blocks."""
 
     def __init__(
-        self, name: str, work: list[Work], read: Callable[[Work], Iterator[pa.Table]], size_bytes: int
+        self,
+        name: str,
+        work: list[Work],
+        reader_of: Callable[[Work], Callable[[], Iterable[pa.Table]]],
+        size_bytes: int,
     ) -> None:
         super().__init__()
-        self._name, self._work, self._read, self._size_bytes = name, work, read, size_bytes
+        self._name, self._work, self._reader_of, self._size_bytes = name, work, reader_of, size_bytes
 
     def get_name(self) -> str:
         """The name in Ray's displays."""
@@ -55,20 +68,11 @@ class UnitSource(Datasource):  # type: ignore[misc]
         size = self._size_bytes // max(len(self._work), 1)
         return [
             ReadTask(
-                _Reader(self._read, work),
+                self._reader_of(work),
                 BlockMetadata(num_rows=None, size_bytes=size, exec_stats=None, input_files=None),
             )
             for work in self._work
         ]
-
-
-@dataclass(frozen=True)
-class _Reader:
-    read: Callable[[Work], Iterator[pa.Table]]
-    work: Work
-
-    def __call__(self) -> Iterable[pa.Table]:
-        return self.read(self.work)
 
 
 class LedgerSink(Datasink[int]):  # type: ignore[misc]
@@ -167,10 +171,10 @@ class Watch:
     lost: bool = False
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
-    _raylets: int = 0
+    _raylets: LocalRaylets | None = None
 
     def __enter__(self) -> Watch:
-        self._raylets = len(local_raylets())
+        self._raylets = LocalRaylets()
         self._thread = threading.Thread(target=self._poll, name="progress", daemon=True)
         self._thread.start()
         return self
@@ -189,7 +193,7 @@ class Watch:
     def _poll(self) -> None:
         began = time.monotonic()
         while not self._stop.wait(_POLL_S):
-            if len(local_raylets()) < self._raylets:
+            if self._raylets is not None and not self._raylets.all_live():
                 # Ray itself would let the driver wait for ever.
                 self.lost = True
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
@@ -232,10 +236,13 @@ def actor_pool(size: int, retries: int, batch_rows: int | None = None, calls: in
 
     `batch_rows` cuts what an actor gets per call; None hands it whole blocks. `calls`: at a time, per actor.
     """
+    # By default as many again wait at an actor: in small jobs, and at the end of all, others are idle meanwhile.
+    waiting = {"max_tasks_in_flight_per_actor": calls} if calls > 1 else {}
+    strategy = ActorPoolStrategy(
+        size=size, max_concurrent_calls_per_actor=calls, enable_true_multi_threading=calls > 1, **waiting
+    )
     return {
-        "compute": ActorPoolStrategy(
-            size=size, max_concurrent_calls_per_actor=calls, enable_true_multi_threading=calls > 1
-        ),
+        "compute": strategy,
         "batch_size": batch_rows,
         "batch_format": "pyarrow",
         "max_restarts": -1,
@@ -256,6 +263,32 @@ def check_cpus(demands: Mapping[str, float], key: str) -> None:
             rule="actors + one read + one write must fit the cluster's CPUs",
             next_step="lower the number of actors or the CPUs they reserve, or add nodes",
         )
+
+
+def check_nodes(kinds: Iterable[Kind], nodes: Iterable[Mapping[str, float]], key: str) -> None:
+    """ConfigError unless each kind of process fits a whole node by itself: for one that does not, Ray waits for ever.
+
+    `nodes`: what each node offers, by name ("CPU", "GPU").
+    """
+    offers = [(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes]
+    for kind in kinds:
+        if any(cpus + 1e-6 >= kind.cpus and gpus + 1e-6 >= kind.gpus for cpus, gpus in offers):
+            continue
+        shown = sorted({f"{cpus:g} CPUs and {gpus:g} GPUs" for cpus, gpus in offers})
+        raise ConfigError(
+            f"No node has room for {kind.name}, which takes {kind.cpus:g} CPUs and {kind.gpus:g} GPUs: "
+            "it would wait for ever",
+            key=key,
+            value=f"{kind.cpus:g} CPUs, {kind.gpus:g} GPUs",
+            rule=f"one node must offer both; the cluster's nodes offer {'; '.join(shown) or 'nothing'}",
+            next_step="lower what it reserves (no GPUs: 0), add such nodes, or ask an autoscaler for them with "
+            "cluster.request_cpus and cluster.request_gpus",
+        )
+
+
+def node_offers() -> list[dict[str, float]]:
+    """What each living node of the cluster offers."""
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
 def answer(reference: Any) -> Any:

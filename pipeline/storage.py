@@ -156,8 +156,11 @@ class Root:
         """A seekable binary file for reading; on a remote store every read of its buffer is retried by itself."""
         if self._local:
             return open(self._path(key), "rb")
-        file = RangedFile(lambda start, length: self.read_range(key, start, length), self.info(key).size_bytes)
-        return io.BufferedReader(file, BUFFER_BYTES)
+        return io.BufferedReader(self.ranged(key, self.info(key).size_bytes), BUFFER_BYTES)
+
+    def ranged(self, key: str, size_bytes: int) -> RangedFile:
+        """A seekable file of known size of which every read is one request for just these bytes."""
+        return RangedFile(lambda start, length: self.read_range(key, start, length), size_bytes)
 
     def exists(self, key: str) -> bool:
         """Whether an object of this key exists now."""

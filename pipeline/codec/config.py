@@ -25,8 +25,8 @@ class CodecConfig(StrictModel):
     kind: str = Field("auto", description="auto reads config.json (diffusers); else the name of a codec plug-in.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Arithmetic of the codec; auto is bfloat16 on a GPU (before Ampere float16, or float32 where the "
-        "codec says force_upcast), float32 on a CPU.",
+        description="Arithmetic of the codec, one for all rows of a dataset; auto is what the dataset records, for a "
+        "new one bfloat16 where encoders run on GPUs of any kind (before Ampere float16 is faster), else float32.",
     )
     posterior: Literal["mode", "sample", "moments"] = Field(
         "mode",

@@ -63,7 +63,7 @@ class SamplerConfig(StrictModel):
         1.0, ge=0, description="Classifier-free guidance scale; 1 is no guidance (one evaluation per step)."
     )
     guidance_interval: tuple[float, float] = Field(
-        (0.0, 1.0), description="Guidance acts where low < t <= high (t = 1 is pure noise); elsewhere it is 1."
+        (0.0, 1.0), description="Guidance acts where low < t <= high (1 is pure noise; a low of 0 includes it)."
     )
     shift: float = Field(
         1.0, gt=0, description="Shift of the time grid towards noise, as in timesteps.shift; flow objectives only."

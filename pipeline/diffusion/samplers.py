@@ -68,7 +68,8 @@ def sample(
     `cond` and `uncond` are the model's keyword arguments (labels_B, text_BLD, text_mask_BL), first dimension b.
     guidance: one number, or float [b], one per row; where it is not 1, `uncond` is needed and each evaluation is
     one call on 2b rows: uncond + g (cond - uncond) (Ho and Salimans 2022, eq. 6 with g = 1 + w), inside
-    low < t <= high only (Kynkaanniemi et al. 2024). A row's own g = 1 gives exactly its conditional prediction.
+    low < t <= high only (Kynkaanniemi et al. 2024), t = 0 belonging to an interval that begins there. A row's own
+    g = 1 gives exactly its conditional prediction.
     `callback(step, steps, x)` is called after each step. ValueError on arguments that do not fit together.
     """
     solver = _solver_for(sampler, objective)
@@ -115,7 +116,7 @@ class Guided:
 
     def __call__(self, x_BCHW: Tensor, t: float) -> Tensor:
         num_rows = x_BCHW.shape[0]
-        if not (self.guides and self.interval[0] < t <= self.interval[1]):
+        if not (self.guides and self._inside(t)):
             return self.predict(x_BCHW, _times(t, num_rows, x_BCHW), **self.cond).float()
         twice = torch.cat([x_BCHW, x_BCHW])
         conditional, unconditional = (
@@ -124,6 +125,10 @@ class Guided:
         scale = torch.as_tensor(self.guidance, dtype=torch.float32, device=x_BCHW.device).reshape(-1, 1, 1, 1)
         guided = unconditional + scale * (conditional - unconditional)
         return torch.where(scale == 1.0, conditional, guided)
+
+    def _inside(self, t: float) -> bool:
+        low, high = self.interval
+        return low < t <= high or t == low == 0.0  # discrete schedules of every step end at t = 0
 
 
 def _euler(model: Guided, x: Tensor, objective: Objective, grid: Grid, callback: StepCallback) -> Tensor:

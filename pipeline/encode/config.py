@@ -90,6 +90,12 @@ class EstimateConfig(StrictModel):
     peak_tflops: dict[str, float] = Field(
         default_factory=dict, description="Dense bf16 peak of further GPUs, TFLOP/s, by name."
     )
+    read_bytes_per_s: float = Field(
+        500e6, gt=0, description="Latent bytes per second that training reads for one GPU: what an epoch costs then."
+    )
+    tar_image_bytes: int = Field(
+        150_000, ge=1, description="Bytes assumed of an image in a tar file, whose images a dry run does not count."
+    )
 
 
 class EncodeJobConfig(StrictModel):

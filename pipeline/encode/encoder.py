@@ -19,6 +19,8 @@ from pipeline.codec.codec import Codec, posterior_seed
 from pipeline.encode.blocks import ENCODED
 from pipeline.encode.device import DeviceQueue
 from pipeline.encode.items import Item, rejection
+from pipeline.errors import ConfigError
+from pipeline.memory import out_of_memory
 from pipeline.source.reasons import Reason
 from pipeline.store.schema import pack_latents
 
@@ -210,7 +212,7 @@ class Encoder:
         except Exception as error:
             too_large = _out_of_memory(error)
             if too_large and limit == 1:
-                raise
+                raise _one_is_too_large(size) from error
             if not too_large and isinstance(error, torch.AcceleratorError):
                 raise  # the device's context is gone: only a new process helps
             message = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -299,5 +301,16 @@ def _withdraw_partial(table: pa.Table) -> pa.Table:
     return table.filter(pa.array(keep))
 
 
+def _one_is_too_large(size: Size) -> ConfigError:
+    return ConfigError(
+        f"One image of {size[0]}x{size[1]} pixels alone does not fit the device's memory",
+        key="image.resolution",
+        value=f"{size[0]}x{size[1]}",
+        rule="the codec must hold a batch of one image of the largest bucket",
+        next_step="lower image.resolution, set codec.dtype=bfloat16, or use devices with more memory or fewer actors "
+        "on each",
+    )
+
+
 def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error)
+    return out_of_memory(error)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import dataclass
 
 from pipeline.codec.flops import encode_flops
 from pipeline.codec.info import CodecInfo, check_posterior, codec_info
 from pipeline.encode.config import EncodeJobConfig
-from pipeline.encode.summary import largest_area
+from pipeline.encode.summary import row_bytes, rows_per_write
 from pipeline.errors import ConfigError
 from pipeline.result import JobResult
 from pipeline.source.listing import list_entries
 from pipeline.source.render import bucket_sizes
+from pipeline.store.plan_diff import group_units
 
 _log = logging.getLogger(__name__)
 
@@ -23,47 +25,112 @@ _ROW_OVERHEAD_BYTES = 250
 _SHARD_BYTES = 384 << 20
 
 
+@dataclass
+class _Count:
+    """What a listing says; images in tar files are guessed by their size."""
+
+    objects: int = 0
+    images: int = 0
+    units: int = 0
+    size_bytes: int = 0
+    tars: int = 0
+    tar_images: int = 0
+
+    @property
+    def all_images(self) -> int:
+        return self.images + self.tar_images
+
+
 def dry_run(config: EncodeJobConfig) -> JobResult:
     """Count the source and reckon cost and sizes; raises the same errors as the job would."""
     info = codec_info(config.codec.path, config.codec.revision, config.codec.kind)
     check_posterior(info, config.codec.posterior)
-    images, unknown, size = 0, 0, 0
-    objects = 0
-    for entry in list_entries(config.source):
-        objects += 1
-        size += entry.size_bytes
-        if entry.row_stop is None:
-            unknown += 1
-        else:
-            images += entry.row_stop - entry.row_start
-    per_row = _bytes_per_row(config, info)
-    variants = len(config.image.resolutions) * (2 if config.image.flip else 1)
-    stored = images * variants * per_row
+    count = _count(config)
+    figures: dict[str, float] = {}
+    lines = [_source_line(config, count), *_output_lines(config, info, count.all_images, figures)]
     each = _flops_per_image(config, info)
-    lines = [
-        f"source     {objects:,} objects, {size / 1e9:,.3f} GB, {images:,} images"
-        + (f" and {unknown:,} tar files of unknown length" if unknown else ""),
-        f"output     {images * variants:,} latents of {per_row:,} bytes, {stored / 1e9:,.3f} GB, "
-        f"about {max(1, math.ceil(stored / _SHARD_BYTES)):,} files after compaction",
-    ]
-    figures: dict[str, float] = {"stored_bytes": float(stored)}
     if each is None:
         lines.append(f"VAE work   unknown for a {info.class_name}")
     else:
-        lines += _device_lines(config, images * each, figures)
-    lines.append(
-        "epochs     encoding online costs the same VAE work in every epoch: precomputing is ahead from the second "
-        "epoch on, and in the first when a latent is used more than once (several resolutions, flips, sweeps)"
-    )
+        lines += _device_lines(config, count.all_images * each, figures)
+        lines += _epoch_lines(config, figures)
     for line in lines:
         _log.info("%s", line)
-    counts = {"images": images, "source_objects": objects, "source_bytes": size, "unknown_length": unknown}
+    counts = {
+        "images": count.all_images,
+        "units": count.units,
+        "source_objects": count.objects,
+        "source_bytes": count.size_bytes,
+        "unknown_length": count.tars,
+    }
     return JobResult("dry-run", counts, {"dataset": config.output.uri}, None, {}, figures)
 
 
-def _bytes_per_row(config: EncodeJobConfig, info: CodecInfo) -> int:
-    channels = info.latent_channels * (2 if config.codec.posterior == "moments" else 1)
-    return 2 * channels * largest_area(config.image) // info.factor**2 + _ROW_OVERHEAD_BYTES
+def _count(config: EncodeJobConfig) -> _Count:
+    count = _Count()
+    for unit in group_units(list_entries(config.source), config.encode.unit_rows, config.encode.unit_bytes):
+        count.units += 1
+        for entry in unit:
+            count.objects += 1
+            count.size_bytes += entry.size_bytes
+            if entry.row_stop is None:
+                count.tars += 1
+                count.tar_images += entry.size_bytes // config.estimate.tar_image_bytes
+            else:
+                count.images += entry.row_stop - entry.row_start
+    return count
+
+
+def _source_line(config: EncodeJobConfig, count: _Count) -> str:
+    guessed = (
+        f", {count.tar_images:,} of them guessed in {count.tars:,} files of unknown length at "
+        f"{config.estimate.tar_image_bytes:,} bytes each (estimate.tar_image_bytes)"
+    )
+    return (
+        f"source     {count.objects:,} objects, {count.size_bytes / 1e9:,.3f} GB, {count.all_images:,} images in "
+        f"{count.units:,} units of work" + (guessed if count.tars else "")
+    )
+
+
+def _output_lines(config: EncodeJobConfig, info: CodecInfo, images: int, figures: dict[str, float]) -> list[str]:
+    """Latents, bytes and files, also put into `figures`; every image is taken to be of the largest bucket."""
+    per_row = row_bytes(config, info) + _ROW_OVERHEAD_BYTES
+    latents = images * len(config.image.resolutions) * (2 if config.image.flip else 1)
+    stored = latents * per_row
+    figures["latents"], figures["stored_bytes"] = float(latents), float(stored)
+    figures["files"] = float(math.ceil(latents / rows_per_write(config, info)))
+    figures["files_compacted"] = float(math.ceil(stored / _SHARD_BYTES))
+    return [
+        f"output     {latents:,} latents of {per_row:,} bytes, {stored / 1e9:,.3f} GB",
+        f"files      at least {figures['files']:,.0f} as written, about {figures['files_compacted']:,.0f} after "
+        "compaction",
+    ]
+
+
+def _epoch_lines(config: EncodeJobConfig, figures: dict[str, float]) -> list[str]:
+    """From which epoch on precomputing is ahead, per GPU type, with the formula; also put into `figures`.
+
+    n epochs cost n * encode online and encode + n * read from stored latents, in GPU hours.
+    """
+    read = figures["stored_bytes"] / config.estimate.read_bytes_per_s / 3600
+    figures["hours.read_epoch"] = read
+    shown = []
+    for name in _gpus(config):
+        epochs = epochs_until_ahead(figures[f"hours.{name}"], read)
+        if epochs is not None:
+            figures[f"epochs.{name}"] = float(epochs)
+        shown.append(f"{name} {'never' if epochs is None else f'{epochs:,}'}")
+    return [
+        "epochs     after which precomputing has cost less than encoding online in each: the smallest n with",
+        f"           encode + n * read < n * encode, read = {read:,.4g} hours (stored bytes at "
+        f"{config.estimate.read_bytes_per_s:,.4g} bytes/s, estimate.read_bytes_per_s):",
+        f"  {', '.join(shown)}",
+    ]
+
+
+def epochs_until_ahead(encode: float, read: float) -> int | None:
+    """The smallest n with encode + n * read < n * encode; None when reading costs no less than encoding."""
+    return None if encode <= read else math.floor(encode / (encode - read)) + 1
 
 
 def _device_lines(config: EncodeJobConfig, flops: float, figures: dict[str, float]) -> list[str]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import time
 from typing import Any
 
+from pipeline.cluster import ensure_ray
 from pipeline.codec.info import CodecInfo, check_dtype, check_posterior, codec_info
 from pipeline.config import config_digest, dump_yaml
 from pipeline.encode.config import EncodeJobConfig
-from pipeline.encode.planning import update_plan
-from pipeline.encode.summary import fingerprint_of, finish, recipe, source_note
+from pipeline.encode.planning import known_entries, update_plan
+from pipeline.encode.summary import adopted, fingerprint_of, finish, recipe, source_note, with_dtype
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.progress import Progress
 from pipeline.result import JobResult
@@ -35,6 +37,7 @@ _log = logging.getLogger(__name__)
 def run(config: EncodeJobConfig) -> JobResult:
     """Encode what is planned and not settled; returns at once, without Ray or torch, when nothing is."""
     root, info, entries = _check(config)
+    config = _with_known_dtype(config, root)
     claim_identity(root, _identity(config, info))
     generation = claim_next(root, lambda previous: collect(root, previous), job="encode")
     try:
@@ -58,7 +61,7 @@ def run(config: EncodeJobConfig) -> JobResult:
         generation.close({"status": "done"})
         return result
     except PipelineError as error:
-        generation.close({"status": type(error).__name__})
+        generation.close({"status": type(error).__name__}, sealed=False)
         raise
     finally:
         generation.abandon()
@@ -77,13 +80,44 @@ def _check(config: EncodeJobConfig) -> tuple[Root, CodecInfo, Any]:
             rule="every side must be a multiple of the codec's factor",
             next_step=f"set image.multiple_of={info.factor} (and a resolution that is a multiple of it)",
         )
-    listing = list_entries(config.source)
-    entries = itertools.chain([next(listing)], listing)  # a missing or empty source fails here
     root = Root(config.output.uri)
-    if root.kind() == "directory" and root.exists(IDENTITY):
-        check_same(root, read_identity(root, "output.uri"), _identity(config, info))
+    exists = root.kind() == "directory" and root.exists(IDENTITY)
+    listing = list_entries(config.source, known_entries(root, config.source.kind) if exists else ())
+    entries = itertools.chain([next(listing)], listing)  # a missing or empty source fails here
+    if exists:
+        recorded = read_identity(root, "output.uri")
+        check_same(root, recorded, _identity(adopted(config, recorded.fingerprint), info))
     root.probe()
     return root, info, entries
+
+
+def _with_known_dtype(config: EncodeJobConfig, root: Root) -> EncodeJobConfig:
+    """`codec.dtype=auto` as what the dataset says, and for a new one by what the encoders will run on.
+
+    Decided here, once, since it is part of the fingerprint: on other devices the run goes on in the same arithmetic.
+    """
+    if config.codec.dtype != "auto":
+        return config
+    if root.exists(IDENTITY):
+        known = adopted(config, read_identity(root, "output.uri").fingerprint)
+        if known.codec.dtype == "auto":
+            _log.warning("the dataset says codec.dtype auto, as earlier versions wrote: each device has its own")
+        else:
+            _log.info("codec.dtype=auto: %s, as the dataset says", known.codec.dtype)
+        return known
+    dtype = "bfloat16" if _on_gpus(config) else "float32"
+    _log.info("codec.dtype=auto: %s, for all of this dataset", dtype)
+    return with_dtype(config, dtype)
+
+
+def _on_gpus(config: EncodeJobConfig) -> bool:
+    """Whether encoder actors will have GPUs; where the configuration leaves it open, the cluster is asked."""
+    if config.encode.actor_gpus is not None:
+        return config.encode.actor_gpus > 0
+    if config.cluster.request_gpus and os.environ.get("RAY_ADDRESS"):
+        return True  # the job waits for them, later: they need not idle while the source is listed
+    # Nothing has been planned yet: there is work, and it needs Ray anyhow.
+    return bool(ensure_ray(config.cluster).cluster_resources().get("GPU", 0.0))
 
 
 def _identity(config: EncodeJobConfig, info: CodecInfo) -> Identity:

@@ -5,22 +5,27 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from pipeline.cluster import Gauges, ensure_ray, shutdown_ray
 from pipeline.codec.info import CodecInfo
 from pipeline.encode.config import EncodeJobConfig
+from pipeline.encode.planning import planned_rows
 from pipeline.encode.stages import CommitRows, DecodeBlocks, EncodeBlocks, EncoderSpec, UnitReader
-from pipeline.encode.summary import largest_area
+from pipeline.encode.summary import largest_area, rows_per_write
 from pipeline.errors import StoppedError
 from pipeline.graph import (
+    Kind,
     LedgerSink,
     UnitSource,
     Watch,
     actor_pool,
     check_cpus,
+    check_nodes,
     configure_ray_data,
+    node_offers,
     run_execution,
     start_monitor,
 )
@@ -28,9 +33,12 @@ from pipeline.progress import Progress
 from pipeline.source.reasons import Reason
 from pipeline.storage import Root
 from pipeline.store.generation import Generation
+from pipeline.store.ledger import visible_records
+from pipeline.store.plan import read_plan
+from pipeline.store.record import CommitRecord
 from pipeline.store.rowset import RowSet
 from pipeline.store.schema import LATENTS, REJECTS
-from pipeline.store.state import State, read_state
+from pipeline.store.state import State, fold
 from pipeline.store.work import Work, work_of
 from pipeline.store.writer import Committer
 from pipeline.tracking.tracker import Tracker
@@ -39,6 +47,8 @@ _log = logging.getLogger(__name__)
 
 # Repeats by Ray of a block whose actor died, before the pass ends and this module looks for the guilty unit.
 _TASK_RETRIES = 2
+# The same for tasks, which Ray by itself would repeat for ever; losing a node costs one, too.
+_PROCESS_RETRIES = 3
 # Blocks an actor has at a time: one whose images it takes, and others whose last batches wait for company.
 _CALLS = 3
 _LOG_S = 10.0
@@ -69,6 +79,8 @@ class _Passes:
         self.monitor = start_monitor("encode")
         self.gauges = Gauges("encode")
         self.suspects: set[int] = set()
+        # What dead workers were busy with, over all passes: their last word does not always arrive.
+        self._left_open: Counter[tuple[tuple[int, int, int], ...]] = Counter()
         self._next_log = 0.0
         self.committer = Committer(
             root,
@@ -80,32 +92,37 @@ class _Passes:
         self.resources = _resources(config)
 
     def run(self, retry: RowSet) -> State:
-        state = read_state(self.root)
-        gaps = state.gaps(retry)
-        total = sum(v.num_rows for v in state.plan.versions)
-        done = state.covered.count()
-        progress = Progress("encode", total or None, start=done)
-        watch = Watch(self.monitor, progress, done, self._shares(), self._log_totals, total=total or None)
-        with watch:
-            stalled = 0
-            while gaps:
-                failures = [
-                    f
-                    for work in work_of(gaps, self.config.encode.units_per_execution)
-                    if (f := self._once(work, state))
-                ]
-                self.generation.check()
-                self._judge(failures)
-                state = read_state(self.root)
-                left = state.gaps()
-                stalled = stalled + 1 if left == gaps else 0
-                gaps = left
-                if stalled > self.config.encode.crash_limit:
-                    raise StoppedError(
-                        f"Workers died {stalled} times without progress; {_open_rows(gaps)} rows are left",
-                        next_step="see the error above; the same command goes on with what is left",
-                    ) from (failures[-1] if failures else None)
+        """Executions until no planned row is open and none to `retry` has only what an earlier run made of it."""
+        state, _ = self._look(retry)
+        total, done = planned_rows(state), (state.covered - retry).count()
+        progress = Progress("encode", total, start=done)
+        with Watch(self.monitor, progress, done, self._shares(), self._log_totals, total=total):
+            return self._settle(retry)
+
+    def _settle(self, retry: RowSet) -> State:
+        state, gaps = self._look(retry)
+        stalled = 0
+        while gaps:
+            failures = [
+                f for work in work_of(gaps, self.config.encode.units_per_execution) if (f := self._once(work, state))
+            ]
+            self.generation.check()
+            self._judge(failures)
+            state, left = self._look(retry)
+            stalled = stalled + 1 if left == gaps else 0
+            gaps = left
+            if stalled > self.config.encode.crash_limit:
+                raise StoppedError(
+                    f"Workers died {stalled} times without progress; {_open_rows(gaps)} rows are left",
+                    next_step="see the error above; the same command goes on with what is left",
+                ) from (failures[-1] if failures else None)
         return state
+
+    def _look(self, retry: RowSet) -> tuple[State, RowSet]:
+        """The state now, and what this run still has to settle."""
+        records = visible_records(self.root)
+        state = fold(read_plan(self.root), records)
+        return state, state.gaps(retry - _settled_by(self.generation.number, records))
 
     def _once(self, work: list[Work], state: State) -> Exception | None:
         """One execution, or two when units are under suspicion: those run row by row. The last error, if any."""
@@ -125,14 +142,18 @@ class _Passes:
         encode, image = self.config.encode, self.config.image
         spans = {w.unit: state.plan.locate(w.unit) for w in work}
         reader = UnitReader(self.root, self.config.source, spans, monitor=self.monitor)
-        source = UnitSource("ReadImages", work, reader, sum(v.size_bytes for v in state.plan.versions))
-        dataset = ray.data.read_datasource(source, num_cpus=encode.read_cpus, override_num_blocks=len(work))
+        source = UnitSource("ReadImages", work, reader.of, sum(v.size_bytes for v in state.plan.versions))
+        repeats = {"max_retries": _PROCESS_RETRIES}
+        dataset = ray.data.read_datasource(
+            source, num_cpus=encode.read_cpus, override_num_blocks=len(work), ray_remote_args=repeats
+        )
         if encode.decode == "tasks":
             dataset = dataset.map_batches(
                 DecodeBlocks(image, self.config.source.uri, max(1, int(encode.decode_cpus)), self.monitor),
-                batch_size=None,
+                batch_size=batch_rows,
                 batch_format="pyarrow",
                 num_cpus=encode.decode_cpus,
+                **repeats,
             )
         # Alone with a row under suspicion: whoever dies then has died of it.
         r, calls = self.resources, _CALLS if batch_rows is None else 1
@@ -143,8 +164,10 @@ class _Passes:
             num_gpus=r["actor_gpus"] or None,
             **actor_pool(r["actors"], _TASK_RETRIES, batch_rows, calls),
         )
-        sink = LedgerSink("CommitLatents", CommitRows(self.committer, self.monitor), self._rows_per_write())
-        dataset.write_datasink(sink, ray_remote_args={"num_cpus": encode.write_cpus}, concurrency=encode.writers)
+        commit = CommitRows(self.committer, self.monitor)
+        sink = LedgerSink("CommitLatents", commit, rows_per_write(self.config, self.info))
+        writing = {"num_cpus": encode.write_cpus, **repeats}
+        dataset.write_datasink(sink, ray_remote_args=writing, concurrency=encode.writers)
 
     def _spec(self, resources: dict[str, Any], calls: int) -> EncoderSpec:
         encode = self.config.encode
@@ -170,11 +193,6 @@ class _Passes:
         decode = cpus if encode.decode == "tasks" else actors * encode.decode_threads
         return Shares({"read": cpus, "decode": decode, "device": actors, "write": encode.writers})
 
-    def _rows_per_write(self) -> int:
-        channels = self.info.latent_channels * (2 if self.config.codec.posterior == "moments" else 1)
-        row_bytes = 2 * channels * largest_area(self.config.image) // self.info.factor**2
-        return max(1, min(self.config.encode.fragment_rows, self.config.encode.fragment_bytes // row_bytes))
-
     def _judge(self, failures: list[Exception]) -> None:
         """After a pass in which workers died: units they died on run row by row, rows they die on are quarantined.
 
@@ -191,12 +209,10 @@ class _Passes:
             return
         if not failures:
             return
-        repeated = [ranges for ranges, times in left.items() if times > 1] or list(left)
-        single = [r[0] for r in repeated if len(r) == 1 and r[0][2] - r[0][1] == 1]
-        guilty = [
-            (unit, row) for unit, row, _ in single if unit in self.suspects and left[((unit, row, row + 1),)] > 1
-        ]
-        self.suspects |= {unit for ranges in repeated for unit, _, _ in ranges}
+        self._left_open.update(left)
+        single = [r[0] for r, times in left.items() if times > 1 and len(r) == 1 and r[0][2] - r[0][1] == 1]
+        guilty = [(unit, row) for unit, row, _ in single if unit in self.suspects]
+        self.suspects |= {unit for r, times in self._left_open.items() if times > 1 for unit, _, _ in r}
         if guilty:
             self._quarantine(guilty)
 
@@ -224,6 +240,11 @@ class _Passes:
         if time.monotonic() >= self._next_log and totals.get("rows"):
             self._next_log = time.monotonic() + _LOG_S
             self.tracker.log_metrics({f"progress/{k}": v for k, v in totals.items()}, step=int(totals["rows"]))
+
+
+def _settled_by(generation: int, records: Sequence[tuple[str, CommitRecord]]) -> RowSet:
+    """The rows that some records of one generation cover."""
+    return RowSet.union_all([record.covered for _, record in records if record.generation == generation])
 
 
 def _open_rows(gaps: RowSet) -> str:
@@ -269,7 +290,7 @@ class Shares:
 
 
 def _resources(config: EncodeJobConfig) -> dict[str, Any]:
-    """How many actors of which size; ConfigError when they, a read and a write do not fit the cluster."""
+    """How many actors of which size; ConfigError when they, a read and a write do not fit."""
     import ray
 
     encode = config.encode
@@ -280,6 +301,14 @@ def _resources(config: EncodeJobConfig) -> dict[str, Any]:
     spare = encode.read_cpus + encode.write_cpus + (encode.decode_cpus if encode.decode == "tasks" else 0.0)
     actor_cpus = encode.actor_cpus or _actor_cpus(cpus, spare, actors)
     demands = {f"{actors} encoder actors": actors * actor_cpus, "reads and writes": spare}
+    kinds = [
+        Kind("an encoder actor (encode.actor_cpus, encode.actor_gpus)", actor_cpus, actor_gpus),
+        Kind("a read task (encode.read_cpus)", encode.read_cpus),
+        Kind("a write task (encode.write_cpus)", encode.write_cpus),
+    ]
+    if encode.decode == "tasks":
+        kinds.append(Kind("a decode task (encode.decode_cpus)", encode.decode_cpus))
+    check_nodes(kinds, node_offers(), "encode")
     check_cpus(demands, "encode.actors")
     threads = encode.threads_per_actor or max(1, round(actor_cpus))
     return {"actors": actors, "actor_cpus": actor_cpus, "actor_gpus": actor_gpus, "threads": threads}
@@ -290,9 +319,7 @@ def _actor_cpus(cpus: float, spare: float, actors: int) -> float:
 
     Else the nodes that are left when others are lost may hold nothing but actors that wait for reads.
     """
-    import ray
-
-    nodes = [n["Resources"].get("CPU", 0.0) for n in ray.nodes() if n["Alive"]]
+    nodes = [offer.get("CPU", 0.0) for offer in node_offers()]
     on_any = [(have - spare) / max(1, int(have)) for have in nodes if have > spare]
     share: float = min(1.0, (cpus - spare) / actors, *on_any)
     return max(0.1, round(share - 5e-5, 4))

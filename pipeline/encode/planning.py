@@ -5,9 +5,34 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
+
 from pipeline.storage import Root
-from pipeline.store.plan import EntryLike, Plan, append_version, read_plan
-from pipeline.store.plan_diff import DiffReport, diff, group_units
+from pipeline.store.plan import EntryLike, Plan, PlannedEntry, append_version, read_plan
+from pipeline.store.plan_diff import DiffReport, diff, group_units, live_entries
+from pipeline.store.rowset import RowSet
+from pipeline.store.state import State
+
+
+def known_entries(root: Root, kind: str) -> Iterable[PlannedEntry]:
+    """The live entries of a root's plan in the order of a listing; none unless all come from sources of this kind.
+
+    For another kind the same object may stand for other rows.
+    """
+    plan = read_plan(root)
+    return live_entries(plan) if all(version.source.get("kind") == kind for version in plan.versions) else ()
+
+
+def planned_rows(state: State) -> int | None:
+    """Rows that a run leaves settled in the end; None while the length of some unit is unknown."""
+    units, lengths = state.plan.unit_lengths()
+    known, retired = lengths.copy(), state.plan.retired
+    for i in np.flatnonzero(lengths < 0):
+        unit = int(units[i])
+        known[i] = state.unit_rows.get(unit, 0 if retired.of_unit(unit) else -1)
+    if (known < 0).any():
+        return None
+    return (RowSet.from_arrays(units, np.zeros_like(units), known) - retired).count() or None
 
 
 def update_plan(

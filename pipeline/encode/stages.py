@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NoReturn
 
 import pyarrow as pa
 
 from pipeline.codec.config import CodecConfig
 from pipeline.encode.blocks import raw_table, split_outcomes
 from pipeline.encode.decoding import Decoder, items_of, pixels_table
+from pipeline.errors import ConfigError
 from pipeline.source.config import ImageConfig, SourceConfig
 from pipeline.source.listing import Entry
 from pipeline.source.readers import read_unit
@@ -28,17 +32,22 @@ from pipeline.store.work import Work
 from pipeline.store.writer import Committer
 
 _BLOCK_BYTES = 32 << 20
+_DEVICE_GONE = 70  # exit status of an encoder whose device failed; EX_SOFTWARE
 
 
 @dataclass(frozen=True)
 class UnitReader:
-    """Reads the wanted rows of a unit as RAW blocks."""
+    """Reads the wanted rows of a unit as RAW blocks; knows where the entries of some units lie."""
 
     root: Root
     source: SourceConfig
     spans: dict[int, EntrySpan]
     block_rows: int = 1024
     monitor: Any = None
+
+    def of(self, work: Work) -> Callable[[], Iterator[pa.Table]]:
+        """What reads one unit and knows of no other: it travels with every task."""
+        return partial(replace(self, spans={work.unit: self.spans[work.unit]}), work)
 
     def __call__(self, work: Work) -> Iterator[pa.Table]:
         spent, began = 0.0, time.perf_counter()
@@ -92,10 +101,43 @@ class EncodeBlocks:
     def __init__(self, spec: EncoderSpec, monitor: Any) -> None:
         import torch
 
-        from pipeline.codec.codec import load_codec
-        from pipeline.encode.encoder import Encoder
+        from pipeline.graph import held
 
         torch.set_num_threads(spec.threads)
+        self._encoder = held(partial(_load_encoder, spec))
+        ahead = -(-2 * spec.batch_size // spec.calls)  # by each call; together they hold two batches of pixels
+        self._decoder = None if spec.decoded else Decoder(spec.image, spec.source_uri, spec.decode_threads, ahead)
+        self._monitor, self._place = monitor, f"{os.uname().nodename}-{os.getpid()}"
+        self._numbers = itertools.count()
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        if not len(block):
+            return block
+        encoder = self._encoder()
+        name = f"{self._place}-{next(self._numbers)}"
+        self._monitor.begin.remote(name, _touched(block))
+        items = items_of(block) if self._decoder is None else self._decoder.items(block)
+        try:
+            table = encoder.encode(items, on_batch=lambda n: self._monitor.add.remote({"rows": n}))
+        except Exception as error:
+            if _device_is_gone(error):
+                _end_process(error)
+            raise
+        usage = encoder.unreported()
+        decode_s = self._decoder.unreported_s() if self._decoder else 0.0
+        amounts = {"rows": usage.rejected, "rejected": usage.rejected}
+        seconds = {"wait_s": usage.wait_s, "device_s": usage.device_s, "decode_s": decode_s}
+        self._monitor.add.remote(amounts | seconds)
+        self._monitor.end.remote(name)
+        return table
+
+
+def _load_encoder(spec: EncoderSpec) -> Any:
+    from pipeline.codec.codec import load_codec
+    from pipeline.encode.encoder import Encoder
+    from pipeline.memory import out_of_memory
+
+    try:
         codec = load_codec(
             spec.codec.path,
             revision=spec.codec.revision,
@@ -105,42 +147,49 @@ class EncodeBlocks:
             compile=spec.codec.compile,
             channels_last=spec.codec.channels_last,
         )
-        self._encoder = Encoder(
-            codec,
-            spec.codec.posterior,
-            spec.latent_dtype,
-            spec.batch_size,
-            spec.max_area,
-            spec.source_uri,
-            device=spec.device,
-            calls=spec.calls,
-        )
-        ahead = -(-2 * spec.batch_size // spec.calls)  # by each call; together they hold two batches of pixels
-        self._decoder = None if spec.decoded else Decoder(spec.image, spec.source_uri, spec.decode_threads, ahead)
-        self._monitor, self._place = monitor, f"{os.uname().nodename}-{os.getpid()}"
-        self._numbers = itertools.count()
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        if not len(block):
-            return block
-        touched = RowSet.from_rows(*_addresses(block)).triples()
-        name = f"{self._place}-{next(self._numbers)}"
-        self._monitor.begin.remote(name, [tuple(t) for t in touched])
-        items = items_of(block) if self._decoder is None else self._decoder.items(block)
-        table = self._encoder.encode(items, on_batch=lambda n: self._monitor.add.remote({"rows": n}))
-        usage = self._encoder.unreported()
-        decode_s = self._decoder.unreported_s() if self._decoder else 0.0
-        amounts = {"rows": usage.rejected, "rejected": usage.rejected}
-        seconds = {"wait_s": usage.wait_s, "device_s": usage.device_s, "decode_s": decode_s}
-        self._monitor.add.remote(amounts | seconds)
-        self._monitor.end.remote(name)
-        return table
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"The codec does not fit the memory that an encoder has on its {spec.device} device",
+            key="codec.path",
+            value=spec.codec.path,
+            rule="every encoder actor loads the codec",
+            next_step="run fewer actors on a device (encode.actors, encode.actor_gpus), or use one with more memory",
+        ) from error
+    return Encoder(
+        codec,
+        spec.codec.posterior,
+        spec.latent_dtype,
+        spec.batch_size,
+        spec.max_area,
+        spec.source_uri,
+        device=spec.device,
+        calls=spec.calls,
+    )
 
 
-def _addresses(block: pa.Table) -> tuple[Any, Any]:
+def _device_is_gone(error: Exception) -> bool:
+    import torch
+
+    return isinstance(error, torch.AcceleratorError)
+
+
+def _end_process(error: Exception) -> NoReturn:
+    """End this process as a crash would: its device's context is lost, and only a new process gets a new one.
+
+    An error that is raised does not end an actor, and would pass for a mistake in the code.
+    """
+    sys.stderr.write(f"latentloom: the device failed, this encoder ends and is replaced: {error}\n")
+    sys.stderr.flush()
+    os._exit(_DEVICE_GONE)
+
+
+def _touched(block: pa.Table) -> list[tuple[int, int, int]]:
+    """The rows of a block as (unit, start, stop)."""
     units, rows = block["unit"].to_numpy(), block["row"].to_numpy()
     real = rows >= 0
-    return units[real], rows[real]
+    return [(u, start, stop) for u, start, stop in RowSet.from_rows(units[real], rows[real]).triples()]
 
 
 @dataclass(frozen=True)
@@ -154,11 +203,15 @@ class DecodeBlocks:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         decoder = Decoder(self.image, self.source_uri, self.threads, 2 * self.threads)
+        # As encoders do: an image that kills its process leaves its rows open.
+        name = f"decode-{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex}"
+        self.monitor.begin.remote(name, _touched(block))
         try:
             return pixels_table(decoder.items(block))
         finally:
             decoder.close()
             self.monitor.add.remote({"decode_s": decoder.busy_s})
+            self.monitor.end.remote(name)
 
 
 @dataclass(frozen=True)

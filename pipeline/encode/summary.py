@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -18,8 +17,6 @@ from pipeline.source.render import bucket_sizes
 from pipeline.store.plan_diff import DiffReport
 from pipeline.store.state import State
 from pipeline.tracking.redact import without_credentials
-
-_log = logging.getLogger(__name__)
 
 
 def fingerprint_of(config: EncodeJobConfig, info: CodecInfo) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -51,10 +48,9 @@ def adopted(config: EncodeJobConfig, fingerprint: Mapping[str, Any]) -> EncodeJo
     Datasets of earlier versions say auto, and what their rows were computed in followed the devices.
     """
     recorded = fingerprint.get("codec_dtype")
-    if config.codec.dtype != "auto" or recorded not in get_args(CodecConfig.model_fields["dtype"].annotation):
+    known = get_args(CodecConfig.model_fields["dtype"].annotation)
+    if config.codec.dtype != "auto" or not isinstance(recorded, str) or recorded not in known:
         return config
-    if recorded == "auto":
-        _log.warning("the dataset does not say which arithmetic its codec ran in (codec.dtype auto): by device, still")
     return with_dtype(config, recorded)
 
 
@@ -71,6 +67,17 @@ def _absolute(path: str) -> str:
 def largest_area(image: ImageConfig) -> int:
     """Pixels of the largest bucket."""
     return max(h * w for r in image.resolutions for h, w in bucket_sizes(image, r))
+
+
+def row_bytes(config: EncodeJobConfig, info: CodecInfo) -> int:
+    """Bytes of the largest latent that is stored."""
+    channels = info.latent_channels * (2 if config.codec.posterior == "moments" else 1)
+    return 2 * channels * largest_area(config.image) // info.factor**2
+
+
+def rows_per_write(config: EncodeJobConfig, info: CodecInfo) -> int:
+    """Rows that a write waits for, so that fragments have a useful size."""
+    return max(1, min(config.encode.fragment_rows, config.encode.fragment_bytes // row_bytes(config, info)))
 
 
 def source_note(config: EncodeJobConfig) -> dict[str, Any]:

@@ -124,7 +124,7 @@ class LpipsConfig(StrictModel):
 
 
 class ThresholdsConfig(StrictModel):
-    """What the figures must reach; null asks nothing. A miss is exit code 1, with everything written."""
+    """What the figures must reach; null asks nothing. A miss is exit code 3, with everything written."""
 
     accuracy: float | None = Field(None, ge=0, le=1, description="Least share of samples judged right.")
     psnr_db: float | None = Field(None, gt=0, description="Least PSNR of the codec's round trip, dB.")

@@ -63,8 +63,19 @@ class Extractor:
         features, logits = self.network(x_NCHW)
         if features.ndim == 4:
             features = features.mean(dim=(2, 3))
+        if features.ndim != 2:
+            raise self._no_vectors(features)
         probabilities = None if logits is None else logits.float().softmax(dim=1).cpu().numpy()
         return features.float().cpu().numpy(), probabilities
+
+    def _no_vectors(self, features: Tensor) -> ConfigError:
+        return ConfigError(
+            "The network gives no vector for an image",
+            key="extractor",
+            value=f"{self.name}: {list(features.shape)}",
+            rule="features are [n, d], or maps [n, d, h, w] that are averaged",
+            next_step="name a network that pools its tokens, or save one that does as TorchScript",
+        )
 
     @property
     def contract(self) -> dict[str, Any]:
@@ -123,8 +134,7 @@ def _torchvision(config: ExtractorConfig, device: str) -> Extractor:
     name = str(config.name)
     if name not in models.list_models(module=models):
         raise _unknown(config, "torchvision.models.list_models() shows the names")
-    options = {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
-    model = models.get_model(name, weights=None, **options)
+    model = models.get_model(name, weights=None, **_torchvision_options(config))
     if config.weights is None:
         # The library's own way would unpickle: here the download is read as plain tensors.
         weights = models.get_model_weights(name).DEFAULT.get_state_dict(
@@ -134,6 +144,17 @@ def _torchvision(config: ExtractorConfig, device: str) -> Extractor:
         weights = load_state_dict(config.weights, "extractor.weights")
     side = INCEPTION_SIDE if name == "inception_v3" else USUAL_SIDE
     return _classification_net(config, f"torchvision {name}", model, weights, device, side)
+
+
+def _torchvision_options(config: ExtractorConfig) -> dict[str, bool]:
+    """What the constructors of two networks have to be told where the weights come from elsewhere.
+
+    Their published weights were fitted on values in [-1, 1], to which the network brings ImageNet's normalisation
+    itself if asked; values=minus_one_one are that already.
+    """
+    if config.name not in ("inception_v3", "googlenet"):
+        return {}
+    return {"init_weights": False, "transform_input": config.values != "minus_one_one"}
 
 
 def _timm(config: ExtractorConfig, device: str) -> Extractor:
@@ -168,16 +189,25 @@ def _classification_net(
 
 
 def with_features(model: nn.Module) -> Network:
-    """The network as (what its last linear layer reads, its logits); all of it when it has no such layer."""
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    seen: list[Tensor] = []
-    if linear:
-        linear[-1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    """The network as (what its classifying layer reads [n, d], its logits); without one, (what it gives, None).
+
+    The classifying layer is the linear one whose output is the network's own. A network without its head has linear
+    layers, too, inside its blocks: what those read is no description of an image.
+    """
+    seen: list[tuple[Tensor, Tensor]] = []  # of the last linear layer that ran
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        seen[:] = [(inputs[0], out)]
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(note)
 
     def network(x_NCHW: Tensor) -> tuple[Tensor, Tensor | None]:
         seen.clear()
         out = _first(model(x_NCHW))
-        return (seen[-1].flatten(1), out) if seen else (out, None)
+        read, made = seen.pop() if seen else (out, None)
+        return (read, out) if made is out and read.ndim == 2 else (out, None)
 
     return network
 

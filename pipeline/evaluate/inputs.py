@@ -20,7 +20,7 @@ from pipeline.store.runs import last_run
 from pipeline.train.history import HISTORY, read_records
 
 WINDOW = 11  # pixels, the side of SSIM's window (fidelity.WINDOW, which needs torch)
-VERSION = 1  # raised when a figure changes its meaning, so that recorded evaluations are taken again
+VERSION = 2  # raised when a figure changes its meaning, so that recorded evaluations are taken again
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ def inspect(config: EvaluateJobConfig) -> Inputs:
     settings = config.model_dump(mode="json", exclude={"output", "tracking", "reference_cache"})
     judge = {name: settings[name] for name in ("reference", "image", "classifier", "quality")}
     judge_key = _digest([VERSION, reference.digest, judge, config.classifier_resolution])
-    space_key = _digest([VERSION, reference.digest, {n: settings[n] for n in ("reference", "image", "quality")}])
+    seen = {name: settings[name] for name in ("reference", "image", "quality")}
+    seen |= {name: settings["extractor"][name] for name in ("resolution", "values")}  # its digest is of weights alone
+    space_key = _digest([VERSION, reference.digest, seen])
     files = _network_files(config)
     key = _digest(
         [

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import dump_yaml
-from pipeline.errors import InputError, PipelineError
+from pipeline.errors import InputError
 from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.evaluate.figures import Record
 from pipeline.evaluate.inputs import Inputs, inspect
@@ -30,7 +30,7 @@ RUN_ID_WAIT_S = 10.0
 def run(config: EvaluateJobConfig) -> JobResult:
     """Evaluate; "unchanged" when the same inputs were evaluated into this output with the same settings.
 
-    Raises PipelineError, with everything written, when a threshold is missed.
+    InputError (exit code 3), with everything written and logged, when a threshold is missed.
     """
     output = Root(config.output.uri)
     inputs = inspect(config)
@@ -115,13 +115,22 @@ def _recorded(output: Root, key: str) -> Record | None:
 
 
 def _result(config: EvaluateJobConfig, record: Record, status: str) -> JobResult:
+    result = JobResult(status, record.counts, _outputs(config), record.run_id, figures=record.flat())
     if record.missed:
-        raise PipelineError(
-            "The figures do not reach what was asked:\n" + "\n".join(f"  - {line}" for line in record.missed),
-            key="thresholds",
-            next_step=f"the whole evaluation is in {Root(config.output.uri).uri_of(REPORT)}",
-        )
-    return JobResult(status, record.counts, _outputs(config), record.run_id, figures=record.flat())
+        raise _not_reached(config, record).with_result(result)
+    return result
+
+
+def _not_reached(config: EvaluateJobConfig, record: Record) -> InputError:
+    names = [line.partition(" ")[0] for line in record.missed]
+    return InputError(
+        "The figures do not reach what was asked:\n" + "\n".join(f"  - {line}" for line in record.missed),
+        key=", ".join(f"thresholds.{name}" for name in names),
+        value=", ".join(f"{getattr(config.thresholds, name):g}" for name in names),
+        rule="every threshold is reached; an absent figure reaches none",
+        next_step=f"the whole evaluation is in {Root(config.output.uri).uri_of(REPORT)}: train longer or better, or "
+        "ask for less",
+    )
 
 
 def _outputs(config: EvaluateJobConfig) -> dict[str, str]:

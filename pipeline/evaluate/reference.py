@@ -14,14 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import InputError
+from pipeline.evaluate.subset import chosen_rows, ranges_over, threshold
 from pipeline.source.config import ImageConfig, SourceConfig
 from pipeline.source.listing import list_entries
-from pipeline.source.prepare import Reject, prepare
+from pipeline.source.prepare import Prepared, Reject, prepare
 from pipeline.source.readers import read_unit
 from pipeline.source.rows import SourceRow
 from pipeline.store.layout import canonical_json
 
 ENTRIES_AT_ONCE = 256
+ROUNDS = 16
 
 
 @dataclass(frozen=True)
@@ -64,23 +66,17 @@ def summarize(source: SourceConfig) -> ReferenceSummary:
 def reference_batches(
     source: SourceConfig, image: ImageConfig, *, batch_size: int, limit: int, total: int | None
 ) -> Iterator[ReferenceBatch]:
-    """At most `limit` images, in listing order; images that the decode policy refuses are passed over.
+    """At most `limit` images; images that the decode policy refuses are passed over.
 
-    When `total` rows are known to be more than `limit`, the images are spread over all of them by hash of
-    their keys. InputError when no image at all can be decoded.
+    Of more than `limit` rows those are taken whose addresses hash lowest, wherever they are listed. For refused ones
+    the next by hash are taken, in up to ROUNDS passes over the listing: hence exactly `limit` images where the
+    source has them, and fewer only where nearly all are refused. `total`: the number of rows, None when unknown.
+    InputError when no image at all can be decoded.
     """
-    share = 1.0 if total is None else (limit + 4 * limit**0.5) / max(total, 1)  # four sigma to spare
+    rows = _rows(source, image) if total is not None and total <= limit else _subset(source, image, limit)
     waiting: dict[tuple[int, ...], list[tuple[SourceRow, bytes, npt.NDArray[np.uint8]]]] = {}
     taken = 0
-    for row in _rows(source):
-        if taken == limit:
-            break
-        if share < 1.0 and not _chosen(row.key, share):
-            continue
-        prepared = prepare(row, image)
-        if isinstance(prepared, Reject):
-            continue
-        first = prepared[0]
+    for row, first in rows:
         taken += 1
         group = waiting.setdefault(first.pixels.shape, [])
         group.append((row, first.sample_id, first.pixels))
@@ -98,17 +94,34 @@ def reference_batches(
         )
 
 
-def _rows(source: SourceConfig) -> Iterator[SourceRow]:
+def _subset(source: SourceConfig, image: ImageConfig, limit: int) -> Iterator[tuple[SourceRow, Prepared]]:
+    """The decodable rows among those that hash lowest; for each refused one the next, round by round."""
+    left, above = limit, -1
+    for _ in range(ROUNDS):
+        upto = threshold(source, left, above)
+        for row in _rows(source, image, above, upto):
+            left -= 1
+            yield row
+        if upto is None or left == 0:
+            return
+        above = upto
+
+
+def _rows(
+    source: SourceConfig, image: ImageConfig, above: int = -1, upto: int | None = None
+) -> Iterator[tuple[SourceRow, Prepared]]:
+    """Rows that the decode policy accepts, first variants only; of all hashes, or of those in (above, upto]."""
+    every = above < 0 and upto is None
     entries = iter(list_entries(source))
     while chunk := list(islice(entries, ENTRIES_AT_ONCE)):
-        for row in read_unit(source, chunk, [(0, None)]):
-            if isinstance(row, SourceRow):
-                yield row
-
-
-def _chosen(key: str, share: float) -> bool:
-    word = hashlib.blake2b(b"reference\0" + key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(word, "big") < share * 2**64
+        chosen = [] if every else chosen_rows(source, chunk, above, upto)
+        wanted = set(chosen)
+        for row in read_unit(source, chunk, [(0, None)] if every else ranges_over(chosen)):
+            if not isinstance(row, SourceRow) or not (every or row.row in wanted):
+                continue
+            prepared = prepare(row, image)
+            if not isinstance(prepared, Reject):
+                yield row, prepared[0]
 
 
 def _batch(group: list[tuple[SourceRow, bytes, npt.NDArray[np.uint8]]]) -> ReferenceBatch:

@@ -19,6 +19,7 @@ from pipeline.evaluate.quality import frechet, kid, precision_recall
 from pipeline.evaluate.report import Picture, ReportContent, number, sample_picture
 from pipeline.evaluate.stats import FeatureStats
 
+SPREAD = "jackknife interval over 20 blocks"
 SMALLER_IS_BETTER = ("frechet", "kid", "rfid", "lpips")
 TILES = {
     "accuracy": "samples right",
@@ -91,30 +92,40 @@ def _sample_figures(measured: Measured, neighbours: int, absent: dict[str, str])
     elif measured.eyes.clip is not None:
         absent["clip_score"] = "no sample has a prompt"
     space = measured.eyes.space_name
-    spread = "jackknife interval over 20 blocks"
     if judged.classes is not None:
-        how = f"exp of the mean KL(p(y|x) | p(y)), Salimans et al. 2016, {space}; {spread}"
+        how = f"exp of the mean KL(p(y|x) | p(y)), Salimans et al. 2016, {space}; {SPREAD}"
         out.append(Figure.of("inception_score", judged.classes.score(), "", how))
-    if judged.stats is None or real is None:
-        return out
-    few = min(real.n, judged.stats.n)
-    if few <= max(real.dims, neighbours):
-        why = f"{few} images are too few for a distance over {real.dims} features"
-        return [*out, *_mark(absent, ("frechet", "kid", "precision", "recall"), why)]
-    precision, recall = precision_recall(real, judged.stats, neighbours=neighbours)
-    manifold = f"Kynkaanniemi et al. 2019, k = {neighbours}, {space}"
-    return [
-        *out,
-        Figure.of("frechet", frechet(real, judged.stats), "", f"squared Frechet distance {space}; {spread}"),
-        Figure.of(
-            "kid",
-            kid(real, judged.stats),
-            "",
-            f"unbiased cubic-kernel distance {space}; leans negative for small class-balanced sets; {spread}",
-        ),
-        Figure.of("precision", precision, "", f"share of samples inside the real manifold, {manifold}"),
-        Figure.of("recall", recall, "", f"share of real images inside the samples' manifold, {manifold}"),
-    ]
+    elif measured.eyes.extractor is not None:
+        absent["inception_score"] = f"{measured.eyes.extractor.name} has no classes"
+    if judged.stats is not None and real is not None:
+        out += _distances(real, judged.stats, neighbours, space, absent)
+    return out
+
+
+def _distances(
+    real: FeatureStats, drawn: FeatureStats, neighbours: int, space: str, absent: dict[str, str]
+) -> list[Figure]:
+    """Each distance by its own need: a covariance more images than features, a manifold more than neighbours."""
+    out: list[Figure] = []
+    few, kept = min(real.n, drawn.n), min(len(real.features_MD), len(drawn.features_MD))
+    if few > real.dims:
+        how = f"squared Frechet distance {space}; {SPREAD}"
+        out.append(Figure.of("frechet", frechet(real, drawn), "", how))
+    else:
+        _mark(absent, ("frechet",), f"{few} images are too few for a covariance of {real.dims} features")
+    if kept >= 2:
+        how = f"unbiased cubic-kernel distance {space}; leans negative for small class-balanced sets; {SPREAD}"
+        out.append(Figure.of("kid", kid(real, drawn), "", how))
+    else:
+        _mark(absent, ("kid",), "a kernel distance needs two images on each side")
+    if kept > neighbours:
+        precision, recall = precision_recall(real, drawn, neighbours=neighbours)
+        how = f"Kynkaanniemi et al. 2019, k = {neighbours}, {space}"
+        out.append(Figure.of("precision", precision, "", f"share of samples inside the real manifold, {how}"))
+        out.append(Figure.of("recall", recall, "", f"share of real images inside the samples' manifold, {how}"))
+    else:
+        _mark(absent, ("precision", "recall"), f"{kept} images are too few for manifolds of {neighbours} neighbours")
+    return out
 
 
 def _mark(absent: dict[str, str], names: Sequence[str], why: str) -> list[Figure]:

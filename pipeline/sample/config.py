@@ -22,7 +22,8 @@ class RequestDefaults(StrictModel):
         1.0, ge=0, le=100, description="Classifier-free guidance scale; 1 is none (one evaluation a step)."
     )
     guidance_interval: tuple[float, float] | None = Field(
-        None, description="Guidance acts where low < t <= high (t = 1 is pure noise); null: everywhere."
+        None,
+        description="Guidance acts where low < t <= high (1 is pure noise, a low of 0 included); null: everywhere.",
     )
     duplicates: Literal["refuse", "keep_first"] = Field(
         "refuse", description="Two requests for the same image: refuse the job, or draw it once and count the rest."

@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 
 from pipeline.codec.codec import Codec, load_codec
+from pipeline.memory import out_of_memory
 from pipeline.sample.plan import padded
 
 
@@ -56,9 +57,11 @@ class Decoder:
         """Fill in pixels or reasons for the first `num_real` rows of a batch; one bad row costs only itself."""
         try:
             decoded_NHWC = self.decode([latents[i] or b"" for i in batch], shape)
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
-            raise  # no fault of a row: a smaller batch_size, or a new process, helps
-        except (RuntimeError, ValueError):
+        except torch.AcceleratorError:
+            raise  # no fault of a row: only a new process helps
+        except (RuntimeError, ValueError) as error:
+            if out_of_memory(error):
+                raise  # no fault of a row either: a smaller batch_size helps
             if num_real == 1:
                 reasons[batch[0]] = "decode_failed"
                 return

@@ -52,27 +52,32 @@ class Denoiser:
     """
 
     def __init__(
-        self, model: nn.Module, info: ExportInfo, draw: Draw, *, embed: Embed | None = None, compile: bool = False
+        self,
+        model: nn.Module,
+        info: ExportInfo,
+        draw: Draw,
+        *,
+        embed: Embed | None = None,
+        compile: bool | None = None,
     ) -> None:
+        """`compile`: None does as the draw says."""
         self.info, self.how, self._embed = info, draw, embed
         self.device, self.dtype = torch.device(draw.device), DTYPES[draw.dtype]
         self._objective = Objective.from_dict(info.objective)
         self._model = model.requires_grad_(False).eval().to(self.device)
-        if compile:
+        if draw.compile if compile is None else compile:
             self._model.compile(dynamic=False)
         shape = (1, info.latent_channels, 1, 1)
         self._mean = torch.tensor(info.latent_mean, dtype=torch.float32, device=self.device).reshape(shape)
         self._std = torch.tensor(info.latent_std, dtype=torch.float32, device=self.device).reshape(shape)
 
     @classmethod
-    def load(
-        cls, model_uri: str, draw: Draw, *, ema: str | None = None, embed: Embed | None = None, compile: bool = False
-    ) -> Denoiser:
+    def load(cls, model_uri: str, draw: Draw, *, ema: str | None = None, embed: Embed | None = None) -> Denoiser:
         """The denoiser of a model as `read_model` finds it; InputError when it is missing, damaged or another."""
         from pipeline.sample.loading import load_model  # it reads every form of model; one in memory needs none
 
         model, info = load_model(model_uri, ema)
-        return cls(model, info, draw, embed=embed, compile=compile)
+        return cls(model, info, draw, embed=embed)
 
     def __call__(self, requests: pa.Table, on_batch: Callable[[int], None] | None = None) -> pa.Table:
         """The table with columns `latent` (float32 bytes, C order, raw) and `latent_shape` ([c, h, w]) added.

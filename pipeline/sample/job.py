@@ -56,7 +56,7 @@ def run(config: SampleJobConfig) -> JobResult:
         generation.close({"status": "done"})
         return result
     except PipelineError as error:
-        generation.close({"status": type(error).__name__})
+        generation.close({"status": type(error).__name__}, sealed=False)
         raise
     finally:
         generation.abandon()

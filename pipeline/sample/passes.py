@@ -141,14 +141,14 @@ class _Passes:
         decoding = on_device(prepared.draw, "cuda" if r.decode_gpus else "cpu")
         reader = RequestReader(self.root, {w.unit: state.plan.locate(w.unit) for w in work})
         dataset = ray.data.read_datasource(
-            UnitSource("ReadRequests", work, reader, len(work)),
+            UnitSource("ReadRequests", work, reader.of, len(work)),
             num_cpus=READ_CPUS,
             override_num_blocks=len(work),
         )
         dataset = dataset.map_batches(
             DenoiseBlocks,
             fn_constructor_args=(
-                DenoiserSpec(prepared.model.uri, prepared.model.ema, draw, config.model.compile, self.embedder),
+                DenoiserSpec(prepared.model.uri, prepared.model.ema, draw, self.embedder),
                 self.monitor,
             ),
             num_cpus=r.denoise_cpus,

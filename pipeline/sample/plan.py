@@ -39,7 +39,8 @@ def shape_groups(requests: pa.Table) -> Iterator[np.ndarray]:
 def extend_plan(planned: pa.Table | None, requests: pa.Table, unit_requests: int) -> pa.Table:
     """The plan rows (PLAN_SCHEMA) of the requests that `planned` does not hold yet; empty when it holds all.
 
-    New units are numbered on from the last planned one and hold at most `unit_requests` rows each.
+    New units are numbered on from the last planned one and hold at most `unit_requests` rows each. Of one shape,
+    requests with equal prompts come one after the other, so that an embedding is needed once and then no more.
     """
     if unit_requests < 1:
         raise ValueError(f"unit_requests {unit_requests}: a unit holds at least one request")
@@ -54,6 +55,7 @@ def extend_plan(planned: pa.Table | None, requests: pa.Table, unit_requests: int
     units: list[np.ndarray] = []
     rows: list[np.ndarray] = []
     for group in shape_groups(new):
+        group = _prompts_together(new, group)
         for start in range(0, len(group), unit_requests):
             part = group[start : start + unit_requests]
             order.append(part)
@@ -65,6 +67,14 @@ def extend_plan(planned: pa.Table | None, requests: pa.Table, unit_requests: int
     table = new.take(pa.array(np.concatenate(order)))
     columns = [pa.array(np.concatenate(units)), pa.array(np.concatenate(rows)), *table.columns]
     return pa.table(columns, schema=PLAN_SCHEMA)
+
+
+def _prompts_together(requests: pa.Table, group: np.ndarray) -> np.ndarray:
+    """A group's row indices with equal prompts side by side, each prompt where it is asked for first."""
+    chosen = requests.select(["prompt", "negative_prompt"]).take(pa.array(group)).to_pylist()
+    pairs = [(row["prompt"], row["negative_prompt"]) for row in chosen]
+    rank = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
+    return group[np.argsort([rank[pair] for pair in pairs], kind="stable")]
 
 
 def planned_rows(plan: pa.Table, wanted: Iterable[bytes] | None = None) -> RowSet:

@@ -11,6 +11,7 @@ from pipeline.codec.info import CodecInfo, codec_info
 from pipeline.errors import ConflictError, InputError
 from pipeline.sample.config import FileRequests, GridRequests, SampleJobConfig
 from pipeline.sample.model import ModelFacts, read_model, resolve_sampler
+from pipeline.sample.paths import place_of
 from pipeline.sample.provenance import Draw, Origin
 from pipeline.sample.request_files import file_format, map_columns, read_columns
 from pipeline.sample.requests import Defaults, Limits, Requests, grid_columns, validate_requests
@@ -43,7 +44,7 @@ def prepare(config: SampleJobConfig) -> Prepared:
     requests = load_requests(config.requests, model.limits(any_size=config.requests.any_size))
     draw, origin = _draw(config, model), _origin(model, codec, codec_path)
     # The device is told by each image; what a dataset's images share is what the configuration decides.
-    shared = {key: value for key, value in asdict(draw).items() if key not in ("device", "dtype")}
+    shared = {key: value for key, value in draw.as_dict().items() if key not in ("device", "dtype")}
     fingerprint = {
         "draw": {**shared, "dtype": config.model.dtype},
         "model_digest": origin.model_digest,
@@ -103,9 +104,9 @@ def load_requests(config: GridRequests | FileRequests, limits: Limits) -> Reques
 
 
 def _read_file(uri: str) -> bytes:
-    folder, _, name = uri.rpartition("/")
     try:
-        return Root(folder or ".").read_bytes(name)
+        root, name = place_of(uri)
+        return root.read_bytes(name)
     except _unreadable() as error:
         raise InputError(
             f"The request file cannot be read: {describe(error)}",
@@ -166,6 +167,7 @@ def _draw(config: SampleJobConfig, model: ModelFacts) -> Draw:
         dtype=config.model.dtype,
         image=config.output.image,
         quality=config.output.quality,
+        compile=config.model.compile,
     )
 
 

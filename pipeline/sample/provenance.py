@@ -3,6 +3,11 @@
 It names the request, the draw (run seed, sampler, fixed batch size, arithmetic), the model by digest and
 training run, the dataset by digest and the codec by weight hash. It holds no time, no machine and no run of the
 sampling job: the same request drawn twice gives the same bytes.
+
+What that promises: the same bytes on a CPU, with the same versions of torch and diffusers and the number of threads
+that the image names. Another device or another version sums in another order: there, jobs.regenerate tells the
+largest and the mean difference of the pixels and the PSNR, and calls an image "within tolerance" whose mean
+absolute difference is at most TOLERANCE_LEVELS.
 """
 
 from __future__ import annotations
@@ -16,6 +21,8 @@ from pipeline.errors import ConflictError, InputError
 from pipeline.sample.requests import FIELDS, request_id
 
 FORMAT = "latentloom image 1"
+# Mean absolute difference of two drawings of one image, in levels of 0..255, up to which they count as the same.
+TOLERANCE_LEVELS = 1.0
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,8 @@ class Draw:
     """How requests become pixels, apart from the model: every value that can change a bit of an image.
 
     `device` is the kind ("cpu", "cuda"); `threads` are those of one CPU actor: another number sums in another
-    order. `image` and `quality` are those of the encoded file.
+    order. `image` and `quality` are those of the encoded file. `compile`: torch.compile fuses what is otherwise
+    rounded in between.
     """
 
     seed: int
@@ -35,6 +43,12 @@ class Draw:
     dtype: str
     image: str
     quality: int
+    compile: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields by name; `compile` only where it is true: images from before it was told say the same."""
+        fields = asdict(self)
+        return fields if self.compile else {key: value for key, value in fields.items() if key != "compile"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,7 @@ def provenance(request: Mapping[str, Any], draw: Draw, origin: Origin) -> dict[s
         "format": FORMAT,
         "request_id": bytes(request["request_id"]).hex(),
         "request": asked,
-        "draw": asdict(draw),
+        "draw": draw.as_dict(),
         "model": {
             "uri": without_credentials(origin.model_uri),
             "digest": origin.model_digest,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import pyarrow as pa
+import torch
 
 from pipeline.codec.info import codec_info
 from pipeline.errors import InputError
@@ -17,15 +19,18 @@ from pipeline.sample.plan import PLAN_SCHEMA
 from pipeline.sample.prompts import PromptEmbedder
 from pipeline.sample.provenance import Draw, check_origin, origin_of, request_of
 
+_log = logging.getLogger(__name__)
+
 
 def regenerate(image: bytes, *, model_uri: str | None = None, codec_path: str | None = None) -> bytes:
     """The bytes of the image that `image` says it is, drawn anew; on a CPU they are the same bytes.
 
+    Where there is no CUDA device, what was drawn on one is drawn on the CPU: its own provenance says so.
     `model_uri` and `codec_path` say where model and codec lie now, if no longer where the image names them.
     ConflictError when they are other ones; InputError when the image tells too little or can no longer be drawn.
     """
     found = read_provenance(image)
-    request, draw, origin = request_of(found), Draw(**found["draw"]), origin_of(found)
+    request, draw, origin = request_of(found), draw_here(Draw(**found["draw"])), origin_of(found)
     model_uri, codec_path = model_uri or origin.model_uri, codec_path or origin.codec_path
     facts = read_model(model_uri, origin.ema)
     codec = codec_info(codec_path, facts.codec_revision, facts.codec_kind)
@@ -53,3 +58,11 @@ def regenerate(image: bytes, *, model_uri: str | None = None, codec_path: str | 
     assert rows.schema == IMAGES
     data: bytes = rows["image"][0].as_py()
     return data
+
+
+def draw_here(draw: Draw) -> Draw:
+    """The draw as this machine can do it: without CUDA on the CPU, in its exact arithmetic."""
+    if draw.device == "cpu" or torch.cuda.is_available():
+        return draw
+    _log.warning("the image was drawn on %s, which is not here: it is drawn on the CPU in float32", draw.device)
+    return replace(draw, device="cpu", dtype="float32", compile=False)

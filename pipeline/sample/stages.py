@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,6 +15,7 @@ from pipeline.graph import answer, held
 from pipeline.sample.output import IMAGES, encode_rows
 from pipeline.sample.plan import PLAN_SCHEMA
 from pipeline.sample.provenance import Draw, Origin
+from pipeline.sample.shortage import batch_fits, networks_fit
 from pipeline.sample.tars import pack_units
 from pipeline.sample.text import TextSpec
 from pipeline.storage import Root
@@ -22,6 +24,7 @@ from pipeline.store.schema import REJECTS
 from pipeline.store.work import Work
 from pipeline.store.writer import Committer
 
+T = TypeVar("T")
 _OUTCOME = [field for field in REJECTS if field.name not in IMAGES.names]
 
 # What encoding tasks yield: an image where `outcome` is "stored", else a reject.
@@ -34,6 +37,10 @@ class RequestReader:
 
     root: Root
     spans: dict[int, EntrySpan]
+
+    def of(self, work: Work) -> Callable[[], Iterator[pa.Table]]:
+        """What reads one unit and knows of no other: it travels with every task."""
+        return partial(replace(self, spans={work.unit: self.spans[work.unit]}), work)
 
     def __call__(self, work: Work) -> Iterator[pa.Table]:
         rows = [
@@ -59,11 +66,15 @@ class EmbedPrompts:
         from pipeline.sample.prompts import PromptEmbedder
 
         use_threads(draw.threads)
-        self._embedder = held(lambda: PromptEmbedder(spec, device=draw.device, cache_bytes=cache_bytes))
+        self._draw = draw
+        self._embedder = _loaded(
+            draw, lambda: PromptEmbedder(spec, device=draw.device, cache_bytes=cache_bytes), "Loading text encoders"
+        )
 
     def embed(self, prompts: list[str]) -> Any:
         """{prompt: Embedding}."""
-        return self._embedder()(prompts)
+        with networks_fit(self._draw, "Embedding prompts"):
+            return self._embedder()(prompts)
 
     def embedded(self) -> int:
         """How many prompts went through the encoders so far."""
@@ -77,7 +88,6 @@ class DenoiserSpec:
     model_uri: str
     ema: str | None
     draw: Draw
-    compile: bool
     embedder: Any = None
 
 
@@ -88,14 +98,18 @@ class DenoiseBlocks:
         from pipeline.sample.denoise import Denoiser, use_threads
 
         use_threads(spec.draw.threads)
-        self._monitor = monitor
+        self._monitor, self._draw = monitor, spec.draw
         embed = None if spec.embedder is None else lambda prompts: answer(spec.embedder.embed.remote(list(prompts)))
-        self._denoiser = held(
-            lambda: Denoiser.load(spec.model_uri, spec.draw, ema=spec.ema, embed=embed, compile=spec.compile)
+        self._denoiser = _loaded(
+            spec.draw,
+            lambda: Denoiser.load(spec.model_uri, spec.draw, ema=spec.ema, embed=embed),
+            "Loading the model",
         )
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        return self._denoiser()(block, on_batch=lambda rows: self._monitor.add.remote({"rows": rows}))
+        denoiser = self._denoiser()
+        with batch_fits(self._draw, "Denoising"):
+            return denoiser(block, on_batch=lambda rows: self._monitor.add.remote({"rows": rows}))
 
 
 @dataclass(frozen=True)
@@ -116,7 +130,9 @@ class DecodeBlocks:
         from pipeline.sample.denoise import use_threads
 
         use_threads(spec.draw.threads)
-        self._decoder = held(
+        self._draw = spec.draw
+        self._decoder = _loaded(
+            spec.draw,
             lambda: Decoder(
                 spec.codec_path,
                 kind=spec.codec_kind,
@@ -124,11 +140,24 @@ class DecodeBlocks:
                 batch_size=spec.draw.batch_size,
                 device=spec.draw.device,
                 dtype=spec.draw.dtype,
-            )
+            ),
+            "Loading the codec",
         )
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        return self._decoder()(block)
+        decoder = self._decoder()
+        with batch_fits(self._draw, "Decoding"):
+            return decoder(block)
+
+
+def _loaded(draw: Draw, load: Callable[[], T], doing: str) -> Callable[[], T]:
+    """`held`, where a lack of memory is an error that has a meaning, too."""
+
+    def guarded() -> T:
+        with networks_fit(draw, doing):
+            return load()
+
+    return held(guarded)
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,24 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Protocol
 
 from pipeline.errors import InputError
 from pipeline.source.config import FolderSource, ParquetSource, SourceConfig, WebDatasetSource
 from pipeline.source.fields import canonical, parse_object
 from pipeline.source.metadata import NAMES, FolderMetadata
 from pipeline.source.patterns import Place, glob_regex, is_hidden, locate, matching
-from pipeline.storage import Root
+from pipeline.source.remote import map_ahead
+from pipeline.storage import ObjectInfo, Root
 from pipeline.storage_errors import describe, storage_errors
 
 _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _PARQUET_SUFFIXES = (".parquet", ".pq")
+_FOOTERS = 4  # files opened at a time while listing; each may have a process of its own to parse it
+Span = tuple[int, int | None, int]  # first row, row after the last, stored bytes
 
 
 @dataclass(frozen=True)
@@ -43,20 +48,39 @@ class Entry:
     meta: str | None
 
 
+class EntryLike(Protocol):
+    """What an earlier listing has to remember of an entry."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def etag(self) -> str | None: ...
+    @property
+    def row_start(self) -> int: ...
+    @property
+    def row_stop(self) -> int | None: ...
+
+
 def source_root(source: SourceConfig) -> Root:
     """The root that the keys of a source's entries are relative to; InputError when there is no source."""
     return _place(source).root
 
 
-def list_entries(source: SourceConfig) -> Iterator[Entry]:
-    """All entries, streaming, strictly ordered; InputError for a missing, empty or unusable source."""
+def list_entries(source: SourceConfig, known: Iterable[EntryLike] = ()) -> Iterator[Entry]:
+    """All entries, streaming, strictly ordered; InputError for a missing, empty or unusable source.
+
+    `known`: entries of an earlier listing, in the same order, which save opening files that their etag shows to be
+    the same. Files that no etag describes are opened each time.
+    """
     place = _place(source)
     if isinstance(source, FolderSource):
         entries = _folder(place.root, source)
     elif isinstance(source, WebDatasetSource):
         entries = _tars(place)
     else:
-        entries = _parquets(place, source)
+        entries = _parquets(place, source, known)
     last: tuple[str, int] | None = None
     try:
         for entry in entries:
@@ -125,12 +149,50 @@ def _tars(place: Place) -> Iterator[Entry]:
         yield Entry(info.key, info.size_bytes, info.etag, info.mtime_ns, 0, None, None)
 
 
-def _parquets(place: Place, source: ParquetSource) -> Iterator[Entry]:
+def _parquets(place: Place, source: ParquetSource, known: Iterable[EntryLike]) -> Iterator[Entry]:
     from pipeline.source.parquet import spans
 
-    for info in matching(place, _PARQUET_SUFFIXES):
-        for start, stop, size in spans(place.root, info, source):
+    earlier = _Earlier(known)
+    first = True
+
+    def spans_of(file: tuple[ObjectInfo, list[Span] | None]) -> tuple[ObjectInfo, list[Span]]:
+        info, planned = file
+        return info, list(spans(place.root, info, source)) if planned is None else planned
+
+    def files() -> Iterator[tuple[ObjectInfo, list[Span] | None]]:
+        nonlocal first
+        for info in matching(place, _PARQUET_SUFFIXES):
+            planned = earlier.spans(info)
+            # The first is opened always: a column that is configured and not there is an error, whatever is known.
+            yield info, None if first else planned
+            first = False
+
+    for info, found in map_ahead(spans_of, files(), min(source.read_ahead, _FOOTERS)):
+        for start, stop, size in found:
             yield Entry(info.key, size, info.etag, info.mtime_ns, start, stop, None)
+
+
+class _Earlier:
+    """The spans of files in an earlier listing, asked for in its order; holds those of one file."""
+
+    def __init__(self, entries: Iterable[EntryLike]) -> None:
+        self._files = groupby(entries, key=lambda entry: entry.key)
+        self._key, self._entries = "", list[EntryLike]()
+        self._ended = False
+
+    def spans(self, info: ObjectInfo) -> list[Span] | None:
+        """What is known of the file, if that is all of it, and of the same version."""
+        while not self._ended and self._key < info.key:
+            key, entries = next(self._files, (None, iter(())))
+            self._ended = key is None
+            self._key, self._entries = key or "", list(entries)
+        if self._key != info.key or info.etag is None:
+            return None
+        same = [(e.row_start, e.row_stop, e.size_bytes) for e in self._entries if e.etag == info.etag]
+        stops = [0, *(stop for _, stop, _ in same)]
+        whole = bool(same) and all(start == end for (start, _, _), end in zip(same, stops, strict=False))
+        # Without a last row a file was damaged, or could not be read in time: it is looked at again.
+        return same if whole and None not in stops else None
 
 
 def _check_order(last: tuple[str, int] | None, entry: Entry, root: Root) -> None:

@@ -1,6 +1,7 @@
 """Compaction: fragments in the order of arrival become shards in unit order, by ordinary commit records.
 
-The plan alone decides which units a shard holds, so shards do not depend on how the encode job was scheduled. A
+The plan and the mean size of a visible row decide which rows a shard holds, so shards do not depend on how the encode
+job was scheduled. Shards begin and end with a unit, but for a unit too large for one: it is cut into equal parts. A
 shard's record has a newer generation than its fragments', so its rows take their place at once, shard by shard.
 Fragments stay in storage until garbage collection is asked for.
 """
@@ -13,16 +14,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.storage import Root
 from pipeline.store.dataset import Dataset
 from pipeline.store.generation import claim_next
 from pipeline.store.identity import read_identity
 from pipeline.store.ledger import collect
-from pipeline.store.rowset import MAX_ROWS, RowSet
+from pipeline.store.rowset import RowSet, address, unit_of
 from pipeline.store.state import State, read_state
 from pipeline.store.writer import Committer
+
+Span = tuple[int, int]  # half-open, of address integers as a RowSet holds them
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,10 @@ def compact(
     generation = claim_next(root, lambda previous: collect(root, previous), job="compact")
     try:
         state = read_state(root)
-        spans = list(shard_spans(state, shard_bytes))
+        dataset = Dataset(root, identity, state)
+        spans = list(shard_spans(dataset, shard_bytes))
         layout = _Layout(state)
         todo = [span for span in spans if not layout.is_compact(span)]
-        dataset = Dataset(root, identity, state)
         committer = Committer(
             root,
             generation.number,
@@ -64,46 +66,64 @@ def compact(
             {"latentloom.generation": str(generation.number)},
         )
 
-        def write(span: tuple[int, int]) -> tuple[int, int]:
+        def write(span: Span) -> tuple[int, int]:
             generation.check()
             return _write_shard(dataset, committer, span)
 
-        moved = written = 0
+        shards = moved = written = 0
         with ThreadPoolExecutor(workers) as pool:
             for done, (rows, size) in enumerate(pool.map(write, todo), 1):
-                moved, written = moved + rows, written + size
+                shards, moved, written = shards + (rows > 0), moved + rows, written + size
                 on_shard(done, len(todo))
         generation.close({"status": "done"})
-        return CompactReport(len(todo), len(spans) - len(todo), moved, written)
+        return CompactReport(shards, len(spans) - len(todo), moved, written)
     finally:
         generation.abandon()
 
 
-def shard_spans(state: State, shard_bytes: int) -> Iterator[tuple[int, int]]:
-    """Half-open ranges of units whose rows make up one shard each: a function of the plan and the mean row."""
-    stored_bytes = sum(int(f.info.row_groups.size_bytes.sum()) for f in state.files)
-    stored_rows = sum(f.info.rows for f in state.files)
-    if not stored_rows:
+def shard_spans(dataset: Dataset, shard_bytes: int) -> Iterator[Span]:
+    """Half-open ranges of row addresses that make up one shard each: a function of the plan and the mean visible row.
+
+    Dead rows do not count for the mean: how often a write was repeated, and what was already compacted away, must not
+    move the ends of shards.
+    """
+    groups = dataset.row_groups
+    visible_bytes = int((groups.size_bytes * groups.rows // np.maximum(groups.stored("rows"), 1)).sum())
+    if not dataset.num_rows:
         return
-    rows_per_shard = max(1, shard_bytes * stored_rows // max(stored_bytes, 1))
-    units, planned = state.plan.unit_lengths()
+    rows_per_shard = max(1, shard_bytes * dataset.num_rows // max(visible_bytes, 1))
+    units, planned = dataset.state.plan.unit_lengths()
     first, rows = 0, 0
     for unit, length in zip(units.tolist(), planned.tolist(), strict=True):
-        length = state.unit_rows.get(unit, 0) if length < 0 else length
+        length = dataset.state.unit_rows.get(unit, 0) if length < 0 else length
         if rows and rows + length > rows_per_shard:
-            yield first, unit
-            first, rows = unit, 0
-        rows += length
-    yield first, len(units)
+            yield first, address(unit)
+            first, rows = address(unit), 0
+        parts = -(-length // rows_per_shard)
+        for part in range(1, parts):
+            cut = address(unit) + part * length // parts
+            yield first, cut
+            first = cut
+        rows += length if parts < 2 else length - (parts - 1) * length // parts
+    yield first, address(len(units))
 
 
-def _span_rows(span: tuple[int, int]) -> RowSet:
-    units = np.arange(span[0], span[1], dtype=np.int64)
-    return RowSet.from_arrays(units, np.zeros_like(units), np.full_like(units, MAX_ROWS))
+def _groups_of(dataset: Dataset, span: Span) -> Iterator[pa.Table]:
+    """The visible rows of a span; a row group at its ends is read in full only if it holds any of them."""
+    start, stop = span
+    for index, info in dataset.groups_within(unit_of(start), unit_of(stop - 1) + 1):
+        if start <= address(info.first_unit) and address(info.last_unit + 1) <= stop:
+            yield dataset.read(index, None)
+            continue
+        where = dataset.read(index, ["unit", "row"])
+        keys = address(where["unit"].to_numpy()) + where["row"].to_numpy()
+        inside = (keys >= start) & (keys < stop)
+        if inside.any():
+            yield dataset.read(index, None).filter(pa.array(inside))
 
 
 class _Layout:
-    """Which files lie in a span of units; asking costs the files found, not all there are."""
+    """Which files lie in a span of rows; asking costs the files found, not all there are."""
 
     def __init__(self, state: State) -> None:
         files = [f for f in state.files if len(f.info.row_groups)]
@@ -111,34 +131,23 @@ class _Layout:
         order = np.argsort(first, kind="stable")
         self._files = [files[i] for i in order]
         self._first = first[order]
-        self._last = np.array([f.info.row_groups.last_unit.max() for f in self._files], np.int64)
-        self._reach = np.maximum.accumulate(self._last) if len(files) else self._last
+        last = np.array([f.info.row_groups.last_unit.max() for f in self._files], np.int64)
+        self._reach = np.maximum.accumulate(last) if len(files) else last
 
-    def is_compact(self, span: tuple[int, int]) -> bool:
+    def is_compact(self, span: Span) -> bool:
         """Whether a span lies in at most one file without dead rows, and that file holds nothing else."""
-        low, high = np.searchsorted(self._reach, span[0]), np.searchsorted(self._first, span[1])
-        inside = [i for i in range(low, high) if self._last[i] >= span[0] and self._touches(i, span)]
-        if len(inside) > 1:
-            return False
-        return all(
-            span[0] <= self._first[i] and self._last[i] < span[1] and not (self._files[i].dead & _span_rows(span))
-            for i in inside
-        )
-
-    def _touches(self, index: int, span: tuple[int, int]) -> bool:
-        groups = self._files[index].info.row_groups
-        return bool(((groups.first_unit < span[1]) & (groups.last_unit >= span[0])).any())
+        low = np.searchsorted(self._reach, unit_of(span[0]))
+        high = np.searchsorted(self._first, unit_of(span[1] - 1), side="right")
+        rows = RowSet.from_keys(np.array([span[0]]), np.array([span[1]]))
+        held = [(file, file.record.stored) for file in self._files[low:high]]
+        # Dead rows do not put a file into a span: what a killed compaction has written is not written again.
+        inside = [(file, stored) for file, stored in held if (stored - file.dead) & rows]
+        return len(inside) < 2 and all(not file.dead and not (stored - rows) for file, stored in inside)
 
 
-def _write_shard(dataset: Dataset, committer: Committer, span: tuple[int, int]) -> tuple[int, int]:
-    """(rows, bytes) of the shard written for a span of units."""
-    tables = []
-    for index, info in dataset.groups_within(*span):
-        table = dataset.read(index, None)
-        if info.first_unit < span[0] or info.last_unit >= span[1]:
-            inside = pc.and_(pc.greater_equal(table["unit"], span[0]), pc.less(table["unit"], span[1]))
-            table = table.filter(inside)
-        tables.append(table)
+def _write_shard(dataset: Dataset, committer: Committer, span: Span) -> tuple[int, int]:
+    """(rows, bytes) of the shard written for a span of rows; nothing is written when none of them is visible."""
+    tables = list(_groups_of(dataset, span))
     if not tables:
         return 0, 0
     rows = pa.concat_tables(tables)

@@ -16,10 +16,12 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import InputError
 from pipeline.storage import Root
+from pipeline.storage_remote import RangedFile
 from pipeline.store import layout
 from pipeline.store.identity import Identity, read_identity
 from pipeline.store.pages import Bytes, FixedRows, fixed_width_pages, fixed_width_values, plain_span
 from pipeline.store.readable import ReadableGroups
+from pipeline.store.record import FileInfo
 from pipeline.store.row_groups import RowGroupInfo
 from pipeline.store.rowset import RowSet
 from pipeline.store.runs import last_run
@@ -103,9 +105,9 @@ class Dataset:
         """
         file, number = self.row_groups.place(row_group)
         if not self.row_groups.partial[row_group]:
-            return self._read_group(file.info.path, number, columns, verify)
+            return self._read_group(file.info, number, columns, verify)
         extra = [] if columns is None else [c for c in ("unit", "row") if c not in columns]
-        table = self._read_group(file.info.path, number, None if columns is None else [*columns, *extra], verify)
+        table = self._read_group(file.info, number, None if columns is None else [*columns, *extra], verify)
         table = table.filter(pa.array(_alive(file, table)))
         return table if columns is None else table.select(list(columns))
 
@@ -116,16 +118,16 @@ class Dataset:
         on a remote store one ranged read). ValueError when values are null or differ in length; else as `read`.
         """
         file, number = self.row_groups.place(row_group)
-        span = None if verify else plain_span(self._footer(file.info.path), number, column)
+        span = None if verify else plain_span(self._footer(file.info), number, column)
         if span is None:
             return fixed_width_values(self.read(row_group, [column], verify=verify)[column])
         values = fixed_width_pages(self._bytes(file.info.path, *span), int(file.info.row_groups.rows[number]))
         if not self.row_groups.partial[row_group]:
             return values
-        return values[_alive(file, self._read_group(file.info.path, number, ["unit", "row"], verify))]
+        return values[_alive(file, self._read_group(file.info, number, ["unit", "row"], verify))]
 
     def _count_visible(self, file: VisibleFile, number: int) -> int:
-        return int(_alive(file, self._read_group(file.info.path, number, ["unit", "row"], True)).sum())
+        return int(_alive(file, self._read_group(file.info, number, ["unit", "row"], True)).sum())
 
     def _bytes(self, path: str, start: int, length: int) -> Bytes:
         local = self.root.local_path(path)
@@ -138,13 +140,12 @@ class Dataset:
             # A process may have some 65,000 mappings: many small ones are not worth one each.
             return found if length >= _WORTH_A_MAPPING else found.copy()
 
-    def _footer(self, path: str) -> pq.FileMetaData:
-        footer = self._footers.get(path)
+    def _footer(self, file: FileInfo) -> pq.FileMetaData:
+        footer = self._footers.get(file.path)
         if footer is None:
-            local = self.root.local_path(path)
-            with pa.memory_map(str(local)) if local is not None else self.root.open(path) as source:
+            with self._opened(file) as source:
                 footer = pq.read_metadata(source)
-            self._keep_footer(path, footer)
+            self._keep_footer(file.path, footer)
         return footer
 
     def _keep_footer(self, path: str, footer: pq.FileMetaData) -> None:
@@ -153,16 +154,16 @@ class Dataset:
             while len(self._footers) > _FOOTERS:
                 self._footers.pop(next(iter(self._footers)))
 
-    def _read_group(self, path: str, number: int, columns: Sequence[str] | None, verify: bool) -> pa.Table:
-        local = self.root.local_path(path)
-        source = pa.memory_map(str(local)) if local is not None else self.root.open(path)
-        with source:
-            footer = self._footers.get(path)
-            reader = pq.ParquetFile(
-                source, metadata=footer, pre_buffer=local is None, page_checksum_verification=verify
-            )
-            if footer is None:
-                self._keep_footer(path, reader.metadata)
+    def _opened(self, file: FileInfo) -> Any:
+        """The file for pyarrow: mapped, or by ranged reads; nobody asks the store how long it is."""
+        local = self.root.local_path(file.path)
+        return pa.memory_map(str(local)) if local is not None else self.root.ranged(file.path, file.size_bytes)
+
+    def _read_group(self, file: FileInfo, number: int, columns: Sequence[str] | None, verify: bool) -> pa.Table:
+        footer = self._footer(file)
+        with self._opened(file) as source:
+            remote = isinstance(source, RangedFile)
+            reader = pq.ParquetFile(source, metadata=footer, pre_buffer=remote, page_checksum_verification=verify)
             names = None if columns is None else list(columns)
             return reader.read_row_group(number, columns=names, use_threads=False)
 

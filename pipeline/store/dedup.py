@@ -89,7 +89,7 @@ def deduplicate(
         found = _filtered(final).count() - _filtered(state).count()
         return DedupReport(passes, passes * dataset.num_rows, found)
     except PipelineError as error:
-        generation.close({"status": type(error).__name__})
+        generation.close({"status": type(error).__name__}, sealed=False)
         raise
     finally:
         generation.abandon()

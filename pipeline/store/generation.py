@@ -8,6 +8,7 @@ only a courtesy to people: a run that finds a *living* owner steps back instead 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
@@ -18,8 +19,11 @@ from typing import Any
 
 from pipeline.errors import ConflictError
 from pipeline.storage import Root
-from pipeline.storage_errors import storage_errors
+from pipeline.storage_errors import describe, storage_errors
 from pipeline.store import layout
+from pipeline.store.bundles import seal
+
+_log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 5.0
 # A claim without a heartbeat for this long belongs to a run that died.
@@ -63,12 +67,26 @@ class Generation:
         if self._fenced.is_set():
             raise fenced(self.root, self.number)
 
-    def close(self, summary: dict[str, Any]) -> None:
-        """Stop the heartbeat and record that this run ended in good order."""
+    def close(self, summary: dict[str, Any], *, sealed: bool = True) -> None:
+        """Stop the heartbeat and record that this run ended in good order.
+
+        sealed: then bundle its records for whoever opens the dataset before the next run; a run that must stop at
+        once leaves that to the next claim.
+        """
         self.abandon()
         self.root.put_if_absent(
             f"{layout.generation_dir(self.number)}/closed.json", json.dumps(summary, sort_keys=True).encode()
         )
+        if sealed:
+            self.seal()
+
+    def seal(self) -> None:
+        """Bundle the records committed so far, if they are many: the same is visible, opening it costs less."""
+        try:
+            seal(self.root, self.number)
+        except storage_errors() as error:
+            # The records themselves are safe; a run whose work is done must not fail for want of a faster opening.
+            _log.warning("the commit records stay single objects until the next run: %s", describe(error))
 
     def abandon(self) -> None:
         """Stop the heartbeat without a closing note: the next run takes over at once if it knows this process."""

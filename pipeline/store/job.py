@@ -14,6 +14,7 @@ from pipeline.result import JobResult
 from pipeline.storage import Root
 from pipeline.store.compact import compact, shard_spans
 from pipeline.store.config import CompactJobConfig, VerifyJobConfig
+from pipeline.store.dataset import Dataset
 from pipeline.store.identity import read_identity
 from pipeline.store.state import read_state
 from pipeline.store.verify import VerifyReport, collect_garbage, verify
@@ -96,11 +97,9 @@ def run_compact(config: CompactJobConfig) -> JobResult:
 def plan_compact(config: CompactJobConfig) -> JobResult:
     """How many shards there would be."""
     root = Root(config.data.uri)
-    read_identity(root)
-    state = read_state(root)
-    return JobResult(
-        "dry-run", {"files": len(state.files), "shards": len(list(shard_spans(state, config.shard_bytes)))}
-    )
+    dataset = Dataset(root, read_identity(root), read_state(root))
+    shards = sum(1 for _ in shard_spans(dataset, config.shard_bytes))
+    return JobResult("dry-run", {"files": len(dataset.state.files), "shards": shards})
 
 
 def _write_report(uri: str, report: VerifyReport) -> None:

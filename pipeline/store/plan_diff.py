@@ -32,16 +32,19 @@ def diff(
 ) -> Iterator[EntryLike]:
     """Yield the entries to plan anew (new or changed), filling `report` on the way.
 
-    `listing` must be strictly ordered by (key, row_start). A changed entry's old rows are retired; a removed
-    entry is counted, and retired only with `drop_removed`. Memory does not grow with either side.
+    `listing` must be strictly ordered by (key, row_start). A changed entry's old rows are retired, and so are those
+    of a span that its object, still listed, no longer has: it was rewritten in other spans. An object that is gone
+    is counted, and retired only with `drop_removed`. Memory does not grow with either side.
     """
-    old = _planned(plan)
+    old = live_entries(plan)
     before = next(old, None)
+    last_key: str | None = None  # of the listing: the key of an unlisted span is listed if it is this or the next
     for entry in listing:
         place = (entry.key, entry.row_start)
         while before is not None and (before.key, before.row_start) < place:
-            _removed(report, before, drop_removed)
+            _unlisted(report, before, before.key in (last_key, entry.key), drop_removed)
             before = next(old, None)
+        last_key = entry.key
         if before is None or (before.key, before.row_start) != place:
             report.new += 1
             yield entry
@@ -54,7 +57,7 @@ def diff(
             yield entry
         before = next(old, None)
     while before is not None:
-        _removed(report, before, drop_removed)
+        _unlisted(report, before, before.key == last_key, drop_removed)
         before = next(old, None)
 
 
@@ -85,7 +88,7 @@ def group_units(entries: Iterable[EntryLike], max_rows: int, max_bytes: int) -> 
         yield unit
 
 
-def _planned(plan: Plan) -> Iterator[PlannedEntry]:
+def live_entries(plan: Plan) -> Iterator[PlannedEntry]:
     """The live entries of all versions in key order: each version was planned in key order."""
     runs = [plan.iter_entries(version) for version in plan.versions]
     for entry in heapq.merge(*runs, key=lambda e: (e.key, e.row_start)):
@@ -102,9 +105,13 @@ def _rows_of(entry: PlannedEntry) -> tuple[int, int, int]:
     return entry.unit, entry.first_row, stop
 
 
-def _removed(report: DiffReport, entry: PlannedEntry, drop: bool) -> None:
-    report.removed += 1
-    if len(report.removed_examples) < 10:
-        report.removed_examples.append(entry.key)
-    if drop:
+def _unlisted(report: DiffReport, entry: PlannedEntry, rewritten: bool, drop: bool) -> None:
+    """A planned span that the listing lacks: its object was `rewritten` in other spans, or is gone."""
+    if rewritten:
+        report.changed += 1
+    else:
+        report.removed += 1
+        if len(report.removed_examples) < 10:
+            report.removed_examples.append(entry.key)
+    if rewritten or drop:
         report.retired.append(_rows_of(entry))

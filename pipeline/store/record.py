@@ -63,7 +63,12 @@ class CommitRecord:
     @property
     def stored(self) -> RowSet:
         """The rows that lie in the record's data files."""
-        return self.covered - RowSet.union_all([*self.rejects.values(), *self.filtered.values()])
+        return self.covered - self.settled
+
+    @property
+    def settled(self) -> RowSet:
+        """The rows that lie in the record's reject file: rejected and filtered ones."""
+        return RowSet.union_all([*self.rejects.values(), *self.filtered.values()])
 
     @property
     def name(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,19 @@ Int64s = npt.NDArray[np.int64]
 # A row address is one integer: unit in the upper half, row in the lower. A stop of MAX_ROWS means "to the end".
 _SHIFT = 32
 MAX_ROWS = 1 << 31
+
+
+Units = TypeVar("Units", int, Int64s)
+
+
+def address(unit: Units) -> Units:
+    """The address integer of row 0 of a unit, or of many; that of row r is r more."""
+    return unit << _SHIFT
+
+
+def unit_of(key: int) -> int:
+    """The unit of an address integer."""
+    return key >> _SHIFT
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,10 +22,11 @@ from pipeline.store.rowset import MAX_ROWS, RowSet
 
 @dataclass(frozen=True)
 class VisibleFile:
-    """A visible data file and the rows inside it that are dead."""
+    """A visible file, the rows inside it that are dead, and the commit record that names it."""
 
     info: FileInfo
     dead: RowSet
+    record: CommitRecord
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,12 @@ def fold(plan: Plan, records: Sequence[tuple[str, CommitRecord]]) -> State:
     filtered: dict[str, list[RowSet]] = {}
     unit_rows: dict[int, int] = {}
     for (_, record), gone in zip(records, dead, strict=True):
-        if record.files and (gone is plan.retired or record.stored - gone):
-            files += [VisibleFile(f, gone) for f in record.files]
-        if record.reject_file:
-            reject_files.append(VisibleFile(record.reject_file, gone))
+        if record.files and (not gone or record.stored - gone):
+            dead_rows = gone & record.stored if gone else gone
+            files += [VisibleFile(f, dead_rows, record) for f in record.files]
+        if record.reject_file and (not gone or record.settled - gone):
+            dead_rows = gone & record.settled if gone else gone
+            reject_files.append(VisibleFile(record.reject_file, dead_rows, record))
         for reason, rows in record.rejects.items():
             rejects.setdefault(reason, []).append(rows - gone)
         for reason, rows in record.filtered.items():
@@ -124,9 +127,10 @@ def _merged(sets: dict[str, list[RowSet]]) -> dict[str, RowSet]:
 
 
 def _dead_rows(retired: RowSet, records: Sequence[CommitRecord]) -> list[RowSet]:
-    """For each record the rows of its files that do not count; linear in the number of intervals."""
-    dead = [retired] * len(records)
-    sets = [r.covered for r in records]
+    """For each record those of its rows that do not count; linear in the number of intervals."""
+    dead = [RowSet.empty()] * len(records)
+    # What is retired takes part as a record that wins everywhere: its rows are dead in all others.
+    sets = [*(r.covered for r in records), retired]
     if not any(sets):
         return dead
     starts, stops = (np.concatenate([getattr(s, side) for s in sets]) for side in ("starts", "stops"))
@@ -140,7 +144,7 @@ def _dead_rows(retired: RowSet, records: Sequence[CommitRecord]) -> list[RowSet]
     contested = np.bincount(segment, minlength=len(cuts))[segment] > 1
     segment, owner = segment[contested], owner[contested]
     # Among those that hold a segment the newest generation wins, then the name that sorts first.
-    rank = np.empty(len(records), np.int64)
+    rank = np.full(len(sets), -1, np.int64)
     rank[sorted(range(len(records)), key=lambda i: (-records[i].generation, i))] = np.arange(len(records))
     winner = np.full(len(cuts), len(records), np.int64)
     np.minimum.at(winner, segment, rank[owner])
@@ -151,5 +155,5 @@ def _dead_rows(retired: RowSet, records: Sequence[CommitRecord]) -> list[RowSet]
     losers, first, count = np.unique(owner, return_index=True, return_counts=True)
     for loser, begin, size in zip(losers, first, count, strict=True):
         mine = segment[begin : begin + size]
-        dead[loser] = retired | RowSet.from_keys(cuts[mine], cuts[mine + 1])
+        dead[loser] = RowSet.from_keys(cuts[mine], cuts[mine + 1])
     return dead

@@ -111,7 +111,7 @@ def _embed_one(task: _Task) -> JobResult:
         generation.close({"status": "done"})
         return result
     except PipelineError as error:
-        generation.close({"status": type(error).__name__})
+        generation.close({"status": type(error).__name__}, sealed=False)
         raise
     finally:
         generation.abandon()

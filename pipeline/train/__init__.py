@@ -12,7 +12,7 @@
 `loop`, `task`, `state`, `ema`, `checkpoint`, `validate`, `parallel` know torch only. `worker` joins them to the
 dataset, the stream and the tracker on one rank; `job` starts workers with Ray Train and watches them.
 
-The store of `output.uri` is all that starts of a job share: `checkpoints/`, `history.jsonl`, `quarantine.parquet`
+The store of `output.uri` is all that starts of a job share: `checkpoints/`, `history/`, `quarantine.parquet`
 (samples of skipped steps), `control/` (who is current, who should stop), `run.json` (the MLflow run), `done.json`.
 
 A crash, of a worker, a node or the driver, leaves the checkpoints that have their marker. The next start, Ray's or

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.cluster import WORKER_ENV, Gauges, ensure_ray
 from pipeline.config import config_digest, dump_yaml
-from pipeline.errors import PipelineError, StoppedError
+from pipeline.errors import InputError, PipelineError, StoppedError
 from pipeline.progress import Progress
 from pipeline.result import JobResult
 from pipeline.storage import Root
@@ -29,7 +29,7 @@ from pipeline.tracking.config import resolve_paths
 from pipeline.tracking.ending import ended_by_outcome
 from pipeline.train.config import DataConfig, MixConfig, TrainJobConfig
 from pipeline.train.control import claim_generation, record_failure, recorded_failure, request_stop
-from pipeline.train.history import read_records
+from pipeline.train.history import Follower, read_records
 
 if TYPE_CHECKING:
     from pipeline.store.dataset import LatentDataset
@@ -209,8 +209,10 @@ def _told_mix(config: TrainJobConfig) -> str:
 
 def _fit(config: TrainJobConfig, root: Root, generation: int, handle: str | None, facts: Facts) -> dict[str, Any]:
     """Run the workers, again after losses, until they are done or asked to stop; what rank 0 returned."""
-    # Ray gives up on a start after 60 s, which a busy machine needs for its imports alone.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "180")
+    # How long Ray looks for room before it counts the nodes again. An elastic run whose node was just lost is first
+    # placed on the dead node, too, which Ray has not missed yet: the sooner it counts again, the sooner it goes on.
+    patience_s = 180 if config.train.min_workers is None else 20
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(patience_s))
     # The handler comes first: a SIGTERM while Ray starts is remembered and honoured.
     stop = threading.Event()
     with _sigterm(stop):
@@ -338,14 +340,14 @@ def _watching(config: TrainJobConfig, root: Root, generation: int, stop: threadi
     end = threading.Event()
 
     def watch() -> None:
-        asked = False
+        asked, follower = False, Follower(root)
         with Progress("train", config.train.images) as progress:
             while not end.wait(_WATCH_S):
-                with contextlib.suppress(*storage_errors()):
+                with contextlib.suppress(InputError, *storage_errors()):
                     if stop.is_set() and not asked:
                         request_stop(root, generation)
                         asked = True
-                    losses = [r for r in read_records(root) if "loss" in r]
+                    losses = [r for r in follower.news() if "loss" in r]
                     if losses:
                         progress.update(losses[-1]["images"], loss=losses[-1]["loss"])
 

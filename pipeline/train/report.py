@@ -19,16 +19,20 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Reporter:
-    """What the loop tells, put where it can be found after a crash. datasets: their URIs, in the run's order."""
+    """What the loop tells, put where it can be found after a crash.
+
+    datasets: their URIs, in the run's order; generation: of the start that reports.
+    """
 
     root: Root
     tracker: Tracker
     checkpoints: CheckpointStore
     publish: Callable[[Mapping[str, float]], None] = lambda figures: None
     datasets: tuple[str, ...] = ()
+    generation: int = 0
 
     def __post_init__(self) -> None:
-        self.history, self.quarantine = Journal(self.root), Quarantine(self.root)
+        self.history, self.quarantine = Journal(self.root, self.generation), Quarantine(self.root)
 
     def resume(self, state: TrainState) -> None:
         """Forget what was reported after the checkpoint the run goes on from."""

@@ -93,7 +93,7 @@ def run_worker(config: TrainJobConfig, place: Place) -> dict[str, Any]:
     notices = Notices(place.preempted)
     tracker = attach_tracker(config.tracking, place.tracking_handle) if lead else NoopTracker()
     uris = tuple(part.latents.uri for part in served)
-    reporter = Reporter(root, tracker, checkpoints, place.publish, uris) if lead else None
+    reporter = Reporter(root, tracker, checkpoints, place.publish, uris, place.generation) if lead else None
     try:
         status = train(
             state,

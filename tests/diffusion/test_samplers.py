@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -213,6 +214,34 @@ def test_guidance_interval_is_open_below_and_closed_above() -> None:
     _, sizes = guided(2.0, guidance_interval=(0.25, 0.75))  # times are 1, 0.75, 0.5, 0.25
     assert sizes == [3, 6, 6, 3]
     assert torch.equal(guided(2.0, guidance_interval=(0.0, 0.0))[0], guided(1.0)[0])
+
+
+def test_an_interval_that_begins_at_zero_holds_the_last_time() -> None:
+    assert time_grid(Objective("v"), 1000).times[-1] == 0.0
+    for low, rows in ((0.0, 6), (0.001, 3)):
+        seen: list[tuple[float, int]] = []
+
+        def predict(x: Tensor, t: Tensor, seen: list[tuple[float, int]] = seen, **_: Tensor | None) -> Tensor:
+            seen.append((float(t[0]), len(x)))
+            return torch.zeros_like(x)
+
+        cond: dict[str, Tensor | None] = {"labels_B": torch.tensor([0, 1, 2])}
+        how: Any = {"guidance": 2.0, "guidance_interval": (low, 1.0), "cond": cond, "uncond": cond}
+        sample(predict, NOISE, objective=Objective("v"), sampler="ddim", steps=1000, **how)
+        assert seen[-1] == (0.0, rows)
+
+
+def test_heun_asks_twice_a_step_but_for_the_last() -> None:
+    calls: list[float] = []
+
+    def predict(x: Tensor, t: Tensor, **_: Tensor | None) -> Tensor:
+        calls.append(float(t[0]))
+        return torch.zeros_like(x)
+
+    for steps in (1, 2, 5):
+        calls.clear()
+        sample(predict, NOISE, objective=Objective("flow"), sampler="heun", steps=steps)
+        assert len(calls) == 2 * steps - 1
 
 
 def test_text_and_masks_are_stacked_too() -> None:

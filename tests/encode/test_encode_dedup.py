@@ -74,6 +74,7 @@ class World:
 
     def run(self, *overrides: str) -> JobResult:
         fixed = [f"source.uri={self.images}", "source.kind=folder", f"output.uri={self.root.uri}", "codec.path=x"]
+        fixed += ["codec.dtype=float32"]
         self.encoded.clear()
         return job.run(load_config(EncodeJobConfig, [], [*fixed, "encode.unit_rows=2", *overrides]))
 

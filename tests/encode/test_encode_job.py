@@ -126,7 +126,13 @@ def test_decode_tasks_and_other_pools_give_the_same_bytes(base: Path, tmp_path: 
     (tmp_path / "codec").symlink_to(base / "codec")
     shapes = [
         {"encode.actors": 1},
-        {"encode.decode": "tasks", "encode.decode_cpus": 0.5, "encode.unit_rows": 5, "encode.fragment_rows": 6},
+        {
+            "encode.decode": "tasks",
+            "encode.decode_cpus": 0.5,
+            "encode.unit_rows": 5,
+            "encode.units_per_execution": 2,
+            "encode.fragment_rows": 6,
+        },
     ]
     found = []
     for number, shape in enumerate(shapes):

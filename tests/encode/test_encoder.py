@@ -19,6 +19,7 @@ from pipeline.encode.decoding import Decoder, items_of, pixels_table
 from pipeline.encode.device import DeviceQueue, Latents
 from pipeline.encode.encoder import Encoder, Usage
 from pipeline.encode.items import Item
+from pipeline.errors import ConfigError
 from pipeline.source.config import ImageConfig
 from pipeline.store.schema import latents_from
 
@@ -141,8 +142,9 @@ def test_a_batch_that_did_not_fit_is_gone_before_a_smaller_one_is_tried() -> Non
 
 
 def test_memory_that_does_not_hold_one_image_is_an_error() -> None:
-    with pytest.raises(torch.OutOfMemoryError, match="planted"):
+    with pytest.raises(ConfigError, match=r"One image of 8x8 pixels .*[\s\S]*image.resolution") as caught:
         encoder(Blocks(capacity=10)).encode([item(0)])
+    assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -239,7 +241,7 @@ def test_a_device_that_fails_ends_every_table_on_it() -> None:
     machine = Encoder(codec, "mode", "float16", 4, 64, "mem", calls=2)  # type: ignore[arg-type]
     with ThreadPoolExecutor(2) as pool:
         for future in [pool.submit(machine.encode, [item(r) for r in range(3)]) for _ in range(2)]:
-            with pytest.raises(torch.OutOfMemoryError, match="planted"):
+            with pytest.raises(ConfigError, match="does not fit the device's memory"):
                 future.result(timeout=60)
 
 

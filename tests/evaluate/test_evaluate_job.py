@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from evaluate_world import build_world, config_of, real_images, write_samples
 
-from pipeline.errors import ConfigError, ConflictError, InputError, PipelineError
+from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.evaluate.figures import Record
 from pipeline.evaluate.job import dry_run, run
 
@@ -130,13 +130,14 @@ def test_a_damaged_report_is_written_again(evaluated: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_missed_thresholds_fail_after_everything_is_written(world: Path) -> None:
     config = config_of(world, thresholds={"accuracy": 0.99, "frechet": 1e9, "psnr_db": 90})
-    with pytest.raises(PipelineError, match=r"accuracy is 0\.\d+, asked is at least 0.99") as caught:
+    with pytest.raises(InputError, match=r"accuracy is 0\.\d+, asked is at least 0.99") as caught:
         run(config)
+    assert caught.value.exit_code == 3
     assert "psnr_db" in str(caught.value)
     assert "frechet" not in str(caught.value)
     assert (world / "report" / "report.html").exists()
     assert len(record_of(world).missed) == 2
-    with pytest.raises(PipelineError, match=r"asked is at least 0\.99"):
+    with pytest.raises(InputError, match=r"asked is at least 0\.99"):
         run(config)
 
 

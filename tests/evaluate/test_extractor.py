@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,71 @@ def test_features_are_what_the_last_linear_layer_reads() -> None:
         alone, none = with_features(plain)(x)
     assert none is None
     assert alone.shape == (5, 4, 2, 2)
+
+
+def test_a_network_without_its_head_gives_its_own_vector_and_no_classes() -> None:
+    class Blocks(nn.Module):
+        """Tokens through a block, pooled; an inner layer even reads vectors of the same shape."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.mlp, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = x.flatten(2)
+            weighed = tokens * self.gate(tokens.mean(1)).sigmoid()[:, None]
+            out: Tensor = self.head(self.mlp(weighed).mean(1))
+            return out
+
+    class Gated(Blocks):
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = x.flatten(2).mean(1)
+            return tokens * self.gate(tokens).sigmoid()
+
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 2, 3)
+    for net in (Blocks().eval(), Gated().eval()):
+        with torch.no_grad():
+            features, logits = with_features(net)(x)
+            assert torch.equal(features, net(x))
+        assert logits is None
+        assert features.shape == (5, 6)
+
+
+def test_a_network_that_gives_no_vectors_is_refused(tmp_path: Path) -> None:
+    class Tokens(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(2)
+
+    torch.jit.script(Tokens()).save(str(tmp_path / "tokens.pt"))
+    with pytest.raises(ConfigError, match=r"gives no vector for an image[\s\S]*\[3, 3, 120\]"):
+        loaded(kind="torchscript", path=str(tmp_path / "tokens.pt"))(images())
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "told"),
+    [
+        ("inception_v3", "imagenet", {"init_weights": False, "transform_input": True}),
+        ("googlenet", "imagenet", {"init_weights": False, "transform_input": True}),
+        ("googlenet", "minus_one_one", {"init_weights": False, "transform_input": False}),
+        ("resnet18", "imagenet", {}),
+    ],
+)
+def test_two_torchvision_networks_bring_values_into_their_own_range(
+    name: str, values: Any, told: dict[str, bool], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made: list[dict[str, Any]] = []
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+
+    def get_model(name: str, weights: None, **options: Any) -> nn.Module:
+        made.append(options)
+        return net
+
+    library = SimpleNamespace(list_models=lambda module: [name], get_model=get_model)
+    monkeypatch.setattr(importlib, "import_module", lambda _: library)
+    safetensors.torch.save_file(net.state_dict(), tmp_path / "n.safetensors")
+    loaded(kind="torchvision", name=name, values=values, weights=str(tmp_path / "n.safetensors"))
+    assert made == [told]
 
 
 def test_a_file_that_is_no_torchscript_is_refused(tmp_path: Path) -> None:

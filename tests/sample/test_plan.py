@@ -90,6 +90,25 @@ def test_padded_batches_have_one_size_and_lose_nothing(count: int, batch_size: i
     assert np.concatenate([batch[:real] for batch, real in batches]).tolist() == indices.tolist()
 
 
+def test_equal_prompts_of_one_shape_come_together_and_ids_stay() -> None:
+    limits = Limits(num_classes=None, takes_text=True, multiple=4, sizes=((32, 32),))
+    prompts = ["b", "a", "c"] * 4
+    columns: dict[str, Any] = {"prompt": prompts, "seed": [i // 3 for i in range(12)]}
+    asked = validate_requests(columns, limits=limits, defaults=Defaults()).table
+    plan = extend_plan(None, asked, 4)
+    assert plan["prompt"].to_pylist() == ["b"] * 4 + ["a"] * 4 + ["c"] * 4
+    assert plan["seed"].to_pylist() == [0, 1, 2, 3] * 3
+    assert set(plan["request_id"].to_pylist()) == set(asked["request_id"].to_pylist())
+    # What is planned stays where it is, whatever is added; a plan in the old order holds as well.
+    old = pa.table(
+        [pa.array([0] * 6), pa.array(range(6)), *asked.slice(0, 6).columns],
+        schema=PLAN_SCHEMA,
+    )
+    added = extend_plan(old, asked, 4)
+    assert added["prompt"].to_pylist() == ["b", "b", "a", "a", "c", "c"]
+    assert min(added["unit"].to_pylist()) == 1
+
+
 def test_an_empty_unit_is_refused() -> None:
     with pytest.raises(ValueError, match="unit_requests 0"):
         extend_plan(None, requests([(1, 1, 32, 1.0)]), 0)

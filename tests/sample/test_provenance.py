@@ -57,6 +57,16 @@ def test_a_request_comes_back_whole() -> None:
     check_origin(found, ORIGIN)
 
 
+def test_compiled_arithmetic_is_told_and_its_absence_reads_as_before() -> None:
+    plain = provenance(request(), DRAW, ORIGIN)
+    assert "compile" not in plain["draw"]  # the bytes of older images stay what they were
+    assert Draw(**plain["draw"]).compile is False
+    compiled = dataclasses.replace(DRAW, compile=True)
+    found = json.loads(json.dumps(provenance(request(), compiled, ORIGIN)))
+    assert found["draw"]["compile"] is True
+    assert Draw(**found["draw"]) == compiled
+
+
 def test_every_dataset_of_a_mixture_is_named() -> None:
     mixture = (("s3://u:p@b/one", "d", 3.0), ("/two", "e", 0.5))
     found = json.loads(json.dumps(provenance(request(), DRAW, dataclasses.replace(ORIGIN, mixture=mixture))))

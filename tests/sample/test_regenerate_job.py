@@ -6,18 +6,22 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pipeline.errors import ConflictError, InputError
 from pipeline.sample.config import RegenerateJobConfig
 from pipeline.sample.decode import Decoder
 from pipeline.sample.denoise import Denoiser, use_threads
+from pipeline.sample.images import decode_image, encode_image, read_provenance
 from pipeline.sample.output import encode_rows
 from pipeline.sample.plan import extend_plan
 from pipeline.sample.prepare import on_device, prepare
-from pipeline.sample.regenerate_job import dry_run, run
+from pipeline.sample.regenerate_job import Difference, difference, dry_run, run
 from tests.sample.conftest import Tiny
 from tests.sample.test_draw import job
 from tests.support.jobs import command, environment
@@ -61,6 +65,51 @@ def test_a_model_that_moved_is_named_and_another_is_refused(image: Path, tiny: T
     info.write_text(info.read_text().replace("0.1,", "0.2,", 1))
     with pytest.raises(ConflictError, match="made by another model or codec"):
         run(RegenerateJobConfig(image=str(image), output=output, model_uri=str(tmp_path / "moved")))
+
+
+def with_draw(image: Path, **changes: Any) -> Path:
+    """The same picture, which says that it was drawn in another way."""
+    data = image.read_bytes()
+    story = read_provenance(data)
+    story["draw"] |= changes
+    other = image.with_name("other.png")
+    other.write_bytes(encode_image(decode_image(data), story))
+    return other
+
+
+def test_without_cuda_it_is_drawn_on_the_cpu_and_compared(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    on_gpu = with_draw(image, device="cuda", dtype="bfloat16", compile=True)
+    result = run(RegenerateJobConfig(image=str(on_gpu), output=str(tmp_path / "again.png")))
+    # The pixels are those of a CPU, drawn in float32: what differs is only what the file says about itself.
+    assert result.status == "within tolerance"
+    assert (result.counts["identical"], result.counts["within_tolerance"]) == (0, 1)
+    assert result.figures == {"largest_difference": 0.0, "mean_difference": 0.0}
+    assert result.details == {"device_then": "cuda", "device_now": "cpu"}
+    assert "drawn on the CPU" in caplog.text
+
+
+def test_a_compiled_image_is_compiled_again(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(options))
+    run(RegenerateJobConfig(image=str(image), output=str(tmp_path / "again.png")))
+    assert compiled == []
+    run(RegenerateJobConfig(image=str(with_draw(image, compile=True)), output=str(tmp_path / "again.png")))
+    assert compiled == [{"dynamic": False}]
+
+
+def test_the_largest_and_mean_difference_decide() -> None:
+    black = np.zeros((4, 4, 3), np.uint8)
+    assert difference(black, black) == Difference(0, 0.0, None)
+    grey = np.ones_like(black)
+    assert difference(black, grey).tolerable
+    grey[0, 0] = 2
+    far = difference(grey, black)
+    assert (far.largest, far.tolerable) == (2, False)
+    assert far.mean == pytest.approx(17 / 16)
+    assert far.figures()["psnr_db"] == pytest.approx(10 * np.log10(255**2 / (19 / 16)))
 
 
 def test_what_is_no_image_of_ours_is_refused(tmp_path: Path, image: Path) -> None:

@@ -24,7 +24,11 @@ from pipeline.sample.images import read_provenance
 from pipeline.sample.regenerate import regenerate
 from pipeline.storage import Root
 from pipeline.store.dataset import Dataset
+from pipeline.store.generation import claim_next
+from pipeline.store.ledger import collect, commit
 from pipeline.store.outside import read_outside
+from pipeline.store.record import CommitRecord
+from pipeline.store.rowset import RowSet
 from pipeline.store.verify import verify
 from tests.sample.conftest import Tiny
 
@@ -258,6 +262,9 @@ def test_a_dry_run_counts_and_writes_nothing(tiny: Tiny, tmp_path: Path) -> None
     assert result.counts["to_draw"] == 9
     assert result.counts["model_evaluations"] == 9 * 2 * 2
     assert not output.exists()
+    # Heun asks twice a step, but for its last step, which is Euler's.
+    heun = sample_job.dry_run(config_of(tiny, output, sampler={"name": "heun"}))
+    assert heun.counts["model_evaluations"] == 9 * 3 * 2
 
 
 def test_an_output_that_cannot_be_used_is_refused(tiny: Tiny, tmp_path: Path) -> None:
@@ -271,7 +278,13 @@ def test_an_output_that_cannot_be_used_is_refused(tiny: Tiny, tmp_path: Path) ->
         sample_job.run(config_of(tiny, tmp_path / "latents"))
     from pipeline.sample.prepare import prepare
 
-    claim_identity(Root(str(tmp_path / "images")), prepare(config_of(tiny, tmp_path / "images")).identity)
+    images = Root(str(tmp_path / "images"))
+    claim_identity(images, prepare(config_of(tiny, tmp_path / "images")).identity)
+    # As long as nothing is in it, an output takes other settings; its first row decides.
+    assert sample_job.dry_run(config_of(tiny, tmp_path / "images", seed=5)).counts["to_draw"] == 9
+    generation = claim_next(images, lambda number: collect(images, number), job="sample")
+    commit(images, CommitRecord(generation.number, RowSet.from_triples([(0, 0, 1)])))
+    generation.close({"status": "done"})
     with pytest.raises(ConflictError, match=r"draw\.seed: 0 there, 5 here"):
         sample_job.run(config_of(tiny, tmp_path / "images", seed=5))
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import os
 import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from source_images import write
 
 from pipeline.errors import InputError
+from pipeline.source import listing, parquet
 from pipeline.source.config import FolderSource, ParquetSource, WebDatasetSource
 from pipeline.source.listing import Entry, _check_order, list_entries, source_root
 from pipeline.source.patterns import expand_braces, glob_regex
@@ -286,3 +292,66 @@ def test_shards_by_file_directory_glob_and_braces(tmp_path):
     with pytest.raises(InputError, match="is empty"):
         tars("/*.nothing")
     assert source_root(WebDatasetSource(uri=f"{tmp_path}/sub/*.tgz")).uri == f"{tmp_path}/sub"
+
+
+def _etags(monkeypatch: pytest.MonkeyPatch, changed: dict[str, str], opened: list[str]) -> None:
+    """Local files seen as an object store shows them, with etags; notes which are opened for their footers."""
+    plain, layout = listing.matching, parquet.spans
+
+    def matching(place: Any, suffixes: Any) -> Any:
+        for info in plain(place, suffixes):
+            yield replace(info, etag=changed.get(info.key, f"etag-{info.key}"), mtime_ns=None)
+
+    def spans(root: Any, info: Any, source: Any) -> Any:
+        opened.append(info.key)
+        return layout(root, info, source)
+
+    monkeypatch.setattr(listing, "matching", matching)
+    monkeypatch.setattr(parquet, "spans", spans)
+
+
+def test_parquet_files_that_are_known_are_not_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "_SPAN_ROWS", 4)
+    for name in "abcdef":
+        table = pa.table({"image": [b"x"] * (3 + ord(name) - ord("a"))})
+        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=2)
+    (tmp_path / "d.parquet").write_bytes(b"PAR1 damaged")
+    source = ParquetSource(uri=str(tmp_path), isolate=False)
+    changed: dict[str, str] = {}
+    opened: list[str] = []
+    _etags(monkeypatch, changed, opened)
+    before = list(list_entries(source))
+    assert sorted(opened) == [f"{name}.parquet" for name in "abcdef"]
+    assert len(before) > 6  # several spans of some files
+
+    opened.clear()
+    assert list(list_entries(source, before)) == before
+    # The first shows whether the configured columns are there; a damaged one may have been out of reach.
+    assert sorted(opened) == ["a.parquet", "d.parquet"]
+
+    # One changed, one new to the plan, one gone: only those of which something has to be learnt are opened.
+    changed["c.parquet"] = "another"
+    (tmp_path / "b.parquet").unlink()
+    planned = [e for e in before if e.key not in ("e.parquet", "d.parquet")]
+    opened.clear()
+    after = list(list_entries(source, planned))
+    assert sorted(opened) == ["a.parquet", "c.parquet", "d.parquet", "e.parquet"]
+    assert [(e.key, e.row_start, e.row_stop, e.size_bytes) for e in after] == [
+        (e.key, e.row_start, e.row_stop, e.size_bytes) for e in before if e.key != "b.parquet"
+    ]
+
+
+def test_parts_of_a_file_and_files_without_an_etag_are_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet, "_SPAN_ROWS", 2)
+    for name in "abc":
+        pq.write_table(pa.table({"image": [b"x"] * 6}), tmp_path / f"{name}.parquet", row_group_size=2)
+    source = ParquetSource(uri=str(tmp_path), isolate=False)
+    changed: dict[str, Any] = {"b.parquet": None}
+    opened: list[str] = []
+    _etags(monkeypatch, changed, opened)
+    before = list(list_entries(source))
+    opened.clear()
+    assert list(list_entries(source, [e for e in before if (e.key, e.row_start) != ("c.parquet", 2)])) == before
+    assert sorted(opened) == ["a.parquet", "b.parquet", "c.parquet"]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,12 @@ from hypothesis import strategies as st
 
 from pipeline.errors import ConflictError, InputError
 from pipeline.storage import Root
+from pipeline.store.bundles import read_bundle, seal
 from pipeline.store.dataset import LatentDataset
-from pipeline.store.generation import claim_next, latest_number
+from pipeline.store.generation import claim_next, latest_number, read_closing
 from pipeline.store.ledger import collect, commit, visible_records
-from pipeline.store.record import CommitRecord, parse_record
+from pipeline.store.plan import Plan, PlanVersion
+from pipeline.store.record import CommitRecord, FileInfo, parse_record
 from pipeline.store.rowset import RowSet
 from pipeline.store.state import fold, read_state
 from tests.support.rows import claim, committer, latent, latent_rows, planned_root, rejected_rows
@@ -239,3 +242,225 @@ def test_an_unknown_outcome_is_settled_by_committing_again(root: Root) -> None:
     assert commit(root, record) is True
     assert commit(root, record) is False
     assert len(visible_records(root)) == 1
+
+
+record_shapes = st.tuples(
+    st.integers(1, 3),
+    st.sets(st.integers(0, 11), min_size=1),
+    st.sets(st.integers(0, 11)),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(record_shapes, max_size=6), st.sets(st.integers(0, 11)))
+def test_the_fold_is_its_rules_row_by_row(shapes: list[tuple[int, set[int], set[int]]], retired: set[int]) -> None:
+    """Each live row is in one file; a file tells only its own dead rows; one without a live row is not there."""
+
+    def rows(numbers: set[int]) -> RowSet:
+        return RowSet.from_triples([(n // 4, n % 4, n % 4 + 1) for n in numbers])
+
+    def file(kind: str, at: int, rows: set[int]) -> FileInfo:
+        return FileInfo(f"{kind}/{at}", 10, "00", len(rows))
+
+    named = []
+    for at, (generation, covered, bad) in enumerate(shapes):
+        bad, stored = covered & bad, covered - bad
+        record = CommitRecord(
+            generation,
+            rows(covered),
+            files=(file("data", at, stored),) if stored else (),
+            reject_file=file("rejects", at, bad) if bad else None,
+            rejects={"corrupt": rows(bad)} if bad else {},
+        )
+        named.append((f"{at}", record))
+    state = fold(Plan(Root("memory://none"), (retiring(retired),)), named)
+    owner = {}
+    for row in set(range(12)) - retired:
+        holders = [(-shape[0], at) for at, shape in enumerate(shapes) if row in shape[1]]
+        if holders:
+            owner[row] = min(holders)[1]
+    wanted_files, wanted_rejects = {}, {}
+    for at, (_, covered, bad) in enumerate(shapes):
+        for kind, held, wanted in (
+            ("data", covered - bad, wanted_files),
+            ("rejects", covered & bad, wanted_rejects),
+        ):
+            dead = {row for row in held if owner.get(row) != at}
+            if held - dead:
+                wanted[f"{kind}/{at}"] = rows(dead)
+    assert {f.info.path: f.dead for f in state.files} == wanted_files
+    assert {f.info.path: f.dead for f in state.reject_files} == wanted_rejects
+    assert state.covered == rows(set(owner))
+
+
+def retiring(rows: set[int]) -> PlanVersion:
+    retired = tuple((n // 4, n % 4, n % 4 + 1) for n in rows)
+    return PlanVersion(1, "plan/parts/none.parquet", (), 0, 0, 0, 0, retired, 0, {}, 1)
+
+
+# -- seals: bundles of the newest generation's own records ------------------------------------------------------
+
+
+def records_of(generation: int, count: int, first: int = 0) -> list[CommitRecord]:
+    return [
+        CommitRecord(generation, RowSet.from_triples([(n // 1000, n % 1000, n % 1000 + 1)]))
+        for n in range(first, first + count)
+    ]
+
+
+class Watched(Root):
+    """A root that runs a check after every object put, and counts whole-object reads."""
+
+    check: Callable[[], None] | None = None
+    reads: list[str]
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        created = super().put_if_absent(key, data)
+        if self.check is not None:
+            self.check()
+        return created
+
+    def read_bytes(self, key: str) -> bytes:
+        self.reads.append(key)
+        return super().read_bytes(key)
+
+
+def test_what_a_run_leaves_behind_is_opened_with_few_reads(root: Root) -> None:
+    """The records of the newest generation, which no claim has bundled yet, are not read one by one."""
+    generation = claim(root)
+    for record in records_of(generation.number, 200):
+        commit(root, record)
+    before = visible_records(root)
+    generation.close({"status": "done"})
+    watched = Watched(root.uri)
+    watched.reads = []
+    assert [name for name, _ in visible_records(watched)] == [name for name, _ in before]
+    assert len([key for key in watched.reads if key.startswith("ledger/")]) == 0
+    assert collect(watched, generation.number) != []
+    assert len([key for key in watched.reads if key.startswith("ledger/")]) == 0
+
+
+def test_a_small_run_leaves_no_seal(root: Root) -> None:
+    generation = claim(root)
+    commit(root, records_of(generation.number, 1)[0])
+    generation.close({})
+    assert len(list(root.list("ledger"))) == 1
+
+
+def test_a_run_that_must_stop_at_once_does_not_seal(root: Root) -> None:
+    generation = claim(root)
+    for record in records_of(generation.number, 100):
+        commit(root, record)
+    generation.close({"status": "StoppedError"}, sealed=False)
+    assert len(list(root.list("ledger"))) == 100
+
+
+def test_the_same_is_visible_at_every_step_of_closing(root: Root) -> None:
+    """A reader that opens, or a kill, between any two writes: the closing note, the seal, the next claim's bundle."""
+    watched = Watched(root.uri)
+    watched.reads = []
+    generation = claim(watched)
+    for record in records_of(generation.number, 80):
+        commit(root, record)
+    wanted = [name for name, _ in visible_records(root)]
+    steps = 0
+
+    def same() -> None:
+        nonlocal steps
+        steps += 1
+        assert [name for name, _ in visible_records(root)] == wanted
+
+    watched.check = same
+    generation.close({"status": "done"})
+    assert steps == 2
+    claim(watched).abandon()
+    assert steps == 4
+
+
+def test_a_late_writer_of_a_sealed_generation_counts_until_the_next_claim_and_not_after(root: Root) -> None:
+    """Sealing fences nobody off and lets nobody in: a claim alone does."""
+    old = claim(root)
+    *early, late, zombie = records_of(old.number, 102)
+    for record in early:
+        commit(root, record)
+    old.close({"status": "done"})
+    assert commit(root, late) is True
+    assert len(visible_records(root)) == 101
+    assert seal(root, old.number) is None  # one loose record is not worth an object
+    new = claim(root)
+    assert len(visible_records(root)) == 101
+    with pytest.raises(ConflictError, match="Another run has taken over"):
+        commit(root, zombie)
+    # Not even a zombie that seals what it wrote too late brings it back.
+    assert seal(root, old.number, at_least=1) is not None
+    assert len(visible_records(root)) == 101
+    new.close({})
+    claim(root).close({})
+    assert len(visible_records(root)) == 101
+
+
+def test_sealing_goes_on_where_it_stopped_and_two_may_do_it_at_once(root: Root) -> None:
+    number = claim(root).number
+    for record in records_of(number, 70):
+        commit(root, record)
+    first = seal(root, number)
+    assert first is not None
+    assert seal(root, number) is None
+    for record in records_of(number, 70, first=70):
+        commit(root, record)
+    barrier, keys = threading.Barrier(2), []
+
+    def contend() -> None:
+        barrier.wait()
+        keys.append(seal(root, number))
+
+    threads = [threading.Thread(target=contend) for _ in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(visible_records(root)) == 140
+    held = [name for key in {first, *keys} - {None} for name, _ in read_bundle(root, key)]
+    assert set(held) == {name for name, _ in visible_records(root)}
+    assert len(held) == 140
+
+
+def test_a_damaged_record_is_not_sealed_but_named(root: Root) -> None:
+    generation = claim(root)
+    for record in records_of(generation.number, 70):
+        commit(root, record)
+    victim = next(iter(root.list("ledger"))).key
+    root.put(victim, root.read_bytes(victim)[:-3])
+    generation.close({})
+    with pytest.raises(InputError, match=f"commit record {victim} is damaged"):
+        visible_records(root)
+
+
+def test_a_damaged_seal_is_named_and_can_be_deleted(root: Root) -> None:
+    generation = claim(root)
+    for record in records_of(generation.number, 70):
+        commit(root, record)
+    generation.close({})
+    (key,) = [info.key for info in root.list("ledger") if info.key.endswith(".parquet")]
+    root.put(key, root.read_bytes(key)[:-20])
+    with pytest.raises(InputError, match=r"ledger bundle .* cannot be read[\s\S]*delete this one object"):
+        visible_records(root)
+    root.delete(key)
+    assert len(visible_records(root)) == 70
+
+
+def test_a_store_that_fails_while_sealing_does_not_fail_a_finished_run(
+    root: Root, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generation = claim(root)
+    for record in records_of(generation.number, 70):
+        commit(root, record)
+
+    def refuse(*_: object) -> None:
+        raise OSError("the store is full")
+
+    monkeypatch.setattr("pipeline.store.generation.seal", refuse)
+    generation.close({"status": "done"})
+    assert "stay single objects until the next run" in caplog.text
+    assert read_closing(root, generation.number) == {"status": "done"}
+    assert len(visible_records(root)) == 70

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.store.readable import ReadableGroups, RowGroup, touches
-from pipeline.store.record import FileInfo
+from pipeline.store.record import CommitRecord, FileInfo
 from pipeline.store.row_groups import RowGroupInfo, RowGroups
 from pipeline.store.rowset import RowSet
 from pipeline.store.state import VisibleFile
@@ -30,7 +30,7 @@ def test_touching_is_sharing_a_unit_with_a_row_of_the_set(
 
 def visible(name: str, groups: list[RowGroupInfo], dead: RowSet | None = None) -> VisibleFile:
     info = FileInfo(name, 1000, "00", sum(g.rows for g in groups), RowGroups.of(groups))
-    return VisibleFile(info, dead or RowSet.empty())
+    return VisibleFile(info, dead or RowSet.empty(), CommitRecord(1, RowSet.empty(), files=(info,)))
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -82,8 +84,6 @@ def test_dropped_sources_are_retired_on_request(tmp_path: Path) -> None:
 @given(st.lists(st.dictionaries(st.integers(0, 14), st.integers(0, 2), max_size=12), min_size=1, max_size=5))
 def test_after_any_history_the_live_plan_is_the_source(history: list[dict[int, int]]) -> None:
     """Files come, change, go and come back; unit numbers never move; each live key is planned exactly once."""
-    import uuid
-
     root = Root(f"memory://plan-{uuid.uuid4().hex}")
     units: list[dict[str, object]] = []
     for state in history:
@@ -92,6 +92,66 @@ def test_after_any_history_the_live_plan_is_the_source(history: list[dict[int, i
         assert live(plan) == {e.key: e.etag for e in listing}
         assert plan.units.to_pylist()[: len(units)] == units
         units = plan.units.to_pylist()
+
+
+def live_spans(plan: Plan) -> dict[str, list[tuple[int, int | None, str | None]]]:
+    """Key -> (row_start, row_stop, etag) of every span that is still to be had, in order."""
+    alive = fold(plan, []).gaps()
+    found: dict[str, list[tuple[int, int | None, str | None]]] = {}
+    for unit in range(plan.next_unit):
+        for entry in read_entries(plan.root, plan.locate(unit)):
+            if any(a <= entry.first_row < b for a, b in alive.of_unit(unit)):
+                found.setdefault(entry.key, []).append((entry.row_start, entry.row_stop, entry.etag))
+    return {key: sorted(spans, key=lambda s: s[0]) for key, spans in found.items()}
+
+
+def spans_of(key: str, etag: str, cuts: list[int]) -> list[Listed]:
+    """A file of the source as the spans between some rows."""
+    return [Listed(key, etag=etag, row_start=a, row_stop=b) for a, b in itertools.pairwise(cuts)]
+
+
+def test_a_file_rewritten_in_other_spans_leaves_no_old_span_visible(tmp_path: Path) -> None:
+    """Whatever becomes of removed sources: a file that is still there has the rows it has now and no others."""
+    root = Root(str(tmp_path))
+    update(root, [*spans_of("a", "1", [0, 10, 20]), *spans_of("b", "1", [0, 10, 20]), Listed("c")])
+    listing = [*spans_of("a", "2", [0, 7, 14, 20]), *spans_of("b", "2", [5, 20])]
+    plan, report = update(root, listing)
+    assert (report.new, report.changed, report.removed) == (3, 4, 1)
+    assert report.removed_examples == ["c"]
+    assert live_spans(plan) == {
+        "a": [(0, 7, "2"), (7, 14, "2"), (14, 20, "2")],
+        "b": [(5, 20, "2")],
+        "c": [(0, 1, None)],
+    }
+    again, report = update(root, listing)
+    assert (again.number, report.unchanged, report.anything) == (plan.number, 4, False)
+    # A file that only lost its last span is the same case, also when it is the last one listed.
+    plan, report = update(root, spans_of("a", "2", [0, 7, 14]))
+    assert (report.changed, report.removed) == (1, 2)
+    assert live_spans(plan)["a"] == [(0, 7, "2"), (7, 14, "2")]
+
+
+files = st.tuples(st.integers(0, 2), st.sets(st.integers(0, 9), min_size=2, max_size=5))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.dictionaries(st.integers(0, 5), files, max_size=5), min_size=1, max_size=5), st.booleans())
+def test_after_any_history_of_spans_the_live_plan_is_the_source(
+    history: list[dict[int, tuple[int, set[int]]]], drop: bool
+) -> None:
+    """Files of several spans come, change, are cut anew, go and come back: no span of a file outlives its listing."""
+    root = Root(f"memory://plan-{uuid.uuid4().hex}")
+    wanted: dict[str, list[tuple[int, int | None, str | None]]] = {}
+    for state in history:
+        listing = [e for k, (etag, cuts) in state.items() for e in spans_of(f"{k:02d}", str(etag), sorted(cuts))]
+        plan, report = update(root, listing, drop=drop)
+        listed: dict[str, list[tuple[int, int | None, str | None]]] = {}
+        for entry in listing:
+            listed.setdefault(entry.key, []).append((entry.row_start, entry.row_stop, entry.etag))
+        gone = [spans for key, spans in wanted.items() if key not in listed]
+        assert report.removed == sum(map(len, gone))
+        wanted = listed if drop else wanted | listed
+        assert live_spans(plan) == wanted
 
 
 def test_mtime_decides_where_there_is_no_etag(tmp_path: Path) -> None:

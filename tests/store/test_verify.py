@@ -7,14 +7,17 @@ import random
 import threading
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from pipeline.errors import InputError
 from pipeline.storage import Root
-from pipeline.store.compact import compact
+from pipeline.store.compact import CompactReport, compact, shard_spans
 from pipeline.store.dataset import LatentDataset
+from pipeline.store.plan import append_version, read_plan
+from pipeline.store.plan_diff import DiffReport
 from pipeline.store.verify import collect_garbage, verify
-from tests.support.rows import claim, committer, latent_rows, planned_root, rejected_rows
+from tests.support.rows import claim, committer, latent_rows, planned_root, rejected_rows, sample_id
 
 pytestmark = pytest.mark.integration
 
@@ -34,8 +37,6 @@ def build(path: Path, seed: int, units: int = 6, rows: int = 10) -> Root:
         wide = [a for a in stored if a[1] % 2]
         tall = [a for a in stored if not a[1] % 2]
         tables = [latent_rows(wide, "24x32"), latent_rows(tall, "32x24")]
-        import pyarrow as pa
-
         committer(root, generation).commit(pa.concat_tables(tables), rejected_rows(rejected, "truncated"), {})
     generation.close({"status": "done"})
     return root
@@ -195,3 +196,111 @@ def test_garbage_is_collected_only_after_its_grace(tmp_path: Path) -> None:
     report = verify(root.uri, "checksums")
     assert report.problems == []
     assert report.orphans == []
+
+
+def retire(root: Root, *triples: tuple[int, int, int]) -> None:
+    """What planning does with rows whose source has changed or gone."""
+    append_version(read_plan(root), [], report=DiffReport(retired=list(triples)), source={}, generation=1)
+
+
+SIZES = {"shard_bytes": 20 * 48, "row_group_bytes": 5 * 48}
+
+
+def test_compaction_after_rows_were_retired_comes_to_an_end(tmp_path: Path) -> None:
+    """Rows retired once are moved out of their shard once; a file of none but retired rows is garbage."""
+    root = build(tmp_path / "d", seed=10)
+    compact(root.uri, **SIZES)
+    collect_garbage(root.uri, grace_s=0, now_s=2**33)
+    rows, shards = everything(root.uri), sorted(i.key for i in root.list("data"))
+    assert len(shards) == 3
+    # A row of the first shard, all rows of the last one, a rejected row, and the reject file with it.
+    retire(root, (0, 4, 5), (4, 0, 10), (5, 0, 1 << 31), (2, 3, 4))
+    dead = {sample_id(u, r) for u, r in [(0, 4), *((u, r) for u in (4, 5) for r in range(10))]}
+    left = {name: data for name, data in rows.items() if name not in dead}
+    assert everything(root.uri) == left
+    report = verify(root.uri, "checksums")
+    assert (report.problems, report.stored_rows, report.planned_rows) == ([], 38, 38)
+    assert len(report.orphans) == 2
+    assert [key.partition("/")[0] for key in report.orphans] == ["data", "rejects"]
+    assert compact(root.uri, **SIZES).shards_written == 1
+    assert compact(root.uri, **SIZES) == CompactReport(0, 3, 0, 0)
+    dataset = LatentDataset.open(root.uri)
+    assert not dataset.row_groups.partial.any()
+    assert len(verify(root.uri, "files").orphans) == 3
+    collect_garbage(root.uri, grace_s=0, now_s=2**33)
+    assert len(list(root.list("data"))) == 2
+    assert everything(root.uri) == left
+    assert verify(root.uri, "checksums").problems == []
+
+
+def test_a_unit_larger_than_a_shard_is_cut_at_a_row(tmp_path: Path) -> None:
+    root = build(tmp_path / "d", seed=11, units=3, rows=40)
+    rows = everything(root.uri)
+    assert compact(root.uri, **SIZES).shards_written == 6
+    assert compact(root.uri, **SIZES) == CompactReport(0, 6, 0, 0)
+    dataset = LatentDataset.open(root.uri)
+    held: dict[str, set[tuple[int, int]]] = {}
+    for group in dataset.row_groups:
+        table = dataset.read(group.index, ["unit", "row"])
+        held.setdefault(group.file, set()).update(
+            zip(table["unit"].to_pylist(), table["row"].to_pylist(), strict=True)
+        )
+    assert sorted(map(len, held.values())) == [19, 20, 20, 20, 20, 20]
+    for addresses in held.values():
+        assert max(addresses)[0] == min(addresses)[0]
+        assert max(addresses)[1] - min(addresses)[1] == 19
+    assert everything(root.uri) == rows
+    assert verify(root.uri, "checksums").problems == []
+
+
+@pytest.mark.parametrize("done", range(4))
+def test_a_kill_between_the_parts_of_a_unit_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
+) -> None:
+    """What a killed compaction has written stands, and the next one ends in the very shards of an undisturbed one."""
+    from pipeline.store import compact as module
+
+    root, undisturbed = (build(tmp_path / name, seed=12, units=2, rows=40) for name in ("killed", "whole"))
+    compact(undisturbed.uri, **SIZES)
+    real, calls = module._write_shard, []
+
+    def crash(*args: object) -> tuple[int, int]:
+        calls.append(args)
+        if len(calls) > done:
+            raise OSError("the machine went away")
+        return real(*args)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_write_shard", crash)
+        with pytest.raises(OSError, match="went away"):
+            compact(root.uri, **SIZES)
+    assert everything(root.uri) == everything(undisturbed.uri)
+    report = compact(root.uri, **SIZES)
+    assert (report.shards_written, report.shards_kept) == (4 - done, done)
+    assert layout_of(root) == layout_of(undisturbed)
+    assert verify(root.uri, "checksums").problems == []
+
+
+def layout_of(root: Root) -> list[tuple[str, int]]:
+    """Bucket and rows of every row group in order."""
+    return [(g.bucket, g.num_rows) for g in LatentDataset.open(root.uri).row_groups]
+
+
+def test_repeated_writes_do_not_move_the_ends_of_shards(tmp_path: Path) -> None:
+    """A write that was repeated with other rows leaves dead rows; they do not count for the mean size of a row."""
+    ends = []
+    for repeats in (0, 12):
+        root = planned_root(str(tmp_path / str(repeats)), 8, 5)
+        generation = claim(root)
+        writer = committer(root, generation)
+        for unit in range(8):
+            rows = latent_rows([(unit, r) for r in range(5)], "24x64" if unit == 0 else "24x32")
+            for part in range(repeats if unit == 0 else 0):
+                writer.commit(rows.slice(part % 4, 2), None, {})
+            writer.commit(rows, None, {})
+        generation.close({})
+        dataset = LatentDataset.open(root.uri)
+        assert dataset.num_rows == 40
+        ends.append(list(shard_spans(dataset, 12 * 72)))
+    assert ends[0] == ends[1]
+    assert len(ends[0]) == 3

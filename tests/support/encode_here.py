@@ -25,7 +25,7 @@ from pipeline.store.writer import Committer
 def encode_here(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> JobResult:
     """Run the encode job with `settings` (dots written as __), its passes replaced by a loop over the units."""
     overrides = [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
-    config = load_config(EncodeJobConfig, [], ["tracking.enabled=false", *overrides])
+    config = load_config(EncodeJobConfig, [], ["tracking.enabled=false", "encode.actor_gpus=0", *overrides])
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.encode.passes.run_passes", _passes)
         return job.run(config)

@@ -49,7 +49,7 @@ def latent(unit: int, row: int, shape: tuple[int, int, int] = SHAPE) -> np.ndarr
 
 def latent_rows(addresses: Sequence[tuple[int, int]], bucket: str = "24x32", label: int | None = 0) -> pa.Table:
     """LATENTS rows whose content is a function of their address."""
-    shapes = {"24x32": SHAPE, "32x24": (2, 4, 3)}
+    shapes = {"24x32": SHAPE, "32x24": (2, 4, 3), "24x64": (2, 3, 8)}
     rows = [
         {
             "sample_id": sample_id(u, r),

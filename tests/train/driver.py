@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,15 @@ from pipeline.train.config import TrainJobConfig
 
 
 class Driver:
-    """A job in a process of its own."""
+    """A job in a process of its own, on a Ray of its own unless `env` names a cluster."""
 
-    def __init__(self, config: TrainJobConfig, tmp_path: Path) -> None:
+    def __init__(self, config: TrainJobConfig, tmp_path: Path, env: Mapping[str, str] | None = None) -> None:
         self.config, self.root = config, Root(config.output.uri)
         file = tmp_path / "config.json"
         file.write_text(json.dumps(config.model_dump(mode="json")))
         repository = Path(__file__).parents[2]
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-        environment["PYTHONPATH"] = str(repository)
+        environment |= {"PYTHONPATH": str(repository), **(env or {})}
         self.log_path = tmp_path / "driver.log"
         self.log = self.log_path.open("ab")
         self.process = subprocess.Popen(

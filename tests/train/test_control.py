@@ -86,10 +86,10 @@ def test_a_failure_keeps_its_kind_and_words_and_the_first_one_stays(root: Root) 
 
 
 def test_a_rewound_journal_has_no_seam(root: Root) -> None:
-    journal = Journal(root)
+    journal = Journal(root, 1)
     for step in (3, 6, 9):
         journal.append({"step": step})
-    resumed = Journal(root)
+    resumed = Journal(root, 2)
     resumed.rewind(6)
     resumed.append({"step": 9, "again": True})
     assert read_records(root) == [{"step": 3}, {"step": 6}, {"step": 9, "again": True}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,9 @@ def test_a_run_learns_validates_and_exports_its_average(data_uri: str, tmp_path:
     assert model(torch.zeros(1, 4, 8, 8), torch.ones(1), torch.tensor([3])).shape == (1, 4, 8, 8)
 
 
+@pytest.mark.parametrize("recorded", ["in segments", "in one file"])
 def test_stop_and_resume_leave_the_history_and_export_of_an_undisturbed_run(
-    data_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: str
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     start(job_config(whole, data_uri, VALIDATED), whole)
@@ -63,9 +65,12 @@ def test_stop_and_resume_leave_the_history_and_export_of_an_undisturbed_run(
     with stopped_after(monkeypatch, 7):
         assert start(config, broken) == {"status": "stopped", "step": 7, "images": 112}
     # As if a worker had gone on for a while after its last checkpoint, and was then killed.
-    history = Path(config.output.uri) / "history.jsonl"
-    with history.open("a") as file:
+    (segment,) = Path(config.output.uri).glob("history/*/*.jsonl")
+    with segment.open("a") as file:
         file.write(json.dumps({"step": 9, "images": 144, "loss": 1.0}) + "\n")
+    if recorded == "in one file":
+        segment.rename(Path(config.output.uri) / "history.jsonl")
+        shutil.rmtree(Path(config.output.uri) / "history")
     assert start(config, broken)["status"] == "done"
 
     def timeless(path: Path) -> list[dict[str, Any]]:

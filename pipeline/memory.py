@@ -1,0 +1,16 @@
+"""Which errors mean that memory ran out: the one answer that encoding and sampling share."""
+
+from __future__ import annotations
+
+import torch
+
+# What PyTorch's CPU allocators, CUDA, cuBLAS and cuDNN say in a plain RuntimeError, in lower case.
+_TOLD = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether host or device memory ran out: no fault of the data, a smaller batch may help."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower() if isinstance(error, RuntimeError) else ""
+    return any(words in text for words in _TOLD)

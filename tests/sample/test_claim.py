@@ -1,0 +1,73 @@
+"""An output's identity: replaced while nothing is committed under it, kept for ever after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ConflictError
+from pipeline.sample.claim import check_identity, settle_identity
+from pipeline.storage import Root
+from pipeline.store.generation import Generation, claim_next
+from pipeline.store.identity import Identity, claim_identity, read_identity
+from pipeline.store.ledger import collect, commit
+from pipeline.store.record import CommitRecord
+from pipeline.store.rowset import RowSet
+
+FOUR = Identity("images", {"draw": {"batch_size": 4}}, {})
+TWO = Identity("images", {"draw": {"batch_size": 2}}, {})
+
+
+def claimed(root: Root) -> Generation:
+    generation = claim_next(root, lambda number: collect(root, number), job="sample", patience_s=0.0)
+    generation.close({"status": "ConfigError"})
+    return generation
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Root:
+    """An output whose first run was named FOUR and ended before any commit."""
+    root = Root(str(tmp_path))
+    claim_identity(root, FOUR)
+    claimed(root)
+    return root
+
+
+def test_an_empty_output_takes_other_settings(root: Root) -> None:
+    check_identity(root, TWO)
+    assert read_identity(root) == FOUR  # checking writes nothing
+    settle_identity(root, TWO, claimed(root))
+    assert read_identity(root) == TWO
+    settle_identity(root, TWO, claimed(root))
+    assert read_identity(root) == TWO
+
+
+def test_rows_fix_the_identity_even_after_later_generations(root: Root) -> None:
+    first = claimed(root)
+    commit(root, CommitRecord(first.number, RowSet.from_triples([(0, 0, 1)])))
+    for generation in (first, claimed(root)):
+        with pytest.raises(ConflictError, match=r"draw\.batch_size: 4 there, 2 here"):
+            settle_identity(root, TWO, generation)
+    with pytest.raises(ConflictError, match=r"draw\.batch_size: 4 there, 2 here"):
+        check_identity(root, TWO)
+    check_identity(root, FOUR)
+    assert read_identity(root) == FOUR
+
+
+def test_what_an_older_run_commits_afterwards_stays_invisible(root: Root) -> None:
+    old = claimed(root)
+    settle_identity(root, TWO, claimed(root))
+    with pytest.raises(ConflictError, match="taken over"):
+        commit(root, CommitRecord(old.number, RowSet.from_triples([(0, 0, 1)])))
+    settle_identity(root, FOUR, claimed(root))  # still empty
+    with pytest.raises(ConflictError, match="taken over"):
+        settle_identity(root, TWO, old)  # fenced off: it touches nothing
+    assert read_identity(root) == FOUR
+
+
+def test_another_kind_of_dataset_is_never_replaced(tmp_path: Path) -> None:
+    root = Root(str(tmp_path))
+    claim_identity(root, Identity("latents", {}, {}))
+    with pytest.raises(ConflictError, match="holds latents, and this job writes images"):
+        settle_identity(root, TWO, claimed(root))

@@ -1,0 +1,101 @@
+"""Memory that runs out: recognised by whatever says so, never an image's fault, told as a wrong configuration."""
+
+from __future__ import annotations
+
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from pipeline.encode import encoder as encoding
+from pipeline.errors import ConfigError
+from pipeline.memory import out_of_memory
+from pipeline.sample import decode, denoise
+from pipeline.sample.decode import Decoder
+from pipeline.sample.provenance import Draw
+from pipeline.sample.stages import DecodeBlocks, DecoderSpec, DenoiseBlocks, DenoiserSpec
+
+DRAW = Draw(
+    seed=0,
+    sampler="euler",
+    shift=1.0,
+    batch_size=4,
+    device="cpu",
+    threads=1,
+    dtype="float32",
+    image="png",
+    quality=95,
+)
+SHORTAGES = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 123 bytes"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("CUDA error: out of memory"),
+]
+
+
+@pytest.mark.parametrize("error", SHORTAGES, ids=str)
+def test_every_way_of_saying_so_is_understood(error: Exception) -> None:
+    assert out_of_memory(error)
+    assert encoding._out_of_memory(error)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no algorithm found"), ValueError("out of memory"), OSError("full")])
+def test_other_errors_are_no_shortage(error: Exception) -> None:
+    assert not out_of_memory(error)
+
+
+def latents(count: int = 3) -> pa.Table:
+    one = np.zeros((4, 2, 2), np.float32).tobytes()
+    shapes = pa.array([[4, 2, 2]] * count, pa.list_(pa.int32(), 3))
+    return pa.table({"latent": pa.array([one] * count, pa.large_binary()), "latent_shape": shapes})
+
+
+@pytest.mark.parametrize("error", SHORTAGES, ids=str)
+def test_a_decoder_without_memory_rejects_no_image(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(latents_NCHW: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    monkeypatch.setattr(decode, "load_codec", lambda *_, **__: SimpleNamespace(decode=exhausted))
+    with pytest.raises(type(error)):
+        Decoder("nowhere", batch_size=4)(latents())
+    blocks = DecodeBlocks(DecoderSpec("nowhere", "auto", None, DRAW))
+    with pytest.raises(ConfigError, match=r"Decoding ran out of memory[\s\S]*batch_size = 4[\s\S]*lower batch_size"):
+        blocks(latents())
+
+
+def test_a_denoiser_without_memory_names_the_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(block: pa.Table, on_batch: Any) -> pa.Table:
+        raise SHORTAGES[0]
+
+    monkeypatch.setattr(denoise.Denoiser, "load", lambda *_, **__: exhausted)
+    blocks = DenoiseBlocks(DenoiserSpec("nowhere", None, DRAW), monitor=None)
+    with pytest.raises(ConfigError, match=r"Denoising ran out of memory") as caught:
+        blocks(latents())
+    assert caught.value.exit_code == 2
+    carried = pickle.loads(pickle.dumps(caught.value))  # as Ray brings it to the driver
+    assert (carried.key, carried.value) == ("batch_size", 4)
+
+
+def test_a_model_that_does_not_fit_is_told_by_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise SHORTAGES[-1]
+
+    monkeypatch.setattr(denoise.Denoiser, "load", load)
+    blocks = DenoiseBlocks(DenoiserSpec("nowhere", None, DRAW), monitor=None)
+    with pytest.raises(ConfigError, match=r"Loading the model ran out of memory[\s\S]*model\.dtype = float32"):
+        blocks(latents())
+    monkeypatch.setattr(denoise.Denoiser, "load", lambda *_, **__: fails_otherwise)
+    with pytest.raises(RuntimeError, match="another fault"):
+        DenoiseBlocks(DenoiserSpec("nowhere", None, DRAW), monitor=None)(latents())
+
+
+def fails_otherwise(block: pa.Table, on_batch: Any) -> pa.Table:
+    raise RuntimeError("another fault")
