@@ -141,7 +141,8 @@ def main() -> None:
         rows.append(row)
         print(
             f"{images:>14,.0f} {units - 1:>9,} {row['plan_s']:>8.2f} {row['close_s']:>8.2f} "
-            f"{row['open_s']:>8.2f} {row['gaps_s']:>8.2f} {row['diff_s']:>8.2f} {row['peak_mib']:>9.0f} {1e6 * row['total_s'] / units:>10.0f}"
+            f"{row['open_s']:>8.2f} {row['gaps_s']:>8.2f} {row['diff_s']:>8.2f} "
+            f"{row['peak_mib']:>9.0f} {1e6 * row['total_s'] / units:>10.0f}"
         )
     if arguments.out:
         machine = {"machine": platform.machine(), "python": platform.python_version(), "system": platform.platform()}
