@@ -289,16 +289,13 @@ def layout_of(root: Root) -> list[tuple[str, int]]:
 def test_repeated_writes_do_not_move_the_ends_of_shards(tmp_path: Path) -> None:
     """A write that was repeated with other rows leaves dead rows; they do not count for the mean size of a row."""
     ends = []
-    for repeats in (0, 12):
+    for repeats in (0, 4):
         root = planned_root(str(tmp_path / str(repeats)), 8, 5)
-        generation = claim(root)
-        writer = committer(root, generation)
+        writer = committer(root, claim(root))
         for unit in range(8):
-            rows = latent_rows([(unit, r) for r in range(5)], "24x64" if unit == 0 else "24x32")
-            for part in range(repeats if unit == 0 else 0):
-                writer.commit(rows.slice(part % 4, 2), None, {})
-            writer.commit(rows, None, {})
-        generation.close({})
+            writer.commit(latent_rows([(unit, r) for r in range(5)], "24x64" if unit == 0 else "24x32"), None, {})
+        for row in range(repeats):
+            committer(root, claim(root)).commit(latent_rows([(0, row)], "24x64"), None, {})
         dataset = LatentDataset.open(root.uri)
         assert dataset.num_rows == 40
         ends.append(list(shard_spans(dataset, 12 * 72)))
