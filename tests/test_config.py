@@ -133,6 +133,7 @@ values = st.recursive(st.integers(), lambda v: st.dictionaries(st.sampled_from("
 mappings = st.dictionaries(st.sampled_from("abc"), values, max_size=3)
 
 
+@pytest.mark.integration
 @given(mappings, mappings, mappings)
 def test_merging_is_associative_when_shapes_agree(a: dict, b: dict, c: dict) -> None:  # type: ignore[type-arg]
     assert merge(a, {}) == a

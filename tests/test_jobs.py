@@ -14,6 +14,8 @@ from pipeline.config import dump_yaml, load_config
 from tests.support.images import make_images
 from tests.support.jobs import REPOSITORY, command, environment, run
 
+pytestmark = pytest.mark.integration
+
 JOBS = sorted(
     p.stem
     for p in (REPOSITORY / "jobs").glob("*.py")

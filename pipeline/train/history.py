@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import re
 import secrets
-import sys
 from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
@@ -77,10 +76,9 @@ class Journal:
         self._segment, self._lines = 0, []
 
     def append(self, record: Record) -> None:
-        """Add one record, durably; its "step" is at least that of the one before."""
+        """Add one record, durably, after `rewind`; its "step" is at least that of the one before."""
         if self._start is None:
-            self.rewind(sys.maxsize)
-        assert self._start is not None
+            raise RuntimeError("append before rewind: a start that was not claimed could follow a newer one")
         if len(self._lines) == self.segment_records:
             self._segment, self._lines = self._segment + 1, []
         self._lines.append(json.dumps(record).encode() + b"\n")

@@ -27,6 +27,7 @@ def test_nonsense_is_refused() -> None:
         SamplerConfig(guidance_interval=(0.9, 0.1))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("module", ["pipeline.diffusion.config", "pipeline.model.config"])
 def test_configuration_imports_no_torch(module: str) -> None:
     heavy = ("torch", "numpy", "diffusers", "ray", "mlflow")

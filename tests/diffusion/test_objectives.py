@@ -81,6 +81,7 @@ def test_v_is_the_paper_s_v() -> None:
     assert torch.allclose(sigma * z + alpha * v, noise, atol=1e-5)
 
 
+@pytest.mark.integration
 @settings(deadline=None, max_examples=60)
 @given(st.sampled_from(KINDS), st.sampled_from(list(SCHEDULES)), st.floats(0.01, 0.9), st.integers(0, 99))
 def test_conversions_invert_the_forward_process(kind: str, schedule: str, time: float, seed: int) -> None:

@@ -32,6 +32,7 @@ def test_philox_gives_the_published_answers(counter: str, key: str, expected: st
     assert [int(word) for word in result] == [int(word) for word in words(expected)]
 
 
+@pytest.mark.integration
 @settings(deadline=None, max_examples=30)
 @given(
     st.integers(1, 9),
@@ -53,6 +54,7 @@ def test_a_row_does_not_depend_on_its_batch(
         assert torch.equal(alone[0], whole[row])
 
 
+@pytest.mark.integration
 def test_large_batches_and_single_rows_agree_bitwise() -> None:
     ids = some_ids(64)
     whole = rng.keyed_normal(0, ids, purpose="noise", counter=3, shape=(4, 32, 32))

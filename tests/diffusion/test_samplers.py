@@ -216,6 +216,7 @@ def test_guidance_interval_is_open_below_and_closed_above() -> None:
     assert torch.equal(guided(2.0, guidance_interval=(0.0, 0.0))[0], guided(1.0)[0])
 
 
+@pytest.mark.integration
 def test_an_interval_that_begins_at_zero_holds_the_last_time() -> None:
     assert time_grid(Objective("v"), 1000).times[-1] == 0.0
     for low, rows in ((0.0, 6), (0.001, 3)):

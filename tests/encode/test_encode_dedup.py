@@ -111,6 +111,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     return World(tmp_path, monkeypatch)
 
 
+@pytest.mark.integration
 def test_duplicates_are_filtered_once_and_nothing_is_encoded_again(world: World) -> None:
     world.write(a="one", b="two", c="one", d="one")
     result = world.run("encode.dedup=exact")

@@ -308,6 +308,7 @@ def test_usage_is_told_once() -> None:
     assert machine.unreported() == Usage()
 
 
+@pytest.mark.integration
 def test_a_rare_size_is_not_kept_waiting_as_long_as_others_come() -> None:
     machine = Encoder(Blocks(), "mode", "float16", 4, 64, "mem", calls=2)  # type: ignore[arg-type]
     answered = threading.Event()

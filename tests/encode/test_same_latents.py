@@ -85,6 +85,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("real", [False, True])
 def test_folder_tars_and_parquet_give_identical_latents(
     real: bool, tmp_path: Path, request: pytest.FixtureRequest

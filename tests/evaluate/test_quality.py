@@ -66,6 +66,7 @@ def test_frechet_takes_singular_covariances() -> None:
     assert frechet_between(Moments.of(flat), Moments.of(flat)) == pytest.approx(0.0, abs=1e-9)
 
 
+@pytest.mark.integration
 def test_frechet_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     # mean gap 1 in each of 2 dimensions, equal covariances: the true distance is 2
     hits = 0

@@ -48,6 +48,7 @@ def test_size_is_bounded_by_leaving_pictures_out_and_saying_so() -> None:
     assert re.search(r"\d+ of 60 pictures were left out", page)
 
 
+@pytest.mark.integration
 @settings(max_examples=25, deadline=None)
 @given(st.text(max_size=40))
 def test_no_text_becomes_markup(text: str) -> None:

@@ -256,6 +256,7 @@ def test_damaged_metadata_do_not_cost_the_image():
     assert pixels_of(data).shape == (16, 16, 3)
 
 
+@pytest.mark.integration
 def test_warnings_of_the_decoder_are_silent_even_where_warnings_are_errors():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

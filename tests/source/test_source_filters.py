@@ -123,6 +123,7 @@ CONDITIONS = st.recursive(
 )
 
 
+@pytest.mark.integration
 @settings(deadline=None)
 @given(
     CONDITIONS,

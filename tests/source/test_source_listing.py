@@ -244,6 +244,7 @@ def test_braces(pattern, names):
     assert expand_braces(pattern) == names
 
 
+@pytest.mark.integration
 def test_too_many_braces_are_refused():
     with pytest.raises(InputError, match="names more than 1000000 files"):
         expand_braces("{0..99999999999}")

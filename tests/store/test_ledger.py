@@ -66,6 +66,7 @@ def test_writing_the_same_rows_twice_changes_nothing(root: Root) -> None:
     assert len(visible_records(root)) == 1
 
 
+@pytest.mark.integration
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 19), min_size=1, max_size=8), min_size=1, max_size=8))
 def test_overlapping_writes_show_every_row_once(writes: list[list[int]]) -> None:
@@ -144,6 +145,7 @@ def test_only_one_of_many_claims_wins(root: Root) -> None:
     assert latest_number(root) == max(numbers)
 
 
+@pytest.mark.integration
 def test_a_living_owner_is_left_alone(root: Root) -> None:
     """Two runs at once: the one that finds a heartbeat steps back with a conflict."""
     generation = claim(root)

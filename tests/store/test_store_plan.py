@@ -80,6 +80,7 @@ def test_dropped_sources_are_retired_on_request(tmp_path: Path) -> None:
     assert set(live(plan)) == {"c"}
 
 
+@pytest.mark.integration
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.dictionaries(st.integers(0, 14), st.integers(0, 2), max_size=12), min_size=1, max_size=5))
 def test_after_any_history_the_live_plan_is_the_source(history: list[dict[int, int]]) -> None:
@@ -134,6 +135,7 @@ def test_a_file_rewritten_in_other_spans_leaves_no_old_span_visible(tmp_path: Pa
 files = st.tuples(st.integers(0, 2), st.sets(st.integers(0, 9), min_size=2, max_size=5))
 
 
+@pytest.mark.integration
 @settings(max_examples=80, deadline=None)
 @given(st.lists(st.dictionaries(st.integers(0, 5), files, max_size=5), min_size=1, max_size=5), st.booleans())
 def test_after_any_history_of_spans_the_live_plan_is_the_source(

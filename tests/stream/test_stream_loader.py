@@ -104,6 +104,7 @@ def test_any_number_of_workers_gives_the_same_global_batches(world_size: int) ->
         assert same(joined((whole,)), joined(tuple(parts)))
 
 
+@pytest.mark.integration
 def test_resuming_at_every_step_gives_the_same_tail_for_another_number_of_workers_too() -> None:
     dataset = MemoryRows([(bucket, rows // 2) for bucket, rows in GROUPS])
     settings = {"lanes": 2, "window_bytes": 40_000}
@@ -122,6 +123,7 @@ def test_resuming_at_every_step_gives_the_same_tail_for_another_number_of_worker
             assert same(joined((expected,)), joined(tuple(parts)))
 
 
+@pytest.mark.integration
 @settings(deadline=None, max_examples=25)
 @given(
     groups=st.lists(st.tuples(st.sampled_from(["64x64", "64x96"]), st.integers(1, 30)), min_size=1, max_size=8),

@@ -37,6 +37,7 @@ def labels(batches: list[Batch]) -> list[tuple[int, int, int, list[int]]]:
     return [(batch.step, batch.epoch, batch.dataset, batch.labels.tolist()) for batch in batches]
 
 
+@pytest.mark.integration
 def test_weights_hold_in_every_block_and_nearly_so_in_any_stretch() -> None:
     before = threading.active_count()
     batches = take(mixture(), 2 * BLOCK)
@@ -49,6 +50,7 @@ def test_weights_hold_in_every_block_and_nearly_so_in_any_stretch() -> None:
         assert all(abs(served[at] - weight * steps) < 4 for at, weight in enumerate(WEIGHTS))
 
 
+@pytest.mark.integration
 def test_a_mixture_resumes_at_any_step_and_for_any_number_of_workers() -> None:
     whole = take(mixture(), BLOCK + 60)
     for step in (*range(0, 60, 7), BLOCK - 1, BLOCK, BLOCK + 1):

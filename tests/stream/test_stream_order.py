@@ -46,6 +46,7 @@ def test_a_permutation_is_a_bijection_that_its_key_decides(count: int, key: tupl
         assert not np.array_equal(order, permutation(count, key[0], key[1] + 1))
 
 
+@pytest.mark.integration
 @settings(deadline=None)
 @given(groups=GROUPS, slots=SLOTS, seed=st.integers(0, 2**40), epoch=st.integers(0, 3), shuffle=st.booleans())
 def test_an_epoch_serves_each_row_at_most_once_and_all_but_a_part_of_a_batch_per_bucket(
@@ -113,6 +114,7 @@ def test_a_window_mixes_the_rows_of_several_row_groups() -> None:
     assert len(groups) >= 6
 
 
+@pytest.mark.integration
 @settings(deadline=None)
 @given(groups=GROUPS, slots=SLOTS, spare=st.integers(0, 50_000))
 def test_two_windows_of_every_lane_and_bucket_fit_the_memory(

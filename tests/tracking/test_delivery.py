@@ -195,6 +195,7 @@ def test_journals_of_another_server_or_version_are_left_alone(tmp_path: Path, he
         _ = Delivery(store, JournalReader(path), live=False).run_id
 
 
+@pytest.mark.integration
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), rate=st.floats(0.05, 0.6))
 def test_whatever_fails_and_whenever_each_point_arrives_exactly_once(

@@ -32,6 +32,7 @@ def leave(tracking: TrackingConfig, number: int, *, server: str | None = None) -
     return header
 
 
+@pytest.mark.integration
 def test_what_waits_is_sent_once(tracking: TrackingConfig) -> None:
     header = leave(tracking, 1)
     config = SyncTrackingJobConfig(tracking=tracking)

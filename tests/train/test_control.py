@@ -87,6 +87,7 @@ def test_a_failure_keeps_its_kind_and_words_and_the_first_one_stays(root: Root) 
 
 def test_a_rewound_journal_has_no_seam(root: Root) -> None:
     journal = Journal(root, 1)
+    journal.rewind(0)
     for step in (3, 6, 9):
         journal.append({"step": step})
     resumed = Journal(root, 2)

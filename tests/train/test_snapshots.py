@@ -41,6 +41,7 @@ def distance(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> 
     return float((flat[0] - flat[1]).norm() / flat[1].norm())
 
 
+@pytest.mark.integration
 def test_a_length_that_was_not_tracked_is_rebuilt(tmp_path: Path) -> None:
     _run(str(tmp_path), "ddp")
     truth = torch.load(tmp_path / "truth.pt", weights_only=True)
@@ -53,6 +54,7 @@ def test_a_length_that_was_not_tracked_is_rebuilt(tmp_path: Path) -> None:
     assert distance(rebuild(root, 0.12), truth) > 0.01
 
 
+@pytest.mark.integration
 def test_damage_and_absence_are_said(tmp_path: Path) -> None:
     _run(str(tmp_path), "ddp", (Track("h", half_life_images=50.0),))
     root = Root(str(tmp_path / "checkpoints"))

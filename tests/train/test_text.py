@@ -28,6 +28,8 @@ from tests.text.text_builders import CLIP_LENGTH, WIDTH, make_clip
 from tests.train.dataset import make_dataset
 from tests.train.job_config import job_config
 
+pytestmark = pytest.mark.integration
+
 CAPTIONS = ("a red circle", "a blue square", "the green sky of a picture")
 UNET = {
     "kind": "unet2d_condition",
