@@ -93,14 +93,13 @@ class _Passes:
 
     def run(self, retry: RowSet) -> State:
         """Executions until no planned row is open and none to `retry` has only what an earlier run made of it."""
-        state, _ = self._look(retry)
+        state, gaps = self._look(retry)
         total, done = planned_rows(state), (state.covered - retry).count()
         progress = Progress("encode", total, start=done)
         with Watch(self.monitor, progress, done, self._shares(), self._log_totals, total=total):
-            return self._settle(retry)
+            return self._settle(state, gaps, retry)
 
-    def _settle(self, retry: RowSet) -> State:
-        state, gaps = self._look(retry)
+    def _settle(self, state: State, gaps: RowSet, retry: RowSet) -> State:
         stalled = 0
         while gaps:
             failures = [
@@ -108,6 +107,9 @@ class _Passes:
             ]
             self.generation.check()
             self._judge(failures)
+            if not failures:
+                # All of it was tried: what a source no longer yields stays what an earlier run made of it.
+                retry = RowSet.empty()
             state, left = self._look(retry)
             stalled = stalled + 1 if left == gaps else 0
             gaps = left

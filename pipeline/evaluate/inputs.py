@@ -165,12 +165,16 @@ def _history(config: EvaluateJobConfig) -> tuple[tuple[dict[str, Any], ...], str
     if config.train is None:
         return (), None
     root = Root(config.train.uri)
-    unreadable: tuple[type[Exception], ...] = (ValueError, *storage_errors())
+    unreadable: tuple[type[Exception], ...] = (InputError, ValueError, *storage_errors())
     try:
         records = read_records(root)
     except unreadable as error:
+        problem = error.what if isinstance(error, InputError) else describe(error)
         raise InputError(
-            f"The training history cannot be read: {describe(error)}", key="train.uri", value=config.train.uri
+            f"The training history cannot be read: {problem}",
+            key="train.uri",
+            value=config.train.uri,
+            next_step="correct the URI, or leave train.uri out",
         ) from None
     if not records:
         raise InputError(

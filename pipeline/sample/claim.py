@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from pipeline.storage import Root
-from pipeline.store.generation import Generation, fenced, latest_number
+from pipeline.store.generation import Generation, fenced, has_ended, latest_number
 from pipeline.store.identity import Identity, check_same, read_identity
 from pipeline.store.layout import IDENTITY
 from pipeline.store.ledger import visible_records
@@ -22,10 +22,13 @@ def settle_identity(root: Root, wanted: Identity, generation: Generation) -> Non
     """Make `wanted` the root's identity if nothing was committed under another one; ConflictError otherwise.
 
     To be called by the holder of the newest generation: what older runs commit from now on stays invisible, so an
-    empty ledger stays empty. A run that was fenced off leaves the identity alone.
+    empty ledger stays empty. A run that was fenced off leaves the identity alone, and so does one whose predecessor
+    may still live: its workers write images as files before they commit, under names that other settings share.
     """
     if not _replaceable(root, wanted):
         return
+    if generation.number > 1 and not has_ended(root, generation.number - 1):
+        check_same(root, read_identity(root, "output.uri"), wanted)
     if latest_number(root) != generation.number:
         raise fenced(root, generation.number)
     root.put(IDENTITY, wanted.to_bytes())
@@ -35,8 +38,18 @@ def settle_identity(root: Root, wanted: Identity, generation: Generation) -> Non
 def _replaceable(root: Root, wanted: Identity) -> bool:
     """Whether another identity is there and no row under it; ConflictError when there are rows, or of other kind."""
     found = read_identity(root, "output.uri")
+    wanted = _as_recorded(found, wanted)
     if found.kind == wanted.kind and found.fingerprint_digest == wanted.fingerprint_digest:
         return False
     if found.kind != wanted.kind or visible_records(root):
         check_same(root, found, wanted)
     return True
+
+
+def _as_recorded(found: Identity, wanted: Identity) -> Identity:
+    """The identity as it was told when `found` was written: compilation was no part of it at first."""
+    draw = wanted.fingerprint.get("draw", {})
+    if "compile" not in draw or "compile" in found.fingerprint.get("draw", {}):
+        return wanted
+    told = {key: value for key, value in draw.items() if key != "compile"}
+    return Identity(wanted.kind, {**wanted.fingerprint, "draw": told}, wanted.about)

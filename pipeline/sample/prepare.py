@@ -9,9 +9,9 @@ from typing import Any
 
 from pipeline.codec.info import CodecInfo, codec_info
 from pipeline.errors import ConflictError, InputError
+from pipeline.paths import place_of
 from pipeline.sample.config import FileRequests, GridRequests, SampleJobConfig
 from pipeline.sample.model import ModelFacts, read_model, resolve_sampler
-from pipeline.sample.paths import place_of
 from pipeline.sample.provenance import Draw, Origin
 from pipeline.sample.request_files import file_format, map_columns, read_columns
 from pipeline.sample.requests import Defaults, Limits, Requests, grid_columns, validate_requests

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputError
+from pipeline.paths import place_of
 from pipeline.result import JobResult
 from pipeline.sample.config import RegenerateJobConfig
-from pipeline.sample.paths import place_of
 from pipeline.sample.provenance import TOLERANCE_LEVELS
 from pipeline.storage_errors import describe, storage_errors
 

@@ -131,15 +131,16 @@ class _Layout:
         order = np.argsort(first, kind="stable")
         self._files = [files[i] for i in order]
         self._first = first[order]
-        last = np.array([f.info.row_groups.last_unit.max() for f in self._files], np.int64)
-        self._reach = np.maximum.accumulate(last) if len(files) else last
+        self._last = np.array([f.info.row_groups.last_unit.max() for f in self._files], np.int64)
+        self._reach = np.maximum.accumulate(self._last) if len(files) else self._last
 
     def is_compact(self, span: Span) -> bool:
         """Whether a span lies in at most one file without dead rows, and that file holds nothing else."""
         low = np.searchsorted(self._reach, unit_of(span[0]))
         high = np.searchsorted(self._first, unit_of(span[1] - 1), side="right")
         rows = RowSet.from_keys(np.array([span[0]]), np.array([span[1]]))
-        held = [(file, file.record.stored) for file in self._files[low:high]]
+        near = low + np.flatnonzero(self._last[low:high] >= unit_of(span[0]))
+        held = [(self._files[i], self._files[i].record.stored) for i in near.tolist()]
         # Dead rows do not put a file into a span: what a killed compaction has written is not written again.
         inside = [(file, stored) for file, stored in held if (stored - file.dead) & rows]
         return len(inside) < 2 and all(not file.dead and not (stored - rows) for file, stored in inside)

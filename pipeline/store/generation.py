@@ -129,6 +129,11 @@ def read_closing(root: Root, number: int) -> dict[str, Any] | None:
     return closing
 
 
+def has_ended(root: Root, number: int) -> bool:
+    """Whether a generation's run is known to do nothing any more: it said so, or its process was here and is gone."""
+    return read_closing(root, number) is not None or _known_dead(read_claim(root, number).get("owner", {}))
+
+
 def claim_next(
     root: Root,
     collect: Callable[[int], list[str]],

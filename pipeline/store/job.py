@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from pipeline.errors import InputError
+from pipeline.paths import place_of
 from pipeline.progress import Progress
 from pipeline.result import JobResult
 from pipeline.storage import Root
@@ -103,6 +104,6 @@ def plan_compact(config: CompactJobConfig) -> JobResult:
 
 
 def _write_report(uri: str, report: VerifyReport) -> None:
-    place, _, name = uri.rpartition("/")
-    Root(place or ".").put(name, json.dumps(asdict(report), indent=1).encode())
+    root, name = place_of(uri)
+    root.put(name, json.dumps(asdict(report), indent=1).encode())
     _log.info("report: %s", uri)

@@ -27,6 +27,8 @@ from tests.support.rows import Listed, claim, committer, latent_rows, planned_ro
 class Passes(_Passes):
     """Passes whose executions commit what the test plans for each of them, and may die of it."""
 
+    deaths = True
+
     def __init__(self, root: Root, generation: Any, executions: list[list[tuple[int, int]]]) -> None:
         self.root, self.generation, self.executions = root, generation, executions
         self.config: Any = SimpleNamespace(encode=SimpleNamespace(units_per_execution=100, crash_limit=2))
@@ -38,7 +40,7 @@ class Passes(_Passes):
         rows = self.executions.pop(0) if self.executions else []
         if rows:
             committer(self.root, self.generation).commit(latent_rows(rows), None, {})
-        return None if set(rows) >= asked else RuntimeError("planted: workers died")
+        return RuntimeError("planted: workers died") if self.deaths and not set(rows) >= asked else None
 
     def _judge(self, failures: list[Exception]) -> None:
         return None
@@ -56,16 +58,26 @@ def rejected_root(path: Path) -> tuple[Root, RowSet]:
 def test_rejects_to_retry_stay_open_until_this_run_has_settled_them(tmp_path: Path) -> None:
     root, retry = rejected_root(tmp_path)
     passes = Passes(root, claim(root), [[(0, 0)], [(0, 1), (1, 2)]])
-    state = passes._settle(retry)
+    state = passes._settle(*passes._look(retry), retry)
     assert passes.asked == [{(0, 0), (0, 1), (1, 2)}, {(0, 1), (1, 2)}]
     assert (state.num_stored, state.num_rejected) == (6, 0)
+
+
+def test_rejects_that_a_source_no_longer_yields_stay_what_they_were(tmp_path: Path) -> None:
+    """A tar that is gone gives no row to try again: the run that has asked for it ends all the same."""
+    root, retry = rejected_root(tmp_path)
+    passes = Passes(root, claim(root), [[(0, 0)]])
+    passes.deaths = False
+    state = passes._settle(*passes._look(retry), retry)
+    assert len(passes.asked) == 1
+    assert (state.num_stored, state.num_rejected) == (4, 2)
 
 
 def test_rejects_that_cannot_be_retried_stop_the_run(tmp_path: Path) -> None:
     root, retry = rejected_root(tmp_path)
     passes = Passes(root, claim(root), [[(0, 0)]])
     with pytest.raises(StoppedError, match="without progress; 2 rows are left"):
-        passes._settle(retry)
+        passes._settle(*passes._look(retry), retry)
     assert read_state(root).num_rejected == 2
 
 

@@ -71,3 +71,20 @@ def test_another_kind_of_dataset_is_never_replaced(tmp_path: Path) -> None:
     claim_identity(root, Identity("latents", {}, {}))
     with pytest.raises(ConflictError, match="holds latents, and this job writes images"):
         settle_identity(root, TWO, claimed(root))
+
+
+def test_a_predecessor_that_may_live_keeps_its_identity(root: Root) -> None:
+    """Its workers may be writing files; the test's own process is as alive as a run that was merely suspended."""
+    claim_next(root, lambda number: collect(root, number), job="sample", patience_s=0.0).abandon()
+    with pytest.raises(ConflictError, match=r"draw\.batch_size: 4 there, 2 here"):
+        settle_identity(root, TWO, claimed(root))
+    assert read_identity(root) == FOUR
+    settle_identity(root, TWO, claimed(root))  # the run before this one has said that it ended
+    assert read_identity(root) == TWO
+
+
+def test_an_output_from_before_compilation_was_told_goes_on(root: Root) -> None:
+    commit(root, CommitRecord(claimed(root).number, RowSet.from_triples([(0, 0, 1)])))
+    check_identity(root, Identity("images", {"draw": {"batch_size": 4, "compile": True}}, {}))
+    with pytest.raises(ConflictError, match=r"draw\.batch_size: 4 there, 2 here"):
+        check_identity(root, Identity("images", {"draw": {"batch_size": 2, "compile": True}}, {}))

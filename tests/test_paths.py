@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.sample.paths import place_of
+from pipeline.paths import place_of
 
 
 @pytest.mark.parametrize(
