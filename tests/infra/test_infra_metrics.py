@@ -27,6 +27,7 @@ def test_a_report_tells_progress_checkpoint_and_queue() -> None:
     at = time.time() - 3600
     checkpoints = cast(Any, SimpleNamespace(completed_at=at))
     reporter = Reporter(Root("memory://infra-metrics"), Behind(), checkpoints, told.update)
+    reporter.resume(cast(Any, SimpleNamespace(step=0)))
     reporter.log({"step": 3, "images": 96, "loss": 0.5, "images_per_s": 12.0})
     assert told["images"] == 96
     assert told["checkpoint_time_s"] == at
