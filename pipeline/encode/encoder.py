@@ -210,7 +210,7 @@ class Encoder:
         try:
             fetch = self._launch([item for _, item in owned], size, limit)
         except Exception as error:
-            too_large = _out_of_memory(error)
+            too_large = out_of_memory(error)
             if too_large and limit == 1:
                 raise _one_is_too_large(size) from error
             if not too_large and isinstance(error, torch.AcceleratorError):
@@ -310,7 +310,3 @@ def _one_is_too_large(size: Size) -> ConfigError:
         next_step="lower image.resolution, set codec.dtype=bfloat16, or use devices with more memory or fewer actors "
         "on each",
     )
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return out_of_memory(error)

@@ -11,11 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.store.row_groups import RowGroupInfo
-from pipeline.store.rowset import RowSet
+from pipeline.store.rowset import RowSet, address
 from pipeline.store.state import VisibleFile
 
 Ints = npt.NDArray[np.int64]
-_SHIFT = 32  # of the unit in an address integer, see RowSet
 
 
 @dataclass(frozen=True)
@@ -135,6 +134,6 @@ def _touched(file: VisibleFile) -> npt.NDArray[np.bool_]:
 
 def touches(rows: RowSet, first_unit: Ints, last_unit: Ints) -> npt.NDArray[np.bool_]:
     """Whether a set has a row in any of the units [first_unit, last_unit]: bool, elementwise."""
-    begun = np.searchsorted(rows.starts, (last_unit + 1) << _SHIFT, side="left")
-    ended = np.searchsorted(rows.stops, first_unit << _SHIFT, side="right")
+    begun = np.searchsorted(rows.starts, address(last_unit + 1), side="left")
+    ended = np.searchsorted(rows.stops, address(first_unit), side="right")
     return np.asarray(begun > ended)

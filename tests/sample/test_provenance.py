@@ -19,18 +19,8 @@ from pipeline.sample.provenance import (
     without_credentials,
 )
 from pipeline.sample.requests import Defaults, Limits, validate_requests
+from tests.sample.draws import DRAW
 
-DRAW = Draw(
-    seed=1,
-    sampler="euler",
-    shift=1.0,
-    batch_size=4,
-    device="cpu",
-    threads=1,
-    dtype="float32",
-    image="png",
-    quality=95,
-)
 ORIGIN = Origin(
     model_uri="s3://me:secret@bucket/model",
     model_digest="m",

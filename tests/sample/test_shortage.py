@@ -11,25 +11,13 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.encode import encoder as encoding
 from pipeline.errors import ConfigError
 from pipeline.memory import out_of_memory
 from pipeline.sample import decode, denoise
 from pipeline.sample.decode import Decoder
-from pipeline.sample.provenance import Draw
 from pipeline.sample.stages import DecodeBlocks, DecoderSpec, DenoiseBlocks, DenoiserSpec
+from tests.sample.draws import DRAW
 
-DRAW = Draw(
-    seed=0,
-    sampler="euler",
-    shift=1.0,
-    batch_size=4,
-    device="cpu",
-    threads=1,
-    dtype="float32",
-    image="png",
-    quality=95,
-)
 SHORTAGES = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     MemoryError(),
@@ -44,7 +32,6 @@ SHORTAGES = [
 @pytest.mark.parametrize("error", SHORTAGES, ids=str)
 def test_every_way_of_saying_so_is_understood(error: Exception) -> None:
     assert out_of_memory(error)
-    assert encoding._out_of_memory(error)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no algorithm found"), ValueError("out of memory"), OSError("full")])
