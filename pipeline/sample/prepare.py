@@ -86,8 +86,15 @@ def load_requests(config: GridRequests | FileRequests, limits: Limits) -> Reques
     if isinstance(config, FileRequests):
         data = _read_file(config.uri)
         cells = read_columns(data, file_format(config.uri, config.format), config.uri)
-        columns = map_columns(cells, config.columns, config.other_columns, config.uri)
-        return validate_requests(columns, limits=limits, defaults=defaults, keep_first=keep_first, origin=config.uri)
+        columns = map_columns(cells.columns, config.columns, config.other_columns, config.uri)
+        return validate_requests(
+            columns,
+            limits=limits,
+            defaults=defaults,
+            keep_first=keep_first,
+            origin=config.uri,
+            broken=cells.broken,
+        )
     labels = list(range(limits.num_classes or 0)) if config.classes == "all" else config.classes
     if config.classes == "all" and limits.num_classes is None:
         raise InputError(

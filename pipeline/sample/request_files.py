@@ -1,7 +1,7 @@
 """Request files: Parquet, CSV or JSON Lines bytes to columns of cells, with the columns renamed as configured.
 
 CSV cells are text until the request's own type reads them, so a prompt "007" stays "007"; an empty cell is unset.
-JSON Lines are read line by line, so that a broken line is named by its number.
+A broken line is a row without cells and with a reason, so that all of them are told at once with what else is wrong.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import difflib
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -38,12 +39,23 @@ def file_format(uri: str, given: str) -> str:
     )
 
 
-def read_columns(data: bytes, kind: str, origin: str) -> dict[str, list[Any]]:
-    """All columns of a request file by their own names, as lists of equal length; InputError when unreadable."""
+@dataclass(frozen=True)
+class Cells:
+    """What a request file holds: columns by their own names, of equal length, and by row (from 1) what is broken.
+
+    A broken row has None in every column.
+    """
+
+    columns: dict[str, list[Any]]
+    broken: dict[int, str] = field(default_factory=dict)
+
+
+def read_columns(data: bytes, kind: str, origin: str) -> Cells:
+    """All rows of a request file; InputError when it cannot be read at all."""
     try:
         if kind == "parquet":
             table = pq.read_table(io.BytesIO(data))
-            return {name: table[name].to_pylist() for name in table.column_names}
+            return Cells({name: table[name].to_pylist() for name in table.column_names})
         text = data.decode("utf-8-sig")
         return _read_csv(text) if kind == "csv" else _read_jsonl(text)
     except (pa.ArrowException, OSError, ValueError, csv.Error) as error:
@@ -56,37 +68,44 @@ def read_columns(data: bytes, kind: str, origin: str) -> dict[str, list[Any]]:
         ) from None
 
 
-def _read_csv(text: str) -> dict[str, list[Any]]:
+def _read_csv(text: str) -> Cells:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header = next(reader, [])
     if len(set(header)) != len(header):
         raise ValueError(f"a column is named twice in {header}")
-    columns: dict[str, list[Any]] = {name: [] for name in header}
-    for cells in reader:
-        if not cells:
-            continue
-        if len(cells) != len(header):
-            raise ValueError(f"line {reader.line_num} has {len(cells)} cells, the header {len(header)}")
-        for name, cell in zip(header, cells, strict=True):
-            columns[name].append(cell or None)
-    return columns
+    rows: list[list[str]] = []
+    broken: dict[int, str] = {}
+    while True:
+        try:
+            values = next(reader)
+            if values and len(values) != len(header):
+                raise ValueError(f"{len(values)} cells, the header has {len(header)}")
+        except StopIteration:
+            break
+        except (csv.Error, ValueError) as error:
+            broken[len(rows) + 1] = f"line {reader.line_num}: {error}"
+            values = [""] * len(header)
+        if values:
+            rows.append(values)
+    return Cells({name: [row[i] or None for row in rows] for i, name in enumerate(header)}, broken)
 
 
-def _read_jsonl(text: str) -> dict[str, list[Any]]:
+def _read_jsonl(text: str) -> Cells:
     rows: list[dict[str, Any]] = []
     names: dict[str, None] = {}
+    broken: dict[int, str] = {}
     for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number}: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"line {number} is no JSON object")
+            if not isinstance(row, dict):
+                raise ValueError("no JSON object")
+        except ValueError as error:
+            row, broken[len(rows) + 1] = {}, f"line {number}: {error}"
         rows.append(row)
         names.update(dict.fromkeys(row))
-    return {name: [row.get(name) for row in rows] for name in names}
+    return Cells({name: [row.get(name) for row in rows] for name in names}, broken)
 
 
 def map_columns(

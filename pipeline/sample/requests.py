@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,29 +121,34 @@ def validate_requests(
     defaults: Defaults,
     keep_first: bool = False,
     origin: str = "requests",
+    broken: Mapping[int, str] = {},
 ) -> Requests:
     """Check and complete every request; InputError lists all problems by row (row 1 is the first request).
 
     `columns` maps names out of FIELDS plus `extra` to equally long sequences; cells may be None. A repeated
-    request is a problem, or with `keep_first` left out and counted.
+    request is a problem, or with `keep_first` left out and counted. `broken` are rows that could not be read, and why.
     """
-    num_rows = len(next(iter(columns.values()))) if columns else 0
+    num_rows = max(len(next(iter(columns.values()))) if columns else 0, *broken, 0)
     if num_rows == 0:
         raise InputError(f"There are no requests in {origin}", key="requests", next_step="ask for an image")
     problems = _Problems()
+    for row, reason in broken.items():
+        problems.add(row, reason)
     empty: list[Any] = [None] * num_rows
     typed = {name: _typed(name, columns.get(name, empty), problems) for name in (*FIELDS, "extra")}
     rows: dict[str, list[Any]] = {name: [] for name in REQUEST_SCHEMA.names}
     first_row: dict[bytes, int] = {}
     duplicates = 0
     for i in range(num_rows):
-        if i + 1 in problems.rows:
-            continue  # a cell without a type has no content to check further
+        if i + 1 in broken:
+            continue
+        unread = problems.unread.get(i + 1, set())
         request = _complete({name: column[i] for name, column in typed.items()}, limits, defaults)
-        faults = _faults(request, limits)
-        if faults:
-            for fault in faults:
-                problems.add(i + 1, fault)
+        # A rule about a cell that could not be read would speak of the value that stands in for it.
+        faults = [text for about, text in _faults(request, limits) if unread.isdisjoint(about)]
+        for fault in faults:
+            problems.add(i + 1, fault)
+        if faults or unread:
             continue
         request["request_id"] = name = request_id(request)
         earlier = first_row.setdefault(name, i + 1)
@@ -183,57 +188,68 @@ def _complete(request: dict[str, Any], limits: Limits, defaults: Defaults) -> di
     return request
 
 
-def _faults(request: Mapping[str, Any], limits: Limits) -> list[str]:
+# The fields that a rule looks at, and what it says.
+_Fault = tuple[tuple[str, ...], str]
+
+
+def _faults(request: Mapping[str, Any], limits: Limits) -> Iterator[_Fault]:
     """Every rule that one completed request breaks."""
-    faults = [*_condition_faults(request, limits), *_size_faults(request, limits)]
+    yield from _condition_faults(request, limits)
+    yield from _size_faults(request, limits)
     if not 0 <= request["seed"] < 2**63:
-        faults.append(f"seed {request['seed']}: a seed is from 0 to 2^63 - 1")
+        yield ("seed",), f"seed {request['seed']}: a seed is from 0 to 2^63 - 1"
     if not 1 <= request["steps"] <= MAX_STEPS:
-        faults.append(f"steps {request['steps']}: from 1 to {MAX_STEPS}")
+        yield ("steps",), f"steps {request['steps']}: from 1 to {MAX_STEPS}"
     if not 0.0 <= request["guidance"] <= MAX_GUIDANCE:
-        faults.append(f"guidance {request['guidance']}: from 0 to {MAX_GUIDANCE:g}; 1 is none")
+        yield ("guidance",), f"guidance {request['guidance']}: from 0 to {MAX_GUIDANCE:g}; 1 is none"
     low, high = request["guidance_low"], request["guidance_high"]
     if low is not None and not 0.0 <= low < high <= 1.0:
-        faults.append(f"guidance interval [{low}, {high}]: 0 <= low < high <= 1 (1 is pure noise)")
+        about = ("guidance_low", "guidance_high", "guidance")
+        yield about, f"guidance interval [{low}, {high}]: 0 <= low < high <= 1 (1 is pure noise)"
     for key in ("prompt", "negative_prompt", "extra"):
         size = len(json.dumps(request[key])) if request[key] is not None else 0
         if size > MAX_TEXT_BYTES:
-            faults.append(f"{key} takes {size} bytes as JSON: at most {MAX_TEXT_BYTES}")
-    return faults
+            yield (key,), f"{key} takes {size} bytes as JSON: at most {MAX_TEXT_BYTES}"
 
 
-def _condition_faults(request: Mapping[str, Any], limits: Limits) -> list[str]:
+def _condition_faults(request: Mapping[str, Any], limits: Limits) -> Iterator[_Fault]:
     label, prompt, guidance = request["label"], request["prompt"], request["guidance"]
-    faults = []
     if label is not None and limits.num_classes is None:
-        faults.append(f"label {label}: the model was trained without classes")
+        yield ("label",), f"label {label}: the model was trained without classes"
     elif label is not None and not 0 <= label < (limits.num_classes or 0):
-        faults.append(f"label {label}: the model has classes 0 to {(limits.num_classes or 0) - 1}")
+        yield ("label",), f"label {label}: the model has classes 0 to {(limits.num_classes or 0) - 1}"
     if prompt is not None and not limits.takes_text:
-        faults.append(f"prompt {_clip(prompt)}: the model was trained without text")
+        yield ("prompt",), f"prompt {_clip(prompt)}: the model was trained without text"
     if request["negative_prompt"] is not None and prompt is None:
-        faults.append("negative_prompt without a prompt")
+        yield ("negative_prompt", "prompt"), "negative_prompt without a prompt"
     if limits.always_labelled and label is None:
-        faults.append("no label: the model was trained without an unconditional label")
+        yield ("label",), "no label: the model was trained without an unconditional label"
     if limits.always_labelled and guidance != 1.0:
-        faults.append(f"guidance {guidance}: the model was trained without an unconditional label, so 1 only")
+        yield (
+            ("guidance",),
+            f"guidance {guidance}: the model was trained without an unconditional label, so 1 only",
+        )
     elif label is None and prompt is None and guidance != 1.0:
-        faults.append(f"guidance {guidance} without a label or prompt: there is nothing to guide towards")
-    return faults
+        about = ("label", "prompt", "guidance")
+        yield about, f"guidance {guidance} without a label or prompt: there is nothing to guide towards"
 
 
-def _size_faults(request: Mapping[str, Any], limits: Limits) -> list[str]:
-    faults = []
+def _size_faults(request: Mapping[str, Any], limits: Limits) -> Iterator[_Fault]:
     size = (request["height"], request["width"])
+    sound = True
     for key, side in zip(("height", "width"), size, strict=True):
         if side is None:
-            faults.append(f"{key} is not set and the model names no size")
+            sound = False
+            yield (key,), f"{key} is not set and the model names no size"
         elif not 0 < side <= MAX_SIDE or side % limits.multiple:
-            faults.append(f"{key} {side}: a multiple of {limits.multiple} up to {MAX_SIDE}")
-    if not faults and limits.sizes and size not in limits.sizes and not limits.any_size:
+            sound = False
+            yield (key,), f"{key} {side}: a multiple of {limits.multiple} up to {MAX_SIDE}"
+    if sound and limits.sizes and size not in limits.sizes and not limits.any_size:
         trained = ", ".join(f"{h}x{w}" for h, w in limits.sizes[:8])
-        faults.append(f"size {size[0]}x{size[1]}: the model was trained on {trained} (requests.any_size allows it)")
-    return faults
+        yield (
+            ("height", "width"),
+            f"size {size[0]}x{size[1]}: the model was trained on {trained} (requests.any_size allows it)",
+        )
 
 
 def _typed(name: str, values: Sequence[Any], problems: _Problems) -> list[Any]:
@@ -245,7 +261,7 @@ def _typed(name: str, values: Sequence[Any], problems: _Problems) -> list[Any]:
         try:
             out.append(None if value is None else convert(value))
         except ValueError as error:
-            problems.add(i + 1, f"{name} {_clip(value)}: {error}")
+            problems.add(i + 1, f"{name} {_clip(value)}: {error}", unread=name)
             out.append(None)
     return out
 
@@ -296,9 +312,13 @@ class _Problems:
     rows: set[int] = field(default_factory=set)
     shown: list[tuple[int, str]] = field(default_factory=list)
     count: int = 0
+    unread: dict[int, set[str]] = field(default_factory=dict)
 
-    def add(self, row: int, text: str) -> None:
+    def add(self, row: int, text: str, unread: str | None = None) -> None:
+        """Note one problem; `unread` is the field whose cell could not be read."""
         self.rows.add(row)
+        if unread:
+            self.unread.setdefault(row, set()).add(unread)
         self.count += 1
         if self.count <= SHOWN_PROBLEMS:
             self.shown.append((row, text))

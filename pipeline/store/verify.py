@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.storage import Root
+from pipeline.storage import ObjectInfo, Root
 from pipeline.storage_errors import storage_errors
 from pipeline.store import layout
-from pipeline.store.generation import latest_number, read_claim
+from pipeline.store.generation import claim_next, latest_number, read_claim
 from pipeline.store.identity import read_identity
-from pipeline.store.ledger import visible_records
+from pipeline.store.ledger import collect, visible_records
 from pipeline.store.outside import COLUMNS, problems_outside
 from pipeline.store.plan import Plan, read_plan
 from pipeline.store.record import CommitRecord, FileInfo
@@ -69,7 +70,7 @@ def verify(uri: str, level: Level, on_file: Callable[[int, int], None] = lambda 
     if level == "ledger":
         return report
     _named_by_content(root, plan, report)
-    report.orphans = sorted(_orphans(root, plan, records))
+    report.orphans = sorted(info.key for info in _orphans(root, plan, records))
     visible = [(f.info, f.dead) for f in state.files] + [(f.info, f.dead) for f in state.reject_files]
     seen: list[RowSet] = []
     with ThreadPoolExecutor(4) as pool:
@@ -171,28 +172,50 @@ def _named_by_content(root: Root, plan: Plan, report: VerifyReport) -> None:
             report.problem("missing", name, "the plan or the newest claim names this object and it is not there")
 
 
-def _orphans(root: Root, plan: Plan, records: list[tuple[str, CommitRecord]]) -> Iterator[str]:
-    """Objects nothing visible refers to: what crashes and fenced-off runs left, and what compaction replaced."""
+def _orphans(
+    root: Root, plan: Plan, records: list[tuple[str, CommitRecord]], claims_after_s: float = math.inf
+) -> Iterator[ObjectInfo]:
+    """Objects nothing visible refers to: what crashes and fenced-off runs left, and what compaction replaced.
+
+    Bundles that a claim named which was the newest one at some time after `claims_after_s` count as referred to.
+    """
     state = fold(plan, records)
-    visible = {f.info.path for f in (*state.files, *state.reject_files)}
-    for directory in (layout.DATA, layout.REJECTS):
-        yield from (info.key for info in root.list(directory) if info.key not in visible)
+    kept = {f.info.path for f in (*state.files, *state.reject_files)}
+    kept.update(part for version in plan.versions for part in (*version.entry_parts, version.units_part))
+    for number in range(latest_number(root), 0, -1):
+        claim = read_claim(root, number)
+        kept.update(claim["bundles"])
+        if claim["at"] < claims_after_s:
+            break
+    for directory in (layout.DATA, layout.REJECTS, layout.PLAN_PARTS, layout.SNAPSHOTS):
+        yield from (info for info in root.list(directory) if info.key not in kept)
 
 
 def collect_garbage(uri: str, grace_s: float, now_s: float | None = None) -> tuple[int, int]:
-    """Remove orphans in data/ and rejects/ older than a grace period; returns (objects, bytes) removed.
+    """Remove orphans older than a grace period in seconds; returns (objects, bytes) removed.
 
-    Call it only when no reader still uses an older state of the dataset: a training run that opened it before a
-    compaction reads the replaced fragments to its end.
+    Holds a generation of its own while it does, for a run may find an object that it is about to write in place,
+    left by a run that died: ConflictError while another run writes. Readers hold nothing: a training run that opened
+    the dataset before a compaction reads the replaced fragments to its end, so let the grace period cover it.
     """
     root = Root(uri)
     read_identity(root)
-    plan, records = read_plan(root), visible_records(root)
-    limit = (time.time() if now_s is None else now_s) - grace_s
-    removed = size = 0
-    for key in list(_orphans(root, plan, records)):
-        info = root.info(key)
-        if info.mtime_ns is not None and info.mtime_ns < limit * 1e9:
-            root.delete(key)
-            removed, size = removed + 1, size + info.size_bytes
-    return removed, size
+    limit_s = (time.time() if now_s is None else now_s) - grace_s
+
+    def old() -> list[ObjectInfo]:
+        found = _orphans(root, read_plan(root), visible_records(root), limit_s)
+        return [info for info in found if info.mtime_ns is not None and info.mtime_ns < limit_s * 1e9]
+
+    if not old():
+        return 0, 0
+    generation = claim_next(root, lambda previous: collect(root, previous), job="gc")
+    try:
+        garbage = old()
+        for info in garbage:
+            generation.check()
+            root.delete(info.key)
+        removed = len(garbage), sum(info.size_bytes for info in garbage)
+        generation.close({"status": "done", "removed": len(garbage)})
+        return removed
+    finally:
+        generation.abandon()

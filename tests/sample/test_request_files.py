@@ -33,7 +33,7 @@ def test_three_formats_give_the_same_requests() -> None:
     }
     tables = [
         validate_requests(
-            map_columns(read_columns(data, kind, kind), {}, "refuse", kind), limits=TEXT, defaults=Defaults()
+            map_columns(read_columns(data, kind, kind).columns, {}, "refuse", kind), limits=TEXT, defaults=Defaults()
         ).table
         for kind, data in files.items()
     ]
@@ -46,17 +46,42 @@ def test_three_formats_give_the_same_requests() -> None:
     ("data", "kind", "message"),
     [
         (b"not parquet", "parquet", "cannot be read as parquet"),
-        (b"a,b\n1\n", "csv", "line 2 has 1 cells, the header 2"),
         (b"a,a\n1,2\n", "csv", "a column is named twice"),
-        (b'a\n"open\n', "csv", "cannot be read as csv"),
         (b"\xff\xfe", "csv", "codec can't decode"),
-        (b'{"a": 1}\n{"a":\n', "jsonl", "line 2: Expecting value"),
-        (b"[1]\n", "jsonl", "line 1 is no JSON object"),
     ],
 )
-def test_broken_files_say_where(data: bytes, kind: str, message: str) -> None:
+def test_files_that_are_no_such_file_say_so(data: bytes, kind: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_columns(data, kind, "file.x")
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "broken"),
+    [
+        (b"a,b\n1\n2,3\n", "csv", {1: "line 2: 1 cells, the header has 2"}),
+        (b'a,b\n\n"x"y,1\n2,3\n4\n', "csv", {1: "line 3: ',' expected after '\"'", 3: "line 5: 1 cells"}),
+        (b'a\n"open\n', "csv", {1: "line 2: unexpected end of data"}),
+        (b'{"a":\n\n{"a": 1}\n[1]\n', "jsonl", {1: "line 1: Expecting value", 3: "line 4: no JSON object"}),
+    ],
+)
+def test_every_broken_line_is_told_and_keeps_its_place(data: bytes, kind: str, broken: dict[int, str]) -> None:
+    cells = read_columns(data, kind, "file.x")
+    assert cells.broken.keys() == broken.keys()
+    assert all(cells.broken[row].startswith(text) for row, text in broken.items())
+    assert all(column[row - 1] is None for column in cells.columns.values() for row in broken)
+
+
+def test_broken_lines_are_told_with_all_other_problems() -> None:
+    cells = read_columns(b"label,seed\n1\n99,x\n9,2\n", "csv", "file.csv")
+    with pytest.raises(InputError) as caught:
+        validate_requests(cells.columns, limits=TEXT, defaults=Defaults(), origin="file.csv", broken=cells.broken)
+    told = [line.strip("- ") for line in str(caught.value).splitlines() if "- row" in line]
+    assert told == [
+        "row 1: line 2: 1 cells, the header has 2",
+        "row 2: label 99: the model has classes 0 to 3",
+        "row 2: seed 'x': not a number",
+        "row 3: label 9: the model has classes 0 to 3",
+    ]
 
 
 def test_columns_are_renamed_kept_or_refused() -> None:

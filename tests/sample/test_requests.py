@@ -164,6 +164,11 @@ def test_all_problems_are_told_at_once_and_the_list_ends_somewhere() -> None:
         "4 problem(s) in 3 row(s)",
     ):
         assert part in text
+    with pytest.raises(InputError) as caught:
+        check({"label": ["cat", 99], "steps": [0, 1], "guidance": [2.0, "much"], "guidance_low": [0.9, 0.9]})
+    told = [line.strip("- ") for line in str(caught.value).splitlines() if "- row" in line]
+    # What a cell that cannot be read might have meant is no reason for a complaint about another.
+    assert [line.split(":")[1] for line in told] == [" label 'cat'", " steps 0", " guidance 'much'", " label 99"]
     with pytest.raises(InputError, match="and 160 more"):
         check({"label": [99] * 200})
 

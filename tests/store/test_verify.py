@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import random
 import threading
+import time
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from pipeline.errors import InputError
+from pipeline.errors import ConflictError, InputError
 from pipeline.storage import Root
 from pipeline.store.compact import CompactReport, compact, shard_spans
 from pipeline.store.dataset import LatentDataset
+from pipeline.store.generation import claim_next
+from pipeline.store.ledger import collect
 from pipeline.store.plan import append_version, read_plan
 from pipeline.store.plan_diff import DiffReport
 from pipeline.store.verify import collect_garbage, verify
@@ -90,7 +93,9 @@ def test_missing_short_and_orphan_files_are_found(tmp_path: Path) -> None:
     first, second, *_ = [root.local_path(i.key) for i in root.list("data")]
     assert first is not None
     assert second is not None
-    root.put("data/left-over.parquet", b"what a crash left")
+    left = [f"{place}/left-over.parquet" for place in ("data", "plan/parts", "rejects", "snapshots")]
+    for name in left:
+        root.put(name, b"what a crash left")
     first.unlink()
     os.truncate(second, 100)
     report = verify(root.uri, "files")
@@ -98,7 +103,7 @@ def test_missing_short_and_orphan_files_are_found(tmp_path: Path) -> None:
         ("missing", first.name),
         ("size", second.name),
     }
-    assert report.orphans == ["data/left-over.parquet"]
+    assert report.orphans == left
 
 
 def test_an_unfinished_dataset_is_not_sound(tmp_path: Path) -> None:
@@ -196,6 +201,43 @@ def test_garbage_is_collected_only_after_its_grace(tmp_path: Path) -> None:
     report = verify(root.uri, "checksums")
     assert report.problems == []
     assert report.orphans == []
+
+
+def test_bundles_stay_while_a_reader_may_still_follow_an_older_claim(tmp_path: Path) -> None:
+    root = build(tmp_path / "d", seed=12)
+    for _ in range(12):  # enough claims for their bundles to be merged
+        compact(root.uri, **SIZES)
+        retire(root, (0, len(read_plan(root).versions), len(read_plan(root).versions) + 1))
+    rows = everything(root.uri)
+    orphans = [key for key in verify(root.uri, "files").orphans if key.startswith("snapshots/")]
+    assert len(orphans) >= 8
+    now = time.time()
+    for info in root.list("snapshots"):
+        os.utime(str(root.local_path(info.key)), (now - 7200, now - 7200))
+    # Superseded less than an hour ago, however old they are.
+    collect_garbage(root.uri, grace_s=3600)
+    assert {info.key for info in root.list("snapshots")} >= set(orphans)
+    collect_garbage(root.uri, grace_s=0, now_s=2**33)
+    assert not {info.key for info in root.list("snapshots")} & set(orphans)
+    assert everything(root.uri) == rows
+    report = verify(root.uri, "checksums")
+    assert (report.problems, report.orphans) == ([], [])
+
+
+def test_garbage_is_left_alone_while_a_run_writes(tmp_path: Path) -> None:
+    """What a run finds in place it does not write again; it must still be there when its record names it."""
+    root = build(tmp_path / "d", seed=13)
+    root.put("data/left-over.parquet", b"what a crash left")
+    run = claim_next(root, lambda previous: collect(root, previous), job="encode")
+    try:
+        with pytest.raises(ConflictError, match="Another run is writing"):
+            collect_garbage(root.uri, grace_s=0, now_s=2**33)
+        assert root.exists("data/left-over.parquet")
+        run.close({"status": "done"})
+        assert collect_garbage(root.uri, grace_s=0, now_s=2**33)[0] >= 1
+        assert not root.exists("data/left-over.parquet")
+    finally:
+        run.abandon()
 
 
 def retire(root: Root, *triples: tuple[int, int, int]) -> None:
