@@ -126,7 +126,7 @@ def validate_requests(
     """Check and complete every request; InputError lists all problems by row (row 1 is the first request).
 
     `columns` maps names out of FIELDS plus `extra` to equally long sequences; cells may be None. A repeated
-    request is a problem, or with `keep_first` left out and counted. `broken` are rows that could not be read, and why.
+    request is a problem, or with `keep_first` left out and counted. `broken`: rows that could not be read, and why.
     """
     num_rows = max(len(next(iter(columns.values()))) if columns else 0, *broken, 0)
     if num_rows == 0:

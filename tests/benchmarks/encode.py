@@ -90,7 +90,7 @@ def ours(case: Case, out: Path) -> list[str]:
         "output.uri": out,
         "encode.batch_size": case.batch,
         "encode.actors": case.actors,
-        # So few images fit one unit, and one unit is one actor's work: with few of them, actors wait for the last one.
+        # One unit is one actor's work: with few of them, actors wait at the end for the last one.
         "encode.unit_rows": min(256, max(4 * case.batch, case.count // (16 * case.actors))),
         "tracking.enabled": "false",
         "cluster.dashboard": "false",
