@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 import ray
@@ -250,18 +250,17 @@ def actor_pool(size: int, retries: int, batch_rows: int | None = None, calls: in
     }
 
 
-def check_cpus(demands: Mapping[str, float], key: str) -> None:
+def check_together(demands: Mapping[str, float], key: str, resource: Literal["CPU", "GPU"] = "CPU") -> None:
     """ConfigError unless the cluster can hold all demands at once: Ray would wait for ever, silently."""
-    have = ray.cluster_resources().get("CPU", 0.0)
+    have = ray.cluster_resources().get(resource, 0.0)
     need = sum(demands.values())
     if need > have + 1e-6:
-        parts = ", ".join(f"{name} {amount:g}" for name, amount in demands.items())
         raise ConfigError(
-            f"The job needs {need:g} CPUs at once and the cluster has {have:g}: it would wait for ever",
+            f"The job needs {need:g} {resource}s at once and the cluster has {have:g}: it would wait for ever",
             key=key,
-            value=parts,
-            rule="actors + one read + one write must fit the cluster's CPUs",
-            next_step="lower the number of actors or the CPUs they reserve, or add nodes",
+            value=", ".join(f"{name} {amount:g}" for name, amount in demands.items()),
+            rule=f"what must run beside each other must fit the cluster's {resource}s together",
+            next_step=f"lower the number of actors or the {resource}s they reserve, or add nodes",
         )
 
 

@@ -22,8 +22,8 @@ from pipeline.graph import (
     UnitSource,
     Watch,
     actor_pool,
-    check_cpus,
     check_nodes,
+    check_together,
     configure_ray_data,
     node_offers,
     run_execution,
@@ -311,7 +311,7 @@ def _resources(config: EncodeJobConfig) -> dict[str, Any]:
     if encode.decode == "tasks":
         kinds.append(Kind("a decode task (encode.decode_cpus)", encode.decode_cpus))
     check_nodes(kinds, node_offers(), "encode")
-    check_cpus(demands, "encode.actors")
+    check_together(demands, "encode.actors")
     threads = encode.threads_per_actor or max(1, round(actor_cpus))
     return {"actors": actors, "actor_cpus": actor_cpus, "actor_gpus": actor_gpus, "threads": threads}
 

@@ -9,12 +9,15 @@ from typing import Any
 from pipeline.cluster import ensure_ray, shutdown_ray
 from pipeline.errors import StoppedError
 from pipeline.graph import (
+    Kind,
     LedgerSink,
     UnitSource,
     Watch,
     actor_pool,
-    check_cpus,
+    check_nodes,
+    check_together,
     configure_ray_data,
+    node_offers,
     run_execution,
     start_monitor,
     whole_blocks,
@@ -190,13 +193,27 @@ def _resources(config: SampleJobConfig, *, with_text: bool) -> Resources:
     prompts_gpus = 0.0 if not with_text else wanted if wanted is not None else PROMPTS_GPU if gpus else 0.0
     share = (cpus - spare - decode_actors * decode_cpus) / denoise_actors
     denoise_cpus = config.denoise.num_cpus or max(0.1, round(min(1.0, share) - 5e-5, 4))
-    check_cpus(
+    prompts_cpus = config.prompts.num_cpus if with_text else 0.0
+    kinds = [
+        Kind("a denoise actor (denoise.num_cpus, denoise.num_gpus)", denoise_cpus, denoise_gpus),
+        Kind("a decode actor (decode.num_cpus, decode.num_gpus)", decode_cpus, decode_gpus),
+        Kind("the actor that embeds prompts (prompts.num_cpus, prompts.num_gpus)", prompts_cpus, prompts_gpus),
+        Kind("an encode task (write.encoder_cpus)", config.write.encoder_cpus),
+    ]
+    check_nodes(kinds, node_offers(), "denoise")
+    denoisers, decoders = f"{denoise_actors} denoise actors", f"{decode_actors} decode actors"
+    check_together(
         {
-            f"{denoise_actors} denoise actors": denoise_actors * denoise_cpus,
-            f"{decode_actors} decode actors": decode_actors * decode_cpus,
+            denoisers: denoise_actors * denoise_cpus,
+            decoders: decode_actors * decode_cpus,
             "a read, an encoding, a write and the prompts": spare,
         },
         "denoise.actors",
+    )
+    check_together(
+        {denoisers: denoise_actors * denoise_gpus, decoders: decode_actors * decode_gpus, "prompts": prompts_gpus},
+        "denoise.num_gpus",
+        "GPU",
     )
     return Resources(
         denoise_actors, denoise_cpus, denoise_gpus, decode_actors, decode_cpus, decode_gpus, prompts_gpus

@@ -1,6 +1,6 @@
 """Encoding a folder of images: the product, two peers, and the limit, on the same files and codec in one run.
 
-    python -m tests.benchmarks.encode [--photos FOLDER] [--images 2000] [--codec small sd] [--out DIR]
+    python -m tests.benchmarks.encode [--photos FOLDER] [--images 2000] [--codec small sd] [--rounds 1] [--out DIR]
         [--set image.buckets.kind=aspect ...] [--before COMMIT]
 
 Each contender is a command of its own and runs on a quarter of the images and on all of them. Its rate is that of
@@ -8,6 +8,9 @@ the images between: what starting up costs falls out of the difference, and is s
 repeated under new names. `small` is an AutoencoderKL in which the pipeline dominates, `sd` one of the size and shape
 of Stable Diffusion's, both with random weights; `sd` gets a sixteenth of the images,
 of half the resolution, in batches of a quarter.
+
+A figure is the median of the rounds, in which the contenders take turns; a share of the limit is the median of the
+shares in each round, for a shared machine is not equally fast all the time.
 
 Two figures say how near to the limit: of the same work as torch does it when nobody tells it more, and of the best
 there is, which keeps freed memory as the product's encoders do (`pipeline/memory.py`).
@@ -22,6 +25,7 @@ import argparse
 import contextlib
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,6 +37,7 @@ from pathlib import Path
 from tests.benchmarks import report
 
 LIMIT, KEPT = "no pipeline", "freed memory kept"
+Figures = dict[str, float]
 CODECS = {"small": (16, 32, 32, 32), "sd": (128, 256, 512, 512)}
 
 
@@ -193,6 +198,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--codec", nargs="*", choices=sorted(CODECS), default=["small", "sd"])
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--actors", type=int, default=os.cpu_count())
     parser.add_argument("--only", nargs="*", help="contenders to run; all without")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the product's job")
@@ -228,25 +234,34 @@ def compare(codec: str, contenders: dict[str, Contender], trees: dict[str, Path]
         how = (make_codec(place / "codec", codec), resolution, batch, chosen.actors, tuple(chosen.set))
         counts = (images, images // 4)
         cases = [Case(make_images(place / str(n), chosen.photos, n), n, *how) for n in counts]
-        found = {}
-        for name, contender in contenders.items():
-            found[name] = measure(*cases, contender, place / "out", trees.get(name))
-            print(f"{name}: {found[name]['images_per_s']:.1f} images/s", file=sys.stderr, flush=True)
-    rates = {name: f["images_per_s"] for name, f in found.items()}
-    limits = {name: rate for name, rate in rates.items() if name.startswith(LIMIT)}
-    plain = max((rate for name, rate in limits.items() if KEPT not in name), default=float("nan"))
-    best = max(limits.values(), default=float("nan"))
+        rounds: list[dict[str, Figures]] = []
+        for _ in range(chosen.rounds):
+            rounds.append({})
+            for name, contender in contenders.items():
+                rounds[-1][name] = measure(*cases, contender, place / "out", trees.get(name))
+                print(f"{name}: {rounds[-1][name]['images_per_s']:.2f} images/s", file=sys.stderr, flush=True)
+    found = {
+        name: {key: statistics.median(r[name][key] for r in rounds) for key in rounds[0][name]} for name in contenders
+    }
     rows = [
-        [n, rates[n], rates[n] / plain, rates[n] / best, f["start_s"], f["files"], f["bytes_per_image"], f["list_ms"]]
+        [n, f["images_per_s"], share(n, rounds, kept=False), share(n, rounds, kept=True)]
+        + [f[key] for key in ("start_s", "files", "bytes_per_image", "list_ms")]
         for n, f in found.items()
     ]
     heads = [f"{codec}, {resolution} px", "images/s", "of limit", "of best limit"]
     heads += ["start s", "files", "bytes/image", "list+open ms"]
     print(report.table(heads, rows))
     name = f"encode_{codec}_{resolution}{'_set' if chosen.set else ''}"
-    report.write(chosen.out, name, {"images": images, "set": chosen.set, "contenders": found})
+    report.write(chosen.out, name, {"images": images, "set": chosen.set, "contenders": found, "rounds": rounds})
     title = f"encode, {codec} codec, {resolution} px"
-    report.bars(chosen.out, name, title, rates, "images/s")
+    report.bars(chosen.out, name, title, {n: f["images_per_s"] for n, f in found.items()}, "images/s")
+
+
+def share(name: str, rounds: list[dict[str, Figures]], *, kept: bool) -> float:
+    """Of the limit in the same round; `kept`: of the better one of those with freed memory kept and without."""
+    limits = [n for n in rounds[0] if n.startswith(LIMIT) and (kept or KEPT not in n)]
+    best = [max((r[n]["images_per_s"] for n in limits), default=float("nan")) for r in rounds]
+    return statistics.median(r[name]["images_per_s"] / most for r, most in zip(rounds, best, strict=True))
 
 
 if __name__ == "__main__":
