@@ -17,7 +17,7 @@ if sys.argv[1] == "keep":
     assert keep_freed_memory()
 
 def batches():
-    for _ in range(40):
+    for _ in range(10):
         torch.ones(6 << 20)  # 24 MiB, below glibc's largest threshold for blocks of their own
         torch.ones(24 << 20)  # 96 MiB, above it
 
@@ -36,7 +36,7 @@ print(*found)
 
 
 def page_faults(mode: str) -> list[int]:
-    """Of forty rounds in the main thread, and of forty in another."""
+    """Of ten rounds in the main thread, and of ten in another."""
     done = subprocess.run([sys.executable, "-c", SCRIPT, mode], capture_output=True, text=True, check=True)
     return [int(word) for word in done.stdout.split()]
 
