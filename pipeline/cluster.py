@@ -22,6 +22,8 @@ _asked = False
 
 # Several processes share the cores: OpenMP threads that spin while they wait steal them from each other.
 WORKER_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"}
+# Of workers that compute on the CPU: glibc keeps freed memory for their next batch (see `pipeline.memory`).
+CPU_WORKER_ENV = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 62)}
 
 
 class ClusterConfig(StrictModel):

@@ -23,7 +23,7 @@ from ray.data.datasource import Datasink, Datasource, ReadTask
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.cluster import Gauges, LocalRaylets
+from pipeline.cluster import CPU_WORKER_ENV, Gauges, LocalRaylets
 from pipeline.errors import ConfigError, InputError, PipelineError, StoppedError
 from pipeline.progress import Progress
 from pipeline.storage_errors import describe, job_error, storage_errors
@@ -231,9 +231,12 @@ def whole_blocks() -> None:
     DataContext.get_current().target_max_block_size = None
 
 
-def actor_pool(size: int, retries: int, batch_rows: int | None = None, calls: int = 1) -> dict[str, Any]:
+def actor_pool(
+    size: int, retries: int, batch_rows: int | None = None, calls: int = 1, *, num_gpus: float
+) -> dict[str, Any]:
     """Arguments for a pool of `size` actors that are replaced when they die, with bounded repeats of a task.
 
+    `num_gpus` each reserves; without any it computes on the CPU, and keeps freed memory for its next batch.
     `batch_rows` cuts what an actor gets per call; None hands it whole blocks. `calls`: at a time, per actor.
     """
     # By default as many again wait at an actor: in small jobs, and at the end of all, others are idle meanwhile.
@@ -247,6 +250,7 @@ def actor_pool(size: int, retries: int, batch_rows: int | None = None, calls: in
         "batch_format": "pyarrow",
         "max_restarts": -1,
         "max_task_retries": retries,
+        **({"num_gpus": num_gpus} if num_gpus else {"runtime_env": {"env_vars": CPU_WORKER_ENV}}),
     }
 
 

@@ -27,11 +27,11 @@ def keep_freed_memory() -> bool:
 
     By default glibc maps each large block anew and gives it back when freed, so that a network on the CPU has the
     kernel clear its activations' pages again and again: a tenth of the time of a VAE. For processes whose batches
-    have few shapes, which is when what is kept is also used; they stay as large as they have once been.
+    have few shapes, which is when what is kept is also used; they stay as large as they have once been. To be called
+    before other threads allocate: each has its arena already, and only the first one holds large blocks. Workers are
+    started so instead (`pipeline.cluster.CPU_WORKER_ENV`).
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    # One arena: the others cannot hold large blocks, and return them to the kernel whatever the threshold is.
-    wanted = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1))
-    return all(mallopt(name, value) == 1 for name, value in wanted)
+    return all(mallopt(name, value) == 1 for name, value in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1)))

@@ -163,8 +163,7 @@ class _Passes:
             EncodeBlocks,
             fn_constructor_args=(self._spec(r, calls), self.monitor),
             num_cpus=r["actor_cpus"],
-            num_gpus=r["actor_gpus"] or None,
-            **actor_pool(r["actors"], _TASK_RETRIES, batch_rows, calls),
+            **actor_pool(r["actors"], _TASK_RETRIES, batch_rows, calls, num_gpus=r["actor_gpus"]),
         )
         commit = CommitRows(self.committer, self.monitor)
         sink = LedgerSink("CommitLatents", commit, rows_per_write(self.config, self.info))

@@ -102,11 +102,8 @@ class EncodeBlocks:
         import torch
 
         from pipeline.graph import held
-        from pipeline.memory import keep_freed_memory
 
         torch.set_num_threads(spec.threads)
-        if spec.device == "cpu":
-            keep_freed_memory()
         self._encoder = held(partial(_load_encoder, spec))
         ahead = -(-2 * spec.batch_size // spec.calls)  # by each call; together they hold two batches of pixels
         self._decoder = None if spec.decoded else Decoder(spec.image, spec.source_uri, spec.decode_threads, ahead)

@@ -21,7 +21,7 @@ from pipeline.sample.prepare import Prepared, prepare
 from pipeline.sample.provenance import without_credentials
 from pipeline.sample.showing import CONTACT_KEY, GALLERY_KEY, show
 from pipeline.storage import Root
-from pipeline.store.generation import Generation, claim_next, latest_number, read_closing
+from pipeline.store.generation import Generation, claim_next, newest_of, read_closing
 from pipeline.store.identity import check_same, claim_identity, read_identity
 from pipeline.store.layout import IDENTITY
 from pipeline.store.ledger import collect
@@ -43,7 +43,7 @@ def run(config: SampleJobConfig) -> JobResult:
         state = read_state(root)
         plan = planned_requests(state.plan)
         wanted = planned_rows(plan, names)
-        ended = read_closing(root, latest_number(root)) is not None
+        ended = read_closing(root, newest_of(root, "sample")) is not None
         if ended and wanted.count() == len(names) and not wanted - state.covered:
             return _finish(config, prepared, state, wanted, "unchanged", last_run(root).get("run_id"))
     root.probe()

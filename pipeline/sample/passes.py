@@ -155,8 +155,7 @@ class _Passes:
                 self.monitor,
             ),
             num_cpus=r.denoise_cpus,
-            num_gpus=r.denoise_gpus or None,
-            **actor_pool(r.denoise_actors, _TASK_RETRIES),
+            **actor_pool(r.denoise_actors, _TASK_RETRIES, num_gpus=r.denoise_gpus),
         )
         dataset = dataset.map_batches(
             DecodeBlocks,
@@ -164,8 +163,7 @@ class _Passes:
                 DecoderSpec(prepared.codec_path, prepared.codec_kind, prepared.model.codec_revision, decoding),
             ),
             num_cpus=r.decode_cpus,
-            num_gpus=r.decode_gpus or None,
-            **actor_pool(r.decode_actors, _TASK_RETRIES),
+            **actor_pool(r.decode_actors, _TASK_RETRIES, num_gpus=r.decode_gpus),
         )
         dataset = dataset.map_batches(
             EncodeImages(draw, prepared.origin, self.root if config.output.format == "files" else None),

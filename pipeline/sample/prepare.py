@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.codec.info import CodecInfo, codec_info
-from pipeline.errors import ConflictError, InputError
+from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.paths import place_of
 from pipeline.sample.config import FileRequests, GridRequests, SampleJobConfig
 from pipeline.sample.model import ModelFacts, read_model, resolve_sampler
 from pipeline.sample.provenance import Draw, Origin
 from pipeline.sample.request_files import file_format, map_columns, read_columns
-from pipeline.sample.requests import Defaults, Limits, Requests, grid_columns, validate_requests
+from pipeline.sample.requests import Defaults, Limits, Requests, grid_columns, refuse_broken, validate_requests
 from pipeline.storage import Root
 from pipeline.storage_errors import describe, storage_errors
 from pipeline.store.identity import Identity
@@ -86,7 +86,11 @@ def load_requests(config: GridRequests | FileRequests, limits: Limits) -> Reques
     if isinstance(config, FileRequests):
         data = _read_file(config.uri)
         cells = read_columns(data, file_format(config.uri, config.format), config.uri)
-        columns = map_columns(cells.columns, config.columns, config.other_columns, config.uri)
+        try:
+            columns = map_columns(cells.columns, config.columns, config.other_columns, config.uri)
+        except ConfigError:
+            refuse_broken(cells.broken, config.uri)  # first: which columns there are depends on these lines
+            raise
         return validate_requests(
             columns,
             limits=limits,

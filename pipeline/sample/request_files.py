@@ -70,12 +70,13 @@ def read_columns(data: bytes, kind: str, origin: str) -> Cells:
 
 def _read_csv(text: str) -> Cells:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header = next(reader, [])
+    header = next((row for row in reader if row), [])
     if len(set(header)) != len(header):
         raise ValueError(f"a column is named twice in {header}")
     rows: list[list[str]] = []
     broken: dict[int, str] = {}
     while True:
+        first = reader.line_num + 1
         try:
             values = next(reader)
             if values and len(values) != len(header):
@@ -83,7 +84,8 @@ def _read_csv(text: str) -> Cells:
         except StopIteration:
             break
         except (csv.Error, ValueError) as error:
-            broken[len(rows) + 1] = f"line {reader.line_num}: {error}"
+            last = reader.line_num
+            broken[len(rows) + 1] = f"{f'lines {first} to {last}' if last > first else f'line {first}'}: {error}"
             values = [""] * len(header)
         if values:
             rows.append(values)
@@ -101,7 +103,7 @@ def _read_jsonl(text: str) -> Cells:
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError("no JSON object")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             row, broken[len(rows) + 1] = {}, f"line {number}: {error}"
         rows.append(row)
         names.update(dict.fromkeys(row))

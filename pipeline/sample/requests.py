@@ -163,6 +163,14 @@ def validate_requests(
     return Requests(pa.table(rows, schema=REQUEST_SCHEMA), duplicates)
 
 
+def refuse_broken(broken: Mapping[int, str], origin: str) -> None:
+    """InputError with every row that could not be read, if there is any."""
+    problems = _Problems()
+    for row, reason in broken.items():
+        problems.add(row, reason)
+    problems.check(origin)
+
+
 def _complete(request: dict[str, Any], limits: Limits, defaults: Defaults) -> dict[str, Any]:
     """Fill what is unset, and bring what means the same into one form."""
     height, width = limits.sizes[0] if limits.sizes else (None, None)

@@ -95,9 +95,9 @@ class DenoiseBlocks:
     """An actor: a block of requests in, the same with raw latents out. Reports finished rows to `monitor`."""
 
     def __init__(self, spec: DenoiserSpec, monitor: Any) -> None:
-        from pipeline.sample.denoise import Denoiser
+        from pipeline.sample.denoise import Denoiser, use_threads
 
-        _prepare_process(spec.draw)
+        use_threads(spec.draw.threads)
         self._monitor, self._draw = monitor, spec.draw
         embed = None if spec.embedder is None else lambda prompts: answer(spec.embedder.embed.remote(list(prompts)))
         self._denoiser = _loaded(
@@ -110,15 +110,6 @@ class DenoiseBlocks:
         denoiser = self._denoiser()
         with batch_fits(self._draw, "Denoising"):
             return denoiser(block, on_batch=lambda rows: self._monitor.add.remote({"rows": rows}))
-
-
-def _prepare_process(draw: Draw) -> None:
-    from pipeline.memory import keep_freed_memory
-    from pipeline.sample.denoise import use_threads
-
-    use_threads(draw.threads)
-    if draw.device == "cpu":
-        keep_freed_memory()
 
 
 @dataclass(frozen=True)
@@ -136,8 +127,9 @@ class DecodeBlocks:
 
     def __init__(self, spec: DecoderSpec) -> None:
         from pipeline.sample.decode import Decoder
+        from pipeline.sample.denoise import use_threads
 
-        _prepare_process(spec.draw)
+        use_threads(spec.draw.threads)
         self._draw = spec.draw
         self._decoder = _loaded(
             spec.draw,

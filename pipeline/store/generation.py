@@ -114,6 +114,12 @@ def latest_number(root: Root) -> int:
     return 0
 
 
+def newest_of(root: Root, job: str, before: int | None = None) -> int:
+    """The newest generation that a job of this name claimed, of those below `before`; 0 when there is none."""
+    first = latest_number(root) if before is None else before - 1
+    return next((number for number in range(first, 0, -1) if read_claim(root, number)["job"] == job), 0)
+
+
 def read_claim(root: Root, number: int) -> dict[str, Any]:
     """The content of a generation's claim."""
     claim: dict[str, Any] = json.loads(root.read_bytes(f"{layout.generation_dir(number)}/open.json"))

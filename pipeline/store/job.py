@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 
-from pipeline.errors import InputError
+from pipeline.errors import ConflictError, InputError
 from pipeline.paths import place_of
 from pipeline.progress import Progress
 from pipeline.result import JobResult
@@ -57,11 +57,15 @@ def run_verify(
             next_step="an unfinished dataset: run its job again; damage: restore the named objects, or encode into a "
             "new root",
         )
-    if config.gc:
-        counts["gc_objects"], counts["gc_bytes"] = collect_garbage(config.data.uri, config.gc_grace_s)
     seconds = max(time.monotonic() - began, 1e-9)
     rates = {"bytes_per_s": report.bytes_read / seconds}
-    return JobResult("done", counts, {"dataset": config.data.uri}, None, rates, figures)
+    result = JobResult("done", counts, {"dataset": config.data.uri}, None, rates, figures)
+    if config.gc:
+        try:
+            counts["gc_objects"], counts["gc_bytes"] = collect_garbage(config.data.uri, config.gc_grace_s)
+        except ConflictError as error:
+            raise error.with_result(result) from None
+    return result
 
 
 def plan_verify(config: VerifyJobConfig) -> JobResult:

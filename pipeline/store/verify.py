@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pipeline.storage import ObjectInfo, Root
 from pipeline.storage_errors import storage_errors
 from pipeline.store import layout
-from pipeline.store.generation import claim_next, latest_number, read_claim
+from pipeline.store.generation import claim_next, fenced, latest_number, read_claim
 from pipeline.store.identity import read_identity
 from pipeline.store.ledger import collect, visible_records
 from pipeline.store.outside import COLUMNS, problems_outside
@@ -27,6 +27,7 @@ from pipeline.store.rowset import RowSet
 from pipeline.store.state import State, fold
 
 Level = Literal["ledger", "files", "checksums"]
+_DELETES = 32  # at a time, and between two looks for a run that has taken over
 LEVELS: tuple[Level, ...] = ("ledger", "files", "checksums")
 
 
@@ -194,9 +195,10 @@ def _orphans(
 def collect_garbage(uri: str, grace_s: float, now_s: float | None = None) -> tuple[int, int]:
     """Remove orphans older than a grace period in seconds; returns (objects, bytes) removed.
 
-    Holds a generation of its own while it does, for a run may find an object that it is about to write in place,
-    left by a run that died: ConflictError while another run writes. Readers hold nothing: a training run that opened
-    the dataset before a compaction reads the replaced fragments to its end, so let the grace period cover it.
+    Call it only when no reader still uses an older state of the dataset: a training run that opened it before a
+    compaction reads the replaced fragments, whose age is that of their bytes, to its end. Writers are kept out by a
+    generation of its own, for a run may find in place what it is about to write, left by one that died:
+    ConflictError while another run writes, and for a run that starts before this has ended.
     """
     root = Root(uri)
     read_identity(root)
@@ -211,11 +213,12 @@ def collect_garbage(uri: str, grace_s: float, now_s: float | None = None) -> tup
     generation = claim_next(root, lambda previous: collect(root, previous), job="gc")
     try:
         garbage = old()
-        for info in garbage:
-            generation.check()
-            root.delete(info.key)
-        removed = len(garbage), sum(info.size_bytes for info in garbage)
+        with ThreadPoolExecutor(_DELETES) as pool:
+            for first in range(0, len(garbage), _DELETES):
+                if latest_number(root) != generation.number:
+                    raise fenced(root, generation.number)
+                list(pool.map(lambda info: root.delete(info.key), garbage[first : first + _DELETES]))
         generation.close({"status": "done", "removed": len(garbage)})
-        return removed
+        return len(garbage), sum(info.size_bytes for info in garbage)
     finally:
         generation.abandon()

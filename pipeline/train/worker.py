@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from pipeline.memory import keep_freed_memory
 from pipeline.model.build import build_model, repeated_blocks
 from pipeline.model.flops import forward_flops, train_flops
 from pipeline.storage import Root
@@ -75,8 +74,6 @@ def run_worker(config: TrainJobConfig, place: Place) -> dict[str, Any]:
     served = open_served(config)
     facts = place.facts
     device = torch.device(place.device)
-    if device.type == "cpu":
-        keep_freed_memory()
     stream = open_stream(config, served, root)
     same_run = identity(config, served[0].latents, facts) | _stream_identity(stream)
     state, engine = _build(config, facts, device, same_run)

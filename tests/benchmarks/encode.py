@@ -52,6 +52,7 @@ class Case:
     batch: int
     actors: int
     changes: tuple[str, ...] = ()
+    unit_rows: int = 256
 
 
 def make_codec(folder: Path, kind: str) -> Path:
@@ -95,8 +96,7 @@ def ours(case: Case, out: Path) -> list[str]:
         "output.uri": out,
         "encode.batch_size": case.batch,
         "encode.actors": case.actors,
-        # One unit is one actor's work: with few of them, actors wait at the end for the last one.
-        "encode.unit_rows": min(256, max(4 * case.batch, case.count // (16 * case.actors))),
+        "encode.unit_rows": case.unit_rows,
         "tracking.enabled": "false",
         "cluster.dashboard": "false",
     }
@@ -231,8 +231,10 @@ def compare(codec: str, contenders: dict[str, Contender], trees: dict[str, Path]
         images, resolution, batch = max(32, images // 16), resolution // 2, max(1, batch // 4)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         place = Path(folder)
-        how = (make_codec(place / "codec", codec), resolution, batch, chosen.actors, tuple(chosen.set))
         counts = (images, images // 4)
+        # One unit is one actor's work: with few of them, actors wait at the end for the last one.
+        rows = max(batch, counts[1] // (4 * chosen.actors))
+        how = (make_codec(place / "codec", codec), resolution, batch, chosen.actors, tuple(chosen.set), rows)
         cases = [Case(make_images(place / str(n), chosen.photos, n), n, *how) for n in counts]
         rounds: list[dict[str, Figures]] = []
         for _ in range(chosen.rounds):

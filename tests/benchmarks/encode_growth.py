@@ -35,7 +35,8 @@ def with_actors(place: Path, photos: Path, counts: list[int]) -> dict[str, float
     many, few = make_images(place / "many", photos, 800), make_images(place / "few", photos, 200)
     rates = {}
     for actors in counts:
-        cases = Case(many, 800, codec, 256, BATCH, actors), Case(few, 200, codec, 256, BATCH, actors)
+        how = (codec, 256, BATCH, actors, (), max(BATCH, 50 // actors))
+        cases = Case(many, 800, *how), Case(few, 200, *how)
         rates[f"{actors}"] = measure(*cases, ours, place / "out")["images_per_s"]
         print(f"{actors} actors: {rates[f'{actors}']:.1f} images/s", file=sys.stderr, flush=True)
     return rates

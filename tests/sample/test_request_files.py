@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -10,6 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import ConfigError, InputError
+from pipeline.sample.config import FileRequests
+from pipeline.sample.prepare import load_requests
 from pipeline.sample.request_files import file_format, map_columns, read_columns
 from pipeline.sample.requests import Defaults, Limits, validate_requests
 
@@ -60,7 +63,8 @@ def test_files_that_are_no_such_file_say_so(data: bytes, kind: str, message: str
     [
         (b"a,b\n1\n2,3\n", "csv", {1: "line 2: 1 cells, the header has 2"}),
         (b'a,b\n\n"x"y,1\n2,3\n4\n', "csv", {1: "line 3: ',' expected after '\"'", 3: "line 5: 1 cells"}),
-        (b'a\n"open\n', "csv", {1: "line 2: unexpected end of data"}),
+        (b'\na,b\n1,"open\n2,3\n', "csv", {1: "lines 3 to 4: unexpected end of data"}),
+        (b'{"a": 1}\n' + b"[" * 100_000 + b"\n", "jsonl", {2: "line 2: "}),
         (b'{"a":\n\n{"a": 1}\n[1]\n', "jsonl", {1: "line 1: Expecting value", 3: "line 4: no JSON object"}),
     ],
 )
@@ -82,6 +86,17 @@ def test_broken_lines_are_told_with_all_other_problems() -> None:
         "row 2: seed 'x': not a number",
         "row 3: label 9: the model has classes 0 to 3",
     ]
+
+
+def test_broken_lines_come_before_columns_that_they_would_have_named(tmp_path: Path) -> None:
+    path = tmp_path / "asked.jsonl"
+    path.write_text('[{"text": "a"},\n{"text": "b"}]\n')
+    config = FileRequests(kind="file", uri=str(path), columns={"prompt": "text"})
+    with pytest.raises(InputError, match=r"(?s)row 1: line 1: .*row 2: line 2: "):
+        load_requests(config, TEXT)
+    path.write_text('{"caption": "a"}\n')
+    with pytest.raises(ConfigError, match="the file has caption"):
+        load_requests(config, TEXT)
 
 
 def test_columns_are_renamed_kept_or_refused() -> None:

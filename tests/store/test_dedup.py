@@ -355,7 +355,7 @@ def play(root: Root, world: World, this: Round, monkeypatch: pytest.MonkeyPatch)
     entries = [[Listed(f"{world.units}/{r}") for r in range(len(new))]] if new else []
     if new or gone:
         report = SimpleNamespace(retired=[(u, r, r + 1) for u, r in gone], removed=len(gone))
-        append_version(read_plan(root), entries, report=report, source={}, generation=1)
+        append_version(read_plan(root), entries, report=report, source={}, generation=latest_number(root))
     world.contents |= new
     world.units += bool(new)
     state = read_state(root)

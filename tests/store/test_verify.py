@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import threading
@@ -14,8 +15,10 @@ import pytest
 from pipeline.errors import ConflictError, InputError
 from pipeline.storage import Root
 from pipeline.store.compact import CompactReport, compact, shard_spans
+from pipeline.store.config import VerifyJobConfig
 from pipeline.store.dataset import LatentDataset
-from pipeline.store.generation import claim_next
+from pipeline.store.generation import claim_next, latest_number
+from pipeline.store.job import run_verify
 from pipeline.store.ledger import collect
 from pipeline.store.plan import append_version, read_plan
 from pipeline.store.plan_diff import DiffReport
@@ -224,7 +227,7 @@ def test_bundles_stay_while_a_reader_may_still_follow_an_older_claim(tmp_path: P
     assert (report.problems, report.orphans) == ([], [])
 
 
-def test_garbage_is_left_alone_while_a_run_writes(tmp_path: Path) -> None:
+def test_garbage_is_left_alone_while_a_run_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a run finds in place it does not write again; it must still be there when its record names it."""
     root = build(tmp_path / "d", seed=13)
     root.put("data/left-over.parquet", b"what a crash left")
@@ -232,6 +235,12 @@ def test_garbage_is_left_alone_while_a_run_writes(tmp_path: Path) -> None:
     try:
         with pytest.raises(ConflictError, match="Another run is writing"):
             collect_garbage(root.uri, grace_s=0, now_s=2**33)
+        told = VerifyJobConfig.model_validate({"data": {"uri": root.uri}, "gc": True, "gc_grace_s": 0})
+        with pytest.raises(ConflictError) as caught:
+            monkeypatch.setattr("time.time", lambda: 2.0**33)
+            run_verify(told)
+        assert caught.value.result is not None
+        assert caught.value.result.counts["planned"] == 60
         assert root.exists("data/left-over.parquet")
         run.close({"status": "done"})
         assert collect_garbage(root.uri, grace_s=0, now_s=2**33)[0] >= 1
@@ -240,9 +249,42 @@ def test_garbage_is_left_alone_while_a_run_writes(tmp_path: Path) -> None:
         run.abandon()
 
 
+def test_a_run_that_takes_over_stops_garbage_collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process was suspended, say: what the new run has found in place must stay."""
+    root = build(tmp_path / "d", seed=14)
+    left = [f"data/left-over-{number}.parquet" for number in range(100)]
+    for name in left:
+        root.put(name, b"what a crash left")
+    deleted: list[str] = []
+    real = Root.delete
+
+    def delete(self: Root, key: str) -> None:
+        deleted.append(key)
+        if len(deleted) == 1:
+            claim = {"job": "encode", "owner": {}, "bundles": collect(root, latest_number(root)), "at": time.time()}
+            root.put(f"generations/{latest_number(root) + 1:08d}/open.json", json.dumps(claim).encode())
+        real(self, key)
+
+    monkeypatch.setattr(Root, "delete", delete)
+    with pytest.raises(ConflictError, match="Another run has taken over"):
+        collect_garbage(root.uri, grace_s=0, now_s=2**33)
+    assert 0 < len(deleted) < len(left)
+
+
+def test_a_plan_is_not_extended_by_a_run_that_was_fenced_off(tmp_path: Path) -> None:
+    """The parts it has written may be garbage by then."""
+    root = build(tmp_path / "d", seed=15)
+    plan, old = read_plan(root), latest_number(root)
+    compact(root.uri, **SIZES)
+    with pytest.raises(ConflictError, match="Another run has taken over"):
+        append_version(plan, [], report=DiffReport(retired=[(0, 0, 1)]), source={}, generation=old)
+    assert read_plan(root) == plan
+
+
 def retire(root: Root, *triples: tuple[int, int, int]) -> None:
     """What planning does with rows whose source has changed or gone."""
-    append_version(read_plan(root), [], report=DiffReport(retired=list(triples)), source={}, generation=1)
+    report = DiffReport(retired=list(triples))
+    append_version(read_plan(root), [], report=report, source={}, generation=latest_number(root))
 
 
 SIZES = {"shard_bytes": 20 * 48, "row_group_bytes": 5 * 48}
