@@ -236,7 +236,7 @@ def actor_pool(
 ) -> dict[str, Any]:
     """Arguments for a pool of `size` actors that are replaced when they die, with bounded repeats of a task.
 
-    `num_gpus` each reserves; without any it computes on the CPU, and keeps freed memory for its next batch.
+    `num_gpus` each reserves; without any it computes on the CPU (`CPU_WORKER_ENV`).
     `batch_rows` cuts what an actor gets per call; None hands it whole blocks. `calls`: at a time, per actor.
     """
     # By default as many again wait at an actor: in small jobs, and at the end of all, others are idle meanwhile.

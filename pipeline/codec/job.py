@@ -202,15 +202,12 @@ def _fit_and_upload(config: FitCodecJobConfig, root: Root, images: Any, tracker:
     import torch
 
     from pipeline.codec.fit import fit_codec
-    from pipeline.memory import keep_freed_memory
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        keep_freed_memory()
     batch, total = config.fit.batch_size, config.fit.steps * config.fit.batch_size
     with Progress("fit_codec", total) as progress, tempfile.TemporaryDirectory() as scratch:
 

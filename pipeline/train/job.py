@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipeline.cluster import CPU_WORKER_ENV, WORKER_ENV, Gauges, ensure_ray
+from pipeline.cluster import WORKER_ENV, Gauges, ensure_ray
 from pipeline.config import config_digest, dump_yaml
 from pipeline.errors import InputError, PipelineError, StoppedError
 from pipeline.progress import Progress
@@ -224,8 +224,7 @@ def _fit(config: TrainJobConfig, root: Root, generation: int, handle: str | None
 
             use_gpu = _use_gpu(config, ray)
             t = config.train
-            env = {**WORKER_ENV, "OMP_NUM_THREADS": str(max(1, int(t.cpus_per_worker)))}
-            env |= {} if use_gpu else CPU_WORKER_ENV
+            cpus = {**WORKER_ENV, "OMP_NUM_THREADS": str(max(1, int(t.cpus_per_worker)))}
             trainer = TorchTrainer(
                 _train_on_ray,
                 train_loop_config={
@@ -243,7 +242,7 @@ def _fit(config: TrainJobConfig, root: Root, generation: int, handle: str | None
                     name=f"train-{generation}",
                     storage_path=_ray_storage(root),
                     failure_config=FailureConfig(max_failures=t.max_failures),
-                    worker_runtime_env={"env_vars": env},
+                    worker_runtime_env={"env_vars": cpus},
                 ),
             )
             try:

@@ -13,7 +13,7 @@ A figure is the median of the rounds, in which the contenders take turns; a shar
 shares in each round, for a shared machine is not equally fast all the time.
 
 Two figures say how near to the limit: of the same work as torch does it when nobody tells it more, and of the best
-there is, which keeps freed memory as the product's encoders do (`pipeline/memory.py`).
+there is, which keeps freed memory as the product's encoders do (`CPU_WORKER_ENV`).
 
 `--set` changes settings of the product's job (peers and limit have none of them). `--before` also runs the job as it
 was at an earlier commit, in the same run.

@@ -15,23 +15,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from pipeline.cluster import CPU_WORKER_ENV
 
-def work(
-    paths: list[Path], codec_path: str, resolution: int, batch: int, threads: int, keep: bool, ready: Any
-) -> None:
+
+def work(paths: list[Path], codec_path: str, resolution: int, batch: int, threads: int, ready: Any) -> None:
     """Decode and encode some files; waits for the others after loading."""
     import numpy as np
     import torch
 
     from pipeline.codec.codec import load_codec
-    from pipeline.memory import keep_freed_memory
     from pipeline.source.config import ImageConfig
     from pipeline.source.prepare import Reject, prepare
     from pipeline.source.rows import SourceRow
 
     torch.set_num_threads(threads)
-    if keep:
-        keep_freed_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     codec = load_codec(codec_path, device=device, dtype="auto")
     image = ImageConfig(resolution=resolution, multiple_of=8)
@@ -56,13 +53,14 @@ def work(
 def main() -> None:
     folder, codec = sys.argv[1:3]
     resolution, batch, processes = (int(a) for a in sys.argv[3:6])
-    keep = "keep" in sys.argv[6:]
+    if "keep" in sys.argv[6:]:
+        os.environ.update(CPU_WORKER_ENV)
     paths = sorted(Path(folder).iterdir())
     threads = max(1, (os.cpu_count() or 1) // processes)
     context = multiprocessing.get_context("spawn")
     ready = context.Barrier(processes + 1)
     workers = [
-        context.Process(target=work, args=(paths[i::processes], codec, resolution, batch, threads, keep, ready))
+        context.Process(target=work, args=(paths[i::processes], codec, resolution, batch, threads, ready))
         for i in range(processes)
     ]
     for worker in workers:
