@@ -7,6 +7,10 @@ claim comes, the records of the newest generation are read from its seals (see `
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from pipeline.storage import Root
 from pipeline.store import layout
 from pipeline.store.bundles import generation_records, read_bundle, write_bundle
@@ -34,10 +38,23 @@ def visible_records(root: Root) -> list[tuple[str, CommitRecord]]:
     if not number:
         return []
     bundles = read_claim(root, number)["bundles"]
-    # Parsed one by one: the bytes of all records together would take more memory than the records.
-    found = {name: parse_record(data, name) for bundle in bundles for name, data in read_bundle(root, bundle)}
-    found.update((name, parse_record(data, name)) for name, data in generation_records(root, number))
+    with _no_collection():
+        # Parsed one by one: the bytes of all records together would take more memory than the records.
+        found = {name: parse_record(data, name) for bundle in bundles for name, data in read_bundle(root, bundle)}
+        found.update((name, parse_record(data, name)) for name, data in generation_records(root, number))
     return sorted(found.items())
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Pauses Python's cycle collector: records have no cycles, and looking for some takes a quarter of the time."""
+    paused = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if paused:
+            gc.enable()
 
 
 def collect(root: Root, number: int) -> list[str]:
