@@ -18,8 +18,8 @@ from pipeline.stream.order import Order, Window
 from pipeline.stream.reader import SIZE_COLUMNS, Shape, WindowRows
 
 # Prepared in one go, because small rows are too many to handle batch by batch: stored bytes, and batches.
-_CHUNK_BYTES = 8 << 20
-_CHUNK_BATCHES = 256
+_CHUNK_BYTES = 16 << 20
+_CHUNK_BATCHES = 512
 
 Submit = Callable[[Window], "Future[WindowRows]"]
 
