@@ -45,7 +45,11 @@ class VerifyJobConfig(StrictModel):
     )
     decode: DecodeCheckConfig = Field(DecodeCheckConfig(), description="What level=decode compares.")
     report: str | None = Field(None, description="Path or URI that receives the whole report as JSON.")
-    gc: bool = Field(False, description="Afterwards remove orphan files older than the grace period.")
+    gc: bool = Field(
+        False,
+        description="Afterwards remove orphan files older than the grace period: only when no reader uses a state of "
+        "before the last compaction; no run can write meanwhile.",
+    )
     gc_grace_s: float = Field(86_400.0, ge=0, description="Age in seconds below which an orphan is left alone.")
 
 
