@@ -22,10 +22,11 @@ _asked = False
 
 # Several processes share the cores: OpenMP threads that spin while they wait steal them from each other.
 WORKER_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"}
-# Of actors that run a VAE on the CPU. By default glibc maps a block above 32 MiB anew and gives it back when freed,
-# so that the kernel clears an activation's pages again and again, a tenth of a VAE's time; so told, it keeps what is
-# freed for the next batch. Set before the process starts: a thread that has allocated has its arena already, and only
-# the first arena holds large blocks. Training and fitting gain nothing: their blocks are smaller.
+# Of actors whose network is on the CPU, for VAEs above all. By default glibc maps a block above 32 MiB anew and
+# gives it back when freed, so that the kernel clears an activation's pages again and again, a tenth of a VAE's
+# time; so told, it keeps what is freed for the next batch. Set before the process starts: a thread that has
+# allocated has its arena already, and only the first arena holds large blocks. Training and fitting gain
+# nothing: their blocks are smaller.
 CPU_WORKER_ENV = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 62)}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from pipeline.storage import Root
-from pipeline.store.generation import Generation, fenced, has_ended, latest_number, newest_of
+from pipeline.store.generation import Generation, check_newest, has_ended, newest_of
 from pipeline.store.identity import Identity, check_same, read_identity
 from pipeline.store.layout import IDENTITY
 from pipeline.store.ledger import visible_records
@@ -30,8 +30,7 @@ def settle_identity(root: Root, wanted: Identity, generation: Generation) -> Non
     previous = newest_of(root, "sample", before=generation.number)
     if previous and not has_ended(root, previous):
         check_same(root, read_identity(root, "output.uri"), wanted)
-    if latest_number(root) != generation.number:
-        raise fenced(root, generation.number)
+    check_newest(root, generation.number)
     root.put(IDENTITY, wanted.to_bytes())
     _log.info("nothing was committed to %s yet: it takes this run's settings", root.uri)
 

@@ -131,9 +131,7 @@ def validate_requests(
     num_rows = max(len(next(iter(columns.values()))) if columns else 0, *broken, 0)
     if num_rows == 0:
         raise InputError(f"There are no requests in {origin}", key="requests", next_step="ask for an image")
-    problems = _Problems()
-    for row, reason in broken.items():
-        problems.add(row, reason)
+    problems = _Problems.of(broken)
     empty: list[Any] = [None] * num_rows
     typed = {name: _typed(name, columns.get(name, empty), problems) for name in (*FIELDS, "extra")}
     rows: dict[str, list[Any]] = {name: [] for name in REQUEST_SCHEMA.names}
@@ -165,10 +163,7 @@ def validate_requests(
 
 def refuse_broken(broken: Mapping[int, str], origin: str) -> None:
     """InputError with every row that could not be read, if there is any."""
-    problems = _Problems()
-    for row, reason in broken.items():
-        problems.add(row, reason)
-    problems.check(origin)
+    _Problems.of(broken).check(origin)
 
 
 def _complete(request: dict[str, Any], limits: Limits, defaults: Defaults) -> dict[str, Any]:
@@ -321,6 +316,14 @@ class _Problems:
     shown: list[tuple[int, str]] = field(default_factory=list)
     count: int = 0
     unread: dict[int, set[str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, broken: Mapping[int, str]) -> _Problems:
+        """Those of the rows that could not be read."""
+        problems = cls()
+        for row, reason in broken.items():
+            problems.add(row, reason)
+        return problems
 
     def add(self, row: int, text: str, unread: str | None = None) -> None:
         """Note one problem; `unread` is the field whose cell could not be read."""

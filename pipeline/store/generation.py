@@ -106,6 +106,12 @@ def fenced(root: Root, number: int) -> ConflictError:
     )
 
 
+def check_newest(root: Root, number: int) -> None:
+    """ConflictError when a newer generation than `number` is there now: asks the store, where `check` may lag."""
+    if latest_number(root) > number:
+        raise fenced(root, number)
+
+
 def latest_number(root: Root) -> int:
     """The newest claimed generation; 0 when there is none."""
     for name in reversed(root.list_dirs(layout.GENERATIONS)):

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pipeline.storage import Root
 from pipeline.store import layout
 from pipeline.store.bundles import generation_records, read_bundle, write_bundle
-from pipeline.store.generation import fenced, latest_number, read_claim
+from pipeline.store.generation import check_newest, latest_number, read_claim
 from pipeline.store.record import CommitRecord, parse_record
 
 _MERGE_BUNDLES = 8
@@ -27,8 +27,7 @@ def commit(root: Root, record: CommitRecord) -> bool:
     committing the same record again is always right, for its name is its content.
     """
     created = root.put_if_absent(record.name, record.to_bytes())
-    if latest_number(root) > record.generation:
-        raise fenced(root, record.generation)
+    check_newest(root, record.generation)
     return created
 
 

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import ConflictError
 from pipeline.storage import Root
 from pipeline.store import layout
-from pipeline.store.generation import fenced, latest_number
+from pipeline.store.generation import check_newest
 from pipeline.store.rowset import Int64s, RowSet
 
 _ENTRIES_PER_GROUP = 1024
@@ -232,8 +232,7 @@ def append_version(
         **parts,
     )
     body = {"format_version": layout.FORMAT_VERSION, **version.__dict__}
-    if latest_number(plan.root) > generation:
-        raise fenced(plan.root, generation)  # its parts may be gone by now, as garbage
+    check_newest(plan.root, generation)  # else its parts may be gone by now, as garbage
     if not plan.root.put_if_absent(layout.plan_version(version.number), layout.canonical_json(body)):
         raise ConflictError(
             f"Another run froze version {version.number} of the plan of {plan.root.uri}",

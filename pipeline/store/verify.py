@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pipeline.storage import ObjectInfo, Root
 from pipeline.storage_errors import storage_errors
 from pipeline.store import layout
-from pipeline.store.generation import claim_next, fenced, latest_number, read_claim
+from pipeline.store.generation import check_newest, claim_next, latest_number, read_claim
 from pipeline.store.identity import read_identity
 from pipeline.store.ledger import collect, visible_records
 from pipeline.store.outside import COLUMNS, problems_outside
@@ -215,8 +215,7 @@ def collect_garbage(uri: str, grace_s: float, now_s: float | None = None) -> tup
         garbage = old()
         with ThreadPoolExecutor(_DELETES) as pool:
             for first in range(0, len(garbage), _DELETES):
-                if latest_number(root) != generation.number:
-                    raise fenced(root, generation.number)
+                check_newest(root, generation.number)
                 list(pool.map(lambda info: root.delete(info.key), garbage[first : first + _DELETES]))
         generation.close({"status": "done", "removed": len(garbage)})
         return len(garbage), sum(info.size_bytes for info in garbage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.sample.output import IMAGES, encode_rows
-from pipeline.sample.provenance import Draw, Origin
+from pipeline.sample.provenance import Origin
 from pipeline.sample.requests import request_id
 from pipeline.source.listing import Entry
 from pipeline.source.synthetic import draw_shape, write_shapes
@@ -24,19 +25,10 @@ from pipeline.store.plan import append_version, read_plan
 from pipeline.store.runs import note_run
 from pipeline.store.schema import REJECTS
 from pipeline.store.writer import Committer
+from tests.support import draws
 
 NUM_CLASSES = 12
-DRAW = Draw(
-    seed=0,
-    sampler="euler",
-    shift=1.0,
-    batch_size=8,
-    device="cpu",
-    threads=1,
-    dtype="float32",
-    image="png",
-    quality=95,
-)
+DRAW = replace(draws.DRAW, seed=0, batch_size=8)
 ORIGIN = Origin("model", "m" * 32, "train-run", "ema", None, None, "codec", "c" * 64)
 
 

@@ -19,7 +19,7 @@ from pipeline.sample.provenance import (
     without_credentials,
 )
 from pipeline.sample.requests import Defaults, Limits, validate_requests
-from tests.sample.draws import DRAW
+from tests.support.draws import DRAW
 
 ORIGIN = Origin(
     model_uri="s3://me:secret@bucket/model",

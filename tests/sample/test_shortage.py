@@ -16,7 +16,7 @@ from pipeline.memory import out_of_memory
 from pipeline.sample import decode, denoise
 from pipeline.sample.decode import Decoder
 from pipeline.sample.stages import DecodeBlocks, DecoderSpec, DenoiseBlocks, DenoiserSpec
-from tests.sample.draws import DRAW
+from tests.support.draws import DRAW
 
 SHORTAGES = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),

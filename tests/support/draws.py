@@ -1,4 +1,4 @@
-"""How the tests of sampling draw, where they do not say."""
+"""How tests draw images, where they do not say."""
 
 from pipeline.sample.provenance import Draw
 
