@@ -19,7 +19,7 @@ from pipeline.errors import ConflictError, InputError
 from pipeline.storage import Root
 from pipeline.store.bundles import read_bundle, seal
 from pipeline.store.dataset import LatentDataset
-from pipeline.store.generation import claim_next, latest_number, read_closing
+from pipeline.store.generation import claim_next, latest_number, newest_of, read_closing
 from pipeline.store.ledger import collect, commit, visible_records
 from pipeline.store.plan import Plan, PlanVersion
 from pipeline.store.record import CommitRecord, FileInfo, parse_record
@@ -466,3 +466,12 @@ def test_a_store_that_fails_while_sealing_does_not_fail_a_finished_run(
     assert "stay single objects until the next run" in caplog.text
     assert read_closing(root, generation.number) == {"status": "done"}
     assert len(visible_records(root)) == 70
+
+
+def test_a_jobs_newest_generation_is_found_behind_those_of_others(tmp_path: Path) -> None:
+    """What collects garbage or compacts afterwards says nothing of whether the run before it had ended."""
+    root = planned_root(str(tmp_path / "d"), 1, 1)
+    for job in ("sample", "gc", "sample", "gc", "compact"):
+        claim_next(root, lambda previous: collect(root, previous), job=job).close({"status": "done"})
+    assert [newest_of(root, job) for job in ("sample", "compact", "encode")] == [3, 5, 0]
+    assert newest_of(root, "sample", before=3) == 1
