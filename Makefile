@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 # OpenMP threads that spin while they wait take the cores from each other when several processes share them.
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
+# Images of machines often forbid bytecode: then every process compiles this package and its tests anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install install-dev quickstart test test-all test-quick lint types soak clean
 
@@ -45,7 +47,7 @@ test-all: lint types
 	$(BIN)/python -m pytest -m "not soak" --durations=30
 
 test-quick: install-dev
-	$(BIN)/python -m pytest -m "not integration and not soak and not ray and not slow and not s3" -n 2 -q
+	$(BIN)/python -m pytest --quick -n auto --maxprocesses 4 -q
 
 lint: install-dev
 	$(BIN)/ruff format --check .

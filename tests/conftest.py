@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 
+# Markers of what needs processes, servers, a cluster or patience: all that --quick leaves out.
+HEAVY = ("integration", "ray", "slow", "s3", "soak")
+# A test that asks for one of these talks to a server or a database, whether it is marked so or not.
+SERVERS = frozenset({"radosgw", "postgres", "mlflow_stack", "s3_proxy", "s3_environment", "s3_server", "tracking"})
+_HEAVY_FILE = re.compile(rf"^pytestmark = .*\bpytest\.mark\.({'|'.join(HEAVY)})\b", re.MULTILINE)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real photographs and odd files kept beside the repository; skips where they are absent."""
@@ -34,3 +42,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=50, help="how many processes a soak test kills")
     parser.addoption("--update-golden", action="store_true", help="accept changed golden files")
     parser.addoption("--kill-seed", type=int, default=0, help="seed of a soak test")
+    parser.addoption("--quick", action="store_true", help=f"leave out tests marked {', '.join(HEAVY)}")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With --quick, files of heavy tests are not even imported: their imports are half of what collecting costs."""
+    if not config.getoption("--quick") or not collection_path.match("test_*.py"):
+        return None
+    return True if _HEAVY_FILE.search(collection_path.read_text(encoding="utf-8")) else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if SERVERS & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.integration)
+    if not config.getoption("--quick"):
+        return
+    heavy = [item for item in items if any(item.get_closest_marker(name) for name in HEAVY)]
+    config.hook.pytest_deselected(items=heavy)
+    items[:] = [item for item in items if item not in set(heavy)]
