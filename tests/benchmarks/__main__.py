@@ -1,7 +1,8 @@
 """All benchmarks, one after the other: `python -m tests.benchmarks [AREA ...] [--out DIR] [--data FOLDER] [--quick]`.
 
-Each area is a script that also runs alone. Tables go to standard output, figures with the machine's name as JSON to
-DIR. Run it on a machine that does nothing else; peers that are not installed are left out and named.
+Each area is a script that also runs alone. Tables go to standard output, figures with the machine's name as JSON and
+a picture of them to DIR. Run it on a machine that does nothing else; peers that are not installed are left out and
+named.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 AREAS: dict[str, Callable[[Path, Path, bool], list[str]]] = {
-    "decode": lambda out, data, quick: ["--data", f"{data}", "--json", f"{out}/decode.json"],
+    "decode": lambda out, data, quick: ["--data", f"{data}", "--out", f"{out}"],
     "encode": lambda out, data, quick: [
         *("--photos", f"{data}/photos", "--out", f"{out}", "--images", "400" if quick else "2000"),
     ],
@@ -21,17 +22,13 @@ AREAS: dict[str, Callable[[Path, Path, bool], list[str]]] = {
         *("--photos", f"{data}/photos", "--out", f"{out}", *(["--images", "1000", "2000"] if quick else [])),
     ],
     "ledger_scale": lambda out, data, quick: [
-        *("--out", f"{out}/ledger_scale.json", "--images", "1e6", "1e7", *([] if quick else ["1e8", "1e9"])),
+        *("--out", f"{out}", "--images", "1e6", "1e7", *([] if quick else ["1e8", "1e9"])),
     ],
-    "stream_read": lambda out, data, quick: ["--json", f"{out}/stream_read.json", *(["--mb", "64"] if quick else [])],
+    "stream_read": lambda out, data, quick: ["--out", f"{out}", *(["--mb", "64"] if quick else [])],
     "stream_places": lambda out, data, quick: ["--out", f"{out}", *(["--mb", "512"] if quick else [])],
-    "train_step": lambda out, data, quick: [
-        "--json",
-        f"{out}/train_step.json",
-        *([] if quick else ["--compile", "--kill"]),
-    ],
+    "train_step": lambda out, data, quick: ["--out", f"{out}", *([] if quick else ["--compile", "--kill"])],
     "tracking_outage": lambda out, data, quick: ["--out", f"{out}"],
-    "gpu": lambda out, data, quick: ["--json", f"{out}/gpu.json", *(["--quick"] if quick else [])],
+    "gpu": lambda out, data, quick: ["--out", f"{out}", *(["--quick"] if quick else [])],
     "sample_throughput": lambda out, data, quick: ["--out", f"{out}", *(["--many", "0"] if quick else [])],
 }
 

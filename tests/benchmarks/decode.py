@@ -1,6 +1,6 @@
 """How fast images are decoded and resized, and what `Image.draft` costs in quality, by the size of the source.
 
-    python -m tests.benchmarks.decode [--data FOLDER] [--resolution 512] [--rounds 5] [--json out.json]
+    python -m tests.benchmarks.decode [--data FOLDER] [--resolution 512] [--rounds 5] [--out DIR]
 
 Sources are mosaics of real photographs at their own scale (texture and sharp edges at full resolution: hard for a
 decoder that shrinks) and one photograph enlarged to the same sizes. Three ways from JPEG bytes to uint8 pixels, one
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import statistics
 import time
 from collections import Counter
@@ -31,9 +30,10 @@ from pipeline.source.config import ImageConfig
 from pipeline.source.decode import sniff
 from pipeline.source.prepare import Reject, prepare
 from pipeline.source.rows import SourceRow
-from tests.benchmarks.report import machine
+from tests.benchmarks import report
 
 MARGINS = (1.0, 1.4, 2.0, 2.9, 1e9)  # the last one never drafts
+LIBRARIES = ("jpg", "libjpeg_turbo", "webp", "avif")  # Pillow's own, on which the figures depend
 SIZES = {"0.2 MP": (384, 512), "0.8 MP": (768, 1024), "3 MP": (1536, 2048), "12 MP": (3000, 4000)}
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -177,14 +177,8 @@ def outcomes(folder: Path) -> Counter[tuple[str, str]]:
     return found
 
 
-def hardware() -> dict[str, Any]:
-    """What the figures depend on: Pillow's own libraries, too."""
-    libraries = {name: features.version(name) for name in ("jpg", "libjpeg_turbo", "webp", "avif")}
-    return {**machine(), "image_libraries": libraries}
-
-
 def draw_front(folder: Path, margins: list[dict[str, Any]]) -> None:
-    """Quality against speed, one point a draft margin, as decode_front.png."""
+    """Quality against speed, one point a draft margin, as decode.png."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -201,7 +195,7 @@ def draw_front(folder: Path, margins: list[dict[str, Any]]) -> None:
     axes.set_title("decode, 12 MP JPEG: draft margins, the policy's in blue", loc="left", fontsize=10)
     axes.margins(0.2)
     figure.tight_layout()
-    figure.savefig(folder / "decode_front.png", dpi=120)
+    figure.savefig(folder / "decode.png", dpi=120)
     pyplot.close(figure)
 
 
@@ -234,7 +228,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=4, help="images per round and way")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     lines = measure(photographs(options.data), options.resolution, options.rounds, options.repeats)
     margins = front(photographs(options.data), options.resolution, options.rounds, options.repeats)
@@ -243,15 +237,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "area": "decode",
         "resolution": options.resolution,
         "photographs": "real" if options.data else "made up",
-        "hardware": hardware(),
+        "image_libraries": {name: features.version(name) for name in LIBRARIES},
         "sizes": lines,
         "front": margins,
         "outcomes": [{"format": f, "outcome": o, "files": n} for (f, o), n in sorted(found.items())],
     }
     show(lines, margins, found)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1))
-        draw_front(options.json.parent, margins)
+    if options.out:
+        report.write(options.out, "decode", result)
+        draw_front(options.out, margins)
     return result
 
 

@@ -105,11 +105,28 @@ def main() -> None:
             figures["images_per_s_by_actors"] = rates = with_actors(place, chosen.photos, chosen.actors)
             first = next(iter(rates.values()))
             print(report.table(["actors", "images/s", "of the first"], [[n, r, r / first] for n, r in rates.items()]))
-            report.bars(chosen.out, "encode_actors", "encode, images per second by actors", rates, "images/s")
         if chosen.images:
             figures["by_images"] = runs = with_images(place / "growth", chosen.photos, chosen.images, chosen.side)
             print(f"\n{growth_table(runs)}")
     report.write(chosen.out, "encode_growth", figures)
+    report.panels(chosen.out, "encode_growth", "encoding, by actors and by images", pictured(figures))
+
+
+def pictured(figures: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Rates by actors; cost and memory by images."""
+    runs = figures.get("by_images", [])
+    return {
+        "images/s by encoder actors": {f"{n}": rate for n, rate in figures.get("images_per_s_by_actors", {}).items()},
+        "µs an image beyond the smallest run": {
+            f"{run['images']:,} images": run["us_per_image"] for run in runs if "us_per_image" in run
+        },
+        "MiB of the largest process at its peak": {
+            f"{run['images']:,} images: {role}": run["peak_mib"][role]
+            for role in ("driver", "encoder actor")
+            for run in runs
+            if role in run["peak_mib"]
+        },
+    }
 
 
 def growth_table(runs: list[dict[str, Any]]) -> str:

@@ -1,6 +1,6 @@
 """Plan and ledger of up to 1e9 images: time and memory to open, to find what is left, and to diff the source.
 
-    python -m tests.benchmarks.ledger_scale [--images 1e6 1e7 1e8 1e9] [--out results.json]
+    python -m tests.benchmarks.ledger_scale [--images 1e6 1e7 1e8 1e9] [--out DIR]
 
 The dataset is a simulation of what one long run leaves: plan, seal and commit records are real and of real size (one
 record per 10,000 images with 20 row groups of four channels), all of one generation, which was closed and which no
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from pipeline.store.record import CommitRecord, FileInfo
 from pipeline.store.row_groups import RowGroupInfo, RowGroups
 from pipeline.store.rowset import RowSet
 from pipeline.store.state import read_state
+from tests.benchmarks import report
 
 ROWS_PER_UNIT = 10_000
 GROUPS = 20
@@ -101,12 +101,12 @@ def measure(uri: str, units: int) -> dict[str, float]:
     opened = time.perf_counter()
     gaps = state.gaps()
     found = time.perf_counter()
-    report = DiffReport()
-    fresh = list(diff(state.plan, listing(units), report))
+    told = DiffReport()
+    fresh = list(diff(state.plan, listing(units), told))
     diffed = time.perf_counter()
     assert gaps.triples() == [[units - 1, 0, ROWS_PER_UNIT]], gaps.triples()[:3]
     assert not fresh
-    assert report.unchanged == units
+    assert told.unchanged == units
     assert state.num_stored == (units - 1) * (ROWS_PER_UNIT - 1)
     commit(root, record_of(units - 1, 1))
     return {
@@ -144,9 +144,12 @@ def main() -> None:
             f"{row['open_s']:>8.2f} {row['gaps_s']:>8.2f} {row['diff_s']:>8.2f} "
             f"{row['peak_mib']:>9.0f} {1e6 * row['total_s'] / units:>10.0f}"
         )
-    if arguments.out:
-        machine = {"machine": platform.machine(), "python": platform.python_version(), "system": platform.platform()}
-        arguments.out.write_text(json.dumps({**machine, "rows": rows}, indent=1))
+    report.write(arguments.out, "ledger_scale", {"rows": rows})
+    parts = {
+        unit: {f"{row['images']:,.0f} images": row[key] for row in rows}
+        for unit, key in (("seconds until what is left is known", "total_s"), ("MiB at the peak", "peak_mib"))
+    }
+    report.panels(arguments.out, "ledger_scale", "opening plan and ledger", parts)
 
 
 if __name__ == "__main__":

@@ -48,26 +48,39 @@ def write(out: Path | None, name: str, figures: Mapping[str, Any]) -> None:
 
 def bars(out: Path | None, name: str, title: str, values: Mapping[str, float], unit: str) -> None:
     """One bar a contender to `out`/`name`.png; nothing without `out`."""
-    if out is None:
+    panels(out, name, title, {unit: values})
+
+
+def panels(out: Path | None, name: str, title: str, parts: Mapping[str, Mapping[str, float]]) -> None:
+    """One picture, `out`/`name`.png: for every unit the bars of its contenders; nothing without `out`."""
+    parts = {unit: values for unit, values in parts.items() if values}
+    if out is None or not parts:
         return
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 0.6 + 0.45 * len(values)))
-    names = list(values)[::-1]
-    ours, limit, peer = "#1a73e8", "#9aa0a6", "#f9ab00"
-    colours = [
-        ours if n.startswith("ours") else limit if n.startswith(("no pipeline", "limit", "bare")) else peer
-        for n in names
-    ]
-    axes.barh(names, [values[name] for name in names], color=colours)
-    axes.set_xlabel(unit)
-    axes.set_title(title, loc="left", fontsize=10)
+    heights = [1 + len(values) for values in parts.values()]
+    size = 7, 0.4 + 0.42 * sum(heights)
+    figure, all_axes = pyplot.subplots(len(parts), figsize=size, height_ratios=heights, squeeze=False)
+    for axes, (unit, values) in zip(all_axes[:, 0], parts.items(), strict=True):
+        names = list(values)[::-1]
+        drawn = axes.barh(names, [values[one] for one in names], color=[_colour(one) for one in names])
+        axes.bar_label(drawn, [_shown(float(values[one])) for one in names], padding=3, fontsize=8)
+        axes.margins(x=0.12)
+        axes.set_xlabel(unit, fontsize=9)
+    all_axes[0, 0].set_title(title, loc="left", fontsize=10)
     figure.tight_layout()
     figure.savefig(out / f"{name}.png", dpi=120)
     pyplot.close(figure)
+
+
+def _colour(contender: str) -> str:
+    """The product blue, limits grey, all else amber."""
+    if contender.startswith("ours"):
+        return "#1a73e8"
+    return "#9aa0a6" if contender.startswith(("no pipeline", "limit", "bare")) else "#f9ab00"
 
 
 def _shown(value: object) -> str:

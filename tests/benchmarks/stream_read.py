@@ -1,6 +1,6 @@
 """Rows per second of the training stream against a plain pyarrow column read, and against other loaders.
 
-    python -m tests.benchmarks.stream_read [--mb 256] [--epochs 3] [--rounds 3] [--groups 1000000] [--json out.json]
+    python -m tests.benchmarks.stream_read [--mb 256] [--epochs 3] [--rounds 3] [--groups 1000000] [--out DIR]
 
 One table per latent size, all on the same latents in one run, warm page cache, one reading process each:
 
@@ -43,7 +43,7 @@ from pipeline.store.plan import append_version, read_plan
 from pipeline.store.row_groups import RowGroups
 from pipeline.store.rowset import RowSet
 from pipeline.stream.loader import LatentStream
-from tests.benchmarks.report import bars, machine
+from tests.benchmarks.report import machine, panels, write
 from tests.support.rows import Listed, claim, committer, latent_rows, planned_root
 
 COLUMNS = ["sample_id", "latent", "label"]
@@ -301,10 +301,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(SHAPES), choices=list(SHAPES), help="latent sizes")
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS), help="besides the limit")
     parser.add_argument("--folder", type=Path, help="where to put the data; default a temporary directory")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    report: dict[str, Any] = {"machine": machine(), "cases": []}
-    print(json.dumps(report["machine"]))
+    report: dict[str, Any] = {"cases": []}
+    print(json.dumps(machine()))
     print(f"{'latent':10} {'way':20} {'rows/s':>12} {'MiB/s':>8} {'of the limit':>13}")
     for name in args.only:
         folder = Path(tempfile.mkdtemp(dir=args.folder))
@@ -322,11 +322,9 @@ def main() -> None:
     if args.groups:
         report["ledger"] = time_to_first_batch(args.groups)
         print({key: round(value, 2) for key, value in report["ledger"].items()})
-    if args.json:
-        for case in report["cases"]:
-            name = f"stream_{case['latent']}"
-            bars(args.json.parent, name, f"stream, latents {case['latent']}", case["rows_per_s"], "rows/s")
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    write(args.out, "stream_read", report)
+    parts = {f"rows/s, latents {case['latent']}": case["rows_per_s"] for case in report["cases"]}
+    panels(args.out, "stream_read", "reading latents, warm page cache", parts)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Training steps a second against a bare loop, the reference DiT against diffusers', and the price of a kill.
 
-    python -m tests.benchmarks.train_step [--steps 12] [--rounds 3] [--batch-size 8] [--kill] [--json F]
+    python -m tests.benchmarks.train_step [--steps 12] [--rounds 3] [--batch-size 8] [--kill] [--out DIR]
 
 loop    the job's own code on one rank (stream from disk, keyed noise and times, guard, clip, EMA, history) against a
         loop over one batch of float32 tensors in memory with torch.randn, torch.rand, clip and fused AdamW. The same
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import statistics
 import tempfile
 import time
@@ -39,7 +38,7 @@ from pipeline.train.handshake import handshake
 from pipeline.train.history import HISTORY, read_records
 from pipeline.train.state import make_state
 from pipeline.train.worker import Place, run_worker
-from tests.benchmarks.report import bars, machine
+from tests.benchmarks.report import panels, write
 from tests.train.dataset import make_dataset
 
 CHANNELS, SIDE, CLASSES = 4, 32, 10
@@ -203,12 +202,10 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--compile", action="store_true", help="the DiT compiled, too; needs a C++ compiler")
     parser.add_argument("--kill", action="store_true", help="measure the restart, too: starts Ray")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     logging.getLogger().setLevel(logging.WARNING)
-    report: dict[str, Any] = {"machine": machine(), "settings": {**vars(args), "json": None}}
-    if args.device.startswith("cuda"):
-        report["machine"]["device"] = torch.cuda.get_device_name(args.device)
+    report: dict[str, Any] = {"settings": {**vars(args), "out": None}}
     sides: dict[str, list[float]] = {"job": [], "bare": [], "dit": [], "diffusers": []}
     with tempfile.TemporaryDirectory() as name:
         data = make_dataset(Path(name), rows=max(256, 4 * args.batch_size), classes=CLASSES, side=SIDE)
@@ -229,7 +226,6 @@ def main() -> None:
         report["compiled_to_eager"] = statistics.median(
             eager / fast for eager, fast in zip(sides["dit"], sides["compiled"], strict=True)
         )
-    report["machine"]["load_after"] = os.getloadavg()[0]
     print(f"{'':34} {'ours s':>9} {'theirs s':>9} {'ratio':>6}")
     for title, mine, theirs, ratio in (
         ("job's loop / bare loop", "job", "bare", "job_to_bare"),
@@ -245,17 +241,14 @@ def main() -> None:
         report["restart"] = restart_cost()
         print(f"a killed worker: {report['restart']}")
     print(json.dumps(report))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-        names = {
-            "job": "ours: the job's loop",
-            "bare": "bare loop",
-            "dit": "ours: DiT, forward + backward",
-            "compiled": "ours: DiT compiled",
-            "diffusers": "diffusers' DiT",
-        }
-        rates = {name: 1 / seconds[side] for side, name in names.items() if side in seconds}
-        bars(args.json.parent, "train_step", "training, steps per second", rates, "steps/s")
+    write(args.out, "train_step", report)
+    loop = {"ours: the job's loop": "job", "bare loop": "bare"}
+    passes = {"ours": "dit", "ours, compiled": "compiled", "diffusers": "diffusers"}
+    parts = {
+        unit: {name: 1 / seconds[side] for name, side in names.items() if side in seconds}
+        for unit, names in (("steps/s", loop), ("forward + backward passes/s of a DiT", passes))
+    }
+    panels(args.out, "train_step", f"training, batches of {args.batch_size}", parts)
 
 
 if __name__ == "__main__":

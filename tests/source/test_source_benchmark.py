@@ -14,9 +14,12 @@ pytestmark = pytest.mark.integration
 
 def test_the_benchmark_of_decoding(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(decode, "SIZES", {"0.2 MP": (384, 512), "1 MP": (900, 1200)})
-    arguments = ["--resolution", "128", "--rounds", "1", "--repeats", "1", "--json", str(tmp_path / "out.json")]
+    arguments = ["--resolution", "128", "--rounds", "1", "--repeats", "1", "--out", str(tmp_path)]
     result = decode.main(arguments)
-    assert json.loads((tmp_path / "out.json").read_text()) == result
+    written = json.loads((tmp_path / "decode.json").read_text())
+    assert {"cpu", "commit"} <= written.pop("machine").keys()
+    assert written == result
+    assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
     assert "draft/plain" in capsys.readouterr().out
     (policy,) = [line for line in result["front"] if line["chosen"]]
     assert policy["psnr_db"] >= 45

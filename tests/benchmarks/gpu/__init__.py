@@ -1,7 +1,7 @@
 """What a device gives: encode, train and sample with the product's own classes, each beside a bare loop.
 
     python -m tests.benchmarks.gpu [--device auto|cuda|cpu] [--quick] [--areas encode,train,sample]
-                                   [--compile auto|off|on|both] [--json out.json]
+                                   [--compile auto|off|on|both] [--out DIR]
 
 To be run wherever a GPU is at hand, from the root of a checkout; it needs torch, numpy, pyarrow, pillow, fsspec and
 diffusers, and nothing else (no Ray, no MLflow, no installation of this project). Weights are random, nothing is

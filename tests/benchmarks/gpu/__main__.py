@@ -27,6 +27,7 @@ AREAS: dict[str, tuple[tuple[str, Mapping[str, str], Figures], ...]] = {
     ),
     "sample": (("sample", sample.HEADS, sample.figures),),
 }
+_PEERS = ("bare_images_per_s", "diffusers_images_per_s")
 _NATIVE_BF16 = (8, 0)
 
 
@@ -45,14 +46,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compile", choices=["auto", "off", "on", "both"], default="auto", help="auto: both on CUDA, off on a CPU"
     )
-    parser.add_argument("--json", type=Path, help="a file for the figures, written anew after each")
+    parser.add_argument("--out", type=Path, help="a folder for gpu.json, written anew after each figure, and gpu.png")
     chosen = parser.parse_args(arguments)
     chosen.areas = chosen.areas.split(",")
     unknown = sorted(set(chosen.areas) - set(AREAS))
     if unknown:
         parser.error(f"no such area: {', '.join(unknown)}; choose from {', '.join(AREAS)}")
-    if chosen.json is not None and chosen.json.suffix != ".json":
-        parser.error(f"--json {chosen.json}: the name of the file ends in .json")
     if chosen.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device; --device cpu takes figures of reduced networks")
     if chosen.device == "auto":
@@ -91,15 +90,32 @@ def shown(heads: Mapping[str, str], rows: list[dict[str, Any]]) -> str:
     return report.table([heads[key] for key in kept], [["-" if r[k] is None else r[k] for k in kept] for r in rows])
 
 
+def draw(out: Path | None, found: Mapping[str, Any], bench: Bench) -> None:
+    """A picture of the rates where there is matplotlib, which nothing else here needs; else a note."""
+    if out is None:
+        return
+    parts: dict[str, dict[str, float]] = {}
+    for name, rows in found["areas"].items():
+        for row in rows:
+            what = f"{row.get('codec') or row['model']}{_side(row)}{', compiled' if row['compile'] else ''}"
+            bars = parts.setdefault(f"{name}, images/s", {})
+            bars[f"ours: {what}"] = row["images_per_s"]
+            bars |= {f"{key.split('_')[0]}: {what}": row[key] for key in _PEERS if row.get(key) is not None}
+    try:
+        report.panels(out, "gpu", f"{found['device'].get('name', 'CPU')}, {found['scale']} networks", parts)
+    except ImportError:
+        bench.say("no picture: matplotlib is not installed")
+
+
+def _side(row: Mapping[str, Any]) -> str:
+    return f", {row['side']} px" if "side" in row else ""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, write."""
     chosen = parse(arguments)
     bench, scale, about = prepare(chosen.device, chosen.quick, chosen.compile)
     found: dict[str, Any] = {"device": about, "scale": scale.name, "notes": bench.notes, "areas": {}}
-
-    def save() -> None:
-        if chosen.json is not None:
-            report.write(chosen.json.parent, chosen.json.stem, found)
 
     print(f"{about.get('name', 'CPU')}: {bench.peak / 1e12:.4g} TFLOP/s measured by a {about['measured_by']}")
     if bench.datasheet:
@@ -110,10 +126,11 @@ def main(arguments: list[str] | None = None) -> None:
             for row in figures(bench, scale):
                 rows.append(row)
                 print(f"{name}: {row}", file=sys.stderr, flush=True)
-                save()
+                report.write(chosen.out, "gpu", found)
             if rows:
                 print(f"\n{shown(heads, rows)}", flush=True)
-    save()
+    draw(chosen.out, found, bench)
+    report.write(chosen.out, "gpu", found)
     for note in bench.notes:
         print(f"\nnote: {note}")
 
