@@ -25,7 +25,13 @@ from tests.benchmarks import report
 from tests.benchmarks.encode import Case, environment, make_codec, make_images, measure, ours
 from tests.benchmarks.memory import MemoryWatch
 
-ROLES = {"EncodeBlocks": "encoder actor", "ReadImages": "read task", "CommitLatents": "write task"}
+# The process that is started watches over the one that works, whose command line is the same.
+ROLES = {
+    "EncodeBlocks": "encoder actor",
+    "ReadImages": "read task",
+    "CommitLatents": "write task",
+    "jobs.encode": "driver",
+}
 BATCH = 16
 
 
