@@ -63,10 +63,11 @@ def panels(out: Path | None, name: str, title: str, parts: Mapping[str, Mapping[
 
     heights = [1 + len(values) for values in parts.values()]
     size = 7, 0.4 + 0.42 * sum(heights)
+    compared = any(one.startswith("ours") for values in parts.values() for one in values)
     figure, all_axes = pyplot.subplots(len(parts), figsize=size, height_ratios=heights, squeeze=False)
     for axes, (unit, values) in zip(all_axes[:, 0], parts.items(), strict=True):
         names = list(values)[::-1]
-        drawn = axes.barh(names, [values[one] for one in names], color=[_colour(one) for one in names])
+        drawn = axes.barh(names, [values[one] for one in names], color=[_colour(one, compared) for one in names])
         axes.bar_label(drawn, [_shown(float(values[one])) for one in names], padding=3, fontsize=8)
         axes.margins(x=0.12)
         axes.set_xlabel(unit, fontsize=9)
@@ -76,9 +77,9 @@ def panels(out: Path | None, name: str, title: str, parts: Mapping[str, Mapping[
     pyplot.close(figure)
 
 
-def _colour(contender: str) -> str:
-    """The product blue, limits grey, all else amber."""
-    if contender.startswith("ours"):
+def _colour(contender: str, compared: bool) -> str:
+    """The product blue, limits grey, all else amber; where nothing is compared all is the product."""
+    if not compared or contender.startswith("ours"):
         return "#1a73e8"
     return "#9aa0a6" if contender.startswith(("no pipeline", "limit", "bare")) else "#f9ab00"
 
