@@ -59,6 +59,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.integration)
     if not config.getoption("--quick"):
         return
-    heavy = [item for item in items if any(item.get_closest_marker(name) for name in HEAVY)]
+    heavy: list[pytest.Item] = []
+    light: list[pytest.Item] = []
+    for item in items:
+        (heavy if any(item.get_closest_marker(name) for name in HEAVY) else light).append(item)
     config.hook.pytest_deselected(items=heavy)
-    items[:] = [item for item in items if item not in set(heavy)]
+    items[:] = light
