@@ -153,11 +153,10 @@ class Block(nn.Module):
         mask_BL: Tensor | None,
     ) -> Tensor:
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition_BD)[:, None].chunk(6, dim=-1)
-        x_BLD = x_BLD + gate_1 * self.attention(_modulate(self.norm_1(x_BLD), shift_1, scale_1), rotary)
+        x_BLD = torch.addcmul(x_BLD, gate_1, self.attention(_modulate(self.norm_1(x_BLD), shift_1, scale_1), rotary))
         if self.cross is not None and self.norm_cross is not None and context_BLD is not None:
             x_BLD = x_BLD + self.cross(self.norm_cross(x_BLD), context_BLD, mask_BL)
-        result: Tensor = x_BLD + gate_2 * self.mlp(_modulate(self.norm_2(x_BLD), shift_2, scale_2))
-        return result
+        return torch.addcmul(x_BLD, gate_2, self.mlp(_modulate(self.norm_2(x_BLD), shift_2, scale_2)))
 
 
 class HeadNorm(nn.RMSNorm):
@@ -278,7 +277,8 @@ def _rotate(x_BHLD: Tensor, cos_LE: Tensor, sin_LE: Tensor) -> Tensor:
 
 
 def _modulate(x_BLD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
-    return x_BLD * (1.0 + scale_B1D) + shift_B1D
+    # Here and at the gates one pass over the tokens instead of two, also in the backward pass.
+    return torch.addcmul(shift_B1D, x_BLD, 1.0 + scale_B1D)
 
 
 def _patchify(x_BCHW: Tensor, patch: int) -> Tensor:

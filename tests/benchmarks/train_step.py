@@ -1,11 +1,14 @@
 """Training steps a second against a bare loop, the reference DiT against diffusers', and the price of a kill.
 
-    python -m tests.benchmarks.train_step [--steps 12] [--rounds 3] [--batch-size 8] [--kill] [--out DIR]
+    python -m tests.benchmarks.train_step [--steps 12] [--rounds 3] [--batch-size 8] [--compile] [--kill]
+        [--before COMMIT] [--out DIR]
 
 loop    the job's own code on one rank (stream from disk, keyed noise and times, guard, clip, EMA, history) against a
         loop over one batch of float32 tensors in memory with torch.randn, torch.rand, clip and fused AdamW. The same
         DiT, batch and steps; both leave their first step out. Target: at least 0.95.
-DiT     forward and backward of one batch, against diffusers' DiTTransformer2DModel of equal width, depth and heads.
+DiT     forward and backward of one batch, against diffusers' DiTTransformer2DModel of equal width, depth and heads:
+        as it is, and with what diffusers' does not have left out (rotary positions, normalised queries and keys);
+        with `--before` also as an earlier commit had it, with `--compile` also compiled.
 kill    (--kill) a job of two workers on a local Ray; one is killed with SIGKILL: seconds until the restarted workers
         have done a step, and the steps that were repeated.
 
@@ -15,9 +18,12 @@ A figure is the median of rounds in which the sides take turns.
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.util
 import json
 import logging
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -104,16 +110,41 @@ def bare_seconds(args: argparse.Namespace) -> float:
     return statistics.median(seconds[1:])
 
 
-def build() -> nn.Module:
+def build(**changes: Any) -> nn.Module:
     """The model of all sides."""
     torch.manual_seed(0)
-    return build_model(model_config_from_dict(MODEL), latent_channels=CHANNELS, num_classes=CLASSES, text_dim=None)
+    config = model_config_from_dict({**MODEL, **changes})
+    return build_model(config, latent_channels=CHANNELS, num_classes=CLASSES, text_dim=None)
+
+
+def plain() -> nn.Module:
+    """The same with the positions of diffusers', its queries and keys as they come."""
+    return build(position="sincos", qk_norm=False)
 
 
 def compiled() -> nn.Module:
     """The same, compiled at its first pass, which is not counted."""
     model = build()
     model.compile(dynamic=False)
+    return model
+
+
+def dit_before(commit: str) -> nn.Module:
+    """The model as it was written at a commit."""
+    source = subprocess.run(
+        ["git", "show", f"{commit}:pipeline/model/dit.py"], check=True, capture_output=True, text=True
+    ).stdout
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "dit_before.py"
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    torch.manual_seed(0)
+    settings = {key: value for key, value in MODEL.items() if key != "kind"}
+    model: nn.Module = module.DiT(latent_channels=CHANNELS, num_classes=CLASSES, **settings)
     return model
 
 
@@ -191,8 +222,22 @@ def num_starts(root: Root) -> int:
     return sum(1 for _ in root.list(f"{HISTORY}/starts"))
 
 
-def main() -> None:
-    """Measure and print."""
+def sides_of(args: argparse.Namespace, data: str) -> dict[str, Callable[[], float]]:
+    """What is measured, in the order of its turns: each gives the seconds of a step."""
+    models = {"ours": build, "ours without norm and rotation": plain, "diffusers": diffusers_dit}
+    if args.before:
+        models[f"ours at {args.before}"] = functools.partial(dit_before, args.before)
+    if args.compile:
+        models["ours compiled"] = compiled
+    sides: dict[str, Callable[[], float]] = {
+        "ours: the job's loop": lambda: job_seconds(data, args),
+        "bare loop": lambda: bare_seconds(args),
+    }
+    return sides | {f"DiT: {name}": functools.partial(pass_seconds, make, args) for name, make in models.items()}
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
@@ -202,52 +247,38 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--compile", action="store_true", help="the DiT compiled, too; needs a C++ compiler")
     parser.add_argument("--kill", action="store_true", help="measure the restart, too: starts Ray")
+    parser.add_argument("--before", metavar="COMMIT", help="an earlier commit, whose DiT runs, too")
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and print."""
+    args = arguments()
     logging.getLogger().setLevel(logging.WARNING)
-    report: dict[str, Any] = {"settings": {**vars(args), "out": None}}
-    sides: dict[str, list[float]] = {"job": [], "bare": [], "dit": [], "diffusers": []}
+    rounds: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as name:
         data = make_dataset(Path(name), rows=max(256, 4 * args.batch_size), classes=CLASSES, side=SIDE)
+        sides = sides_of(args, data)
         for _ in range(args.rounds):
-            sides["job"].append(job_seconds(data, args))
-            sides["bare"].append(bare_seconds(args))
-            sides["dit"].append(pass_seconds(build, args))
-            sides["diffusers"].append(pass_seconds(diffusers_dit, args))
-            if args.compile:
-                sides.setdefault("compiled", []).append(pass_seconds(compiled, args))
-    seconds = {name: statistics.median(values) for name, values in sides.items()}
-    report["seconds_per_step"] = seconds
-    report["job_to_bare"] = statistics.median(b / j for j, b in zip(sides["job"], sides["bare"], strict=True))
-    report["dit_to_diffusers"] = statistics.median(
-        theirs / mine for mine, theirs in zip(sides["dit"], sides["diffusers"], strict=True)
-    )
-    if args.compile:
-        report["compiled_to_eager"] = statistics.median(
-            eager / fast for eager, fast in zip(sides["dit"], sides["compiled"], strict=True)
-        )
-    print(f"{'':34} {'ours s':>9} {'theirs s':>9} {'ratio':>6}")
-    for title, mine, theirs, ratio in (
-        ("job's loop / bare loop", "job", "bare", "job_to_bare"),
-        ("DiT / diffusers, forward+backward", "dit", "diffusers", "dit_to_diffusers"),
-    ):
-        print(f"{title:34} {seconds[mine]:9.4f} {seconds[theirs]:9.4f} {report[ratio]:6.2f}")
-    if args.compile:
-        print(
-            f"{'DiT compiled / DiT as it is':34} {seconds['compiled']:9.4f} {seconds['dit']:9.4f} "
-            f"{report['compiled_to_eager']:6.2f}"
-        )
+            rounds.append({side: measure() for side, measure in sides.items()})
+    report: dict[str, Any] = {"settings": {**vars(args), "out": None}, "rounds": rounds, "sides": {}}
+    print(f"{'':40} {'s/step':>9} {'speed':>6}  of")
+    for side in sides:
+        base = "bare loop" if not side.startswith("DiT") else "DiT: diffusers"
+        seconds = statistics.median(done[side] for done in rounds)
+        ratio = statistics.median(done[base] / done[side] for done in rounds)
+        report["sides"][side] = {"seconds_per_step": seconds, "speed": ratio, "of": base}
+        print(f"{side:40} {seconds:9.4f} {ratio:6.2f}  {base}")
     if args.kill:
         report["restart"] = restart_cost()
         print(f"a killed worker: {report['restart']}")
     print(json.dumps(report))
     write(args.out, "train_step", report)
-    loop = {"ours: the job's loop": "job", "bare loop": "bare"}
-    passes = {"ours": "dit", "ours, compiled": "compiled", "diffusers": "diffusers"}
-    parts = {
-        unit: {name: 1 / seconds[side] for name, side in names.items() if side in seconds}
-        for unit, names in (("steps/s", loop), ("forward + backward passes/s of a DiT", passes))
-    }
+    rates = {side: 1 / figures["seconds_per_step"] for side, figures in report["sides"].items()}
+    passes = {side.removeprefix("DiT: "): rate for side, rate in rates.items() if side.startswith("DiT")}
+    loops = {side: rate for side, rate in rates.items() if not side.startswith("DiT")}
+    parts = {"steps/s": loops, "forward + backward passes/s of a DiT": passes}
     panels(args.out, "train_step", f"training, batches of {args.batch_size}", parts)
 
 
