@@ -1,14 +1,15 @@
 """The training stream against a plain column read where the latents lie: page cache, disk, S3; shuffled and in order.
 
-    python -m tests.benchmarks.stream_places [--mb 2048] [--window-mb 512] [--latent 4x32x32] [--no-s3] [--out DIR]
+    python -m tests.benchmarks.stream_places [--mb 2048] [--window-mb 512] [--latent 4x32x32] [--epochs 3] [--no-s3]
+        [--out DIR]
 
-Every pass is one epoch from nothing to its last batch: threads start, windows fill (the first batch holds rows of all
-lanes, so that half of the windows' bytes are read before it). Cold: the files' pages are dropped from the page cache
-before the pass. S3: a real gateway (Ceph's, with its objects in memory) on loopback;
-it computes on the same cores, so that the rates are low and only their ratios mean something. The limit reads the
-columns sample_id, latent and label of one row group after the other with pyarrow, on S3 with pre_buffer, also by as
-many threads as the stream has; it shuffles, batches and hands over nothing. A figure is the median of the rounds, in
-which the ways take turns.
+Every pass goes from nothing to the last batch of some epochs: threads start, windows fill (the first batch holds rows
+of all lanes, so that half of the windows' bytes are read before it), and at its end the windows of the epoch to come
+are under way. Cold: one epoch, before which the files' pages are dropped from the page cache. S3: a real gateway
+(Ceph's, with its objects in memory) on loopback; it computes on the same cores, so that the rates are low and only
+their ratios mean something. The limit reads the columns sample_id, latent and label of one row group after the other
+with pyarrow, on S3 with pre_buffer, also by as many threads as the stream has; it shuffles, batches and hands over
+nothing. A figure is the median of the rounds, in which the ways take turns.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ from tests.support.radosgw import Radosgw, missing_programs
 THREADS = 2  # the stream's default
 
 
-def in_order(dataset: LatentDataset, threads: int = 1) -> int:
-    """Rows of a plain read of every row group, by so many threads."""
-    paths = [file.info.path for file in dataset.row_groups.files]
+def in_order(dataset: LatentDataset, epochs: int, threads: int = 1) -> int:
+    """Rows of plain reads of every row group, by so many threads."""
+    paths = [file.info.path for file in dataset.row_groups.files] * epochs
     with ThreadPoolExecutor(threads) as pool:
         return sum(pool.map(lambda path: _read(dataset, path), paths))
 
@@ -52,19 +53,19 @@ def _read(dataset: LatentDataset, path: str) -> int:
         return sum(len(reader.read_row_group(group, columns=COLUMNS, use_threads=False)) for group in groups)
 
 
-def streamed(dataset: LatentDataset, window_bytes: int, *, shuffle: bool) -> int:
-    """Rows of one epoch of the stream."""
+def streamed(dataset: LatentDataset, epochs: int, window_bytes: int, *, shuffle: bool) -> int:
+    """Rows of some epochs of the stream."""
     columns: dict[str, Any] = {"captions": False, "sizes": False}
     how: dict[str, Any] = {"window_bytes": window_bytes, "shuffle": shuffle, "threads": THREADS}
     with LatentStream(dataset, seed=1, batch_size=BATCH, **columns, **how) as stream:
-        return sum(len(batch.sample_ids) for batch in islice(iter(stream), stream.steps_per_epoch))
+        return sum(len(batch.sample_ids) for batch in islice(iter(stream), epochs * stream.steps_per_epoch))
 
 
-WAYS: dict[str, Callable[[LatentDataset, int], int]] = {
-    "limit, 1 thread": lambda dataset, window: in_order(dataset),
-    f"limit, {THREADS} threads": lambda dataset, window: in_order(dataset, THREADS),
-    "ours, in order": lambda dataset, window: streamed(dataset, window, shuffle=False),
-    "ours, shuffled": lambda dataset, window: streamed(dataset, window, shuffle=True),
+WAYS: dict[str, Callable[[LatentDataset, int, int], int]] = {
+    "limit, 1 thread": lambda dataset, epochs, window: in_order(dataset, epochs),
+    f"limit, {THREADS} threads": lambda dataset, epochs, window: in_order(dataset, epochs, THREADS),
+    "ours, in order": lambda dataset, epochs, window: streamed(dataset, epochs, window, shuffle=False),
+    "ours, shuffled": lambda dataset, epochs, window: streamed(dataset, epochs, window, shuffle=True),
 }
 
 
@@ -79,7 +80,7 @@ def drop_pages(dataset: LatentDataset) -> None:
             os.close(handle)
 
 
-def measure(uri: str, window_bytes: int, rounds: int, *, cold: bool) -> dict[str, float]:
+def measure(uri: str, epochs: int, window_bytes: int, rounds: int, *, cold: bool = False) -> dict[str, float]:
     """Rows a second by way; unless `cold`, a first round warms what there is to warm and is not counted."""
     figures: dict[str, list[float]] = {}
     for number in range(rounds if cold else rounds + 1):
@@ -88,14 +89,16 @@ def measure(uri: str, window_bytes: int, rounds: int, *, cold: bool) -> dict[str
             if cold:
                 drop_pages(dataset)
             began = time.perf_counter()
-            rate = way(dataset, window_bytes) / (time.perf_counter() - began)
+            rate = way(dataset, epochs, window_bytes) / (time.perf_counter() - began)
             if cold or number:
                 figures.setdefault(name, []).append(rate)
                 print(f"  {name}: {rate:,.0f} rows/s", file=sys.stderr, flush=True)
     return {name: statistics.median(rates) for name, rates in figures.items()}
 
 
-def on_s3(shape: tuple[int, int, int], total_bytes: int, window_bytes: int, rounds: int) -> dict[str, float]:
+def on_s3(
+    shape: tuple[int, int, int], total_bytes: int, epochs: int, window_bytes: int, rounds: int
+) -> dict[str, float]:
     """The same with every file in a bucket of a gateway that is started for it."""
     server = Radosgw()
     server.start()
@@ -103,7 +106,7 @@ def on_s3(shape: tuple[int, int, int], total_bytes: int, window_bytes: int, roun
         os.environ |= server.environment()
         uri = f"s3://{server.make_bucket()}/latents"
         make_dataset(uri, shape, total_bytes)
-        return measure(uri, window_bytes, rounds, cold=False)
+        return measure(uri, epochs, window_bytes, rounds)
     finally:
         server.stop()
 
@@ -114,6 +117,7 @@ def main() -> None:
     parser.add_argument("--mb", type=int, default=2048, help="latents, MiB")
     parser.add_argument("--window-mb", type=int, default=512, help="stream.window_bytes, MiB")
     parser.add_argument("--latent", choices=list(SHAPES), default="4x32x32")
+    parser.add_argument("--epochs", type=int, default=3, help="of a pass, but for the cold one")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where to put the local data; default a temporary directory")
     parser.add_argument("--no-s3", action="store_true")
@@ -123,20 +127,25 @@ def main() -> None:
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         make_dataset(f"{folder}/data", shape, size)
-        found["warm"] = measure(f"{folder}/data", window, args.rounds, cold=False)
-        found["cold"] = measure(f"{folder}/data", window, args.rounds, cold=True)
+        found["warm"] = measure(f"{folder}/data", args.epochs, window, args.rounds)
+        found["cold"] = measure(f"{folder}/data", 1, window, args.rounds, cold=True)
     if args.no_s3 or missing_programs():
         print(f"no S3: {'not asked for' if args.no_s3 else f'not installed: {missing_programs()}'}")
     else:
-        found["S3"] = on_s3(shape, size, window, args.rounds)
+        found["S3"] = on_s3(shape, size, args.epochs, window, args.rounds)
     rows = [
         [place, way, rate, rate / rates["limit, 1 thread"], rate / max(r for n, r in rates.items() if "limit" in n)]
         for place, rates in found.items()
         for way, rate in rates.items()
     ]
     print(report.table([args.latent, "way", "rows/s", "of one thread's limit", "of the better limit"], rows))
-    figures: dict[str, Any] = {"latent": args.latent, "mb": args.mb, "window_mb": args.window_mb, "rows_per_s": found}
-    report.write(args.out, "stream_places", figures)
+    figures: dict[str, Any] = {
+        "latent": args.latent,
+        "mb": args.mb,
+        "window_mb": args.window_mb,
+        "epochs": args.epochs,
+    }
+    report.write(args.out, "stream_places", {**figures, "rows_per_s": found})
     values = {f"{way} ({place})": rate for place, rates in found.items() for way, rate in rates.items()}
     report.bars(args.out, "stream_places", f"stream and plain reads, latents {args.latent}", values, "rows/s")
 
