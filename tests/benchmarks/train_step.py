@@ -1,32 +1,31 @@
 """Training steps a second against a bare loop, the reference DiT against diffusers', and the price of a kill.
 
-    python -m tests.benchmarks.train_step [--steps 12] [--rounds 3] [--batch-size 8] [--compile] [--kill]
-        [--before COMMIT] [--out DIR]
+    python -m tests.benchmarks.train_step [--steps 40] [--batch-size 8] [--compile] [--kill] [--before COMMIT]
+        [--out DIR]
 
 loop    the job's own code on one rank (stream from disk, keyed noise and times, guard, clip, EMA, history) against a
         loop over one batch of float32 tensors in memory with torch.randn, torch.rand, clip and fused AdamW. The same
-        DiT, batch and steps; both leave their first step out. Target: at least 0.95.
+        DiT, batch and steps. Target: at least 0.95.
 DiT     forward and backward of one batch, against diffusers' DiTTransformer2DModel of equal width, depth and heads:
         as it is, and with what diffusers' does not have left out (rotary positions, normalised queries and keys);
         with `--before` also as an earlier commit had it, with `--compile` also compiled.
 kill    (--kill) a job of two workers on a local Ray; one is killed with SIGKILL: seconds until the restarted workers
         have done a step, and the steps that were repeated.
 
-A figure is the median of rounds in which the sides take turns.
+The sides take turns step by step, since a machine's speed may change from one second to the next; a ratio is the
+median over pairs of neighbouring steps. First steps are left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.util
-import json
 import logging
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +43,11 @@ from pipeline.train.handshake import handshake
 from pipeline.train.history import HISTORY, read_records
 from pipeline.train.state import make_state
 from pipeline.train.worker import Place, run_worker
-from tests.benchmarks.report import panels, write
+from tests.benchmarks.report import panels, table, write
 from tests.train.dataset import make_dataset
 
 CHANNELS, SIDE, CLASSES = 4, 32, 10
+JOB, BARE, DIFFUSERS = "ours: the job's loop", "bare loop", "diffusers"
 MODEL = {"kind": "dit", "hidden": 192, "depth": 4, "heads": 3, "patch": 2}
 
 
@@ -72,42 +72,54 @@ def settings(folder: Path, data: str, args: argparse.Namespace) -> dict[str, Any
     }
 
 
-def job_seconds(data: str, args: argparse.Namespace) -> float:
-    """Median seconds of a step of the job's loop."""
+def loop_seconds(data: str, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of each step of the job's loop and of a bare one, of which each does a step when the other has."""
+    device, bare = torch.device(args.device), BareLoop(args)
+    seconds: dict[str, list[float]] = {JOB: [], BARE: []}
+    begun = now(device)
+
+    def turn(figures: Mapping[str, float]) -> None:
+        """Called by the job when a step is done and reported; its next one begins when this returns."""
+        nonlocal begun
+        if "images_per_s" in figures:
+            seconds[JOB].append(now(device) - begun)
+            seconds[BARE].append(bare.step())
+            begun = now(device)
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = validate(TrainJobConfig, settings(folder, data, args))
         facts = handshake(config, LatentDataset.open(data))
         generation = claim_generation(Root(config.output.uri), {})
-        run_worker(config, Place(args.device, generation, None, facts, True, folder / "scratch"))
-        rates = [r["images_per_s"] for r in read_records(Root(config.output.uri)) if "images_per_s" in r]
-        return args.batch_size / statistics.median(rates[1:])
+        run_worker(config, Place(args.device, generation, None, facts, True, folder / "scratch", publish=turn))
+    return {side: values[1:] for side, values in seconds.items()}
 
 
-def bare_seconds(args: argparse.Namespace) -> float:
-    """Median seconds of a step of a loop without anything around it."""
-    device = torch.device(args.device)
-    torch.set_num_threads(args.threads)
-    model = build().to(device)
-    state = make_state(model, tracks=(), seed=0, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
-    for group in state.optimizer.param_groups:
-        group["lr"] = 1e-4
-    x = torch.randn(args.batch_size, CHANNELS, SIDE, SIDE, device=device)
-    labels = torch.randint(CLASSES, (args.batch_size,), device=device)
-    seconds = []
-    for _ in range(args.steps):
-        start = now(device)
-        noise, t = torch.randn_like(x), torch.rand(args.batch_size, device=device)
+class BareLoop:
+    """Training steps on one batch without anything around them."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.device, self.autocast = torch.device(args.device), args.precision == "bf16"
+        self.model = build().to(self.device)
+        self.state = make_state(self.model, tracks=(), seed=0, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = 1e-4
+        self.x = torch.randn(args.batch_size, CHANNELS, SIDE, SIDE, device=self.device)
+        self.labels = torch.randint(CLASSES, (args.batch_size,), device=self.device)
+
+    def step(self) -> float:
+        """Seconds of one more step."""
+        x, start = self.x, now(self.device)
+        noise, t = torch.randn_like(x), torch.rand(len(x), device=self.device)
         at = t.view(-1, 1, 1, 1)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            loss = (model((1 - at) * x + at * noise, t, labels).float() - (noise - x)).square().mean()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            loss = (self.model((1 - at) * x + at * noise, t, self.labels).float() - (noise - x)).square().mean()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.state.optimizer.step()
+        self.state.optimizer.zero_grad(set_to_none=True)
         assert float(norm) >= 0.0  # whoever clips looks at it
-        seconds.append(now(device) - start)
-    return statistics.median(seconds[1:])
+        return now(self.device) - start
 
 
 def build(**changes: Any) -> nn.Module:
@@ -157,23 +169,23 @@ def diffusers_dit() -> nn.Module:
     return build_model(model_config_from_dict(config), latent_channels=CHANNELS, num_classes=CLASSES, text_dim=None)
 
 
-def pass_seconds(make: Callable[[], nn.Module], args: argparse.Namespace) -> float:
-    """Median seconds of forward and backward."""
+def pass_seconds(models: Mapping[str, nn.Module], args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of each forward and backward of the models, which take turns."""
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
-    model = make().to(device)
     x = torch.randn(args.batch_size, CHANNELS, SIDE, SIDE, device=device)
     t = torch.full((args.batch_size,), 0.5, device=device)
     labels = torch.zeros(args.batch_size, dtype=torch.int64, device=device)
-    seconds = []
+    seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(args.steps):
-        start = now(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            loss = model(x, t, labels).float().square().mean()
-        loss.backward()
-        model.zero_grad(set_to_none=True)
-        seconds.append(now(device) - start)
-    return statistics.median(seconds[1:])
+        for name, model in models.items():
+            start = now(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                loss = model(x, t, labels).float().square().mean()
+            loss.backward()
+            model.zero_grad(set_to_none=True)
+            seconds[name].append(now(device) - start)
+    return {name: values[1:] for name, values in seconds.items()}
 
 
 def now(device: torch.device) -> float:
@@ -222,25 +234,20 @@ def num_starts(root: Root) -> int:
     return sum(1 for _ in root.list(f"{HISTORY}/starts"))
 
 
-def sides_of(args: argparse.Namespace, data: str) -> dict[str, Callable[[], float]]:
-    """What is measured, in the order of its turns: each gives the seconds of a step."""
-    models = {"ours": build, "ours without norm and rotation": plain, "diffusers": diffusers_dit}
+def models_of(args: argparse.Namespace) -> dict[str, nn.Module]:
+    """The models whose passes are measured, by name."""
+    models = {"ours": build(), "ours without norm and rotation": plain(), DIFFUSERS: diffusers_dit()}
     if args.before:
-        models[f"ours at {args.before}"] = functools.partial(dit_before, args.before)
+        models[f"ours at {args.before}"] = dit_before(args.before)
     if args.compile:
-        models["ours compiled"] = compiled
-    sides: dict[str, Callable[[], float]] = {
-        "ours: the job's loop": lambda: job_seconds(data, args),
-        "bare loop": lambda: bare_seconds(args),
-    }
-    return sides | {f"DiT: {name}": functools.partial(pass_seconds, make, args) for name, make in models.items()}
+        models["ours compiled"] = compiled()
+    return {name: model.to(args.device) for name, model in models.items()}
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -256,29 +263,27 @@ def main() -> None:
     """Measure and print."""
     args = arguments()
     logging.getLogger().setLevel(logging.WARNING)
-    rounds: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as name:
         data = make_dataset(Path(name), rows=max(256, 4 * args.batch_size), classes=CLASSES, side=SIDE)
-        sides = sides_of(args, data)
-        for _ in range(args.rounds):
-            rounds.append({side: measure() for side, measure in sides.items()})
-    report: dict[str, Any] = {"settings": {**vars(args), "out": None}, "rounds": rounds, "sides": {}}
-    print(f"{'':40} {'s/step':>9} {'speed':>6}  of")
-    for side in sides:
-        base = "bare loop" if not side.startswith("DiT") else "DiT: diffusers"
-        seconds = statistics.median(done[side] for done in rounds)
-        ratio = statistics.median(done[base] / done[side] for done in rounds)
-        report["sides"][side] = {"seconds_per_step": seconds, "speed": ratio, "of": base}
-        print(f"{side:40} {seconds:9.4f} {ratio:6.2f}  {base}")
+        measured = {BARE: loop_seconds(data, args), DIFFUSERS: pass_seconds(models_of(args), args)}
+    report: dict[str, Any] = {"settings": {**vars(args), "out": None}, "steps": measured, "sides": {}}
+    rows: list[list[Any]] = []
+    for base, sides in measured.items():
+        for side, seconds in sides.items():
+            ratio = statistics.median(its / mine for its, mine in zip(sides[base], seconds, strict=True))
+            figures = {"steps_per_s": 1 / statistics.median(seconds), "ratio": ratio, "of": base}
+            report["sides"][side] = figures
+            rows.append([side, *figures.values()])
+    print(table(["", "steps/s", "ratio", "of"], rows))
     if args.kill:
         report["restart"] = restart_cost()
         print(f"a killed worker: {report['restart']}")
-    print(json.dumps(report))
     write(args.out, "train_step", report)
-    rates = {side: 1 / figures["seconds_per_step"] for side, figures in report["sides"].items()}
-    passes = {side.removeprefix("DiT: "): rate for side, rate in rates.items() if side.startswith("DiT")}
-    loops = {side: rate for side, rate in rates.items() if not side.startswith("DiT")}
-    parts = {"steps/s": loops, "forward + backward passes/s of a DiT": passes}
+    titles = {BARE: "steps/s", DIFFUSERS: "forward + backward passes/s of a DiT"}
+    parts = {
+        title: {side: report["sides"][side]["steps_per_s"] for side in measured[base]}
+        for base, title in titles.items()
+    }
     panels(args.out, "train_step", f"training, batches of {args.batch_size}", parts)
 
 
