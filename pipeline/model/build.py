@@ -53,13 +53,14 @@ def model_config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated parts of a model in forward order: what to compile, checkpoint or shard one by one."""
+    """The repeated parts of a model in forward order, called by nothing but its forward: to compile or shard each."""
     if isinstance(model, DiT):
         return list(model.blocks)
     inner = model.inner if isinstance(model, adapters.DiffusersAdapter) else model
     transformer = getattr(inner, "transformer_blocks", None)
     if isinstance(transformer, nn.ModuleList):
-        return list(transformer)
+        # diffusers' DiT uses a layer of its first block once more at its end, when shards of that have gone again.
+        return list(transformer)[1 if isinstance(model, adapters.DiTTransformer2D) else 0 :]
     parts = [getattr(inner, name, None) for name in ("down_blocks", "mid_block", "up_blocks")]
     return [
         block

@@ -225,7 +225,8 @@ class TextEmbedding(nn.Module):
         null_B1D = self.null_D.expand(batch, 1, -1)
         if text_BLD is None:
             return null_B1D, None, self.pool(null_B1D[:, 0])
-        tokens_BLD = self.project(text_BLD)
+        # Sharded weights may be bfloat16, and a norm on a CPU takes no wider input than its weights.
+        tokens_BLD = self.project(text_BLD.to(self.pool.weight.dtype))
         if mask_BL is None:
             mask_BL = torch.ones(tokens_BLD.shape[:2], dtype=torch.bool, device=tokens_BLD.device)
         # The null token is always attended to, so no row of the softmax is empty.
@@ -277,7 +278,7 @@ def _rotate(x_BHLD: Tensor, cos_LE: Tensor, sin_LE: Tensor) -> Tensor:
 
 
 def _modulate(x_BLD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
-    # Here and at the gates one pass over the tokens instead of two, also in the backward pass.
+    # Here and at the gates one pass over the tokens instead of two (the backward pass is no shorter).
     return torch.addcmul(shift_B1D, x_BLD, 1.0 + scale_B1D)
 
 

@@ -59,7 +59,8 @@ def _sharded(model: nn.Module, device: torch.device, precision: str, blocks: Seq
     mesh = init_device_mesh(device.type, (world.world_size(),))
     policy = MixedPrecisionPolicy()
     if precision == "bf16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        # Inputs are autocast's to cast: times and rotations in bfloat16 would be other times and places.
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # Also the root: between steps parameters are then always the sharded ones, whoever ran a forward pass.

@@ -1,0 +1,85 @@
+"""A model that is wrapped for a strategy gives the answers of the model itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.model.build import build_model, model_config_from_dict, repeated_blocks
+from pipeline.train import world
+from pipeline.train.parallel import wrap
+from tests.train.helpers import on_ranks, write_json
+
+SIZE: dict[str, Any] = {"heads": 2, "depth": 2}
+CLASSES: dict[str, dict[str, Any]] = {
+    "dit": {"hidden": 64, **SIZE},
+    "unet2d": {},
+    "dit_transformer2d": {"sample_size": 16, "head_dim": 32, **SIZE},
+}
+TEXT: dict[str, dict[str, Any]] = {
+    "dit": {"hidden": 64, **SIZE},
+    "unet2d_condition": {
+        "block_out_channels": [32, 64],
+        "attention": [True, False],
+        "attention_heads": 4,
+        "norm_num_groups": 8,
+    },
+    "sd3_transformer2d": {"sample_size": 16, "max_size": 16, "head_dim": 32, **SIZE},
+}
+
+
+def _model(kind: str, settings: dict[str, Any], *, text: bool) -> nn.Module:
+    torch.manual_seed(3)
+    config = model_config_from_dict({"kind": kind, **settings})
+    model = build_model(config, latent_channels=4, num_classes=None if text else 10, text_dim=24 if text else None)
+    with torch.no_grad():
+        for parameter in model.parameters():  # adaLN-zero begins as a network that hears of no time
+            parameter.normal_(std=0.1)
+    return model
+
+
+def _inputs(*, text: bool) -> list[Any]:
+    generator = torch.Generator().manual_seed(world.rank())
+    x = torch.randn(8, 4, 16, 16, generator=generator)
+    t = torch.linspace(0.9901, 0.9999, 8)  # bfloat16 knows two or three numbers in there
+    if not text:
+        return [x, t, torch.arange(8)]
+    return [x, t, None, torch.randn(8, 5, 24, generator=generator), torch.ones(8, 5, dtype=torch.bool)]
+
+
+def _compare(folder: str) -> None:
+    """Errors of sharded and of whole models in bfloat16 against float32."""
+    errors = {}
+    for text, models in ((False, CLASSES), (True, TEXT)):
+        for kind, settings in models.items():
+            model, alone = _model(kind, settings, text=text), _model(kind, settings, text=text)
+            inputs = _inputs(text=text)
+            blocks = repeated_blocks(model)
+            engine = wrap(model, device=torch.device("cpu"), strategy="fsdp2", precision="bf16", blocks=blocks)
+            with torch.no_grad():
+                exact = alone(*inputs)
+            with torch.autocast("cpu", torch.bfloat16):
+                found = [engine.forward(*inputs), alone(*inputs)]
+            found[0].float().square().mean().backward()
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            assert gradients
+            assert all(gradient.dtype == torch.float32 for gradient in gradients)
+            each = [float((one.detach().float() - exact).norm() / exact.norm()) for one in found]
+            errors[f"{kind} {'text' if text else 'classes'}"] = each
+    write_json(Path(folder) / f"{world.rank()}.json", errors)
+
+
+@pytest.mark.integration
+def test_shards_in_bf16_are_as_near_to_float32_as_autocast_is(tmp_path: Path) -> None:
+    on_ranks(2, _compare, str(tmp_path))
+    for rank in range(2):
+        errors = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert len(errors) == len(CLASSES) + len(TEXT)
+        for model, (sharded, whole) in errors.items():
+            assert whole < 0.02, model
+            assert sharded < 1.5 * whole, model
