@@ -29,8 +29,8 @@ class Grid:
     """How a grid is drawn. shape: (c, h, w) of a latent; sampler: keyword arguments of `samplers.sample`.
 
     prompts: the prompt of each picture, and their embeddings; None for a model that reads no text.
-    collective: every rank draws it (sharded models need that); otherwise rank 0 alone. `show` gets the PNG bytes on
-    rank 0.
+    collective: every rank draws it (sharded models need that); otherwise rank 0 alone. precision: that of training.
+    `show` gets the PNG bytes on rank 0.
     """
 
     task: Task
@@ -43,6 +43,7 @@ class Grid:
     collective: bool = False
     prompts: tuple[tuple[str, ...], Text] | None = None
     device: torch.device = _CPU
+    precision: str = "fp32"
 
     def run(self, state: TrainState) -> dict[str, float]:
         """Draw, decode on rank 0, show; no figures."""
@@ -50,7 +51,8 @@ class Grid:
             return {}
         was_training = state.model.training
         state.model.eval()
-        with state.ema.swapped(state.params, self.ema):
+        bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        with state.ema.swapped(state.params, self.ema), bf16:
             latents = self._latents(state)
         state.model.train(was_training)
         if world.rank() == 0:

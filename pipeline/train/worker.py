@@ -247,4 +247,5 @@ def _grid(
         prompts=prompts,
         collective=config.train.strategy == "fsdp2",
         device=device,
+        precision=config.train.precision,
     )

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from pipeline.train import grid as module
+from pipeline.train import world
 from pipeline.train.grid import Grid
 from pipeline.train.state import TrainState
-from tests.train.helpers import CHANNELS, make_task, new_run
+from tests.train.helpers import CHANNELS, make_task, new_run, on_ranks
 
 
 @pytest.fixture
@@ -83,3 +84,26 @@ def test_an_unconditional_grid_has_no_classes(tmp_path: Path, decoded: list[torc
     assert grid.classes() is None
     grid.run(state)
     assert len(torch.cat(decoded)) == 20
+
+
+def _sharded_in_bf16(folder: str) -> None:
+    path = Path(folder)
+    seen: list[torch.Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        blank = torch.zeros(16, 16, 16, 3, dtype=torch.uint8)
+        codec = SimpleNamespace(decode=lambda latents: (seen.append(latents), blank[: len(latents)])[1])
+        patch.setattr(module, "load_codec", lambda **_: codec)
+        state, _, _ = new_run(path / f"{world.rank()}", strategy="fsdp2", precision="bf16")
+        make_grid([], collective=True, precision="bf16").run(state)
+    if world.rank() == 0:
+        torch.save(torch.cat(seen), path / "latents.pt")
+
+
+@pytest.mark.integration
+def test_shards_in_bf16_draw_the_picture_of_the_whole(tmp_path: Path, decoded: list[torch.Tensor]) -> None:
+    state, _, _ = new_run(tmp_path)
+    make_grid([]).run(state)
+    on_ranks(2, _sharded_in_bf16, str(tmp_path))
+    found, whole = torch.load(tmp_path / "latents.pt", weights_only=True), torch.cat(decoded)
+    assert found.dtype == torch.float32
+    assert 0 < float((found - whole).norm() / whole.norm()) < 0.02
