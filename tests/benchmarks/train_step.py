@@ -13,7 +13,8 @@ kill    (--kill) a job of two workers on a local Ray; one is killed with SIGKILL
         have done a step, and the steps that were repeated.
 
 The sides take turns step by step, since a machine's speed may change from one second to the next; a ratio is the
-median over pairs of neighbouring steps. First steps are left out.
+median over the turns. First steps are left out. What the job does on threads of its own goes on in the bare loop's turn:
+reading some hundred rows.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ MODEL = {"kind": "dit", "hidden": 192, "depth": 4, "heads": 3, "patch": 2}
 
 
 def settings(folder: Path, data: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The job's configuration: a report at every step, so that each has its own rate."""
+    """The job's configuration: a report at every step, so that the sides can take turns."""
     return {
         "data": {"uri": data},
         "output": {"uri": str(folder / "run")},
@@ -155,8 +156,8 @@ def dit_before(commit: str) -> nn.Module:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     torch.manual_seed(0)
-    settings = {key: value for key, value in MODEL.items() if key != "kind"}
-    model: nn.Module = module.DiT(latent_channels=CHANNELS, num_classes=CLASSES, **settings)
+    size = {key: value for key, value in MODEL.items() if key != "kind"}
+    model: nn.Module = module.DiT(latent_channels=CHANNELS, num_classes=CLASSES, **size)
     return model
 
 
