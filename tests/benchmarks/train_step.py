@@ -13,8 +13,8 @@ kill    (--kill) a job of two workers on a local Ray; one is killed with SIGKILL
         have done a step, and the steps that were repeated.
 
 The sides take turns step by step, since a machine's speed may change from one second to the next; a ratio is the
-median over the turns. First steps are left out. What the job does on threads of its own goes on in the bare loop's turn:
-reading some hundred rows.
+median over the turns. First steps are left out. What the job does on threads of its own, reading some
+hundred rows, goes on in the bare loop's turn.
 """
 
 from __future__ import annotations
