@@ -8,6 +8,7 @@ local files by an exclusive hard link, S3 by `If-None-Match: *`, other stores by
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -17,6 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -60,8 +62,9 @@ class ObjectInfo:
     mtime_ns: int | None
 
 
-# One level of a directory: name, is it a directory, and how to get its version given its full key.
-Entries = list[tuple[str, bool, Callable[[str], ObjectInfo]]]
+# One level of a directory, sorted: a name, of a directory with "/" at its end, and how to get the version of a key.
+# A directory sorts as "name/": so the depth-first order is the order of the full keys.
+Entries = Iterator[tuple[str, Callable[[str], ObjectInfo]]]
 Names = list[str]
 
 
@@ -173,14 +176,14 @@ class Root:
     def info(self, key: str) -> ObjectInfo:
         """Size and version of an object; FileNotFoundError when it is absent or a directory."""
         if self._local:
-            stat = os.stat(self._path(key))
+            found = _local_info(self._path(key), key)
             if not os.path.isfile(self._path(key)):
                 raise FileNotFoundError(self.uri_of(key))
-            return ObjectInfo(key, stat.st_size, None, stat.st_mtime_ns)
+            return found
         detail = self._retry(lambda: self.fs.info(self._path(key)))
         if detail["type"] == "directory":
             raise FileNotFoundError(self.uri_of(key))
-        return _object_info(key, detail)
+        return _object_info(detail, key)
 
     def kind(self) -> str:
         """What lies at the root's own URI: "missing", "file" or "directory"."""
@@ -201,37 +204,39 @@ class Root:
 
         Memory is bounded by the largest single directory. Half-written temporary files are not objects.
         """
-        for name, is_directory, detail in self._entries(prefix):
+        for name, version_of in self._entries(prefix):
             key = f"{prefix}/{name}" if prefix else name
-            if is_directory:
-                yield from self.list(key)
+            if name.endswith("/"):
+                yield from self.list(key[:-1])
             else:
-                yield detail(key)
+                yield version_of(key)
 
     def list_dirs(self, prefix: str = "") -> Names:
         """The names of the directories directly below a directory, sorted."""
-        return [name for name, is_directory, _ in self._entries(prefix) if is_directory]
+        return [name[:-1] for name, _ in self._entries(prefix) if name.endswith("/")]
 
     def _entries(self, prefix: str) -> Entries:
-        # A directory sorts as "name/": so the depth-first order is the order of the full keys.
-        found = self._local_entries(prefix) if self._local else self._remote_entries(prefix)
-        return sorted(found, key=lambda e: e[0] + "/" if e[1] else e[0])
+        return self._local_entries(prefix) if self._local else self._remote_entries(prefix)
 
     def _local_entries(self, prefix: str) -> Entries:
-        return [(e.name, e.is_dir(follow_symlinks=False), _local_info(e)) for e in scanned(self._path(prefix))]
+        # Of a directory with millions of files only the names are held; each is asked for its size in its turn.
+        directory = self._path(prefix)
+        for name in scanned(directory):
+            yield name, functools.partial(_local_info, os.path.join(directory, name))
 
     def _remote_entries(self, prefix: str) -> Entries:
         base = self._path(prefix).rstrip("/")
         try:
             details = self._retry(lambda: self.fs.ls(base, detail=True))
         except (FileNotFoundError, NotADirectoryError):
-            return []
-        out: Entries = []
-        for d in details:
-            name = d["name"].rstrip("/")[len(base) :].lstrip("/")
+            return
+        found = []
+        for detail in details:
+            name = detail["name"].rstrip("/")[len(base) :].lstrip("/")
             if name and "/" not in name:
-                out.append((name, d["type"] == "directory", _remote_info(d)))
-        return out
+                found.append((name + "/" if detail["type"] == "directory" else name, detail))
+        for name, detail in sorted(found, key=itemgetter(0)):
+            yield name, functools.partial(_object_info, detail)
 
     # -- writing -------------------------------------------------------------------------------------------
 
@@ -371,19 +376,12 @@ class Root:
         return False
 
 
-def _local_info(entry: os.DirEntry[str]) -> Callable[[str], ObjectInfo]:
-    def info(key: str) -> ObjectInfo:
-        stat = entry.stat()
-        return ObjectInfo(key, stat.st_size, None, stat.st_mtime_ns)
-
-    return info
+def _local_info(path: str, key: str) -> ObjectInfo:
+    stat = os.stat(path)
+    return ObjectInfo(key, stat.st_size, None, stat.st_mtime_ns)
 
 
-def _remote_info(detail: dict[str, Any]) -> Callable[[str], ObjectInfo]:
-    return lambda key: _object_info(key, detail)
-
-
-def _object_info(key: str, detail: dict[str, Any]) -> ObjectInfo:
+def _object_info(detail: dict[str, Any], key: str) -> ObjectInfo:
     etag = detail.get("ETag") or detail.get("etag") or detail.get("md5Hash")
     modified: Any = detail.get("LastModified") or detail.get("mtime") or detail.get("created")
     stamp = modified.timestamp() if hasattr(modified, "timestamp") else modified

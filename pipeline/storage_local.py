@@ -35,16 +35,16 @@ def written_beside(final: str, data: bytes) -> Iterator[str]:
             os.unlink(temporary)
 
 
-def scanned(directory: str) -> list[os.DirEntry[str]]:
-    """The entries of a directory that are objects or directories; none when it does not exist."""
+def scanned(directory: str) -> list[str]:
+    """Sorted names of a directory's objects and, with "/" at the end, directories; none when it does not exist."""
     try:
         with os.scandir(directory) as scan:
             # A link to a directory could lead round in a circle; one to nowhere is no object.
-            return [
-                entry
+            return sorted(
+                entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name
                 for entry in scan
                 if not entry.name.startswith(TEMPORARY_PREFIX)
                 and (entry.is_file() or entry.is_dir(follow_symlinks=False))
-            ]
+            )
     except (FileNotFoundError, NotADirectoryError):
         return []

@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import threading
+import tracemalloc
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,6 +163,19 @@ def test_links_that_lead_nowhere_or_round_in_a_circle_are_no_objects(tmp_path: P
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     (tmp_path / "link").symlink_to(tmp_path / "real" / "file")
     assert [i.key for i in root.list()] == ["link", "real/file"]
+
+
+def test_listing_a_large_directory_holds_little_more_than_its_names(tmp_path: Path) -> None:
+    files = 3_000
+    for number in range(files):
+        (tmp_path / f"{number:07d}_photo.jpg").touch()
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in Root(str(tmp_path)).list()) == files
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 250 * files  # bytes; a name is 70 of them, its entry with what stat says of it over a thousand
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
