@@ -236,7 +236,7 @@ def actor_pool(
 ) -> dict[str, Any]:
     """Arguments for a pool of `size` actors that are replaced when they die, with bounded repeats of a task.
 
-    `num_gpus` each reserves; without any it computes on the CPU (`CPU_WORKER_ENV`).
+    `num_gpus` each reserves (`device_options`).
     `batch_rows` cuts what an actor gets per call; None hands it whole blocks. `calls`: at a time, per actor.
     """
     # By default as many again wait at an actor: in small jobs, and at the end of all, others are idle meanwhile.
@@ -250,8 +250,13 @@ def actor_pool(
         "batch_format": "pyarrow",
         "max_restarts": -1,
         "max_task_retries": retries,
-        **({"num_gpus": num_gpus} if num_gpus else {"runtime_env": {"env_vars": CPU_WORKER_ENV}}),
+        **device_options(num_gpus),
     }
+
+
+def device_options(num_gpus: float) -> dict[str, Any]:
+    """Ray's options of an actor that computes: the GPUs it reserves; without any, CPU_WORKER_ENV."""
+    return {"num_gpus": num_gpus} if num_gpus else {"runtime_env": {"env_vars": CPU_WORKER_ENV}}
 
 
 def check_together(demands: Mapping[str, float], key: str, resource: Literal["CPU", "GPU"] = "CPU") -> None:

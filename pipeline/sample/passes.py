@@ -17,6 +17,7 @@ from pipeline.graph import (
     check_nodes,
     check_together,
     configure_ray_data,
+    device_options,
     node_offers,
     run_execution,
     start_monitor,
@@ -101,7 +102,7 @@ class _Passes:
             return None
         draw = on_device(self.prepared.draw, "cuda" if gpus else "cpu")
         actor = ray.remote(EmbedPrompts).options(
-            num_cpus=self.config.prompts.num_cpus, num_gpus=gpus or None, max_restarts=-1, max_task_retries=-1
+            num_cpus=self.config.prompts.num_cpus, max_restarts=-1, max_task_retries=-1, **device_options(gpus)
         )
         return actor.remote(text, draw, self.config.prompts.cache_bytes)
 
