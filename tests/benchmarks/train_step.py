@@ -257,7 +257,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kill", action="store_true", help="measure the restart, too: starts Ray")
     parser.add_argument("--before", metavar="COMMIT", help="an earlier commit, whose DiT runs, too")
     parser.add_argument("--out", type=Path)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.steps < 2:
+        parser.error(f"--steps {args.steps}: two at least, as the first is not counted")
+    return args
 
 
 def main() -> None:
