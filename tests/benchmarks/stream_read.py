@@ -11,14 +11,22 @@ One table per latent size, all on the same latents in one run, warm page cache, 
     the peers    what their users do: Ray Data iter_torch_batches on the same Parquet files; MosaicML Streaming and
                  webdataset on copies in their own format (their bytes: the stored halves), shuffle on, no workers
 
-A figure is the median of the rounds, in which the ways take turns; a way that is not installed is left out and
+A figure is the median of the rounds, in which the ways take turns; a way that cannot be imported is left out and
 named. `--groups` opens a dataset of so many row groups, whose ledger is real and whose files are links to one, and
-tells the seconds to its first batch. Peers are no dependency of the project: pip install ".[benchmarks]".
+tells the seconds to its first batch. Peers are no dependency of the project:
+
+    pip install --constraint constraints.txt --editable '.[benchmarks]'
+    pip install --no-deps mosaicml-streaming==0.13.0
+
+The second by itself, as its bounds on numpy and transformers are below this project's; what it imports comes with the
+first.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import json
 import os
 import shutil
@@ -164,15 +172,15 @@ def ray_data(case: Case) -> float:
 def mosaic(case: Case) -> float:
     """MDS shards, py1s shuffle, torch DataLoader in this process."""
     import torch
-    from streaming import MDSWriter, StreamingDataset
 
+    streaming = _import_streaming()
     out = case.folder / "mds"
     if not out.exists():
         columns = {"id": "bytes", "latent": "bytes", "label": "int"}
-        with MDSWriter(out=str(out), columns=columns, size_limit=64 << 20) as writer:
+        with streaming.MDSWriter(out=str(out), columns=columns, size_limit=64 << 20) as writer:
             for name, latent, label in case.batches():
                 writer.write({"id": name, "latent": latent, "label": label})
-    dataset = StreamingDataset(local=str(out), shuffle=True, batch_size=BATCH)
+    dataset = streaming.StreamingDataset(local=str(out), shuffle=True, batch_size=BATCH)
 
     def collate(rows: list[dict[str, Any]]) -> tuple[Any, Any]:
         latents = np.frombuffer(b"".join(row["latent"] for row in rows), np.float16).reshape(-1, *case.shape)
@@ -180,6 +188,29 @@ def mosaic(case: Case) -> float:
 
     loader = torch.utils.data.DataLoader(dataset, batch_size=BATCH, collate_fn=collate)
     return _epochs(case, lambda: (len(latents) for latents, _ in loader))
+
+
+def _import_streaming() -> Any:
+    """MosaicML Streaming, whose image datasets import torchvision, of which nothing is used here.
+
+    A CPU build of torch cannot load the operators of PyPI's torchvision, whose import then stops at their names.
+    """
+    try:
+        return importlib.import_module("streaming")
+    except RuntimeError:
+        _declare_torchvision_operators()
+        return importlib.import_module("streaming")
+
+
+@functools.cache
+def _declare_torchvision_operators() -> Any:
+    """The names alone; they last as long as what is returned."""
+    import torch
+
+    operators = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return operators
 
 
 def web_dataset(case: Case) -> float:
@@ -286,7 +317,7 @@ def measure(case: Case, rounds: int, ways: Sequence[str]) -> tuple[dict[str, flo
                 figures.setdefault(name, []).append(way(case))
                 print(f"  {name}: {figures[name][-1]:,.0f} rows/s", file=sys.stderr, flush=True)
             except ImportError as problem:
-                absent[name] = f"{package} is not installed ({problem})"
+                absent[name] = f"{package} cannot be imported ({problem})"
                 figures.pop(name, None)
     return {name: statistics.median(rates[1:]) for name, rates in figures.items()}, absent
 
