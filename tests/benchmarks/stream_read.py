@@ -25,8 +25,8 @@ first.
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -38,6 +38,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -191,26 +192,26 @@ def mosaic(case: Case) -> float:
 
 
 def _import_streaming() -> Any:
-    """MosaicML Streaming, whose image datasets import torchvision, of which nothing is used here.
+    """MosaicML Streaming; where torchvision is absent, without it: nothing but its image datasets need that.
 
-    A CPU build of torch cannot load the operators of PyPI's torchvision, whose import then stops at their names.
+    The torchvision of PyPI does not load into a CPU build of torch, and keeps diffusers from loading, too.
     """
+    importlib.import_module("transformers.feature_extraction_utils")  # looks for torchvision, while it is absent
+    absent = {} if importlib.util.find_spec("torchvision") else _torchvision_placeholders()
+    sys.modules.update(absent)
     try:
         return importlib.import_module("streaming")
-    except RuntimeError:
-        _declare_torchvision_operators()
-        return importlib.import_module("streaming")
+    finally:
+        for name in absent:
+            del sys.modules[name]
 
 
-@functools.cache
-def _declare_torchvision_operators() -> Any:
-    """The names alone; they last as long as what is returned."""
-    import torch
-
-    operators = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return operators
+def _torchvision_placeholders() -> dict[str, ModuleType]:
+    names = ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional")
+    modules = {name: ModuleType(name) for name in names}
+    modules["torchvision.datasets"].__dict__["VisionDataset"] = type("VisionDataset", (), {})
+    modules["torchvision.transforms.functional"].__dict__["to_tensor"] = None
+    return modules
 
 
 def web_dataset(case: Case) -> float:
