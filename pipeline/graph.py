@@ -373,5 +373,6 @@ def _refused(error: BaseException) -> PipelineError:
 
 
 def _is_user_error(error: RayError) -> bool:
-    """Whether code raised, rather than a process dying: repeating it cannot help."""
-    return isinstance(error, ray.exceptions.RayTaskError)
+    """Whether code raised, rather than a process dying, be it one that the code asked: repeating it cannot help."""
+    asked_in_vain = any(isinstance(cause, ray.exceptions.RayActorError) for cause in _causes(error))
+    return isinstance(error, ray.exceptions.RayTaskError) and not asked_in_vain

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import pyarrow as pa
 
@@ -21,6 +20,7 @@ from pipeline.codec.config import CodecConfig
 from pipeline.encode.blocks import raw_table, split_outcomes
 from pipeline.encode.decoding import Decoder, items_of, pixels_table
 from pipeline.errors import ConfigError
+from pipeline.lost_device import ends_with_its_device
 from pipeline.source.config import ImageConfig, SourceConfig
 from pipeline.source.listing import Entry
 from pipeline.source.readers import read_unit
@@ -32,7 +32,6 @@ from pipeline.store.work import Work
 from pipeline.store.writer import Committer
 
 _BLOCK_BYTES = 32 << 20
-_DEVICE_GONE = 70  # exit status of an encoder whose device failed; EX_SOFTWARE
 
 
 @dataclass(frozen=True)
@@ -117,12 +116,8 @@ class EncodeBlocks:
         name = f"{self._place}-{next(self._numbers)}"
         self._monitor.begin.remote(name, _touched(block))
         items = items_of(block) if self._decoder is None else self._decoder.items(block)
-        try:
+        with ends_with_its_device("encoder"):
             table = encoder.encode(items, on_batch=lambda n: self._monitor.add.remote({"rows": n}))
-        except Exception as error:
-            if _device_is_gone(error):
-                _end_process(error)
-            raise
         usage = encoder.unreported()
         decode_s = self._decoder.unreported_s() if self._decoder else 0.0
         amounts = {"rows": usage.rejected, "rejected": usage.rejected}
@@ -167,22 +162,6 @@ def _load_encoder(spec: EncoderSpec) -> Any:
         device=spec.device,
         calls=spec.calls,
     )
-
-
-def _device_is_gone(error: Exception) -> bool:
-    import torch
-
-    return isinstance(error, torch.AcceleratorError)
-
-
-def _end_process(error: Exception) -> NoReturn:
-    """End this process as a crash would: its device's context is lost, and only a new process gets a new one.
-
-    An error that is raised does not end an actor, and would pass for a mistake in the code.
-    """
-    sys.stderr.write(f"latentloom: the device failed, this encoder ends and is replaced: {error}\n")
-    sys.stderr.flush()
-    os._exit(_DEVICE_GONE)
 
 
 def _touched(block: pa.Table) -> list[tuple[int, int, int]]:

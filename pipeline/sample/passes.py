@@ -102,7 +102,10 @@ class _Passes:
             return None
         draw = on_device(self.prepared.draw, "cuda" if gpus else "cpu")
         actor = ray.remote(EmbedPrompts).options(
-            num_cpus=self.config.prompts.num_cpus, max_restarts=-1, max_task_retries=-1, **device_options(gpus)
+            num_cpus=self.config.prompts.num_cpus,
+            max_restarts=-1,
+            max_task_retries=_TASK_RETRIES,
+            **device_options(gpus),
         )
         return actor.remote(text, draw, self.config.prompts.cache_bytes)
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.graph import answer, held
+from pipeline.lost_device import ends_with_its_device
 from pipeline.sample.output import IMAGES, encode_rows
 from pipeline.sample.plan import PLAN_SCHEMA
 from pipeline.sample.provenance import Draw, Origin
@@ -73,7 +74,7 @@ class EmbedPrompts:
 
     def embed(self, prompts: list[str]) -> Any:
         """{prompt: Embedding}."""
-        with networks_fit(self._draw, "Embedding prompts"):
+        with ends_with_its_device("embedder of prompts"), networks_fit(self._draw, "Embedding prompts"):
             return self._embedder()(prompts)
 
     def embedded(self) -> int:
@@ -108,7 +109,7 @@ class DenoiseBlocks:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         denoiser = self._denoiser()
-        with batch_fits(self._draw, "Denoising"):
+        with ends_with_its_device("denoiser"), batch_fits(self._draw, "Denoising"):
             return denoiser(block, on_batch=lambda rows: self._monitor.add.remote({"rows": rows}))
 
 
@@ -146,7 +147,7 @@ class DecodeBlocks:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         decoder = self._decoder()
-        with batch_fits(self._draw, "Decoding"):
+        with ends_with_its_device("decoder"), batch_fits(self._draw, "Decoding"):
             return decoder(block)
 
 
