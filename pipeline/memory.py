@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import torch
 
-# What PyTorch's CPU allocators, CUDA, cuBLAS and cuDNN say in a plain RuntimeError, in lower case.
-_TOLD = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+# What PyTorch's CPU allocators, CUDA, cuBLAS and cuDNN say in a plain RuntimeError, in lower case. When all of cuDNN's
+# engines run out of memory, PyTorch says that there is none; cuBLAS without room for its handle, that it has none.
+_TOLD = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "alloc_failed",
+    "allocation_failed",
+    "unable to find an engine",
+    "cublas_status_not_initialized",
+)
 
 
 def out_of_memory(error: BaseException) -> bool:

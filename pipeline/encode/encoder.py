@@ -212,7 +212,7 @@ class Encoder:
         except Exception as error:
             too_large = out_of_memory(error)
             if too_large and limit == 1:
-                raise _one_is_too_large(size) from error
+                raise _one_is_too_large(size, error) from error
             if not too_large and isinstance(error, torch.AcceleratorError):
                 raise  # the device's context is gone: only a new process helps
             message = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -301,9 +301,10 @@ def _withdraw_partial(table: pa.Table) -> pa.Table:
     return table.filter(pa.array(keep))
 
 
-def _one_is_too_large(size: Size) -> ConfigError:
+def _one_is_too_large(size: Size, error: Exception) -> ConfigError:
     return ConfigError(
-        f"One image of {size[0]}x{size[1]} pixels alone does not fit the device's memory",
+        f"One image of {size[0]}x{size[1]} pixels alone does not fit the device's memory: "
+        f"{' '.join(str(error).split())[:200] or type(error).__name__}",
         key="image.resolution",
         value=f"{size[0]}x{size[1]}",
         rule="the codec must hold a batch of one image of the largest bucket",

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from pipeline.memory import out_of_memory
 from pipeline.train.meter import peak_flops
 
 T = TypeVar("T")
@@ -119,12 +120,6 @@ def fitting(bench: Bench, what: str, batch: int, attempt: Callable[[int], T]) ->
             return None
         bench.say(f"{what}: out of memory with batch {batch}, tried again with {batch // 2}")
         batch //= 2
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether the device had no room; its libraries say so in words of their own."""
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "alloc_failed" in text
 
 
 class Kernels:
