@@ -12,6 +12,7 @@ from pipeline.codec.info import CodecInfo, check_dtype, check_posterior
 from pipeline.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_COMPILED_SHAPES = 64  # aspect-ratio buckets; beyond torch's own limit of eight the rest would not be compiled
 
 
 class DiffusersCodec:
@@ -35,7 +36,7 @@ class DiffusersCodec:
         self._vae: Any = vae.requires_grad_(False).eval().to(self.device, memory_format=self._layout)  # type: ignore[call-overload]
         if compile:
             for part in (self._vae.encoder, self._vae.decoder):
-                part.compile(dynamic=False)
+                part.compile(dynamic=False, recompile_limit=_COMPILED_SHAPES)
 
     @classmethod
     def load(cls, directory: Path, info: CodecInfo, *, dtype: str = "float32", **options: Any) -> DiffusersCodec:

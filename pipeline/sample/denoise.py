@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from pipeline.sample.prompts import Embedding
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Sizes of images, with and without guidance; beyond torch's own limit of eight the rest would not be compiled.
+_COMPILED_SHAPES = 64
 NOISE = "sample noise"  # the purpose that keys a request's noise; changing it changes every image
 
 
@@ -64,9 +66,10 @@ class Denoiser:
         self.info, self.how, self._embed = info, draw, embed
         self.device, self.dtype = torch.device(draw.device), DTYPES[draw.dtype]
         self._objective = Objective.from_dict(info.objective)
-        self._model = model.requires_grad_(False).eval().to(self.device)
+        # Autocast casts a weight once a batch only if it asks for gradients, else at each of the solver's steps.
+        self._model = model.requires_grad_(self.dtype != torch.float32).eval().to(self.device)
         if draw.compile if compile is None else compile:
-            self._model.compile(dynamic=False)
+            self._model.compile(dynamic=False, recompile_limit=_COMPILED_SHAPES)
         shape = (1, info.latent_channels, 1, 1)
         self._mean = torch.tensor(info.latent_mean, dtype=torch.float32, device=self.device).reshape(shape)
         self._std = torch.tensor(info.latent_std, dtype=torch.float32, device=self.device).reshape(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config import validate
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.sample.config import SampleJobConfig
 from pipeline.sample.decode import Decoder
-from pipeline.sample.denoise import Denoiser
+from pipeline.sample.denoise import Denoiser, Schedule
 from pipeline.sample.images import decode_image, read_provenance
 from pipeline.sample.model import read_model, resolve_sampler
 from pipeline.sample.output import IMAGES, encode_rows, file_key
@@ -66,6 +69,44 @@ def test_a_latent_does_not_depend_on_what_is_drawn_beside_it(
     together = latents_of(denoiser, requests)
     some = latents_of(denoiser, requests.take(chosen))
     assert all(together[name] == latent for name, latent in some.items())
+
+
+def test_half_precision_casts_a_weight_once_a_batch(prepared: Prepared) -> None:
+    denoiser = Denoiser.load(prepared.model.uri, replace(prepared.draw, dtype="bfloat16"))
+    weights = {weight.data_ptr() for weight in denoiser._model.parameters()}
+    casts: Counter[int] = Counter()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in weights:
+                casts[args[0].data_ptr()] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        denoiser.draw_batch([b"a" * 16, b"b" * 16], [0, 1], Schedule(16, 16, 3, 2.0, (0.0, 1.0)))
+    assert len(casts) > 5
+    assert max(casts.values()) == 1  # though the solver has three steps
+
+
+def test_more_than_eight_sizes_are_compiled(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor, t: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+            return x * t.reshape(-1, 1, 1, 1)
+
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compile_module(self, **how, backend=backend))
+    info = Denoiser.load(prepared.model.uri, prepared.draw).info
+    denoiser = Denoiser(Model(), info, prepared.draw, compile=True)
+    widths = [info.factor * n for n in range(2, 14)]
+    for width in widths:
+        denoiser.draw_batch([b"a" * 16], [0], Schedule(2 * info.factor, width, 1, 1.0, (0.0, 1.0)))
+    assert len(graphs) == len(widths)
 
 
 def test_the_model_always_sees_batches_of_one_size(prepared: Prepared) -> None:

@@ -137,11 +137,11 @@ def bare(
     labels = torch.arange(batch, device=bench.device) % size.classes
     labels = torch.cat([labels, torch.full_like(labels, size.classes)])
     times = torch.linspace(1, 0, scale.solver_steps + 1).tolist()
-    for t, after in pairwise(times):
-        with bench.autocast():
+    with bench.autocast():  # around all steps: it casts each weight once
+        for t, after in pairwise(times):
             twice = model(torch.cat([x, x]), torch.full((2 * batch,), t, device=bench.device), labels_B=labels)
-        wanted, other = twice.float().chunk(2)
-        x = x + (after - t) * (other + scale.guidance * (wanted - other))
+            wanted, other = twice.float().chunk(2)
+            x = x + (after - t) * (other + scale.guidance * (wanted - other))
     latents = x.to(bench.torch_dtype).contiguous(memory_format=torch.channels_last)
     pixels = vae.decode(latents, return_dict=False)[0].float()
     pixels.add(1).mul(127.5).round_().clamp_(0, 255).to(torch.uint8).cpu()
