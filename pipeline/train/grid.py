@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from pipeline.codec.codec import load_codec
 from pipeline.diffusion.rng import id_from_text, ids_from_bytes, keyed_normal
 from pipeline.diffusion.samplers import sample
+from pipeline.memory import out_of_memory
 from pipeline.sample.contact import contact_sheet
 from pipeline.sample.images import encode_image
 from pipeline.train import world
@@ -19,8 +21,10 @@ from pipeline.train.state import TrainState
 from pipeline.train.task import Task, Text
 
 _CHUNK = 16
+_DECODED_PIXELS = 1 << 20  # at a time: weights, optimiser and averages leave little room on the device
 _CAPTION = 24  # letters shown of a prompt
 
+_log = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
 
 
@@ -56,7 +60,14 @@ class Grid:
             latents = self._latents(state)
         state.model.train(was_training)
         if world.rank() == 0:
-            self.show(state, self._sheet(latents))
+            try:
+                sheet = self._sheet(latents)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                _log.warning("no pictures at step %d, memory ran out: %s", state.step, " ".join(str(error).split()))
+            else:
+                self.show(state, sheet)
         return {}
 
     def classes(self) -> Tensor | None:
@@ -106,8 +117,8 @@ class Grid:
         return [", ".join(part) for part in parts]
 
     def _sheet(self, latents: Tensor) -> bytes:
-        codec = load_codec(**self.codec, device=str(self.device))
-        pixels = torch.cat(
-            [codec.decode(latents[i : i + _CHUNK]).cpu() for i in range(0, self.images, _CHUNK)]
-        ).numpy()
+        codec = load_codec(**self.codec, device=str(self.device), dtype="auto")
+        height, width = (side * codec.info.factor for side in self.shape[1:])
+        chunk = max(1, min(_CHUNK, _DECODED_PIXELS // (height * width)))
+        pixels = torch.cat([codec.decode(latents[i : i + chunk]).cpu() for i in range(0, self.images, chunk)]).numpy()
         return contact_sheet([encode_image(p, {}) for p in pixels], self._captions())

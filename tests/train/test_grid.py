@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,8 +29,13 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
         seen.append(latents.clone())
         return torch.zeros(len(latents), 16, 16, 3, dtype=torch.uint8)
 
-    monkeypatch.setattr(module, "load_codec", lambda **_: SimpleNamespace(decode=decode))
+    use_codec(monkeypatch, decode)
     return seen
+
+
+def use_codec(patch: pytest.MonkeyPatch, decode: Callable[[torch.Tensor], torch.Tensor], factor: int = 4) -> None:
+    codec = SimpleNamespace(decode=decode, info=SimpleNamespace(factor=factor))
+    patch.setattr(module, "load_codec", lambda **_: codec)
 
 
 def make_grid(shown: list[tuple[int, bytes]], **changes: Any) -> Grid:
@@ -86,13 +92,42 @@ def test_an_unconditional_grid_has_no_classes(tmp_path: Path, decoded: list[torc
     assert len(torch.cat(decoded)) == 20
 
 
+def test_large_pictures_are_decoded_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        counts.append(len(latents))
+        return torch.zeros(len(latents), 512, 512, 3, dtype=torch.uint8)
+
+    use_codec(monkeypatch, decode, factor=128)  # of latents of 4 x 4
+    state, _, _ = new_run(tmp_path)
+    make_grid([]).run(state)
+    assert counts == [4] * 5
+
+
+def test_pictures_without_memory_are_left_out_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("planted: tried to allocate 48 GiB")
+
+    use_codec(monkeypatch, decode)
+    state, _, _ = new_run(tmp_path)
+    shown: list[tuple[int, bytes]] = []
+    assert make_grid(shown).run(state) == {}
+    assert shown == []
+    assert "no pictures at step 0, memory ran out: planted: tried to allocate 48 GiB" in caplog.text
+    use_codec(monkeypatch, lambda latents: torch.zeros(1) / "planted")  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        make_grid(shown).run(state)
+
+
 def _sharded_in_bf16(folder: str) -> None:
     path = Path(folder)
     seen: list[torch.Tensor] = []
     with pytest.MonkeyPatch.context() as patch:
         blank = torch.zeros(16, 16, 16, 3, dtype=torch.uint8)
-        codec = SimpleNamespace(decode=lambda latents: (seen.append(latents), blank[: len(latents)])[1])
-        patch.setattr(module, "load_codec", lambda **_: codec)
+        use_codec(patch, lambda latents: (seen.append(latents), blank[: len(latents)])[1])
         state, _, _ = new_run(path / f"{world.rank()}", strategy="fsdp2", precision="bf16")
         make_grid([], collective=True, precision="bf16").run(state)
     if world.rank() == 0:
