@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from pipeline.codec.info import CodecInfo, diffusers_info
+from pipeline.codec.info import CodecInfo, diffusers_info, gpu_dtype
 from pipeline.codec.locate import codec_root, local_directory
 from pipeline.errors import InputError
 from pipeline.storage import Root
@@ -45,8 +45,7 @@ class Codec(Protocol):
 def resolve_dtype(dtype: str, device: str, info: CodecInfo) -> str:
     """The arithmetic that `auto` stands for.
 
-    float32 on a CPU, where bfloat16 is slower; bfloat16 on a GPU that computes in it (Ampere and later); on an
-    older one float16, unless the codec says that it overflows in it, else float32.
+    float32 on a CPU, where bfloat16 is slower; on a GPU see `gpu_dtype`.
     """
     if dtype != "auto":
         return dtype
@@ -54,9 +53,7 @@ def resolve_dtype(dtype: str, device: str, info: CodecInfo) -> str:
         return "float32"
     import torch
 
-    if torch.cuda.get_device_capability(device)[0] >= _AMPERE:
-        return "bfloat16"
-    return "float32" if info.config.get("force_upcast") else "float16"
+    return gpu_dtype(info, bfloat16=torch.cuda.get_device_capability(device)[0] >= _AMPERE)
 
 
 def posterior_seed(sample_id: bytes) -> int:

@@ -81,6 +81,16 @@ def read_codec_info(codec: CodecConfig) -> CodecInfo:
     return codec_info(codec.path, codec.revision, codec.kind)
 
 
+def gpu_dtype(info: CodecInfo, *, bfloat16: bool) -> str:
+    """What `codec.dtype=auto` stands for on a GPU: bfloat16 where it computes in that (Ampere and later).
+
+    On an older one float16, unless the codec says that it overflows in it (`force_upcast`), else float32.
+    """
+    if bfloat16:
+        return "bfloat16"
+    return "float32" if info.config.get("force_upcast") else "float16"
+
+
 def codec_info(path: str, revision: str | None = None, kind: str = "auto") -> CodecInfo:
     """Like `read_codec_info`, from plain values. Reads every weight byte once, in chunks."""
     if kind != "auto":

@@ -88,7 +88,7 @@ class EstimateConfig(StrictModel):
         description="Price of one GPU hour by GPU name (A100, H100, H200, L4, T4); own names need peak_tflops too.",
     )
     peak_tflops: dict[str, float] = Field(
-        default_factory=dict, description="Dense bf16 peak of further GPUs, TFLOP/s, by name."
+        default_factory=dict, description="Dense half-precision peak of further GPUs, TFLOP/s, by name."
     )
     read_bytes_per_s: float = Field(
         500e6, gt=0, description="Latent bytes per second that training reads for one GPU: what an epoch costs then."

@@ -18,7 +18,7 @@ from pipeline.store.plan_diff import group_units
 
 _log = logging.getLogger(__name__)
 
-# Dense bf16 peaks in TFLOP/s from the manufacturer's data sheets (without sparsity).
+# Dense peaks in TFLOP/s from the manufacturer's data sheets (without sparsity): of bf16, of a T4 of fp16 instead.
 PEAK_TFLOPS = {"T4": 65.0, "L4": 121.0, "A100": 312.0, "H100": 989.0, "H200": 989.0}
 # Bytes of a stored row besides its latent, with page headers: ids, key, sizes, a short caption.
 _ROW_OVERHEAD_BYTES = 250
@@ -135,7 +135,9 @@ def epochs_until_ahead(encode: float, read: float) -> int | None:
 
 def _device_lines(config: EncodeJobConfig, flops: float, figures: dict[str, float]) -> list[str]:
     """Hours, and cost where a price is given, per GPU type; also put into `figures`."""
-    lines = [f"VAE work   {flops / 1e12:,.4g} TFLOP; at {config.estimate.utilisation:.0%} of the bf16 peak:"]
+    lines = [
+        f"VAE work   {flops / 1e12:,.4g} TFLOP; at {config.estimate.utilisation:.0%} of the half-precision peak:"
+    ]
     figures["flops"] = flops
     for name, peak in _gpus(config).items():
         hours = flops / (peak * 1e12 * config.estimate.utilisation) / 3600
@@ -170,6 +172,6 @@ def _gpus(config: EncodeJobConfig) -> dict[str, float]:
             key="estimate.price_per_hour",
             value=unknown,
             rule=f"known GPUs are {', '.join(PEAK_TFLOPS)}",
-            next_step="give the dense bf16 peak in estimate.peak_tflops",
+            next_step="give the dense half-precision peak in estimate.peak_tflops",
         )
     return peaks

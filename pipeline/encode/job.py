@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from pipeline.cluster import ensure_ray
-from pipeline.codec.info import CodecInfo, check_dtype, check_posterior, codec_info
+from pipeline.codec.info import CodecInfo, check_dtype, check_posterior, codec_info, gpu_dtype
 from pipeline.config import config_digest, dump_yaml
 from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.planning import known_entries, update_plan
@@ -32,12 +32,13 @@ from pipeline.tracking.ending import ended_by_outcome
 from pipeline.tracking.tracker import Tracker, open_tracker
 
 _log = logging.getLogger(__name__)
+_BEFORE_AMPERE = ("K80", "P4", "P100", "V100", "T4")  # as Ray names them
 
 
 def run(config: EncodeJobConfig) -> JobResult:
     """Encode what is planned and not settled; returns at once, without Ray or torch, when nothing is."""
     root, info, entries = _check(config)
-    config = _with_known_dtype(config, root)
+    config = _with_known_dtype(config, root, info)
     claim_identity(root, _identity(config, info))
     generation = claim_next(root, lambda previous: collect(root, previous), job="encode")
     try:
@@ -91,7 +92,7 @@ def _check(config: EncodeJobConfig) -> tuple[Root, CodecInfo, Any]:
     return root, info, entries
 
 
-def _with_known_dtype(config: EncodeJobConfig, root: Root) -> EncodeJobConfig:
+def _with_known_dtype(config: EncodeJobConfig, root: Root, info: CodecInfo) -> EncodeJobConfig:
     """`codec.dtype=auto` as what the dataset says, and for a new one by what the encoders will run on.
 
     Decided here, once, since it is part of the fingerprint: on other devices the run goes on in the same arithmetic.
@@ -105,7 +106,7 @@ def _with_known_dtype(config: EncodeJobConfig, root: Root) -> EncodeJobConfig:
         else:
             _log.info("codec.dtype=auto: %s, as the dataset says", known.codec.dtype)
         return known
-    dtype = "bfloat16" if _on_gpus(config) else "float32"
+    dtype = gpu_dtype(info, bfloat16=not _old_gpus(config)) if _on_gpus(config) else "float32"
     _log.info("codec.dtype=auto: %s, for all of this dataset", dtype)
     return with_dtype(config, dtype)
 
@@ -118,6 +119,14 @@ def _on_gpus(config: EncodeJobConfig) -> bool:
         return True  # the job waits for them, later: they need not idle while the source is listed
     # Nothing has been planned yet: there is work, and it needs Ray anyhow.
     return bool(ensure_ray(config.cluster).cluster_resources().get("GPU", 0.0))
+
+
+def _old_gpus(config: EncodeJobConfig) -> bool:
+    """Whether a GPU of the cluster only emulates bfloat16; of those still to come nothing is known."""
+    if config.cluster.request_gpus and os.environ.get("RAY_ADDRESS"):
+        return False
+    names = ensure_ray(config.cluster).cluster_resources()
+    return any(f"accelerator_type:{name}" in names for name in _BEFORE_AMPERE)
 
 
 def _identity(config: EncodeJobConfig, info: CodecInfo) -> Identity:

@@ -10,18 +10,23 @@ import torch
 
 # Dense bf16 tensor-core peaks without sparsity, FLOP/s, from the makers' data sheets; matched by prefix.
 _PEAK_FLOPS = {
+    "NVIDIA H200 NVL": 835.5e12,
     "NVIDIA H200": 989.4e12,
+    "NVIDIA H100 NVL": 835.5e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100": 989.4e12,
     "NVIDIA A100": 311.9e12,
     "NVIDIA L40S": 362e12,
+    "NVIDIA L40": 181.05e12,
     "NVIDIA L4": 121e12,
     "NVIDIA A10G": 70e12,
 }
 
 
 def peak_flops(device_name: str) -> float | None:
-    """The bf16 peak of a known device in FLOP/s, None of any other."""
+    """The bf16 peak of a known device in FLOP/s, None of any other and of a part of one (MIG)."""
+    if " MIG " in device_name:
+        return None
     matches = [name for name in _PEAK_FLOPS if device_name.startswith(name)]
     return _PEAK_FLOPS[max(matches, key=len)] if matches else None
 

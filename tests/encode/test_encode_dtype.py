@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.codec.info import CodecInfo
 from pipeline.config import load_config
 from pipeline.encode import job
 from pipeline.encode.config import EncodeJobConfig
@@ -19,27 +20,45 @@ from tests.support.encode_here import encode_here
 from tests.support.images import make_codec, make_images
 
 
-def resolved(root: Path, *overrides: str) -> str:
+def resolved(root: Path, *overrides: str, **codec: Any) -> str:
     fixed = ["source.kind=folder", "source.uri=x", "codec.path=x", f"output.uri={root}"]
-    return job._with_known_dtype(load_config(EncodeJobConfig, [], [*fixed, *overrides]), Root(str(root))).codec.dtype
+    config = load_config(EncodeJobConfig, [], [*fixed, *overrides])
+    info = CodecInfo("AutoencoderKL", codec, "0", 4, 8)
+    return job._with_known_dtype(config, Root(str(root)), info).codec.dtype
 
 
 @pytest.mark.parametrize(
-    ("overrides", "cluster_gpus", "dtype"),
+    ("overrides", "gpus", "dtype"),
     [
-        (["encode.actor_gpus=0"], 8.0, "float32"),
-        (["encode.actor_gpus=0.5"], 0.0, "bfloat16"),
-        ([], 8.0, "bfloat16"),
-        ([], 0.0, "float32"),
-        (["codec.dtype=float16"], 8.0, "float16"),
+        (["encode.actor_gpus=0"], {"GPU": 8.0}, "float32"),
+        (["encode.actor_gpus=0.5"], {}, "bfloat16"),
+        ([], {"GPU": 8.0}, "bfloat16"),
+        ([], {"GPU": 8.0, "accelerator_type:A100": 1.0}, "bfloat16"),
+        ([], {"GPU": 8.0, "accelerator_type:T4": 1.0}, "float16"),
+        (
+            ["encode.actor_gpus=1"],
+            {"GPU": 8.0, "accelerator_type:A100": 1.0, "accelerator_type:V100": 1.0},
+            "float16",
+        ),
+        (["encode.actor_gpus=0"], {"GPU": 8.0, "accelerator_type:T4": 1.0}, "float32"),
+        ([], {}, "float32"),
+        (["codec.dtype=float16"], {"GPU": 8.0}, "float16"),
     ],
 )
 def test_auto_is_settled_by_what_encoders_of_a_new_dataset_run_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], cluster_gpus: float, dtype: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], gpus: dict[str, float], dtype: str
 ) -> None:
-    ray = SimpleNamespace(cluster_resources=lambda: {"CPU": 4.0, "GPU": cluster_gpus})
+    ray = SimpleNamespace(cluster_resources=lambda: {"CPU": 4.0, **gpus})
     monkeypatch.setattr(job, "ensure_ray", lambda cluster: ray)
     assert resolved(tmp_path / "latents", *overrides) == dtype
+
+
+def test_a_codec_that_overflows_in_float16_is_float32_on_old_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = SimpleNamespace(cluster_resources=lambda: {"GPU": 8.0, "accelerator_type:T4": 1.0})
+    monkeypatch.setattr(job, "ensure_ray", lambda cluster: ray)
+    assert resolved(tmp_path / "latents", force_upcast=True) == "float32"
 
 
 def test_a_dataset_keeps_the_arithmetic_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,9 @@ def prepare(device: str, quick: bool, form: str) -> tuple[Bench, Scale, dict[str
             f"of {'tiny' if quick else 'reduced'} size and computed in float32"
         )
     elif torch.cuda.get_device_capability(bench.device) < _NATIVE_BF16:
-        bench.say("this device has no native bfloat16: the figures are of emulated arithmetic")
+        bench.say("this device has no native bfloat16: the figures are of emulated arithmetic, nothing is compiled")
+        bench.compiled = (False,)
+        scale = replace(scale, matmul=scale.matmul[:1])  # the largest ones would take minutes
     bench.peak, size = measured_peak(bench, scale.matmul, scale.rounds)
     bench.datasheet = datasheet_peak(bench.device)
     return bench, scale, facts(bench, size)
