@@ -23,9 +23,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,6 +38,7 @@ from tests.benchmarks import report
 
 LIMIT, KEPT = "no pipeline", "freed memory kept"
 Figures = dict[str, float]
+_TOLD_APART = 0.1  # of the whole command: what one with a quarter of the images must take less
 CODECS = {"small": (16, 32, 32, 32), "sd": (128, 256, 512, 512)}
 
 
@@ -174,12 +175,13 @@ def stored(out: Path) -> tuple[int, int, float]:
 def measure(
     case: Case, quarter: Case, contender: Contender, place: Path, tree: Path | None = None
 ) -> dict[str, float]:
-    """One contender on the quarter and on the whole."""
+    """One contender on the quarter and on the whole; rate and start are NaN where the two cannot be told apart."""
     few = run(contender(quarter, place / "quarter"), tree)
     many = run(contender(case, place / "whole"), tree)
     files, size, list_ms = stored(place / "whole") if (place / "whole").exists() else (0, 0, 0.0)
     shutil.rmtree(place, ignore_errors=True)
-    rate = (case.count - quarter.count) / max(many - few, 1e-9)
+    # Starts vary by seconds: with few images that is all there is to see.
+    rate = (case.count - quarter.count) / (many - few) if many - few > _TOLD_APART * many else math.nan
     return {
         "images_per_s": rate,
         "command_s": many,
@@ -243,7 +245,7 @@ def compare(codec: str, contenders: dict[str, Contender], trees: dict[str, Path]
                 rounds[-1][name] = measure(*cases, contender, place / "out", trees.get(name))
                 print(f"{name}: {rounds[-1][name]['images_per_s']:.2f} images/s", file=sys.stderr, flush=True)
     found = {
-        name: {key: statistics.median(r[name][key] for r in rounds) for key in rounds[0][name]} for name in contenders
+        name: {key: report.median(r[name][key] for r in rounds) for key in rounds[0][name]} for name in contenders
     }
     rows = [
         [n, f["images_per_s"], share(n, rounds, kept=False), share(n, rounds, kept=True)]
@@ -253,6 +255,8 @@ def compare(codec: str, contenders: dict[str, Contender], trees: dict[str, Path]
     heads = [f"{codec}, {resolution} px", "images/s", "of limit", "of best limit"]
     heads += ["start s", "files", "bytes/image", "list+open ms"]
     print(report.table(heads, rows))
+    if any(math.isnan(f["images_per_s"]) for f in found.values()):
+        print(f"-: {counts[1]} and {images} images took too much alike to tell a rate; take more (--images)")
     name = f"encode_{codec}_{resolution}{'_set' if chosen.set else ''}"
     report.write(chosen.out, name, {"images": images, "set": chosen.set, "contenders": found, "rounds": rounds})
     title = f"encode, {codec} codec, {resolution} px"
@@ -262,8 +266,9 @@ def compare(codec: str, contenders: dict[str, Contender], trees: dict[str, Path]
 def share(name: str, rounds: list[dict[str, Figures]], *, kept: bool) -> float:
     """Of the limit in the same round; `kept`: of the better one of those with freed memory kept and without."""
     limits = [n for n in rounds[0] if n.startswith(LIMIT) and (kept or KEPT not in n)]
-    best = [max((r[n]["images_per_s"] for n in limits), default=float("nan")) for r in rounds]
-    return statistics.median(r[name]["images_per_s"] / most for r, most in zip(rounds, best, strict=True))
+    known = [[r[n]["images_per_s"] for n in limits if not math.isnan(r[n]["images_per_s"])] for r in rounds]
+    best = [max(rates, default=math.nan) for rates in known]
+    return report.median(r[name]["images_per_s"] / most for r, most in zip(rounds, best, strict=True))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+import statistics
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,11 +41,17 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def median(values: Iterable[float]) -> float:
+    """Of those that are known; NaN of none."""
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.median(known) if known else math.nan
+
+
 def write(out: Path | None, name: str, figures: Mapping[str, Any]) -> None:
-    """Figures with their machine to `out`/`name`.json; nothing without `out`."""
+    """Figures with their machine to `out`/`name`.json, those not known as null; nothing without `out`."""
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / f"{name}.json").write_text(json.dumps({"machine": machine(), **figures}, indent=1) + "\n")
+        (out / f"{name}.json").write_text(json.dumps(_known({"machine": machine(), **figures}), indent=1) + "\n")
 
 
 def bars(out: Path | None, name: str, title: str, values: Mapping[str, float], unit: str) -> None:
@@ -87,7 +95,18 @@ def _colour(contender: str, compared: bool) -> str:
 def _shown(value: object) -> str:
     if not isinstance(value, float):
         return str(value)
+    if math.isnan(value):
+        return "-"
     return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _known(value: Any) -> Any:
+    """Without NaN, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _known(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_known(one) for one in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _cpu() -> str:
