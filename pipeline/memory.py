@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-# What PyTorch's CPU allocators, CUDA, cuBLAS and cuDNN say in a plain RuntimeError, in lower case. When all of cuDNN's
-# engines run out of memory, PyTorch says that there is none; cuBLAS without room for its handle, that it has none.
+# What PyTorch's CPU allocators, CUDA, cuBLAS and cuDNN say in a plain RuntimeError, lower-cased. When all of cuDNN's
+# engines lack memory, PyTorch says that there is none; cuBLAS without room for its handle, that it has none.
 _TOLD = (
     "out of memory",
     "can't allocate memory",

@@ -162,7 +162,8 @@ def ray_data(case: Case) -> float:
         assert latents[0].nbytes == width
         return {"latent": latents, "label": batch["label"]}
 
-    dataset = ray.data.read_parquet(case.files, columns=["latent", "label"]).map_batches(decode, batch_size=1024)
+    columns = ray.data.read_parquet(case.files).select_columns(["latent", "label"])
+    dataset = columns.map_batches(decode, batch_size=1024)
     start, rows = time.perf_counter(), 0
     for _ in range(case.epochs):
         for batch in dataset.iter_torch_batches(batch_size=BATCH, local_shuffle_buffer_size=16 * BATCH):
