@@ -2,7 +2,13 @@
 
 Each area is a script that also runs alone. Tables go to standard output, figures with the machine's name as JSON and
 a picture of them to DIR. Run it on a machine that does nothing else; peers that are not installed are left out and
-named.
+named. What they need:
+
+    pip install --constraint constraints.txt --editable '.[benchmarks]'
+    pip install --no-deps mosaicml-streaming==0.13.0
+
+The second by itself, as its bounds on numpy and transformers are below this project's. S3 is Ceph's gateway (Debian's
+radosgw; without it that part is left out).
 """
 
 from __future__ import annotations
@@ -28,7 +34,7 @@ AREAS: dict[str, Callable[[Path, Path, bool], list[str]]] = {
     "stream_read": lambda out, data, quick: [
         "--out",
         f"{out}",
-        *(["--mb", "64"] if quick else ["--groups", "1000000"]),
+        *(["--mb", "32", "--epochs", "1", "--rounds", "1"] if quick else ["--groups", "1000000"]),
     ],
     "stream_places": lambda out, data, quick: ["--out", f"{out}", *(["--mb", "512"] if quick else [])],
     "train_step": lambda out, data, quick: ["--out", f"{out}", *([] if quick else ["--compile", "--kill"])],

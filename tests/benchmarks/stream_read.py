@@ -13,13 +13,7 @@ One table per latent size, all on the same latents in one run, warm page cache, 
 
 A figure is the median of the rounds, in which the ways take turns; a way that cannot be imported is left out and
 named. `--groups` opens a dataset of so many row groups, whose ledger is real and whose files are links to one, and
-tells the seconds to its first batch. Peers are no dependency of the project:
-
-    pip install --constraint constraints.txt --editable '.[benchmarks]'
-    pip install --no-deps mosaicml-streaming==0.13.0
-
-The second by itself, as its bounds on numpy and transformers are below this project's; what it imports comes with the
-first.
+tells the seconds to its first batch. Peers are no dependency of the project: see tests.benchmarks.
 """
 
 from __future__ import annotations
