@@ -33,7 +33,9 @@ from pipeline.storage_errors import (
     storage_errors,
     without_user,
 )
-from pipeline.storage_local import scanned, written_beside
+from pipeline.storage_keys import KeyRefused as KeyRefused
+from pipeline.storage_keys import check_key as check_key
+from pipeline.storage_local import half_written, scanned, written_beside
 from pipeline.storage_remote import (
     BUFFER_BYTES,
     RangedFile,
@@ -66,14 +68,6 @@ class ObjectInfo:
 # A directory sorts as "name/": so the depth-first order is the order of the full keys.
 Entries = Iterator[tuple[str, Callable[[str], ObjectInfo]]]
 Names = list[str]
-
-
-def check_key(key: str) -> str:
-    """The key itself; ValueError when it is absolute, empty in a part, or climbs out of its root."""
-    parts = key.split("/")
-    if key.startswith("/") or "\\" in key or "\0" in key or any(p in ("", ".", "..") for p in parts):
-        raise ValueError(f"storage key {key!r} must be relative, '/'-separated and without '.' or '..' parts")
-    return key
 
 
 class Root:
@@ -210,6 +204,11 @@ class Root:
                 yield from self.list(key[:-1])
             else:
                 yield version_of(key)
+
+    def half_written(self, prefix: str) -> Iterator[ObjectInfo]:
+        """What writers that died left right below a local directory: files of no name, which are no objects."""
+        for name, stat in half_written(self._path(prefix)) if self._local else ():
+            yield ObjectInfo(f"{prefix}/{name}", stat.st_size, None, stat.st_mtime_ns)
 
     def list_dirs(self, prefix: str = "") -> Names:
         """The names of the directories directly below a directory, sorted."""

@@ -35,6 +35,15 @@ def written_beside(final: str, data: bytes) -> Iterator[str]:
             os.unlink(temporary)
 
 
+def half_written(directory: str) -> Iterator[tuple[str, os.stat_result]]:
+    """(name, what the system tells of it) of the temporary files right in a directory; a live writer's are young."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(directory) as scan:
+        for entry in scan:
+            if entry.name.startswith(TEMPORARY_PREFIX):
+                with contextlib.suppress(FileNotFoundError):
+                    yield entry.name, entry.stat(follow_symlinks=False)
+
+
 def scanned(directory: str) -> list[str]:
     """Sorted names of a directory's objects and, with "/" at the end, directories; none when it does not exist."""
     try:

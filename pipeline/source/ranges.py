@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 
 class Ranges:
@@ -35,6 +35,14 @@ class Ranges:
     def beyond(self, row: int) -> bool:
         """Whether neither this row nor any after it is wanted."""
         return not self.open_ended and row >= self.last_stop
+
+    def rest(self, row: int) -> Iterator[int]:
+        """The wanted rows from `row` on, as far as it is known that they exist, and the first of an open end."""
+        for start, stop in sorted(self._ranges, key=lambda r: r[0]):
+            if stop is None:
+                yield max(row, start)
+                return
+            yield from range(max(row, start), stop)
 
     def meets(self, start: int, stop: int) -> bool:
         """Whether any row of start..stop is wanted."""

@@ -64,7 +64,11 @@ def read_tars(
 def _read_tar(
     root: Root, source: WebDatasetSource, entry: Entry, row: int, wanted: Ranges
 ) -> Generator[SourceRow, None, int]:
-    """Rows of one tar, numbered from `row`; returns the number after the last."""
+    """Rows of one tar, numbered from `row`; returns the number after the last.
+
+    Where reading fails, every wanted row that is known to exist is rejected, and one row stands for an end whose
+    place is not known: whoever reads that row again reads to the end.
+    """
     try:
         with open_file(root, entry.key, entry.size_bytes) as file:
             for sample in _samples(file, source, row, wanted):
@@ -80,10 +84,11 @@ def _read_tar(
         row, failure = cut.row, cut.failure
     except Exception as error:  # noqa: BLE001 - stores raise anything; the failure becomes a row
         failure = failure_of(error)
-    if row in wanted:
-        key = f"{entry.key}/?{row}"
-        yield SourceRow.without_image(row, key, failure.reason, failure.message, source.name)
-    return row + 1
+    for lost in wanted.rest(row):
+        key = f"{entry.key}/?{lost}"
+        yield SourceRow.without_image(lost, key, failure.reason, failure.message, source.name)
+        row = lost + 1
+    return row
 
 
 class _Cut(Exception):

@@ -21,6 +21,12 @@ class DiffReport:
     removed_examples: list[str] = field(default_factory=list)
     retired: list[tuple[int, int, int]] = field(default_factory=list)
 
+    def retire(self, unit: int, start: int, stop: int) -> None:
+        """Rows that no longer count; neighbours become one interval, as changed objects often are."""
+        if self.retired and self.retired[-1][0] == unit and self.retired[-1][2] == start:
+            start = self.retired.pop()[1]
+        self.retired.append((unit, start, stop))
+
     @property
     def anything(self) -> bool:
         """Whether the plan needs another version."""
@@ -53,7 +59,7 @@ def diff(
             report.unchanged += 1
         else:
             report.changed += 1
-            report.retired.append(_rows_of(before))
+            report.retire(*_rows_of(before))
             yield entry
         before = next(old, None)
     while before is not None:
@@ -114,4 +120,4 @@ def _unlisted(report: DiffReport, entry: PlannedEntry, rewritten: bool, drop: bo
         if len(report.removed_examples) < 10:
             report.removed_examples.append(entry.key)
     if rewritten or drop:
-        report.retired.append(_rows_of(entry))
+        report.retire(*_rows_of(entry))

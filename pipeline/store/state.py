@@ -8,7 +8,7 @@ A file whose rows are all dead is no longer visible. What no live record covers 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,8 +64,12 @@ class State:
         """Planned rows that no live record settles, `retry` rows included; a stop of MAX_ROWS is "to the end"."""
         units, lengths = self.plan.unit_lengths()
         known = lengths.copy()
-        for i in np.flatnonzero(lengths < 0):
-            known[i] = self.unit_rows.get(int(units[i]), MAX_ROWS)
+        found = lengths < 0
+        known[found] = [self.unit_rows.get(unit, MAX_ROWS) for unit in units[found].tolist()]
+        if retry is not None:
+            # The last row may stand for a rest that could not be read.
+            last = retry.contains(units, np.maximum(known - 1, 0))
+            known[found & last] = MAX_ROWS
         planned = RowSet.from_arrays(units, np.zeros_like(units), known) - self.plan.retired
         return planned - (self.covered - retry if retry is not None else self.covered)
 
@@ -87,7 +91,7 @@ def fold(plan: Plan, records: Sequence[tuple[str, CommitRecord]]) -> State:
     reject_files: list[VisibleFile] = []
     rejects: dict[str, list[RowSet]] = {}
     filtered: dict[str, list[RowSet]] = {}
-    unit_rows: dict[int, int] = {}
+    lengths = _Lengths()
     for (_, record), gone in zip(records, dead, strict=True):
         if record.files and (not gone or record.stored - gone):
             dead_rows = gone & record.stored if gone else gone
@@ -97,9 +101,10 @@ def fold(plan: Plan, records: Sequence[tuple[str, CommitRecord]]) -> State:
             reject_files.append(VisibleFile(record.reject_file, dead_rows, record))
         for reason, rows in record.rejects.items():
             rejects.setdefault(reason, []).append(rows - gone)
+            lengths.supersede(record.generation, rows & gone)
         for reason, rows in record.filtered.items():
             filtered.setdefault(reason, []).append(rows - gone)
-        unit_rows.update(record.unit_rows)
+        lengths.state(record.generation, record.unit_rows)
     return State(
         plan=plan,
         files=_in_unit_order(files),
@@ -107,8 +112,37 @@ def fold(plan: Plan, records: Sequence[tuple[str, CommitRecord]]) -> State:
         covered=RowSet.union_all([r.covered for _, r in records]) - plan.retired,
         rejects=_merged(rejects),
         filtered=_merged(filtered),
-        unit_rows=unit_rows,
+        unit_rows=lengths.known(),
     )
+
+
+class _Lengths:
+    """Which of the lengths that records tell of their units hold.
+
+    The newest generation's, and of several of one generation the largest: a reading that failed told a smaller one. A
+    length whose last row was rejected and has been settled anew since does not hold: the row may have stood for a
+    rest that could not be read, and reading it again may have ended before it came to the end.
+    """
+
+    def __init__(self) -> None:
+        self._stated: dict[int, tuple[int, int]] = {}  # unit -> (generation, rows)
+        self._superseded: list[tuple[int, RowSet]] = []
+
+    def state(self, generation: int, unit_rows: Mapping[int, int]) -> None:
+        for unit, rows in unit_rows.items():
+            self._stated[unit] = max(self._stated.get(unit, (0, 0)), (generation, rows))
+
+    def supersede(self, generation: int, rejects: RowSet) -> None:
+        if rejects:
+            self._superseded.append((generation, rejects))
+
+    def known(self) -> dict[int, int]:
+        for generation, rejects in self._superseded:
+            for unit in rejects.units().tolist():
+                stated, rows = self._stated.get(unit, (generation + 1, 0))
+                if stated <= generation and any(start < rows <= stop for start, stop in rejects.of_unit(unit)):
+                    del self._stated[unit]
+        return {unit: rows for unit, (_, rows) in self._stated.items()}
 
 
 def _in_unit_order(files: Sequence[VisibleFile]) -> tuple[VisibleFile, ...]:

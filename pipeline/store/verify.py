@@ -190,6 +190,7 @@ def _orphans(
             break
     for directory in (layout.DATA, layout.REJECTS, layout.PLAN_PARTS, layout.SNAPSHOTS):
         yield from (info for info in root.list(directory) if info.key not in kept)
+        yield from root.half_written(directory)
 
 
 def collect_garbage(uri: str, grace_s: float, now_s: float | None = None) -> tuple[int, int]:

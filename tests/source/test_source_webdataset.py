@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
@@ -156,6 +157,43 @@ def test_a_read_that_fails_on_the_way_is_a_retryable_row(tmp_path, monkeypatch):
     *found, end = read_unit(source, entries, [(0, None)])
     assert [r.reason for r in found] == [None, "read_failed"]
     assert end == EndOfUnit(2)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "lost", "end"),
+    [
+        ([(0, None)], [0], EndOfUnit(1)),
+        ([(40, None)], [40], EndOfUnit(41)),  # rows before were read by an earlier run
+        ([(3, 5), (40, None)], [3, 4, 40], EndOfUnit(41)),
+        ([(3, 5), (7, 8)], [3, 4, 7], None),
+    ],
+)
+def test_a_tar_that_cannot_be_opened_loses_every_wanted_row_and_no_other(tmp_path, monkeypatch, wanted, lost, end):
+    write(tmp_path / "s.tar", tar_of([(f"{i}.jpg", b"1") for i in range(60)]))
+    source = WebDatasetSource(uri=str(tmp_path))
+    entries = list(list_entries(source))
+
+    def stale(root, key, size_bytes):
+        raise OSError(errno.ESTALE, "stale file handle")
+
+    monkeypatch.setattr("pipeline.source.webdataset.open_file", stale)
+    found = list(read_unit(source, entries, wanted))
+    assert [r.row for r in found if isinstance(r, SourceRow)] == lost
+    assert {r.reason for r in found if isinstance(r, SourceRow)} == {"read_failed"}
+    assert [r for r in found if isinstance(r, EndOfUnit)] == ([end] if end else [])
+
+
+def test_a_tar_cut_inside_a_member_whose_name_is_no_text_says_so(tmp_path):
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        info = tarfile.TarInfo("caf\xe9.jpg")
+        info.size = 2000
+        tar.addfile(info, io.BytesIO(bytes(2000)))
+    write(tmp_path / "s.tar", sink.getvalue()[:1000])
+    lost, end = rows(tmp_path)
+    assert (lost.reason, end) == ("corrupt_container", EndOfUnit(1))
+    assert "caf\\udce9.jpg" in lost.message
+    lost.message.encode()
 
 
 @pytest.mark.parametrize("fmt", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

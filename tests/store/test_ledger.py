@@ -20,12 +20,13 @@ from pipeline.storage import Root
 from pipeline.store.bundles import read_bundle, seal
 from pipeline.store.dataset import LatentDataset
 from pipeline.store.generation import claim_next, latest_number, newest_of, read_closing
+from pipeline.store.identity import claim_identity
 from pipeline.store.ledger import collect, commit, visible_records
-from pipeline.store.plan import Plan, PlanVersion
+from pipeline.store.plan import Plan, PlanVersion, append_version, read_plan
 from pipeline.store.record import CommitRecord, FileInfo, parse_record
 from pipeline.store.rowset import RowSet
 from pipeline.store.state import fold, read_state
-from tests.support.rows import claim, committer, latent, latent_rows, planned_root, rejected_rows
+from tests.support.rows import IDENTITY, Listed, claim, committer, latent, latent_rows, planned_root, rejected_rows
 
 
 @pytest.fixture
@@ -212,14 +213,17 @@ def test_a_damaged_bundle_is_named(root: Root) -> None:
         read_state(root)
 
 
-def test_units_of_unknown_length_end_where_reading_found_the_end(tmp_path: Path) -> None:
-    from pipeline.store.identity import claim_identity
-    from pipeline.store.plan import append_version, read_plan
-    from tests.support.rows import IDENTITY, Listed
-
+@pytest.fixture
+def one_tar(tmp_path: Path) -> Root:
+    """A root whose plan holds one unit of unknown length."""
     root = Root(str(tmp_path / "d"))
     claim_identity(root, IDENTITY)
     append_version(read_plan(root), [[Listed("a.tar", row_stop=None)]], source={}, generation=0)
+    return root
+
+
+def test_units_of_unknown_length_end_where_reading_found_the_end(one_tar: Root) -> None:
+    root = one_tar
     generation = claim(root)
     writer = committer(root, generation)
     writer.commit(latent_rows([(0, 0), (0, 2)]), None, {})
@@ -227,6 +231,52 @@ def test_units_of_unknown_length_end_where_reading_found_the_end(tmp_path: Path)
     writer.commit(latent_rows([(0, 1)]), None, {0: 4})
     assert read_state(root).gaps().triples() == [[0, 3, 4]]
     generation.close({})
+
+
+def test_whoever_tries_the_last_row_of_a_tar_again_reads_to_its_end(one_tar: Root) -> None:
+    first = claim(one_tar)
+    # The tar could not be read on from its third row: what that row stands for is not known.
+    committer(one_tar, first).commit(latent_rows([(0, 0), (0, 1)]), rejected_rows([(0, 2)], "read_failed"), {0: 3})
+    first.close({"status": "done"})
+    state = read_state(one_tar)
+    assert state.gaps().triples() == []
+    retry = state.retryable(["read_failed"])
+    assert state.gaps(retry).triples() == [[0, 2, 1 << 31]]
+
+    # It is tried again, and ends before the end of the tar was reached.
+    second = claim(one_tar)
+    committer(one_tar, second).commit(latent_rows([(0, 2)]), None, {})
+    assert read_state(one_tar).gaps().triples() == [[0, 3, 1 << 31]]
+    second.close({})
+    third = claim(one_tar)
+    assert read_state(one_tar).gaps().triples() == [[0, 3, 1 << 31]]
+    committer(one_tar, third).commit(latent_rows([(0, 3)]), None, {0: 4})
+    assert read_state(one_tar).gaps().triples() == []
+    assert read_state(one_tar).unit_rows == {0: 4}
+    third.close({"status": "done"})
+
+
+def test_a_last_row_that_is_rejected_again_or_turns_out_to_be_the_last_settles_its_tar(one_tar: Root) -> None:
+    first = claim(one_tar)
+    committer(one_tar, first).commit(latent_rows([(0, 0)]), rejected_rows([(0, 1)], "read_failed"), {0: 2})
+    second = claim(one_tar)
+    committer(one_tar, second).commit(latent_rows([]), rejected_rows([(0, 1)], "read_failed"), {0: 2})
+    assert read_state(one_tar).gaps().triples() == []
+    third = claim(one_tar)
+    committer(one_tar, third).commit(latent_rows([(0, 1)]), None, {0: 2})
+    assert read_state(one_tar).gaps().triples() == []
+    third.close({"status": "done"})
+
+
+def test_of_two_readings_in_one_run_the_one_that_came_further_tells_the_length(one_tar: Root) -> None:
+    generation = claim(one_tar)
+    writer = committer(one_tar, generation)
+    writer.commit(latent_rows([(0, 0)]), rejected_rows([(0, 1)], "read_failed"), {0: 2})
+    writer.commit(latent_rows([(0, 1), (0, 2), (0, 3)]), None, {0: 4})
+    state = read_state(one_tar)
+    assert state.unit_rows == {0: 4}
+    assert state.gaps().triples() == []
+    generation.close({"status": "done"})
 
 
 def test_the_state_does_not_depend_on_which_record_is_folded_first(root: Root) -> None:

@@ -71,6 +71,13 @@ def test_changes_are_planned_in_new_units_and_the_old_rows_are_retired(tmp_path:
     assert live(second) == {**{e.key: e.etag for e in listing}, "000": "a"}
 
 
+def test_changed_neighbours_are_retired_as_one_interval(tmp_path: Path) -> None:
+    report = DiffReport()
+    for rows in ((0, 0, 1), (0, 1, 2), (0, 3, 4), (1, 4, 5), (1, 5, MAX_ROWS)):
+        report.retire(*rows)
+    assert report.retired == [(0, 0, 2), (0, 3, 4), (1, 4, MAX_ROWS)]
+
+
 def test_dropped_sources_are_retired_on_request(tmp_path: Path) -> None:
     root = Root(str(tmp_path))
     update(root, [Listed("a"), Listed("b.tar", row_stop=None)])

@@ -206,6 +206,17 @@ def test_garbage_is_collected_only_after_its_grace(tmp_path: Path) -> None:
     assert report.orphans == []
 
 
+def test_what_a_killed_writer_left_half_written_is_garbage_too(tmp_path: Path) -> None:
+    root = build(tmp_path / "d", seed=9)
+    left, fresh = (tmp_path / "d/data" / f".tmp-{name}" for name in ("left", "fresh"))
+    left.write_bytes(bytes(1000))
+    fresh.write_bytes(bytes(10))
+    os.utime(left, (time.time() - 7200,) * 2)
+    assert set(verify(root.uri, "files").orphans) == {"data/.tmp-left", "data/.tmp-fresh"}
+    assert collect_garbage(root.uri, grace_s=3600) == (1, 1000)
+    assert (left.exists(), fresh.exists()) == (False, True)  # somebody may be writing this one
+
+
 def test_bundles_stay_while_a_reader_may_still_follow_an_older_claim(tmp_path: Path) -> None:
     root = build(tmp_path / "d", seed=12)
     for _ in range(12):  # enough claims for their bundles to be merged
