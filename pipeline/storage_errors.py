@@ -21,6 +21,11 @@ _CONFIGURATION = {
     "TokenRetrievalError": "the login has expired: log in again",
     "UnauthorizedSSOTokenError": "the login has expired: log in again",
 }
+# A local disk's: a full one apart, which time may help.
+_REFUSALS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+}
 _PASSING_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}  # of status 400
 _CODES = {
     "InvalidAccessKeyId": "the store does not know this access key",
@@ -180,8 +185,9 @@ def job_error(error: BaseException) -> PipelineError | None:
             next_step="when the store answers again, run the same command again",
         )
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    refused = isinstance(error, OSError) and error.filename is not None and error.errno in _REFUSALS
     remote = not isinstance(error, OSError) or "://" in str(error.filename)
-    if not (full or remote):
+    if not (full or refused or remote):
         return None
     return InputError(
         f"The store refused an operation: {describe(error)}",

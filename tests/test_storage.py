@@ -302,7 +302,10 @@ def test_what_a_stores_failure_means_for_a_job() -> None:
         (OSError(28, "No space left on device"), 3),
         (PermissionError(13, "not allowed", "s3://b/x"), 3),
         (conflict, 4),
-        (PermissionError(13, "Permission denied", "/here/file"), None),
+        (PermissionError(13, "Permission denied", "/here/file"), 3),
+        (OSError(30, "Read-only file system", "/here/file"), 3),
+        (PermissionError(13, "Permission denied"), None),
+        (FileNotFoundError(2, "No such file or directory", "/here/file"), None),
         (KeyError("a bug"), None),
     ]
     for error, code in outcomes:

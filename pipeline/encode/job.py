@@ -13,11 +13,12 @@ from pipeline.codec.info import CodecInfo, check_dtype, check_posterior, codec_i
 from pipeline.config import config_digest, dump_yaml
 from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.planning import known_entries, update_plan
+from pipeline.encode.same_reading import check_same_reading
 from pipeline.encode.summary import adopted, fingerprint_of, finish, recipe, source_note, with_dtype
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.progress import Progress
 from pipeline.result import JobResult
-from pipeline.source.listing import list_entries
+from pipeline.source.listing import check_apart, list_entries
 from pipeline.storage import Root
 from pipeline.store.dedup import deduplicate, is_due, marked, released
 from pipeline.store.generation import Generation, claim_next
@@ -82,12 +83,14 @@ def _check(config: EncodeJobConfig) -> tuple[Root, CodecInfo, Any]:
             next_step=f"set image.multiple_of={info.factor} (and a resolution that is a multiple of it)",
         )
     root = Root(config.output.uri)
+    check_apart(config.source, root)
     exists = root.kind() == "directory" and root.exists(IDENTITY)
     listing = list_entries(config.source, known_entries(root, config.source.kind) if exists else ())
     entries = itertools.chain([next(listing)], listing)  # a missing or empty source fails here
     if exists:
         recorded = read_identity(root, "output.uri")
         check_same(root, recorded, _identity(adopted(config, recorded.fingerprint), info))
+        check_same_reading(config, root)
     root.probe()
     return root, info, entries
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,9 +25,12 @@ _INTEGER = re.compile(r"\s*[0-9]{1,18}\s*")
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
-    """A JSON object; ValueError for anything else, and for NaN and infinities, which are no JSON."""
+    """A JSON object; ValueError for anything else, and for NaN and infinities, which are no JSON.
+
+    A number too large for a double is an infinity, too: written again it would be none of JSON's.
+    """
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
@@ -107,6 +111,13 @@ def _known(label: int, classes: Sequence[str]) -> int:
     if classes and label >= len(classes):
         raise ValueError(f"the label {label} is beyond the {len(classes)} classes")
     return label
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:40]} is too large a number")
+    return value
 
 
 def _refuse_constant(name: str) -> Any:

@@ -9,20 +9,20 @@ Entries ascend strictly by (key, row_start). Memory is that of one directory and
 
 from __future__ import annotations
 
-import re
+import os
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
 
-from pipeline.errors import InputError
+from pipeline.errors import ConfigError, InputError
 from pipeline.source.config import FolderSource, ParquetSource, SourceConfig, WebDatasetSource
 from pipeline.source.fields import canonical, parse_object
 from pipeline.source.metadata import NAMES, FolderMetadata
-from pipeline.source.patterns import Place, glob_regex, is_hidden, locate, matching
+from pipeline.source.patterns import Place, compiled, is_hidden, locate, matching
 from pipeline.source.remote import map_ahead
-from pipeline.storage import ObjectInfo, Root
+from pipeline.storage import KeyRefused, ObjectInfo, Root
 from pipeline.storage_errors import describe, storage_errors
 
 _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -94,6 +94,14 @@ def list_entries(source: SourceConfig, known: Iterable[EntryLike] = ()) -> Itera
             value=source.uri,
             next_step="check the store and the credentials, then run the same command again",
         ) from None
+    except KeyRefused as error:
+        raise InputError(
+            f"The source {place.root.uri} holds a file that cannot be read by its name: {error}",
+            key="source.uri",
+            value=source.uri,
+            rule="names have no backslash and no NUL",
+            next_step="rename the file, or leave it out by a pattern",
+        ) from None
     if last is None:
         raise InputError(
             f"The source {place.root.uri} is empty",
@@ -104,13 +112,46 @@ def list_entries(source: SourceConfig, known: Iterable[EntryLike] = ()) -> Itera
         )
 
 
+def check_apart(source: SourceConfig, output: Root) -> None:
+    """ConfigError when a listing of the source would hold what a job writes to `output`: it would never end."""
+    if isinstance(source, WebDatasetSource):
+        return  # nothing that is written ends in .tar
+    place = _place(source)
+    inside = _below(place.root, output)
+    if inside is None:
+        return
+    written = f"{inside}/data/0{_PARQUET_SUFFIXES[0]}".lstrip("/")
+    if isinstance(source, FolderSource):
+        taken = not (source.exclude and compiled(source.exclude, "source.exclude").fullmatch(written))
+    else:
+        taken = place.patterns is None or bool(compiled(place.patterns, "source.uri").fullmatch(written))
+    if taken and not is_hidden(written):
+        raise ConfigError(
+            "The output lies inside the source: every run would find files of the run before it",
+            key="output.uri",
+            value=output.uri,
+            rule=f"what is written is no part of the source {place.root.uri}",
+            next_step="name an output elsewhere"
+            + (f", or leave it out by source.exclude=['{inside}/**']" if source.kind == "folder" and inside else ""),
+        )
+
+
+def _below(outer: Root, inner: Root) -> str | None:
+    """The key of one place below another, "" for the same; None where it lies elsewhere."""
+    here, there = (os.path.realpath(r.uri) if r.local_path() is not None else r.uri for r in (outer, inner))
+    if here == there:
+        return ""
+    below = here.rstrip("/") + "/"
+    return there[len(below) :] if there.startswith(below) else None
+
+
 def _place(source: SourceConfig) -> Place:
     return locate(source.uri, patterns_allowed=not isinstance(source, FolderSource))
 
 
 def _folder(root: Root, source: FolderSource) -> Iterator[Entry]:
     metadata = FolderMetadata(root, source)
-    excluded = re.compile("|".join(f"(?:{glob_regex(p)})" for p in source.exclude)) if source.exclude else None
+    excluded = compiled(source.exclude, "source.exclude") if source.exclude else None
     for info in root.list():
         name = info.key.rpartition("/")[2]
         record = metadata.record_of(info.key)

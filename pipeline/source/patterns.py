@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import InputError
@@ -59,7 +59,7 @@ def matching(place: Place, suffixes: tuple[str, ...]) -> Iterator[ObjectInfo]:
         yield from (i for i in place.root.list() if i.key.endswith(suffixes) and not is_hidden(i.key))
         return
     if any(_is_glob(p) for p in place.patterns):
-        accept = re.compile("|".join(f"(?:{glob_regex(p)})" for p in place.patterns))
+        accept = compiled(place.patterns, "source.uri")
         yield from (i for i in place.root.list() if accept.fullmatch(i.key))
         return
     for key in sorted({_unescape(p) for p in place.patterns}):
@@ -110,6 +110,22 @@ def _expand_first(pattern: str) -> list[str]:
         count = min(abs(last - first), _MAX_BRACES) + 1  # one too many is enough to be refused
         words = [str(first + step * n).zfill(width) for n in range(count)]
     return [pattern[: brace.start()] + word + pattern[brace.end() :] for word in words]
+
+
+def compiled(patterns: Sequence[str], key: str) -> re.Pattern[str]:
+    """What any of some globs accepts; InputError names the one that is none."""
+    for pattern in patterns:
+        try:
+            re.compile(glob_regex(pattern))
+        except re.error as error:
+            raise InputError(
+                f"{pattern} is no pattern: {error}",
+                key=key,
+                value=pattern,
+                rule="in [ ] a range goes upwards, as in [a-z]",
+                next_step="correct the pattern",
+            ) from None
+    return re.compile("|".join(f"(?:{glob_regex(p)})" for p in patterns))
 
 
 def glob_regex(pattern: str) -> str:

@@ -79,6 +79,21 @@ def bucket_sizes(image: ImageConfig, resolution: int) -> tuple[Size, ...]:
 
 def render(data: bytes, sample_id: bytes, orientation_hint: int | None, image: ImageConfig) -> Rendering:
     """Decode once and give every resolution; raises DecodeError with the reason where there are no pixels."""
+    try:
+        return _render(data, sample_id, orientation_hint, image)
+    except DecodeError:
+        raise
+    except MemoryError as error:
+        raise DecodeError(Reason.DECODE_MEMORY, _told(error)) from None
+    except Exception as error:  # noqa: BLE001 - of damaged files decoders raise anything, assertions among it
+        raise DecodeError(Reason.CORRUPT, _told(error)) from None
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:200]
+
+
+def _render(data: bytes, sample_id: bytes, orientation_hint: int | None, image: ImageConfig) -> Rendering:
     limits = Limits(image.formats, image.max_pixels, image.max_aspect)
     opened = open_image(data, limits)
     stored_width, stored_height = opened.size
@@ -96,16 +111,12 @@ def render(data: bytes, sample_id: bytes, orientation_hint: int | None, image: I
         profile = opened.info.get("icc_profile")
         original = oriented(stored_height, stored_width, turn)
         placements = _placements(original, sample_id, image)
-    try:
-        flat = simplify(opened, _sample_bits(opened))
-        outputs = []
-        for index, placement in placements:
-            pixels = _cut(flat, placement, (stored_height, stored_width), scale, turn, profile, image.matte)
-            outputs.append(Rendered(index, pixels, placement, original))
-        return Rendering(tuple(outputs), _phash(flat, turn) if image.phash else None)
-    except (ValueError, OSError, MemoryError) as error:
-        reason = Reason.DECODE_MEMORY if isinstance(error, MemoryError) else Reason.CORRUPT
-        raise DecodeError(reason, f"{type(error).__name__}: {error}"[:200]) from None
+    flat = simplify(opened, _sample_bits(opened))
+    outputs = []
+    for index, placement in placements:
+        pixels = _cut(flat, placement, (stored_height, stored_width), scale, turn, profile, image.matte)
+        outputs.append(Rendered(index, pixels, placement, original))
+    return Rendering(tuple(outputs), _phash(flat, turn) if image.phash else None)
 
 
 def _placements(original: Size, sample_id: bytes, image: ImageConfig) -> list[tuple[int, Placement]]:

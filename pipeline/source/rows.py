@@ -30,9 +30,8 @@ class SourceRow:
     @staticmethod
     def without_image(row: int, key: str, reason: Reason, message: str, source: str) -> SourceRow:
         """A row that ended while it was read."""
-        return SourceRow(
-            row, key, None, status=reason.status, reason=reason.value, message=message[:500], source=source
-        )
+        message = message[:500].encode("utf-8", "backslashreplace").decode()  # names in it may be no Unicode
+        return SourceRow(row, key, None, status=reason.status, reason=reason.value, message=message, source=source)
 
 
 @dataclass(frozen=True)

@@ -252,4 +252,6 @@ def _is_text(kind: Any) -> bool:
 
 
 def _is_struct(kind: Any) -> bool:
-    return bool(pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+    return bool(
+        pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and _is_bytes(kind.field("bytes").type)
+    )

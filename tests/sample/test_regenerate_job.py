@@ -97,7 +97,7 @@ def test_a_compiled_image_is_compiled_again(image: Path, tmp_path: Path, monkeyp
     run(RegenerateJobConfig(image=str(image), output=str(tmp_path / "again.png")))
     assert compiled == []
     run(RegenerateJobConfig(image=str(with_draw(image, compile=True)), output=str(tmp_path / "again.png")))
-    assert compiled == [{"dynamic": False}]
+    assert [options["dynamic"] for options in compiled] == [False]
 
 
 def test_the_largest_and_mean_difference_decide() -> None:

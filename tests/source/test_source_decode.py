@@ -137,6 +137,17 @@ def test_palettes_with_and_without_transparency():
     assert (pixels_of(encode(grey, "PNG", transparency=7), matte=(1, 2, 3)) == (1, 2, 3)).all()
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_palette_image_without_a_palette_is_corrupt(bits):
+    header = struct.pack(">IIBBBBB", 512, 512, bits, 3, 0, 0, 0)
+    lines = zlib.compress((b"\0" + bytes(64 * bits)) * 512)
+    chunks = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in ((b"IHDR", header), (b"IDAT", lines), (b"IEND", b""))
+    )
+    assert reason_of(b"\x89PNG\r\n\x1a\n" + chunks) == "corrupt"
+
+
 def test_sixteen_bits_keep_their_upper_eight():
     values = np.linspace(0, 65535, 16 * 16).astype(np.uint16).reshape(16, 16)
     expected = np.repeat((values >> 8)[..., None], 3, axis=2)

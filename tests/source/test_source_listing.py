@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from source_images import write
 
-from pipeline.errors import InputError
+from pipeline.errors import ConfigError, InputError
 from pipeline.source import listing, parquet
 from pipeline.source.config import FolderSource, ParquetSource, WebDatasetSource
-from pipeline.source.listing import Entry, _check_order, list_entries, source_root
+from pipeline.source.listing import Entry, _check_order, check_apart, list_entries, source_root
 from pipeline.source.patterns import expand_braces, glob_regex
 from pipeline.storage import Root
 
@@ -167,6 +167,7 @@ def test_the_nearest_metadata_win_and_csv_reads_alike(tmp_path):
         ('{"file_name": "a.jpg", "label": true}\n', "line 1: the label True is no integer"),
         ('{"file_name": "a.jpg", "label": -1}\n', "line 1: the label -1 is no integer"),
         ('{"file_name": "a.jpg", "label": NaN}\n', "line 1: NaN is no JSON number"),
+        ('{"file_name": "a.jpg", "score": 1e999}\n', "line 1: 1e999 is too large a number"),
         ("[" * 100_000 + "\n", "line 1: nested too deeply"),
     ],
 )
@@ -245,6 +246,48 @@ def test_braces(pattern, names):
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("pattern", ["[z-a]*.tar", "{a,[9-0]}.tar"])
+def test_what_is_no_pattern_is_refused_by_name(tmp_path, pattern):
+    with pytest.raises(InputError, match=r"\[.*\].*is no pattern: bad character range"):
+        list(list_entries(WebDatasetSource(uri=f"{tmp_path}/{pattern}")))
+    write(tmp_path / "a.jpg", "x")
+    with pytest.raises(InputError, match=r"source\.exclude"):
+        list(list_entries(FolderSource(uri=str(tmp_path), exclude=(pattern,))))
+
+
+def test_backslashes_in_names_are_told(tmp_path):
+    write(tmp_path / "folder/photos\\2024/a.jpg", "x")
+    with pytest.raises(InputError, match=r"cannot be read by its name: .*photos"):
+        keys(tmp_path / "folder")
+    table = pa.table({"image": [b"x"]})
+    (tmp_path / "tables").mkdir()
+    pq.write_table(table, tmp_path / "tables/a\\b.parquet")
+    with pytest.raises(InputError, match="cannot be read by its name"):
+        list(list_entries(ParquetSource(uri=str(tmp_path / "tables"))))
+
+
+def test_an_output_inside_its_source_is_refused(tmp_path):
+    write(tmp_path / "in/a.jpg", "x")
+    output = Root(str(tmp_path / "in/latents"))
+    folder = FolderSource(uri=str(tmp_path / "in"))
+    with pytest.raises(ConfigError, match=r"lies inside the source[\s\S]*output\.uri[\s\S]*source\.exclude"):
+        check_apart(folder, output)
+    with pytest.raises(ConfigError):
+        check_apart(folder, Root(str(tmp_path / "in")))
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    with pytest.raises(ConfigError):
+        check_apart(FolderSource(uri=str(tmp_path / "link")), output)
+    check_apart(folder, Root(str(tmp_path / "in-latents")))
+    check_apart(folder, Root(str(tmp_path / "in/.latents")))  # hidden: no source has it
+    check_apart(folder.model_copy(update={"exclude": ("latents/**",)}), output)
+    check_apart(WebDatasetSource(uri=str(tmp_path / "in")), output)  # tars only
+    with pytest.raises(ConfigError):
+        check_apart(ParquetSource(uri=str(tmp_path / "in")), output)
+    check_apart(ParquetSource(uri=str(tmp_path / "in/*.parquet")), output)
+    with pytest.raises(ConfigError):
+        check_apart(ParquetSource(uri=str(tmp_path / "in/**/*.parquet")), output)
+
+
 def test_too_many_braces_are_refused():
     with pytest.raises(InputError, match="names more than 1000000 files"):
         expand_braces("{0..99999999999}")
