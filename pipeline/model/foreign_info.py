@@ -142,9 +142,13 @@ def _objective(scheduler: dict[str, Any], root: Root) -> tuple[dict[str, Any], f
     return {"kind": kind, "schedule": schedule, **betas}, 1.0
 
 
+_CLASS_SCALES = {"AutoencoderKL": 0.18215}
+
+
 def _normalisation(vae: dict[str, Any], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     # diffusers: for_model = (raw - shift) * scale, or (raw - mean) * scale / std where channels have their own.
-    scale = float(vae.get("scaling_factor") or 1.0)
+    # The published configurations of the first ones leave the scale to the class.
+    scale = float(vae.get("scaling_factor", _CLASS_SCALES.get(str(vae.get("_class_name")))) or 1.0)
     mean = vae.get("latents_mean") or [vae.get("shift_factor") or 0.0] * channels
     std = vae.get("latents_std") or [1.0] * channels
     return tuple(float(m) for m in mean), tuple(float(s) / scale for s in std)

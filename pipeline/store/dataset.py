@@ -201,6 +201,12 @@ class LatentDataset(Dataset):
         return 1 + int(groups.stored("label_max").max())
 
     @cached_property
+    def num_unlabelled(self) -> tuple[int, int]:
+        """(rows without a label, rows) of the row groups as they are stored."""
+        groups = self.row_groups
+        return (int(groups.stored("unlabelled").sum()), int(groups.stored("rows").sum())) if len(groups) else (0, 0)
+
+    @cached_property
     def _channel_moments(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         groups = self.row_groups
         if not len(groups):

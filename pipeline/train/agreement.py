@@ -45,6 +45,16 @@ def common_classes(config: TrainJobConfig, datasets: Datasets) -> int | None:
     if not config.train.conditional:
         return None
     counts = {key: dataset.num_classes for key, dataset in datasets.items()}
+    for key, dataset in datasets.items():
+        without, rows = dataset.num_unlabelled
+        if 0 < without < rows:
+            raise ConfigError(
+                f"{without:,} of the {rows:,} rows of {dataset.uri} have no label, the others have one",
+                key=f"{key}.uri",
+                value=dataset.uri,
+                rule="all rows of a dataset have labels, or labels are ignored",
+                next_step="set train.conditional=false to ignore them, or label all rows and encode again",
+            )
     labelled = [key for key, count in counts.items() if count is not None]
     bare = [key for key, count in counts.items() if count is None]
     if labelled and bare:

@@ -142,6 +142,8 @@ class CheckpointStore:
         if not complete:
             return
         keep = {c.name for c in complete[-self.keep_last :]} | self._milestones(complete)
+        # While steps are skipped, checkpoints hold what may have to be given up: the way back is kept.
+        keep |= {c.name for c in [c for c in complete if not c.meta.get("skipped_in_a_row")][-1:]}
         newest, known = complete[-1], {c.name for c in complete}
         for name in self.root.list_dirs():
             match = NAME.match(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,8 @@ from pipeline.diffusion.config import ObjectiveConfig, SamplerConfig, TimestepCo
 from pipeline.model.config import ModelConfig
 from pipeline.stream.config import StreamConfig
 from pipeline.tracking.config import RegistryConfig, TrackingConfig
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class MixConfig(StrictModel):
@@ -103,7 +105,7 @@ class TrainConfig(StrictModel):
     decay_images: int = Field(0, ge=0, description="Decay over these last images.")
     decay_shape: Literal["cosine", "linear"] = Field("cosine", description="Shape of the decay.")
     decay_final_ratio: float = Field(0.0, ge=0, le=1, description="Share of the peak left at the end.")
-    betas: tuple[float, float] = Field((0.9, 0.99), description="AdamW's two decay rates.")
+    betas: tuple[Share, Share] = Field((0.9, 0.99), description="AdamW's two decay rates.")
     eps: float = Field(1e-8, gt=0, description="AdamW's denominator floor.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of matrices; vectors are not decayed.")
     clip_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this total norm.")

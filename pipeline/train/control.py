@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline import errors
-from pipeline.errors import ConflictError, PipelineError
+from pipeline.errors import ConfigError, ConflictError, PipelineError
 from pipeline.storage import Root
 
 _GENERATION = re.compile(r"^control/generation-(\d{6})\.json$")
@@ -55,6 +55,30 @@ def record_failure(root: Root, generation: int, error: PipelineError) -> None:
         "next_step": error.next_step,
     }
     root.put_if_absent(f"control/failure-{generation:06d}.json", json.dumps(told).encode())
+
+
+def lasting(error: Exception) -> PipelineError | None:
+    """What an error means that would only come again after a restart; None for one that a restart may mend."""
+    if isinstance(error, PipelineError):
+        return error
+    from pipeline.memory import out_of_memory  # needs torch, which the driver does without
+
+    told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if out_of_memory(error):
+        return ConfigError(
+            f"Training ran out of memory: {told}",
+            key="train.micro_batch",
+            rule="a micro-batch, the weights, their averages and the optimiser fit the memory of a worker",
+            next_step="set a smaller train.micro_batch (the sums stay those of train.batch_size), "
+            "train.precision=bf16 or train.strategy=fsdp2, or use devices with more memory",
+        )
+    if isinstance(error, ValueError | TypeError | LookupError | ArithmeticError):
+        return PipelineError(
+            f"A worker failed: {told}",
+            rule="the parts of a configuration go together: sizes, channels, heads, objective and sampler",
+            next_step="see the worker's traceback above; with a sound configuration this is a bug in latentloom",
+        )
+    return None
 
 
 def recorded_failure(root: Root, generation: int) -> PipelineError | None:

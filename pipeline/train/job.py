@@ -28,7 +28,7 @@ from pipeline.storage_errors import storage_errors
 from pipeline.tracking.config import resolve_paths
 from pipeline.tracking.ending import ended_by_outcome
 from pipeline.train.config import DataConfig, MixConfig, TrainJobConfig
-from pipeline.train.control import claim_generation, record_failure, recorded_failure, request_stop
+from pipeline.train.control import claim_generation, lasting, record_failure, recorded_failure, request_stop
 from pipeline.train.history import Follower, read_records
 
 if TYPE_CHECKING:
@@ -284,8 +284,10 @@ def _train_on_ray(payload: dict[str, Any]) -> dict[str, Any]:
     )
     try:
         return run_worker(config, place)
-    except PipelineError as error:
-        record_failure(root, generation, error)
+    except Exception as error:
+        meant = lasting(error)
+        if meant is not None:
+            record_failure(root, generation, meant)
         raise
     finally:
         if place.node_leader:

@@ -158,6 +158,16 @@ def broken(directory: Path, file: str, **changes: Any) -> str:
 SCHEDULER = "scheduler/scheduler_config.json"
 
 
+def test_a_vae_that_leaves_its_scale_to_its_class_has_that_of_its_class(tmp_path: Path) -> None:
+    write(tmp_path, "transformer", a_dit(), FlowMatchEulerDiscreteScheduler(), a_vae(scaling_factor=0.5))
+    path = tmp_path / "vae/config.json"
+    config = json.loads(path.read_text())
+    del config["scaling_factor"]  # as in Stable Diffusion 1 and 2
+    path.write_text(json.dumps(config))
+    theirs = AutoencoderKL.from_pretrained(tmp_path / "vae").config.scaling_factor
+    assert load_pipeline_dir(str(tmp_path))[1].latent_std == pytest.approx((1 / theirs,) * 4)
+
+
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [

@@ -44,10 +44,11 @@ def make_dataset(
     weights_sha256: str = "0" * 64,
     image: str | None = None,
     shift: float = 0.5,
+    unlabelled: int = 0,
 ) -> str:
     """Write the dataset and return its URI; the fingerprint depends on the shape, the weights and `image` only.
 
-    Datasets of different names hold different images of other patterns.
+    Datasets of different names hold different images of other patterns. The first `unlabelled` rows have no label.
     """
     root = Root(str(path))
     stored = channels * (2 if posterior == "moments" else 1)
@@ -73,7 +74,12 @@ def make_dataset(
     )
     committer = Committer(root, generation.number, 4096, "float16", {})
     told = [captions[i % len(captions)] if captions else None for i in range(rows)]
-    committer.commit(_rows(rows, classes, stored, side, told, name, shift), REJECTS.empty_table(), {})
+    table = _rows(rows, classes, stored, side, told, name, shift)
+    if unlabelled:
+        labels = [None] * unlabelled + table["label"].to_pylist()[unlabelled:]
+        at = table.schema.get_field_index("label")
+        table = table.set_column(at, table.schema.field(at), pa.array(labels, table.schema.field(at).type))
+    committer.commit(table, REJECTS.empty_table(), {})
     generation.close({"status": "done"})
     return root.uri
 

@@ -136,6 +136,17 @@ def test_retention_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
     assert [c.images for c in list_complete(root)] == [30, 60, 90, 100]
 
 
+def test_retention_keeps_the_last_one_before_steps_were_skipped(tmp_path: Path) -> None:
+    s = store(tmp_path, keep_last=2)
+    for images in range(10, 101, 10):
+        s.save(tensors(images), {"images": images, "skipped_in_a_row": max(0, images - 30)})
+    s.wait()
+    assert [c.images for c in list_complete(s.root)] == [30, 90, 100]
+    s.save(tensors(110), {"images": 110, "skipped_in_a_row": 0})
+    s.wait()
+    assert [c.images for c in list_complete(s.root)] == [100, 110]
+
+
 def test_retention_removes_torn_ones_that_are_older_than_a_complete_one(tmp_path: Path) -> None:
     root = save(tmp_path, 10)
     (directory(root, 10) / MARKER).unlink()

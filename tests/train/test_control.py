@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.errors import ConflictError, PipelineError
 from pipeline.storage import Root
@@ -15,6 +16,7 @@ from pipeline.train.control import (
     StopWatch,
     claim_generation,
     current_generation,
+    lasting,
     record_failure,
     recorded_failure,
     request_stop,
@@ -104,3 +106,20 @@ def test_a_notice_is_news_once_and_asked_for_only_so_often() -> None:
     assert not Notices(lambda: True, every_s=3600.0).due()
     assert not Notices(None, every_s=0.0).due()
     assert not Notices(None).new_notice()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (ConflictError("held"), 4, "held"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), 2, "train.micro_batch"),
+        (ValueError("Invalid beta parameter"), 1, "ValueError: Invalid beta parameter"),
+        (ZeroDivisionError("integer modulo by zero"), 1, "ZeroDivisionError"),
+        (RuntimeError("Connection closed by peer"), None, ""),
+        (OSError("the store went away"), None, ""),
+    ],
+)
+def test_what_would_come_again_after_a_restart_is_told_apart(error: Exception, code: int | None, told: str) -> None:
+    meant = lasting(error)
+    assert (meant.exit_code if meant else None) == code
+    assert told in str(meant)

@@ -35,6 +35,17 @@ def test_labels_can_be_ignored(uri: str, tmp_path: Path) -> None:
     assert shake(tmp_path, uri, {"train": {"conditional": False}}).num_classes is None
 
 
+def test_a_dataset_of_which_some_rows_have_labels_is_refused_unless_they_are_ignored(tmp_path: Path) -> None:
+    partly = make_dataset(tmp_path / "partly", unlabelled=5)
+    with pytest.raises(
+        ConfigError, match=r"5 of the 96 rows of .*partly have no label[\s\S]*train.conditional=false"
+    ):
+        shake(tmp_path, partly, {})
+    assert shake(tmp_path, partly, {"train": {"conditional": False}}).num_classes is None
+    bare = make_dataset(tmp_path / "bare", classes=None)
+    assert shake(tmp_path, bare, {}).num_classes is None
+
+
 def test_channels_that_are_not_the_codecs_are_refused(tmp_path: Path) -> None:
     odd = make_dataset(tmp_path / "odd", codec_channels=16)
     with pytest.raises(ConflictError, match=r"holds 4 channels a row, its codec makes 16"):
