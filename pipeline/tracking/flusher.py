@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pipeline.tracking.delivery import Delivery, Store
 from pipeline.tracking.journal import Header, JournalReader, JournalWriter, gate
 from pipeline.tracking.replay import is_held, replay_orphans
+from pipeline.tracking.store import RunMissing
 
 _log = logging.getLogger(__name__)
 FIRST_BACKOFF_S = 0.5
@@ -48,6 +49,8 @@ class Flusher:
         self._unsent = 0
         self._backoff_s = FIRST_BACKOFF_S
         self._closing = threading.Event()
+        self._closing_until = 0.0  # set before `_closing` is
+        self._is_early = False
         self._connected = threading.Event()
         self._thread = threading.Thread(target=self._run, name="latentloom-tracking", daemon=True)
 
@@ -66,8 +69,9 @@ class Flusher:
     def close(self, timeout_s: float) -> int:
         """A last attempt or two, at most `timeout_s` long; returns how many bytes stay in the journal unsent.
 
-        A thread that is still inside a request then goes on by itself, and lets go of the journal when it is through.
+        An attached journal whose owner has not made the run yet waits for it, within the same bound. A thread that is still inside a request then goes on by itself, and lets go of the journal when it is through.
         """
+        self._closing_until = time.monotonic() + timeout_s
         self._closing.set()
         self._thread.join(timeout_s)
         return max(1, self._journal.num_unsent_bytes()) if self._thread.is_alive() else self._unsent
@@ -79,7 +83,7 @@ class Flusher:
         while attempts_left:
             closing = self._closing.is_set()
             wait_s = self._round()
-            if closing and not self._is_others_turn:
+            if closing and not self._is_others_turn and not self._awaits_owner():
                 attempts_left = 0 if self.last_error is None else attempts_left - 1
             if time.monotonic() - synced >= FSYNC_EVERY_S:
                 self._writer.sync()
@@ -89,6 +93,10 @@ class Flusher:
             elif attempts_left:
                 time.sleep(min(wait_s, FIRST_BACKOFF_S))
         self._let_go()
+
+    def _awaits_owner(self) -> bool:
+        """Whether all that is missing is the run, which its owner is about to make: a short job ends before that."""
+        return self._is_early and time.monotonic() < self._closing_until
 
     def _let_go(self) -> None:
         self._writer.sync()
@@ -113,6 +121,7 @@ class Flusher:
             return self._note_failure(error)
         if self.last_error is not None:
             _log.info("the tracking store answers again")
+        self._is_early = False
         self.last_error, self._backoff_s = None, FIRST_BACKOFF_S
         return self._period_s
 
@@ -149,6 +158,7 @@ class Flusher:
 
     def _note_failure(self, error: Exception) -> float:
         self._is_others_turn = False
+        self._is_early = self._delivery is None and isinstance(error, RunMissing)
         text = f"{type(error).__name__}: {error}"
         if self.last_error is None:
             _log.warning("tracking records wait in %s: %s", self._writer.path, text)

@@ -211,6 +211,31 @@ def test_two_processes_of_one_run_send_side_by_side(tmp_path: Path, header: Buil
     assert sorted((p.key, p.step) for p in points) == sorted((k, i) for k in ("loss", "rows") for i in range(50))
 
 
+def test_an_attached_process_that_ends_before_its_run_is_made_waits_for_it(tmp_path: Path, header: Build) -> None:
+    """A short worker is through before a busy driver has made the run; its machine may not outlive it."""
+    store = FakeStore()
+
+    def fault(call: str) -> None:
+        if call == "find_run" and store.calls.count("find_run") == 10:
+            store.create_run(header(1))
+
+    store._fault = fault
+    worker, flusher = open_flusher(tmp_path, header(role="attached"), store)
+    worker.append(metric(1))
+    assert flusher.close(PATIENCE_S) == 0
+    assert steps(store) == [1]
+    assert journals(tmp_path) == []
+
+
+def test_an_attached_process_does_not_wait_longer_than_it_was_told(tmp_path: Path, header: Build) -> None:
+    worker, flusher = open_flusher(tmp_path, header(role="attached"), FakeStore())
+    worker.append(metric(1))
+    assert flusher.close(0.2) > 0
+    flusher._thread.join(PATIENCE_S)
+    assert not flusher._thread.is_alive()
+    assert len(journals(tmp_path)) == 1
+
+
 def test_refused_records_keep_their_journal(tmp_path: Path, header: Build) -> None:
     store = FakeStore(refused=frozenset({"loss"}))
     writer, flusher = open_flusher(tmp_path, header(), store)
