@@ -28,8 +28,8 @@ class StreamConfig(StrictModel):
         0.0,
         ge=0.0,
         lt=1.0,
-        description="Share of rows, chosen by a hash of the sample id, kept out of training for validation. "
-        "Needs one pass over the id column (16 bytes a row), which is cached.",
+        description="Share of images, chosen by the hash of their files, kept out of training for validation in "
+        "every variant and copy. Needs one pass over ids and hashes (48 bytes a row), which is cached.",
     )
     prefetch: int = Field(4, ge=1, description="Batches prepared ahead of the training step, of each dataset.")
     threads: int = Field(

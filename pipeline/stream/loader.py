@@ -14,7 +14,7 @@ from pipeline.stream.assemble import batches
 from pipeline.stream.data import Batch, LatentRows, TextRows, layout_of
 from pipeline.stream.order import Order, OrderSpec
 from pipeline.stream.reader import Channel, WindowReader
-from pipeline.stream.split import split_rows
+from pipeline.stream.split import RULE, split_rows
 from pipeline.stream.state import check_state, make_state
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class LatentStream:
             "lanes": lanes,
             "window_bytes": window_bytes,
             "shuffle": shuffle,
+            **({"split_rule": RULE} if holdout else {}),
             **({} if text is None else {"text": text.digest}),
         }
         self._warn_of_unserved(split)

@@ -22,7 +22,7 @@ from pipeline.store.pages import MAX_PART_BYTES, Bytes, FixedRows
 from pipeline.stream.columns import binary_rows, integers
 from pipeline.stream.data import LatentRows
 from pipeline.stream.order import Piece, Window
-from pipeline.stream.split import held_out, id_words
+from pipeline.stream.split import SIDE_COLUMNS, held_out, id_words, image_words
 
 SIZE_COLUMNS = ("original_height", "original_width", "crop_top", "crop_left", "crop_height", "crop_width")
 
@@ -66,7 +66,8 @@ class WindowReader:
     ) -> None:
         self._dataset, self._side, self._captions, self._verify = dataset, side, captions, verify
         self._sizes = sizes
-        self._columns = ["sample_id", "label", *(SIZE_COLUMNS if sizes else ()), *(["caption"] if captions else ())]
+        ids = ("sample_id",) if side is None else SIDE_COLUMNS
+        self._columns = [*ids, "label", *(SIZE_COLUMNS if sizes else ()), *(["caption"] if captions else ())]
         self._shapes: dict[int, Shape] = {}
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="latent-reader")
 
@@ -91,7 +92,7 @@ class WindowReader:
     def _read_piece(self, piece: Piece, wide: int) -> _Part:
         table = self._dataset.read(piece.row_group, self._columns, verify=self._verify)
         ids = id_words(binary_rows(table.column("sample_id"), 16))
-        chosen = self._choose(piece, ids)
+        chosen = self._choose(piece, table)
         latents = self._dataset.read_fixed(piece.row_group, "latent", verify=self._verify)
         if len(latents) != len(ids):
             raise ValueError(f"it gave {len(latents)} latents for {len(ids)} rows")
@@ -113,15 +114,15 @@ class WindowReader:
             captions = column.slice(piece.start, count) if whole else column.take(pa.array(chosen))
         return _Part(latents, ids[chosen], integers(table.column("label"))[chosen], sizes, captions)
 
-    def _choose(self, piece: Piece, ids: NDArray[np.uint64]) -> slice | NDArray[np.int64]:
+    def _choose(self, piece: Piece, table: pa.Table) -> slice | NDArray[np.int64]:
         """The piece's rows among all rows of its row group."""
         expected = self._dataset.row_groups[piece.row_group].num_rows
-        if len(ids) != expected:
-            raise self._unusable(piece.row_group, f"it gave {len(ids)} rows where the manifest has {expected}")
+        if len(table) != expected:
+            raise self._unusable(piece.row_group, f"it gave {len(table)} rows where the manifest has {expected}")
         if self._side is None:
             return slice(piece.start, piece.stop)
         share, held = self._side
-        chosen = np.flatnonzero(held_out(ids, share) == held)[piece.start : piece.stop]
+        chosen = np.flatnonzero(held_out(image_words(table), share) == held)[piece.start : piece.stop]
         if len(chosen) != piece.stop - piece.start:
             raise self._unusable(piece.row_group, "its held-out rows are not those counted before")
         return chosen

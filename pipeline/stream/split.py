@@ -1,12 +1,16 @@
-"""Training and held-out rows, told apart by a hash of the sample id alone.
+"""Training and held-out rows, told apart by a hash of the image's content alone.
 
-A row's side depends on its id and on nothing else: not on the seed, on its place, on compaction or on rows
-added later, so a held-out image stays held out for as long as the dataset lives. The order, however, must
-know how many rows of each row group are on either side, and ids are inside the files. That needs one pass
-over the id column - 16 bytes a row, 2,048 times less than a latent of a 512 px image - whose result, one
-count per row group, is kept under a name made from the layout's digest and the share, so that it happens once
-per state of a dataset and not once per start or per rank. Choosing by place in the manifest instead would
-need no pass, but would leak held-out rows into training whenever the data are compacted or re-planned.
+A row's side depends on the SHA-256 of its stored image file (`content_sha256`) and on nothing else: not on the
+seed, on its place, on compaction or on rows added later, so a held-out image stays held out for as long as the
+dataset lives. All rows of one image are on one side: its mirrored variant, its other resolutions, a copy under
+another name, and the same file in another dataset of a mixture. By the sample id, which tells them apart, most
+held-out images would be trained on in another form. A row without the hash goes by its sample id.
+
+The order, however, must know how many rows of each row group are on either side, and hashes are inside the files.
+That needs one pass over two columns - 48 bytes a row, 680 times less than a latent of a 512 px image - whose
+result, one count per row group, is kept under a name made from the layout's digest and the share, so that it
+happens once per state of a dataset and not once per start or per rank. Choosing by place in the manifest instead
+would need no pass, but would leak held-out rows into training whenever the data are compacted or re-planned.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
@@ -26,7 +32,8 @@ from pipeline.stream.data import LatentRows, row_counts
 if TYPE_CHECKING:
     from pipeline.storage import Root
 
-_RULE = "split 1"  # part of the cache's name; changes when `held_out` does
+RULE = "content 1"  # part of the cache's name and of a stream's state; changes when a row's side does
+SIDE_COLUMNS = ("sample_id", "content_sha256")
 
 
 def id_words(ids: NDArray[np.uint8]) -> NDArray[np.uint64]:
@@ -34,9 +41,25 @@ def id_words(ids: NDArray[np.uint8]) -> NDArray[np.uint64]:
     return np.ascontiguousarray(ids).view("<u8")
 
 
-def held_out(sample_ids: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
-    """Whether each id uint64 [n, 2] is among the `share` of ids that is kept out of training: bool [n]."""
-    mixed = _mix(sample_ids[:, 0] ^ _mix(sample_ids[:, 1] ^ np.uint64(0x6C6F6F6D_73706C74)))
+def image_words(table: pa.Table) -> NDArray[np.uint64]:
+    """What tells the images of rows with SIDE_COLUMNS apart, uint64 [n, 2]; ValueError for another width."""
+    contents = table.column("content_sha256")
+    ids = id_words(binary_rows(table.column("sample_id"), 16))
+    if not contents.null_count:
+        return _first_words(contents)
+    known = ~np.asarray(contents.is_null().to_numpy())
+    words = ids.copy()
+    words[known] = _first_words(pc.drop_null(contents))
+    return words
+
+
+def _first_words(contents: pa.ChunkedArray) -> NDArray[np.uint64]:
+    return binary_rows(contents, 32).view("<u8")[:, :2]
+
+
+def held_out(images: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
+    """Whether each image, as `image_words` gives them, is of the `share` that is kept out of training: bool [n]."""
+    mixed = _mix(images[:, 0] ^ _mix(images[:, 1] ^ np.uint64(0x6C6F6F6D_73706C74)))
     return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53 < share
 
 
@@ -53,10 +76,10 @@ def held_out_counts(
 ) -> NDArray[np.int64]:
     """How many rows of each row group are held out: int64 [row groups].
 
-    Reads the id column of every row group, unless `cache` already has the answer for these data and this
+    Reads SIDE_COLUMNS of every row group, unless `cache` already has the answer for these data and this
     share. A cached answer that is damaged or does not fit is made again.
     """
-    name = hashlib.blake2b(repr((_RULE, dataset.layout_digest, share)).encode(), digest_size=16).hexdigest()
+    name = hashlib.blake2b(repr((RULE, dataset.layout_digest, share)).encode(), digest_size=16).hexdigest()
     key = f"heldout-{name}.npy"
     limits = row_counts(dataset.row_groups)
     if cache is not None and cache.exists(key):
@@ -65,8 +88,8 @@ def held_out_counts(
             return cached
 
     def count(row_group: int) -> int:
-        ids = binary_rows(dataset.read(row_group, ["sample_id"], verify=False).column("sample_id"), 16)
-        return int(np.count_nonzero(held_out(id_words(ids), share)))
+        images = image_words(dataset.read(row_group, SIDE_COLUMNS, verify=False))
+        return int(np.count_nonzero(held_out(images, share)))
 
     with ThreadPoolExecutor(threads, thread_name_prefix="held-out") as pool:
         counts = np.fromiter(pool.map(count, range(len(limits))), np.int64, len(limits))

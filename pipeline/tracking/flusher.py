@@ -69,7 +69,8 @@ class Flusher:
     def close(self, timeout_s: float) -> int:
         """A last attempt or two, at most `timeout_s` long; returns how many bytes stay in the journal unsent.
 
-        An attached journal whose owner has not made the run yet waits for it, within the same bound. A thread that is still inside a request then goes on by itself, and lets go of the journal when it is through.
+        An attached journal whose owner has not made the run yet waits for it, within the same bound. A thread that is
+        still inside a request then goes on by itself, and lets go of the journal when it is through.
         """
         self._closing_until = time.monotonic() + timeout_s
         self._closing.set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,10 +25,19 @@ class Group:
 
 
 class MemoryRows:
-    """Row groups given as (bucket, rows); row r of group g has label 1000 g + r and everything else from it."""
+    """Row groups given as (bucket, rows); row r of group g has label 1000 g + r and everything else from it.
 
-    def __init__(self, groups: Sequence[tuple[str, int]], dtype: str = "float16", channels: int = 2) -> None:
-        self.latent_dtype = dtype
+    `image_of`: the number of the image that a row is of, None where that is not known.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[tuple[str, int]],
+        dtype: str = "float16",
+        channels: int = 2,
+        image_of: Callable[[int], int | None] = lambda number: number,
+    ) -> None:
+        self.latent_dtype, self.image_of = dtype, image_of
         self.shapes = {name: (channels, 2, 2 + at) for at, name in enumerate(sorted({b for b, _ in groups}))}
         self.tables = [self._table(at, bucket, rows) for at, (bucket, rows) in enumerate(groups)]
         self.row_groups = [
@@ -45,6 +54,7 @@ class MemoryRows:
         latents = [self.stored(number, shape).tobytes() for number in numbers]
         columns = {
             "sample_id": pa.array([sample_id(number) for number in numbers], pa.binary(16)),
+            "content_sha256": pa.array([content(self.image_of(number)) for number in numbers], pa.binary(32)),
             "latent": pa.array(latents, pa.large_binary()),
             "latent_shape": pa.array([list(shape)] * rows, pa.list_(pa.int32(), 3)),
             "label": pa.array(numbers, pa.int64()),
@@ -82,6 +92,11 @@ SIZES = ("original_height", "original_width", "crop_top", "crop_left", "crop_hei
 
 def sample_id(number: int) -> bytes:
     return hashlib.blake2b(str(number).encode(), digest_size=16).digest()
+
+
+def content(image: int | None) -> bytes | None:
+    """The hash of an image's file."""
+    return None if image is None else hashlib.sha256(str(image).encode()).digest()
 
 
 def global_batch(order: Order, step: int) -> tuple[str, list[tuple[int, int]]]:

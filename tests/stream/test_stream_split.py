@@ -1,4 +1,4 @@
-"""Held-out rows are chosen by id alone, are never trained on, and are counted once."""
+"""Held-out rows are chosen by their image alone, are never trained on in any form, and are counted once."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.errors import InputError
+from pipeline.errors import ConflictError, InputError
 from pipeline.storage import Root
 from pipeline.stream.loader import LatentStream
-from pipeline.stream.split import held_out, held_out_counts, id_words
-from tests.stream.latent_rows import MemoryRows, sample_id
+from pipeline.stream.split import SIDE_COLUMNS, held_out, held_out_counts, id_words, image_words
+from tests.stream.latent_rows import MemoryRows, content, sample_id
 
 GROUPS = [("64x64", 60), ("64x96", 70), ("64x64", 50)]
 
 
 def words(numbers: list[int]) -> np.ndarray:
-    raw = b"".join(sample_id(number) for number in numbers)
+    raw = b"".join((content(number) or b"")[:16] for number in numbers)
     return id_words(np.frombuffer(raw, np.uint8).reshape(-1, 16))
 
 
@@ -38,7 +38,7 @@ def test_the_share_is_kept_whatever_the_ids_look_like(make: object) -> None:
     assert (held_out(make(list(range(20_000))), 0.2) | ~chosen).all()  # type: ignore[operator]
 
 
-def test_every_row_is_on_one_side_and_its_id_says_which() -> None:
+def test_every_row_is_on_one_side_and_its_image_says_which() -> None:
     dataset = MemoryRows(GROUPS)
     train, held = epoch_labels(dataset, "train", 1), epoch_labels(dataset, "holdout", 1)
     assert sorted(train + held) == sorted(
@@ -46,6 +46,32 @@ def test_every_row_is_on_one_side_and_its_id_says_which() -> None:
     )
     assert held_out(words(held), 0.25).all()
     assert not held_out(words(train), 0.25).any()
+
+
+def test_all_rows_of_an_image_are_on_one_side() -> None:
+    """Mirrored, in another resolution, under another name: what was trained on in any form validates nothing."""
+    dataset = MemoryRows(GROUPS, image_of=lambda number: number % 1000 // 2)
+    train, held = epoch_labels(dataset, "train", 1), epoch_labels(dataset, "holdout", 1)
+    assert {dataset.image_of(n) for n in train}.isdisjoint({dataset.image_of(n) for n in held})
+    assert len(train + held) == 180
+    assert 20 < len(held) < 70
+
+
+def test_rows_whose_image_is_not_known_go_by_their_id() -> None:
+    dataset = MemoryRows(GROUPS, image_of=lambda number: None if number % 3 else number)
+    images = image_words(dataset.read(1, SIDE_COLUMNS))
+    for row, number in enumerate(range(1000, 1070)):
+        known = content(dataset.image_of(number)) or sample_id(number)
+        assert images[row].tobytes() == known[:16]
+    train, held = epoch_labels(dataset, "train", 1), epoch_labels(dataset, "holdout", 1)
+    assert len(set(train) | set(held)) == 180
+
+
+def test_a_stream_split_by_another_rule_is_not_gone_on_with() -> None:
+    stream = LatentStream(MemoryRows(GROUPS), seed=1, batch_size=4, lanes=1, holdout=0.25)
+    before = {key: value for key, value in stream.state(8).items() if key != "split_rule"}
+    with pytest.raises(ConflictError, match=r"split_rule: \(absent\) in the state"):
+        stream.resume(before)
 
 
 def test_the_held_out_rows_do_not_depend_on_seed_order_or_lanes() -> None:
@@ -58,7 +84,7 @@ def test_the_held_out_rows_do_not_depend_on_seed_order_or_lanes() -> None:
 def test_ids_are_counted_once_for_the_same_data_and_again_for_others(tmp_path: Path) -> None:
     cache, dataset = Root(str(tmp_path)), MemoryRows(GROUPS)
     counts = held_out_counts(dataset, 0.25, cache=cache)
-    assert [columns for _, columns in dataset.reads] == [("sample_id",)] * len(GROUPS)
+    assert [columns for _, columns in dataset.reads] == [SIDE_COLUMNS] * len(GROUPS)
     dataset.reads.clear()
     assert np.array_equal(held_out_counts(dataset, 0.25, cache=cache), counts)
     assert dataset.reads == []
