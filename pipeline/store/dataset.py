@@ -20,10 +20,10 @@ from pipeline.storage_remote import RangedFile
 from pipeline.store import layout
 from pipeline.store.identity import Identity, read_identity
 from pipeline.store.pages import Bytes, FixedRows, fixed_width_pages, fixed_width_values, plain_span
+from pipeline.store.pinned import Pins
 from pipeline.store.readable import ReadableGroups
 from pipeline.store.record import FileInfo
 from pipeline.store.row_groups import RowGroupInfo
-from pipeline.store.rowset import RowSet
 from pipeline.store.runs import last_run
 from pipeline.store.shard import channel_totals
 from pipeline.store.state import State, VisibleFile, read_state
@@ -33,7 +33,7 @@ _FOOTERS = 4096  # kept at a time; about 1.6 KB for each row group of a file
 
 
 class Dataset:
-    """A dataset of any kind as it was visible when opened; later commits do not change it."""
+    """A dataset of any kind as it was visible when opened, or when pinned; later commits do not change it."""
 
     def __init__(self, root: Root, identity: Identity, state: State) -> None:
         self.root, self.identity, self.state = root, identity, state
@@ -43,15 +43,19 @@ class Dataset:
         self.num_rows = int(self.row_groups.rows.sum())
 
     @classmethod
-    def open_kind(cls, uri: str, kind: str, key: str = "data.uri") -> Any:
-        """Open the dataset at `uri`; InputError when there is none or it holds rows of another kind."""
+    def open_kind(cls, uri: str, kind: str, key: str = "data.uri", pins: Pins | None = None) -> Any:
+        """Open the dataset at `uri`; InputError when there is none or it holds rows of another kind.
+
+        pins: where its state may be kept; what is visible now is taken when it is not.
+        """
         root = Root(uri)
         identity = read_identity(root, key)
         if identity.kind != kind:
             raise InputError(
                 f"{uri} is a dataset of {identity.kind}", key=key, value=uri, rule=f"a dataset of {kind} is needed"
             )
-        return cls(root, identity, read_state(root))
+        kept = None if pins is None else pins.state(root)
+        return cls(root, identity, read_state(root) if kept is None else kept)
 
     @property
     def uri(self) -> str:
@@ -72,9 +76,8 @@ class Dataset:
     def digest(self) -> str:
         """Hex digest of the logical content: the same rows made in the same way, however they are laid out."""
         state = self.state
-        settled = RowSet.union_all([*state.rejects.values(), *state.filtered.values()])
         entries = [[*v.entry_parts, v.units_part, list(v.retired)] for v in state.plan.versions]
-        body = [self.fingerprint_digest, entries, (state.covered - settled).triples()]
+        body = [self.fingerprint_digest, entries, state.stored.triples()]
         return hashlib.blake2b(layout.canonical_json(body), digest_size=16).hexdigest()
 
     @cached_property
@@ -89,8 +92,9 @@ class Dataset:
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        """`run_id` (or handle) of the tracking run that wrote last, and the `source` it read; {} when unknown."""
-        note = last_run(self.root)
+        """`run_id` (or handle) of the run that wrote what came last, and the `source` it read; {} when unknown."""
+        written = [file.record.generation for file in (*self.state.files, *self.state.reject_files)]
+        note = last_run(self.root, max(written, default=None))
         return {"run_id": note.get("run_id") or note.get("handle"), "source": note.get("source")} if note else {}
 
     def groups_within(self, first_unit: int, stop_unit: int) -> Iterator[tuple[int, RowGroupInfo]]:
@@ -172,9 +176,9 @@ class LatentDataset(Dataset):
     """A dataset of latents."""
 
     @classmethod
-    def open(cls, uri: str, key: str = "data.uri") -> LatentDataset:
-        """Open the latents at `uri`; InputError, naming `key`, when there are none."""
-        dataset: LatentDataset = cls.open_kind(uri, "latents", key)
+    def open(cls, uri: str, key: str = "data.uri", pins: Pins | None = None) -> LatentDataset:
+        """Open the latents at `uri`; InputError, naming `key`, when there are none. pins: see `open_kind`."""
+        dataset: LatentDataset = cls.open_kind(uri, "latents", key, pins)
         return dataset
 
     @property

@@ -8,12 +8,12 @@ claim comes, the records of the newest generation are read from its seals (see `
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from pipeline.storage import Root
 from pipeline.store import layout
-from pipeline.store.bundles import generation_records, read_bundle, write_bundle
+from pipeline.store.bundles import Named, generation_records, read_bundle, write_bundle
 from pipeline.store.generation import check_newest, latest_number, read_claim
 from pipeline.store.record import CommitRecord, parse_record
 
@@ -33,14 +33,23 @@ def commit(root: Root, record: CommitRecord) -> bool:
 
 def visible_records(root: Root) -> list[tuple[str, CommitRecord]]:
     """(name, record) of every visible commit record, ordered by name: by generation, then by content."""
+    return parsed(visible_named(root))
+
+
+def visible_named(root: Root) -> Iterator[Named]:
+    """(name, bytes) of every visible commit record, few in memory at a time."""
     number = latest_number(root)
-    if not number:
-        return []
-    bundles = read_claim(root, number)["bundles"]
+    if number:
+        for bundle in read_claim(root, number)["bundles"]:
+            yield from read_bundle(root, bundle)
+        yield from generation_records(root, number)
+
+
+def parsed(named: Iterable[Named]) -> list[tuple[str, CommitRecord]]:
+    """(name, record) of records as they are stored, ordered by name, each once."""
     with _no_collection():
-        # Parsed one by one: the bytes of all records together would take more memory than the records.
-        found = {name: parse_record(data, name) for bundle in bundles for name, data in read_bundle(root, bundle)}
-        found.update((name, parse_record(data, name)) for name, data in generation_records(root, number))
+        # One by one: the bytes of all records together would take more memory than the records.
+        found = {name: parse_record(data, name) for name, data in named}
     return sorted(found.items())
 
 

@@ -36,9 +36,14 @@ def noted_runs(root: Root) -> list[str]:
     return list(dict.fromkeys(str(name) for name in names if name))
 
 
-def last_run(root: Root) -> dict[str, Any]:
-    """The newest note, {} when there is none; `unfinished` says that its generation never closed as done."""
+def last_run(root: Root, upto: int | None = None) -> dict[str, Any]:
+    """The newest note, of generation `upto` at most, {} when there is none.
+
+    `unfinished` says that its generation never closed as done.
+    """
     for number, note in _notes(root):
+        if upto is not None and number > upto:
+            continue
         closing = read_closing(root, number)
         return {**note, "generation": number, "unfinished": closing is None or closing.get("status") != "done"}
     return {}

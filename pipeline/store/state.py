@@ -42,6 +42,11 @@ class State:
     unit_rows: dict[int, int]
 
     @property
+    def stored(self) -> RowSet:
+        """Source rows that are visible as data."""
+        return self.covered - RowSet.union_all([*self.rejects.values(), *self.filtered.values()])
+
+    @property
     def num_stored(self) -> int:
         """Source rows that are visible as data."""
         return self.covered.count() - self.num_rejected - self.num_filtered

@@ -15,6 +15,7 @@ import pyarrow as pa
 from pipeline.errors import InputError
 from pipeline.storage_errors import storage_errors
 from pipeline.store.dataset import Dataset
+from pipeline.store.pinned import Pins
 from pipeline.store.schema import to_float32
 from pipeline.text.captions import EMPTY_PROMPT, as_hashes, caption_hash
 
@@ -44,9 +45,14 @@ class TextEmbeddings:
         self._hashes, self._groups, self._rows = self._read_index()
 
     @classmethod
-    def open(cls, uri: str, *, cache_bytes: int = 256 << 20, key: str = "text.uri") -> TextEmbeddings:
-        """Open the embeddings at `uri`; InputError, naming `key`, when there are none or they are damaged."""
-        return cls(Dataset.open_kind(uri, "text", key), cache_bytes)
+    def open(
+        cls, uri: str, *, cache_bytes: int = 256 << 20, key: str = "text.uri", pins: Pins | None = None
+    ) -> TextEmbeddings:
+        """Open the embeddings at `uri`; InputError, naming `key`, when there are none or they are damaged.
+
+        pins: where their state may be kept, see `Dataset.open_kind`.
+        """
+        return cls(Dataset.open_kind(uri, "text", key, pins), cache_bytes)
 
     @property
     def uri(self) -> str:

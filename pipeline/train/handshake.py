@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.codec.info import codec_info
 from pipeline.errors import ConfigError, ConflictError
 from pipeline.store.dataset import Dataset, LatentDataset
+from pipeline.store.pinned import Pins
 from pipeline.train.agreement import check_mixture, check_same_encoder, check_text_uris, common_classes
 from pipeline.train.config import CodecOverride, TrainJobConfig
 
@@ -30,6 +31,7 @@ class Facts:
     buckets: tuple[str, ...]
     codec: dict[str, Any] | None  # path, revision, kind: where it lies now; None when nobody knows
     text: dict[str, Any] | None = None  # see `text_facts`; None when no text is learned from
+    layouts: tuple[str, ...] = ()  # digests of the rows and their places, by dataset
 
     @property
     def text_dim(self) -> int | None:
@@ -45,13 +47,14 @@ class Facts:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Facts:
         """The inverse of `dataclasses.asdict`, after a way through JSON."""
-        return cls(**{**values, "buckets": tuple(values["buckets"])})
+        return cls(**{**values, "buckets": tuple(values["buckets"]), "layouts": tuple(values["layouts"])})
 
 
-def handshake(config: TrainJobConfig, dataset: LatentDataset, *mix: LatentDataset) -> Facts:
+def handshake(config: TrainJobConfig, dataset: LatentDataset, *mix: LatentDataset, pins: Pins | None = None) -> Facts:
     """The facts of a dataset that fits; ConfigError or ConflictError, naming both sides, of one that does not.
 
-    mix: the datasets of `data.mix`, in order; the facts are then those of all together.
+    mix: the datasets of `data.mix`, in order; the facts are then those of all together. pins: where the states of
+    their embeddings may be kept.
     """
     datasets = dict(zip(config.data.parts, (dataset, *mix), strict=True))
     for key, each in datasets.items():
@@ -64,7 +67,8 @@ def handshake(config: TrainJobConfig, dataset: LatentDataset, *mix: LatentDatase
         moments=dataset.posterior == "moments",
         buckets=tuple(sorted({bucket for each in datasets.values() for bucket in each.row_groups.buckets})),
         codec=locate_codec(config.codec, dataset.codec),
-        text=_common_text(config, datasets),
+        text=_common_text(config, datasets, pins),
+        layouts=tuple(each.layout_digest for each in datasets.values()),
     )
     _check_model(config, facts, " and ".join(each.uri for each in datasets.values()))
     if config.grid.every_images is not None and facts.codec is None:
@@ -90,11 +94,13 @@ def _check_channels(key: str, dataset: LatentDataset) -> None:
         )
 
 
-def _common_text(config: TrainJobConfig, datasets: dict[str, LatentDataset]) -> dict[str, Any] | None:
+def _common_text(
+    config: TrainJobConfig, datasets: dict[str, LatentDataset], pins: Pins | None
+) -> dict[str, Any] | None:
     """The facts of the first dataset's embeddings, which hold for all; None where no text is learned from."""
     check_text_uris(config)
     texts = {
-        key: text_facts(part.text_uri, datasets[key], f"{key}.text_uri")
+        key: text_facts(part.text_uri, datasets[key], f"{key}.text_uri", pins)
         for key, part in config.data.parts.items()
         if part.text_uri is not None
     }
@@ -153,12 +159,14 @@ def _check_model(config: TrainJobConfig, facts: Facts, uri: str) -> None:
         )
 
 
-def text_facts(uri: str, latents: LatentDataset, key: str = "data.text_uri") -> dict[str, Any]:
+def text_facts(
+    uri: str, latents: LatentDataset, key: str = "data.text_uri", pins: Pins | None = None
+) -> dict[str, Any]:
     """What a model must know of the embeddings at `uri`; ConflictError when they are not of these latents' captions.
 
     {"uri", "digest", "width", "max_length", "encoder": a TextEncoderConfig as JSON, "fingerprint"}.
     """
-    text: Dataset = Dataset.open_kind(uri, "text", key)
+    text: Dataset = Dataset.open_kind(uri, "text", key, pins)
     seen = [version.source for version in text.state.plan.versions]
     unfinished = text.state.gaps().count()
     if unfinished or all(source.get("digest") != latents.digest for source in seen):

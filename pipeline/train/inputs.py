@@ -20,6 +20,7 @@ from pipeline.stream.loader import LatentStream
 from pipeline.stream.mixture import BLOCK, MixtureStream, Part, apportion, naming, open_mixture, shares_of
 from pipeline.text.dataset import TextEmbeddings
 from pipeline.train import world
+from pipeline.train.beginnings import pins_of
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.handshake import Facts
 from pipeline.train.loop import BatchLike
@@ -46,8 +47,8 @@ class Served:
 
 
 def open_served(config: TrainJobConfig) -> tuple[Served, ...]:
-    """The datasets of the run, the first one first, with the embeddings to learn from."""
-    parts = config.data.parts
+    """The datasets of the run as it began with them, the first one first, with the embeddings to learn from."""
+    parts, pins = config.data.parts, pins_of(Root(config.output.uri))
     weights = [part.weight for part in parts.values()]
     shares = (shares_of(weights, len(weights)) / BLOCK).tolist()
     served = []
@@ -55,8 +56,8 @@ def open_served(config: TrainJobConfig) -> tuple[Served, ...]:
         text = None
         if part.text_uri is not None:
             memory = max(1, int(share * config.data.text_cache_bytes))
-            text = TextEmbeddings.open(part.text_uri, cache_bytes=memory, key=f"{key}.text_uri")
-        served.append(Served(LatentDataset.open(part.uri, f"{key}.uri"), part.weight, share, text))
+            text = TextEmbeddings.open(part.text_uri, cache_bytes=memory, key=f"{key}.text_uri", pins=pins)
+        served.append(Served(LatentDataset.open(part.uri, f"{key}.uri", pins), part.weight, share, text))
     return tuple(served)
 
 

@@ -27,6 +27,7 @@ from pipeline.storage import Root
 from pipeline.storage_errors import storage_errors
 from pipeline.tracking.config import resolve_paths
 from pipeline.tracking.ending import ended_by_outcome
+from pipeline.train.beginnings import begin_or_go_on, pins_of
 from pipeline.train.config import DataConfig, MixConfig, TrainJobConfig
 from pipeline.train.control import claim_generation, lasting, record_failure, recorded_failure, request_stop
 from pipeline.train.history import Follower, read_records
@@ -54,8 +55,9 @@ def run(config: TrainJobConfig) -> JobResult:
     finished = _finished(root, config)
     if finished is not None:
         return finished
-    datasets, facts = _open(config)
     root.probe()
+    begin_or_go_on(config, root)
+    datasets, facts = _open(config)
     tracker = _open_run(config, root, datasets)
     with ended_by_outcome(tracker):
         generation = claim_generation(root, {"config": config_digest(config), "time": time.time()})
@@ -142,8 +144,10 @@ def _open(config: TrainJobConfig) -> tuple[tuple[LatentDataset, ...], Facts]:
     from pipeline.store.dataset import LatentDataset
     from pipeline.train.handshake import handshake
 
-    datasets = tuple(LatentDataset.open(part.uri, f"{key}.uri") for key, part in config.data.parts.items())
-    return datasets, handshake(config, *datasets)
+    pins = pins_of(Root(config.output.uri))
+    parts = config.data.parts.items()
+    datasets = tuple(LatentDataset.open(part.uri, f"{key}.uri", pins) for key, part in parts)
+    return datasets, handshake(config, *datasets, pins=pins)
 
 
 def _open_run(config: TrainJobConfig, root: Root, datasets: tuple[LatentDataset, ...]) -> Tracker:
@@ -189,11 +193,9 @@ def _open_run(config: TrainJobConfig, root: Root, datasets: tuple[LatentDataset,
 
 def _encode_runs(datasets: tuple[LatentDataset, ...]) -> dict[str, str]:
     """The runs that made the datasets: "encode" the first one's, "encode.mix<n>" that of `data.mix[n]`."""
-    from pipeline.store.runs import last_run
-
     runs = {}
     for at, dataset in enumerate(datasets):
-        run_id = dataset.provenance.get("run_id") or last_run(dataset.root).get("handle")
+        run_id = dataset.provenance.get("run_id")
         if run_id:
             runs[f"encode.mix{at - 1}" if at else "encode"] = str(run_id)
     return runs

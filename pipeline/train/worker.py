@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from pipeline.errors import ConflictError
 from pipeline.model.build import build_model, repeated_blocks
 from pipeline.model.flops import forward_flops, train_flops
 from pipeline.storage import Root
@@ -73,6 +74,7 @@ def run_worker(config: TrainJobConfig, place: Place) -> dict[str, Any]:
     root = Root(config.output.uri)
     served = open_served(config)
     facts = place.facts
+    _check_rows(served, facts)
     device = torch.device(place.device)
     stream = open_stream(config, served, root)
     same_run = identity(config, served[0].latents, facts) | _stream_identity(stream)
@@ -124,6 +126,19 @@ def run_worker(config: TrainJobConfig, place: Place) -> dict[str, Any]:
             watch.close()
         tracker.finish("FINISHED")
     return {"status": status, "step": state.step, "images": state.images}
+
+
+def _check_rows(served: Sequence[Served], facts: Facts) -> None:
+    """ConflictError unless this rank sees the rows that the driver saw: else ranks would be in different orders."""
+    for part, expected in zip(served, facts.layouts, strict=True):
+        if part.latents.layout_digest != expected:
+            raise ConflictError(
+                f"The rows of {part.latents.uri} are not those that this start of the job began with",
+                key="data.uri",
+                value=part.latents.uri,
+                rule="all ranks of a start read one state of a dataset",
+                next_step="run the same command again, when no other start of it is running",
+            )
 
 
 def loop_settings(config: TrainJobConfig) -> Settings:

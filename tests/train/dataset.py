@@ -61,27 +61,37 @@ def make_dataset(
     fingerprint = {"codec": codec, "latent_dtype": "float16", "posterior": posterior}
     fingerprint |= {"side": side} if image is None else {"image": image}
     claim_identity(root, Identity("latents", fingerprint, {"codec": codec}))
-    generation = claim_next(root, lambda previous: collect(root, previous), job="encode")
-    entries = [FakeEntry(f"{name}{i:06d}.png") for i in range(rows)]
-    update_plan(
-        root,
-        entries,
-        source={"uri": "memory://images", "kind": "folder", "name": "fake"},
-        generation=generation.number,
-        unit_rows=rows,
-        unit_bytes=1 << 30,
-        drop_removed=False,
-    )
-    committer = Committer(root, generation.number, 4096, "float16", {})
     told = [captions[i % len(captions)] if captions else None for i in range(rows)]
     table = _rows(rows, classes, stored, side, told, name, shift)
     if unlabelled:
         labels = [None] * unlabelled + table["label"].to_pylist()[unlabelled:]
         at = table.schema.get_field_index("label")
         table = table.set_column(at, table.schema.field(at), pa.array(labels, table.schema.field(at).type))
-    committer.commit(table, REJECTS.empty_table(), {})
-    generation.close({"status": "done"})
+    _encode(root, table)
     return root.uri
+
+
+def grow_dataset(uri: str, rows: int = 48, caption: str | None = None) -> None:
+    """Encode further images into a dataset of the default shape, as one more unit."""
+    _encode(Root(uri), _rows(rows, 3, 4, 8, [caption] * rows, "more", 0.5))
+
+
+def _encode(root: Root, table: pa.Table) -> None:
+    """Plan the images of some rows as one new unit, and commit them."""
+    generation = claim_next(root, lambda previous: collect(root, previous), job="encode")
+    plan, _ = update_plan(
+        root,
+        [FakeEntry(key) for key in table["key"].to_pylist()],
+        source={"uri": "memory://images", "kind": "folder", "name": "fake"},
+        generation=generation.number,
+        unit_rows=len(table),
+        unit_bytes=1 << 30,
+        drop_removed=False,
+    )
+    at = table.schema.get_field_index("unit")
+    table = table.set_column(at, table.schema.field(at), pa.array([plan.next_unit - 1] * len(table), pa.int64()))
+    Committer(root, generation.number, 4096, "float16", {}).commit(table, REJECTS.empty_table(), {})
+    generation.close({"status": "done"})
 
 
 def _rows(

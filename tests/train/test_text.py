@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.config import validate
-from pipeline.errors import ConfigError, ConflictError, InputError
+from pipeline.errors import ConfigError, ConflictError, InputError, StoppedError
 from pipeline.model.export import load_export, read_info
 from pipeline.sample.text import text_of_export
 from pipeline.storage import Root
@@ -19,14 +19,17 @@ from pipeline.stream.loader import LatentStream
 from pipeline.text.config import EmbedTextJobConfig
 from pipeline.text.dataset import TextEmbeddings
 from pipeline.text.job import run as embed
+from pipeline.train import job
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.control import claim_generation
 from pipeline.train.handshake import handshake
 from pipeline.train.inputs import embedded, grid_prompts, make_task, open_served, open_stream, validation_chunks
 from pipeline.train.worker import Place, run_worker
 from tests.text.text_builders import CLIP_LENGTH, WIDTH, make_clip
-from tests.train.dataset import make_dataset
+from tests.train.dataset import grow_dataset, make_dataset
+from tests.train.helpers import stopped_after
 from tests.train.job_config import job_config
+from tests.train.one_process import in_one_process
 
 pytestmark = pytest.mark.integration
 
@@ -180,3 +183,20 @@ def test_a_mixture_learns_from_the_text_of_each_dataset(uris: tuple[str, str], t
         start(mixed(other), tmp_path)
     with pytest.raises(ConflictError, match=r"the latents are .*more[\s\S]*data.mix.0.text_uri"):
         start(mixed({**more, "text_uri": uris[1]}), tmp_path)
+
+
+def test_a_run_goes_on_with_the_embeddings_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    latents = make_dataset(tmp_path / "latents", rows=64, captions=CAPTIONS)
+    clip = make_clip(tmp_path / "clip")
+    text = embed_captions(latents, clip)
+    config = config_of(tmp_path, (latents, text))
+    in_one_process(monkeypatch, tmp_path)
+    with stopped_after(monkeypatch, 3), pytest.raises(StoppedError):
+        job.run(config)
+    grow_dataset(latents, caption="a caption of its own")
+    embed_captions(latents, clip)
+    assert TextEmbeddings.open(text).num_captions == len(CAPTIONS) + 2
+    assert job.run(config).status == "done"
+    assert caplog.text.count("has changed since this run began") == 2

@@ -1,0 +1,23 @@
+"""The training job with its one worker in the driver's process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.storage import Root
+from pipeline.train import job
+from pipeline.train.config import TrainJobConfig
+from pipeline.train.handshake import Facts
+from pipeline.train.worker import Place, run_worker
+
+
+def in_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From here on `job.run` runs its worker itself instead of asking Ray for one."""
+
+    def fit(config: TrainJobConfig, root: Root, generation: int, handle: str | None, facts: Facts) -> dict[str, Any]:
+        return run_worker(config, Place("cpu", generation, handle, facts, True, tmp_path / "scratch"))
+
+    monkeypatch.setattr(job, "_fit", fit)

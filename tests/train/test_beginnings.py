@@ -1,0 +1,108 @@
+"""A run goes on with the rows it began with, whatever has become of its dataset; without Ray, in one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.errors import ConflictError, InputError, StoppedError
+from pipeline.model.export import load_export
+from pipeline.result import JobResult
+from pipeline.storage import Root
+from pipeline.store.compact import compact
+from pipeline.store.dataset import LatentDataset
+from pipeline.store.state import read_state
+from pipeline.train import job
+from pipeline.train.beginnings import begin_or_go_on, pins_of
+from pipeline.train.config import TrainJobConfig
+from pipeline.train.control import claim_generation
+from pipeline.train.handshake import handshake
+from pipeline.train.worker import Place, run_worker
+from tests.train.dataset import grow_dataset, make_dataset
+from tests.train.helpers import stopped_after
+from tests.train.job_config import job_config
+from tests.train.one_process import in_one_process
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(autouse=True)
+def _one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    in_one_process(monkeypatch, tmp_path)
+
+
+def stop_then(config: TrainJobConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    with stopped_after(monkeypatch, 7), pytest.raises(StoppedError, match="stopped at 112 of 320 images"):
+        job.run(config)
+
+
+def weights(result: JobResult) -> dict[str, torch.Tensor]:
+    return load_export(result.outputs["model"])[0].state_dict()
+
+
+def test_a_dataset_that_grows_and_is_compacted_changes_nothing_for_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = job_config(tmp_path / "whole", make_dataset(tmp_path / "a"))
+    undisturbed = weights(job.run(whole))
+    uri = make_dataset(tmp_path / "b")
+    config = job_config(tmp_path / "broken", uri)
+    stop_then(config, monkeypatch)
+    grow_dataset(uri)
+    compact(uri, shard_bytes=1 << 30, row_group_bytes=1 << 20)
+    assert LatentDataset.open(uri).num_rows == 144
+    result = job.run(config)
+    assert result.status == "done"
+    assert "48 rows are new, 0 are no longer visible" in caplog.text
+    resumed = weights(result)
+    assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
+
+
+def test_until_there_is_a_checkpoint_a_start_takes_what_is_visible(tmp_path: Path) -> None:
+    uri = make_dataset(tmp_path / "a")
+    config = job_config(tmp_path, uri)
+    root = Root(config.output.uri)
+    begin_or_go_on(config, root)
+    grow_dataset(uri)
+    begin_or_go_on(config, root)
+    assert LatentDataset.open(uri, pins=pins_of(root)).num_rows == 144
+
+
+def test_a_run_whose_files_are_gone_says_which_and_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = make_dataset(tmp_path / "a")
+    config = job_config(tmp_path, uri)
+    stop_then(config, monkeypatch)
+    fragments = {file.info.path for file in read_state(Root(uri)).files}
+    grow_dataset(uri)
+    compact(uri, shard_bytes=1 << 30, row_group_bytes=1 << 20)
+    for path in fragments:
+        Root(uri).delete(path)
+    with pytest.raises(InputError, match=r"1 files of .* that this run began with are gone, such as data/") as caught:
+        job.run(config)
+    assert caught.value.key == "data.uri"
+    assert "another output.uri" in str(caught.value)
+
+
+def test_a_dry_run_counts_the_rows_that_the_run_would_go_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = make_dataset(tmp_path / "a")
+    config = job_config(tmp_path, uri)
+    stop_then(config, monkeypatch)
+    grow_dataset(uri)
+    assert job.dry_run(config).counts["rows"] == 96
+    assert job.dry_run(job_config(tmp_path / "new", uri)).counts["rows"] == 144
+
+
+def test_a_rank_that_sees_other_rows_than_the_driver_ends(tmp_path: Path) -> None:
+    config = job_config(tmp_path, make_dataset(tmp_path / "a"))
+    facts = handshake(config, LatentDataset.open(config.data.uri))
+    generation = claim_generation(Root(config.output.uri), {})
+    other = replace(facts, layouts=("0" * 32,))
+    with pytest.raises(ConflictError, match="are not those that this start of the job began with"):
+        run_worker(config, Place("cpu", generation, None, other, True, tmp_path / "scratch"))
