@@ -65,8 +65,8 @@ class SamplerConfig(StrictModel):
     guidance_interval: tuple[float, float] = Field(
         (0.0, 1.0), description="Guidance acts where low < t <= high (1 is pure noise; a low of 0 includes it)."
     )
-    shift: float = Field(
-        1.0, gt=0, description="Shift of the time grid towards noise, as in timesteps.shift; flow objectives only."
+    shift: float | None = Field(
+        None, gt=0, description="Shift of the time grid towards noise; null: that of training. Flow objectives only."
     )
 
     @model_validator(mode="after")

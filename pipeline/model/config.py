@@ -54,6 +54,14 @@ class UNet2DConfig(StrictModel):
     @model_validator(mode="after")
     def _levels_agree(self) -> UNet2DConfig:
         _check_levels(self.block_out_channels, self.attention, self.norm_num_groups)
+        last = len(self.block_out_channels) - 1  # its middle block always attends
+        attending = [c for at, c in enumerate(self.block_out_channels) if self.attention[at] or at == last]
+        wrong = [width for width in attending if width % self.attention_head_dim]
+        if wrong:
+            raise ValueError(
+                f"attention_head_dim {self.attention_head_dim} must divide the channels of every level that attends "
+                f"and of the last one, not so {wrong}"
+            )
         return self
 
 
@@ -102,6 +110,12 @@ class DiTTransformer2DConfig(StrictModel):
         False, description="Recompute each block in the backward pass: less memory, more compute."
     )
 
+    @model_validator(mode="after")
+    def _in_patches(self) -> DiTTransformer2DConfig:
+        if self.sample_size % self.patch:
+            raise ValueError(f"sample_size {self.sample_size} must be a multiple of patch {self.patch}")
+        return self
+
 
 class SD3Transformer2DConfig(StrictModel):
     """diffusers' SD3Transformer2DModel: joint attention over text and latent, text conditioning only.
@@ -121,6 +135,14 @@ class SD3Transformer2DConfig(StrictModel):
     activation_checkpointing: bool = Field(
         False, description="Recompute each block in the backward pass: less memory, more compute."
     )
+
+    @model_validator(mode="after")
+    def _positions_suffice(self) -> SD3Transformer2DConfig:
+        if self.sample_size // self.patch > self.max_size:
+            raise ValueError(
+                f"max_size {self.max_size} patches must hold sample_size {self.sample_size} / patch {self.patch}"
+            )
+        return self
 
 
 ModelConfig = Annotated[

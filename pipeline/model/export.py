@@ -66,9 +66,10 @@ class ExportInfo:
     run_id: str | None
     images_seen: int
     ema: str  # name of the average the weights are, "raw" for none
-    buckets: tuple[str, ...]  # image sizes trained on, "HxW" in pixels
+    buckets: tuple[str, ...]  # image sizes trained on, "HxW" in pixels, the most frequent first
     license: str = "unknown"
     sampling_shift: float = 1.0  # shift of the sampling grid that suits the training density
+    always_labelled: bool = False  # it has classes and was never trained without one: nothing can be guided
     # The encoder whose embeddings the model reads: "encoder" (TextEncoderConfig as JSON), "fingerprint", "width",
     # "max_length"; unconditional text is the embedding of the empty prompt.
     text: dict[str, Any] | None = None

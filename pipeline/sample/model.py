@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError, InputError
 from pipeline.model.checkpoints import MARKER, CheckpointPlace, find_checkpoint
-from pipeline.model.foreign_info import INDEX, is_pipeline_dir, read_pipeline_dir
+from pipeline.model.foreign_info import INDEX, is_pipeline_dir, read_pipeline_dir, refused
 from pipeline.sample.requests import Limits
 from pipeline.sample.text import TextSpec, text_of_export, text_of_pipeline
 from pipeline.storage import Root
@@ -29,7 +29,7 @@ class ModelFacts:
     """What a model says about itself, and the digest of all that decides its images.
 
     uri: exactly this model, also where a directory of them was named. kind: export, checkpoint or pipeline. info:
-    the fields of an ExportInfo. always_labelled: it has classes and no label for "none", hence no guidance.
+    the fields of an ExportInfo.
     """
 
     uri: str
@@ -37,7 +37,6 @@ class ModelFacts:
     digest: str
     kind: str = "export"
     text: TextSpec | None = None
-    always_labelled: bool = False
 
     @property
     def ema(self) -> str | None:
@@ -77,7 +76,7 @@ class ModelFacts:
         return Limits(
             num_classes=self.num_classes,
             takes_text=self.text is not None,
-            always_labelled=self.always_labelled,
+            always_labelled=bool(self.info.get("always_labelled")),
             multiple=int(self.info["factor"]) * _stride(self.info["model"]),
             sizes=tuple(_size(bucket) for bucket in self.info["buckets"]),
             any_size=any_size,
@@ -124,9 +123,15 @@ def _export_facts(root: Root) -> ModelFacts:
 def _pipeline_facts(root: Root) -> ModelFacts:
     found = read_pipeline_dir(root)
     weights = {"pipeline": found.info["weights_sha256"]}
-    return _told(
-        "pipeline", root.uri, found.info, weights, text_of_pipeline(found), always_labelled=found.always_labelled
-    )
+    text = text_of_pipeline(found)
+    if text is None and found.info["text_dim"] is not None:
+        raise refused(
+            root,
+            f"{INDEX}: its text encoders",
+            f"{found.class_name} reads text: of one encoder for a UNet2DConditionModel, of two or three for SD3",
+        )
+    info = {**found.info, "always_labelled": found.always_labelled}
+    return _told("pipeline", root.uri, info, weights, text)
 
 
 def _checkpoint_facts(place: CheckpointPlace, ema: str | None) -> ModelFacts:
@@ -160,14 +165,12 @@ def _told(
     info: Mapping[str, Any],
     weights: Mapping[str, str],
     text: TextSpec | None,
-    *,
-    always_labelled: bool = False,
 ) -> ModelFacts:
     body: dict[str, Any] = {"weights": weights, "identity": {key: info[key] for key in _IDENTITY}}
     if text is not None:
         body["text"] = text.digest
     digest = hashlib.blake2b(canonical_json(body), digest_size=16).hexdigest()
-    return ModelFacts(uri, info, digest, kind, text, always_labelled)
+    return ModelFacts(uri, info, digest, kind, text)
 
 
 def _no_model(uri: str, why: str) -> InputError:

@@ -216,6 +216,9 @@ class TrainJobConfig(StrictModel):
             raise ValueError(f"validation.images {self.validation.images} needs stream.holdout above 0")
         if self.grid.every_images is not None and not self.train.ema:
             raise ValueError("grid.every_images needs at least one train.ema track")
+        name = self.grid.sampler.name
+        if name in ("euler", "heun") and self.objective.kind != "flow":
+            raise ValueError(f"grid.sampler.name {name} integrates flows, objective.kind is {self.objective.kind}")
         uneven = [n for n in self.train.world_sizes if self.stream.lanes % n]
         if uneven:
             raise ValueError(

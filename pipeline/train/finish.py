@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from pipeline.diffusion.timesteps import TimestepDensity
 from pipeline.model.build import build_model
 from pipeline.model.export import MARKER, ExportInfo, export_name, read_info, save_export
 from pipeline.storage import Root
@@ -80,10 +82,20 @@ def export_info(
         images_seen=images,
         ema=ema,
         buckets=facts.buckets,
-        text=None
-        if facts.text is None
-        else {k: facts.text[k] for k in ("encoder", "fingerprint", "width", "max_length")},
+        sampling_shift=sampling_shift(config, facts),
+        always_labelled=facts.num_classes is not None and config.train.label_dropout == 0.0,
+        text=None if facts.text is None else {k: facts.text[k] for k in _TEXT},
     )
+
+
+def sampling_shift(config: TrainJobConfig, facts: Facts) -> float:
+    """The shift of the solver's times that is that of the training times (Esser et al. 2024, section 5.3.2).
+
+    Where it depends on the size, that of the most frequent one; 1 for what is no flow and keeps its schedule.
+    """
+    if config.objective.kind != "flow":
+        return 1.0
+    return TimestepDensity(**config.timesteps.model_dump()).shift_for(math.prod(facts.latent_size))
 
 
 def _already_there(place: Root, info: ExportInfo) -> bool:

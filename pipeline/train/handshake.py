@@ -5,9 +5,12 @@ Every refusal names both sides. What is compared on a resume is kept by `identit
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pipeline.codec.info import codec_info
 from pipeline.errors import ConfigError, ConflictError
@@ -28,7 +31,7 @@ class Facts:
     factor: int
     num_classes: int | None
     moments: bool
-    buckets: tuple[str, ...]
+    buckets: tuple[str, ...]  # the most frequent first
     codec: dict[str, Any] | None  # path, revision, kind: where it lies now; None when nobody knows
     text: dict[str, Any] | None = None  # see `text_facts`; None when no text is learned from
     layouts: tuple[str, ...] = ()  # digests of the rows and their places, by dataset
@@ -40,7 +43,7 @@ class Facts:
 
     @property
     def latent_size(self) -> tuple[int, int]:
-        """Height and width of the latents of the first bucket."""
+        """Height and width of the latents of the most frequent bucket."""
         height, width = (int(v) // self.factor for v in self.buckets[0].split("x"))
         return height, width
 
@@ -65,7 +68,7 @@ def handshake(config: TrainJobConfig, dataset: LatentDataset, *mix: LatentDatase
         factor=int(dataset.codec["factor"]),
         num_classes=common_classes(config, datasets),
         moments=dataset.posterior == "moments",
-        buckets=tuple(sorted({bucket for each in datasets.values() for bucket in each.row_groups.buckets})),
+        buckets=_by_frequency(config, datasets),
         codec=locate_codec(config.codec, dataset.codec),
         text=_common_text(config, datasets, pins),
         layouts=tuple(each.layout_digest for each in datasets.values()),
@@ -79,6 +82,17 @@ def handshake(config: TrainJobConfig, dataset: LatentDataset, *mix: LatentDatase
             next_step="set codec.path, or grid.every_images=null",
         )
     return facts
+
+
+def _by_frequency(config: TrainJobConfig, datasets: dict[str, LatentDataset]) -> tuple[str, ...]:
+    """All buckets, those of which most rows are served first, then by name."""
+    shares: Counter[str] = Counter()
+    for key, part in config.data.parts.items():
+        groups = datasets[key].row_groups
+        rows = np.bincount(groups.bucket_of, weights=groups.rows, minlength=len(groups.buckets))
+        for bucket, count in zip(groups.buckets, rows.tolist(), strict=True):
+            shares[bucket] += part.weight * count / max(1, datasets[key].num_rows)
+    return tuple(sorted(shares, key=lambda bucket: (-shares[bucket], bucket)))
 
 
 def _check_channels(key: str, dataset: LatentDataset) -> None:

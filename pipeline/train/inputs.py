@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, takewhile
 
@@ -13,6 +14,7 @@ import torch
 from pipeline.diffusion.objectives import Objective
 from pipeline.diffusion.rng import ids_from_words
 from pipeline.diffusion.timesteps import TimestepDensity
+from pipeline.errors import ConfigError
 from pipeline.storage import Root
 from pipeline.store.dataset import LatentDataset
 from pipeline.stream.data import Batch
@@ -137,23 +139,28 @@ def _held_out(config: TrainJobConfig, part: Served, root: Root, count: int) -> l
     if not count:
         return []
     # Only `holdout` decides which rows these are; one lane, so that a few rows fill a chunk.
-    settings = config.stream.model_dump() | {"lanes": 1}
-    with (
-        naming(part.name),
-        LatentStream(
-            part.latents,
-            seed=0,
-            batch_size=config.validation.chunk,
-            split="holdout",
-            captions=False,
-            sizes=False,
-            text=part.text,
-            cache=root.child(CACHE),
-            **settings,
-        ) as stream,
-    ):
+    settings = config.stream.model_dump() | {"lanes": 1, "batch_size": config.validation.chunk, "split": "holdout"}
+    settings |= {"captions": False, "sizes": False, "text": part.text, "cache": root.child(CACHE)}
+    with naming(part.name), _in_chunks(config), LatentStream(part.latents, seed=0, **settings) as stream:
         first_epoch = takewhile(lambda batch: batch.epoch == 0, stream)
         return [_chunk(batch) for batch in islice(first_epoch, count)]
+
+
+@contextmanager
+def _in_chunks(config: TrainJobConfig) -> Iterator[None]:
+    """Errors about the batch of a stream say that it is a chunk of the validation."""
+    try:
+        yield
+    except ConfigError as error:
+        if error.key != "train.batch_size":
+            raise
+        raise ConfigError(
+            "the held-out rows do not fill one chunk of the validation",
+            key="validation.chunk",
+            value=config.validation.chunk,
+            rule=error.rule,
+            next_step=f"use a smaller chunk, or hold out more than stream.holdout={config.stream.holdout}",
+        ) from None
 
 
 def _chunk(batch: Batch) -> Chunk:

@@ -27,7 +27,6 @@ from pipeline.storage import Root
 from pipeline.storage_errors import storage_errors
 from pipeline.tracking.config import resolve_paths
 from pipeline.tracking.ending import ended_by_outcome
-from pipeline.train.beginnings import begin_or_go_on, pins_of
 from pipeline.train.config import DataConfig, MixConfig, TrainJobConfig
 from pipeline.train.control import claim_generation, lasting, record_failure, recorded_failure, request_stop
 from pipeline.train.history import Follower, read_records
@@ -56,7 +55,7 @@ def run(config: TrainJobConfig) -> JobResult:
     if finished is not None:
         return finished
     root.probe()
-    begin_or_go_on(config, root)
+    _begin_or_go_on(config, root)
     datasets, facts = _open(config)
     tracker = _open_run(config, root, datasets)
     with ended_by_outcome(tracker):
@@ -140,8 +139,15 @@ def _finished(root: Root, config: TrainJobConfig) -> JobResult | None:
     return JobResult(**{**done["result"], "status": "unchanged"})
 
 
+def _begin_or_go_on(config: TrainJobConfig, root: Root) -> None:
+    from pipeline.train.beginnings import begin_or_go_on  # reads Parquet, which a finished run does not
+
+    begin_or_go_on(config, root)
+
+
 def _open(config: TrainJobConfig) -> tuple[tuple[LatentDataset, ...], Facts]:
     from pipeline.store.dataset import LatentDataset
+    from pipeline.train.beginnings import pins_of
     from pipeline.train.handshake import handshake
 
     pins = pins_of(Root(config.output.uri))

@@ -22,7 +22,7 @@ from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.control import Notices, StopWatch
 from pipeline.train.ema import Track
-from pipeline.train.finish import export_info, export_model
+from pipeline.train.finish import export_info, export_model, sampling_shift
 from pipeline.train.grid import Grid
 from pipeline.train.handshake import Facts, identity
 from pipeline.train.inputs import (
@@ -225,6 +225,12 @@ def _hooks(
     return hooks
 
 
+def _guidable(config: TrainJobConfig, facts: Facts) -> bool:
+    """Whether the model also learns without its condition, which guidance leads away from."""
+    by_class = facts.num_classes is not None and config.train.label_dropout > 0.0
+    return by_class or (facts.text is not None and config.train.text_dropout > 0.0)
+
+
 def _grid(
     config: TrainJobConfig,
     facts: Facts,
@@ -253,9 +259,9 @@ def _grid(
         sampler={
             "sampler": s.name,
             "steps": s.steps,
-            "guidance": s.guidance if facts.num_classes is not None or prompts is not None else 1.0,
+            "guidance": s.guidance if _guidable(config, facts) else 1.0,
             "guidance_interval": s.guidance_interval,
-            "shift": s.shift,
+            "shift": sampling_shift(config, facts) if s.shift is None else s.shift,
         },
         codec=facts.codec,
         show=show,

@@ -16,7 +16,7 @@ from diffusers import DPMSolverMultistepScheduler
 from pipeline.config import validate
 from pipeline.diffusion.rng import ids_from_bytes, keyed_normal
 from pipeline.errors import ConfigError, ConflictError, InputError
-from pipeline.model.export import load_export
+from pipeline.model.export import load_export, save_export
 from pipeline.model.foreign import load_pipeline_dir
 from pipeline.model.foreign_info import read_pipeline_dir
 from pipeline.sample.config import SampleJobConfig
@@ -156,6 +156,24 @@ def test_a_pipeline_that_does_not_fit_together_is_refused(tmp_path: Path, tiny: 
         read_model(str(tmp_path / "pipe"))
     with pytest.raises(InputError, match="prompt 'a'"):
         ready(tiny.model_uri, {"prompts": ["a"]})
+
+
+def test_a_text_pipeline_whose_encoders_are_not_known_is_refused(tmp_path: Path) -> None:
+    make_sd_pipeline(tmp_path)
+    index = tmp_path / "pipe" / "model_index.json"
+    index.write_text(
+        json.dumps(json.loads(index.read_text()) | {"text_encoder_2": ["transformers", "CLIPTextModel"]})
+    )
+    with pytest.raises(InputError, match=r"its text encoders[\s\S]*UNet2DConditionModel reads text: of one encoder"):
+        read_model(str(tmp_path / "pipe"))
+
+
+def test_an_export_that_was_never_trained_without_a_class_is_not_guided(tiny: Tiny, tmp_path: Path) -> None:
+    model, info = load_export(tiny.model_uri)
+    save_export(str(tmp_path / "model"), model, replace(info, always_labelled=True))
+    assert ready(tmp_path / "model", {"classes": [0], "guidance": 1.0}).requests.table.num_rows == 1
+    with pytest.raises(InputError, match=r"guidance 2\.0: the model was trained without an unconditional label"):
+        ready(tmp_path / "model", {"classes": [0], "guidance": 2.0})
 
 
 def write_checkpoints(tiny: Tiny, folder: Path) -> None:

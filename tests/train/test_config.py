@@ -30,6 +30,10 @@ from tests.train.job_config import job_config
         ),
         ({"validation": {"images": 8}}, r"validation.images 8 needs stream.holdout above 0"),
         ({"grid": {"every_images": 8}, "train": {"ema": []}}, r"needs at least one train.ema track"),
+        (
+            {"grid": {"every_images": 8, "sampler": {"name": "heun"}}, "objective": {"kind": "v"}},
+            r"grid.sampler.name heun integrates flows, objective.kind is v",
+        ),
     ],
 )
 def test_contradictions_are_refused(changes: dict[str, Any], rule: str, tmp_path: Path) -> None:

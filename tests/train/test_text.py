@@ -147,7 +147,7 @@ def test_text_that_does_not_fit_is_refused(uris: tuple[str, str], tmp_path: Path
     with pytest.raises(InputError, match=r"is a dataset of latents"):
         handshake(config_of(tmp_path, (uris[0], uris[0])), LatentDataset.open(uris[0]))
     plain = config_of(tmp_path, uris).model_dump(mode="json")
-    small = {"kind": "unet2d", "block_out_channels": (8, 16), "norm_num_groups": 4}
+    small = {"kind": "unet2d", "block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 8}
     config = validate(TrainJobConfig, {**plain, "model": small})
     with pytest.raises(ConfigError, match=r"unet2d cannot read the text embeddings"):
         handshake(config, LatentDataset.open(uris[0]))

@@ -255,6 +255,8 @@ def test_a_mixture_that_fits_is_described_as_a_whole(uris: Uris, tmp_path: Path)
     other = make_dataset(tmp_path / "wide", side=16, image="wide", name="wide")
     narrow = make_dataset(tmp_path / "narrow", image="narrow")
     assert shake(mixed(tmp_path, (narrow, other))).buckets == ("32x32", "64x64")
+    often = shake(mixed(tmp_path, (narrow, other), weight=4.0))
+    assert (often.buckets, often.latent_size) == (("64x64", "32x32"), (16, 16))
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.errors import ConflictError
-from pipeline.model.export import load_export
+from pipeline.errors import ConfigError, ConflictError
+from pipeline.model.export import load_export, read_info
 from pipeline.storage import Root
 from pipeline.store.dataset import LatentDataset
 from pipeline.train.config import TrainJobConfig
@@ -80,6 +80,22 @@ def test_stop_and_resume_leave_the_history_and_export_of_an_undisturbed_run(
     assert timeless(broken) == timeless(whole)
     weights = [load_export(str(p / "run" / "model"))[0].state_dict() for p in (whole, broken)]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+def test_an_export_says_how_it_is_to_be_sampled(data_uri: str, tmp_path: Path) -> None:
+    changes = {"train": {"images": 32, "label_dropout": 0.0}, "timesteps": {"shift": 2.0, "shift_base_pixels": 16}}
+    start(job_config(tmp_path / "a", data_uri, changes), tmp_path)
+    info = read_info(str(tmp_path / "a" / "run" / "model"))
+    assert (info.always_labelled, info.sampling_shift, info.buckets) == (True, 4.0, ("32x32",))
+    start(job_config(tmp_path / "b", data_uri, {"train": {"images": 32}, "objective": {"kind": "v"}}), tmp_path)
+    info = read_info(str(tmp_path / "b" / "run" / "model"))
+    assert (info.always_labelled, info.sampling_shift) == (False, 1.0)
+
+
+def test_a_validation_larger_than_what_is_held_out_names_its_own_keys(data_uri: str, tmp_path: Path) -> None:
+    changes = {"stream": {"holdout": 0.05}, "validation": {"images": 64, "chunk": 64}}
+    with pytest.raises(ConfigError, match=r"validation\.chunk = 64[\s\S]*stream\.holdout=0\.05"):
+        start(job_config(tmp_path, data_uri, changes), tmp_path)
 
 
 def test_a_newer_start_takes_over(data_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
