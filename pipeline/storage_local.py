@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 from collections.abc import Iterator
 
 TEMPORARY_PREFIX = ".tmp-"
+_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -48,12 +50,24 @@ def scanned(directory: str) -> list[str]:
     """Sorted names of a directory's objects and, with "/" at the end, directories; none when it does not exist."""
     try:
         with os.scandir(directory) as scan:
-            # A link to a directory could lead round in a circle; one to nowhere is no object.
-            return sorted(
-                entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name
-                for entry in scan
-                if not entry.name.startswith(TEMPORARY_PREFIX)
-                and (entry.is_file() or entry.is_dir(follow_symlinks=False))
-            )
+            names, links = [], []
+            for entry in scan:
+                if entry.name.startswith(TEMPORARY_PREFIX):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    names.append(entry.name + "/")
+                elif entry.is_file():
+                    names.append(entry.name)
+                elif entry.is_dir():
+                    links.append(entry.name)
     except (FileNotFoundError, NotADirectoryError):
         return []
+    if links:
+        # Such a link could lead round in a circle; one to nowhere is no object.
+        _log.warning(
+            "links to directories are not followed: what lies behind %s%s in %s is not listed",
+            min(links),
+            f" and {len(links) - 1} more" if len(links) > 1 else "",
+            directory,
+        )
+    return sorted(names)

@@ -156,13 +156,17 @@ def test_a_full_disk_leaves_nothing_half_visible(tmp_path: Path, monkeypatch: py
     assert os.listdir(tmp_path) == ["kept"]
 
 
-def test_links_that_lead_nowhere_or_round_in_a_circle_are_no_objects(tmp_path: Path) -> None:
+def test_links_that_lead_nowhere_or_round_in_a_circle_are_no_objects(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     root = Root(str(tmp_path))
     root.put("real/file", b"x")
     (tmp_path / "real" / "circle").symlink_to(tmp_path)
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     (tmp_path / "link").symlink_to(tmp_path / "real" / "file")
     assert [i.key for i in root.list()] == ["link", "real/file"]
+    assert "what lies behind circle in" in caplog.text
+    assert "nowhere" not in caplog.text
 
 
 def test_listing_a_large_directory_holds_little_more_than_its_names(tmp_path: Path) -> None:

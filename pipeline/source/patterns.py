@@ -54,9 +54,9 @@ def locate(uri: str, *, patterns_allowed: bool) -> Place:
 
 
 def matching(place: Place, suffixes: tuple[str, ...]) -> Iterator[ObjectInfo]:
-    """The objects of a place in key order; without patterns all that end in one of the suffixes, none hidden."""
+    """The objects of a place in key order; without patterns all of some suffixes (.tar, .TAR), none hidden."""
     if place.patterns is None:
-        yield from (i for i in place.root.list() if i.key.endswith(suffixes) and not is_hidden(i.key))
+        yield from (i for i in place.root.list() if i.key.lower().endswith(suffixes) and not is_hidden(i.key))
         return
     if any(_is_glob(p) for p in place.patterns):
         accept = compiled(place.patterns, "source.uri")

@@ -1,7 +1,9 @@
 """Compaction: fragments in the order of arrival become shards in unit order, by ordinary commit records.
 
-The plan and the mean size of a visible row decide which rows a shard holds, so shards do not depend on how the encode
-job was scheduled. Shards begin and end with a unit, but for a unit too large for one: it is cut into equal parts. A
+The plan and the mean size of a settled row decide which rows a shard holds, so shards do not depend on how the encode
+job was scheduled. The mean counts in steps of a fifth to a quarter: the little by which it moves when images come in
+leaves the shards that are there as they are, but for the rare time that it passes a step, and all are written anew.
+Shards begin and end with a unit, but for a unit too large for one: it is cut into equal parts. A
 shard's record has a newer generation than its fragments', so its rows take their place at once, shard by shard.
 Fragments stay in storage until garbage collection is asked for.
 """
@@ -21,8 +23,12 @@ from pipeline.store.generation import claim_next
 from pipeline.store.identity import read_identity
 from pipeline.store.ledger import collect
 from pipeline.store.rowset import RowSet, address, unit_of
+from pipeline.store.shard import ROW_BYTES
 from pipeline.store.state import State, read_state
 from pipeline.store.writer import Committer
+
+# Where rows are small, as where pictures lie in files of their own: texts of 16 KiB each still fit 32-bit offsets.
+_MAX_ROWS = 1 << 16
 
 Span = tuple[int, int]  # half-open, of address integers as a RowSet holds them
 
@@ -82,16 +88,10 @@ def compact(
 
 
 def shard_spans(dataset: Dataset, shard_bytes: int) -> Iterator[Span]:
-    """Half-open ranges of row addresses that make up one shard each: a function of the plan and the mean visible row.
-
-    Dead rows do not count for the mean: how often a write was repeated, and what was already compacted away, must not
-    move the ends of shards.
-    """
-    groups = dataset.row_groups
-    visible_bytes = int((groups.size_bytes * groups.rows // np.maximum(groups.stored("rows"), 1)).sum())
+    """Half-open ranges of row addresses that make up one shard each: a function of the plan and the mean row."""
     if not dataset.num_rows:
         return
-    rows_per_shard = max(1, shard_bytes * dataset.num_rows // max(visible_bytes, 1))
+    rows_per_shard = _rows_per_shard(dataset, shard_bytes)
     units, planned = dataset.state.plan.unit_lengths()
     first, rows = 0, 0
     for unit, length in zip(units.tolist(), planned.tolist(), strict=True):
@@ -106,6 +106,20 @@ def shard_spans(dataset: Dataset, shard_bytes: int) -> Iterator[Span]:
             first = cut
         rows += length if parts < 2 else length - (parts - 1) * length // parts
     yield first, address(len(units))
+
+
+def _rows_per_shard(dataset: Dataset, shard_bytes: int) -> int:
+    """Settled source rows of a shard: rejected and filtered ones take no space, variants take theirs.
+
+    Dead rows do not count for the mean: how often a write was repeated, and what was already compacted away, must not
+    move the ends of shards.
+    """
+    groups = dataset.row_groups
+    blobs = int((groups.size_bytes * groups.rows // np.maximum(groups.stored("rows"), 1)).sum())
+    mean = (blobs + ROW_BYTES * dataset.num_rows) / dataset.state.covered.count()
+    most = min(_MAX_ROWS, max(1, int(shard_bytes / mean)))
+    step = 1 << max(0, most.bit_length() - 3)
+    return most // step * step
 
 
 def _groups_of(dataset: Dataset, span: Span) -> Iterator[pa.Table]:

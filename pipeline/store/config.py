@@ -57,6 +57,8 @@ class CompactJobConfig(StrictModel):
     """Everything the compact job reads."""
 
     data: DataConfig = Field(..., description="The dataset to compact.")
-    shard_bytes: int = Field(384 << 20, ge=1 << 16, description="Latent bytes of a shard.")
+    shard_bytes: int = Field(
+        384 << 20, ge=1 << 16, description="Bytes of a shard, at most about: 65,536 rows at most."
+    )
     row_group_bytes: int = Field(16 << 20, ge=1024, le=1 << 30, description="Latent bytes of a row group.")
     workers: int = Field(2, ge=1, description="Shards written at a time; each needs about three times its size.")

@@ -17,6 +17,7 @@ from pipeline.store.record import FileInfo
 from pipeline.store.row_groups import RowGroupInfo, RowGroups
 from pipeline.store.schema import to_float32
 
+ROW_BYTES = 256  # what is reckoned for a row beside its blob: captions and numbers, compressed
 _BLOBS = ("latent", "image", "embedding", "pooled")
 _SORT = [("bucket", "ascending"), ("unit", "ascending"), ("row", "ascending"), ("variant", "ascending")]
 
@@ -75,7 +76,7 @@ def _row_groups(rows: pa.Table, target_bytes: int) -> Iterator[tuple[int, int]]:
     start = 0
     blob = next(name for name in _BLOBS if name in rows.column_names)
     for end in runs.run_ends.to_pylist():
-        sizes = np.asarray(pc.binary_length(rows[blob].slice(start, end - start)).to_numpy(), np.int64) + 256
+        sizes = np.asarray(pc.binary_length(rows[blob].slice(start, end - start)).to_numpy(), np.int64) + ROW_BYTES
         reach = np.cumsum(sizes)
         done = 0
         while done < end - start:

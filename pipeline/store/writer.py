@@ -33,7 +33,7 @@ class Committer:
 
         With a column `variants` (how many rows a source row has become), a source row counts as settled only when
         all of them are here; an incomplete one is left out, stays a gap, and is done again. A repeated row is kept
-        once. Returns None when there is nothing to commit. Raises
+        once. Returns None when there is nothing to commit. Raises ValueError for a row that is stored and left out,
         ConflictError when a newer generation fences this one off, and what the store raises (outcome unknown:
         commit again).
         """
@@ -41,6 +41,8 @@ class Committer:
         outcomes = REJECTS.empty_table() if outcomes is None else outcomes
         stored = RowSet.from_rows(rows["unit"].to_numpy(), rows["row"].to_numpy())
         settled = RowSet.from_rows(outcomes["unit"].to_numpy(), outcomes["row"].to_numpy())
+        if stored & settled:
+            raise ValueError(f"rows are both stored and left out: {(stored & settled).triples()[:5]}")
         if not stored and not settled and not unit_rows:
             return None
         files: tuple[FileInfo, ...] = ()

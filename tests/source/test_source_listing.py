@@ -318,18 +318,18 @@ def test_globs(glob, key, matches):
 
 
 def test_shards_by_file_directory_glob_and_braces(tmp_path):
-    for name in ("00.tar", "01.tar", "02.tar.gz", "sub/03.tgz", "x.txt", "odd[1].tar"):
+    for name in ("00.tar", "01.tar", "02.tar.gz", "sub/03.tgz", "x.txt", "odd[1].tar", "Z.TAR"):
         write(tmp_path / name, "x")
 
     def tars(uri: str) -> list[str]:
         return [e.key for e in list_entries(WebDatasetSource(uri=f"{tmp_path}{uri}"))]
 
-    assert tars("") == ["00.tar", "01.tar", "02.tar.gz", "odd[1].tar", "sub/03.tgz"]
+    assert tars("") == ["00.tar", "01.tar", "02.tar.gz", "Z.TAR", "odd[1].tar", "sub/03.tgz"]
     assert tars("/00.tar") == ["00.tar"]
     assert tars("/odd[1].tar") == ["odd[1].tar"]
     assert tars("/{01,00}.tar") == ["00.tar", "01.tar"]
     assert tars("/*.tar") == ["00.tar", "01.tar", "odd[1].tar"]
-    assert tars("/**/*.t*gz") == ["sub/03.tgz"] or tars("/**/*.t*gz") == ["02.tar.gz", "sub/03.tgz"]
+    assert tars("/**/*.t*gz") == ["02.tar.gz", "sub/03.tgz"]
     assert tars("/s*/{03,04}.tgz") == ["sub/03.tgz"]
     with pytest.raises(InputError, match=r"There is no .*/02\.tar"):
         tars("/{00..02}.tar")

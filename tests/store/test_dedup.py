@@ -371,7 +371,7 @@ def play(root: Root, world: World, this: Round, monkeypatch: pytest.MonkeyPatch)
     interrupted(root, this, monkeypatch)
     run(root, this.memory)
     if this.compacted:
-        compact(root.uri, shard_bytes=500, row_group_bytes=200)
+        compact(root.uri, shard_bytes=10 * 304, row_group_bytes=200)
 
 
 def interrupted(root: Root, this: Round, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,13 @@ def test_writing_the_same_rows_twice_changes_nothing(root: Root) -> None:
     assert len(visible_records(root)) == 1
 
 
+def test_a_row_that_is_stored_and_left_out_is_not_committed(root: Root) -> None:
+    writer = committer(root, claim(root))
+    with pytest.raises(ValueError, match=r"both stored and left out: \[\[0, 1, 2\]\]"):
+        writer.commit(latent_rows([(0, 0), (0, 1)]), rejected_rows([(0, 1)], "truncated"), {})
+    assert visible_records(root) == []
+
+
 @pytest.mark.integration
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 19), min_size=1, max_size=8), min_size=1, max_size=8))

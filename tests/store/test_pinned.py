@@ -46,7 +46,7 @@ def change(root: Root) -> None:
     append_version(read_plan(root), new, report=report, source={"uri": "mem"}, generation=generation.number)
     committer(root, generation).commit(latent_rows([(3, 0)]), None, {})
     generation.close({"status": "done"})
-    compact(root.uri, shard_bytes=10 * 48, row_group_bytes=5 * 48)
+    compact(root.uri, shard_bytes=10 * 304, row_group_bytes=5 * 48)
 
 
 def contents(dataset: LatentDataset) -> list[dict[str, object]]:

@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -16,16 +17,22 @@ from pipeline.errors import ConflictError, InputError
 from pipeline.storage import Root
 from pipeline.store.compact import CompactReport, compact, shard_spans
 from pipeline.store.config import VerifyJobConfig
-from pipeline.store.dataset import LatentDataset
+from pipeline.store.dataset import Dataset, LatentDataset
 from pipeline.store.generation import claim_next, latest_number
+from pipeline.store.identity import Identity, claim_identity
 from pipeline.store.job import run_verify
 from pipeline.store.ledger import collect
 from pipeline.store.plan import append_version, read_plan
 from pipeline.store.plan_diff import DiffReport
+from pipeline.store.shard import ROW_BYTES
+from pipeline.store.state import read_state
 from pipeline.store.verify import collect_garbage, verify
-from tests.support.rows import claim, committer, latent_rows, planned_root, rejected_rows, sample_id
+from pipeline.store.writer import Committer
+from tests.support.rows import Listed, claim, committer, latent_rows, planned_root, rejected_rows, sample_id
 
 pytestmark = pytest.mark.integration
+
+ROW = 48 + ROW_BYTES  # what is reckoned for a row of the bucket 24x32
 
 
 def build(path: Path, seed: int, units: int = 6, rows: int = 10) -> Root:
@@ -130,7 +137,7 @@ def test_damage_to_plan_and_ledger_is_found(tmp_path: Path) -> None:
 def test_compaction_keeps_every_row_and_both_digests_tell(tmp_path: Path) -> None:
     root = build(tmp_path / "d", seed=4)
     before, rows = LatentDataset.open(root.uri), everything(root.uri)
-    report = compact(root.uri, shard_bytes=20 * 48, row_group_bytes=5 * 48)
+    report = compact(root.uri, shard_bytes=20 * ROW, row_group_bytes=5 * 48)
     assert report.shards_written == 3
     after = LatentDataset.open(root.uri)
     assert everything(root.uri) == rows
@@ -138,13 +145,13 @@ def test_compaction_keeps_every_row_and_both_digests_tell(tmp_path: Path) -> Non
     assert after.layout_digest != before.layout_digest
     assert (after.channel_mean - before.channel_mean).max() < 1e-12
     assert verify(root.uri, "checksums").problems == []
-    assert compact(root.uri, shard_bytes=20 * 48, row_group_bytes=5 * 48).shards_written == 0
+    assert compact(root.uri, shard_bytes=20 * ROW, row_group_bytes=5 * 48).shards_written == 0
 
 
 def test_compacted_shards_do_not_depend_on_scheduling(tmp_path: Path) -> None:
     one, two = build(tmp_path / "1", seed=5), build(tmp_path / "2", seed=6)
     for root in (one, two):
-        compact(root.uri, shard_bytes=20 * 48, row_group_bytes=5 * 48)
+        compact(root.uri, shard_bytes=20 * ROW, row_group_bytes=5 * 48)
     names = [[g.file for g in LatentDataset.open(root.uri).row_groups] for root in (one, two)]
     assert names[0] == names[1]
 
@@ -162,7 +169,7 @@ def test_readers_work_before_during_and_after_compaction(tmp_path: Path) -> None
 
     reader = threading.Thread(target=read)
     reader.start()
-    compact(root.uri, shard_bytes=20 * 48, row_group_bytes=5 * 48)
+    compact(root.uri, shard_bytes=20 * ROW, row_group_bytes=5 * 48)
     stop.set()
     reader.join()
     assert failures == []
@@ -186,7 +193,7 @@ def test_a_partly_compacted_dataset_reads_the_same(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(module, "_write_shard", crash)
     with pytest.raises(OSError, match="went away"):
-        compact(root.uri, shard_bytes=20 * 48, row_group_bytes=5 * 48)
+        compact(root.uri, shard_bytes=20 * ROW, row_group_bytes=5 * 48)
     monkeypatch.setattr(module, "_write_shard", real)
     assert everything(root.uri) == rows
     assert verify(root.uri, "checksums").problems == []
@@ -195,7 +202,7 @@ def test_a_partly_compacted_dataset_reads_the_same(tmp_path: Path, monkeypatch: 
 def test_garbage_is_collected_only_after_its_grace(tmp_path: Path) -> None:
     root = build(tmp_path / "d", seed=9)
     rows = everything(root.uri)
-    compact(root.uri, shard_bytes=20 * 48, row_group_bytes=5 * 48)
+    compact(root.uri, shard_bytes=20 * ROW, row_group_bytes=5 * 48)
     assert collect_garbage(root.uri, grace_s=3600) == (0, 0)
     removed, size = collect_garbage(root.uri, grace_s=0, now_s=2**33)
     assert removed > 3
@@ -298,7 +305,7 @@ def retire(root: Root, *triples: tuple[int, int, int]) -> None:
     append_version(read_plan(root), [], report=report, source={}, generation=latest_number(root))
 
 
-SIZES = {"shard_bytes": 20 * 48, "row_group_bytes": 5 * 48}
+SIZES = {"shard_bytes": 20 * ROW, "row_group_bytes": 5 * 48}
 
 
 def test_compaction_after_rows_were_retired_comes_to_an_end(tmp_path: Path) -> None:
@@ -395,6 +402,49 @@ def test_repeated_writes_do_not_move_the_ends_of_shards(tmp_path: Path) -> None:
             committer(root, claim(root)).commit(latent_rows([(0, row)], "24x64"), None, {})
         dataset = LatentDataset.open(root.uri)
         assert dataset.num_rows == 40
-        ends.append(list(shard_spans(dataset, 12 * 72)))
+        ends.append(list(shard_spans(dataset, 16 * (ROW + 8))))
     assert ends[0] == ends[1]
     assert len(ends[0]) == 3
+
+
+def test_rows_of_another_size_that_come_later_leave_the_shards_alone(tmp_path: Path) -> None:
+    root = planned_root(str(tmp_path / "d"), 20, 5)
+    generation = claim(root)
+    for unit in range(20):
+        committer(root, generation).commit(latent_rows([(unit, r) for r in range(5)]), None, {})
+    generation.close({"status": "done"})
+    assert compact(root.uri, shard_bytes=21 * ROW, row_group_bytes=5 * ROW).shards_written == 5
+    generation = claim(root)
+    entries = [[Listed(f"{u}/{r}") for r in range(5)] for u in (20, 21)]
+    append_version(read_plan(root), entries, source={"uri": "mem"}, generation=generation.number)
+    for unit in (20, 21):
+        committer(root, generation).commit(latent_rows([(unit, r) for r in range(5)], "24x64"), None, {})
+    generation.close({"status": "done"})
+    report = compact(root.uri, shard_bytes=21 * ROW, row_group_bytes=5 * ROW)
+    assert (report.shards_written, report.shards_kept) == (1, 5)
+
+
+def test_filtered_rows_take_no_room_in_a_shard(tmp_path: Path) -> None:
+    root = planned_root(str(tmp_path / "d"), 8, 10)
+    generation = claim(root)
+    for unit in range(8):
+        left_out = rejected_rows([(unit, r) for r in range(1, 10)], "min_side", "filtered")
+        committer(root, generation).commit(latent_rows([(unit, 0)]), left_out, {})
+    spans = list(shard_spans(LatentDataset.open(root.uri), 4 * ROW))
+    assert len(spans) == 2
+
+
+def test_rows_whose_blobs_lie_elsewhere_make_shards_too(tmp_path: Path) -> None:
+    """As where pictures are files of their own: the rows are what is left to be cut into shards."""
+    root = Root(str(tmp_path / "d"))
+    identity = Identity("images", {"model": "none"}, {})
+    claim_identity(root, identity)
+    entries = [[Listed(f"{u}", row_stop=40_000)] for u in range(3)]
+    append_version(read_plan(root), entries, source={"uri": "mem"}, generation=0)
+    generation = claim(root)
+    for unit in range(3):
+        columns = {"unit": np.full(40_000, unit), "row": np.arange(40_000), "variant": np.zeros(40_000, np.int32)}
+        table = pa.table(columns | {"bucket": ["8x8"] * 40_000, "image": [b""] * 40_000})
+        Committer(root, generation.number, 1 << 20, None, {}).commit(table, None, {})
+    dataset = Dataset(root, identity, read_state(root))
+    assert len(list(shard_spans(dataset, 384 << 20))) == 3
