@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import secrets
@@ -56,10 +57,15 @@ def scanned(directory: str) -> list[str]:
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     names.append(entry.name + "/")
-                elif entry.is_file():
-                    names.append(entry.name)
-                elif entry.is_dir():
-                    links.append(entry.name)
+                    continue
+                try:
+                    if entry.is_file():
+                        names.append(entry.name)
+                    elif entry.is_dir():
+                        links.append(entry.name)
+                except OSError as error:
+                    if error.errno != errno.ELOOP:  # a link to itself leads nowhere, too
+                        raise
     except (FileNotFoundError, NotADirectoryError):
         return []
     if links:

@@ -56,11 +56,10 @@ class UNet2DConfig(StrictModel):
         _check_levels(self.block_out_channels, self.attention, self.norm_num_groups)
         last = len(self.block_out_channels) - 1  # its middle block always attends
         attending = [c for at, c in enumerate(self.block_out_channels) if self.attention[at] or at == last]
-        wrong = [width for width in attending if width % self.attention_head_dim]
-        if wrong:
+        if min(attending) < self.attention_head_dim:
             raise ValueError(
-                f"attention_head_dim {self.attention_head_dim} must divide the channels of every level that attends "
-                f"and of the last one, not so {wrong}"
+                f"attention_head_dim {self.attention_head_dim} must not exceed the channels of a level that attends "
+                f"(the last one always does): {min(attending)}"
             )
         return self
 
@@ -135,14 +134,6 @@ class SD3Transformer2DConfig(StrictModel):
     activation_checkpointing: bool = Field(
         False, description="Recompute each block in the backward pass: less memory, more compute."
     )
-
-    @model_validator(mode="after")
-    def _positions_suffice(self) -> SD3Transformer2DConfig:
-        if self.sample_size // self.patch > self.max_size:
-            raise ValueError(
-                f"max_size {self.max_size} patches must hold sample_size {self.sample_size} / patch {self.patch}"
-            )
-        return self
 
 
 ModelConfig = Annotated[

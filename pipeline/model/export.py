@@ -69,7 +69,8 @@ class ExportInfo:
     buckets: tuple[str, ...]  # image sizes trained on, "HxW" in pixels, the most frequent first
     license: str = "unknown"
     sampling_shift: float = 1.0  # shift of the sampling grid that suits the training density
-    always_labelled: bool = False  # it has classes and was never trained without one: nothing can be guided
+    always_labelled: bool = False  # it has classes and was never trained without one
+    guidable: bool = True  # it was also trained without any condition
     # The encoder whose embeddings the model reads: "encoder" (TextEncoderConfig as JSON), "fingerprint", "width",
     # "max_length"; unconditional text is the embedding of the empty prompt.
     text: dict[str, Any] | None = None

@@ -72,11 +72,10 @@ def read_pipeline_dir(root: Root) -> PipelineDir:
     index = _json(root, INDEX)
     component, class_name = _denoiser(index, root)
     config = _json(root, f"{component}/config.json")
-    if config.get("addition_embed_type"):
-        what = f"{component}: addition_embed_type {config['addition_embed_type']}"
-        raise refused(
-            root, what, "conditions beside classes and text, such as SDXL's sizes and crops, are not supported"
-        )
+    for name in ("addition_embed_type", "class_embed_type"):
+        if config.get(name):
+            rule = "conditions beside classes and text, such as SDXL's sizes and crops, are not supported"
+            raise refused(root, f"{component}: {name} {config[name]}", rule)
     objective, shift = _objective(_json(root, "scheduler/scheduler_config.json"), root)
     vae = _json(root, "vae/config.json")
     names = _weight_names(root.child(component))

@@ -76,7 +76,8 @@ class ModelFacts:
         return Limits(
             num_classes=self.num_classes,
             takes_text=self.text is not None,
-            always_labelled=bool(self.info.get("always_labelled")),
+            always_labelled=bool(self.info.get("always_labelled", False)),
+            guidable=bool(self.info.get("guidable", True)),
             multiple=int(self.info["factor"]) * _stride(self.info["model"]),
             sizes=tuple(_size(bucket) for bucket in self.info["buckets"]),
             any_size=any_size,
@@ -130,7 +131,7 @@ def _pipeline_facts(root: Root) -> ModelFacts:
             f"{INDEX}: its text encoders",
             f"{found.class_name} reads text: of one encoder for a UNet2DConditionModel, of two or three for SD3",
         )
-    info = {**found.info, "always_labelled": found.always_labelled}
+    info = {**found.info, "always_labelled": found.always_labelled, "guidable": not found.always_labelled}
     return _told("pipeline", root.uri, info, weights, text)
 
 

@@ -50,7 +50,7 @@ class Limits:
 
     `multiple` is the side in pixels that every height and width must be a multiple of. `sizes` are the (height,
     width) the model was trained on; with `any_size` others are accepted too. `always_labelled`: the model has classes
-    and no label for "none", so every request needs one and nothing can be guided.
+    and no label for "none", so every request needs one. `guidable`: it also knows what is there without a condition.
     """
 
     num_classes: int | None
@@ -59,6 +59,7 @@ class Limits:
     sizes: tuple[tuple[int, int], ...]
     any_size: bool = False
     always_labelled: bool = False
+    guidable: bool = True
 
 
 @dataclass(frozen=True)
@@ -227,11 +228,8 @@ def _condition_faults(request: Mapping[str, Any], limits: Limits) -> Iterator[_F
         yield ("negative_prompt", "prompt"), "negative_prompt without a prompt"
     if limits.always_labelled and label is None:
         yield ("label",), "no label: the model was trained without an unconditional label"
-    if limits.always_labelled and guidance != 1.0:
-        yield (
-            ("guidance",),
-            f"guidance {guidance}: the model was trained without an unconditional label, so 1 only",
-        )
+    if not limits.guidable and guidance != 1.0:
+        yield ("guidance",), f"guidance {guidance}: the model was always trained with its condition, so 1 only"
     elif label is None and prompt is None and guidance != 1.0:
         about = ("label", "prompt", "guidance")
         yield about, f"guidance {guidance} without a label or prompt: there is nothing to guide towards"

@@ -56,7 +56,7 @@ def seal(root: Root, number: int, at_least: int = SEAL_AT_LEAST) -> str | None:
 
 
 def write_bundle(root: Root, directory: str, records: Iterable[Named]) -> str:
-    """Put records, ordered by name, as one bundle named by its content; returns its key."""
+    """Put records as one bundle named by its content; returns its key. In one order they are one object."""
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, _SCHEMA, compression="zstd", write_page_checksum=True) as writer:
         for group in _groups(records):

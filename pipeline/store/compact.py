@@ -1,8 +1,8 @@
 """Compaction: fragments in the order of arrival become shards in unit order, by ordinary commit records.
 
 The plan and the mean size of a settled row decide which rows a shard holds, so shards do not depend on how the encode
-job was scheduled. The mean counts in steps of a fifth to a quarter: the little by which it moves when images come in
-leaves the shards that are there as they are, but for the rare time that it passes a step, and all are written anew.
+job was scheduled. The mean counts in steps of a seventh to a quarter: the little by which it moves when images come
+in leaves the shards that are there as they are, but for the rare time that it passes a step, and all are made anew.
 Shards begin and end with a unit, but for a unit too large for one: it is cut into equal parts. A
 shard's record has a newer generation than its fragments', so its rows take their place at once, shard by shard.
 Fragments stay in storage until garbage collection is asked for.
@@ -117,7 +117,7 @@ def _rows_per_shard(dataset: Dataset, shard_bytes: int) -> int:
     groups = dataset.row_groups
     blobs = int((groups.size_bytes * groups.rows // np.maximum(groups.stored("rows"), 1)).sum())
     mean = (blobs + ROW_BYTES * dataset.num_rows) / dataset.state.covered.count()
-    most = min(_MAX_ROWS, max(1, int(shard_bytes / mean)))
+    most = max(1, min(int(shard_bytes / mean), _MAX_ROWS * dataset.state.covered.count() // dataset.num_rows))
     step = 1 << max(0, most.bit_length() - 3)
     return most // step * step
 

@@ -48,7 +48,7 @@ class VerifyJobConfig(StrictModel):
     gc: bool = Field(
         False,
         description="Afterwards remove orphan files older than the grace period: only when no reader uses a state of "
-        "before the last compaction; no run can write meanwhile.",
+        "before the last compaction, and no training that began with one is to go on; no run can write meanwhile.",
     )
     gc_grace_s: float = Field(86_400.0, ge=0, description="Age in seconds below which an orphan is left alone.")
 

@@ -1,7 +1,7 @@
 """The state of a dataset, kept elsewhere by somebody who will come back for the same rows, such as a training run.
 
-    <directory>/<hash of the dataset's URI>.json   the plan's version and the bundle     replaced by the next `pin`
-    <directory>/<hash of the content>.parquet      the commit records visible then (see `bundles`)   immutable
+    <directory>/<hash of the dataset's URI>.json   the plan's versions and the bundle              created once
+    <directory>/<hash of the content>.parquet      the commit records visible then (see `bundles`)  immutable
 
 A pin holds all of a state but the plan, whose versions are never changed, and the files. While those are there, rows,
 order and digests are what they were, whatever has been encoded, retired, deduplicated or compacted since. Garbage
@@ -33,7 +33,7 @@ class Pins:
         self._root, self._directory = root, directory
 
     def pin(self, dataset: Root) -> None:
-        """Keep what is visible now at the root of a dataset, in place of what was kept of it before."""
+        """Keep what is visible now at the root of a dataset, unless something is kept of it already."""
         plan = read_plan(dataset)  # before the records, as `read_state` does: these may only be of a newer plan
         bundle = write_bundle(self._root, self._directory, visible_named(dataset))
         body = {
@@ -42,7 +42,11 @@ class Pins:
             "plan": [version.units_part for version in plan.versions],
             "bundle": bundle,
         }
-        self._root.put(self._key(dataset), json.dumps(body).encode())
+        self._root.put_if_absent(self._key(dataset), json.dumps(body).encode())
+
+    def holds(self, dataset: Root) -> bool:
+        """Whether something is kept of a dataset."""
+        return self._root.exists(self._key(dataset))
 
     def state(self, dataset: Root) -> State | None:
         """What was kept of a dataset, None when nothing was.
@@ -51,7 +55,7 @@ class Pins:
         """
         try:
             data = self._root.read_bytes(self._key(dataset))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         body = self._parse(data, dataset)
         plan = read_plan(dataset)

@@ -50,7 +50,7 @@ class Flusher:
         self._backoff_s = FIRST_BACKOFF_S
         self._closing = threading.Event()
         self._closing_until = 0.0  # set before `_closing` is
-        self._is_early = False
+        self._is_early = self._is_made_by_owner = False
         self._connected = threading.Event()
         self._thread = threading.Thread(target=self._run, name="latentloom-tracking", daemon=True)
 
@@ -129,6 +129,7 @@ class Flusher:
     def _connect(self, store: Store) -> bool:
         delivery = Delivery(store, self._journal, live=True)
         header = delivery.header
+        self._is_made_by_owner = header.role != "owner" and header.run_id is None  # one with an id is there, or gone
         with gate(self._writer.path.parent) as mine:
             if not mine or self._waits_for_earlier_attempt(header):
                 return False
@@ -159,7 +160,7 @@ class Flusher:
 
     def _note_failure(self, error: Exception) -> float:
         self._is_others_turn = False
-        self._is_early = self._delivery is None and isinstance(error, RunMissing)
+        self._is_early = self._delivery is None and self._is_made_by_owner and isinstance(error, RunMissing)
         text = f"{type(error).__name__}: {error}"
         if self.last_error is None:
             _log.warning("tracking records wait in %s: %s", self._writer.path, text)

@@ -1,47 +1,101 @@
 """What of its datasets a run began with: it goes on with these rows for as long as it lives.
 
 Datasets grow while a training runs for weeks, and are compacted. The order of the stream is a function of the rows
-and of where they lie, so the driver pins the states (see `store.pinned`) under `inputs/` of the run before its first
-checkpoint; every rank of every start then opens these and no others. Until there is a checkpoint, a start takes what
-is visible at that time.
+and of where they lie, so a start that finds no checkpoint pins the states (see `store.pinned`) in a place of its own,
+`inputs/<16 hex digits>` of the run. Its ranks open these and no others, and every checkpoint names the place, so that
+whoever resumes from it opens them again. No start changes what another has pinned: not one that is refused later, nor
+one that takes over.
 """
 
 from __future__ import annotations
 
 import logging
+import re
+import secrets
+from dataclasses import dataclass
 
 from pipeline.errors import InputError
 from pipeline.model.checkpoints import list_complete
 from pipeline.storage import Root
-from pipeline.store.identity import read_identity
+from pipeline.store.dataset import LatentDataset
 from pipeline.store.pinned import Pins, lost_files
 from pipeline.store.state import State, read_state
 from pipeline.train.config import TrainJobConfig
+from pipeline.train.handshake import Facts, handshake
 
 INPUTS = "inputs"  # below output.uri
+_NAME = re.compile(r"[0-9a-f]{16}")
 _log = logging.getLogger(__name__)
 
 
-def pins_of(root: Root) -> Pins:
-    """The pins of the run whose output is at `root`."""
-    return Pins(root, INPUTS)
+@dataclass(frozen=True)
+class Begun:
+    """The datasets of a run, the first one first, what they are, and the name under which their states are kept."""
+
+    datasets: tuple[LatentDataset, ...]
+    facts: Facts
+    inputs: str | None
 
 
-def begin_or_go_on(config: TrainJobConfig, root: Root) -> None:
-    """Pin the datasets of a run that has no checkpoint; say what is new in those of a run that has.
+def begin_or_go_on(config: TrainJobConfig, root: Root) -> Begun:
+    """The datasets as the newest checkpoint of the run at `root` knows them, else as they are now, and kept so.
 
-    Raises what opening a dataset raises, and InputError when files that the run began with have been removed.
+    Raises what `look` raises; nothing is written before the handshake has passed.
     """
-    pins, began = pins_of(root), bool(list_complete(root.child("checkpoints")))
-    for key, uri in _uris(config):
-        dataset = Root(uri)
-        read_identity(dataset, key)  # InputError when there is none
-        if not began:
-            pins.pin(dataset)
-            continue
-        state = pins.state(dataset)
-        if state is not None:
-            _compare(key, dataset, state)
+    begun = look(config, root)
+    root.probe()
+    name = begun.inputs or secrets.token_hex(8)
+    pins = Pins(root, f"{INPUTS}/{name}")
+    new = [uri for _, uri in _uris(config) if not pins.holds(Root(uri))]
+    for uri in new:  # all of them, or what has come to lie elsewhere
+        pins.pin(Root(uri))
+    # What was pinned may be newer than what was looked at.
+    return _open(config, root, name) if new else begun
+
+
+def look(config: TrainJobConfig, root: Root) -> Begun:
+    """The same without writing anything: of a run that has no checkpoint, what is visible now.
+
+    Says what is new. Raises what opening and the handshake raise, and InputError when files that the run began with
+    have been removed.
+    """
+    name = _inputs_of(root)
+    pins = pins_of(root, name)
+    if pins is not None:
+        for key, uri in _uris(config):
+            state = pins.state(Root(uri))
+            if state is not None:
+                _compare(key, Root(uri), state)
+    return _open(config, root, name)
+
+
+def pins_of(root: Root, name: str | None) -> Pins | None:
+    """The pins of a start of the run whose output is at `root`; None where it has none."""
+    return None if name is None else Pins(root, f"{INPUTS}/{name}")
+
+
+def _inputs_of(root: Root) -> str | None:
+    """The name that the newest checkpoint gives; None without a checkpoint, and for one of before there were pins."""
+    complete = list_complete(root.child("checkpoints"))
+    name = complete[-1].meta.get("inputs") if complete else None
+    if name is None:
+        return None
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InputError(
+            f"The checkpoint {complete[-1].name} of {root.uri} names no inputs: {name!r}",
+            key="output.uri",
+            value=root.uri,
+            rule="a checkpoint is written by latentloom and not changed",
+            next_step="remove this checkpoint, or start anew with another output.uri",
+        )
+    return name
+
+
+def _open(config: TrainJobConfig, root: Root, name: str | None) -> Begun:
+    pins = pins_of(root, name)
+    parts = config.data.parts.items()
+    datasets = tuple(LatentDataset.open(part.uri, f"{key}.uri", pins) for key, part in parts)
+    return Begun(datasets, handshake(config, *datasets, pins=pins), name)
 
 
 def _uris(config: TrainJobConfig) -> list[tuple[str, str]]:

@@ -84,8 +84,16 @@ def export_info(
         buckets=facts.buckets,
         sampling_shift=sampling_shift(config, facts),
         always_labelled=facts.num_classes is not None and config.train.label_dropout == 0.0,
+        guidable=is_guidable(config, facts),
         text=None if facts.text is None else {k: facts.text[k] for k in _TEXT},
     )
+
+
+def is_guidable(config: TrainJobConfig, facts: Facts) -> bool:
+    """Whether the model also learns without any condition, which is what guidance leads away from."""
+    shares = [config.train.label_dropout] if facts.num_classes is not None else []
+    shares += [config.train.text_dropout] if facts.text is not None else []
+    return bool(shares) and min(shares) > 0.0
 
 
 def sampling_shift(config: TrainJobConfig, facts: Facts) -> float:
@@ -103,7 +111,11 @@ def _already_there(place: Root, info: ExportInfo) -> bool:
     if not place.exists(MARKER):
         return False
     found = read_info(place)
-    return replace(found, run_id=info.run_id, weights_sha256="") == info
+    # What only advises was told otherwise, or not at all, by earlier releases.
+    advice = {name: getattr(info, name) for name in ("sampling_shift", "always_labelled", "guidable")}
+    if set(found.buckets) == set(info.buckets):
+        advice["buckets"] = info.buckets
+    return replace(found, run_id=info.run_id, weights_sha256="", **advice) == info
 
 
 def whole_weights(state: TrainState, track: str | None) -> dict[str, Tensor]:

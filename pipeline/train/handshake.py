@@ -162,6 +162,18 @@ def _check_model(config: TrainJobConfig, facts: Facts, uri: str) -> None:
                 rule="dit_transformer2d takes one square size",
                 next_step="encode at that one size, or choose dit or unet2d",
             )
+    if model.kind == "sd3_transformer2d":
+        side = model.max_size * model.patch * facts.factor
+        wrong = [b for b in facts.buckets if max(int(v) for v in b.split("x")) > side]
+        if wrong:
+            raise ConfigError(
+                f"The model has positions for images of up to {side} pixels a side, the dataset has buckets "
+                f"{', '.join(wrong)}",
+                key="model.max_size",
+                value=model.max_size,
+                rule="max_size patches hold the longest side of every bucket",
+                next_step="set a larger model.max_size",
+            )
     if model.kind == "dit_transformer2d" and facts.num_classes is None:
         raise ConfigError(
             "The model dit_transformer2d needs classes, "

@@ -17,12 +17,12 @@ from pipeline.diffusion.timesteps import TimestepDensity
 from pipeline.errors import ConfigError
 from pipeline.storage import Root
 from pipeline.store.dataset import LatentDataset
+from pipeline.store.pinned import Pins
 from pipeline.stream.data import Batch
 from pipeline.stream.loader import LatentStream
 from pipeline.stream.mixture import BLOCK, MixtureStream, Part, apportion, naming, open_mixture, shares_of
 from pipeline.text.dataset import TextEmbeddings
 from pipeline.train import world
-from pipeline.train.beginnings import pins_of
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.handshake import Facts
 from pipeline.train.loop import BatchLike
@@ -48,9 +48,12 @@ class Served:
         return None if self.share == 1.0 else self.latents.uri
 
 
-def open_served(config: TrainJobConfig) -> tuple[Served, ...]:
-    """The datasets of the run as it began with them, the first one first, with the embeddings to learn from."""
-    parts, pins = config.data.parts, pins_of(Root(config.output.uri))
+def open_served(config: TrainJobConfig, pins: Pins | None = None) -> tuple[Served, ...]:
+    """The datasets of the run, the first one first, with the embeddings to learn from.
+
+    pins: where the states are kept that it began with; without them, what is visible now.
+    """
+    parts = config.data.parts
     weights = [part.weight for part in parts.values()]
     shares = (shares_of(weights, len(weights)) / BLOCK).tolist()
     served = []

@@ -34,7 +34,7 @@ from pipeline.train.history import Follower, read_records
 if TYPE_CHECKING:
     from pipeline.store.dataset import LatentDataset
     from pipeline.tracking.tracker import Tracker
-    from pipeline.train.handshake import Facts
+    from pipeline.train.beginnings import Begun
 
 DONE = "done.json"
 RUN = "run.json"
@@ -54,13 +54,11 @@ def run(config: TrainJobConfig) -> JobResult:
     finished = _finished(root, config)
     if finished is not None:
         return finished
-    root.probe()
-    _begin_or_go_on(config, root)
-    datasets, facts = _open(config)
-    tracker = _open_run(config, root, datasets)
+    begun = _begin_or_go_on(config, root)
+    tracker = _open_run(config, root, begun.datasets)
     with ended_by_outcome(tracker):
         generation = claim_generation(root, {"config": config_digest(config), "time": time.time()})
-        outcome = _fit(config, root, generation, tracker.handle, facts)
+        outcome = _fit(config, root, generation, tracker.handle, begun)
         if outcome["status"] == "stopped":
             raise StoppedError(
                 f"Training stopped at {outcome['images']:,} of {config.train.images:,} images, checkpoint written",
@@ -73,9 +71,11 @@ def run(config: TrainJobConfig) -> JobResult:
 
 def dry_run(config: TrainJobConfig) -> JobResult:
     """What a run would do: steps, epochs, space for checkpoints; starts nothing and writes nothing."""
+    from pipeline.train.beginnings import look
+
     config = _absolute(config)
-    datasets, facts = _open(config)
-    t = config.train
+    begun = look(config, root_of(config))
+    datasets, facts, t = begun.datasets, begun.facts, config.train
     steps = math.ceil(t.images / t.batch_size)
     return JobResult(
         status="dry-run",
@@ -139,21 +139,10 @@ def _finished(root: Root, config: TrainJobConfig) -> JobResult | None:
     return JobResult(**{**done["result"], "status": "unchanged"})
 
 
-def _begin_or_go_on(config: TrainJobConfig, root: Root) -> None:
+def _begin_or_go_on(config: TrainJobConfig, root: Root) -> Begun:
     from pipeline.train.beginnings import begin_or_go_on  # reads Parquet, which a finished run does not
 
-    begin_or_go_on(config, root)
-
-
-def _open(config: TrainJobConfig) -> tuple[tuple[LatentDataset, ...], Facts]:
-    from pipeline.store.dataset import LatentDataset
-    from pipeline.train.beginnings import pins_of
-    from pipeline.train.handshake import handshake
-
-    pins = pins_of(Root(config.output.uri))
-    parts = config.data.parts.items()
-    datasets = tuple(LatentDataset.open(part.uri, f"{key}.uri", pins) for key, part in parts)
-    return datasets, handshake(config, *datasets, pins=pins)
+    return begin_or_go_on(config, root)
 
 
 def _open_run(config: TrainJobConfig, root: Root, datasets: tuple[LatentDataset, ...]) -> Tracker:
@@ -215,7 +204,7 @@ def _told_mix(config: TrainJobConfig) -> str:
 # -- Ray -------------------------------------------------------------------------------------------------------
 
 
-def _fit(config: TrainJobConfig, root: Root, generation: int, handle: str | None, facts: Facts) -> dict[str, Any]:
+def _fit(config: TrainJobConfig, root: Root, generation: int, handle: str | None, begun: Begun) -> dict[str, Any]:
     """Run the workers, again after losses, until they are done or asked to stop; what rank 0 returned."""
     # How long Ray looks for room before it counts the nodes again. An elastic run whose node was just lost is first
     # placed on the dead node, too, which Ray has not missed yet: the sooner it counts again, the sooner it goes on.
@@ -239,7 +228,8 @@ def _fit(config: TrainJobConfig, root: Root, generation: int, handle: str | None
                     "config": config.model_dump(mode="json"),
                     "generation": generation,
                     "tracking_handle": handle,
-                    "facts": asdict(facts),
+                    "facts": asdict(begun.facts),
+                    "inputs": begun.inputs,
                 },
                 scaling_config=ScalingConfig(
                     num_workers=t.num_workers if t.min_workers is None else (t.min_workers, t.num_workers),
@@ -285,6 +275,7 @@ def _train_on_ray(payload: dict[str, Any]) -> dict[str, Any]:
         generation=generation,
         tracking_handle=payload["tracking_handle"],
         facts=Facts.from_json(payload["facts"]),
+        inputs=payload["inputs"],
         node_leader=ray.train.get_context().get_local_rank() == 0,
         scratch=scratch,
         preempted=lambda: ray.train.get_preemption_info() is not None,

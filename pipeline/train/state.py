@@ -39,6 +39,7 @@ class TrainState:
     window: dict[str, list[float]] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)  # what a sampler must know, for those who draw from here
+    inputs: str | None = None  # where the states of the datasets are kept, see `beginnings`
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -67,6 +68,7 @@ class TrainState:
             "window": self.window,
             "identity": self.identity,
             "model": self.about,
+            "inputs": self.inputs,
             "ema_tracks": [{"name": t.name, "sigma_rel": t.sigma_rel} for t in self.ema.tracks],
         }
 

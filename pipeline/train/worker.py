@@ -18,11 +18,12 @@ from pipeline.stream.loader import LatentStream
 from pipeline.stream.mixture import MixtureStream
 from pipeline.tracking.tracker import NoopTracker, Tracker, attach_tracker
 from pipeline.train import world
+from pipeline.train.beginnings import pins_of
 from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.control import Notices, StopWatch
 from pipeline.train.ema import Track
-from pipeline.train.finish import export_info, export_model, sampling_shift
+from pipeline.train.finish import export_info, export_model, is_guidable, sampling_shift
 from pipeline.train.grid import Grid
 from pipeline.train.handshake import Facts, identity
 from pipeline.train.inputs import (
@@ -51,7 +52,8 @@ class Place:
 
     node_leader: whether this rank fetches files for all ranks of its node; scratch: a directory they share.
     preempted: asks, on all ranks together, whether some node is about to go; None where nobody can know.
-    publish: shows rank 0's figures to whoever watches the cluster.
+    publish: shows rank 0's figures to whoever watches the cluster. inputs: under which name the datasets' states
+    are kept (see `beginnings`); None where they are not.
     """
 
     device: str
@@ -62,6 +64,7 @@ class Place:
     scratch: Path
     preempted: Callable[[], bool] | None = None
     publish: Callable[[Mapping[str, float]], None] = lambda figures: None
+    inputs: str | None = None
 
 
 def run_worker(config: TrainJobConfig, place: Place) -> dict[str, Any]:
@@ -72,13 +75,14 @@ def run_worker(config: TrainJobConfig, place: Place) -> dict[str, Any]:
     """
     torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
     root = Root(config.output.uri)
-    served = open_served(config)
+    served = open_served(config, pins_of(root, place.inputs))
     facts = place.facts
     _check_rows(served, facts)
     device = torch.device(place.device)
     stream = open_stream(config, served, root)
     same_run = identity(config, served[0].latents, facts) | _stream_identity(stream)
     state, engine = _build(config, facts, device, same_run)
+    state.inputs = place.inputs
     task = make_task(config, served, facts)
     state.about = export_info(
         config, facts, served, task, run_id=place.tracking_handle, images=0, ema="raw"
@@ -225,12 +229,6 @@ def _hooks(
     return hooks
 
 
-def _guidable(config: TrainJobConfig, facts: Facts) -> bool:
-    """Whether the model also learns without its condition, which guidance leads away from."""
-    by_class = facts.num_classes is not None and config.train.label_dropout > 0.0
-    return by_class or (facts.text is not None and config.train.text_dropout > 0.0)
-
-
 def _grid(
     config: TrainJobConfig,
     facts: Facts,
@@ -259,7 +257,7 @@ def _grid(
         sampler={
             "sampler": s.name,
             "steps": s.steps,
-            "guidance": s.guidance if _guidable(config, facts) else 1.0,
+            "guidance": s.guidance if is_guidable(config, facts) else 1.0,
             "guidance_interval": s.guidance_interval,
             "shift": sampling_shift(config, facts) if s.shift is None else s.shift,
         },

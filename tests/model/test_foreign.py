@@ -177,11 +177,8 @@ def test_a_vae_that_leaves_its_scale_to_its_class_has_that_of_its_class(tmp_path
         ("model_index.json", {"transformer": ["evil", "os.system"]}, "os.system is not one of UNet2DModel"),
         ("model_index.json", {"transformer": None}, "neither a unet nor a transformer"),
         ("transformer/config.json", {"num_layers": 3}, "Missing key"),
-        (
-            "transformer/config.json",
-            {"addition_embed_type": "text_time"},
-            "SDXL's sizes and crops, are not supported",
-        ),
+        ("transformer/config.json", {"addition_embed_type": "text_time"}, "such as SDXL's sizes and crops, are not"),
+        ("transformer/config.json", {"class_embed_type": "projection"}, "class_embed_type projection"),
     ],
 )
 def test_what_is_not_supported_is_named(tmp_path: Path, file: str, changes: dict[str, Any], message: str) -> None:

@@ -170,9 +170,9 @@ def test_a_text_pipeline_whose_encoders_are_not_known_is_refused(tmp_path: Path)
 
 def test_an_export_that_was_never_trained_without_a_class_is_not_guided(tiny: Tiny, tmp_path: Path) -> None:
     model, info = load_export(tiny.model_uri)
-    save_export(str(tmp_path / "model"), model, replace(info, always_labelled=True))
+    save_export(str(tmp_path / "model"), model, replace(info, always_labelled=True, guidable=False))
     assert ready(tmp_path / "model", {"classes": [0], "guidance": 1.0}).requests.table.num_rows == 1
-    with pytest.raises(InputError, match=r"guidance 2\.0: the model was trained without an unconditional label"):
+    with pytest.raises(InputError, match=r"guidance 2\.0: the model was always trained with its condition"):
         ready(tmp_path / "model", {"classes": [0], "guidance": 2.0})
 
 

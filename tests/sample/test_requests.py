@@ -185,7 +185,9 @@ def test_the_grid_is_conditions_times_seeds() -> None:
 
 
 def test_a_model_without_a_label_for_none_takes_labels_and_no_guidance() -> None:
-    limits = Limits(num_classes=3, takes_text=False, multiple=8, sizes=((8, 8),), always_labelled=True)
+    limits = Limits(
+        num_classes=3, takes_text=False, multiple=8, sizes=((8, 8),), always_labelled=True, guidable=False
+    )
     assert check({"label": [0, 2]}, limits).table.num_rows == 2
     with pytest.raises(InputError, match=r"row 1: no label: [^\n]*\n  - row 2: guidance 2\.0: [^\n]*so 1 only"):
         check({"label": [None, 1], "guidance": [1.0, 2.0]}, limits)

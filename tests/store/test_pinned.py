@@ -73,11 +73,13 @@ def test_what_is_not_pinned_is_what_is_visible(root: Root, pins: Pins) -> None:
     assert LatentDataset.open(root.uri, pins=pins).num_rows == 7
 
 
-def test_pinning_again_takes_what_is_visible_then(root: Root, pins: Pins) -> None:
+def test_what_is_kept_is_not_replaced(root: Root, pins: Pins) -> None:
+    assert not pins.holds(root)
     pins.pin(root)
     change(root)
     pins.pin(root)
-    assert LatentDataset.open(root.uri, pins=pins).layout_digest == LatentDataset.open(root.uri).layout_digest
+    assert pins.holds(root)
+    assert LatentDataset.open(root.uri, pins=pins).num_rows == 7
 
 
 def test_two_datasets_are_kept_apart(root: Root, pins: Pins, tmp_path: Path) -> None:

@@ -9,15 +9,16 @@ import pytest
 
 from pipeline.storage import Root
 from pipeline.train import job
+from pipeline.train.beginnings import Begun
 from pipeline.train.config import TrainJobConfig
-from pipeline.train.handshake import Facts
 from pipeline.train.worker import Place, run_worker
 
 
 def in_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """From here on `job.run` runs its worker itself instead of asking Ray for one."""
 
-    def fit(config: TrainJobConfig, root: Root, generation: int, handle: str | None, facts: Facts) -> dict[str, Any]:
-        return run_worker(config, Place("cpu", generation, handle, facts, True, tmp_path / "scratch"))
+    def fit(config: TrainJobConfig, root: Root, generation: int, handle: str | None, begun: Begun) -> dict[str, Any]:
+        scratch = tmp_path / "scratch"
+        return run_worker(config, Place("cpu", generation, handle, begun.facts, True, scratch, inputs=begun.inputs))
 
     monkeypatch.setattr(job, "_fit", fit)

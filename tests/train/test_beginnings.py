@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from pipeline.errors import ConflictError, InputError, StoppedError
+from pipeline.errors import ConfigError, ConflictError, InputError, StoppedError
 from pipeline.model.export import load_export
 from pipeline.result import JobResult
 from pipeline.storage import Root
@@ -65,10 +66,58 @@ def test_until_there_is_a_checkpoint_a_start_takes_what_is_visible(tmp_path: Pat
     uri = make_dataset(tmp_path / "a")
     config = job_config(tmp_path, uri)
     root = Root(config.output.uri)
-    begin_or_go_on(config, root)
+    first = begin_or_go_on(config, root)
     grow_dataset(uri)
-    begin_or_go_on(config, root)
-    assert LatentDataset.open(uri, pins=pins_of(root)).num_rows == 144
+    second = begin_or_go_on(config, root)
+    rows = [begun.datasets[0].num_rows for begun in (first, second)]
+    assert rows == [96, 144]
+    # The first may still be at work: what it reads stays what it was.
+    assert LatentDataset.open(uri, pins=pins_of(root, first.inputs)).num_rows == 96
+
+
+def test_a_start_that_is_refused_changes_nothing_for_the_one_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = make_dataset(tmp_path / "a")
+    config = job_config(tmp_path, uri)
+    at_work = begin_or_go_on(config, Root(config.output.uri))
+    grow_dataset(uri)
+    wrong = job_config(tmp_path, uri, {"grid": {"every_images": 64}})
+    with pytest.raises(ConfigError, match="does not say where its codec lies"):
+        job.run(wrong)
+    generation = claim_generation(Root(config.output.uri), {})
+    place = Place("cpu", generation, None, at_work.facts, True, tmp_path / "scratch", inputs=at_work.inputs)
+    with stopped_after(monkeypatch, 7):
+        assert run_worker(config, place)["status"] == "stopped"
+    assert job.run(config).status == "done"
+
+
+def test_a_run_of_before_states_were_kept_has_them_kept_from_now_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = make_dataset(tmp_path / "a")
+    config = job_config(tmp_path, uri)
+    stop_then(config, monkeypatch)
+    for marker in Path(config.output.uri).glob("checkpoints/*/COMPLETE.json"):
+        old = json.loads(marker.read_text())
+        del old["meta"]["inputs"]
+        marker.write_text(json.dumps(old))
+    with stopped_after(monkeypatch, 3), pytest.raises(StoppedError):
+        job.run(config)
+    grow_dataset(uri)
+    assert job.run(config).status == "done"
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "0123", 7])
+def test_a_checkpoint_that_names_another_place_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: object
+) -> None:
+    config = job_config(tmp_path, make_dataset(tmp_path / "a"))
+    stop_then(config, monkeypatch)
+    marker = max(Path(config.output.uri).glob("checkpoints/*/COMPLETE.json"))
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"meta": {"images": 112, "inputs": name}}))
+    with pytest.raises(InputError, match="names no inputs"):
+        job.run(config)
 
 
 def test_a_run_whose_files_are_gone_says_which_and_what_to_do(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from pipeline.codec.info import CodecInfo
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.store.dataset import LatentDataset
 from pipeline.train import handshake as module
-from pipeline.train.handshake import Facts, handshake
+from pipeline.train.handshake import Facts, _check_model, handshake
 from tests.train.dataset import make_dataset
 from tests.train.job_config import job_config
 
@@ -70,6 +71,17 @@ def test_a_fixed_size_model_on_another_size_is_refused(uri: str, tmp_path: Path)
     config = _with_model(tmp_path, uri, {"kind": "dit_transformer2d", "sample_size": 16})
     with pytest.raises(ConfigError, match=r"latents of 16x16 \(images of 64x64\), the dataset has buckets 32x32"):
         handshake(config, LatentDataset.open(uri))
+
+
+def test_a_model_without_positions_for_the_largest_bucket_is_refused(tmp_path: Path) -> None:
+    uri = make_dataset(tmp_path / "latents", captions=("a",))
+    config = _with_model(tmp_path, uri, {"kind": "sd3_transformer2d", "max_size": 3})
+    facts = handshake(job_config(tmp_path, uri), LatentDataset.open(uri))
+    text = {"width": 8, "max_length": 4}
+    with pytest.raises(ConfigError, match=r"up to 24 pixels a side, the dataset has buckets 32x32"):
+        _check_model(config, replace(facts, text=text, num_classes=None), uri)
+    fits = _with_model(tmp_path, uri, {"kind": "sd3_transformer2d", "max_size": 4})
+    _check_model(fits, replace(facts, text=text, num_classes=None), uri)
 
 
 def test_a_class_model_without_classes_is_refused(tmp_path: Path) -> None:

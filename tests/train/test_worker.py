@@ -86,10 +86,11 @@ def test_an_export_says_how_it_is_to_be_sampled(data_uri: str, tmp_path: Path) -
     changes = {"train": {"images": 32, "label_dropout": 0.0}, "timesteps": {"shift": 2.0, "shift_base_pixels": 16}}
     start(job_config(tmp_path / "a", data_uri, changes), tmp_path)
     info = read_info(str(tmp_path / "a" / "run" / "model"))
-    assert (info.always_labelled, info.sampling_shift, info.buckets) == (True, 4.0, ("32x32",))
+    assert (info.always_labelled, info.guidable) == (True, False)
+    assert (info.sampling_shift, info.buckets) == (4.0, ("32x32",))
     start(job_config(tmp_path / "b", data_uri, {"train": {"images": 32}, "objective": {"kind": "v"}}), tmp_path)
     info = read_info(str(tmp_path / "b" / "run" / "model"))
-    assert (info.always_labelled, info.sampling_shift) == (False, 1.0)
+    assert (info.always_labelled, info.guidable, info.sampling_shift) == (False, True, 1.0)
 
 
 def test_a_validation_larger_than_what_is_held_out_names_its_own_keys(data_uri: str, tmp_path: Path) -> None:
