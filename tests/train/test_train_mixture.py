@@ -29,6 +29,7 @@ from pipeline.tracking import tracker as tracker_module
 from pipeline.tracking.tracker import NoopTracker
 from pipeline.train import job, world
 from pipeline.train.agreement import check_same_encoder
+from pipeline.train.beginnings import look
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.control import claim_generation
 from pipeline.train.handshake import Facts, handshake
@@ -341,7 +342,7 @@ def noted(config: TrainJobConfig, monkeypatch: pytest.MonkeyPatch) -> Notes:
         return notes
 
     monkeypatch.setattr(tracker_module, "open_tracker", open_tracker)
-    job._open_run(config, Root(config.output.uri), job._open(config)[0])
+    job._open_run(config, Root(config.output.uri), look(config, Root(config.output.uri)).datasets)
     return notes
 
 
