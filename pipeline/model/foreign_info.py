@@ -56,11 +56,6 @@ class PipelineDir:
     encoders: tuple[Encoder, ...]
     arrangement: str
 
-    @property
-    def always_labelled(self) -> bool:
-        """Whether every call needs a class: there are classes, and no label stands for none."""
-        return self.info["num_classes"] is not None and self.null_label is None
-
 
 def is_pipeline_dir(root: Root) -> bool:
     """Whether a plain diffusers pipeline lies there."""
@@ -80,6 +75,9 @@ def read_pipeline_dir(root: Root) -> PipelineDir:
     vae = _json(root, "vae/config.json")
     names = _weight_names(root.child(component))
     num_classes = config.get("num_embeds_ada_norm" if class_name == "DiTTransformer2DModel" else "num_class_embeds")
+    # Of these classes only DiT reserves a label for "no label"; a UNet's last class is a class.
+    null_label = num_classes if class_name == "DiTTransformer2DModel" else None
+    always_labelled = num_classes is not None and null_label is None
     channels = int(config["in_channels"])
     mean, std = _normalisation(vae, channels)
     factor = 2 ** (len(vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or ()) - 1)
@@ -100,11 +98,11 @@ def read_pipeline_dir(root: Root) -> PipelineDir:
         "ema": "unknown",
         "buckets": _buckets(config, factor),
         "sampling_shift": shift,
+        "always_labelled": always_labelled,
+        "guidable": not always_labelled,
         "weights_sha256": _combined(root.child(component), names),
     }
     encoders, arrangement = _encoders(index, class_name)
-    # Of these classes only DiT reserves a label for "no label"; a UNet's last class is a class.
-    null_label = num_classes if class_name == "DiTTransformer2DModel" else None
     return PipelineDir(root, component, class_name, config, info, null_label, names, encoders, arrangement)
 
 

@@ -131,8 +131,7 @@ def _pipeline_facts(root: Root) -> ModelFacts:
             f"{INDEX}: its text encoders",
             f"{found.class_name} reads text: of one encoder for a UNet2DConditionModel, of two or three for SD3",
         )
-    info = {**found.info, "always_labelled": found.always_labelled, "guidable": not found.always_labelled}
-    return _told("pipeline", root.uri, info, weights, text)
+    return _told("pipeline", root.uri, found.info, weights, text)
 
 
 def _checkpoint_facts(place: CheckpointPlace, ema: str | None) -> ModelFacts:

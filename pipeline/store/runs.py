@@ -16,9 +16,9 @@ def note_run(root: Root, generation: int, note: dict[str, Any]) -> None:
     root.put(f"{layout.generation_dir(generation)}/run.json", json.dumps(note, sort_keys=True).encode())
 
 
-def _notes(root: Root) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(generation, note) of every generation that left one, the newest first."""
-    for number in range(latest_number(root), 0, -1):
+def _notes(root: Root, upto: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(generation, note) of every generation, up to one where it is given, that left one, the newest first."""
+    for number in range(latest_number(root) if upto is None else upto, 0, -1):
         try:
             yield number, json.loads(root.read_bytes(f"{layout.generation_dir(number)}/run.json"))
         except FileNotFoundError:
@@ -41,9 +41,7 @@ def last_run(root: Root, upto: int | None = None) -> dict[str, Any]:
 
     `unfinished` says that its generation never closed as done.
     """
-    for number, note in _notes(root):
-        if upto is not None and number > upto:
-            continue
+    for number, note in _notes(root, upto):
         closing = read_closing(root, number)
         return {**note, "generation": number, "unfinished": closing is None or closing.get("status") != "done"}
     return {}

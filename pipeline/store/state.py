@@ -48,7 +48,7 @@ class State:
 
     @property
     def num_stored(self) -> int:
-        """Source rows that are visible as data."""
+        """How many rows `stored` has."""
         return self.covered.count() - self.num_rejected - self.num_filtered
 
     @property

@@ -44,11 +44,10 @@ def id_words(ids: NDArray[np.uint8]) -> NDArray[np.uint64]:
 def image_words(table: pa.Table) -> NDArray[np.uint64]:
     """What tells the images of rows with SIDE_COLUMNS apart, uint64 [n, 2]; ValueError for another width."""
     contents = table.column("content_sha256")
-    ids = id_words(binary_rows(table.column("sample_id"), 16))
     if not contents.null_count:
         return _first_words(contents)
     known = ~np.asarray(contents.is_null().to_numpy())
-    words = ids.copy()
+    words = id_words(binary_rows(table.column("sample_id"), 16)).copy()
     words[known] = _first_words(pc.drop_null(contents))
     return words
 

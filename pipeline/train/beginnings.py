@@ -45,7 +45,7 @@ def begin_or_go_on(config: TrainJobConfig, root: Root) -> Begun:
     begun = look(config, root)
     root.probe()
     name = begun.inputs or secrets.token_hex(8)
-    pins = Pins(root, f"{INPUTS}/{name}")
+    pins = _pins(root, name)
     new = [uri for _, uri in _uris(config) if not pins.holds(Root(uri))]
     for uri in new:  # all of them, or what has come to lie elsewhere
         pins.pin(Root(uri))
@@ -71,7 +71,11 @@ def look(config: TrainJobConfig, root: Root) -> Begun:
 
 def pins_of(root: Root, name: str | None) -> Pins | None:
     """The pins of a start of the run whose output is at `root`; None where it has none."""
-    return None if name is None else Pins(root, f"{INPUTS}/{name}")
+    return None if name is None else _pins(root, name)
+
+
+def _pins(root: Root, name: str) -> Pins:
+    return Pins(root, f"{INPUTS}/{name}")
 
 
 def _inputs_of(root: Root) -> str | None:

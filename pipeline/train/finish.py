@@ -91,9 +91,8 @@ def export_info(
 
 def is_guidable(config: TrainJobConfig, facts: Facts) -> bool:
     """Whether the model also learns without any condition, which is what guidance leads away from."""
-    shares = [config.train.label_dropout] if facts.num_classes is not None else []
-    shares += [config.train.text_dropout] if facts.text is not None else []
-    return bool(shares) and min(shares) > 0.0
+    by_label = facts.num_classes is None or config.train.label_dropout > 0.0
+    return by_label and (facts.text is None or config.train.text_dropout > 0.0)
 
 
 def sampling_shift(config: TrainJobConfig, facts: Facts) -> float:

@@ -54,7 +54,9 @@ def run(config: TrainJobConfig) -> JobResult:
     finished = _finished(root, config)
     if finished is not None:
         return finished
-    begun = _begin_or_go_on(config, root)
+    from pipeline.train.beginnings import begin_or_go_on  # reads Parquet, which a finished run does not
+
+    begun = begin_or_go_on(config, root)
     tracker = _open_run(config, root, begun.datasets)
     with ended_by_outcome(tracker):
         generation = claim_generation(root, {"config": config_digest(config), "time": time.time()})
@@ -137,12 +139,6 @@ def _finished(root: Root, config: TrainJobConfig) -> JobResult | None:
     if done["config"] != config_digest(config):
         return None
     return JobResult(**{**done["result"], "status": "unchanged"})
-
-
-def _begin_or_go_on(config: TrainJobConfig, root: Root) -> Begun:
-    from pipeline.train.beginnings import begin_or_go_on  # reads Parquet, which a finished run does not
-
-    return begin_or_go_on(config, root)
 
 
 def _open_run(config: TrainJobConfig, root: Root, datasets: tuple[LatentDataset, ...]) -> Tracker:

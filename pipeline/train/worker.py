@@ -249,6 +249,7 @@ def _grid(
             tracker.log_file(file.name, name)
 
     s = config.grid.sampler
+    conditional = facts.num_classes is not None or prompts is not None
     return Grid(
         task=task,
         ema=config.train.ema[0].name,
@@ -257,7 +258,7 @@ def _grid(
         sampler={
             "sampler": s.name,
             "steps": s.steps,
-            "guidance": s.guidance if is_guidable(config, facts) else 1.0,
+            "guidance": s.guidance if conditional and is_guidable(config, facts) else 1.0,
             "guidance_interval": s.guidance_interval,
             "shift": sampling_shift(config, facts) if s.shift is None else s.shift,
         },

@@ -35,9 +35,12 @@ def _one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     in_one_process(monkeypatch, tmp_path)
 
 
-def stop_then(config: TrainJobConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def stopped_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainJobConfig:
+    """A run over a dataset of its own that was stopped after seven steps."""
+    config = job_config(tmp_path / "broken", make_dataset(tmp_path / "latents"))
     with stopped_after(monkeypatch, 7), pytest.raises(StoppedError, match="stopped at 112 of 320 images"):
         job.run(config)
+    return config
 
 
 def weights(result: JobResult) -> dict[str, torch.Tensor]:
@@ -49,9 +52,8 @@ def test_a_dataset_that_grows_and_is_compacted_changes_nothing_for_a_run(
 ) -> None:
     whole = job_config(tmp_path / "whole", make_dataset(tmp_path / "a"))
     undisturbed = weights(job.run(whole))
-    uri = make_dataset(tmp_path / "b")
-    config = job_config(tmp_path / "broken", uri)
-    stop_then(config, monkeypatch)
+    config = stopped_run(tmp_path, monkeypatch)
+    uri = config.data.uri
     grow_dataset(uri)
     compact(uri, shard_bytes=1 << 30, row_group_bytes=1 << 20)
     assert LatentDataset.open(uri).num_rows == 144
@@ -95,16 +97,14 @@ def test_a_start_that_is_refused_changes_nothing_for_the_one_at_work(
 def test_a_run_of_before_states_were_kept_has_them_kept_from_now_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uri = make_dataset(tmp_path / "a")
-    config = job_config(tmp_path, uri)
-    stop_then(config, monkeypatch)
+    config = stopped_run(tmp_path, monkeypatch)
     for marker in Path(config.output.uri).glob("checkpoints/*/COMPLETE.json"):
         old = json.loads(marker.read_text())
         del old["meta"]["inputs"]
         marker.write_text(json.dumps(old))
     with stopped_after(monkeypatch, 3), pytest.raises(StoppedError):
         job.run(config)
-    grow_dataset(uri)
+    grow_dataset(config.data.uri)
     assert job.run(config).status == "done"
 
 
@@ -112,8 +112,7 @@ def test_a_run_of_before_states_were_kept_has_them_kept_from_now_on(
 def test_a_checkpoint_that_names_another_place_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: object
 ) -> None:
-    config = job_config(tmp_path, make_dataset(tmp_path / "a"))
-    stop_then(config, monkeypatch)
+    config = stopped_run(tmp_path, monkeypatch)
     marker = max(Path(config.output.uri).glob("checkpoints/*/COMPLETE.json"))
     marker.write_text(json.dumps(json.loads(marker.read_text()) | {"meta": {"images": 112, "inputs": name}}))
     with pytest.raises(InputError, match="names no inputs"):
@@ -123,9 +122,8 @@ def test_a_checkpoint_that_names_another_place_is_refused(
 def test_a_run_whose_files_are_gone_says_which_and_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uri = make_dataset(tmp_path / "a")
-    config = job_config(tmp_path, uri)
-    stop_then(config, monkeypatch)
+    config = stopped_run(tmp_path, monkeypatch)
+    uri = config.data.uri
     fragments = {file.info.path for file in read_state(Root(uri)).files}
     grow_dataset(uri)
     compact(uri, shard_bytes=1 << 30, row_group_bytes=1 << 20)
@@ -140,9 +138,8 @@ def test_a_run_whose_files_are_gone_says_which_and_what_to_do(
 def test_a_dry_run_counts_the_rows_that_the_run_would_go_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uri = make_dataset(tmp_path / "a")
-    config = job_config(tmp_path, uri)
-    stop_then(config, monkeypatch)
+    config = stopped_run(tmp_path, monkeypatch)
+    uri = config.data.uri
     grow_dataset(uri)
     assert job.dry_run(config).counts["rows"] == 96
     assert job.dry_run(job_config(tmp_path / "new", uri)).counts["rows"] == 144

@@ -140,4 +140,4 @@ def test_stored_posteriors_and_unconditional_models_train(tmp_path: Path) -> Non
     config = job_config(tmp_path, uri, {"train": {"images": 64}})
     assert start(config, tmp_path)["status"] == "done"
     _, info = load_export(config.output.uri + "/model")
-    assert (info.num_classes, info.latent_channels) == (None, 4)
+    assert (info.num_classes, info.latent_channels, info.guidable) == (None, 4, True)
