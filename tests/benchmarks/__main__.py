@@ -20,13 +20,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-AREAS: dict[str, Callable[[Path, Path, bool], list[str]]] = {
-    "decode": lambda out, data, quick: ["--data", f"{data}", "--out", f"{out}"],
+from tests.benchmarks.photographs import data_folder
+
+
+def photos(data: Path | None) -> list[str]:
+    """Of the folder of real images, if there is one."""
+    return ["--photos", f"{data / 'photos'}"] if data else []
+
+
+AREAS: dict[str, Callable[[Path, Path | None, bool], list[str]]] = {
+    "decode": lambda out, data, quick: ["--out", f"{out}", *(["--data", f"{data}"] if data else [])],
     "encode": lambda out, data, quick: [
-        *("--photos", f"{data}/photos", "--out", f"{out}", "--images", "400" if quick else "2000"),
+        *("--out", f"{out}", "--images", "400" if quick else "2000", *photos(data)),
     ],
     "encode_growth": lambda out, data, quick: [
-        *("--photos", f"{data}/photos", "--out", f"{out}", *(["--images", "1000", "2000"] if quick else [])),
+        *("--out", f"{out}", *(["--images", "1000", "2000"] if quick else []), *photos(data)),
     ],
     "ledger_scale": lambda out, data, quick: [
         *("--out", f"{out}", "--images", "1e6", "1e7", *([] if quick else ["1e8", "1e9"])),
@@ -49,7 +57,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("areas", nargs="*", help=f"of {', '.join(AREAS)}; all without")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="a folder with photos/ and tricky/")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=data_folder(),
+        help="a folder with photos/ and tricky/; without it that of the tests, else photographs are made up",
+    )
     parser.add_argument("--quick", action="store_true", help="smaller inputs: to see that everything runs")
     chosen = parser.parse_args()
     unknown = sorted(set(chosen.areas) - set(AREAS))

@@ -31,6 +31,7 @@ from pipeline.source.decode import sniff
 from pipeline.source.prepare import Reject, prepare
 from pipeline.source.rows import SourceRow
 from tests.benchmarks import report
+from tests.benchmarks.photographs import MADE_UP, REAL, made_up
 
 MARGINS = (1.0, 1.4, 2.0, 2.9, 1e9)  # the last one never drafts
 LIBRARIES = ("jpg", "libjpeg_turbo", "webp", "avif")  # Pillow's own, on which the figures depend
@@ -39,20 +40,10 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def photographs(folder: Path | None, count: int = 24) -> list[Image.Image]:
-    """Photographs of a folder, or made-up ones: noise of many scales."""
-    if folder is not None:
-        paths = sorted((folder / "photos").glob("*.jpg"))[:count]
-        return [Image.open(p).convert("RGB") for p in paths]
-    chance = np.random.default_rng(0)
-    made = []
-    for _ in range(count):
-        picture = np.zeros((384, 512, 3))
-        for scale in (1, 4, 16, 64):
-            coarse = chance.integers(0, 256, (384 // scale, 512 // scale, 3), np.uint8)
-            wide = Image.fromarray(coarse).resize((512, 384), Image.Resampling.BICUBIC)
-            picture += np.asarray(wide, np.float64) * scale / 85
-        made.append(Image.fromarray(picture.clip(0, 255).astype(np.uint8)))
-    return made
+    """Photographs of a folder, or made-up ones."""
+    if folder is None:
+        return made_up(count)
+    return [Image.open(p).convert("RGB") for p in sorted((folder / "photos").glob("*.jpg"))[:count]]
 
 
 def mosaic(photos: list[Image.Image], height: int, width: int) -> Image.Image:
@@ -236,7 +227,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     result = {
         "area": "decode",
         "resolution": options.resolution,
-        "photographs": "real" if options.data else "made up",
+        "photographs": REAL if options.data else MADE_UP,
         "image_libraries": {name: features.version(name) for name in LIBRARIES},
         "sizes": lines,
         "front": margins,

@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.benchmarks import report
+from tests.benchmarks import photographs, report
 
 LIMIT, KEPT = "no pipeline", "freed memory kept"
 Figures = dict[str, float]
@@ -77,7 +77,7 @@ def make_codec(folder: Path, kind: str) -> Path:
 
 def make_images(folder: Path, photos: Path, count: int) -> Path:
     """`count` links to the photographs, each under many names."""
-    sources = sorted(p for p in photos.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+    sources = photographs.image_files(photos)
     folder.mkdir(parents=True)
     for number in range(count):
         source = sources[number % len(sources)]
@@ -195,7 +195,7 @@ def measure(
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, default=Path("../shared/data/photos"))
+    photographs.add_option(parser)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--codec", nargs="*", choices=sorted(CODECS), default=["small", "sd"])
     parser.add_argument("--resolution", type=int, default=256)
@@ -216,12 +216,17 @@ def main(arguments: list[str] | None = None) -> None:
         f"{LIMIT}, {cores} process(es), {KEPT}": limit(cores, "keep"),
     }
     if chosen.only:
+        if unknown := sorted(set(chosen.only) - set(contenders)):
+            parser.error(f"no such contender: {', '.join(unknown)}; choose from {', '.join(contenders)}")
         contenders = {name: contenders[name] for name in chosen.only}
     with contextlib.ExitStack() as stack:
         trees: dict[str, Path] = {}
         if chosen.before:
             name = f"ours at {chosen.before}"
             contenders[name], trees[name] = ours, stack.enter_context(checkout(chosen.before))
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
+        chosen.photos, chosen.kind = photographs.folder_of(chosen.photos, parser, place)
+        print(f"photographs: {chosen.kind}")
         for codec in chosen.codec:
             compare(codec, contenders, trees, chosen)
 
@@ -258,7 +263,8 @@ def compare(codec: str, contenders: dict[str, Contender], trees: dict[str, Path]
     if any(math.isnan(f["images_per_s"]) for f in found.values()):
         print(f"-: {counts[1]} and {images} images took too much alike to tell a rate; take more (--images)")
     name = f"encode_{codec}_{resolution}{'_set' if chosen.set else ''}"
-    report.write(chosen.out, name, {"images": images, "set": chosen.set, "contenders": found, "rounds": rounds})
+    about = {"images": images, "photographs": chosen.kind, "set": chosen.set}
+    report.write(chosen.out, name, {**about, "contenders": found, "rounds": rounds})
     title = f"encode, {codec} codec, {resolution} px"
     report.bars(chosen.out, name, title, {n: f["images_per_s"] for n, f in found.items()}, "images/s")
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from PIL import Image
 
-from tests.benchmarks import report
+from tests.benchmarks import photographs, report
 from tests.benchmarks.encode import Case, environment, make_codec, make_images, measure, ours
 from tests.benchmarks.memory import MemoryWatch
 
@@ -72,11 +72,11 @@ def with_images(place: Path, photos: Path, counts: list[int], side: int) -> list
 def make_small(folder: Path, photos: Path, side: int) -> Path:
     """The photographs as JPEGs whose short side is `side`."""
     folder.mkdir()
-    for path in sorted(photos.glob("*.jpg")):
+    for path in photographs.image_files(photos):
         with Image.open(path) as image:
             scale = side / min(image.size)
             size = max(side, round(image.width * scale)), max(side, round(image.height * scale))
-            image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(folder / path.name, quality=92)
+            image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(folder / f"{path.stem}.jpg", quality=92)
     return folder
 
 
@@ -98,7 +98,7 @@ def watched(command: list[str]) -> tuple[float, MemoryWatch]:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, default=Path("../shared/data/photos"))
+    photographs.add_option(parser)
     parser.add_argument("--actors", type=int, nargs="*", default=[1, 2, 4])
     parser.add_argument("--images", type=int, nargs="*", default=[1000, 10_000, 100_000])
     parser.add_argument("--side", type=int, default=64, help="of the images whose number grows")
@@ -107,12 +107,14 @@ def main() -> None:
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         place = Path(folder)
+        photos, figures["photographs"] = photographs.folder_of(chosen.photos, parser, place)
+        print(f"photographs: {figures['photographs']}")
         if chosen.actors:
-            figures["images_per_s_by_actors"] = rates = with_actors(place, chosen.photos, chosen.actors)
+            figures["images_per_s_by_actors"] = rates = with_actors(place, photos, chosen.actors)
             first = next(iter(rates.values()))
             print(report.table(["actors", "images/s", "of the first"], [[n, r, r / first] for n, r in rates.items()]))
         if chosen.images:
-            figures["by_images"] = runs = with_images(place / "growth", chosen.photos, chosen.images, chosen.side)
+            figures["by_images"] = runs = with_images(place / "growth", photos, chosen.images, chosen.side)
             print(f"\n{growth_table(runs)}")
     report.write(chosen.out, "encode_growth", figures)
     report.panels(chosen.out, "encode_growth", "encoding, by actors and by images", pictured(figures))
