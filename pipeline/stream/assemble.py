@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,20 +20,40 @@ from pipeline.stream.reader import SIZE_COLUMNS, Shape, WindowRows
 # Prepared in one go, because small rows are too many to handle batch by batch: stored bytes, and batches.
 _CHUNK_BYTES = 16 << 20
 _CHUNK_BATCHES = 512
+# Values of at least so many bytes are copied by several threads: one waits for memory most of the time. With smaller
+# ones, on two cores, handing over costs what it gains.
+_SHARED_BYTES = 16 << 10
 
+T = TypeVar("T")
 Submit = Callable[[Window], "Future[WindowRows]"]
 
 
 def batches(
-    order: Order, lanes: range, start_step: int, dtype: str, submit: Submit, text: TextRows | None = None
+    order: Order,
+    lanes: range,
+    start_step: int,
+    dtype: str,
+    submit: Submit,
+    text: TextRows | None = None,
+    threads: int = 1,
 ) -> Iterator[list[Batch]]:
-    """Batches from `start_step` on, without end, made of the given lanes' shares, in packets of some."""
+    """Batches from `start_step` on, without end, made of the given lanes' shares, in packets of some.
+
+    `threads` of its own copy the latents; they end with the iteration.
+    """
+    with ThreadPoolExecutor(threads, thread_name_prefix="latent-copier") as pool:
+        yield from _batches(order, lanes, start_step, dtype, submit, text, _Copiers(pool, threads))
+
+
+def _batches(
+    order: Order, lanes: range, start_step: int, dtype: str, submit: Submit, text: TextRows | None, copiers: _Copiers
+) -> Iterator[list[Batch]]:
     epoch, before = order.served_before(start_step)
     feeds = {}
     for bucket in np.flatnonzero(order.batches).tolist():
         row = int(before[bucket]) * order.slot
         cursors = [_LaneCursor(order, bucket, lane, epoch, row, submit) for lane in lanes]
-        feeds[bucket] = _Feed(order.layout.buckets[bucket], order.slot, cursors, dtype, text)
+        feeds[bucket] = _Feed(order.layout.buckets[bucket], order.slot, cursors, dtype, text, copiers)
     packet: list[Batch] = []
     for step, epoch, bucket in order.steps_from(start_step):
         feed = feeds[bucket]
@@ -43,11 +63,35 @@ def batches(
         packet.append(feed.batch(step, epoch))
 
 
+class _Copiers:
+    """Threads that share the copying of several batches: it is most of the work on the way to a batch."""
+
+    def __init__(self, pool: Executor, threads: int) -> None:
+        self._pool, self._threads = pool, threads
+
+    def map(self, count: int, wide: int, copy: Callable[[int, int], list[T]]) -> list[T]:
+        """What `copy` returns for the batches [begin, end), for all of `count` in order; values are `wide` bytes."""
+        runs = min(count, self._threads) if wide >= _SHARED_BYTES else 1
+        if runs == 1:
+            return copy(0, count)
+        ends = [count * (run + 1) // runs for run in range(runs)]
+        return list(chain.from_iterable(self._pool.map(copy, [0, *ends[:-1]], ends)))
+
+
 class _Feed:
     """A bucket's batches in order, without end, several of them prepared in one go."""
 
-    def __init__(self, bucket: str, slot: int, cursors: list[_LaneCursor], dtype: str, text: TextRows | None) -> None:
+    def __init__(
+        self,
+        bucket: str,
+        slot: int,
+        cursors: list[_LaneCursor],
+        dtype: str,
+        text: TextRows | None,
+        copiers: _Copiers,
+    ) -> None:
         self._bucket, self._slot, self._cursors, self._dtype, self._text = bucket, slot, cursors, dtype, text
+        self._copiers = copiers
         self._count, self._at = 0, 0
         self._chunk: _Chunk | None = None
 
@@ -77,7 +121,7 @@ class _Feed:
         chunk = _Chunk(self._bucket, shape, self._dtype, self._count, lanes, self._slot, sizes=sizes)
         for at, cursor in enumerate(self._cursors):
             chunk.fill(at, cursor)
-        chunk.finish(self._text)
+        chunk.finish(self._text, self._copiers)
         return chunk
 
 
@@ -181,12 +225,11 @@ class _Chunk:
         if self._sizes is not None and rows.sizes is not None:
             self._sizes[at, lane, places] = rows.sizes[source].reshape(*shape, -1)
 
-    def finish(self, text: TextRows | None) -> None:
+    def finish(self, text: TextRows | None, copiers: _Copiers) -> None:
         """Cut into batches, and ask what is asked of whole batches, when all lanes are there."""
         count = self._count
-        stored = gather(self._memory, self._part.ravel(), self._start.ravel(), self._wide)
+        latents = copiers.map(count, self._wide, self._latents)
         self._memory = []  # the windows are free to go
-        latents = stored.view(self._dtype).reshape(count, -1, *self._shape)
         labels: list[NDArray[np.int64] | None] = list(self._labels.reshape(count, -1))
         for at in np.flatnonzero((self._labels < 0).all(axis=(1, 2))).tolist():
             labels[at] = None
@@ -201,7 +244,12 @@ class _Chunk:
                 if any(caption is not None for caption in captions):
                     told[at] = [caption or "" for caption in captions]
         ids = list(self._sample_ids.reshape(count, -1, 2))
-        self._parts = list(zip(list(latents), ids, labels, told, sizes, found, strict=True))
+        self._parts = list(zip(latents, ids, labels, told, sizes, found, strict=True))
+
+    def _latents(self, begin: int, end: int) -> list[NDArray[Any]]:
+        """Of the batches [begin, end), copied out of the windows' memory."""
+        stored = gather(self._memory, self._part[begin:end].ravel(), self._start[begin:end].ravel(), self._wide)
+        return list(stored.view(self._dtype).reshape(end - begin, -1, *self._shape))
 
     def _batch_captions(self, index: int) -> Sequence[str | None]:
         begin = index * self._slot

@@ -33,7 +33,10 @@ class StreamConfig(StrictModel):
     )
     prefetch: int = Field(4, ge=1, description="Batches prepared ahead of the training step, of each dataset.")
     threads: int = Field(
-        2, ge=1, description="Threads that read and shuffle windows, in each worker, for each dataset."
+        2,
+        ge=1,
+        description="Threads that read and shuffle windows, and as many that copy large latents into batches, in "
+        "each worker, for each dataset.",
     )
     verify: bool = Field(
         False,

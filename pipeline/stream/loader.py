@@ -168,7 +168,7 @@ class _Run:
         self._outcome: Future[None] = Future()
         self._producer = threading.Thread(
             target=self._produce,
-            args=(stream.order, stream._lanes, start_step, stream._dataset.latent_dtype, stream._text),
+            args=(stream, start_step),
             name="latent-batches",
             daemon=True,
         )
@@ -187,9 +187,10 @@ class _Run:
         self._reader.close()
         self._producer.join()
 
-    def _produce(self, order: Order, lanes: range, start_step: int, dtype: str, text: TextRows | None) -> None:
+    def _produce(self, stream: LatentStream, start_step: int) -> None:
+        how = stream._dataset.latent_dtype, self._reader.submit, stream._text, stream._threads
         try:
-            for packet in batches(order, lanes, start_step, dtype, self._reader.submit, text):
+            for packet in batches(stream.order, stream._lanes, start_step, *how):
                 if not self._channel.put(packet):
                     break
             self._outcome.set_result(None)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -70,12 +71,14 @@ def _no_thread_is_left() -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("chunk_bytes", [1, 3000, 4 << 20])
+@pytest.mark.parametrize("copied_by_several", [False, True], ids=["one copies", "several copy"])
 def test_batches_hold_the_rows_of_the_order_with_everything_that_belongs_to_them(
-    dtype: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+    dtype: str, chunk_bytes: int, copied_by_several: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(assemble, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(assemble, "_SHARED_BYTES", 1 if copied_by_several else 1 << 30)
     dataset = MemoryRows(GROUPS, dtype)
-    stream = stream_of(dataset, lanes=2, window_bytes=70_000)
+    stream = stream_of(dataset, lanes=2, window_bytes=70_000, threads=3)
     for step, batch in enumerate(take(stream, 2 * stream.steps_per_epoch + 3)):
         bucket, rows = global_batch(stream.order, step)
         numbers = [1000 * group + row for group, row in rows]
@@ -229,8 +232,29 @@ def test_an_error_on_a_reading_thread_reaches_the_consumer_after_the_good_batche
     assert 1 <= seen <= 16
 
 
+def test_what_a_copying_thread_raises_reaches_the_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assemble, "_SHARED_BYTES", 1)
+    whole, copied = assemble.gather, []
+
+    def broken(parts: Sequence[Any], part_of: Any, starts: Any, width: int) -> Any:
+        name = threading.current_thread().name
+        if name.startswith("latent-copier"):
+            copied.append(name)
+            if len(copied) == 2:
+                raise MemoryError("no room for a copy")
+        return whole(parts, part_of, starts, width)
+
+    monkeypatch.setattr(assemble, "gather", broken)
+    with pytest.raises(MemoryError, match="no room for a copy"):
+        take(stream_of(MemoryRows([("64x64", 160)]), threads=2), 20)
+
+
 @pytest.mark.parametrize("taken", [0, 1, 5])
-def test_closing_in_the_middle_leaves_no_thread(taken: int) -> None:
+@pytest.mark.parametrize("shared_bytes", [1, 1 << 30], ids=["several copy", "one copies"])
+def test_closing_in_the_middle_leaves_no_thread(
+    taken: int, shared_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assemble, "_SHARED_BYTES", shared_bytes)
     with stream_of(MemoryRows(GROUPS)) as stream:
         first, second = iter(stream), iter(stream)
         for _ in range(taken):
