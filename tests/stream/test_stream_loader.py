@@ -246,7 +246,7 @@ def test_what_a_copying_thread_raises_reaches_the_consumer(monkeypatch: pytest.M
 
     monkeypatch.setattr(assemble, "gather", broken)
     with pytest.raises(MemoryError, match="no room for a copy"):
-        take(stream_of(MemoryRows([("64x64", 160)]), threads=2), 20)
+        take(stream_of(MemoryRows([("64x64", 160)]), threads=2, window_bytes=1 << 20), 20)
 
 
 @pytest.mark.parametrize("taken", [0, 1, 5])
