@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from pipeline.store.pages import Bytes, gather
 from pipeline.stream.data import Batch, TextRows
 from pipeline.stream.order import Order, Window
-from pipeline.stream.reader import SIZE_COLUMNS, Shape, WindowRows
+from pipeline.stream.reader import Shape, WindowRows
 
 # Prepared in one go, because small rows are too many to handle batch by batch: stored bytes, and batches.
 _CHUNK_BYTES = 16 << 20
@@ -109,7 +110,7 @@ class _Feed:
 
     def _prepare(self) -> _Chunk:
         first = self._cursors[0].peek()
-        shape, sizes = first.shape, first.sizes is not None
+        shape = first.shape
         del first  # or it would outlive its window's turn
         text_bytes = 0 if self._text is None else self._text.row_bytes
         batch_bytes = (2 * math.prod(shape) + text_bytes) * self._slot * len(self._cursors)
@@ -117,10 +118,9 @@ class _Feed:
         self._chunk = None
         self._count = max(1, min(2 * self._count, _CHUNK_BATCHES, _CHUNK_BYTES // batch_bytes))
         self._at = 0
-        lanes = len(self._cursors)
-        chunk = _Chunk(self._bucket, shape, self._dtype, self._count, lanes, self._slot, sizes=sizes)
-        for at, cursor in enumerate(self._cursors):
-            chunk.fill(at, cursor)
+        chunk = _Chunk(self._bucket, shape, self._dtype, self._count, len(self._cursors), self._slot)
+        for cursor in self._cursors:
+            chunk.fill(cursor)
         chunk.finish(self._text, self._copiers)
         return chunk
 
@@ -172,68 +172,46 @@ def _windows_from(order: Order, bucket: int, lane: int, epoch: int, row: int) ->
 
 
 class _Chunk:
-    """Several consecutive batches of one bucket, filled lane by lane so that one numpy call does many rows.
+    """Several consecutive batches of one bucket, filled lane by lane so that one numpy call does many rows."""
 
-    Arrays are [batches, lanes, slot rows, ...]; a batch is one contiguous slice of each.
-    """
-
-    def __init__(
-        self, bucket: str, shape: Shape, dtype: str, count: int, lanes: int, slot: int, *, sizes: bool
-    ) -> None:
-        self._bucket, self._shape, self._count, self._slot = bucket, shape, count, slot
+    def __init__(self, bucket: str, shape: Shape, dtype: str, count: int, lanes: int, slot: int) -> None:
+        self._bucket, self._shape, self._count, self._lanes, self._slot = bucket, shape, count, lanes, slot
         self._dtype = np.float16 if dtype == "float16" else np.uint16
         self._wide = 2 * math.prod(shape)
-        # Where the latents lie: in which of `memory`, and from which byte on.
         self._memory: list[Bytes] = []
-        self._part = np.empty((count, lanes, slot), dtype=np.int32)
-        self._start = np.empty((count, lanes, slot), dtype=np.int64)
-        self._sample_ids = np.empty((count, lanes, slot, 2), dtype=np.uint64)
-        self._labels = np.empty((count, lanes, slot), dtype=np.int64)
-        self._sizes: NDArray[np.int32] | None = None
-        if sizes:
-            self._sizes = np.empty((count, lanes, slot, len(SIZE_COLUMNS)), dtype=np.int32)
+        # Of stretches of rows, lane after lane: which of `memory` their latents lie in, and from which byte on; ids,
+        # labels, sizes.
+        self._stretches: list[tuple[Any, ...]] = []
         self._captions: list[list[str | None]] = []
         self._parts: list[tuple[Any, ...]] = []
 
-    def fill(self, lane: int, cursor: _LaneCursor) -> None:
-        """Take every batch's share of one lane; lanes come in order."""
+    def fill(self, cursor: _LaneCursor) -> None:
+        """Take every batch's share of the next lane."""
         captions: list[str | None] | None = None
-        done = 0
         for rows, begin, end in cursor.take(self._count * self._slot):
             if rows.captions is not None:
                 captions = [*(captions or ()), *rows.captions.slice(begin, end - begin).to_pylist()]
             if end == len(rows.labels):
                 rows = _last_of(rows, begin, self._wide)
-            first_part = len(self._memory)
+            own = slice(begin, end)
+            part = rows.part[own] + np.int32(len(self._memory))
+            sizes = None if rows.sizes is None else rows.sizes[own]
+            self._stretches.append((part, rows.start[own], rows.sample_ids[own], rows.labels[own], sizes))
             self._memory += rows.memory
-            for at, places in _blocks(done, done + end - begin, self._slot):
-                size = (at.stop - at.start) * (places.stop - places.start)
-                self._copy(rows, slice(begin, begin + size), first_part, lane, at, places)
-                begin += size
-                done += size
             del rows
         if captions is not None:
             self._captions.append(captions)
 
-    def _copy(self, rows: WindowRows, source: slice, first_part: int, lane: int, at: slice, places: slice) -> None:
-        """A stretch of a window's rows into a rectangle of batches x places."""
-        shape = (at.stop - at.start, places.stop - places.start)
-        self._part[at, lane, places] = rows.part[source].reshape(shape) + first_part
-        self._start[at, lane, places] = rows.start[source].reshape(shape)
-        self._sample_ids[at, lane, places] = rows.sample_ids[source].reshape(*shape, 2)
-        self._labels[at, lane, places] = rows.labels[source].reshape(shape)
-        if self._sizes is not None and rows.sizes is not None:
-            self._sizes[at, lane, places] = rows.sizes[source].reshape(*shape, -1)
-
     def finish(self, text: TextRows | None, copiers: _Copiers) -> None:
         """Cut into batches, and ask what is asked of whole batches, when all lanes are there."""
         count = self._count
-        latents = copiers.map(count, self._wide, self._latents)
-        self._memory = []  # the windows are free to go
-        labels: list[NDArray[np.int64] | None] = list(self._labels.reshape(count, -1))
-        for at in np.flatnonzero((self._labels < 0).all(axis=(1, 2))).tolist():
+        part, start, sample_ids, tags, extents = map(self._by_batch, zip(*self._stretches, strict=True))
+        latents = copiers.map(count, self._wide, partial(self._latents, part, start))
+        self._memory, self._stretches = [], []  # the windows are free to go
+        labels: list[NDArray[np.int64] | None] = list(tags)
+        for at in np.flatnonzero((tags < 0).all(axis=1)).tolist():
             labels[at] = None
-        sizes = [None] * count if self._sizes is None else list(self._sizes.reshape(count, -1, len(SIZE_COLUMNS)))
+        sizes = [None] * count if extents is None else list(extents)
         told: list[list[str] | None] = [None] * count
         found: list[Any] = [None] * count
         if self._captions:
@@ -243,12 +221,19 @@ class _Chunk:
                     found[at] = text.lookup_stored(captions)
                 if any(caption is not None for caption in captions):
                     told[at] = [caption or "" for caption in captions]
-        ids = list(self._sample_ids.reshape(count, -1, 2))
-        self._parts = list(zip(latents, ids, labels, told, sizes, found, strict=True))
+        self._parts = list(zip(latents, list(sample_ids), labels, told, sizes, found, strict=True))
 
-    def _latents(self, begin: int, end: int) -> list[NDArray[Any]]:
+    def _by_batch(self, stretches: tuple[Any, ...]) -> Any:
+        """Values lane after lane as [batches, rows of all lanes, ...]; None where they are."""
+        if stretches[0] is None:
+            return None
+        values = np.concatenate(stretches)
+        lanes = values.reshape(self._lanes, self._count, self._slot, *values.shape[1:])
+        return np.moveaxis(lanes, 1, 0).reshape(self._count, -1, *values.shape[1:])
+
+    def _latents(self, part: NDArray[np.int32], start: NDArray[np.int64], begin: int, end: int) -> list[NDArray[Any]]:
         """Of the batches [begin, end), copied out of the windows' memory."""
-        stored = gather(self._memory, self._part[begin:end].ravel(), self._start[begin:end].ravel(), self._wide)
+        stored = gather(self._memory, part[begin:end].ravel(), start[begin:end].ravel(), self._wide)
         return list(stored.view(self._dtype).reshape(end - begin, -1, *self._shape))
 
     def _batch_captions(self, index: int) -> Sequence[str | None]:
@@ -264,17 +249,3 @@ def _last_of(rows: WindowRows, begin: int, wide: int) -> WindowRows:
     latents = gather(rows.memory, rows.part[begin:], rows.start[begin:], wide)
     start = (np.arange(len(rows.start), dtype=np.int64) - begin) * wide
     return replace(rows, memory=(latents.reshape(-1),), part=np.zeros_like(rows.part), start=start)
-
-
-def _blocks(begin: int, end: int, slot: int) -> Iterator[tuple[slice, slice]]:
-    """Rectangles (batches, places) that cover a lane's rows [begin, end), `slot` of which go to each batch."""
-    while begin < end:
-        batch, place = divmod(begin, slot)
-        whole = 0 if place else (end - begin) // slot
-        if whole:
-            yield slice(batch, batch + whole), slice(0, slot)
-            begin += whole * slot
-        else:
-            size = min(slot - place, end - begin)
-            yield slice(batch, batch + 1), slice(place, place + size)
-            begin += size

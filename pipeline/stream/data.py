@@ -72,7 +72,8 @@ class TextRows(Protocol):
     def lookup_stored(self, captions: Sequence[str | None]) -> tuple[NDArray[Any], NDArray[np.bool_]]: ...
 
 
-@dataclass(frozen=True)
+# Not frozen: that takes five times as long to make, which counts where latents are small.
+@dataclass(slots=True, eq=False)
 class Batch:
     """One rank's share of the global batch `step`; all of one bucket.
 
