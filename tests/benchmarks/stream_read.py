@@ -11,7 +11,8 @@ One table per latent size, all on the same latents in one run, warm page cache, 
     the peers    what their users do: Ray Data iter_torch_batches on the same Parquet files; MosaicML Streaming and
                  webdataset on copies in their own format (their bytes: the stored halves), shuffle on, no workers
 
-A figure is the median of the rounds, in which the ways take turns; a way that cannot be imported is left out and
+A figure is the median of the rounds, in which the ways take turns; whole epochs, `--epochs` of them and more until a
+second has passed, since an epoch of half a GiB can take a tenth of one. A way that cannot be imported is left out and
 named. `--groups` opens a dataset of so many row groups, whose ledger is real and whose files are links to one, and
 tells the seconds to its first batch. Peers are no dependency of the project: see tests.benchmarks.
 """
@@ -52,6 +53,7 @@ from tests.support.rows import Listed, claim, committer, latent_rows, planned_ro
 COLUMNS = ["sample_id", "latent", "label"]
 SHAPES = {"4x8x8": (4, 8, 8), "4x32x32": (4, 32, 32), "4x64x64": (4, 64, 64)}
 BATCH = 64
+LEAST_SECONDS = 1.0
 Way = Callable[["Case"], float]
 
 
@@ -106,14 +108,15 @@ def make_dataset(
 
 def limit(case: Case) -> float:
     """Plain pyarrow."""
-    start, rows = time.perf_counter(), 0
-    for _ in range(case.epochs):
+
+    def epoch() -> Iterator[int]:
         for file in case.files:
             with pa.memory_map(file) as source:
                 reader = pq.ParquetFile(source)
                 for group in range(reader.num_row_groups):
-                    rows += len(reader.read_row_group(group, columns=COLUMNS, use_threads=False))
-    return rows / (time.perf_counter() - start)
+                    yield len(reader.read_row_group(group, columns=COLUMNS, use_threads=False))
+
+    return _epochs(case, epoch)
 
 
 def ours(case: Case) -> float:
@@ -134,11 +137,13 @@ def _ours(case: Case, use: Callable[[Any], object]) -> float:
         batches = iter(stream)
         for _ in islice(batches, stream.steps_per_epoch):
             pass
-        start, rows = time.perf_counter(), 0
-        for batch in islice(batches, case.epochs * stream.steps_per_epoch):
-            use(batch)
-            rows += len(batch.sample_ids)
-        return rows / (time.perf_counter() - start)
+
+        def epoch() -> Iterator[int]:
+            for batch in islice(batches, stream.steps_per_epoch):
+                use(batch)
+                yield len(batch.sample_ids)
+
+        return _epochs(case, epoch)
 
 
 def ray_data(case: Case) -> float:
@@ -158,11 +163,8 @@ def ray_data(case: Case) -> float:
 
     columns = ray.data.read_parquet(case.files).select_columns(["latent", "label"])
     dataset = columns.map_batches(decode, batch_size=1024)
-    start, rows = time.perf_counter(), 0
-    for _ in range(case.epochs):
-        for batch in dataset.iter_torch_batches(batch_size=BATCH, local_shuffle_buffer_size=16 * BATCH):
-            rows += len(batch["latent"])
-    return rows / (time.perf_counter() - start)
+    shuffled = {"batch_size": BATCH, "local_shuffle_buffer_size": 16 * BATCH}
+    return _epochs(case, lambda: (len(batch["latent"]) for batch in dataset.iter_torch_batches(**shuffled)))
 
 
 def mosaic(case: Case) -> float:
@@ -235,10 +237,13 @@ def _pairs(loader: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _epochs(case: Case, epoch: Callable[[], Iterator[int]]) -> float:
-    start, rows = time.perf_counter(), 0
-    for _ in range(case.epochs):
+    """Rows a second; `epoch` gives the rows of each of its batches."""
+    start, rows, count, seconds = time.perf_counter(), 0, 0, 0.0
+    while count < case.epochs or seconds < LEAST_SECONDS:
         rows += sum(epoch())
-    return rows / (time.perf_counter() - start)
+        count += 1
+        seconds = time.perf_counter() - start
+    return rows / seconds
 
 
 WAYS: dict[str, tuple[Way, str | None]] = {
