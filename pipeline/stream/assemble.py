@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,9 +18,11 @@ from pipeline.stream.data import Batch, TextRows
 from pipeline.stream.order import Order, Window
 from pipeline.stream.reader import Shape, WindowRows
 
-# Prepared in one go, because small rows are too many to handle batch by batch: stored bytes, and batches.
+# Prepared in one go, because small rows are too many to handle batch by batch: stored bytes for each thread that
+# copies, and batches. All buckets together have so many bytes at most, but for a batch each.
 _CHUNK_BYTES = 16 << 20
 _CHUNK_BATCHES = 512
+_ALL_CHUNKS_BYTES = 512 << 20
 # Values of at least so many bytes are copied by several threads: one waits for memory most of the time. With smaller
 # ones, on two cores, handing over costs what it gains.
 _SHARED_BYTES = 16 << 10
@@ -40,9 +42,9 @@ def batches(
 ) -> Iterator[list[Batch]]:
     """Batches from `start_step` on, without end, made of the given lanes' shares, in packets of some.
 
-    `threads` of its own copy the latents; they end with the iteration.
+    `threads` copy large latents, this one among them; the others end with the iteration.
     """
-    with ThreadPoolExecutor(threads, thread_name_prefix="latent-copier") as pool:
+    with ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="latent-copier") as pool:
         yield from _batches(order, lanes, start_step, dtype, submit, text, _Copiers(pool, threads))
 
 
@@ -51,10 +53,12 @@ def _batches(
 ) -> Iterator[list[Batch]]:
     epoch, before = order.served_before(start_step)
     feeds = {}
-    for bucket in np.flatnonzero(order.batches).tolist():
+    buckets = np.flatnonzero(order.batches).tolist()
+    room = _ALL_CHUNKS_BYTES // max(1, len(buckets))
+    for bucket in buckets:
         row = int(before[bucket]) * order.slot
         cursors = [_LaneCursor(order, bucket, lane, epoch, row, submit) for lane in lanes]
-        feeds[bucket] = _Feed(order.layout.buckets[bucket], order.slot, cursors, dtype, text, copiers)
+        feeds[bucket] = _Feed(order.layout.buckets[bucket], order.slot, cursors, dtype, text, copiers, room)
     packet: list[Batch] = []
     for step, epoch, bucket in order.steps_from(start_step):
         feed = feeds[bucket]
@@ -70,13 +74,16 @@ class _Copiers:
     def __init__(self, pool: Executor, threads: int) -> None:
         self._pool, self._threads = pool, threads
 
+    def share(self, wide: int) -> int:
+        """How many threads copy values of `wide` bytes."""
+        return self._threads if wide >= _SHARED_BYTES else 1
+
     def map(self, count: int, wide: int, copy: Callable[[int, int], list[T]]) -> list[T]:
         """What `copy` returns for the batches [begin, end), for all of `count` in order; values are `wide` bytes."""
-        runs = min(count, self._threads) if wide >= _SHARED_BYTES else 1
-        if runs == 1:
-            return copy(0, count)
+        runs = min(count, self.share(wide))
         ends = [count * (run + 1) // runs for run in range(runs)]
-        return list(chain.from_iterable(self._pool.map(copy, [0, *ends[:-1]], ends)))
+        others = [self._pool.submit(copy, begin, end) for begin, end in pairwise(ends)]
+        return list(chain(copy(0, ends[0]), *(other.result() for other in others)))
 
 
 class _Feed:
@@ -90,9 +97,10 @@ class _Feed:
         dtype: str,
         text: TextRows | None,
         copiers: _Copiers,
+        room: int,
     ) -> None:
         self._bucket, self._slot, self._cursors, self._dtype, self._text = bucket, slot, cursors, dtype, text
-        self._copiers = copiers
+        self._copiers, self._room = copiers, room
         self._count, self._at = 0, 0
         self._chunk: _Chunk | None = None
 
@@ -113,10 +121,12 @@ class _Feed:
         shape = first.shape
         del first  # or it would outlive its window's turn
         text_bytes = 0 if self._text is None else self._text.row_bytes
-        batch_bytes = (2 * math.prod(shape) + text_bytes) * self._slot * len(self._cursors)
+        wide = 2 * math.prod(shape)
+        batch_bytes = (wide + text_bytes) * self._slot * len(self._cursors)
+        room = min(_CHUNK_BYTES * self._copiers.share(wide), self._room)
         # The first batch is not kept waiting for others, and a resume not made to read far ahead.
         self._chunk = None
-        self._count = max(1, min(2 * self._count, _CHUNK_BATCHES, _CHUNK_BYTES // batch_bytes))
+        self._count = max(1, min(2 * self._count, _CHUNK_BATCHES, room // batch_bytes))
         self._at = 0
         chunk = _Chunk(self._bucket, shape, self._dtype, self._count, len(self._cursors), self._slot)
         for cursor in self._cursors:

@@ -214,6 +214,36 @@ def test_the_windows_held_at_any_time_fit_their_memory() -> None:
     assert window_bytes / 3 < most <= window_bytes
 
 
+@pytest.mark.parametrize(("threads", "together"), [(1, 1 << 20), (3, 1 << 20), (3, 4000)])
+def test_batches_prepared_in_one_go_fit_the_memory_of_their_bucket(
+    threads: int, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assemble, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(assemble, "_SHARED_BYTES", 1)
+    monkeypatch.setattr(assemble, "_ALL_CHUNKS_BYTES", together)
+    whole, gathered = assemble.gather, []
+
+    def counted(parts: Sequence[Any], part_of: Any, starts: Any, width: int) -> Any:
+        gathered.append((width, len(starts) * width))
+        return whole(parts, part_of, starts, width)
+
+    most: dict[int, int] = {}
+    monkeypatch.setattr(assemble, "gather", counted)
+    dataset = MemoryRows([("64x64", 640), ("64x96", 640)])
+    order = Order(layout_of(dataset), OrderSpec(0, 8, 1, 1 << 20))
+    reader = WindowReader(dataset, None, captions=False, threads=1)
+    for packet in assemble.batches(order, range(1), 0, "float16", reader.submit, threads=threads):
+        for wide in {width for width, _ in gathered}:
+            most[wide] = max(most.get(wide, 0), sum(size for width, size in gathered if width == wide))
+        gathered.clear()
+        if packet[-1].step >= order.steps_per_epoch // 2:
+            break
+    reader.close()
+    room = min(threads * 1000, together // 2)
+    assert len(most) == 2
+    assert all(room - 8 * width < size <= room for width, size in most.items())
+
+
 def test_an_error_on_a_reading_thread_reaches_the_consumer_after_the_good_batches() -> None:
     dataset = MemoryRows([("64x64", 16)] * 8)
     whole = dataset.read
