@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from pipeline.cluster import CPU_WORKER_ENV
+from pipeline.dataflow.cluster import CPU_WORKER_ENV
 
 SCRIPT = """
 import resource, threading

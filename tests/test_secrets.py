@@ -87,7 +87,7 @@ def test_messages_and_tracebacks_are_masked(tmp_path: Path) -> None:
 
 def test_ray_listens_on_loopback_and_keeps_its_token_authentication(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray")
-    from pipeline.cluster import ClusterConfig, ensure_ray
+    from pipeline.dataflow.cluster import ClusterConfig, ensure_ray
 
     seen: dict[str, Any] = {}
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

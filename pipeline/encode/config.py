@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.cluster import ClusterConfig
 from pipeline.codec.config import CodecConfig
 from pipeline.config import StrictModel
+from pipeline.dataflow.cluster import ClusterConfig
 from pipeline.source.config import ImageConfig, SourceConfig
 from pipeline.tracking.config import TrackingConfig
 

@@ -16,11 +16,11 @@ import pyarrow as pa
 import torch
 
 from pipeline.codec.codec import Codec, posterior_seed
+from pipeline.dataflow.out_of_memory import out_of_memory
 from pipeline.encode.blocks import ENCODED
 from pipeline.encode.device import DeviceQueue
 from pipeline.encode.items import Item, rejection
 from pipeline.errors import ConfigError
-from pipeline.memory import out_of_memory
 from pipeline.source.reasons import Reason
 from pipeline.store.schema import pack_latents
 

@@ -8,9 +8,9 @@ import os
 import time
 from typing import Any
 
-from pipeline.cluster import ensure_ray
 from pipeline.codec.info import CodecInfo, check_dtype, check_posterior, codec_info, gpu_dtype
 from pipeline.config import config_digest, dump_yaml
+from pipeline.dataflow.cluster import ensure_ray
 from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.planning import known_entries, update_plan
 from pipeline.encode.same_reading import check_same_reading

@@ -9,14 +9,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from pipeline.cluster import Gauges, ensure_ray, shutdown_ray
 from pipeline.codec.info import CodecInfo
-from pipeline.encode.config import EncodeJobConfig
-from pipeline.encode.planning import planned_rows
-from pipeline.encode.stages import CommitRows, DecodeBlocks, EncodeBlocks, EncoderSpec, UnitReader
-from pipeline.encode.summary import largest_area, rows_per_write
-from pipeline.errors import StoppedError
-from pipeline.graph import (
+from pipeline.dataflow.cluster import Gauges, ensure_ray, shutdown_ray
+from pipeline.dataflow.graph import (
     Kind,
     LedgerSink,
     UnitSource,
@@ -29,6 +24,11 @@ from pipeline.graph import (
     run_execution,
     start_monitor,
 )
+from pipeline.encode.config import EncodeJobConfig
+from pipeline.encode.planning import planned_rows
+from pipeline.encode.stages import CommitRows, DecodeBlocks, EncodeBlocks, EncoderSpec, UnitReader
+from pipeline.encode.summary import largest_area, rows_per_write
+from pipeline.errors import StoppedError
 from pipeline.progress import Progress
 from pipeline.source.reasons import Reason
 from pipeline.storage import Root

@@ -17,10 +17,10 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.codec.config import CodecConfig
+from pipeline.dataflow.lost_device import ends_with_its_device
 from pipeline.encode.blocks import raw_table, split_outcomes
 from pipeline.encode.decoding import Decoder, items_of, pixels_table
 from pipeline.errors import ConfigError
-from pipeline.lost_device import ends_with_its_device
 from pipeline.source.config import ImageConfig, SourceConfig
 from pipeline.source.listing import Entry
 from pipeline.source.readers import read_unit
@@ -100,7 +100,7 @@ class EncodeBlocks:
     def __init__(self, spec: EncoderSpec, monitor: Any) -> None:
         import torch
 
-        from pipeline.graph import held
+        from pipeline.dataflow.graph import held
 
         torch.set_num_threads(spec.threads)
         self._encoder = held(partial(_load_encoder, spec))
@@ -129,8 +129,8 @@ class EncodeBlocks:
 
 def _load_encoder(spec: EncoderSpec) -> Any:
     from pipeline.codec.codec import load_codec
+    from pipeline.dataflow.out_of_memory import out_of_memory
     from pipeline.encode.encoder import Encoder
-    from pipeline.memory import out_of_memory
 
     try:
         codec = load_codec(

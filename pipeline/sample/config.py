@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.cluster import ClusterConfig
 from pipeline.config import StrictModel
+from pipeline.dataflow.cluster import ClusterConfig
 from pipeline.tracking.config import TrackingConfig
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 
 from pipeline.codec.codec import Codec, load_codec
-from pipeline.memory import out_of_memory
+from pipeline.dataflow.out_of_memory import out_of_memory
 from pipeline.sample.plan import padded
 
 

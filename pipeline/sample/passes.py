@@ -6,9 +6,8 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.cluster import ensure_ray, shutdown_ray
-from pipeline.errors import StoppedError
-from pipeline.graph import (
+from pipeline.dataflow.cluster import ensure_ray, shutdown_ray
+from pipeline.dataflow.graph import (
     Kind,
     LedgerSink,
     UnitSource,
@@ -23,6 +22,7 @@ from pipeline.graph import (
     start_monitor,
     whole_blocks,
 )
+from pipeline.errors import StoppedError
 from pipeline.progress import Progress
 from pipeline.sample.config import SampleJobConfig, StageConfig
 from pipeline.sample.prepare import Prepared, on_device

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.graph import answer, held
-from pipeline.lost_device import ends_with_its_device
+from pipeline.dataflow.graph import answer, held
+from pipeline.dataflow.lost_device import ends_with_its_device
 from pipeline.sample.output import IMAGES, encode_rows
 from pipeline.sample.plan import PLAN_SCHEMA
 from pipeline.sample.provenance import Draw, Origin

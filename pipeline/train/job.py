@@ -18,8 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipeline.cluster import WORKER_ENV, Gauges, ensure_ray
 from pipeline.config import config_digest, dump_yaml
+from pipeline.dataflow.cluster import WORKER_ENV, Gauges, ensure_ray
 from pipeline.errors import InputError, PipelineError, StoppedError
 from pipeline.progress import Progress
 from pipeline.result import JobResult

@@ -27,8 +27,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster import ClusterConfig, ensure_ray, shutdown_ray
 from pipeline.config import validate
+from pipeline.dataflow.cluster import ClusterConfig, ensure_ray, shutdown_ray
 from pipeline.sample import job as sample_job
 from pipeline.sample.config import SampleJobConfig
 from pipeline.sample.prepare import Prepared, on_device, prepare

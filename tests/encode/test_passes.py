@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from ray import cloudpickle
 
+from pipeline.dataflow.graph import Kind, UnitSource, check_nodes
 from pipeline.encode.passes import Shares, _Passes
 from pipeline.encode.planning import known_entries, planned_rows
 from pipeline.encode.stages import UnitReader
 from pipeline.errors import ConfigError, StoppedError
-from pipeline.graph import Kind, UnitSource, check_nodes
 from pipeline.source.config import FolderSource
 from pipeline.storage import Root
 from pipeline.store.plan import EntrySpan, append_version, read_plan

@@ -106,7 +106,7 @@ def test_a_device_that_failed_ends_its_process(
 
         return lambda: SimpleNamespace(encode=encode)
 
-    monkeypatch.setattr("pipeline.lost_device.os._exit", end)
+    monkeypatch.setattr("pipeline.dataflow.lost_device.os._exit", end)
     monitor = Monitor()
     encode = EncodeBlocks(spec(make_codec(tmp_path / "codec")), monitor)
     encode._encoder = fail(torch.AcceleratorError("planted: an illegal memory access"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.cluster import await_resources
+from pipeline.dataflow.cluster import await_resources
 from pipeline.errors import StoppedError
 
 pytestmark = pytest.mark.integration

@@ -11,8 +11,8 @@ import pytest
 import ray
 import torch
 
-from pipeline.graph import run_execution
-from pipeline.lost_device import DEVICE_GONE
+from pipeline.dataflow.graph import run_execution
+from pipeline.dataflow.lost_device import DEVICE_GONE
 from pipeline.sample import decode, denoise, prompts
 from pipeline.sample.stages import DecodeBlocks, DecoderSpec, DenoiseBlocks, DenoiserSpec, EmbedPrompts
 from tests.sample.test_shortage import latents
@@ -28,7 +28,7 @@ def ending(monkeypatch: pytest.MonkeyPatch) -> None:
     def end(status: int) -> None:
         raise Ended(status)
 
-    monkeypatch.setattr("pipeline.lost_device.os._exit", end)
+    monkeypatch.setattr("pipeline.dataflow.lost_device.os._exit", end)
 
 
 def decoder(patch: pytest.MonkeyPatch, work: Callable[..., Any]) -> Callable[[], Any]:

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 
-from pipeline.cluster import ClusterConfig, ensure_ray, shutdown_ray
 from pipeline.config import dump_yaml, validate
+from pipeline.dataflow.cluster import ClusterConfig, ensure_ray, shutdown_ray
 from pipeline.errors import ConfigError, ConflictError, InputError, RejectBudgetError
 from pipeline.sample import job as sample_job
 from pipeline.sample.config import SampleJobConfig

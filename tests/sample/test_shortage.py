@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 import torch
 
+from pipeline.dataflow.out_of_memory import out_of_memory
 from pipeline.errors import ConfigError
-from pipeline.memory import out_of_memory
 from pipeline.sample import decode, denoise
 from pipeline.sample.decode import Decoder
 from pipeline.sample.stages import DecodeBlocks, DecoderSpec, DenoiseBlocks, DenoiserSpec

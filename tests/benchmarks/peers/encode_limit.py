@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster import CPU_WORKER_ENV
+from pipeline.dataflow.cluster import CPU_WORKER_ENV
 
 
 def work(paths: list[Path], codec_path: str, resolution: int, batch: int, threads: int, ready: Any) -> None:

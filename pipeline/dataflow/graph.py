@@ -23,7 +23,7 @@ from ray.data.datasource import Datasink, Datasource, ReadTask
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.cluster import CPU_WORKER_ENV, Gauges, LocalRaylets
+from pipeline.dataflow.cluster import CPU_WORKER_ENV, Gauges, LocalRaylets
 from pipeline.errors import ConfigError, InputError, PipelineError, StoppedError
 from pipeline.progress import Progress
 from pipeline.storage_errors import describe, job_error, storage_errors
