@@ -22,6 +22,7 @@ from typing import Any, NoReturn, TextIO
 
 from jobs._supervise import Ending, supervised
 from pipeline.config import StrictModel, dump_yaml, help_text, load_config
+from pipeline.dataflow.lost_device import device_fault, stopped_by
 from pipeline.errors import StoppedError
 from pipeline.result import JobResult
 from pipeline.storage_errors import job_error
@@ -137,7 +138,8 @@ def _run(job: Job, arguments: argparse.Namespace) -> Ending:
         _say(job, "interrupted; the same command goes on where it stopped")
         return StoppedError.exit_code, _failure(job, StoppedError.exit_code, "interrupted")
     except Exception as error:  # noqa: BLE001 - the outermost frame: whatever is left is a bug, and said to be one
-        known = job_error(error)
+        fault = device_fault(error)
+        known = stopped_by(fault, f"The {job.name} job") if fault is not None else job_error(error)
         if known is not None:
             _say(job, known)
             return known.exit_code, _failure(job, known.exit_code, known.what, known.result)

@@ -337,12 +337,13 @@ class Root:
         raise AssertionError("unreachable")
 
     def probe(self) -> None:
-        """Refuse a store that cannot be written or cannot create-if-absent; leaves one tiny probe object.
+        """Refuse a store that cannot be written or cannot create-if-absent; leaves nothing where it may delete.
 
         Raises InputError, with the store's own words, when the output cannot be used. Where a single writer is
         vouched for, a store without conditional writes is only warned about.
         """
         key = f".probe/{secrets.token_hex(8)}"
+        is_new = self._local and self.kind() == "missing"
         try:
             if self._local and self.kind() == "file":
                 raise NotADirectoryError(f"{self.uri} is a file")
@@ -357,6 +358,8 @@ class Root:
             self.delete(key)
             if self._local:
                 os.rmdir(os.path.dirname(self._path(key)))
+            if is_new:  # a job that is refused later leaves nothing
+                os.rmdir(self.uri)
         if not atomic:
             refuse_or_warn(self.uri)
 

@@ -38,6 +38,13 @@ def shared_data() -> Path:
     return path
 
 
+@pytest.fixture
+def local_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's `get` for what answers at once (`tests.support.monitor`); processes that cannot start do not wait."""
+    monkeypatch.setattr("ray.get", lambda answer, timeout=None: answer)
+    monkeypatch.setattr("pipeline.dataflow.stage._PAUSE_S", 0.0)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=50, help="how many processes a soak test kills")
     parser.addoption("--update-golden", action="store_true", help="accept changed golden files")

@@ -8,9 +8,9 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from pipeline.config import StrictModel
 from pipeline.errors import InputError, StoppedError
@@ -30,9 +30,24 @@ WORKER_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_P
 CPU_WORKER_ENV = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 62)}
 
 
+def _part_or_whole(value: float) -> float:
+    if value > 1 and value != int(value):
+        raise ValueError(f"a process reserves a part of one GPU, at most 1, or whole ones; {value:g} is neither")
+    return value
+
+
+GpuShare = Annotated[float, Field(ge=0), AfterValidator(_part_or_whole)]  # GPUs that one process reserves
+
+
 class ClusterConfig(StrictModel):
     """Where Ray tasks run."""
 
+    device: Literal["auto", "cuda", "cpu"] = Field(
+        default="auto",
+        description="What a process that reserves a GPU computes on. auto: on it. cuda: the same, and a cluster "
+        "without GPUs is refused. cpu: a rehearsal, for clusters that only declare GPUs: all is placed and shared as "
+        "on GPUs, and computed on CPUs.",
+    )
     num_cpus: int | None = Field(
         default=None, ge=1, description="CPUs offered by a locally started Ray; null: all of this machine's."
     )
@@ -51,6 +66,11 @@ class ClusterConfig(StrictModel):
     request_timeout_s: float = Field(
         default=900.0, gt=0, description="Longest such wait; the job then starts with the part that has come."
     )
+
+
+def device_of(cluster: ClusterConfig, num_gpus: float) -> Literal["cuda", "cpu"]:
+    """What a process computes on that reserves so many GPUs."""
+    return "cuda" if num_gpus and cluster.device != "cpu" else "cpu"
 
 
 def ensure_ray(cluster: ClusterConfig) -> Any:

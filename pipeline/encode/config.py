@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.codec.config import CodecConfig
 from pipeline.config import StrictModel
-from pipeline.dataflow.cluster import ClusterConfig
+from pipeline.dataflow.cluster import ClusterConfig, GpuShare
 from pipeline.source.config import ImageConfig, SourceConfig
 from pipeline.tracking.config import TrackingConfig
 
@@ -30,7 +30,9 @@ class EncodeConfig(StrictModel):
     actor_cpus: float | None = Field(
         None, gt=0, description="CPUs an actor reserves; null: what reads and writes leave."
     )
-    actor_gpus: float | None = Field(None, ge=0, description="GPUs an actor reserves; null: 1 where there are any.")
+    actor_gpus: GpuShare | None = Field(
+        None, description="GPUs an actor reserves, a part of one or whole ones; null: 1 where there are any."
+    )
     threads_per_actor: int | None = Field(
         None,
         ge=1,
@@ -66,7 +68,15 @@ class EncodeConfig(StrictModel):
         1 << 30, ge=1 << 20, description="Memory for comparing; less means more passes over the stored hashes."
     )
     reject_budget: float = Field(
-        1.0, ge=0, le=1, description="Largest share of rejected rows; above it the job ends with exit code 5."
+        0.1, ge=0, le=1, description="Largest share of rejected rows; above it the job ends with exit code 5."
+    )
+    failure_budget: float = Field(
+        0.001,
+        ge=0,
+        le=1,
+        description="Largest share of rows that were decoded and then failed in the codec or ended its process "
+        "(encode_failed, bad_latent, quarantined), for which the source is rarely to blame; a single row is within "
+        "it unless it is 0.",
     )
     on_removed: Literal["keep", "drop"] = Field(
         "keep", description="What becomes of latents whose source is gone: kept and reported, or no longer visible."

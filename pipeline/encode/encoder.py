@@ -16,6 +16,7 @@ import pyarrow as pa
 import torch
 
 from pipeline.codec.codec import Codec, posterior_seed
+from pipeline.dataflow.lost_device import DeviceFault, device_fault
 from pipeline.dataflow.out_of_memory import out_of_memory
 from pipeline.encode.blocks import ENCODED
 from pipeline.encode.device import DeviceQueue
@@ -71,7 +72,8 @@ class Encoder:
     """Encodes items in batches of one shape a bucket; padded, so that a latent does not depend on its batch-mates.
 
     `batch_size` holds for the largest bucket by area; smaller buckets get proportionally more. A batch that does
-    not fit the device's memory is halved for good; an image on which the codec fails alone is rejected.
+    not fit the device's memory is halved for good. An image on which the codec fails alone is rejected, once a batch
+    of known content in the same shape has shown that the codec and its device work: else DeviceFault is raised.
 
     `calls` threads may encode at a time. They hand in their items one after the other and share batches: what is
     left of one table is filled up with the next, and the device works on while a table ends and another begins.
@@ -90,6 +92,7 @@ class Encoder:
     ) -> None:
         self.codec, self.posterior, self.latent_dtype = codec, posterior, latent_dtype
         self.batch_size, self.max_area, self.source_uri, self.calls = batch_size, max_area, source_uri, calls
+        self._largest_value = float(np.finfo(np.float16 if latent_dtype == "float16" else np.float32).max)
         self.usage = Usage()
         self._reported = Usage()
         self._device = DeviceQueue(device)
@@ -213,23 +216,53 @@ class Encoder:
             too_large = out_of_memory(error)
             if too_large and limit == 1:
                 raise _one_is_too_large(size, error) from error
-            if not too_large and isinstance(error, torch.AcceleratorError):
-                raise  # the device's context is gone: only a new process helps
+            if device_fault(error) is not None:
+                raise  # the device's context may be gone: only a new process helps
             message = f"{type(error).__name__}: {' '.join(str(error).split())}"
         else:
             self._running.append(_Running(owned, fetch))
             return
         # Not in the handler: as long as the error lives, its frames hold what the batch has on the device.
         if too_large:
-            self._limits[size] = limit // 2
-            self.usage.halvings += 1
-            self._device.release_cached()
+            self._halve(size)
             return self._run(owned)
         if len(owned) == 1:
+            self.check_itself(size)
             return self._deliver(owned, [self._failed(owned[0][1], Reason.ENCODE_FAILED, message)])
         half = len(owned) // 2
         self._run(owned[:half])
         self._run(owned[half:])
+
+    def check_itself(self, size: Size) -> None:
+        """DeviceFault unless a batch of known content in this shape gives finite latents.
+
+        An image is to blame only where this passes: a device, a driver or a compiler that fails, fails on any image.
+        ConfigError when not even a single image fits the device's memory, or when latents do not fit their dtype.
+        """
+        limit = self._limit(size)
+        try:
+            latents = self._encode(_known_content((limit, *size, 3)), [0] * limit)()
+        except Exception as error:
+            if not out_of_memory(error):
+                raise DeviceFault(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}") from error
+            if limit == 1:
+                raise _one_is_too_large(size, error) from error
+        else:
+            if not np.isfinite(latents).all():
+                raise DeviceFault(
+                    f"the codec gives latents that are not finite for known content of {size[0]}x{size[1]} pixels: "
+                    "its device, its weights or its arithmetic (codec.dtype) is at fault"
+                )
+            if np.abs(latents).max() > self._largest_value:
+                raise _dtype_is_too_narrow(self.latent_dtype, float(np.abs(latents).max()))
+            return
+        self._halve(size)
+        self.check_itself(size)
+
+    def _halve(self, size: Size) -> None:
+        self._limits[size] = self._limit(size) // 2
+        self.usage.halvings += 1
+        self._device.release_cached()
 
     def _launch(self, items: list[Item], size: Size, limit: int) -> Callable[[], npt.NDArray[np.float32]]:
         batch_NHWC = self._device.host_batch((limit, *size, 3))
@@ -237,17 +270,28 @@ class Encoder:
         for i, item in enumerate(items):
             array[i] = item.pixels
         array[len(items) :] = 0
-        seeds = None
+        seeds = [0] * limit
         if self.posterior == "sample":
-            seeds = [posterior_seed(item.values["sample_id"]) for item in items] + [0] * (limit - len(items))
-        latents = self.codec.encode(self._device.upload(batch_NHWC), posterior=self.posterior, seeds=seeds)
-        return self._device.download(latents[: len(items)])
+            seeds[: len(items)] = [posterior_seed(item.values["sample_id"]) for item in items]
+        return self._encode(batch_NHWC, seeds, len(items))
+
+    def _encode(
+        self, batch_NHWC: torch.Tensor, seeds: list[int], count: int | None = None
+    ) -> Callable[[], npt.NDArray[np.float32]]:
+        """Queue a batch of host memory; the answer waits for the latents of its first `count` images."""
+        on_device = self._device.upload(batch_NHWC)
+        drawn = seeds if self.posterior == "sample" else None
+        return self._device.download(self.codec.encode(on_device, posterior=self.posterior, seeds=drawn)[:count])
 
     def _fetch(self) -> None:
         """Bring the oldest batch back."""
         began = time.perf_counter()
         running = self._running.popleft()
-        latents_NCHW = running.fetch()
+        try:
+            latents_NCHW = running.fetch()
+        except Exception as error:
+            # What was queued without complaint fails when it is waited for: no image can be named.
+            raise DeviceFault(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}") from error
         self.usage.device_s += time.perf_counter() - began
         self._deliver(running.owned, self._rows([item for _, item in running.owned], latents_NCHW))
 
@@ -264,9 +308,12 @@ class Encoder:
         self._state.notify_all()
 
     def _rows(self, items: list[Item], latents_NCHW: npt.NDArray[np.float32]) -> list[dict[str, Any]]:
-        limit = np.finfo(np.float16).max if self.latent_dtype == "float16" else np.finfo(np.float32).max
-        within: npt.NDArray[np.bool_] = np.abs(latents_NCHW) <= limit  # false for NaN, too
+        within: npt.NDArray[np.bool_] = np.abs(latents_NCHW) <= self._largest_value  # false for NaN, too
         sound = np.asarray(within.reshape(len(items), -1).all(axis=1))
+        if not sound.all():
+            pixels = items[0].pixels
+            assert pixels is not None
+            self.check_itself((pixels.shape[0], pixels.shape[1]))
         packed = pack_latents(np.where(sound[:, None, None, None], latents_NCHW, 0.0), self.latent_dtype)
         shape = list(latents_NCHW.shape[1:])
         return [
@@ -280,6 +327,11 @@ class Encoder:
         address = {name: item.values[name] for name in ("unit", "row", "key")}
         uri = f"{self.source_uri}/{item.values['key']}"
         return {**address, **rejection("rejected", reason, message), "uri": uri}
+
+
+def _known_content(shape: tuple[int, ...]) -> torch.Tensor:
+    """Grey images: nothing that a codec could have trouble with."""
+    return torch.full(shape, 127, dtype=torch.uint8)
 
 
 def _withdraw_partial(table: pa.Table) -> pa.Table:
@@ -310,4 +362,14 @@ def _one_is_too_large(size: Size, error: Exception) -> ConfigError:
         rule="the codec must hold a batch of one image of the largest bucket",
         next_step="lower image.resolution, set codec.dtype=bfloat16, or use devices with more memory or fewer actors "
         "on each",
+    )
+
+
+def _dtype_is_too_narrow(latent_dtype: str, value: float) -> ConfigError:
+    return ConfigError(
+        f"The codec gives latents of up to {value:g} for a grey image, which {latent_dtype} cannot hold",
+        key="encode.latent_dtype",
+        value=latent_dtype,
+        rule="every stored value is finite",
+        next_step="set encode.latent_dtype=bfloat16, or see whether this codec is what codec.path should name",
     )

@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.codec.info import CodecInfo, check_dtype, check_posterior, codec_info, gpu_dtype
@@ -14,8 +15,8 @@ from pipeline.dataflow.cluster import ensure_ray
 from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.planning import known_entries, update_plan
 from pipeline.encode.same_reading import check_same_reading
-from pipeline.encode.summary import adopted, fingerprint_of, finish, recipe, source_note, with_dtype
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.encode.summary import REHEARSED, adopted, fingerprint_of, finish, recipe, source_note, with_dtype
+from pipeline.errors import ConfigError, ConflictError, PipelineError
 from pipeline.progress import Progress
 from pipeline.result import JobResult
 from pipeline.source.listing import check_apart, list_entries
@@ -40,7 +41,11 @@ def run(config: EncodeJobConfig) -> JobResult:
     """Encode what is planned and not settled; returns at once, without Ray or torch, when nothing is."""
     root, info, entries = _check(config)
     config = _with_known_dtype(config, root, info)
-    claim_identity(root, _identity(config, info))
+    known = read_identity(root, "output.uri").fingerprint if root.exists(IDENTITY) else None
+    rehearsal = _is_rehearsal(config, known)
+    if known is None:
+        _check_cluster(config, rehearsal)  # all of it is to be encoded
+    claim_identity(root, _identity(config, info, rehearsal=rehearsal))
     generation = claim_next(root, lambda previous: collect(root, previous), job="encode")
     try:
         plan, report = update_plan(
@@ -51,6 +56,7 @@ def run(config: EncodeJobConfig) -> JobResult:
             unit_rows=config.encode.unit_rows,
             unit_bytes=config.encode.unit_bytes,
             drop_removed=config.encode.on_removed == "drop",
+            before_freezing=lambda: _check_cluster(config, rehearsal) if known is not None else None,
         )
         _say_plan(report, plan.number)
         state = read_state(root)
@@ -59,6 +65,8 @@ def run(config: EncodeJobConfig) -> JobResult:
         if not state.gaps(retry) and not (exact and is_due(root, state)):
             generation.close({"status": "unchanged", **(marked(state) if exact else {})})
             return finish(config, state, report, status="unchanged", run_id=last_run(root).get("run_id"), seconds=0)
+        if known is not None and not report.new + report.changed and state.gaps(retry):
+            _check_cluster(config, rehearsal)  # nothing is new, and an earlier run left rows open
         result = _encode(config, root, generation, info, report, state, retry)
         generation.close({"status": "done"})
         return result
@@ -89,7 +97,8 @@ def _check(config: EncodeJobConfig) -> tuple[Root, CodecInfo, Any]:
     entries = itertools.chain([next(listing)], listing)  # a missing or empty source fails here
     if exists:
         recorded = read_identity(root, "output.uri")
-        check_same(root, recorded, _identity(adopted(config, recorded.fingerprint), info))
+        rehearsal = _is_rehearsal(config, recorded.fingerprint)
+        check_same(root, recorded, _identity(adopted(config, recorded.fingerprint), info, rehearsal=rehearsal))
         check_same_reading(config, root)
     root.probe()
     return root, info, entries
@@ -132,8 +141,33 @@ def _old_gpus(config: EncodeJobConfig) -> bool:
     return any(f"accelerator_type:{name}" in names for name in _BEFORE_AMPERE)
 
 
-def _identity(config: EncodeJobConfig, info: CodecInfo) -> Identity:
-    fingerprint, about = fingerprint_of(config, info)
+def _is_rehearsal(config: EncodeJobConfig, known: Mapping[str, Any] | None) -> bool:
+    """Whether encoders reserve GPUs and compute on CPUs; for a dataset that exists, what it says, if this run may.
+
+    `known`: its fingerprint. Without cluster.device=cpu a run is none, and differs from a dataset that is one.
+    """
+    if config.cluster.device != "cpu":
+        return False
+    return _on_gpus(config) if known is None else REHEARSED in known
+
+
+def _check_cluster(config: EncodeJobConfig, rehearsal: bool) -> None:
+    """What `check_cluster` checks; ConflictError for a rehearsal on a dataset that is none."""
+    from pipeline.encode.passes import check_cluster
+
+    if config.cluster.device == "cpu" and not rehearsal and _on_gpus(config):
+        raise ConflictError(
+            "The dataset was not made in a rehearsal, and this run is one",
+            key="cluster.device",
+            value="cpu",
+            rule="what a rehearsal computes is not mixed with other latents",
+            next_step="rehearse into another output.uri",
+        )
+    check_cluster(config)
+
+
+def _identity(config: EncodeJobConfig, info: CodecInfo, *, rehearsal: bool) -> Identity:
+    fingerprint, about = fingerprint_of(config, info, rehearsal=rehearsal)
     return Identity("latents", fingerprint, about)
 
 

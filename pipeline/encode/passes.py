@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from pipeline.codec.info import CodecInfo
-from pipeline.dataflow.cluster import Gauges, ensure_ray, shutdown_ray
-from pipeline.dataflow.graph import (
+from pipeline.dataflow.cluster import Gauges, device_of, ensure_ray, shutdown_ray
+from pipeline.dataflow.executions import configure_ray_data
+from pipeline.dataflow.monitor import Watch, start_monitor
+from pipeline.dataflow.passes import Passes
+from pipeline.dataflow.resources import (
     Kind,
-    LedgerSink,
-    UnitSource,
-    Watch,
     actor_pool,
+    check_devices,
+    check_gpus,
     check_nodes,
     check_together,
-    configure_ray_data,
+    map_on_actors,
+    no_gpus,
     node_offers,
-    run_execution,
-    start_monitor,
 )
+from pipeline.dataflow.units import LedgerSink, UnitSource
 from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.planning import planned_rows
-from pipeline.encode.stages import CommitRows, DecodeBlocks, EncodeBlocks, EncoderSpec, UnitReader
-from pipeline.encode.summary import largest_area, rows_per_write
-from pipeline.errors import StoppedError
+from pipeline.encode.stages import (
+    ENCODER,
+    CommitRows,
+    DecodeBlocks,
+    EncodeBlocks,
+    EncoderSpec,
+    UnitReader,
+    try_encoder,
+)
+from pipeline.encode.summary import for_workers, largest_bucket, rows_per_write
 from pipeline.progress import Progress
 from pipeline.source.reasons import Reason
 from pipeline.storage import Root
@@ -39,11 +46,9 @@ from pipeline.store.record import CommitRecord
 from pipeline.store.rowset import RowSet
 from pipeline.store.schema import LATENTS, REJECTS
 from pipeline.store.state import State, fold
-from pipeline.store.work import Work, work_of
+from pipeline.store.work import Work
 from pipeline.store.writer import Committer
 from pipeline.tracking.tracker import Tracker
-
-_log = logging.getLogger(__name__)
 
 # Repeats by Ray of a block whose actor died, before the pass ends and this module looks for the guilty unit.
 _TASK_RETRIES = 2
@@ -64,23 +69,39 @@ def run_passes(
     """
     ensure_ray(config.cluster)
     try:
-        return _Passes(config, root, generation, info, tracker).run(retry)
+        return _Encoding(config, root, generation, info, tracker, retry).run()
     finally:
         shutdown_ray()
 
 
-class _Passes:
+def check_cluster(config: EncodeJobConfig) -> None:
+    """Everything about the cluster that would make the job fail or wait for ever, before anything is written.
+
+    ConfigError when what it reserves does not fit, GPUs do not compute, or the codec does not fit beside one.
+    """
+    ensure_ray(config.cluster)
+    resources = _resources(config)
+    if resources.actor_gpus:
+        check_devices(config.cluster, partial(try_encoder, _spec(config, resources, calls=1)))
+
+
+class _Encoding:
+    """What is the encode job's own of its passes: the stages, what is left to do, and figures."""
+
     def __init__(
-        self, config: EncodeJobConfig, root: Root, generation: Generation, info: CodecInfo, tracker: Tracker
+        self,
+        config: EncodeJobConfig,
+        root: Root,
+        generation: Generation,
+        info: CodecInfo,
+        tracker: Tracker,
+        retry: RowSet,
     ) -> None:
         self.config, self.root, self.generation, self.info = config, root, generation, info
-        self.tracker = tracker
+        self.tracker, self.retry = tracker, retry
         configure_ray_data()
         self.monitor = start_monitor("encode")
         self.gauges = Gauges("encode")
-        self.suspects: set[int] = set()
-        # What dead workers were busy with, over all passes: their last word does not always arrive.
-        self._left_open: Counter[tuple[tuple[int, int, int], ...]] = Counter()
         self._next_log = 0.0
         self.committer = Committer(
             root,
@@ -91,59 +112,42 @@ class _Passes:
         )
         self.resources = _resources(config)
 
-    def run(self, retry: RowSet) -> State:
-        """Executions until no planned row is open and none to `retry` has only what an earlier run made of it."""
-        state, gaps = self._look(retry)
-        total, done = planned_rows(state), (state.covered - retry).count()
+    def run(self) -> State:
+        """Executions until no planned row is open and none to retry has only what an earlier run made of it."""
+        state, _ = self._look()
+        total, done = planned_rows(state), (state.covered - self.retry).count()
         progress = Progress("encode", total, start=done)
+        passes = Passes(
+            monitor=self.monitor,
+            generation=self.generation,
+            look=self._look,
+            execute=self._execute,
+            quarantine=self._quarantine,
+            actors={ENCODER: self.resources.actors},
+            units_per_execution=self.config.encode.units_per_execution,
+            crash_limit=self.config.encode.crash_limit,
+            doing="Encoding",
+            on_clean_pass=self._retried,
+        )
         with Watch(self.monitor, progress, done, self._shares(), self._log_totals, total=total):
-            return self._settle(state, gaps, retry)
+            return passes.run()
 
-    def _settle(self, state: State, gaps: RowSet, retry: RowSet) -> State:
-        stalled = 0
-        while gaps:
-            failures = [
-                f for work in work_of(gaps, self.config.encode.units_per_execution) if (f := self._once(work, state))
-            ]
-            self.generation.check()
-            self._judge(failures)
-            if not failures:
-                # All of it was tried: what a source no longer yields stays what an earlier run made of it.
-                retry = RowSet.empty()
-            state, left = self._look(retry)
-            stalled = stalled + 1 if left == gaps else 0
-            gaps = left
-            if stalled > self.config.encode.crash_limit:
-                raise StoppedError(
-                    f"Workers died {stalled} times without progress; {_open_rows(gaps)} rows are left",
-                    next_step="see the error above; the same command goes on with what is left",
-                ) from (failures[-1] if failures else None)
-        return state
-
-    def _look(self, retry: RowSet) -> tuple[State, RowSet]:
+    def _look(self) -> tuple[State, RowSet]:
         """The state now, and what this run still has to settle."""
         records = visible_records(self.root)
         state = fold(read_plan(self.root), records)
-        return state, state.gaps(retry - _settled_by(self.generation.number, records))
+        return state, state.gaps(self.retry - _settled_by(self.generation.number, records))
 
-    def _once(self, work: list[Work], state: State) -> Exception | None:
-        """One execution, or two when units are under suspicion: those run row by row. The last error, if any."""
-        usual = [w for w in work if w.unit not in self.suspects]
-        suspect = [w for w in work if w.unit in self.suspects]
-        last: Exception | None = None
-        for part, batch_rows in ((usual, None), (suspect, 1)):
-            error = run_execution(partial(self._execute, part, state, batch_rows)) if part else None
-            if error is not None:
-                _log.warning("workers died, going on with what is left: %s", str(error).splitlines()[0])
-                last = error
-        return last
+    def _retried(self) -> None:
+        """All of it was tried: what a source no longer yields stays what an earlier run made of it."""
+        self.retry = RowSet.empty()
 
     def _execute(self, work: list[Work], state: State, batch_rows: int | None) -> None:
         import ray.data
 
         encode, image = self.config.encode, self.config.image
         spans = {w.unit: state.plan.locate(w.unit) for w in work}
-        reader = UnitReader(self.root, self.config.source, spans, monitor=self.monitor)
+        reader = UnitReader(self.root, for_workers(self.config).source, spans, monitor=self.monitor)
         source = UnitSource("ReadImages", work, reader.of, sum(v.size_bytes for v in state.plan.versions))
         repeats = {"max_retries": _PROCESS_RETRIES}
         dataset = ray.data.read_datasource(
@@ -159,63 +163,25 @@ class _Passes:
             )
         # Alone with a row under suspicion: whoever dies then has died of it.
         r, calls = self.resources, _CALLS if batch_rows is None else 1
-        dataset = dataset.map_batches(
+        dataset = map_on_actors(
+            dataset,
             EncodeBlocks,
-            fn_constructor_args=(self._spec(r, calls), self.monitor),
-            num_cpus=r["actor_cpus"],
-            **actor_pool(r["actors"], _TASK_RETRIES, batch_rows, calls, num_gpus=r["actor_gpus"]),
+            (_spec(self.config, r, calls), self.monitor),
+            num_cpus=r.actor_cpus,
+            **actor_pool(r.actors, _TASK_RETRIES, batch_rows, calls, num_gpus=r.actor_gpus),
         )
         commit = CommitRows(self.committer, self.monitor)
         sink = LedgerSink("CommitLatents", commit, rows_per_write(self.config, self.info))
         writing = {"num_cpus": encode.write_cpus, **repeats}
         dataset.write_datasink(sink, ray_remote_args=writing, concurrency=encode.writers)
 
-    def _spec(self, resources: dict[str, Any], calls: int) -> EncoderSpec:
-        encode = self.config.encode
-        return EncoderSpec(
-            codec=self.config.codec,
-            image=self.config.image,
-            source_uri=self.config.source.uri,
-            latent_dtype=encode.latent_dtype,
-            batch_size=encode.batch_size,
-            max_area=largest_area(self.config.image),
-            decode_threads=encode.decode_threads,
-            threads=resources["threads"],
-            device="cuda" if resources["actor_gpus"] else "cpu",
-            decoded=encode.decode == "tasks",
-            calls=calls,
-        )
-
     def _shares(self) -> Shares:
         import ray
 
-        encode, actors = self.config.encode, self.resources["actors"]
+        encode, actors = self.config.encode, self.resources.actors
         cpus = ray.cluster_resources().get("CPU", 1.0)
         decode = cpus if encode.decode == "tasks" else actors * encode.decode_threads
         return Shares({"read": cpus, "decode": decode, "device": actors, "write": encode.writers})
-
-    def _judge(self, failures: list[Exception]) -> None:
-        """After a pass in which workers died: units they died on run row by row, rows they die on are quarantined.
-
-        What a worker died on again and again is left open by several processes; what a bystander was busy with
-        when the execution broke down, by one. Blocks that shared a worker with it time after time come under
-        suspicion, too; units under suspicion have their workers to themselves.
-        """
-        import ray
-
-        try:
-            left = Counter(tuple(ranges) for ranges in ray.get(self.monitor.left_open.remote(), timeout=60))
-        except ray.exceptions.RayError as error:
-            _log.warning("what the dead workers were busy with is unknown: %s", str(error).splitlines()[0])
-            return
-        if not failures:
-            return
-        self._left_open.update(left)
-        single = [r[0] for r, times in left.items() if times > 1 and len(r) == 1 and r[0][2] - r[0][1] == 1]
-        guilty = [(unit, row) for unit, row, _ in single if unit in self.suspects]
-        self.suspects |= {unit for r, times in self._left_open.items() if times > 1 for unit, _, _ in r}
-        if guilty:
-            self._quarantine(guilty)
 
     def _quarantine(self, rows: list[tuple[int, int]]) -> None:
         import pyarrow as pa
@@ -230,10 +196,9 @@ class _Passes:
                 "reason": Reason.QUARANTINED.value,
                 "message": "the encoder's process died on this row, alone, again and again",
             }
-            for unit, row in sorted(set(rows))
+            for unit, row in rows
         ]
         self.committer.commit(LATENTS.empty_table(), pa.Table.from_pylist(values, schema=REJECTS), {})
-        _log.warning("%d row(s) quarantined: the encoder's process died on each of them alone", len(values))
 
     def _log_totals(self, totals: dict[str, float]) -> None:
         """Totals as tracked metrics, every few seconds, by rows done; and what waits for the tracking server."""
@@ -246,10 +211,6 @@ class _Passes:
 def _settled_by(generation: int, records: Sequence[tuple[str, CommitRecord]]) -> RowSet:
     """The rows that some records of one generation cover."""
     return RowSet.union_all([record.covered for _, record in records if record.generation == generation])
-
-
-def _open_rows(gaps: RowSet) -> str:
-    return f"{gaps.count():,}" if gaps.count() < 1 << 30 else "some"
 
 
 class Shares:
@@ -290,7 +251,34 @@ class Shares:
         self._shown = {"busy": " ".join(f"{stage} {100 * share:.0f}%" for stage, share in shares.items())}
 
 
-def _resources(config: EncodeJobConfig) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Resources:
+    """How many encoder actors there are, and what each reserves."""
+
+    actors: int
+    actor_cpus: float
+    actor_gpus: float
+    threads: int
+
+
+def _spec(config: EncodeJobConfig, resources: Resources, calls: int) -> EncoderSpec:
+    encode = config.encode
+    return EncoderSpec(
+        codec=for_workers(config).codec,
+        image=config.image,
+        source_uri=config.source.uri,
+        latent_dtype=encode.latent_dtype,
+        batch_size=encode.batch_size,
+        largest=largest_bucket(config.image),
+        decode_threads=encode.decode_threads,
+        threads=resources.threads,
+        device=device_of(config.cluster, resources.actor_gpus),
+        decoded=encode.decode == "tasks",
+        calls=calls,
+    )
+
+
+def _resources(config: EncodeJobConfig) -> Resources:
     """How many actors of which size; ConfigError when they, a read and a write do not fit."""
     import ray
 
@@ -309,10 +297,13 @@ def _resources(config: EncodeJobConfig) -> dict[str, Any]:
     ]
     if encode.decode == "tasks":
         kinds.append(Kind("a decode task (encode.decode_cpus)", encode.decode_cpus))
+    if config.cluster.device == "cuda" and not gpus:
+        raise no_gpus(config.cluster)
     check_nodes(kinds, node_offers(), "encode")
     check_together(demands, "encode.actors")
-    threads = encode.threads_per_actor or max(1, round(actor_cpus))
-    return {"actors": actors, "actor_cpus": actor_cpus, "actor_gpus": actor_gpus, "threads": threads}
+    check_together({f"{actors} encoder actors": actors * actor_gpus}, "encode.actor_gpus", "GPU")
+    check_gpus([(kinds[0], actors)], node_offers(), "encode.actor_gpus")
+    return Resources(actors, actor_cpus, actor_gpus, encode.threads_per_actor or max(1, round(actor_cpus)))
 
 
 def _actor_cpus(cpus: float, spare: float, actors: int) -> float:

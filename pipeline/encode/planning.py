@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -44,14 +44,20 @@ def update_plan(
     unit_rows: int,
     unit_bytes: int,
     drop_removed: bool,
+    before_freezing: Callable[[], None] = lambda: None,
 ) -> tuple[Plan, DiffReport]:
-    """Diff the source with the plan in one streaming pass and freeze what is new or changed."""
+    """Diff the source with the plan in one streaming pass and freeze what is new or changed.
+
+    `before_freezing` is called when units are to be added, before anything is written.
+    """
     plan = read_plan(root)
     report = DiffReport()
     units = group_units(diff(plan, listing, report, drop_removed=drop_removed), unit_rows, unit_bytes)
     first = next(units, None)
     if first is None and not report.anything:
         return plan, report
+    if first is not None:
+        before_freezing()
 
     def all_units() -> Iterator[list[EntryLike]]:
         if first is not None:

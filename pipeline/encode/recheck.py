@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ from pipeline.encode.decoding import Decoder
 from pipeline.encode.encoder import Encoder
 from pipeline.encode.items import Item
 from pipeline.encode.stages import UnitReader
-from pipeline.encode.summary import largest_area
+from pipeline.encode.summary import largest_bucket
 from pipeline.errors import InputError
 from pipeline.source.config import ImageConfig, SourceConfig
 from pipeline.store.config import DecodeCheckConfig
@@ -83,7 +84,7 @@ def recheck(uri: str, config: DecodeCheckConfig) -> Recheck:
         dataset.posterior,
         dataset.latent_dtype,
         recipe.batch_size,
-        largest_area(recipe.image),
+        math.prod(largest_bucket(recipe.image)),
         recipe.source.uri,
         device=_device(config),
     )

@@ -5,10 +5,7 @@ Torch is imported by the encoder alone: the processes that read and write start 
 
 from __future__ import annotations
 
-import itertools
-import os
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +14,6 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.codec.config import CodecConfig
-from pipeline.dataflow.lost_device import ends_with_its_device
 from pipeline.encode.blocks import raw_table, split_outcomes
 from pipeline.encode.decoding import Decoder, items_of, pixels_table
 from pipeline.errors import ConfigError
@@ -27,11 +23,11 @@ from pipeline.source.readers import read_unit
 from pipeline.source.rows import EndOfUnit, SourceRow
 from pipeline.storage import Root
 from pipeline.store.plan import EntrySpan, read_entries
-from pipeline.store.rowset import RowSet
 from pipeline.store.work import Work
 from pipeline.store.writer import Committer
 
 _BLOCK_BYTES = 32 << 20
+ENCODER = "encoder"  # the stage, as the monitor knows it
 
 
 @dataclass(frozen=True)
@@ -83,10 +79,10 @@ class EncoderSpec:
     source_uri: str
     latent_dtype: str
     batch_size: int
-    max_area: int
     decode_threads: int
     threads: int
     device: str
+    largest: tuple[int, int]  # height and width of the bucket with most pixels
     decoded: bool  # blocks come with pixels, from decode tasks
     calls: int  # blocks an actor has at a time
 
@@ -100,34 +96,39 @@ class EncodeBlocks:
     def __init__(self, spec: EncoderSpec, monitor: Any) -> None:
         import torch
 
-        from pipeline.dataflow.graph import held
+        from pipeline.dataflow.stage import Reports
 
         torch.set_num_threads(spec.threads)
-        self._encoder = held(partial(_load_encoder, spec))
+        self._reports = Reports(monitor, ENCODER)
+        self._encoder = self._reports.load(partial(load_encoder, spec))
         ahead = -(-2 * spec.batch_size // spec.calls)  # by each call; together they hold two batches of pixels
         self._decoder = None if spec.decoded else Decoder(spec.image, spec.source_uri, spec.decode_threads, ahead)
-        self._monitor, self._place = monitor, f"{os.uname().nodename}-{os.getpid()}"
-        self._numbers = itertools.count()
 
     def __call__(self, block: pa.Table) -> pa.Table:
         if not len(block):
             return block
-        encoder = self._encoder()
-        name = f"{self._place}-{next(self._numbers)}"
-        self._monitor.begin.remote(name, _touched(block))
-        items = items_of(block) if self._decoder is None else self._decoder.items(block)
-        with ends_with_its_device("encoder"):
-            table = encoder.encode(items, on_batch=lambda n: self._monitor.add.remote({"rows": n}))
-        usage = encoder.unreported()
-        decode_s = self._decoder.unreported_s() if self._decoder else 0.0
-        amounts = {"rows": usage.rejected, "rejected": usage.rejected}
-        seconds = {"wait_s": usage.wait_s, "device_s": usage.device_s, "decode_s": decode_s}
-        self._monitor.add.remote(amounts | seconds)
-        self._monitor.end.remote(name)
+        encoder, reports = self._encoder(), self._reports
+        with reports.busy(block):
+            items = items_of(block) if self._decoder is None else self._decoder.items(block)
+            table = encoder.encode(items, on_batch=lambda n: reports.add({"rows": n}))
+            usage = encoder.unreported()
+            decode_s = self._decoder.unreported_s() if self._decoder else 0.0
+            amounts = {"rows": usage.rejected, "rejected": usage.rejected}
+            seconds = {"wait_s": usage.wait_s, "device_s": usage.device_s, "decode_s": decode_s}
+            reports.add(amounts | seconds)
         return table
 
 
-def _load_encoder(spec: EncoderSpec) -> Any:
+def try_encoder(spec: EncoderSpec) -> None:
+    """Load the codec and encode one batch of the largest bucket; raises what an actor would meet at its start."""
+    import torch
+
+    torch.set_num_threads(spec.threads)
+    load_encoder(spec).check_itself(spec.largest)
+
+
+def load_encoder(spec: EncoderSpec) -> Any:
+    """The `Encoder` that a spec describes; ConfigError when the codec does not fit its device."""
     from pipeline.codec.codec import load_codec
     from pipeline.dataflow.out_of_memory import out_of_memory
     from pipeline.encode.encoder import Encoder
@@ -157,18 +158,11 @@ def _load_encoder(spec: EncoderSpec) -> Any:
         spec.codec.posterior,
         spec.latent_dtype,
         spec.batch_size,
-        spec.max_area,
+        spec.largest[0] * spec.largest[1],
         spec.source_uri,
         device=spec.device,
         calls=spec.calls,
     )
-
-
-def _touched(block: pa.Table) -> list[tuple[int, int, int]]:
-    """The rows of a block as (unit, start, stop)."""
-    units, rows = block["unit"].to_numpy(), block["row"].to_numpy()
-    real = rows >= 0
-    return [(u, start, stop) for u, start, stop in RowSet.from_rows(units[real], rows[real]).triples()]
 
 
 @dataclass(frozen=True)
@@ -181,16 +175,18 @@ class DecodeBlocks:
     monitor: Any
 
     def __call__(self, block: pa.Table) -> pa.Table:
+        from pipeline.dataflow.stage import Reports
+
         decoder = Decoder(self.image, self.source_uri, self.threads, 2 * self.threads)
+        reports = Reports(self.monitor, "decode task")
         # As encoders do: an image that kills its process leaves its rows open.
-        name = f"decode-{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex}"
-        self.monitor.begin.remote(name, _touched(block))
-        try:
-            return pixels_table(decoder.items(block))
-        finally:
-            decoder.close()
-            self.monitor.add.remote({"decode_s": decoder.busy_s})
-            self.monitor.end.remote(name)
+        with reports.busy(block):
+            try:
+                table = pixels_table(decoder.items(block))
+            finally:
+                decoder.close()
+                reports.add({"decode_s": decoder.busy_s})
+        return table
 
 
 @dataclass(frozen=True)

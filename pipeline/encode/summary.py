@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -13,16 +14,22 @@ from pipeline.errors import RejectBudgetError
 from pipeline.result import JobResult
 from pipeline.source.config import ImageConfig
 from pipeline.source.prepare import policy_fingerprint
+from pipeline.source.reasons import ENCODING
 from pipeline.source.render import bucket_sizes
 from pipeline.store.plan_diff import DiffReport
 from pipeline.store.state import State
 from pipeline.tracking.redact import without_credentials
 
+REHEARSED = "computed_on"
 
-def fingerprint_of(config: EncodeJobConfig, info: CodecInfo) -> tuple[dict[str, Any], dict[str, Any]]:
+
+def fingerprint_of(
+    config: EncodeJobConfig, info: CodecInfo, *, rehearsal: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """(fingerprint, further facts): what all rows share, and what only describes them.
 
-    Versions of image libraries are facts, not identity: a security update must not orphan a dataset.
+    Versions of image libraries are facts, not identity: a security update must not orphan a dataset. `rehearsal`:
+    the processes reserve GPUs and compute on CPUs; such a dataset says so, and is mixed with no other.
     """
     policy = policy_fingerprint(config.image)
     libraries: dict[str, Any] = {name: policy.pop(name) for name in ("pillow", "libraries") if name in policy}
@@ -37,6 +44,7 @@ def fingerprint_of(config: EncodeJobConfig, info: CodecInfo) -> tuple[dict[str, 
         "posterior": config.codec.posterior,
         "codec_dtype": config.codec.dtype,
         "latent_dtype": config.encode.latent_dtype,
+        **({REHEARSED: "cpu, in a rehearsal of GPUs"} if rehearsal else {}),
     }
     where = {"path": _absolute(config.codec.path), "revision": config.codec.revision, "kind": config.codec.kind}
     return fingerprint, {"codec": {**codec, **where}, **libraries}
@@ -64,15 +72,23 @@ def _absolute(path: str) -> str:
     return str(Path(path).absolute()) if Path(path).is_dir() else path
 
 
-def largest_area(image: ImageConfig) -> int:
-    """Pixels of the largest bucket."""
-    return max(h * w for r in image.resolutions for h, w in bucket_sizes(image, r))
+def for_workers(config: EncodeJobConfig) -> EncodeJobConfig:
+    """The configuration with local places by their full path: workers of a cluster have directories of their own."""
+    uri = config.source.uri if "://" in config.source.uri else str(Path(config.source.uri).absolute())
+    source = config.source.model_copy(update={"uri": uri})
+    codec = config.codec.model_copy(update={"path": _absolute(config.codec.path)})
+    return config.model_copy(update={"source": source, "codec": codec})
+
+
+def largest_bucket(image: ImageConfig) -> tuple[int, int]:
+    """Height and width of the bucket with most pixels."""
+    return max((size for r in image.resolutions for size in bucket_sizes(image, r)), key=math.prod)
 
 
 def row_bytes(config: EncodeJobConfig, info: CodecInfo) -> int:
     """Bytes of the largest latent that is stored."""
     channels = info.latent_channels * (2 if config.codec.posterior == "moments" else 1)
-    return 2 * channels * largest_area(config.image) // info.factor**2
+    return 2 * channels * math.prod(largest_bucket(config.image)) // info.factor**2
 
 
 def rows_per_write(config: EncodeJobConfig, info: CodecInfo) -> int:
@@ -114,15 +130,30 @@ def finish(
     settled = state.covered.count()
     rates = {"images_per_s": settled / seconds} if seconds else {}
     result = JobResult(status, counts, {"dataset": config.output.uri}, run_id, rates)
-    share = state.num_rejected / settled if settled else 0.0
-    if share > config.encode.reject_budget:
-        worst = ", ".join(f"{reason} {rows.count():,}" for reason, rows in state.rejects.items())
-        raise RejectBudgetError(
-            f"{state.num_rejected:,} of {settled:,} rows were rejected ({worst}); the latents of all others are kept",
-            key="encode.reject_budget",
-            value=config.encode.reject_budget,
-            rule="the share of rejected rows stays within the budget",
-            next_step=f"look into {config.output.uri}/rejects, mend the source, or raise the budget; "
-            "encode.retry_rejects=[reason] tries chosen ones again",
-        ).with_result(result)
+    _check_budgets(config, state, result)
     return result
+
+
+def _check_budgets(config: EncodeJobConfig, state: State, result: JobResult) -> None:
+    """RejectBudgetError when too many rows were rejected, or too many that the source is rarely to blame for."""
+    encode, settled = config.encode, state.covered.count()
+    failed = {reason: rows for reason, rows in state.rejects.items() if reason in ENCODING}
+    num_failed = sum(rows.count() for rows in failed.values())
+    over = None
+    if state.num_rejected > encode.reject_budget * settled:
+        over = "encode.reject_budget", encode.reject_budget, state.num_rejected, state.rejects
+    # One odd image in a small set is no sign of a broken device or codec.
+    elif num_failed > encode.failure_budget * settled and (num_failed > 1 or not encode.failure_budget):
+        over = "encode.failure_budget", encode.failure_budget, num_failed, failed
+    if over is None:
+        return
+    key, budget, count, reasons = over
+    worst = ", ".join(f"{reason} {rows.count():,}" for reason, rows in reasons.items())
+    raise RejectBudgetError(
+        f"{count:,} of {settled:,} rows were rejected ({worst}); the latents of all others are kept",
+        key=key,
+        value=budget,
+        rule="the share of rejected rows stays within the budget",
+        next_step=f"look into {config.output.uri}/rejects, mend the source, or raise the budget; "
+        "encode.retry_rejects=[reason] tries chosen ones again",
+    ).with_result(result)

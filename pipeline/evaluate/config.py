@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from pipeline.codec.config import CodecConfig
 from pipeline.config import StrictModel
+from pipeline.dataflow.cluster import ClusterConfig
 from pipeline.source.config import ImageConfig, SourceConfig
 from pipeline.tracking.config import TrackingConfig
 
@@ -160,7 +161,11 @@ class EvaluateJobConfig(StrictModel):
     )
     thresholds: ThresholdsConfig = Field(ThresholdsConfig(), description="What must be reached.")
     title: str = Field("Evaluation", min_length=1, max_length=200, description="Heading of the report.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="auto takes a GPU when there is one: of the cluster at RAY_ADDRESS, else of this machine.",
+    )
+    cluster: ClusterConfig = Field(ClusterConfig(), description="The Ray cluster, where RAY_ADDRESS names one.")
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow tracking.")
 
     @model_validator(mode="after")

@@ -60,7 +60,7 @@ def inspect(config: EvaluateJobConfig) -> Inputs:
         key = (error.key or "").replace("source.", "reference.", 1) or None
         raise InputError(error.what, key=key, value=error.value, rule=error.rule, next_step=error.next_step) from None
     history, history_sha256 = _history(config)
-    settings = config.model_dump(mode="json", exclude={"output", "tracking", "reference_cache"})
+    settings = config.model_dump(mode="json", exclude={"output", "tracking", "reference_cache", "cluster"})
     judge = {name: settings[name] for name in ("reference", "image", "classifier", "quality")}
     judge_key = _digest([VERSION, reference.digest, judge, config.classifier_resolution])
     seen = {name: settings[name] for name in ("reference", "image", "quality")}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipeline.config import dump_yaml
+from pipeline.dataflow.beside_gpu import own_device, reserved_gpu, run_reserved
 from pipeline.errors import InputError
 from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.evaluate.figures import Record
@@ -18,9 +19,6 @@ from pipeline.storage import Root
 from pipeline.storage_errors import describe, storage_errors
 from pipeline.tracking.ending import ended_by_outcome
 from pipeline.tracking.tracker import Tracker, open_tracker
-
-if TYPE_CHECKING:
-    from pipeline.evaluate.results import Measured
 
 RECORD = "evaluation.json"
 REPORT = "report.html"
@@ -62,30 +60,28 @@ def _evaluate(config: EvaluateJobConfig, inputs: Inputs, output: Root, tracker: 
 
     The classifier, the report, and last the record that refers to them.
     """
-    from pipeline.evaluate.measuring import measure
+    from pipeline.evaluate.measuring import evaluate, evaluate_again_inspected
     from pipeline.evaluate.report import render_report
-    from pipeline.evaluate.results import (
-        contract_of,
-        figures_of,
-        missed_thresholds,
-        origins_of,
-        report_content,
-    )
+    from pipeline.evaluate.results import missed_thresholds, origins_of
 
     _log_inputs(config, inputs, tracker)
-    measured = measure(config, inputs, output)
-    figures, absent = figures_of(measured, config.quality.neighbours)
+    with reserved_gpu(config.device, config.cluster) as device:
+        if device is None:
+            found = evaluate(config, inputs, output.uri, own_device(config.device, config.cluster))
+        else:
+            found = run_reserved(evaluate_again_inspected, config, inputs.key, output.uri, device)
     run_id = tracker.wait_run_id(RUN_ID_WAIT_S)
-    content = report_content(config, inputs, measured, figures, absent, run_id)
-    page = render_report(content, config.output.max_bytes).encode()
+    origins = origins_of(config, inputs)
+    itself = {"this evaluation": {"key": inputs.key, "run_id": run_id}}
+    page = render_report(replace(found.content, provenance=origins | itself), config.output.max_bytes).encode()
     record = Record(
         key=inputs.key,
-        figures=figures,
-        contract=contract_of(config, inputs, measured),
-        inputs=origins_of(config, inputs),
-        absent=absent,
-        missed=missed_thresholds(figures, config.thresholds),
-        counts=_counts(inputs, measured),
+        figures=found.figures,
+        contract=found.contract,
+        inputs=origins,
+        absent=found.absent,
+        missed=missed_thresholds(found.figures, config.thresholds),
+        counts=found.counts,
         run_id=run_id,
         files={REPORT: hashlib.sha256(page).hexdigest()},
     )
@@ -136,15 +132,6 @@ def _not_reached(config: EvaluateJobConfig, record: Record) -> InputError:
 def _outputs(config: EvaluateJobConfig) -> dict[str, str]:
     root = Root(config.output.uri)
     return {"report": root.uri_of(REPORT), "evaluation": root.uri_of(RECORD)}
-
-
-def _counts(inputs: Inputs, measured: Measured) -> dict[str, int]:
-    counts = {"reference": measured.real.n if measured.real else 0}
-    if measured.trip is not None:
-        counts["round_trips"] = measured.trip.sums.n
-    if measured.samples is not None and inputs.samples is not None:
-        counts |= {"samples": inputs.samples.num_rows, "unjudged": measured.samples.unjudged}
-    return counts
 
 
 def _log_inputs(config: EvaluateJobConfig, inputs: Inputs, tracker: Tracker) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
@@ -18,7 +19,8 @@ from pipeline.evaluate.clip import ClipScorer
 from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.evaluate.extractor import load_extractor
 from pipeline.evaluate.eyes import Eyes
-from pipeline.evaluate.inputs import Inputs
+from pipeline.evaluate.figures import Figure
+from pipeline.evaluate.inputs import Inputs, inspect
 from pipeline.evaluate.lpips import Lpips
 from pipeline.evaluate.measure import (
     RoundTrip,
@@ -29,8 +31,8 @@ from pipeline.evaluate.measure import (
     round_trip,
 )
 from pipeline.evaluate.reference import ReferenceBatch, reference_batches
-from pipeline.evaluate.report import Picture
-from pipeline.evaluate.results import Measured
+from pipeline.evaluate.report import Picture, ReportContent
+from pipeline.evaluate.results import Measured, contract_of, figures_of, report_content
 from pipeline.evaluate.samples import sample_batches
 from pipeline.evaluate.stats import FeatureStats
 from pipeline.progress import Progress
@@ -47,10 +49,48 @@ NEEDS_JUDGE = ("accuracy", "classifier_accuracy", "reconstruction_accuracy")
 NEEDS_SPACE = ("frechet", "kid", "precision", "recall", "inception_score", "rfid")
 
 
-def measure(config: EvaluateJobConfig, inputs: Inputs, output: Root) -> Measured:
+@dataclass(frozen=True)
+class Findings:
+    """What an evaluation has found, without the networks that found it: it travels between processes."""
+
+    figures: tuple[Figure, ...]
+    absent: dict[str, str]
+    content: ReportContent
+    contract: dict[str, Any]
+    counts: dict[str, int]
+
+
+def evaluate(config: EvaluateJobConfig, inputs: Inputs, output_uri: str, device: str) -> Findings:
+    """Measure on a device ("cuda" or "cpu") and name the figures; what is worth keeping goes below `output_uri`."""
+    measured = measure(config, inputs, Root(output_uri), device)
+    figures, absent = figures_of(measured, config.quality.neighbours)
+    content = report_content(config, inputs, measured, figures, absent)
+    return Findings(figures, absent, content, contract_of(config, inputs, measured), _counts(inputs, measured))
+
+
+def evaluate_again_inspected(config: EvaluateJobConfig, key: str, output_uri: str, device: str) -> Findings:
+    """`evaluate` in another process, which opens the inputs itself; InputError when they are not those of `key`."""
+    inputs = inspect(config)
+    if inputs.key != key:
+        raise InputError(
+            "What is evaluated has changed since the evaluation began",
+            rule="reference, samples, codec and networks stay as they are while they are looked at",
+            next_step="run the same command again; on a cluster, all nodes must see the same files",
+        )
+    return evaluate(config, inputs, output_uri, device)
+
+
+def _counts(inputs: Inputs, measured: Measured) -> dict[str, int]:
+    counts = {"reference": measured.real.n if measured.real else 0}
+    if measured.trip is not None:
+        counts["round_trips"] = measured.trip.sums.n
+    if measured.samples is not None and inputs.samples is not None:
+        counts |= {"samples": inputs.samples.num_rows, "unjudged": measured.samples.unjudged}
+    return counts
+
+
+def measure(config: EvaluateJobConfig, inputs: Inputs, output: Root, device: str) -> Measured:
     """All passes over the images of one evaluation."""
-    device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device
-    device = "cpu" if device == "auto" else device
     measured = Measured()
     judge = _judge(config, inputs, output, device, measured.absent)
     eyes = _eyes(config, judge, device)

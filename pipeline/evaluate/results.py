@@ -252,10 +252,8 @@ def report_content(
     measured: Measured,
     figures: Sequence[Figure],
     absent: dict[str, str],
-    run_id: str | None,
 ) -> ReportContent:
-    """The report of one evaluation."""
-    provenance = origins_of(config, inputs) | {"this evaluation": {"key": inputs.key, "run_id": run_id}}
+    """The report of one evaluation, but for what it says of itself."""
     judged = measured.samples
     shown = judged.shown.values() if judged else ()
     return ReportContent(
@@ -272,7 +270,7 @@ def report_content(
         figures=figures,
         absent=absent,
         contract=contract_of(config, inputs, measured),
-        provenance=provenance,
+        provenance=origins_of(config, inputs),
         notes=_notes(measured),
     )
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config import StrictModel
-from pipeline.dataflow.cluster import ClusterConfig
+from pipeline.dataflow.cluster import ClusterConfig, GpuShare
 from pipeline.tracking.config import TrackingConfig
 
 
@@ -126,8 +126,8 @@ class StageConfig(StrictModel):
 
     actors: int | None = Field(None, ge=1, description="Number of actors; null: as many as GPUs, else as CPUs allow.")
     num_cpus: float | None = Field(None, gt=0, description="CPUs each actor reserves; null: an equal share.")
-    num_gpus: float | None = Field(
-        None, ge=0, description="GPUs each actor reserves, fractions share one; null: a part of each GPU there is."
+    num_gpus: GpuShare | None = Field(
+        None, description="GPUs each actor reserves, fractions share one; null: a part of each GPU there is."
     )
 
 
@@ -135,9 +135,7 @@ class PromptConfig(StrictModel):
     """The actor that embeds prompts, where the model reads text: one for the whole job."""
 
     num_cpus: float = Field(0.2, gt=0, description="CPUs it reserves.")
-    num_gpus: float | None = Field(
-        None, ge=0, description="GPUs it reserves; null: a part of one, where there is one."
-    )
+    num_gpus: GpuShare | None = Field(None, description="GPUs it reserves; null: a part of one, where there is one.")
     cache_bytes: int = Field(1 << 30, ge=1, description="Embeddings it keeps, so that a prompt is computed once.")
 
 

@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 
 from pipeline.codec.codec import Codec, load_codec
+from pipeline.dataflow.lost_device import DeviceFault, device_fault
 from pipeline.dataflow.out_of_memory import out_of_memory
 from pipeline.sample.plan import padded
 
@@ -54,15 +55,17 @@ class Decoder:
         pixels: list[bytes | None],
         reasons: list[str | None],
     ) -> None:
-        """Fill in pixels or reasons for the first `num_real` rows of a batch; one bad row costs only itself."""
+        """Fill in pixels or reasons for the first `num_real` rows of a batch; one bad row costs only itself.
+
+        DeviceFault when the codec fails on known content, too: then no row is to blame.
+        """
         try:
             decoded_NHWC = self.decode([latents[i] or b"" for i in batch], shape)
-        except torch.AcceleratorError:
-            raise  # no fault of a row: only a new process helps
         except (RuntimeError, ValueError) as error:
-            if out_of_memory(error):
-                raise  # no fault of a row either: a smaller batch_size helps
+            if out_of_memory(error) or device_fault(error) is not None:
+                raise  # no fault of a row: a smaller batch_size helps, or a new process
             if num_real == 1:
+                self._check_itself(len(batch), shape)
                 reasons[batch[0]] = "decode_failed"
                 return
             for index in batch[:num_real]:
@@ -71,6 +74,13 @@ class Decoder:
             return
         for index, image_HWC in zip(batch[:num_real], decoded_NHWC, strict=False):
             pixels[index] = image_HWC.tobytes()
+
+    def _check_itself(self, rows: int, shape: tuple[int, ...]) -> None:
+        """DeviceFault unless latents of zeros, the mean of most codecs, can be decoded in this shape."""
+        try:
+            self.decode([bytes(4 * math.prod(shape))] * rows, shape)
+        except Exception as error:
+            raise DeviceFault(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}") from error
 
     @torch.no_grad()
     def decode(self, latents: list[bytes], shape: tuple[int, ...]) -> np.ndarray:

@@ -39,13 +39,19 @@ def run(config: SampleJobConfig) -> JobResult:
     prepared = prepare(config)
     root = _output(config, prepared)
     names = prepared.requests.table["request_id"].to_pylist()
+    anything_open = True
     if root.exists(IDENTITY):
         state = read_state(root)
         plan = planned_requests(state.plan)
         wanted = planned_rows(plan, names)
         ended = read_closing(root, newest_of(root, "sample")) is not None
-        if ended and wanted.count() == len(names) and not wanted - state.covered:
+        anything_open = wanted.count() < len(names) or bool(wanted - state.covered)
+        if ended and not anything_open:
             return _finish(config, prepared, state, wanted, "unchanged", last_run(root).get("run_id"))
+    if anything_open:
+        from pipeline.sample.passes import check_cluster
+
+        check_cluster(config, with_text=prepared.model.text is not None)
     root.probe()
     if not root.exists(IDENTITY):
         claim_identity(root, prepared.identity)

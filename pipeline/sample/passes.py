@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.dataflow.cluster import ensure_ray, shutdown_ray
-from pipeline.dataflow.graph import (
+import pyarrow as pa
+
+from pipeline.dataflow.cluster import device_of, ensure_ray, shutdown_ray
+from pipeline.dataflow.executions import configure_ray_data, whole_blocks
+from pipeline.dataflow.monitor import Watch, start_monitor
+from pipeline.dataflow.passes import Passes
+from pipeline.dataflow.resources import (
     Kind,
-    LedgerSink,
-    UnitSource,
-    Watch,
     actor_pool,
+    check_devices,
+    check_gpus,
     check_nodes,
     check_together,
-    configure_ray_data,
     device_options,
+    map_on_actors,
+    no_gpus,
     node_offers,
-    run_execution,
-    start_monitor,
-    whole_blocks,
 )
-from pipeline.errors import StoppedError
+from pipeline.dataflow.units import LedgerSink, UnitSource
 from pipeline.progress import Progress
 from pipeline.sample.config import SampleJobConfig, StageConfig
+from pipeline.sample.output import IMAGES
 from pipeline.sample.prepare import Prepared, on_device
+from pipeline.sample.provenance import Draw
 from pipeline.sample.stages import (
+    DECODER,
+    DENOISER,
     CommitImages,
     DecodeBlocks,
     DecoderSpec,
@@ -38,12 +43,12 @@ from pipeline.sample.stages import (
 )
 from pipeline.storage import Root
 from pipeline.store.generation import Generation
+from pipeline.store.plan import read_entries, read_plan
 from pipeline.store.rowset import RowSet
+from pipeline.store.schema import REJECTS
 from pipeline.store.state import State, read_state
-from pipeline.store.work import Work, work_of
+from pipeline.store.work import Work
 from pipeline.store.writer import Committer
-
-_log = logging.getLogger(__name__)
 
 READ_CPUS = 0.1
 WRITE_CPUS = 0.1
@@ -51,7 +56,8 @@ WRITE_CPUS = 0.1
 DENOISE_GPU, DECODE_GPU, PROMPTS_GPU = 0.6, 0.25, 0.15
 DECODE_CPUS = 0.3
 _TASK_RETRIES = 2
-_PATIENCE = 3
+# Passes in which workers died and nothing got done, before the job stops (exit code 75).
+_CRASH_LIMIT = 5
 
 
 @dataclass(frozen=True)
@@ -67,18 +73,28 @@ class Resources:
     prompts_gpus: float
 
 
+def check_cluster(config: SampleJobConfig, *, with_text: bool) -> None:
+    """Everything about the cluster that would make the job fail or wait for ever, before anything is written."""
+    ensure_ray(config.cluster)
+    r = _resources(config, with_text=with_text)
+    if r.denoise_gpus or r.decode_gpus or r.prompts_gpus:
+        check_devices(config.cluster)
+
+
 def run_passes(
     config: SampleJobConfig, prepared: Prepared, root: Root, generation: Generation, wanted: RowSet
 ) -> None:
     """Settle every wanted row; StoppedError when workers die without any progress."""
     ensure_ray(config.cluster)
     try:
-        _Passes(config, prepared, root, generation, wanted).run()
+        _Sampling(config, prepared, root, generation, wanted).run()
     finally:
         shutdown_ray()
 
 
-class _Passes:
+class _Sampling:
+    """What is the sample job's own of its passes: the stages, and what is left to do."""
+
     def __init__(
         self, config: SampleJobConfig, prepared: Prepared, root: Root, generation: Generation, wanted: RowSet
     ) -> None:
@@ -100,74 +116,93 @@ class _Passes:
         text, gpus = self.prepared.model.text, self.resources.prompts_gpus
         if text is None:
             return None
-        draw = on_device(self.prepared.draw, "cuda" if gpus else "cpu")
+        draw = self._draw(gpus)
         actor = ray.remote(EmbedPrompts).options(
             num_cpus=self.config.prompts.num_cpus,
             max_restarts=-1,
             max_task_retries=_TASK_RETRIES,
             **device_options(gpus),
         )
-        return actor.remote(text, draw, self.config.prompts.cache_bytes)
+        return actor.remote(text, draw, self.config.prompts.cache_bytes, self.monitor)
+
+    def _draw(self, num_gpus: float) -> Draw:
+        """The draw of a stage whose actors reserve so many GPUs; a rehearsal computes as they would, on CPUs."""
+        on_gpu = on_device(self.prepared.draw, "cuda" if num_gpus else "cpu")
+        return replace(on_gpu, device=device_of(self.config.cluster, num_gpus))
 
     def run(self) -> None:
-        state = read_state(self.root)
-        gaps = self.wanted - state.covered
+        """Executions until every wanted request is settled; StoppedError when workers die without any progress."""
+        state, _ = self._look()
         done = (self.wanted & state.covered).count()
         progress = Progress("sample", self.wanted.count(), start=done)
+        passes = Passes(
+            monitor=self.monitor,
+            generation=self.generation,
+            look=self._look,
+            execute=self._execute,
+            quarantine=self._quarantine,
+            actors={DENOISER: self.resources.denoise_actors, DECODER: self.resources.decode_actors},
+            units_per_execution=self.config.units_per_execution,
+            crash_limit=_CRASH_LIMIT,
+            doing="Sampling",
+        )
         with Watch(
             self.monitor, progress, done, lambda totals, elapsed_s: {}, lambda totals: self.generation.check()
         ):
-            stalled = 0
-            while gaps:
-                failures = [
-                    f for work in work_of(gaps, self.config.units_per_execution) if (f := self._once(work, state))
-                ]
-                self.generation.check()
-                state = read_state(self.root)
-                left = self.wanted - state.covered
-                stalled = stalled + 1 if left == gaps else 0
-                gaps = left
-                if stalled >= _PATIENCE:
-                    raise StoppedError(
-                        f"Workers died {stalled} times without progress; {gaps.count():,} requests are left",
-                        next_step="see the error above; the same command goes on with what is left",
-                    ) from (failures[-1] if failures else None)
+            passes.run()
             progress.update(self.wanted.count())
 
-    def _once(self, work: list[Work], state: State) -> Exception | None:
-        error = run_execution(lambda: self._execute(work, state))
-        if error is not None:
-            _log.warning("workers died, going on with what is left: %s", str(error).splitlines()[0])
-        return error
+    def _look(self) -> tuple[State, RowSet]:
+        """The state now, and which of the wanted requests are open."""
+        state = read_state(self.root)
+        return state, self.wanted - state.covered
 
-    def _execute(self, work: list[Work], state: State) -> None:
+    def _quarantine(self, rows: list[tuple[int, int]]) -> None:
+        plan = read_plan(self.root)
+        names = {
+            (e.unit, e.first_row): e.key
+            for unit in {u for u, _ in rows}
+            for e in read_entries(self.root, plan.locate(unit))
+        }
+        values = [
+            {
+                "unit": unit,
+                "row": row,
+                "uri": "",
+                "key": names[unit, row],
+                "outcome": "rejected",
+                "reason": "quarantined",
+                "message": "a process of the job died on this request, alone, again and again",
+            }
+            for unit, row in rows
+        ]
+        self.committer.commit(IMAGES.empty_table(), pa.Table.from_pylist(values, schema=REJECTS), {})
+
+    def _execute(self, work: list[Work], state: State, batch_rows: int | None) -> None:
         import ray.data
 
         config, prepared, r = self.config, self.prepared, self.resources
-        draw = on_device(prepared.draw, "cuda" if r.denoise_gpus else "cpu")
-        decoding = on_device(prepared.draw, "cuda" if r.decode_gpus else "cpu")
+        draw, decoding = self._draw(r.denoise_gpus), self._draw(r.decode_gpus)
         reader = RequestReader(self.root, {w.unit: state.plan.locate(w.unit) for w in work})
         dataset = ray.data.read_datasource(
             UnitSource("ReadRequests", work, reader.of, len(work)),
             num_cpus=READ_CPUS,
             override_num_blocks=len(work),
         )
-        dataset = dataset.map_batches(
+        dataset = map_on_actors(
+            dataset,
             DenoiseBlocks,
-            fn_constructor_args=(
-                DenoiserSpec(prepared.model.uri, prepared.model.ema, draw, self.embedder),
-                self.monitor,
-            ),
+            (DenoiserSpec(prepared.model.uri, prepared.model.ema, draw, self.embedder), self.monitor),
             num_cpus=r.denoise_cpus,
-            **actor_pool(r.denoise_actors, _TASK_RETRIES, num_gpus=r.denoise_gpus),
+            **actor_pool(r.denoise_actors, _TASK_RETRIES, batch_rows, num_gpus=r.denoise_gpus),
         )
-        dataset = dataset.map_batches(
+        codec = DecoderSpec(prepared.codec_path, prepared.codec_kind, prepared.model.codec_revision, decoding)
+        dataset = map_on_actors(
+            dataset,
             DecodeBlocks,
-            fn_constructor_args=(
-                DecoderSpec(prepared.codec_path, prepared.codec_kind, prepared.model.codec_revision, decoding),
-            ),
+            (codec, self.monitor),
             num_cpus=r.decode_cpus,
-            **actor_pool(r.decode_actors, _TASK_RETRIES, num_gpus=r.decode_gpus),
+            **actor_pool(r.decode_actors, _TASK_RETRIES, batch_rows, num_gpus=r.decode_gpus),
         )
         dataset = dataset.map_batches(
             EncodeImages(draw, prepared.origin, self.root if config.output.format == "files" else None),
@@ -202,6 +237,8 @@ def _resources(config: SampleJobConfig, *, with_text: bool) -> Resources:
         Kind("the actor that embeds prompts (prompts.num_cpus, prompts.num_gpus)", prompts_cpus, prompts_gpus),
         Kind("an encode task (write.encoder_cpus)", config.write.encoder_cpus),
     ]
+    if config.cluster.device == "cuda" and not gpus:
+        raise no_gpus(config.cluster)
     check_nodes(kinds, node_offers(), "denoise")
     denoisers, decoders = f"{denoise_actors} denoise actors", f"{decode_actors} decode actors"
     check_together(
@@ -217,6 +254,8 @@ def _resources(config: SampleJobConfig, *, with_text: bool) -> Resources:
         "denoise.num_gpus",
         "GPU",
     )
+    counts = (denoise_actors, decode_actors, int(with_text))
+    check_gpus(list(zip(kinds, counts, strict=False)), node_offers(), "denoise.num_gpus")
     return Resources(
         denoise_actors, denoise_cpus, denoise_gpus, decode_actors, decode_cpus, decode_gpus, prompts_gpus
     )

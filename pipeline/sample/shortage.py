@@ -44,7 +44,7 @@ def _shortage_named(what: str, **told: Any) -> Iterator[None]:
     except Exception as error:
         if not _is_shortage(error):
             raise
-        raise ConfigError(f"{what}: {_told(error)}", **told) from None
+        raise ConfigError(f"{what}: {_told(error)}", **told) from error
 
 
 def _is_shortage(error: Exception) -> bool:

@@ -6,13 +6,13 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dataflow.graph import answer, held
 from pipeline.dataflow.lost_device import ends_with_its_device
+from pipeline.dataflow.stage import Reports, answer, held
 from pipeline.sample.output import IMAGES, encode_rows
 from pipeline.sample.plan import PLAN_SCHEMA
 from pipeline.sample.provenance import Draw, Origin
@@ -25,7 +25,8 @@ from pipeline.store.schema import REJECTS
 from pipeline.store.work import Work
 from pipeline.store.writer import Committer
 
-T = TypeVar("T")
+# The stages, as the monitor knows them.
+DENOISER, DECODER, EMBEDDER = "denoiser", "decoder", "embedder of prompts"
 _OUTCOME = [field for field in REJECTS if field.name not in IMAGES.names]
 
 # What encoding tasks yield: an image where `outcome` is "stored", else a reject.
@@ -62,24 +63,28 @@ class RequestReader:
 class EmbedPrompts:
     """An actor that all denoisers ask: prompts in, their embeddings out, each distinct one computed once."""
 
-    def __init__(self, spec: TextSpec, draw: Draw, cache_bytes: int) -> None:
+    def __init__(self, spec: TextSpec, draw: Draw, cache_bytes: int, monitor: Any) -> None:
         from pipeline.sample.denoise import use_threads
         from pipeline.sample.prompts import PromptEmbedder
 
         use_threads(draw.threads)
-        self._draw = draw
-        self._embedder = _loaded(
-            draw, lambda: PromptEmbedder(spec, device=draw.device, cache_bytes=cache_bytes), "Loading text encoders"
-        )
+        self._draw, self._reports = draw, Reports(monitor, EMBEDDER)
+
+        def load() -> Any:
+            with networks_fit(draw, "Loading text encoders"):
+                return PromptEmbedder(spec, device=draw.device, cache_bytes=cache_bytes)
+
+        self._embedder = held(load, EMBEDDER)
 
     def embed(self, prompts: list[str]) -> Any:
         """{prompt: Embedding}."""
-        with ends_with_its_device("embedder of prompts"), networks_fit(self._draw, "Embedding prompts"):
+        fits = networks_fit(self._draw, "Embedding prompts")
+        with ends_with_its_device(EMBEDDER, self._reports.fault), fits:
             return self._embedder()(prompts)
 
     def embedded(self) -> int:
         """How many prompts went through the encoders so far."""
-        return self._embedder().embedded
+        return int(self._embedder().embedded)
 
 
 @dataclass(frozen=True)
@@ -99,18 +104,20 @@ class DenoiseBlocks:
         from pipeline.sample.denoise import Denoiser, use_threads
 
         use_threads(spec.draw.threads)
-        self._monitor, self._draw = monitor, spec.draw
+        self._reports, self._draw = Reports(monitor, DENOISER), spec.draw
         embed = None if spec.embedder is None else lambda prompts: answer(spec.embedder.embed.remote(list(prompts)))
-        self._denoiser = _loaded(
-            spec.draw,
-            lambda: Denoiser.load(spec.model_uri, spec.draw, ema=spec.ema, embed=embed),
-            "Loading the model",
-        )
+
+        def load() -> Any:
+            with networks_fit(spec.draw, "Loading the model"):
+                return Denoiser.load(spec.model_uri, spec.draw, ema=spec.ema, embed=embed)
+
+        self._denoiser = self._reports.load(load)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         denoiser = self._denoiser()
-        with ends_with_its_device("denoiser"), batch_fits(self._draw, "Denoising"):
-            return denoiser(block, on_batch=lambda rows: self._monitor.add.remote({"rows": rows}))
+        with self._reports.busy(block), batch_fits(self._draw, "Denoising"):
+            table: pa.Table = denoiser(block, on_batch=lambda rows: self._reports.add({"rows": rows}))
+        return table
 
 
 @dataclass(frozen=True)
@@ -126,39 +133,31 @@ class DecoderSpec:
 class DecodeBlocks:
     """An actor: a block with raw latents in, the same with pixels (or a reason) out."""
 
-    def __init__(self, spec: DecoderSpec) -> None:
+    def __init__(self, spec: DecoderSpec, monitor: Any) -> None:
         from pipeline.sample.decode import Decoder
         from pipeline.sample.denoise import use_threads
 
         use_threads(spec.draw.threads)
-        self._draw = spec.draw
-        self._decoder = _loaded(
-            spec.draw,
-            lambda: Decoder(
-                spec.codec_path,
-                kind=spec.codec_kind,
-                revision=spec.codec_revision,
-                batch_size=spec.draw.batch_size,
-                device=spec.draw.device,
-                dtype=spec.draw.dtype,
-            ),
-            "Loading the codec",
-        )
+        self._reports, self._draw = Reports(monitor, DECODER), spec.draw
+
+        def load() -> Any:
+            with networks_fit(spec.draw, "Loading the codec"):
+                return Decoder(
+                    spec.codec_path,
+                    kind=spec.codec_kind,
+                    revision=spec.codec_revision,
+                    batch_size=spec.draw.batch_size,
+                    device=spec.draw.device,
+                    dtype=spec.draw.dtype,
+                )
+
+        self._decoder = self._reports.load(load)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         decoder = self._decoder()
-        with ends_with_its_device("decoder"), batch_fits(self._draw, "Decoding"):
-            return decoder(block)
-
-
-def _loaded(draw: Draw, load: Callable[[], T], doing: str) -> Callable[[], T]:
-    """`held`, where a lack of memory is an error that has a meaning, too."""
-
-    def guarded() -> T:
-        with networks_fit(draw, doing):
-            return load()
-
-    return held(guarded)
+        with self._reports.busy(block), batch_fits(self._draw, "Decoding"):
+            table: pa.Table = decoder(block)
+        return table
 
 
 @dataclass(frozen=True)

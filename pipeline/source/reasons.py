@@ -55,6 +55,8 @@ class Reason(StrEnum):
         return self in _RETRYABLE
 
 
+# Of decoded images, on which the codec failed or its process died: the source is rarely to blame.
+ENCODING = frozenset((Reason.ENCODE_FAILED, Reason.BAD_LATENT, Reason.QUARANTINED))
 _FILTERS = frozenset(
     (
         Reason.ROW_FILTER,

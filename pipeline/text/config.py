@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pipeline.config import StrictModel
+from pipeline.dataflow.cluster import ClusterConfig
 from pipeline.store.config import DataConfig
 from pipeline.tracking.config import TrackingConfig
 
@@ -68,7 +69,11 @@ class EmbedTextJobConfig(StrictModel):
     encoders: tuple[TextEncoderConfig, ...] = Field(..., min_length=1, description="The encoders, side by side.")
     output: TextOutputConfig = Field(TextOutputConfig(), description="Where embeddings go.")
     embed: EmbedConfig = Field(EmbedConfig(), description="How the work is cut.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="auto takes a GPU when there is one: of the cluster at RAY_ADDRESS, else of this machine.",
+    )
+    cluster: ClusterConfig = Field(ClusterConfig(), description="The Ray cluster, where RAY_ADDRESS names one.")
     threads: int | None = Field(None, ge=1, description="CPU threads; default all cores. Not part of the identity.")
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow tracking.")
 

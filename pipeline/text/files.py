@@ -68,7 +68,7 @@ class EncoderFiles:
 
 def encoder_files(encoder: TextEncoderConfig) -> EncoderFiles:
     """Find, check and hash an encoder; InputError or ConfigError says what is wrong with which key."""
-    base = _directory(encoder)
+    base = _directory(encoder).absolute()  # who loads it may run in another directory
     model_dir, tokenizer_dir = base / encoder.subfolder, base / encoder.tokenizer_subfolder
     config = _read_config(model_dir, encoder)
     kind = config.get("model_type")

@@ -11,10 +11,14 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import config_digest, dump_yaml
+from pipeline.dataflow.beside_gpu import own_device, reserved_function, reserved_gpu
 from pipeline.errors import PipelineError
 from pipeline.progress import Progress
 from pipeline.result import JobResult
@@ -32,6 +36,9 @@ from pipeline.text.config import EmbedTextJobConfig, TextEncoderConfig
 from pipeline.text.files import EncoderFiles, encoder_files
 from pipeline.tracking.ending import ended_by_outcome
 from pipeline.tracking.tracker import Tracker, open_tracker
+
+if TYPE_CHECKING:
+    from pipeline.text.embed import Encode
 
 _log = logging.getLogger(__name__)
 
@@ -154,21 +161,15 @@ def _embed(task: _Task, generation: Generation, state: State) -> JobResult:
 
 
 def _fill_gaps(task: _Task, generation: Generation, state: State) -> dict[str, int]:
-    import torch
-
     from pipeline.text.embed import embed_gaps
-    from pipeline.text.encoder import load_encoder
 
-    config, encoder = task.config, task.encoder
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load_encoder(task.files, encoder, batch_size=config.embed.batch_size, device=device)
+    encoder = task.encoder
     totals = dict.fromkeys(("embedded", "tokens", "truncated"), 0)
     start = state.num_stored
-    with Progress(f"embed {encoder.name}", start + state.gaps().count(), "captions", start=start) as progress:
+    with (
+        Progress(f"embed {encoder.name}", start + state.gaps().count(), "captions", start=start) as progress,
+        _loaded(task) as encode,
+    ):
 
         def on_unit(captions: int, tokens: int, truncated: int) -> None:
             for name, value in zip(totals, (captions, tokens, truncated), strict=True):
@@ -179,12 +180,36 @@ def _fill_gaps(task: _Task, generation: Generation, state: State) -> dict[str, i
             task.root,
             generation,
             state,
-            loaded.encode,
+            encode,
             embedding_dtype=encoder.embedding_dtype,
-            row_group_bytes=config.embed.row_group_bytes,
+            row_group_bytes=task.config.embed.row_group_bytes,
             on_unit=on_unit,
         )
     return totals
+
+
+@contextmanager
+def _loaded(task: _Task) -> Iterator[Encode]:
+    """What encodes captions: in this process, or in one beside a GPU of the cluster, where it has any."""
+    config = task.config
+    with reserved_gpu(config.device, config.cluster) as device:
+        make = partial(_load, task.files, task.encoder, config.embed.batch_size, config.threads)
+        if device is None:
+            yield make(own_device(config.device, config.cluster))
+        else:
+            yield reserved_function(partial(make, device))
+
+
+def _load(
+    files: EncoderFiles, encoder: TextEncoderConfig, batch_size: int, threads: int | None, device: str
+) -> Encode:
+    import torch
+
+    from pipeline.text.encoder import load_encoder
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return load_encoder(files, encoder, batch_size=batch_size, device=device).encode
 
 
 def _open_run(task: _Task, generation: Generation) -> Tracker:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import re
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.errors import InputError
@@ -37,12 +38,13 @@ class Begun:
     inputs: str | None
 
 
-def begin_or_go_on(config: TrainJobConfig, root: Root) -> Begun:
+def begin_or_go_on(config: TrainJobConfig, root: Root, before_writing: Callable[[], None] = lambda: None) -> Begun:
     """The datasets as the newest checkpoint of the run at `root` knows them, else as they are now, and kept so.
 
-    Raises what `look` raises; nothing is written before the handshake has passed.
+    Raises what `look` and `before_writing` raise; nothing is written before the handshake has passed.
     """
     begun = look(config, root)
+    before_writing()
     root.probe()
     name = begun.inputs or secrets.token_hex(8)
     pins = _pins(root, name)

@@ -91,7 +91,11 @@ class TrainConfig(StrictModel):
     min_workers: int | None = Field(
         None, ge=1, description="Elastic: go on with as few as these when nodes are lost; null: exactly num_workers."
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda when the cluster has GPUs.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="cuda: each worker reserves a GPU; cpu: none does; auto: cuda when the cluster has GPUs, which "
+        "must suffice. What reserved GPUs compute on: cluster.device.",
+    )
     cpus_per_worker: float = Field(1, gt=0, description="CPUs reserved for, and used by, each worker.")
     strategy: Literal["ddp", "fsdp2"] = Field(
         "ddp", description="ddp: a whole model per worker; fsdp2: weights and optimiser sharded."

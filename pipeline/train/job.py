@@ -19,7 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.config import config_digest, dump_yaml
-from pipeline.dataflow.cluster import WORKER_ENV, Gauges, ensure_ray
+from pipeline.dataflow.cluster import WORKER_ENV, Gauges, device_of, ensure_ray
 from pipeline.errors import InputError, PipelineError, StoppedError
 from pipeline.progress import Progress
 from pipeline.result import JobResult
@@ -56,7 +56,7 @@ def run(config: TrainJobConfig) -> JobResult:
         return finished
     from pipeline.train.beginnings import begin_or_go_on  # reads Parquet, which a finished run does not
 
-    begun = begin_or_go_on(config, root)
+    begun = begin_or_go_on(config, root, before_writing=lambda: _check_cluster(config))
     tracker = _open_run(config, root, begun.datasets)
     with ended_by_outcome(tracker):
         generation = claim_generation(root, {"config": config_digest(config), "time": time.time()})
@@ -213,10 +213,10 @@ def _fit(config: TrainJobConfig, root: Root, generation: int, handle: str | None
         # Ray installs a handler of its own that ends the process; ours asks the workers for a checkpoint.
         with _sigterm(stop), _watching(config, root, generation, stop):
             from ray.train import FailureConfig, RunConfig, ScalingConfig
-            from ray.train.torch import TorchTrainer
+            from ray.train.torch import TorchConfig, TorchTrainer
 
-            use_gpu = _use_gpu(config, ray)
-            t = config.train
+            t, gpus = config.train, _worker_gpus(config, ray)
+            device = device_of(config.cluster, gpus)
             cpus = {**WORKER_ENV, "OMP_NUM_THREADS": str(max(1, int(t.cpus_per_worker)))}
             trainer = TorchTrainer(
                 _train_on_ray,
@@ -226,11 +226,14 @@ def _fit(config: TrainJobConfig, root: Root, generation: int, handle: str | None
                     "tracking_handle": handle,
                     "facts": asdict(begun.facts),
                     "inputs": begun.inputs,
+                    "device": device,
                 },
+                # Ray's own choice is NCCL wherever GPUs are reserved.
+                torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo"),
                 scaling_config=ScalingConfig(
                     num_workers=t.num_workers if t.min_workers is None else (t.min_workers, t.num_workers),
-                    use_gpu=use_gpu,
-                    resources_per_worker={"CPU": t.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+                    use_gpu=gpus > 0,
+                    resources_per_worker={"CPU": t.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
                 ),
                 run_config=RunConfig(
                     name=f"train-{generation}",
@@ -267,7 +270,7 @@ def _train_on_ray(payload: dict[str, Any]) -> dict[str, Any]:
     token = world.broadcast_json(secrets.token_hex(8))
     scratch = Path(tempfile.gettempdir()) / f"latentloom-train-{token}"
     place = Place(
-        device=str(ray.train.torch.get_device()),
+        device=str(ray.train.torch.get_device()) if payload["device"] == "cuda" else "cpu",
         generation=generation,
         tracking_handle=payload["tracking_handle"],
         facts=Facts.from_json(payload["facts"]),
@@ -289,10 +292,32 @@ def _train_on_ray(payload: dict[str, Any]) -> dict[str, Any]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _use_gpu(config: TrainJobConfig, ray: Any) -> bool:
-    if config.train.device != "auto":
-        return config.train.device == "cuda"
-    return float(ray.cluster_resources().get("GPU", 0)) >= config.train.num_workers
+def _worker_gpus(config: TrainJobConfig, ray: Any) -> int:
+    """GPUs that each worker reserves. `auto` never means a CPU where there are GPUs: too few of them are refused."""
+    if config.train.device == "cpu":
+        return 0
+    if config.train.device == "cuda" or config.cluster.device == "cuda":
+        return 1
+    return 1 if float(ray.cluster_resources().get("GPU", 0)) else 0
+
+
+def _check_cluster(config: TrainJobConfig) -> None:
+    """ConfigError unless the fewest workers that the run may have find room at once, on GPUs that compute.
+
+    Ray would look for room for ever.
+    """
+    ray = ensure_ray(config.cluster)
+    from pipeline.dataflow.resources import Kind, check_devices, check_gpus, check_nodes, check_together, node_offers
+
+    t, gpus = config.train, _worker_gpus(config, ray)
+    workers = t.world_sizes[0]
+    kind = Kind("a training worker (train.cpus_per_worker, train.device)", t.cpus_per_worker, gpus)
+    check_nodes([kind], node_offers(), "train")
+    check_together({f"{workers} workers": workers * t.cpus_per_worker}, "train.num_workers")
+    if gpus:
+        check_together({f"{workers} workers": workers * float(gpus)}, "train.num_workers", "GPU")
+        check_gpus([(kind, workers)], node_offers(), "train.num_workers")
+        check_devices(config.cluster)
 
 
 def _ray_storage(root: Root) -> str:

@@ -62,11 +62,15 @@ class World:
         self.resumed: list[str | None] = []
         self.images.mkdir()
         monkeypatch.setattr(job, "_check", lambda c: (Root(c.output.uri), None, list_entries(c.source)))
-        monkeypatch.setattr(job, "_identity", lambda config, info: IDENTITY)
+        monkeypatch.setattr(job, "_identity", lambda config, info, rehearsal: IDENTITY)
         monkeypatch.setattr(job, "open_tracker", self.open_tracker)
         for module in (job, dedup):
             monkeypatch.setattr(module, "claim_next", partial(claim_next, patience_s=0.0))
-        monkeypatch.setitem(sys.modules, "pipeline.encode.passes", SimpleNamespace(run_passes=self.run_passes))
+        monkeypatch.setitem(
+            sys.modules,
+            "pipeline.encode.passes",
+            SimpleNamespace(run_passes=self.run_passes, check_cluster=lambda config: None),
+        )
 
     def write(self, **files: str) -> None:
         for name, content in files.items():

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from pipeline.codec.info import CodecInfo
+from pipeline.dataflow.lost_device import DeviceFault, device_fault
 from pipeline.encode.decoding import Decoder, items_of, pixels_table
 from pipeline.encode.device import DeviceQueue, Latents
 from pipeline.encode.encoder import Encoder, Usage
@@ -116,6 +117,51 @@ def test_a_poison_image_is_rejected_and_its_batch_mates_are_kept() -> None:
     (bad,) = [r for r in table.to_pylist() if r["outcome"] == "rejected"]
     assert (bad["row"], bad["reason"], bad["uri"]) == (2, "encode_failed", "mem/2.png")
     assert "planted" in bad["message"]
+
+
+class Failing(Blocks):
+    """A codec that works for so many calls, and fails in some way on every image from then on."""
+
+    def __init__(self, error: Exception | None, calls: int = 0) -> None:
+        super().__init__()
+        self.error, self.calls = error, calls
+
+    def encode(self, images_NHWC: torch.Tensor, **options: Any) -> torch.Tensor:
+        self.calls -= 1
+        if self.calls >= 0:
+            return super().encode(images_NHWC, **options)
+        if self.error is not None:
+            raise self.error
+        return torch.full_like(super().encode(images_NHWC, **options), float("nan"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("planted: nobody has ever seen this wording"),
+        ValueError("planted: of no kind that is known"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        None,  # no error, and nothing but NaN
+    ],
+)
+def test_a_codec_that_fails_on_known_content_blames_no_image(error: Exception | None) -> None:
+    machine = encoder(Failing(error, calls=1))
+    assert len(stored(machine.encode([item(r) for r in range(4)]))) == 4
+    with pytest.raises(Exception) as caught:
+        machine.encode([item(r) for r in range(4)])
+    assert device_fault(caught.value) is not None
+    assert machine.usage.rejected == 0
+
+
+def test_latents_that_no_image_can_have_in_the_stored_type_are_a_wrong_configuration() -> None:
+    class Wide(Blocks):
+        def encode(self, images_NHWC: torch.Tensor, **options: Any) -> torch.Tensor:
+            return super().encode(images_NHWC, **options) * 0 + 1e6
+
+    with pytest.raises(ConfigError, match=r"float16 cannot hold[\s\S]*encode\.latent_dtype=bfloat16"):
+        encoder(Wide()).encode([item(0)])
+    assert len(stored(encoder(Wide(), dtype="bfloat16").encode([item(0)]))) == 1
 
 
 def test_memory_that_runs_out_halves_the_batch_and_goes_on() -> None:
@@ -275,7 +321,7 @@ def test_a_table_that_waits_for_company_hears_of_a_failed_device(
     def encode(items: Iterable[Item]) -> None:
         try:
             machine.encode(items)
-        except RuntimeError as error:
+        except DeviceFault as error:
             errors.append(error)
 
     waiting = threading.Thread(target=encode, args=[few()], daemon=True)
@@ -285,7 +331,7 @@ def test_a_table_that_waits_for_company_hears_of_a_failed_device(
     other.start()
     waiting.join(10)
     other.join(10)
-    assert [str(error) for error in errors] == ["planted: the device is gone"] * 2
+    assert [str(error) for error in errors] == ["RuntimeError: planted: the device is gone"] * 2
 
 
 def test_items_that_cannot_be_read_end_their_own_table_alone() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,12 +18,13 @@ from pipeline.codec.config import CodecConfig
 from pipeline.encode.blocks import raw_table
 from pipeline.encode.decoding import pixels_table
 from pipeline.encode.stages import DecodeBlocks, EncodeBlocks, EncoderSpec
-from pipeline.errors import ConfigError, InputError
+from pipeline.errors import InputError, PipelineError
 from pipeline.source.config import ImageConfig
 from pipeline.source.reasons import Reason
 from pipeline.source.rows import EndOfUnit, SourceRow
 from tests.support.images import make_codec
 from tests.support.jobs import environment
+from tests.support.monitor import LocalMonitor
 
 
 def test_processes_that_read_and_write_start_without_torch() -> None:
@@ -31,21 +33,6 @@ def test_processes_that_read_and_write_start_without_torch() -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
-
-
-class Monitor:
-    """Stands in for the monitor actor; notes who is busy with which rows."""
-
-    def __init__(self) -> None:
-        self.open: dict[str, list[tuple[int, int, int]]] = {}
-        self.begun: list[list[tuple[int, int, int]]] = []
-        self.begin = SimpleNamespace(remote=self._begin)
-        self.end = SimpleNamespace(remote=self.open.pop)
-        self.add = SimpleNamespace(remote=lambda amounts: None)
-
-    def _begin(self, name: str, ranges: list[tuple[int, int, int]]) -> None:
-        self.open[name] = ranges
-        self.begun.append(ranges)
 
 
 def block() -> pa.Table:
@@ -60,10 +47,10 @@ def spec(codec: Path) -> EncoderSpec:
         source_uri="mem",
         latent_dtype="float16",
         batch_size=2,
-        max_area=1024,
         decode_threads=1,
         threads=1,
         device="cpu",
+        largest=(32, 32),
         decoded=False,
         calls=1,
     )
@@ -73,7 +60,7 @@ def test_a_codec_that_does_not_load_is_told_by_the_first_call(tmp_path: Path) ->
     codec = make_codec(tmp_path / "codec")
     config = json.loads((codec / "config.json").read_text())
     (codec / "config.json").write_text(json.dumps({**config, "latent_channels": 8}))
-    encode = EncodeBlocks(spec(codec), Monitor())
+    encode = EncodeBlocks(spec(codec), LocalMonitor())
     for _ in range(2):
         with pytest.raises(InputError, match="codec") as caught:
             encode(block())
@@ -81,18 +68,36 @@ def test_a_codec_that_does_not_load_is_told_by_the_first_call(tmp_path: Path) ->
         assert caught.value.key == "codec.path"
 
 
-def test_a_codec_that_does_not_fit_is_told_by_the_first_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("planted: out of memory"), "The codec does not fit the memory"),
+        (RuntimeError("No CUDA GPUs are available"), "Starting the encoder failed on its device: .*No CUDA GPUs"),
+    ],
+)
+def test_a_codec_that_does_not_start_on_this_device_is_told_to_the_monitor_and_ends_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_ray: None, error: Exception, told: str
+) -> None:
+    """Others may start on other devices: none of it ends the job."""
+
     def load_codec(*_: Any, **__: Any) -> Any:
-        raise torch.OutOfMemoryError("planted: out of memory")
+        raise error
 
     monkeypatch.setattr("pipeline.codec.codec.load_codec", load_codec)
-    encode = EncodeBlocks(spec(tmp_path), Monitor())
-    with pytest.raises(ConfigError, match="The codec does not fit the memory"):
-        encode(block())
+    monitor = LocalMonitor(encoder=2)
+    for _ in range(2):
+        with pytest.raises(PipelineError, match=told):
+            EncodeBlocks(spec(tmp_path), monitor)
+        assert monitor.state.totals() == ({}, None)
+    with pytest.raises(PipelineError, match=told):
+        EncodeBlocks(spec(tmp_path), monitor)
+    _totals, hopeless = monitor.state.totals()  # both have tried, and one more
+    assert hopeless is not None
+    assert re.search(told, hopeless.what)
 
 
-def test_a_device_that_failed_ends_its_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_device_that_failed_ends_its_process_and_blames_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], local_ray: None
 ) -> None:
     class Ended(BaseException):
         pass
@@ -107,28 +112,29 @@ def test_a_device_that_failed_ends_its_process(
         return lambda: SimpleNamespace(encode=encode)
 
     monkeypatch.setattr("pipeline.dataflow.lost_device.os._exit", end)
-    monitor = Monitor()
+    monitor = LocalMonitor()
     encode = EncodeBlocks(spec(make_codec(tmp_path / "codec")), monitor)
     encode._encoder = fail(torch.AcceleratorError("planted: an illegal memory access"))
     with pytest.raises(Ended):
         encode(block())
     assert "planted: an illegal memory access" in capsys.readouterr().err
-    assert list(monitor.open.values()) == [[(7, 3, 4)]]  # the search for what kills encoders sees it
+    assert monitor.state.deaths() == ([], ["AcceleratorError: planted: an illegal memory access"])
     encode._encoder = fail(ValueError("planted: a mistake"))
     with pytest.raises(ValueError, match="planted: a mistake"):
         encode(block())
+    assert monitor.state.deaths() == ([[(7, 3, 4)]], [])
 
 
 def test_a_decode_task_says_which_rows_it_is_busy_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monitor = Monitor()
+    monitor = LocalMonitor()
     seen = []
 
     def look(items: Any) -> pa.Table:
-        seen.append(list(monitor.open.values()))
+        seen.append(list(monitor.state._open.values()))
         return pixels_table(items)
 
     monkeypatch.setattr("pipeline.encode.stages.pixels_table", look)
     table = DecodeBlocks(ImageConfig(resolution=32), "mem", 1, monitor)(block())
     assert table["outcome"].to_pylist() == ["rejected", "end"]
     assert seen == [[[(7, 3, 4)]]]  # what a process that dies now leaves open
-    assert monitor.open == {}
+    assert monitor.state.deaths() == ([], [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config import validate
+from pipeline.dataflow.lost_device import DeviceFault
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.sample.config import SampleJobConfig
 from pipeline.sample.decode import Decoder
@@ -254,8 +256,18 @@ def test_an_image_that_can_no_longer_be_drawn_is_told(
     prepared: Prepared, denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, _ = finished(prepared, denoiser(extend_plan(None, prepared.requests.table, 64)))
-    monkeypatch.setattr(Decoder, "decode", lambda *_: (_ for _ in ()).throw(RuntimeError("gone")))
+
+    def gone(self: Decoder, latents: list[bytes], shape: tuple[int, ...], known: bool = True) -> np.ndarray:
+        if known and not any(map(any, latents)):
+            return np.zeros((len(latents), 16, 24, 3), np.uint8)
+        raise RuntimeError("gone")
+
+    monkeypatch.setattr(Decoder, "decode", gone)
     with pytest.raises(InputError, match="cannot be drawn again: the codec failed"):
+        regenerate(rows["image"][0].as_py())
+    # A codec that decodes nothing any more says nothing about the image.
+    monkeypatch.setattr(Decoder, "decode", partialmethod(gone, known=False))
+    with pytest.raises(DeviceFault, match="gone"):
         regenerate(rows["image"][0].as_py())
 
 

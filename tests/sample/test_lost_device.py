@@ -11,12 +11,13 @@ import pytest
 import ray
 import torch
 
-from pipeline.dataflow.graph import run_execution
+from pipeline.dataflow.executions import run_execution
 from pipeline.dataflow.lost_device import DEVICE_GONE
 from pipeline.sample import decode, denoise, prompts
 from pipeline.sample.stages import DecodeBlocks, DecoderSpec, DenoiseBlocks, DenoiserSpec, EmbedPrompts
 from tests.sample.test_shortage import latents
 from tests.support.draws import DRAW
+from tests.support.monitor import LocalMonitor
 
 
 class Ended(BaseException):
@@ -24,7 +25,7 @@ class Ended(BaseException):
 
 
 @pytest.fixture
-def ending(monkeypatch: pytest.MonkeyPatch) -> None:
+def ending(monkeypatch: pytest.MonkeyPatch, local_ray: None) -> None:
     def end(status: int) -> None:
         raise Ended(status)
 
@@ -33,17 +34,17 @@ def ending(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def decoder(patch: pytest.MonkeyPatch, work: Callable[..., Any]) -> Callable[[], Any]:
     patch.setattr(decode, "load_codec", lambda *_, **__: SimpleNamespace(decode=work))
-    return lambda: DecodeBlocks(DecoderSpec("nowhere", "auto", None, DRAW))(latents())
+    return lambda: DecodeBlocks(DecoderSpec("nowhere", "auto", None, DRAW), LocalMonitor())(latents())
 
 
 def denoiser(patch: pytest.MonkeyPatch, work: Callable[..., Any]) -> Callable[[], Any]:
     patch.setattr(denoise.Denoiser, "load", lambda *_, **__: work)
-    return lambda: DenoiseBlocks(DenoiserSpec("nowhere", None, DRAW), monitor=None)(latents())
+    return lambda: DenoiseBlocks(DenoiserSpec("nowhere", None, DRAW), LocalMonitor())(latents())
 
 
 def embedder(patch: pytest.MonkeyPatch, work: Callable[..., Any]) -> Callable[[], Any]:
     patch.setattr(prompts, "PromptEmbedder", lambda *_, **__: work)
-    return lambda: EmbedPrompts(SimpleNamespace(), DRAW, 0).embed(["a"])  # type: ignore[arg-type]
+    return lambda: EmbedPrompts(SimpleNamespace(), DRAW, 0, LocalMonitor()).embed(["a"])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("stage", [decoder, denoiser, embedder])

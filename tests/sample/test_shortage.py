@@ -17,6 +17,7 @@ from pipeline.sample import decode, denoise
 from pipeline.sample.decode import Decoder
 from pipeline.sample.stages import DecodeBlocks, DecoderSpec, DenoiseBlocks, DenoiserSpec
 from tests.support.draws import DRAW
+from tests.support.monitor import LocalMonitor
 
 SHORTAGES = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -45,7 +46,8 @@ def test_other_errors_are_no_shortage(error: Exception) -> None:
 def latents(count: int = 3) -> pa.Table:
     one = np.zeros((4, 2, 2), np.float32).tobytes()
     shapes = pa.array([[4, 2, 2]] * count, pa.list_(pa.int32(), 3))
-    return pa.table({"latent": pa.array([one] * count, pa.large_binary()), "latent_shape": shapes})
+    where = {"unit": pa.array([0] * count, pa.int64()), "row": pa.array(range(count), pa.int64())}
+    return pa.table({**where, "latent": pa.array([one] * count, pa.large_binary()), "latent_shape": shapes})
 
 
 @pytest.mark.parametrize("error", SHORTAGES, ids=str)
@@ -56,7 +58,7 @@ def test_a_decoder_without_memory_rejects_no_image(error: Exception, monkeypatch
     monkeypatch.setattr(decode, "load_codec", lambda *_, **__: SimpleNamespace(decode=exhausted))
     with pytest.raises(type(error)):
         Decoder("nowhere", batch_size=4)(latents())
-    blocks = DecodeBlocks(DecoderSpec("nowhere", "auto", None, DRAW))
+    blocks = DecodeBlocks(DecoderSpec("nowhere", "auto", None, DRAW), LocalMonitor())
     with pytest.raises(ConfigError, match=r"Decoding ran out of memory[\s\S]*batch_size = 4[\s\S]*lower batch_size"):
         blocks(latents())
 
@@ -66,7 +68,7 @@ def test_a_denoiser_without_memory_names_the_batch_size(monkeypatch: pytest.Monk
         raise SHORTAGES[0]
 
     monkeypatch.setattr(denoise.Denoiser, "load", lambda *_, **__: exhausted)
-    blocks = DenoiseBlocks(DenoiserSpec("nowhere", None, DRAW), monitor=None)
+    blocks = DenoiseBlocks(DenoiserSpec("nowhere", None, DRAW), LocalMonitor())
     with pytest.raises(ConfigError, match=r"Denoising ran out of memory") as caught:
         blocks(latents())
     assert caught.value.exit_code == 2
@@ -74,17 +76,21 @@ def test_a_denoiser_without_memory_names_the_batch_size(monkeypatch: pytest.Monk
     assert (carried.key, carried.value) == ("batch_size", 4)
 
 
-def test_a_model_that_does_not_fit_is_told_by_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_does_not_fit_is_told_to_the_monitor(monkeypatch: pytest.MonkeyPatch, local_ray: None) -> None:
+    """Another device may hold it: the process ends, and the job when none can."""
+
     def load(*_: Any, **__: Any) -> None:
         raise SHORTAGES[-1]
 
     monkeypatch.setattr(denoise.Denoiser, "load", load)
-    blocks = DenoiseBlocks(DenoiserSpec("nowhere", None, DRAW), monitor=None)
-    with pytest.raises(ConfigError, match=r"Loading the model ran out of memory[\s\S]*model\.dtype = float32"):
-        blocks(latents())
+    monitor = LocalMonitor(denoiser=1)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"Loading the model ran out of memory[\s\S]*model\.dtype = float32"):
+            DenoiseBlocks(DenoiserSpec("nowhere", None, DRAW), monitor)
+    assert isinstance(monitor.state.totals()[1], ConfigError)
     monkeypatch.setattr(denoise.Denoiser, "load", lambda *_, **__: fails_otherwise)
     with pytest.raises(RuntimeError, match="another fault"):
-        DenoiseBlocks(DenoiserSpec("nowhere", None, DRAW), monitor=None)(latents())
+        DenoiseBlocks(DenoiserSpec("nowhere", None, DRAW), LocalMonitor())(latents())
 
 
 def fails_otherwise(block: pa.Table, on_batch: Any) -> pa.Table:

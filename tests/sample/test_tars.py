@@ -33,6 +33,7 @@ from pipeline.store.verify import collect_garbage, verify
 from pipeline.store.writer import Committer
 from tests.sample.conftest import Tiny
 from tests.sample.test_draw import job
+from tests.support.monitor import LocalMonitor
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def written(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Cal
     """A function that writes a whole output of some form, unit by unit, as the job's stages do, without Ray."""
     use_threads(1)
     denoiser = Denoiser.load(prepared.model.uri, prepared.draw)
-    decode = DecodeBlocks(DecoderSpec(prepared.codec_path, "auto", None, prepared.draw))
+    decode = DecodeBlocks(DecoderSpec(prepared.codec_path, "auto", None, prepared.draw), LocalMonitor())
 
     def write(form: str) -> tuple[Path, pa.Table]:
         path = tmp_path_factory.mktemp(form)
@@ -114,7 +115,7 @@ def test_a_prompt_is_a_member_too(prepared: Prepared) -> None:
     denoised = Denoiser.load(prepared.model.uri, prepared.draw)(
         prepared.requests.table.slice(0, 1).append_column("unit", pa.array([7])).append_column("row", pa.array([0]))
     )
-    decode = DecodeBlocks(DecoderSpec(prepared.codec_path, "auto", None, prepared.draw))
+    decode = DecodeBlocks(DecoderSpec(prepared.codec_path, "auto", None, prepared.draw), LocalMonitor())
     table = EncodeImages(prepared.draw, prepared.origin, None)(decode(denoised))
     from pipeline.sample.output import IMAGES
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.decoding import Decoder
 from pipeline.encode.encoder import Encoder
 from pipeline.encode.stages import CommitRows, UnitReader
-from pipeline.encode.summary import largest_area
+from pipeline.encode.summary import largest_bucket
 from pipeline.result import JobResult
 from pipeline.storage import Root
 from pipeline.store.rowset import RowSet
@@ -28,6 +29,7 @@ def encode_here(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> JobResult:
     config = load_config(EncodeJobConfig, [], ["tracking.enabled=false", "encode.actor_gpus=0", *overrides])
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.encode.passes.run_passes", _passes)
+        patch.setattr("pipeline.encode.passes.check_cluster", lambda config: None)
         return job.run(config)
 
 
@@ -39,7 +41,7 @@ def _passes(config: EncodeJobConfig, root: Root, generation: Any, info: Any, tra
         config.codec.posterior,
         dtype,
         config.encode.batch_size,
-        largest_area(config.image),
+        math.prod(largest_bucket(config.image)),
         config.source.uri,
     )
     commit = CommitRows(Committer(root, generation.number, config.encode.row_group_bytes, dtype, {}))

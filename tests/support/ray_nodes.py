@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,13 +53,16 @@ class RayNodes:
 
 
 @contextmanager
-def ray_nodes(*cpus: int) -> Iterator[RayNodes]:
-    """A cluster whose head and further nodes have so many CPUs each; gone at the end, by process id."""
+def ray_nodes(*cpus: int, gpus: Sequence[int] = ()) -> Iterator[RayNodes]:
+    """A cluster whose head and further nodes have so many CPUs each; gone at the end, by process id.
+
+    `gpus`: GPUs that each node declares, whether there are any or not; none when left out.
+    """
     folder = Path(tempfile.mkdtemp(prefix="nodes-", dir="/tmp"))  # sockets need short paths
     nodes = RayNodes(f"127.0.0.1:{free_port()}", [free_port() for _ in cpus], secrets.token_hex(32), [])
     try:
         for number, count in enumerate(cpus):
-            _start(nodes, folder, number, count)
+            _start(nodes, folder, number, count, gpus[number] if gpus else 0)
         yield nodes
     finally:
         for daemon in reversed(nodes.daemons):
@@ -67,14 +70,19 @@ def ray_nodes(*cpus: int) -> Iterator[RayNodes]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(nodes: RayNodes, folder: Path, number: int, cpus: int) -> None:
+def _start(nodes: RayNodes, folder: Path, number: int, cpus: int, gpus: int) -> None:
     first = _FIRST_WORKER_PORT + number * _PORTS_PER_NODE
     port = nodes.address.rpartition(":")[2]
     head = ["--head", f"--port={port}", "--include-dashboard=false"]
     role = head if number == 0 else [f"--address={nodes.address}"]
     command = [
         *(RAY, "start", *role, "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"),
-        *(f"--num-cpus={cpus}", f"--temp-dir={folder / str(number)}", "--object-store-memory=200000000"),
+        *(
+            f"--num-cpus={cpus}",
+            f"--num-gpus={gpus}",
+            f"--temp-dir={folder / str(number)}",
+            "--object-store-memory=200000000",
+        ),
         f"--metrics-export-port={nodes.metrics_ports[number]}",
         *(f"--min-worker-port={first}", f"--max-worker-port={first + _PORTS_PER_NODE - 1}"),
     ]

@@ -1,0 +1,164 @@
+"""What the passes of all jobs decide, without Ray: what is left, when to stop, and who is to blame."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.exceptions import ActorDiedError
+
+from pipeline.dataflow import passes as module
+from pipeline.dataflow.passes import Passes
+from pipeline.encode.passes import _Encoding
+from pipeline.errors import ConfigError, StoppedError
+from pipeline.storage import Root
+from pipeline.store.rowset import RowSet
+from pipeline.store.state import State, read_state
+from pipeline.store.work import Work
+from tests.support.monitor import LocalMonitor
+from tests.support.rows import claim, committer, latent_rows, planned_root, rejected_rows
+
+Rows = list[tuple[int, int]]
+
+
+def asked_for(work: list[Work]) -> set[tuple[int, int]]:
+    return {(w.unit, row) for w in work for start, stop in w.ranges for row in range(start, stop or start)}
+
+
+def run(
+    root: Root,
+    execute: Callable[[Any, LocalMonitor, set[tuple[int, int]], int | None], Rows],
+    *,
+    retry: RowSet | None = None,
+    crash_limit: int = 2,
+) -> tuple[State, list[set[tuple[int, int]]]]:
+    """Passes whose executions commit what `execute` answers; workers die when that is not all they were asked for."""
+    generation, monitor, asked = claim(root), LocalMonitor(), []
+    encoding: Any = object.__new__(_Encoding)
+    encoding.root, encoding.generation, encoding.retry = root, generation, retry or RowSet.empty()
+
+    def once(work: list[Work], state: State, batch_rows: int | None) -> None:
+        asked.append(asked_for(work))
+        rows = execute(generation, monitor, asked[-1], batch_rows)
+        if rows:
+            committer(root, generation).commit(latent_rows(rows), None, {})
+        if not set(rows) >= asked[-1]:
+            raise ActorDiedError
+
+    def quarantine(rows: Rows) -> None:
+        committer(root, generation).commit(latent_rows([]), rejected_rows(rows, "quarantined"), {})
+
+    passes = Passes(
+        monitor=monitor,
+        generation=generation,
+        look=encoding._look,
+        execute=once,
+        quarantine=quarantine,
+        actors={"encoder": 1},
+        units_per_execution=100,
+        crash_limit=crash_limit,
+        doing="Encoding",
+        on_clean_pass=encoding._retried,
+    )
+    return passes.run(), asked
+
+
+def rejected_root(path: Path) -> tuple[Root, RowSet]:
+    """Two units of three rows, three of which an earlier generation has rejected."""
+    root = planned_root(str(path / "data"), units=2, rows=3)
+    bad = [(0, 0), (0, 1), (1, 2)]
+    writer = committer(root, claim(root))
+    writer.commit(latent_rows([(0, 2), (1, 0), (1, 1)]), rejected_rows(bad, "truncated"), {})
+    return root, read_state(root).retryable(["truncated"])
+
+
+def planned(*executions: Rows) -> Callable[..., Rows]:
+    left = list(executions)
+    return lambda generation, monitor, asked, batch_rows: left.pop(0) if left else []
+
+
+def test_rejects_to_retry_stay_open_until_this_run_has_settled_them(tmp_path: Path, local_ray: None) -> None:
+    root, retry = rejected_root(tmp_path)
+    state, asked = run(root, planned([(0, 0)], [(0, 1), (1, 2)]), retry=retry)
+    assert asked == [{(0, 0), (0, 1), (1, 2)}, {(0, 1), (1, 2)}]
+    assert (state.num_stored, state.num_rejected) == (6, 0)
+
+
+def test_rejects_that_a_source_no_longer_yields_stay_what_they_were(
+    tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tar that is gone gives no row to try again: the run that has asked for it ends all the same."""
+    root, retry = rejected_root(tmp_path)
+    monkeypatch.setattr(module, "run_execution", finished)
+    state, asked = run(root, planned([(0, 0)]), retry=retry)
+    assert len(asked) == 1
+    assert (state.num_stored, state.num_rejected) == (4, 2)
+
+
+def finished(execute: Callable[[], None]) -> None:
+    """An execution that ended as it should, whatever it committed."""
+    with contextlib.suppress(ActorDiedError):
+        execute()
+
+
+def test_rejects_that_cannot_be_retried_stop_the_run(tmp_path: Path, local_ray: None) -> None:
+    root, retry = rejected_root(tmp_path)
+    with pytest.raises(StoppedError, match="without progress; 2 rows are left; the last time: ") as caught:
+        run(root, planned([(0, 0)]), retry=retry)
+    assert isinstance(caught.value.__cause__, ActorDiedError)
+    assert read_state(root).num_rejected == 2
+
+
+def test_a_row_that_kills_its_process_alone_is_quarantined_and_nothing_else(tmp_path: Path, local_ray: None) -> None:
+    """Blocks of a unit first, then row by row: three processes die on the block, three on the row."""
+    root = planned_root(str(tmp_path / "data"), units=3, rows=3)
+    poison = (1, 1)
+
+    def execute(generation: Any, monitor: LocalMonitor, asked: set[tuple[int, int]], batch_rows: int | None) -> Rows:
+        blocks = [{row} for row in asked] if batch_rows == 1 else [{r for r in asked if r[0] == u} for u in range(3)]
+        done: set[tuple[int, int]] = set()
+        for block in filter(None, blocks):
+            if poison not in block:
+                done |= block
+                continue
+            unit, rows = next(iter(block))[0], sorted(row for _, row in block)
+            for process in range(3):
+                monitor.state.begin(f"p{process}", 0, [(unit, rows[0], rows[-1] + 1)])
+        return sorted(done)
+
+    state, asked = run(root, execute)
+    assert (state.num_stored, state.num_rejected) == (8, 1)
+    assert state.rejects["quarantined"] == RowSet.from_rows(np.array([1]), np.array([1]))
+    assert Counter(row for rows in asked for row in rows)[poison] == 2
+
+
+def test_a_fault_of_the_device_blames_no_row_and_stops_the_run_with_its_words(
+    tmp_path: Path, local_ray: None
+) -> None:
+    root = planned_root(str(tmp_path / "data"), units=2, rows=3)
+
+    def execute(generation: Any, monitor: LocalMonitor, asked: set[tuple[int, int]], batch_rows: int | None) -> Rows:
+        for process in range(3):
+            monitor.state.begin(f"p{process}", 0, [(0, 0, 1)])
+            monitor.state.fault(f"p{process}", "RuntimeError: CUDA error: CUBLAS_STATUS_EXECUTION_FAILED")
+        return []
+
+    with pytest.raises(StoppedError, match=r"Encoding failed on its device: .*CUBLAS_STATUS_EXECUTION_FAILED"):
+        run(root, execute, crash_limit=20)
+    assert read_state(root).num_rejected == 0
+
+
+def test_a_compiler_that_fails_is_a_wrong_configuration(tmp_path: Path, local_ray: None) -> None:
+    root = planned_root(str(tmp_path / "data"), units=1, rows=2)
+
+    def execute(generation: Any, monitor: LocalMonitor, asked: set[tuple[int, int]], batch_rows: int | None) -> Rows:
+        monitor.state.fault("p", "InductorError: CppCompileError: C++ compile error")
+        return []
+
+    with pytest.raises(ConfigError, match="failed in a compiler"):
+        run(root, execute, crash_limit=20)
