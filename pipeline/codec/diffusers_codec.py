@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pipeline.codec.info import CodecInfo, check_dtype, check_posterior
+from pipeline.diffusion.compiled import compile_for_shapes
 from pipeline.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,7 +37,7 @@ class DiffusersCodec:
         self._vae: Any = vae.requires_grad_(False).eval().to(self.device, memory_format=self._layout)  # type: ignore[call-overload]
         if compile:
             for part in (self._vae.encoder, self._vae.decoder):
-                part.compile(dynamic=False, recompile_limit=_COMPILED_SHAPES)
+                compile_for_shapes(part, _COMPILED_SHAPES)
 
     @classmethod
     def load(cls, directory: Path, info: CodecInfo, *, dtype: str = "float32", **options: Any) -> DiffusersCodec:

@@ -172,7 +172,10 @@ class Watch:
             # Rows that are done again, after a death, count twice here and once in the ledger.
             done = min(done, self.total) if self.total is not None else done
             self.progress.update(done, **self.figures(totals, time.monotonic() - began))
-            self.on_totals(totals)
+            try:
+                self.on_totals(totals)
+            except PipelineError as error:  # another run has taken over, say
+                return self._end(error)
 
     def _end(self, error: PipelineError) -> None:
         """Interrupt the main thread: Ray itself would let it wait for ever."""

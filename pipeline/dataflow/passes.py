@@ -29,15 +29,15 @@ _FAULTY_PASSES = 2
 class Passes:
     """The loop that the jobs share.
 
-    look() gives (state, gaps) from the ledger. execute(work, state, batch_rows) runs one execution; `batch_rows`
-    is 1 for units under suspicion, whose rows have a process to themselves, else None. quarantine(rows) commits
-    rows as rejects on which processes die alone, again and again. actors: how many of each stage are to start.
+    look() gives (state, gaps) from the ledger. execute(work, state, alone) runs one execution; `alone` for units
+    under suspicion: a process then has one row at a time, and says which. quarantine(rows) commits rows as rejects
+    on which processes die so, again and again. actors: how many of each stage are to start.
     """
 
     monitor: Any
     generation: Generation
     look: Callable[[], tuple[State, RowSet]]
-    execute: Callable[[list[Work], State, int | None], None]
+    execute: Callable[[list[Work], State, bool], None]
     quarantine: Callable[[list[tuple[int, int]]], None]
     actors: Mapping[str, int]
     units_per_execution: int
@@ -72,11 +72,11 @@ class Passes:
         usual = [w for w in work if w.unit not in self.suspects]
         suspect = [w for w in work if w.unit in self.suspects]
         last: Exception | None = None
-        for part, batch_rows in ((usual, None), (suspect, 1)):
+        for part, alone in ((usual, False), (suspect, True)):
             if not part:
                 continue
             ray.get(self.monitor.expect.remote(dict(self.actors)))
-            error = run_execution(partial(self.execute, part, state, batch_rows))
+            error = run_execution(partial(self.execute, part, state, alone))
             if error is not None:
                 _log.warning("workers died, going on with what is left: %s", str(error).splitlines()[0])
                 last = error

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from functools import cache, partial
 from typing import Any
 
 from pipeline.codec.info import CodecInfo, check_dtype, check_posterior, codec_info, gpu_dtype
@@ -43,8 +44,11 @@ def run(config: EncodeJobConfig) -> JobResult:
     config = _with_known_dtype(config, root, info)
     known = read_identity(root, "output.uri").fingerprint if root.exists(IDENTITY) else None
     rehearsal = _is_rehearsal(config, known)
-    if known is None:
-        _check_cluster(config, rehearsal)  # all of it is to be encoded
+    ready = cache(partial(_check_cluster, config, rehearsal))
+    # Nodes that an autoscaler is asked for need not idle while the source is listed: those are looked at later.
+    later = bool(os.environ.get("RAY_ADDRESS") and (config.cluster.request_gpus or config.cluster.request_cpus))
+    if known is None and not later:
+        ready()
     claim_identity(root, _identity(config, info, rehearsal=rehearsal))
     generation = claim_next(root, lambda previous: collect(root, previous), job="encode")
     try:
@@ -56,7 +60,7 @@ def run(config: EncodeJobConfig) -> JobResult:
             unit_rows=config.encode.unit_rows,
             unit_bytes=config.encode.unit_bytes,
             drop_removed=config.encode.on_removed == "drop",
-            before_freezing=lambda: _check_cluster(config, rehearsal) if known is not None else None,
+            before_freezing=(lambda: None) if later else ready,
         )
         _say_plan(report, plan.number)
         state = read_state(root)
@@ -65,8 +69,8 @@ def run(config: EncodeJobConfig) -> JobResult:
         if not state.gaps(retry) and not (exact and is_due(root, state)):
             generation.close({"status": "unchanged", **(marked(state) if exact else {})})
             return finish(config, state, report, status="unchanged", run_id=last_run(root).get("run_id"), seconds=0)
-        if known is not None and not report.new + report.changed and state.gaps(retry):
-            _check_cluster(config, rehearsal)  # nothing is new, and an earlier run left rows open
+        if state.gaps(retry):
+            ready()
         result = _encode(config, root, generation, info, report, state, retry)
         generation.close({"status": "done"})
         return result

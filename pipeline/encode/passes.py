@@ -142,8 +142,10 @@ class _Encoding:
         """All of it was tried: what a source no longer yields stays what an earlier run made of it."""
         self.retry = RowSet.empty()
 
-    def _execute(self, work: list[Work], state: State, batch_rows: int | None) -> None:
+    def _execute(self, work: list[Work], state: State, alone: bool) -> None:
         import ray.data
+
+        batch_rows = 1 if alone else None
 
         encode, image = self.config.encode, self.config.image
         spans = {w.unit: state.plan.locate(w.unit) for w in work}
@@ -162,7 +164,7 @@ class _Encoding:
                 **repeats,
             )
         # Alone with a row under suspicion: whoever dies then has died of it.
-        r, calls = self.resources, _CALLS if batch_rows is None else 1
+        r, calls = self.resources, 1 if alone else _CALLS
         dataset = map_on_actors(
             dataset,
             EncodeBlocks,

@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+from pipeline.diffusion.compiled import compile_for_shapes
 from pipeline.diffusion.objectives import Objective
 from pipeline.diffusion.rng import ids_from_bytes, keyed_normal
 from pipeline.diffusion.samplers import Conditioning, sample
@@ -69,7 +70,7 @@ class Denoiser:
         # Autocast casts a weight once a batch only if it asks for gradients, else at each of the solver's steps.
         self._model = model.requires_grad_(self.dtype != torch.float32).eval().to(self.device)
         if draw.compile if compile is None else compile:
-            self._model.compile(dynamic=False, recompile_limit=_COMPILED_SHAPES)
+            compile_for_shapes(self._model, _COMPILED_SHAPES)
         shape = (1, info.latent_channels, 1, 1)
         self._mean = torch.tensor(info.latent_mean, dtype=torch.float32, device=self.device).reshape(shape)
         self._std = torch.tensor(info.latent_std, dtype=torch.float32, device=self.device).reshape(shape)

@@ -178,7 +178,7 @@ class _Sampling:
         ]
         self.committer.commit(IMAGES.empty_table(), pa.Table.from_pylist(values, schema=REJECTS), {})
 
-    def _execute(self, work: list[Work], state: State, batch_rows: int | None) -> None:
+    def _execute(self, work: list[Work], state: State, alone: bool) -> None:
         import ray.data
 
         config, prepared, r = self.config, self.prepared, self.resources
@@ -192,17 +192,17 @@ class _Sampling:
         dataset = map_on_actors(
             dataset,
             DenoiseBlocks,
-            (DenoiserSpec(prepared.model.uri, prepared.model.ema, draw, self.embedder), self.monitor),
+            (DenoiserSpec(prepared.model.uri, prepared.model.ema, draw, self.embedder, alone), self.monitor),
             num_cpus=r.denoise_cpus,
-            **actor_pool(r.denoise_actors, _TASK_RETRIES, batch_rows, num_gpus=r.denoise_gpus),
+            **actor_pool(r.denoise_actors, _TASK_RETRIES, num_gpus=r.denoise_gpus),
         )
-        codec = DecoderSpec(prepared.codec_path, prepared.codec_kind, prepared.model.codec_revision, decoding)
+        codec = DecoderSpec(prepared.codec_path, prepared.codec_kind, prepared.model.codec_revision, decoding, alone)
         dataset = map_on_actors(
             dataset,
             DecodeBlocks,
             (codec, self.monitor),
             num_cpus=r.decode_cpus,
-            **actor_pool(r.decode_actors, _TASK_RETRIES, batch_rows, num_gpus=r.decode_gpus),
+            **actor_pool(r.decode_actors, _TASK_RETRIES, num_gpus=r.decode_gpus),
         )
         dataset = dataset.map_batches(
             EncodeImages(draw, prepared.origin, self.root if config.output.format == "files" else None),

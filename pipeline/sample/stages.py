@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataflow.lost_device import ends_with_its_device
-from pipeline.dataflow.stage import Reports, answer, held
+from pipeline.dataflow.stage import Reports, answer, held, one_by_one
 from pipeline.sample.output import IMAGES, encode_rows
 from pipeline.sample.plan import PLAN_SCHEMA
 from pipeline.sample.provenance import Draw, Origin
@@ -89,12 +89,16 @@ class EmbedPrompts:
 
 @dataclass(frozen=True)
 class DenoiserSpec:
-    """Everything a denoising actor needs to start; `embedder` is the EmbedPrompts of a text model."""
+    """Everything a denoising actor needs to start; `embedder` is the EmbedPrompts of a text model.
+
+    alone: requests are drawn one by one, for units under suspicion; blocks stay whole, since a unit is one tar.
+    """
 
     model_uri: str
     ema: str | None
     draw: Draw
     embedder: Any = None
+    alone: bool = False
 
 
 class DenoiseBlocks:
@@ -104,7 +108,7 @@ class DenoiseBlocks:
         from pipeline.sample.denoise import Denoiser, use_threads
 
         use_threads(spec.draw.threads)
-        self._reports, self._draw = Reports(monitor, DENOISER), spec.draw
+        self._reports, self._draw, self._alone = Reports(monitor, DENOISER), spec.draw, spec.alone
         embed = None if spec.embedder is None else lambda prompts: answer(spec.embedder.embed.remote(list(prompts)))
 
         def load() -> Any:
@@ -115,19 +119,23 @@ class DenoiseBlocks:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         denoiser = self._denoiser()
-        with self._reports.busy(block), batch_fits(self._draw, "Denoising"):
-            table: pa.Table = denoiser(block, on_batch=lambda rows: self._reports.add({"rows": rows}))
-        return table
+
+        def denoise(part: pa.Table) -> pa.Table:
+            with self._reports.busy(part), batch_fits(self._draw, "Denoising"):
+                return denoiser(part, on_batch=lambda rows: self._reports.add({"rows": rows}))
+
+        return one_by_one(denoise, block) if self._alone else denoise(block)
 
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """Everything a decoding actor needs to start."""
+    """Everything a decoding actor needs to start; `alone` as for denoisers."""
 
     codec_path: str
     codec_kind: str
     codec_revision: str | None
     draw: Draw
+    alone: bool = False
 
 
 class DecodeBlocks:
@@ -138,7 +146,7 @@ class DecodeBlocks:
         from pipeline.sample.denoise import use_threads
 
         use_threads(spec.draw.threads)
-        self._reports, self._draw = Reports(monitor, DECODER), spec.draw
+        self._reports, self._draw, self._alone = Reports(monitor, DECODER), spec.draw, spec.alone
 
         def load() -> Any:
             with networks_fit(spec.draw, "Loading the codec"):
@@ -155,9 +163,12 @@ class DecodeBlocks:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         decoder = self._decoder()
-        with self._reports.busy(block), batch_fits(self._draw, "Decoding"):
-            table: pa.Table = decoder(block)
-        return table
+
+        def decode(part: pa.Table) -> pa.Table:
+            with self._reports.busy(part), batch_fits(self._draw, "Decoding"):
+                return decoder(part)
+
+        return one_by_one(decode, block) if self._alone else decode(block)
 
 
 @dataclass(frozen=True)

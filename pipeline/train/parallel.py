@@ -5,6 +5,7 @@ Wrapping keeps the parameters' names, so a checkpoint does not depend on any of 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -43,9 +44,12 @@ def wrap(
         return _sharded(model, device, precision, blocks)
     if world.world_size() == 1:
         return Engine(forward=model, device=device)
-    wrapped = DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, forward_sync_buffers=False
-    )
+    # Every rank computes its buffers alike: they are not sent around before each forward pass. Before torch 2.13 the
+    # argument that says so had another name.
+    named = inspect.signature(DistributedDataParallel.__init__).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"
+    no_sync: dict[str, Any] = {name: False}
+    wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, **no_sync)
 
     def without_sync(hold: bool) -> AbstractContextManager[Any]:
         return wrapped.no_sync() if hold else nullcontext()

@@ -32,7 +32,7 @@ def asked_for(work: list[Work]) -> set[tuple[int, int]]:
 
 def run(
     root: Root,
-    execute: Callable[[Any, LocalMonitor, set[tuple[int, int]], int | None], Rows],
+    execute: Callable[[Any, LocalMonitor, set[tuple[int, int]], bool], Rows],
     *,
     retry: RowSet | None = None,
     crash_limit: int = 2,
@@ -42,9 +42,9 @@ def run(
     encoding: Any = object.__new__(_Encoding)
     encoding.root, encoding.generation, encoding.retry = root, generation, retry or RowSet.empty()
 
-    def once(work: list[Work], state: State, batch_rows: int | None) -> None:
+    def once(work: list[Work], state: State, alone: bool) -> None:
         asked.append(asked_for(work))
-        rows = execute(generation, monitor, asked[-1], batch_rows)
+        rows = execute(generation, monitor, asked[-1], alone)
         if rows:
             committer(root, generation).commit(latent_rows(rows), None, {})
         if not set(rows) >= asked[-1]:
@@ -79,7 +79,7 @@ def rejected_root(path: Path) -> tuple[Root, RowSet]:
 
 def planned(*executions: Rows) -> Callable[..., Rows]:
     left = list(executions)
-    return lambda generation, monitor, asked, batch_rows: left.pop(0) if left else []
+    return lambda generation, monitor, asked, alone: left.pop(0) if left else []
 
 
 def test_rejects_to_retry_stay_open_until_this_run_has_settled_them(tmp_path: Path, local_ray: None) -> None:
@@ -119,8 +119,8 @@ def test_a_row_that_kills_its_process_alone_is_quarantined_and_nothing_else(tmp_
     root = planned_root(str(tmp_path / "data"), units=3, rows=3)
     poison = (1, 1)
 
-    def execute(generation: Any, monitor: LocalMonitor, asked: set[tuple[int, int]], batch_rows: int | None) -> Rows:
-        blocks = [{row} for row in asked] if batch_rows == 1 else [{r for r in asked if r[0] == u} for u in range(3)]
+    def execute(generation: Any, monitor: LocalMonitor, asked: set[tuple[int, int]], alone: bool) -> Rows:
+        blocks = [{row} for row in asked] if alone else [{r for r in asked if r[0] == u} for u in range(3)]
         done: set[tuple[int, int]] = set()
         for block in filter(None, blocks):
             if poison not in block:
@@ -142,7 +142,7 @@ def test_a_fault_of_the_device_blames_no_row_and_stops_the_run_with_its_words(
 ) -> None:
     root = planned_root(str(tmp_path / "data"), units=2, rows=3)
 
-    def execute(generation: Any, monitor: LocalMonitor, asked: set[tuple[int, int]], batch_rows: int | None) -> Rows:
+    def execute(generation: Any, monitor: LocalMonitor, asked: set[tuple[int, int]], alone: bool) -> Rows:
         for process in range(3):
             monitor.state.begin(f"p{process}", 0, [(0, 0, 1)])
             monitor.state.fault(f"p{process}", "RuntimeError: CUDA error: CUBLAS_STATUS_EXECUTION_FAILED")
@@ -156,7 +156,7 @@ def test_a_fault_of_the_device_blames_no_row_and_stops_the_run_with_its_words(
 def test_a_compiler_that_fails_is_a_wrong_configuration(tmp_path: Path, local_ray: None) -> None:
     root = planned_root(str(tmp_path / "data"), units=1, rows=2)
 
-    def execute(generation: Any, monitor: LocalMonitor, asked: set[tuple[int, int]], batch_rows: int | None) -> Rows:
+    def execute(generation: Any, monitor: LocalMonitor, asked: set[tuple[int, int]], alone: bool) -> Rows:
         monitor.state.fault("p", "InductorError: CppCompileError: C++ compile error")
         return []
 

@@ -158,6 +158,19 @@ def test_where_no_gpu_can_start_the_cause_is_told_before_anything_is_written(wor
     assert not (world.base / "none").exists()
 
 
+@pytest.mark.slow
+def test_where_no_actor_can_start_the_cause_is_told(world: World) -> None:
+    """The try before anything is written succeeds, the actors' own starts do not."""
+    (world.faults / "no_load").write_text("1 99")
+    code, answer, errors = encode(world, "late", **{"codec.kind": "faulty", "encode.actors": 1})
+    assert code == 75, errors
+    assert "Starting the encoder failed on its device: RuntimeError: No CUDA GPUs are available" in answer["error"]
+    (world.faults / "no_load").unlink()
+    code, _, errors = encode(world, "late", **{"codec.kind": "faulty", "encode.actors": 1})
+    assert code == 0, errors
+    check(world, "late")
+
+
 def test_a_device_that_fails_now_and_then_rejects_nothing(world: World) -> None:
     (world.faults / "cublas").write_text("2 4")  # the first is the try before anything is written
     code, answer, errors = encode(world, "flaky", **{"codec.kind": "faulty", "encode.actors": 1})

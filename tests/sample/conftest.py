@@ -22,7 +22,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-def make_tiny(root: Path) -> Tiny:
+def make_tiny(root: Path, codec_kind: str = "auto") -> Tiny:
     """A class-conditional DiT on 4-channel latents of an f2 AutoencoderKL; images of 16x16 and 16x24."""
     import torch
     from diffusers import AutoencoderKL
@@ -57,7 +57,7 @@ def make_tiny(root: Path) -> Tiny:
         factor=codec.factor,
         latent_mean=(0.1, -0.2, 0.0, 0.3),
         latent_std=(1.0, 0.5, 2.0, 1.5),
-        codec={**codec.as_dict(), "path": str(root / "codec")},
+        codec={**codec.as_dict(), "path": str(root / "codec"), "kind": codec_kind},
         dataset={"uri": "s3://user:secret@bucket/latents", "digest": "d" * 32},
         fingerprint_digest="f" * 32,
         run_id="0123456789abcdef0123456789abcdef",

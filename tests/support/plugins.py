@@ -18,10 +18,13 @@ def install_codec_plugin(site: Path, name: str, source: str) -> Path:
 
 # Encodes like the codec in the directory, but for what a file in the folder LATENTLOOM_TEST_FAULTS asks:
 #   no_gpu   a process that is given the GPU of this number (*: any) cannot load
+#   no_load  "a b": of all loads together, those from number a up to b fail
 #   cublas   "a b": of all processes' calls together, those from number a up to b fail as the device's library would
 #   broken   every call fails with an error that nobody has ever seen
-#   fatal    an image whose first pixel is pure magenta ends the process
+#   latent   decoding a latent of this hash ends the process; "#n": the n-th different one, whose hash is kept
+# Besides, encoding an image whose first pixel is pure magenta ends the process.
 FAULTY = '''
+import hashlib
 import os
 from pathlib import Path
 from pipeline.codec.codec import load_codec
@@ -46,12 +49,21 @@ class Faulty:
     def read_info(self, path, revision):
         return codec_info(path)
     def load(self, path, revision, info, *, device, dtype, compile, channels_last):
-        if asked("no_gpu") in ("*", os.environ.get("CUDA_VISIBLE_DEVICES", "")):
+        if fails_now("no_load") or asked("no_gpu") in ("*", os.environ.get("CUDA_VISIBLE_DEVICES", "")):
             raise RuntimeError("No CUDA GPUs are available")
         inner = load_codec(path, device=device, dtype=dtype)
+        seen = set()
         class Codec:
             info = inner.info
-            decode = inner.decode
+            def decode(self, latents_NCHW):
+                for latent in latents_NCHW:
+                    name, fatal = hashlib.sha256(latent.float().numpy().tobytes()).hexdigest(), asked("latent")
+                    seen.add(name)
+                    if fatal == f"#{len(seen)}":
+                        Path(os.environ["LATENTLOOM_TEST_FAULTS"], "latent").write_text(name)
+                    if fatal in (name, f"#{len(seen)}"):
+                        os._exit(139)
+                return inner.decode(latents_NCHW)
             def encode(self, images_NHWC, *, posterior="mode", seeds=None):
                 if fails_now("cublas"):
                     raise RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`")
