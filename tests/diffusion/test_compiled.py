@@ -26,7 +26,7 @@ def test_the_limit_of_shapes_is_told_in_the_way_that_the_installed_torch_has(mon
         return model
 
     monkeypatch.setattr(torch, "compile", without_limit)  # as in 2.11
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    compile_for_shapes(module, 64)
-    assert module.told == {"dynamic": False}
-    assert torch._dynamo.config.recompile_limit == 64
+    with torch._dynamo.config.patch(recompile_limit=8):
+        compile_for_shapes(module, 64)
+        assert module.told == {"dynamic": False}
+        assert torch._dynamo.config.recompile_limit == 64
