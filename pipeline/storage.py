@@ -202,8 +202,12 @@ class Root:
             key = f"{prefix}/{name}" if prefix else name
             if name.endswith("/"):
                 yield from self.list(key[:-1])
-            else:
-                yield version_of(key)
+                continue
+            try:
+                info = version_of(key)
+            except FileNotFoundError:
+                continue  # it went between the look at the directory and the look at it
+            yield info
 
     def half_written(self, prefix: str) -> Iterator[ObjectInfo]:
         """What writers that died left right below a local directory: files of no name, which are no objects."""
@@ -232,6 +236,8 @@ class Root:
         found = []
         for detail in details:
             name = detail["name"].rstrip("/")[len(base) :].lstrip("/")
+            if not name and detail["type"] == "directory":
+                raise KeyRefused(f"below {self.uri_of(prefix)} are keys with an empty part, as in a//b")
             if name and "/" not in name:
                 found.append((name + "/" if detail["type"] == "directory" else name, detail))
         for name, detail in sorted(found, key=itemgetter(0)):
@@ -251,15 +257,15 @@ class Root:
         """Create an object: True when this call created it, False when one was there already.
 
         An answer that got lost (the connection broke after the store had taken the object) is resolved by looking
-        whose object it is: by a mark in its metadata on S3, whose clients may repeat a call unasked; elsewhere, the
-        same bytes after a broken attempt are ours.
+        whose object it is: by a mark in its metadata on S3 and GCS, whose clients may repeat a call unasked; on a
+        disk, where NFS may, by the second name of our file; elsewhere the same bytes after a broken attempt are ours.
         """
         if self._local:
             with written_beside(self._path(key), data) as temporary:
                 try:
                     os.link(temporary, self._path(key))
                 except FileExistsError:
-                    return False
+                    return os.stat(temporary).st_nlink > 1
             return True
         if single_writer() and self.exists(key):
             return False

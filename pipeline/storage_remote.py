@@ -15,6 +15,7 @@ from typing import Any
 from pipeline.storage_writers import VARIABLE
 
 S3 = ("s3", "s3a")
+GCS = {"gs", "gcs"}
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10.0, 30.0
 # A body that the store does not take at this rate, after the first half minute, is sent again.
 SLOWEST_BYTES_PER_S = 256 << 10
@@ -72,12 +73,16 @@ def create_whole(fs: Any, path: str, data: bytes, mark: str) -> None:
     """Write an object unless there is one: then FileExistsError, or an answer of status 412."""
     if "s3" in _protocols(fs):
         _put_s3(fs, path, data, IfNoneMatch="*", Metadata={_MARK: mark})
+    elif GCS & set(_protocols(fs)):
+        fs.pipe_file(path, data, mode="create", metadata={_MARK: mark}, **_time_limit(fs, data))
     else:
         fs.pipe_file(path, data, mode="create", **_time_limit(fs, data))
 
 
 def is_marked(fs: Any, path: str, mark: str) -> bool | None:
     """Whether an object was created by the call that made this mark; None where a store keeps no marks."""
+    if GCS & set(_protocols(fs)):
+        return bool((fs.info(path).get("metadata") or {}).get(_MARK) == mark)
     if "s3" not in _protocols(fs):
         return None
     bucket, _, key = path.partition("/")
