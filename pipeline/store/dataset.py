@@ -76,7 +76,9 @@ class Dataset:
     def digest(self) -> str:
         """Hex digest of the logical content: the same rows made in the same way, however they are laid out."""
         state = self.state
-        entries = [[*v.entry_parts, v.units_part, list(v.retired)] for v in state.plan.versions]
+        # By what parts hold, in the form of format version 1: not by the generation that its name tells, too.
+        parts = [[f"{layout.PLAN_PARTS}/{layout.hash_in(p)}.parquet" for p in v.parts] for v in state.plan.versions]
+        entries = [[*names, list(v.retired)] for names, v in zip(parts, state.plan.versions, strict=True)]
         body = [self.fingerprint_digest, entries, state.stored.triples()]
         return hashlib.blake2b(layout.canonical_json(body), digest_size=16).hexdigest()
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.storage import Root
+from pipeline.store.generation import at_one_generation
 from pipeline.store.ledger import visible_records
 from pipeline.store.plan import Plan, read_plan
 from pipeline.store.record import CommitRecord, FileInfo
@@ -85,8 +86,15 @@ class State:
 
 
 def read_state(root: Root) -> State:
-    """Open a dataset's ledger and plan."""
-    return fold(read_plan(root), visible_records(root))
+    """Open a dataset's ledger and plan, as they were at one moment of one generation."""
+    return at_one_generation(root, lambda number: state_at(root, number))
+
+
+def state_at(root: Root, number: int) -> State:
+    """The state that generation `number` sees now."""
+    # The records first: a row is planned before it is settled, so the plan read after them knows all of theirs.
+    records = visible_records(root, number)
+    return fold(read_plan(root, number), records)
 
 
 def fold(plan: Plan, records: Sequence[tuple[str, CommitRecord]]) -> State:
