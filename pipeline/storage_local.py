@@ -54,6 +54,15 @@ def _sync(directory: str) -> None:
         os.close(descriptor)
 
 
+def read_unchanged(path: str, mtime_ns: int | None, start: int, length: int | None) -> bytes | None:
+    """Bytes of a file as it was at a time of change; None when it is another one, or changes meanwhile."""
+    with open(path, "rb") as file:
+        before = os.fstat(file.fileno()).st_mtime_ns
+        file.seek(start)
+        data = file.read() if length is None else file.read(length)
+        return data if before == os.fstat(file.fileno()).st_mtime_ns == mtime_ns else None
+
+
 def half_written(directory: str) -> Iterator[tuple[str, os.stat_result]]:
     """(name, what the system tells of it) of the temporary files right in a directory; a live writer's are young."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(directory) as scan:

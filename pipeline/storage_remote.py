@@ -61,6 +61,25 @@ def read_whole(fs: Any, path: str) -> bytes:
     return data
 
 
+def read_if_match(fs: Any, path: str, etag: str, start: int, length: int | None) -> bytes | None:
+    """Bytes of an object of one etag, else an answer of status 412; None where a store has no such request."""
+    if "s3" not in _protocols(fs):
+        return None
+    from fsspec.asyn import sync
+
+    bucket, _, key = path.partition("/")
+    span = {} if length is None else {"Range": f"bytes={start}-{start + length - 1}"}
+
+    async def get() -> bytes:
+        answer = await fs._call_s3("get_object", Bucket=bucket, Key=key, IfMatch=f'"{etag}"', **span)
+        async with answer["Body"] as body:
+            data: bytes = await body.read()
+            return data
+
+    found: bytes = sync(fs.loop, get)
+    return found
+
+
 def put_whole(fs: Any, path: str, data: bytes) -> None:
     """Write an object, replacing any other; never in parts where one request can carry it."""
     if "s3" in _protocols(fs) and len(data) <= LARGEST_PUT_BYTES:

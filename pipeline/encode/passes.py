@@ -114,9 +114,10 @@ class _Passes:
             stalled = stalled + 1 if left == gaps else 0
             gaps = left
             if stalled > self.config.encode.crash_limit:
+                told = f"Workers died {stalled} times without progress" if failures else "The source has changed"
                 raise StoppedError(
-                    f"Workers died {stalled} times without progress; {_open_rows(gaps)} rows are left",
-                    next_step="see the error above; the same command goes on with what is left",
+                    f"{told}; {_open_rows(gaps)} rows are left",
+                    next_step="see the messages above; the same command goes on with what is left",
                 ) from (failures[-1] if failures else None)
         return state
 
