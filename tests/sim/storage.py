@@ -7,7 +7,6 @@ content does; a request may fail, lose its answer, or be repeated by the client 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -156,6 +155,13 @@ class SimFileSystem(fsspec.AbstractFileSystem):
 fsspec.register_implementation("sim", SimFileSystem, clobber=True)
 
 
-def keys_below(store: Store, prefix: str) -> Iterator[str]:
-    """The keys that begin so, sorted."""
-    return iter(sorted(key for key in store.objects if key.startswith(prefix)))
+def read_if_match(fs: SimFileSystem, path: str, etag: str, start: int, length: int | None) -> bytes:
+    """S3's conditional read, for `pipeline.storage_remote.read_if_match`."""
+
+    def read() -> bytes:
+        stored = fs._get(path)
+        if stored.etag != etag:
+            raise FileExistsError(path)  # as status 412 is known by
+        return stored.data[start : None if length is None else start + length]
+
+    return bytes(fs._request("read", path, read))

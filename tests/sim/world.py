@@ -6,10 +6,12 @@ What a job does on Ray is done here in a row: the same claims, plans, reads, com
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 from unittest import mock
 
@@ -23,20 +25,21 @@ from pipeline.source.listing import Entry, list_entries
 from pipeline.source.readers import read_unit
 from pipeline.source.rows import SourceRow
 from pipeline.storage import Root
+from pipeline.storage_remote import RangedFile
 from pipeline.store.compact import compact
-from pipeline.store.dataset import LatentDataset
+from pipeline.store.dataset import Dataset, LatentDataset
 from pipeline.store.dedup import deduplicate, is_due, marked, released
 from pipeline.store.generation import Generation, claim_next
 from pipeline.store.identity import Identity, claim_identity
 from pipeline.store.ledger import collect
-from pipeline.store.plan import read_entries
+from pipeline.store.plan import Plan, read_entries
 from pipeline.store.schema import LATENTS, REJECTS, pack_latents
 from pipeline.store.state import read_state
 from pipeline.store.verify import collect_garbage
 from pipeline.store.work import work_of
 from pipeline.store.writer import Committer
 from tests.sim.scheduler import Sim
-from tests.sim.storage import Store, activate
+from tests.sim.storage import Store, activate, read_if_match
 
 DATA, SOURCE = "sim://data", "sim://images"
 SHAPE = (1, 2, 2)
@@ -206,6 +209,12 @@ class World:
         return self.seen[-1]
 
 
+def _whole(root: Root, key: str, size_bytes: int) -> RangedFile:
+    """A file that is read at once: Arrow asks for ranges from threads of its own, which all processes here share."""
+    data = root.read_bytes(key)
+    return RangedFile(lambda start, length: data[start : start + length], size_bytes)
+
+
 _claim_next = claim_next
 
 
@@ -242,14 +251,20 @@ def world() -> Iterator[World]:
     counter = itertools.count()
     clock = mock.Mock(sleep=sim.sleep, time=sim.time, monotonic=sim.time)
     activate(store)
-    pa.set_io_thread_count(1)  # two of an actor's threads at the store would have no order
     patches = [mock.patch(f"{name}.time", clock) for name in _CLOCKS]
     patches += [mock.patch(f"{name}.ThreadPoolExecutor", _Serial) for name in _POOLS]
     patches += [
         mock.patch("secrets.token_hex", lambda n=16: f"{next(counter):0{2 * n}x}"),
         mock.patch("pipeline.storage.random", mock.Mock(uniform=lambda a, b: b / 2)),
         mock.patch.object(Generation, "start_heartbeat", return_value=None),
+        mock.patch.object(Root, "open", lambda self, key: io.BytesIO(self.read_bytes(key))),
+        mock.patch.object(Root, "ranged", _whole),
+        mock.patch("pipeline.storage.read_if_match", read_if_match),
     ]
+    # Until Python 3.12 a cached property has one lock for all its objects: a process would wait for another's read.
+    for kind in (Plan, Dataset, LatentDataset):
+        held = [p for p in vars(kind).values() if isinstance(p, cached_property) and hasattr(p, "lock")]
+        patches += [mock.patch.object(p, "lock", nullcontext()) for p in held]
     try:
         for patch in patches:
             patch.start()

@@ -1,0 +1,116 @@
+"""Random worlds: who runs beside whom, for how long at a stretch, and what goes wrong, all from one seed.
+
+`python -m tests.sim.seeds FIRST COUNT` tries many; a seed that breaks an invariant is to become a directed case.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import traceback
+from collections.abc import Callable
+
+from pipeline.errors import ConflictError, InputError
+from tests.sim import oracles
+from tests.sim.scheduler import Actor
+from tests.sim.world import DAMAGED, World, world
+
+_PATIENT_S = 1e7  # a grace period that no world outlives
+Kind = Callable[[], object]
+
+
+def run(seed: int) -> int:
+    """One world to its end; returns its ticks. AssertionError when an invariant does not hold."""
+    rng = random.Random(seed)
+    with world() as made:
+        for number in range(rng.randint(1, 5)):
+            made.put_source(f"{number}.png", _image(rng))
+        made.put_source("stays.png", b"stays")  # a source without any image is refused
+        grace_s = rng.choice((0.0, _PATIENT_S))
+        kinds = _kinds(made, rng, grace_s)
+        crash, fault = rng.choice((0.0, 0.004)), rng.choice((0.0, 0.02))
+        left = rng.randint(3, 9)
+        while True:
+            alive = [a for a in made.sim.actors if not a.ended]
+            if left and (not alive or (len(alive) < 5 and rng.random() < 0.3)):
+                name = rng.choice(list(kinds))
+                made.sim.actor(f"{name}-{left}", kinds[name], rng.choice((0.0, 0.0, -30.0, 30.0)))
+                left -= 1
+            elif not alive:
+                break
+            else:
+                _stretch(made, rng, crash, fault)
+        for actor in made.sim.actors:
+            _ended_well(actor, grace_s)
+        oracles.check(made)
+        made.sim.run("last", lambda: made.encode(exact=True))
+        oracles.check(made)
+        oracles.settled(made)
+        oracles.copies(made)
+        return made.sim.tick
+
+
+def _stretch(made: World, rng: random.Random, crash: float, fault: float) -> None:
+    """Some steps of one process while all others stall."""
+    ready = [a for a in made.sim.actors if not a.ended]
+    actor = rng.choice(ready)
+    for _ in range(rng.choice((1, 1, 2, 5, 20, 100))):
+        if actor.ended:
+            return
+        draw = rng.random()
+        if draw < crash:
+            made.sim.kill(actor)
+        else:
+            made.sim.step(actor, rng.choice(("fail", "lost", "twice")) if draw < crash + fault else None)
+
+
+def _kinds(made: World, rng: random.Random, grace_s: float) -> dict[str, Kind]:
+    def changes() -> None:
+        made.change_source(
+            [(f"{rng.randrange(5)}.png", rng.choice((None, _image(rng), _image(rng)))) for _ in range(2)]
+        )
+
+    return {
+        "encode": made.encode,
+        "again": lambda: made.encode(rows_per_commit=1),
+        "drop": lambda: made.encode(drop=True),
+        "exact": lambda: made.encode(exact=True),
+        "retry": lambda: made.encode(retry=("missing", "corrupt")),
+        "dedup": made.dedup,
+        "compact": made.compact,
+        "gc": lambda: made.gc(grace_s),
+        "reader": made.read,
+        "changes": changes,
+    }
+
+
+def _image(rng: random.Random) -> bytes:
+    return rng.choice((b"one", b"two", b"three", b"four", DAMAGED))
+
+
+def _ended_well(actor: Actor, grace_s: float) -> None:
+    """No process ends otherwise than by a conflict, for want of a dataset, or of files that gc may take at once."""
+    expected: tuple[type[BaseException], ...] = (ConflictError,)
+    if isinstance(actor.error, InputError) and "There is no dataset" in str(actor.error):
+        return
+    if grace_s == 0.0:
+        expected = (ConflictError, FileNotFoundError)
+    if actor.error is not None and not isinstance(actor.error, expected):
+        raise AssertionError(f"{actor.name} ended by {actor.error!r}") from actor.error
+
+
+def main(first: int, count: int) -> int:
+    """Try some seeds; returns how many broke an invariant."""
+    broken, ticks = [], 0
+    for seed in range(first, first + count):
+        try:
+            ticks += run(seed)
+        except Exception:
+            broken.append(seed)
+            print(f"seed {seed}:\n{traceback.format_exc()}", flush=True)
+    print(f"{count} seeds from {first}, {ticks} steps after the last fault: {len(broken)} broken {broken[:50]}")
+    return len(broken)
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main(int(sys.argv[1]), int(sys.argv[2]))))
