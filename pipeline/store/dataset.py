@@ -18,7 +18,8 @@ from pipeline.errors import InputError
 from pipeline.storage import Root
 from pipeline.storage_remote import RangedFile
 from pipeline.store import layout
-from pipeline.store.identity import Identity, read_identity
+from pipeline.store.generation import at_one_generation
+from pipeline.store.identity import Identity, identity_at, read_identity
 from pipeline.store.pages import Bytes, FixedRows, fixed_width_pages, fixed_width_values, plain_span
 from pipeline.store.pinned import Pins
 from pipeline.store.readable import ReadableGroups
@@ -26,7 +27,7 @@ from pipeline.store.record import FileInfo
 from pipeline.store.row_groups import RowGroupInfo
 from pipeline.store.runs import last_run
 from pipeline.store.shard import channel_totals
-from pipeline.store.state import State, VisibleFile, read_state
+from pipeline.store.state import State, VisibleFile, state_at
 
 _WORTH_A_MAPPING = 1 << 20
 _FOOTERS = 4096  # kept at a time; about 1.6 KB for each row group of a file
@@ -55,7 +56,9 @@ class Dataset:
                 f"{uri} is a dataset of {identity.kind}", key=key, value=uri, rule=f"a dataset of {kind} is needed"
             )
         kept = None if pins is None else pins.state(root)
-        return cls(root, identity, read_state(root) if kept is None else kept)
+        if kept is None:
+            kept, identity = at_one_generation(root, lambda n: (state_at(root, n), identity_at(root, n, key)))
+        return cls(root, identity, kept)
 
     @property
     def uri(self) -> str:

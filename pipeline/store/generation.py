@@ -174,6 +174,15 @@ def visible_headers(root: Root, number: int) -> list[str]:
     return headers
 
 
+def identity_key(root: Root, number: int) -> str:
+    """The key of the identity that a generation sees: one that it has settled, else the one that its claim names."""
+    own = layout.settled_identity(number)
+    if number and root.exists(own):
+        return own
+    # A claim of format version 1 names none.
+    return str(read_claim(root, number).get("identity", layout.IDENTITY)) if number else layout.IDENTITY
+
+
 def newest_of(root: Root, job: str, before: int | None = None) -> int:
     """The newest generation that a job of this name claimed, of those below `before`; 0 when there is none."""
     first = latest_number(root) if before is None else before - 1
@@ -193,11 +202,6 @@ def read_closing(root: Root, number: int) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     return closing
-
-
-def has_ended(root: Root, number: int) -> bool:
-    """Whether a generation's run is known to do nothing any more: it said so, or its process was here and is gone."""
-    return read_closing(root, number) is not None or _known_dead(read_claim(root, number).get("owner", {}))
 
 
 def claim_next(
@@ -225,8 +229,9 @@ def claim_next(
         "job": job,
         "owner": owner_identity(),
         "bundles": bundles,
-        # After the records: a record is of rows that a header from before it plans.
+        # After the records: a record is of rows that a header from before it plans, under an identity from before it.
         "plan": visible_headers(root, previous),
+        "identity": identity_key(root, previous),
         "at": time.time(),
         # Tells two writers' claims apart where the answer to one got lost.
         "writer": secrets.token_hex(8),

@@ -44,6 +44,11 @@ def generation_dir(generation: int) -> str:
     return f"{GENERATIONS}/{generation:08d}"
 
 
+def settled_identity(generation: int) -> str:
+    """The identity that a generation gave a dataset of images without any row."""
+    return f"{generation_dir(generation)}/identity.json"
+
+
 def ledger_dir(generation: int) -> str:
     """Where a generation's commit records are created."""
     return f"{LEDGER}/{generation:08d}"
