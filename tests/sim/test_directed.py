@@ -6,12 +6,14 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import ConflictError
+from pipeline.storage import Root
 from pipeline.store.dataset import LatentDataset
 from pipeline.store.generation import latest_number
 from pipeline.store.schema import LATENTS, REJECTS
 from pipeline.store.state import read_state
 from pipeline.store.writer import Committer
 from tests.sim import oracles
+from tests.sim.samplers import Samplers
 from tests.sim.world import DATA, World
 
 
@@ -155,6 +157,30 @@ def test_opening_beside_gc_asks_for_nothing_that_gc_may_take(world: World) -> No
     touched = {key for op, key in reader.done if "plan/parts" in key}
     named = {f"data/{p}" for v in read_state(world.root).plan.versions for p in (*v.entry_parts, v.units_part)}
     assert touched <= named
+
+
+def test_an_identity_is_settled_under_one_claim(world: World) -> None:
+    """V5: a sampler stalls before it gives an empty dataset its settings; another one has drawn with its own since."""
+    root = Root("sim://drawn")
+    samplers = Samplers(world, root)
+    world.sim.run("first", lambda: samplers.claim_only("four"))
+    slow = world.sim.actor("slow", lambda: samplers.sample("two"))
+    world.sim.until(slow, "create", "drawn/generations/*/identity.json")
+    world.sim.run("other", lambda: samplers.sample("three"))
+    assert isinstance(world.sim.drain(slow), ConflictError)
+    samplers.check()
+    with pytest.raises(ConflictError, match="draw: three there, two here"):
+        world.sim.run("again", lambda: samplers.sample("two"))
+
+
+def test_a_superseded_sampler_replaces_no_image(world: World) -> None:
+    """V6: its workers put a file under the name of a request that the newer run has drawn, too."""
+    samplers = Samplers(world, Root("sim://drawn"))
+    slow = world.sim.actor("slow", lambda: samplers.sample("two", device="old"))
+    world.sim.until(slow, "create", "drawn/images/*")
+    world.sim.run("newer", lambda: samplers.sample("two", device="new"))
+    assert isinstance(world.sim.drain(slow), ConflictError)
+    samplers.check()
 
 
 def test_a_reader_keeps_its_files_for_the_grace_period(world: World) -> None:
