@@ -104,7 +104,7 @@ class Samplers:
             "file": file,
             "media_type": "image/png",
             "content_sha256": digest,
-            **{n: 8 for n in ("height", "width", "steps", "seed", "run_seed")},
+            **dict.fromkeys(("height", "width", "steps", "seed", "run_seed"), 8),
             "guidance": 1.0,
-            **{n: "x" for n in ("sampler", "model_digest", "codec_sha256", "provenance")},
+            **dict.fromkeys(("sampler", "model_digest", "codec_sha256", "provenance"), "x"),
         }

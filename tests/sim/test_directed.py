@@ -160,7 +160,7 @@ def test_opening_beside_gc_asks_for_nothing_that_gc_may_take(world: World) -> No
 
 
 def test_an_identity_is_settled_under_one_claim(world: World) -> None:
-    """V5: a sampler stalls before it gives an empty dataset its settings; another one has drawn with its own since."""
+    """V5: a sampler stalls before it gives an empty dataset its settings; another one draws with its own."""
     root = Root("sim://drawn")
     samplers = Samplers(world, root)
     world.sim.run("first", lambda: samplers.claim_only("four"))
