@@ -9,10 +9,17 @@ import random
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 
 from pipeline.errors import ConflictError, InputError
+from pipeline.storage import Root
+from pipeline.store.layout import IDENTITY
+from pipeline.train.control import current_generation
+from pipeline.train.history import read_records
 from tests.sim import oracles
+from tests.sim.samplers import Samplers
 from tests.sim.scheduler import Actor
+from tests.sim.trainers import STEPS, Trainers
 from tests.sim.world import DAMAGED, World, world
 
 _PATIENT_S = 1e7  # a grace period that no world outlives
@@ -27,7 +34,8 @@ def run(seed: int) -> int:
             made.put_source(f"{number}.png", _image(rng))
         made.put_source("stays.png", b"stays")  # a source without any image is refused
         grace_s = rng.choice((0.0, _PATIENT_S))
-        kinds = _kinds(made, rng, grace_s)
+        samplers, trainers = Samplers(made, Root("sim://drawn")), Trainers(made, keep_last=rng.randint(1, 2))
+        kinds = _kinds(made, rng, grace_s) | rng.choice((_sampling(samplers), _training(trainers), {}))
         crash, fault = rng.choice((0.0, 0.004)), rng.choice((0.0, 0.02))
         left = rng.randint(3, 9)
         while True:
@@ -43,6 +51,13 @@ def run(seed: int) -> int:
         for actor in made.sim.actors:
             _ended_well(actor, grace_s)
         oracles.check(made)
+        if samplers.drawn:
+            samplers.check()
+        if current_generation(trainers.root):
+            trainers.check()
+            made.sim.run("last trainer", trainers.train)
+            trainers.check()
+            assert len(read_records(trainers.root)) == STEPS, "I10: the history ends early"
         made.sim.run("last", lambda: made.encode(exact=True))
         oracles.check(made)
         oracles.settled(made)
@@ -82,6 +97,27 @@ def _kinds(made: World, rng: random.Random, grace_s: float) -> dict[str, Kind]:
         "reader": made.read,
         "changes": changes,
     }
+
+
+def _sampling(samplers: Samplers) -> dict[str, Kind]:
+    return {
+        f"draw {settings} on {device}": partial(samplers.sample, settings, device=device, tars=tars)
+        for settings, device, tars in (
+            ("two", "a", False),
+            ("two", "b", False),
+            ("three", "a", False),
+            ("two", "c", True),
+        )
+    }
+
+
+def _training(trainers: Trainers) -> dict[str, Kind]:
+    def train(attempts: int) -> str:
+        if not trainers.world.root.exists(IDENTITY):
+            return "no data"
+        return trainers.train(attempts)
+
+    return {f"train {n}": partial(train, attempts) for n, attempts in enumerate((1, 1, 2, 2))}
 
 
 def _image(rng: random.Random) -> bytes:

@@ -39,7 +39,7 @@ from pipeline.store.verify import collect_garbage
 from pipeline.store.work import work_of
 from pipeline.store.writer import Committer
 from tests.sim.scheduler import Sim
-from tests.sim.storage import Store, activate, read_if_match
+from tests.sim.storage import Store, Stored, activate, read_if_match
 
 DATA, SOURCE = "sim://data", "sim://images"
 SHAPE = (1, 2, 2)
@@ -80,6 +80,19 @@ class Seen:
     dataset: LatentDataset
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A world at rest."""
+
+    objects: dict[str, Stored]
+    created: list[tuple[int, str, str]]
+    acknowledged: list[tuple[int, str]]
+    contents: dict[str, bytes]
+    tick: int
+    now: float
+    names: int
+
+
 @dataclass
 class World:
     """The store, the clock and what the processes have told."""
@@ -93,6 +106,21 @@ class World:
     acknowledged: list[tuple[int, str]] = field(default_factory=list)  # (tick, record's key)
     seen: list[Seen] = field(default_factory=list)
     contents: dict[str, bytes] = field(default_factory=dict)  # etag -> the bytes it was of
+
+    names: Iterator[int] = field(default_factory=itertools.count)  # of random names
+
+    def save(self) -> Saved:
+        """What there is now; whoever is still at work is not part of it."""
+        store, sim = self.store, self.sim
+        told = (dict(store.objects), list(store.created), list(self.acknowledged), dict(self.contents))
+        return Saved(*told, sim.tick, sim.now, next(self.names))
+
+    def restore(self, saved: Saved) -> None:
+        """Begin with what another world has come to."""
+        self.store.objects, self.store.created = dict(saved.objects), list(saved.created)
+        self.acknowledged, self.contents = list(saved.acknowledged), dict(saved.contents)
+        self.sim.tick, self.sim.now = saved.tick, saved.now
+        self.names = itertools.count(saved.names + 1)
 
     # -- the source ------------------------------------------------------------------------------------------
 
@@ -248,13 +276,13 @@ def world() -> Iterator[World]:
     """A fresh world in which the product's clocks, threads and random names are the simulator's."""
     sim = Sim()
     store = Store(sim)
-    counter = itertools.count()
+    made = World(sim, store)
     clock = mock.Mock(sleep=sim.sleep, time=sim.time, monotonic=sim.time)
     activate(store)
     patches = [mock.patch(f"{name}.time", clock) for name in _CLOCKS]
     patches += [mock.patch(f"{name}.ThreadPoolExecutor", _Serial) for name in _POOLS]
     patches += [
-        mock.patch("secrets.token_hex", lambda n=16: f"{next(counter):0{2 * n}x}"),
+        mock.patch("secrets.token_hex", lambda n=16: f"{next(made.names):0{2 * n}x}"),
         mock.patch("pipeline.storage.random", mock.Mock(uniform=lambda a, b: b / 2)),
         mock.patch.object(Generation, "start_heartbeat", return_value=None),
         mock.patch.object(Root, "open", lambda self, key: io.BytesIO(self.read_bytes(key))),
@@ -268,7 +296,7 @@ def world() -> Iterator[World]:
     try:
         for patch in patches:
             patch.start()
-        yield World(sim, store)
+        yield made
     finally:
         sim.close()
         for patch in patches:
