@@ -200,6 +200,24 @@ def test_a_reader_keeps_its_files_for_the_grace_period(world: World) -> None:
     oracles.check(world)
 
 
+def test_the_digest_does_not_tell_how_a_dataset_came_about(world: World) -> None:
+    """I8: neither what died before it was planned, nor how rows were cut into writes and shards."""
+    digests = set()
+    three_images(world)
+    source = dict(world.store.objects)
+    for deaths in range(3):
+        world.store.objects = dict(source)
+        for _ in range(deaths):
+            dead = world.sim.actor("dead", world.encode)
+            world.sim.until(dead, "create", "data/plan/v*")
+            world.sim.kill(dead)
+        world.sim.run("encode", lambda n=deaths: world.encode(rows_per_commit=1 + n))
+        digests.add(LatentDataset.open(DATA).digest)
+        world.sim.run("compact", world.compact)
+        digests.add(LatentDataset.open(DATA).digest)
+    assert len(digests) == 1
+
+
 def test_a_repeated_write_turns_no_stored_row_into_a_reject(world: World) -> None:
     """V17: within a generation a row that one record stores and another rejects is stored, whatever their names."""
     for number in range(8):
