@@ -9,7 +9,7 @@ import random
 import sys
 import traceback
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 from pipeline.errors import ConflictError, InputError
 from pipeline.storage import Root
@@ -20,7 +20,7 @@ from tests.sim import oracles
 from tests.sim.samplers import Samplers
 from tests.sim.scheduler import Actor
 from tests.sim.trainers import STEPS, Trainers
-from tests.sim.world import DAMAGED, World, world
+from tests.sim.world import DAMAGED, Saved, World, world
 
 _PATIENT_S = 1e7  # a grace period that no world outlives
 Kind = Callable[[], object]
@@ -36,12 +36,17 @@ def run(seed: int) -> int:
         grace_s = rng.choice((0.0, _PATIENT_S))
         samplers, trainers = Samplers(made, Root("sim://drawn")), Trainers(made, keep_last=rng.randint(1, 2))
         kinds = _kinds(made, rng, grace_s) | rng.choice((_sampling(samplers), _training(trainers), {}))
-        crash, fault = rng.choice((0.0, 0.004)), rng.choice((0.0, 0.02))
-        left = rng.randint(3, 9)
+        # Few kinds in one world, for they meet each other more often then.
+        chosen = rng.sample(list(kinds), rng.randint(2, 3))
+        crash, fault = rng.choice((0.0, 0.004, 0.02)), rng.choice((0.0, 0.02))
+        for _ in range(rng.randint(0, 2)):
+            made.sim.run("before", made.encode)
+            made.change_source([(f"{rng.randrange(5)}.png", _image(rng)) for _ in range(rng.randint(0, 3))])
+        left = rng.randint(2, 6)
         while True:
             alive = [a for a in made.sim.actors if not a.ended]
             if left and (not alive or (len(alive) < 5 and rng.random() < 0.3)):
-                name = rng.choice(list(kinds))
+                name = rng.choice(chosen)
                 made.sim.actor(f"{name}-{left}", kinds[name], rng.choice((0.0, 0.0, -30.0, 30.0)))
                 left -= 1
             elif not alive:
@@ -50,7 +55,6 @@ def run(seed: int) -> int:
                 _stretch(made, rng, crash, fault)
         for actor in made.sim.actors:
             _ended_well(actor, grace_s)
-        oracles.check(made)
         if samplers.drawn:
             samplers.check()
         if current_generation(trainers.root):
@@ -58,25 +62,82 @@ def run(seed: int) -> int:
             made.sim.run("last trainer", trainers.train)
             trainers.check()
             assert len(read_records(trainers.root)) == STEPS, "I10: the history ends early"
-        made.sim.run("last", lambda: made.encode(exact=True))
-        oracles.check(made)
-        oracles.settled(made)
-        oracles.copies(made)
-        return made.sim.tick
+        return _finish(made)
+
+
+@cache
+def base() -> Saved:
+    """Four images, encoded; then one has changed, one is new, one is gone, and a run has died half-way."""
+    with world() as made:
+        for name, data in (("a", b"one"), ("b", b"one"), ("c", b"two"), ("d", DAMAGED)):
+            made.put_source(f"{name}.png", data)
+        made.sim.run("encode", made.encode)
+        made.put_source("a.png", b"three")
+        made.put_source("e.png", b"one")
+        made.store.delete("images/c.png")
+        dead = made.sim.actor("dead", lambda: made.encode(rows_per_commit=1))
+        made.sim.until(dead, "create", "data/ledger/*")
+        made.sim.kill(dead)
+        return made.save()
+
+
+def duel(seed: int) -> int:
+    """From one base two processes come to some request each, perhaps a third one runs, then they end in some order."""
+    rng, begun = random.Random(seed), base()
+    with world() as made:
+        made.restore(begun)
+        made.sim.now += 100.0
+        kinds = _kinds(made, rng, 0.0)
+        names = list(kinds)
+        for at in range(2):
+            name = rng.choice(names)
+            actor = made.sim.actor(f"{name}-{at}", kinds[name])
+            steps, writes = rng.choice(((rng.randrange(40), 99), (99, rng.randrange(12))))
+            while steps and writes >= 0 and not actor.ended:
+                made.sim.step(actor)
+                steps -= 1
+                writes -= actor.pending is not None and actor.pending[0] in ("create", "put", "delete")
+        if rng.random() < 0.5:
+            made.sim.drain(made.sim.actor("third", kinds[rng.choice(names)]))
+        order = list(made.sim.actors)
+        if rng.random() < 0.5:
+            order.reverse()
+        for actor in order:
+            if rng.random() < 0.1:
+                made.sim.kill(actor)
+            made.sim.drain(actor)
+            _ended_well(actor, 0.0)
+        return _finish(made)
+
+
+def _finish(made: World) -> int:
+    oracles.check(made)
+    made.sim.run("last", lambda: made.encode(exact=True))
+    oracles.check(made)
+    oracles.settled(made)
+    oracles.copies(made)
+    return made.sim.tick
 
 
 def _stretch(made: World, rng: random.Random, crash: float, fault: float) -> None:
-    """Some steps of one process while all others stall."""
-    ready = [a for a in made.sim.actors if not a.ended]
-    actor = rng.choice(ready)
-    for _ in range(rng.choice((1, 1, 2, 5, 20, 100))):
-        if actor.ended:
-            return
+    """One process goes on while all others stall: for some steps, up to a write, or to its end.
+
+    What matters of two processes is mostly which write of one comes between which reads of the other.
+    """
+    actor = rng.choice([a for a in made.sim.actors if not a.ended])
+    steps = rng.choice((1, 2, 4, 8, 16, 1000, 1000, 1000))
+    writes = rng.choice((1, 1, 2, 4, 1000)) if steps == 1000 else 1000
+    while steps and not actor.ended:
+        steps -= 1
         draw = rng.random()
         if draw < crash:
             made.sim.kill(actor)
-        else:
-            made.sim.step(actor, rng.choice(("fail", "lost", "twice")) if draw < crash + fault else None)
+            return
+        made.sim.step(actor, rng.choice(("fail", "lost", "twice")) if draw < crash + fault else None)
+        if actor.pending is not None and actor.pending[0] in ("create", "put", "delete"):
+            writes -= 1
+            if not writes:
+                return
 
 
 def _kinds(made: World, rng: random.Random, grace_s: float) -> dict[str, Kind]:
@@ -140,7 +201,7 @@ def main(first: int, count: int) -> int:
     broken, ticks = [], 0
     for seed in range(first, first + count):
         try:
-            ticks += run(seed)
+            ticks += run(seed) if seed % 2 else duel(seed)
         except Exception:
             broken.append(seed)
             print(f"seed {seed}:\n{traceback.format_exc()}", flush=True)

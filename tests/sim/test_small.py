@@ -9,7 +9,8 @@ import pytest
 
 from pipeline.errors import ConflictError
 from tests.sim import oracles
-from tests.sim.world import Saved, World, world
+from tests.sim.seeds import base
+from tests.sim.world import World, world
 
 Job = Callable[[World], object]
 
@@ -32,25 +33,10 @@ PAIRS = [
 ]
 
 
-@pytest.fixture(scope="module", name="begun")
-def _begun() -> Saved:
-    """Four images, encoded; then one has changed, one is new, one is gone, and a run has died half-way."""
-    with world() as made:
-        for name, data in (("a", b"one"), ("b", b"one"), ("c", b"two"), ("d", b"damaged")):
-            made.put_source(f"{name}.png", data)
-        made.sim.run("encode", made.encode)
-        made.put_source("a.png", b"three")
-        made.put_source("e.png", b"one")
-        made.store.delete("images/c.png")
-        dead = made.sim.actor("dead", lambda: made.encode(rows_per_commit=1))
-        made.sim.until(dead, "create", "data/ledger/*")
-        made.sim.kill(dead)
-        return made.save()
-
-
 @contextmanager
-def again(begun: Saved) -> Iterator[World]:
-    """A world that begins there."""
+def again() -> Iterator[World]:
+    """A world of four images, with a past (see `seeds.base`)."""
+    begun = base()
     with world() as made:
         made.restore(begun)
         yield made
@@ -80,12 +66,10 @@ def end(made: World) -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS, ids=[f"{a}-{b}" for a, b in PAIRS])
-def test_a_process_that_stalls_before_any_request_while_another_one_runs(
-    first: str, second: str, begun: Saved
-) -> None:
+def test_a_process_that_stalls_before_any_request_while_another_one_runs(first: str, second: str) -> None:
     steps = 0
     while True:
-        with again(begun) as made:
+        with again() as made:
             stopped = stopped_at(made, JOBS[first], steps)
             made.sim.drain(made.sim.actor("second", lambda: JOBS[second](made)))
             end(made)
@@ -96,10 +80,10 @@ def test_a_process_that_stalls_before_any_request_while_another_one_runs(
 
 
 @pytest.mark.parametrize("job", ["encode", "compact", "dedup", "gc"])
-def test_a_process_that_dies_before_any_request(job: str, begun: Saved) -> None:
+def test_a_process_that_dies_before_any_request(job: str) -> None:
     steps = 0
     while True:
-        with again(begun) as made:
+        with again() as made:
             stopped = stopped_at(made, JOBS[job], steps)
             made.sim.kill(made.sim.actors[-1])
             end(made)
