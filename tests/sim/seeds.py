@@ -82,7 +82,7 @@ def base() -> Saved:
 
 
 def duel(seed: int) -> int:
-    """From one base two processes come to some request each, perhaps a third one runs, then they end in some order."""
+    """From one base two processes come to some request each, a third one may run, then they end in some order."""
     rng, begun = random.Random(seed), base()
     with world() as made:
         made.restore(begun)
