@@ -176,12 +176,12 @@ def _merged(sets: dict[str, list[RowSet]]) -> dict[str, RowSet]:
 
 def _dead_rows(retired: RowSet, records: Sequence[CommitRecord]) -> list[RowSet]:
     """For each record those of its rows that do not count; linear in the number of intervals."""
-    dead, numbered = [RowSet.empty()] * len(records), enumerate(records)
+    dead = [RowSet.empty()] * len(records)
     # What a record stores and what it leaves out take part each by itself.
-    parts = [(i, r.stored, r.settled) if r.reject_file else (i, r.covered, RowSet.empty()) for i, r in numbered]
-    claims = [(i, 0, stored) for i, stored, _ in parts] + [(i, 1, settled) for i, _, settled in parts if settled]
+    parts = [(i, 0, r.stored if r.reject_file else r.covered) for i, r in enumerate(records)]
+    parts += [(i, 1, r.settled) for i, r in enumerate(records) if r.reject_file]
     # What is retired takes part as one that wins everywhere: its rows are dead in all others.
-    sets = [*(rows for _, _, rows in claims), retired]
+    sets = [*(rows for _, _, rows in parts), retired]
     if not any(sets):
         return dead
     starts, stops = (np.concatenate([getattr(s, side) for s in sets]) for side in ("starts", "stops"))
@@ -196,9 +196,9 @@ def _dead_rows(retired: RowSet, records: Sequence[CommitRecord]) -> list[RowSet]
     segment, owner = segment[contested], owner[contested]
     # Among those that hold a segment the newest generation wins, then one that stores it, then the first name.
     rank = np.full(len(sets), -1, np.int64)
-    order = sorted(range(len(claims)), key=lambda c: (-records[claims[c][0]].generation, claims[c][1], claims[c][0]))
-    rank[order] = np.arange(len(claims))
-    winner = np.full(len(cuts), len(claims), np.int64)
+    order = sorted(range(len(parts)), key=lambda p: (-records[parts[p][0]].generation, parts[p][1], parts[p][0]))
+    rank[order] = np.arange(len(parts))
+    winner = np.full(len(cuts), len(parts), np.int64)
     np.minimum.at(winner, segment, rank[owner])
     lost = winner[segment] != rank[owner]
     segment, owner = segment[lost], owner[lost]
@@ -207,6 +207,6 @@ def _dead_rows(retired: RowSet, records: Sequence[CommitRecord]) -> list[RowSet]
     losers, first, count = np.unique(owner, return_index=True, return_counts=True)
     for loser, begin, size in zip(losers, first, count, strict=True):
         mine = segment[begin : begin + size]
-        record = claims[loser][0]
+        record = parts[loser][0]
         dead[record] = dead[record] | RowSet.from_keys(cuts[mine], cuts[mine + 1])
     return dead
