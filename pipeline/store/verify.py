@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pipeline.storage import ObjectInfo, Root
 from pipeline.storage_errors import storage_errors
 from pipeline.store import layout
-from pipeline.store.bundles import Named, read_bundle
+from pipeline.store.bundles import read_bundle
 from pipeline.store.generation import (
     at_one_generation,
     check_newest,
@@ -30,7 +30,7 @@ from pipeline.store.identity import read_identity
 from pipeline.store.ledger import collect, parsed, visible_records
 from pipeline.store.outside import COLUMNS, problems_outside
 from pipeline.store.plan import Plan, read_plan
-from pipeline.store.record import FileInfo
+from pipeline.store.record import CommitRecord, FileInfo
 from pipeline.store.rowset import RowSet
 from pipeline.store.state import State, fold, read_state
 
@@ -197,7 +197,7 @@ def _orphans(root: Root, number: int, since_s: float = math.inf) -> Iterator[Obj
         if first and _changed_at_s(root, seen) < since_s:
             break
         # What was visible when this claim came; between then and the next one its own records were, too.
-        kept |= _files(fold(_planned_before(plan, seen), parsed(_bundled(root, claim))))
+        kept |= _files(fold(_planned_before(plan, seen), _bundled(root, claim)))
         kept.update(path for _, record in records if record.generation == seen for path in record.paths)
         if first:
             break
@@ -215,9 +215,11 @@ def _files(state: State) -> set[str]:
     return {f.info.path for f in (*state.files, *state.reject_files)}
 
 
-def _bundled(root: Root, claim: dict[str, Any]) -> Iterator[Named]:
-    for bundle in claim["bundles"]:
-        yield from read_bundle(root, bundle)
+def _bundled(root: Root, claim: dict[str, Any]) -> list[tuple[str, CommitRecord]]:
+    """The records that a claim lists; none where a shorter grace period took a bundle: nobody can open those."""
+    if not all(root.exists(bundle) for bundle in claim["bundles"]):
+        return []
+    return parsed(named for bundle in claim["bundles"] for named in read_bundle(root, bundle))
 
 
 def _put_at_s(root: Root, key: str) -> float:

@@ -200,6 +200,15 @@ def test_a_reader_keeps_its_files_for_the_grace_period(world: World) -> None:
     oracles.check(world)
 
 
+def test_a_long_grace_period_after_a_short_one_finds_bundles_gone(world: World) -> None:
+    for at in range(10):  # so many claims that their bundles are merged
+        world.put_source(f"{at}.png", b"%d" % at)
+        world.sim.run(f"encode-{at}", world.encode)
+    world.sim.run("short", lambda: world.gc(grace_s=0.0))
+    world.sim.run("long", lambda: world.gc(grace_s=1e6))
+    oracles.check(world)
+
+
 def test_the_digest_does_not_tell_how_a_dataset_came_about(world: World) -> None:
     """I8: neither what died before it was planned, nor how rows were cut into writes and shards."""
     digests = set()
