@@ -7,9 +7,11 @@ import logging
 import os
 import pickle
 import threading
+import time
 import tracemalloc
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from hypothesis import strategies as st
 from pipeline import storage
 from pipeline.errors import InputError
 from pipeline.storage import KeyRefused, Root, check_key
-from pipeline.storage_errors import StoreUnavailable, describe, job_error, note_answer, plain_error
+from pipeline.storage_errors import ObjectChanged, StoreUnavailable, describe, job_error, note_answer, plain_error
 from pipeline.storage_remote import RangedFile, put_whole
 
 
@@ -64,6 +66,22 @@ def test_objects_come_back_whole_and_in_ranges(root: Root) -> None:
     assert root.info("a/b.bin").size_bytes == 10
     root.put("a/b.bin", b"new")
     assert root.read_bytes("a/b.bin") == b"new"
+
+
+def test_a_version_is_read_whole_or_not_at_all(root: Root) -> None:
+    root.put("k", b"0123456789")
+    (listed,) = root.list()
+    assert root.read_version("k", listed) == b"0123456789"
+    assert root.read_version("k", listed, 3, 4) == b"3456"
+    time.sleep(0.05)  # local files tell versions by their time alone
+    root.put("k", b"9876543210")
+    for span in ((0, None), (3, 4)):
+        with pytest.raises(ObjectChanged, match="k has changed since it was listed"):
+            root.read_version("k", listed, *span)
+    assert root.read_version("k", replace(listed, etag=None, mtime_ns=None), 3, 4) == b"6543"
+    root.delete("k")
+    with pytest.raises(FileNotFoundError):
+        root.read_version("k", listed)
 
 
 def test_absent_objects_are_file_not_found(root: Root) -> None:

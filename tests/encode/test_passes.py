@@ -81,6 +81,16 @@ def test_rejects_that_cannot_be_retried_stop_the_run(tmp_path: Path) -> None:
     assert read_state(root).num_rejected == 2
 
 
+def test_rows_whose_source_has_changed_since_it_was_listed_stay_open(tmp_path: Path) -> None:
+    """Nobody dies, and no row comes: the next run lists anew, so this one ends and says so."""
+    root = planned_root(str(tmp_path / "data"), units=1, rows=2)
+    passes = Passes(root, claim(root), [[(0, 0)]])
+    passes.deaths = False
+    with pytest.raises(StoppedError, match="The source has changed; 1 rows are left"):
+        passes._settle(*passes._look(RowSet.empty()), RowSet.empty())
+    assert read_state(root).gaps().triples() == [[0, 1, 2]]
+
+
 def test_rows_planned_leave_out_those_whose_source_changed(tmp_path: Path) -> None:
     root = planned_root(str(tmp_path / "data"), units=2, rows=3)
     assert planned_rows(read_state(root)) == 6

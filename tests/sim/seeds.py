@@ -155,6 +155,7 @@ def _kinds(made: World, rng: random.Random, grace_s: float) -> dict[str, Kind]:
         "dedup": made.dedup,
         "compact": made.compact,
         "gc": lambda: made.gc(grace_s),
+        "late gc": lambda: made.gc(max(grace_s, 1.0)),
         "reader": made.read,
         "changes": changes,
     }
