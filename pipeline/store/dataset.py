@@ -27,7 +27,7 @@ from pipeline.store.record import FileInfo
 from pipeline.store.row_groups import RowGroupInfo
 from pipeline.store.runs import last_run
 from pipeline.store.shard import channel_totals
-from pipeline.store.state import State, VisibleFile, state_at
+from pipeline.store.state import State, VisibleFile, read_state, state_at
 
 _WORTH_A_MAPPING = 1 << 20
 _FOOTERS = 4096  # kept at a time; about 1.6 KB for each row group of a file
@@ -56,9 +56,9 @@ class Dataset:
                 f"{uri} is a dataset of {identity.kind}", key=key, value=uri, rule=f"a dataset of {kind} is needed"
             )
         kept = None if pins is None else pins.state(root)
-        if kept is None:
+        if kept is None and kind == "images":  # alone of all kinds they may have been given another identity
             kept, identity = at_one_generation(root, lambda n: (state_at(root, n), identity_at(root, n, key)))
-        return cls(root, identity, kept)
+        return cls(root, identity, read_state(root) if kept is None else kept)
 
     @property
     def uri(self) -> str:

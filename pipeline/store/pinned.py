@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.errors import ConflictError, InputError
 from pipeline.storage import Root
+from pipeline.store import layout
 from pipeline.store.bundles import read_bundle, write_bundle
 from pipeline.store.generation import at_one_generation, visible_headers
 from pipeline.store.ledger import parsed, visible_named
@@ -98,6 +99,8 @@ class Pins:
             sound = body["version"] == VERSION and isinstance(body["plan"], list)
             # It names an object to read: one of this directory, and no other.
             sound = sound and name.startswith(f"{self._directory}/") and ".." not in name
+            headers = body.get("headers", [])
+            sound = sound and all(key.startswith(f"{layout.PLAN}/") and ".." not in key for key in headers)
         except (ValueError, KeyError, TypeError, AttributeError):
             sound = False
         if not sound:
