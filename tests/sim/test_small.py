@@ -79,6 +79,24 @@ def test_a_process_that_stalls_before_any_request_while_another_one_runs(first: 
     assert steps > 10
 
 
+@pytest.mark.parametrize("write", ["data/plan/v*", "data/ledger/*"])
+def test_a_reader_that_stalls_before_any_request_while_the_owner_goes_on(write: str) -> None:
+    """In one generation: nothing tells the reader that it should look again."""
+    steps = 0
+    while True:
+        with again() as made:
+            made.put_source("b.png", b"four")
+            owner = made.sim.actor("owner", lambda: made.encode(rows_per_commit=1))
+            made.sim.until(owner, "create", write)
+            stopped = stopped_at(made, JOBS["read"], steps)
+            made.sim.drain(owner)
+            end(made)
+        if not stopped:
+            break
+        steps += 1
+    assert steps > 10
+
+
 @pytest.mark.parametrize("job", ["encode", "compact", "dedup", "gc"])
 def test_a_process_that_dies_before_any_request(job: str) -> None:
     steps = 0
