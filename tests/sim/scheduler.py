@@ -9,7 +9,6 @@ clock is virtual: it moves by a tick a step, and to the next sleeper's end when 
 from __future__ import annotations
 
 import fnmatch
-import random
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -163,20 +162,6 @@ class Sim:
     def run(self, name: str, body: Callable[[], Any]) -> Any:
         """A process from beginning to end with nobody beside it."""
         return self.finish(self.actor(name, body))
-
-    def random_step(self, rng: random.Random, crash: float, fault: float) -> bool:
-        """One step of some actor, chosen and disturbed by `rng`; False when all have ended."""
-        alive = [a for a in self.actors if not a.ended]
-        if not alive:
-            return False
-        ready = [a for a in alive if a.wake <= self.now] or [min(alive, key=lambda a: a.wake)]
-        actor = rng.choice(ready)
-        draw = rng.random()
-        if draw < crash:
-            self.kill(actor)
-        else:
-            self.step(actor, rng.choice(("fail", "lost", "twice")) if draw < crash + fault else None)
-        return True
 
     def close(self) -> None:
         """End whoever is left."""
