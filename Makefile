@@ -8,13 +8,14 @@ export GOMP_SPINCOUNT := 0
 # Images of machines often forbid bytecode: then every process compiles this package and its tests anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install install-dev quickstart test test-all test-quick lint types soak clean
+.PHONY: help install install-dev quickstart test test-all test-quick lint types sim soak clean
 
 help:
 	@echo "make quickstart   images -> latents -> model -> images on this machine, with a report (some minutes)"
 	@echo "make test         lint, types, import rules, tests; the jobs on real Ray, with kills; a store that fails"
 	@echo "make test-all     every test there is: also what takes many minutes"
 	@echo "make test-quick   unit tests alone: no process, no server, no Ray"
+	@echo "make sim          random schedules of the store, SEEDS=10000 of them from FIRST=1000 (half an hour)"
 	@echo "make soak         kill tests for as long as KILLS=200 SEED=7 say"
 
 $(BIN)/python:
@@ -56,6 +57,9 @@ lint: install-dev
 
 types: install-dev
 	$(BIN)/mypy
+
+sim: install-dev
+	$(BIN)/python -m tests.sim.seeds $(or $(FIRST),1000) $(or $(SEEDS),10000)
 
 soak: install-dev
 	$(BIN)/python -m pytest tests/faults -m soak --kills $(or $(KILLS),200) --kill-seed $(or $(SEED),7) -s

@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, Protocol, TypeVar, cast
 
 from pipeline.errors import InputError
 from pipeline.storage_errors import (
+    ObjectChanged,
     already_exists,
     describe,
     is_transient,
@@ -35,7 +36,7 @@ from pipeline.storage_errors import (
 )
 from pipeline.storage_keys import KeyRefused as KeyRefused
 from pipeline.storage_keys import check_key as check_key
-from pipeline.storage_local import half_written, scanned, written_beside
+from pipeline.storage_local import half_written, read_unchanged, scanned, written_beside
 from pipeline.storage_remote import (
     BUFFER_BYTES,
     RangedFile,
@@ -43,6 +44,7 @@ from pipeline.storage_remote import (
     is_marked,
     make_filesystem,
     put_whole,
+    read_if_match,
     read_whole,
 )
 from pipeline.storage_writers import refuse_or_warn, single_writer
@@ -62,6 +64,15 @@ class ObjectInfo:
     size_bytes: int
     etag: str | None
     mtime_ns: int | None
+
+
+class Version(Protocol):
+    """What identifies the version of an object: an `ObjectInfo`, or what somebody keeps of one."""
+
+    @property
+    def etag(self) -> str | None: ...
+    @property
+    def mtime_ns(self) -> int | None: ...
 
 
 # One level of a directory, sorted: a name, of a directory with "/" at its end, and how to get the version of a key.
@@ -149,6 +160,38 @@ class Root:
                 return file.read(length)
         return cast(bytes, self._retry(lambda: self.fs.cat_file(self._path(key), start=start, end=start + length)))
 
+    def read_version(self, key: str, version: Version, start: int = 0, length: int | None = None) -> bytes:
+        """Bytes of an object as it was listed, all of them or a range; ObjectChanged when it is another one now.
+
+        What comes was there under this etag (without one: with this time of change) while it was read. S3 is asked
+        for it, as there an etag comes back with the content; on a disk the open file tells; elsewhere whoever looks
+        before and after sees a change. Where nothing is known of the version, any will do.
+        """
+        if version.mtime_ns is None and (self._local or version.etag is None):
+            return self.read_bytes(key) if length is None else self.read_range(key, start, length)
+        data = None
+        if self._local:
+            data = read_unchanged(self._path(key), version.mtime_ns, start, length)
+        elif version.etag is None or (data := self._read_if_match(key, version.etag, start, length)) is None:
+            before = self.info(key)
+            data = self.read_bytes(key) if length is None else self.read_range(key, start, length)
+            same = before.etag == version.etag if version.etag is not None else before.mtime_ns == version.mtime_ns
+            data = data if same and self.info(key) == before else None
+        if data is None:
+            raise _changed(self.uri_of(key))
+        return data
+
+    def _read_if_match(self, key: str, etag: str, start: int, length: int | None) -> bytes | None:
+        def read() -> bytes | None:
+            try:
+                return read_if_match(self.fs, self._path(key), etag, start, length)
+            except Exception as error:
+                if already_exists(error):  # the same status, 412
+                    raise _changed(self.uri_of(key)) from None
+                raise
+
+        return self._retry(read)
+
     def open(self, key: str) -> BinaryIO:
         """A seekable binary file for reading; on a remote store every read of its buffer is retried by itself."""
         if self._local:
@@ -202,8 +245,12 @@ class Root:
             key = f"{prefix}/{name}" if prefix else name
             if name.endswith("/"):
                 yield from self.list(key[:-1])
-            else:
-                yield version_of(key)
+                continue
+            try:
+                info = version_of(key)
+            except FileNotFoundError:
+                continue  # it went between the look at the directory and the look at it
+            yield info
 
     def half_written(self, prefix: str) -> Iterator[ObjectInfo]:
         """What writers that died left right below a local directory: files of no name, which are no objects."""
@@ -232,6 +279,8 @@ class Root:
         found = []
         for detail in details:
             name = detail["name"].rstrip("/")[len(base) :].lstrip("/")
+            if not name and detail["type"] == "directory":
+                raise KeyRefused(f"below {self.uri_of(prefix)} are keys with an empty part, as in a//b")
             if name and "/" not in name:
                 found.append((name + "/" if detail["type"] == "directory" else name, detail))
         for name, detail in sorted(found, key=itemgetter(0)):
@@ -251,15 +300,15 @@ class Root:
         """Create an object: True when this call created it, False when one was there already.
 
         An answer that got lost (the connection broke after the store had taken the object) is resolved by looking
-        whose object it is: by a mark in its metadata on S3, whose clients may repeat a call unasked; elsewhere, the
-        same bytes after a broken attempt are ours.
+        whose object it is: by a mark in its metadata on S3 and GCS, whose clients may repeat a call unasked; on a
+        disk, where NFS may, by the second name of our file; elsewhere the same bytes after a broken attempt are ours.
         """
         if self._local:
             with written_beside(self._path(key), data) as temporary:
                 try:
                     os.link(temporary, self._path(key))
                 except FileExistsError:
-                    return False
+                    return os.stat(temporary).st_nlink > 1
             return True
         if single_writer() and self.exists(key):
             return False
@@ -376,6 +425,14 @@ class Root:
                 return True
             raise
         return False
+
+
+def _changed(uri: str) -> ObjectChanged:
+    return ObjectChanged(
+        f"{without_user(uri)} has changed since it was listed",
+        rule="what is read is the version that the listing showed",
+        next_step="run the same command again: it lists anew",
+    )
 
 
 def _local_info(path: str, key: str) -> ObjectInfo:

@@ -58,6 +58,10 @@ _UNREACHABLE = {
 _USER_PART = re.compile(r"(://)[^/\s'\"<>@]+@")
 
 
+class ObjectChanged(InputError):
+    """An object is not, or not any more, the version that was asked for."""
+
+
 class StoreUnavailable(OSError):
     """A store did not answer, or only with errors, for as long as it was asked: what was written before stays."""
 

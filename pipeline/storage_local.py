@@ -20,7 +20,7 @@ def written_beside(final: str, data: bytes) -> Iterator[str]:
     The block links or renames it to its name; the directory is synced after that.
     """
     directory = os.path.dirname(final)
-    os.makedirs(directory, exist_ok=True)
+    _make_synced(directory)
     temporary = os.path.join(directory, TEMPORARY_PREFIX + secrets.token_hex(8))
     try:
         with open(temporary, "xb") as file:
@@ -28,14 +28,39 @@ def written_beside(final: str, data: bytes) -> Iterator[str]:
             file.flush()
             os.fsync(file.fileno())
         yield temporary
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(directory)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def _make_synced(directory: str) -> None:
+    """Make a directory and those above it that are missing, each durable in the one that holds it."""
+    if os.path.isdir(directory):
+        return
+    above = os.path.dirname(directory)
+    if above != directory:
+        _make_synced(above)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(directory)
+    _sync(above)
+
+
+def _sync(directory: str) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_unchanged(path: str, mtime_ns: int | None, start: int, length: int | None) -> bytes | None:
+    """Bytes of a file as it was at a time of change; None when it is another one, or changes meanwhile."""
+    with open(path, "rb") as file:
+        before = os.fstat(file.fileno()).st_mtime_ns
+        file.seek(start)
+        data = file.read() if length is None else file.read(length)
+        return data if before == os.fstat(file.fileno()).st_mtime_ns == mtime_ns else None
 
 
 def half_written(directory: str) -> Iterator[tuple[str, os.stat_result]]:

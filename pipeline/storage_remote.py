@@ -15,6 +15,7 @@ from typing import Any
 from pipeline.storage_writers import VARIABLE
 
 S3 = ("s3", "s3a")
+GCS = {"gs", "gcs"}
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10.0, 30.0
 # A body that the store does not take at this rate, after the first half minute, is sent again.
 SLOWEST_BYTES_PER_S = 256 << 10
@@ -60,6 +61,25 @@ def read_whole(fs: Any, path: str) -> bytes:
     return data
 
 
+def read_if_match(fs: Any, path: str, etag: str, start: int, length: int | None) -> bytes | None:
+    """Bytes of an object of one etag, else an answer of status 412; None where a store has no such request."""
+    if "s3" not in _protocols(fs):
+        return None
+    from fsspec.asyn import sync
+
+    bucket, _, key = path.partition("/")
+    span = {} if length is None else {"Range": f"bytes={start}-{start + length - 1}"}
+
+    async def get() -> bytes:
+        answer = await fs._call_s3("get_object", Bucket=bucket, Key=key, IfMatch=f'"{etag}"', **span)
+        async with answer["Body"] as body:
+            data: bytes = await body.read()
+            return data
+
+    found: bytes = sync(fs.loop, get)
+    return found
+
+
 def put_whole(fs: Any, path: str, data: bytes) -> None:
     """Write an object, replacing any other; never in parts where one request can carry it."""
     if "s3" in _protocols(fs) and len(data) <= LARGEST_PUT_BYTES:
@@ -72,12 +92,16 @@ def create_whole(fs: Any, path: str, data: bytes, mark: str) -> None:
     """Write an object unless there is one: then FileExistsError, or an answer of status 412."""
     if "s3" in _protocols(fs):
         _put_s3(fs, path, data, IfNoneMatch="*", Metadata={_MARK: mark})
+    elif GCS & set(_protocols(fs)):
+        fs.pipe_file(path, data, mode="create", metadata={_MARK: mark}, **_time_limit(fs, data))
     else:
         fs.pipe_file(path, data, mode="create", **_time_limit(fs, data))
 
 
 def is_marked(fs: Any, path: str, mark: str) -> bool | None:
     """Whether an object was created by the call that made this mark; None where a store keeps no marks."""
+    if GCS & set(_protocols(fs)):
+        return bool((fs.info(path).get("metadata") or {}).get(_MARK) == mark)
     if "s3" not in _protocols(fs):
         return None
     bucket, _, key = path.partition("/")

@@ -7,10 +7,13 @@ import logging
 import os
 import pickle
 import threading
+import time
 import tracemalloc
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import s3fs
@@ -19,8 +22,8 @@ from hypothesis import strategies as st
 
 from pipeline import storage
 from pipeline.errors import InputError
-from pipeline.storage import Root, check_key
-from pipeline.storage_errors import StoreUnavailable, describe, job_error, note_answer, plain_error
+from pipeline.storage import KeyRefused, Root, check_key
+from pipeline.storage_errors import ObjectChanged, StoreUnavailable, describe, job_error, note_answer, plain_error
 from pipeline.storage_remote import RangedFile, put_whole
 
 
@@ -63,6 +66,22 @@ def test_objects_come_back_whole_and_in_ranges(root: Root) -> None:
     assert root.info("a/b.bin").size_bytes == 10
     root.put("a/b.bin", b"new")
     assert root.read_bytes("a/b.bin") == b"new"
+
+
+def test_a_version_is_read_whole_or_not_at_all(root: Root) -> None:
+    root.put("k", b"0123456789")
+    (listed,) = root.list()
+    assert root.read_version("k", listed) == b"0123456789"
+    assert root.read_version("k", listed, 3, 4) == b"3456"
+    time.sleep(0.05)  # local files tell versions by their time alone
+    root.put("k", b"9876543210")
+    for span in ((0, None), (3, 4)):
+        with pytest.raises(ObjectChanged, match="k has changed since it was listed"):
+            root.read_version("k", listed, *span)
+    assert root.read_version("k", replace(listed, etag=None, mtime_ns=None), 3, 4) == b"6543"
+    root.delete("k")
+    with pytest.raises(FileNotFoundError):
+        root.read_version("k", listed)
 
 
 def test_absent_objects_are_file_not_found(root: Root) -> None:
@@ -236,6 +255,88 @@ def test_a_lost_answer_is_resolved_by_reading_back(monkeypatch: pytest.MonkeyPat
     assert root.put_if_absent("claim", b"mine") is True
     assert len(calls) == 2
     assert root.put_if_absent("claim", b"mine") is False
+
+
+def test_a_link_that_is_repeated_unasked_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS sends LINK again when the answer got lost, and reports that the name is taken: by us."""
+    root = Root(str(tmp_path))
+    link = os.link
+
+    def twice(source: str, target: str) -> None:
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", twice)
+    assert root.put_if_absent("claim", b"mine") is True
+    monkeypatch.setattr(os, "link", link)
+    assert root.put_if_absent("claim", b"mine") is False
+
+
+class RepeatingGcs:
+    """gcsfs as far as an object's creation goes: its own repeat of a call finds what the call has made."""
+
+    protocol = ("gs", "gcs")
+
+    def __init__(self) -> None:
+        self.objects: dict[str, dict[str, Any]] = {}
+
+    def _strip_protocol(self, path: str) -> str:
+        return path.partition("://")[2]
+
+    def pipe_file(self, path: str, data: bytes, mode: str, metadata: dict[str, str]) -> None:
+        self.objects.setdefault(path, {"metadata": metadata, "data": data})
+        raise FileExistsError(path)
+
+    def info(self, path: str) -> dict[str, Any]:
+        return self.objects[path]
+
+
+def test_a_creation_that_gcsfs_repeats_unasked_is_ours() -> None:
+    root = Root("gs://bucket/prefix")
+    root._fs = RepeatingGcs()
+    assert root.put_if_absent("claim", b"mine") is True
+    assert root.put_if_absent("claim", b"mine") is False
+
+
+def test_a_file_that_goes_while_its_directory_is_listed_is_not_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Root(str(tmp_path))
+    root.put("d/here", b"1")
+    monkeypatch.setattr(storage, "scanned", lambda directory: ["gone", "here"])
+    assert [info.key for info in root.list("d")] == ["d/here"]
+
+
+@pytest.mark.integration
+def test_keys_with_an_empty_part_are_refused_not_passed_over(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", request.getfixturevalue("s3_server"))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    s3fs.S3FileSystem.clear_instance_cache()
+    root = Root("s3://empty-parts/prefix")
+    root.fs.call_s3("create_bucket", Bucket="empty-parts")
+    for key in ("prefix/b/", "prefix/b/1", "prefix/c/1"):  # the first is a marker, as consoles make for folders
+        root.fs.call_s3("put_object", Bucket="empty-parts", Key=key, Body=b"1")
+    assert [info.key for info in root.list()] == ["b/1", "c/1"]
+    root.fs.call_s3("put_object", Bucket="empty-parts", Key="prefix/c//2", Body=b"1")
+    with pytest.raises(KeyRefused, match="below s3://empty-parts/prefix/c are keys with an empty part"):
+        list(root.list())
+
+
+def test_new_directories_are_durable_in_those_that_hold_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    Root(str(tmp_path)).put("a/b/c", b"1")
+    assert {str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a/b")} <= set(synced)
 
 
 def test_transient_errors_are_retried_and_final_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,13 @@ variable "ledger_patterns" {
   default = [
     "*/dataset.json",
     "*/plan/v*.json",
+    "*/generations/*/announced.json",
+    "*/generations/*/identity.json",
     "*/generations/*/open.json",
     "*/generations/*/closed.json",
     "*/ledger/*",
     "*/control/generation-*.json",
+    "*/checkpoints/starts/*.json",
   ]
 }
 

@@ -63,7 +63,7 @@ class Passes:
             gaps = left
             if faults and stalled >= _FAULTY_PASSES:
                 raise stopped_by(faults[-1], self.doing)
-            if stalled > self.crash_limit:
+            if stalled > (self.crash_limit if failures else 1):
                 raise _no_progress(stalled, gaps, failures)
         return state
 
@@ -110,13 +110,18 @@ class Passes:
 
 def _no_progress(stalled: int, gaps: RowSet, failures: list[Exception]) -> StoppedError:
     count = gaps.count()
-    left = f"{count:,}" if count < 1 << 30 else "some"
-    last = failures[-1] if failures else None
-    cause = f"; the last time: {' '.join(str(last).split())[:800]}" if last is not None else ""
+    left = f"{count:,} rows are left" if count < 1 << 30 else "some rows are left"
+    if not failures:
+        return StoppedError(
+            f"The source has changed; {left}",
+            rule="what is read is the version that the listing showed; what was committed is kept",
+            next_step="see the messages above, then run the same command again: it lists anew",
+        )
     error = StoppedError(
-        f"Workers died {stalled} times without progress; {left} rows are left{cause}",
+        f"Workers died {stalled} times without progress; {left}; the last time: "
+        f"{' '.join(str(failures[-1]).split())[:800]}",
         rule="what was committed is kept",
         next_step="mend what ends the workers (memory, disk, the device, a plug-in), then run the same command again",
     )
-    error.__cause__ = last
+    error.__cause__ = failures[-1]
     return error

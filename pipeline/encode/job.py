@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import time
@@ -20,7 +19,7 @@ from pipeline.encode.summary import REHEARSED, adopted, fingerprint_of, finish, 
 from pipeline.errors import ConfigError, ConflictError, PipelineError
 from pipeline.progress import Progress
 from pipeline.result import JobResult
-from pipeline.source.listing import check_apart, list_entries
+from pipeline.source.listing import check_apart, list_entries, source_root
 from pipeline.storage import Root
 from pipeline.store.dedup import deduplicate, is_due, marked, released
 from pipeline.store.generation import Generation, claim_next
@@ -40,7 +39,7 @@ _BEFORE_AMPERE = ("K80", "P4", "P100", "V100", "T4")  # as Ray names them
 
 def run(config: EncodeJobConfig) -> JobResult:
     """Encode what is planned and not settled; returns at once, without Ray or torch, when nothing is."""
-    root, info, entries = _check(config)
+    root, info = _check(config)
     config = _with_known_dtype(config, root, info)
     known = read_identity(root, "output.uri").fingerprint if root.exists(IDENTITY) else None
     rehearsal = _is_rehearsal(config, known)
@@ -54,7 +53,8 @@ def run(config: EncodeJobConfig) -> JobResult:
     try:
         plan, report = update_plan(
             root,
-            entries,
+            # Under the claim: a listing of before it could retire what a run in between has planned.
+            list_entries(config.source, known_entries(root, config.source.kind)),
             source=source_note(config),
             generation=generation.number,
             unit_rows=config.encode.unit_rows,
@@ -81,7 +81,7 @@ def run(config: EncodeJobConfig) -> JobResult:
         generation.abandon()
 
 
-def _check(config: EncodeJobConfig) -> tuple[Root, CodecInfo, Any]:
+def _check(config: EncodeJobConfig) -> tuple[Root, CodecInfo]:
     """Everything that can be wrong before anything is written."""
     info = codec_info(config.codec.path, config.codec.revision, config.codec.kind)
     check_posterior(info, config.codec.posterior)
@@ -97,15 +97,16 @@ def _check(config: EncodeJobConfig) -> tuple[Root, CodecInfo, Any]:
     root = Root(config.output.uri)
     check_apart(config.source, root)
     exists = root.kind() == "directory" and root.exists(IDENTITY)
-    listing = list_entries(config.source, known_entries(root, config.source.kind) if exists else ())
-    entries = itertools.chain([next(listing)], listing)  # a missing or empty source fails here
+    source_root(config.source)  # a missing source fails here, and an empty one before anything is written
+    if not exists:
+        next(list_entries(config.source))
     if exists:
         recorded = read_identity(root, "output.uri")
         rehearsal = _is_rehearsal(config, recorded.fingerprint)
         check_same(root, recorded, _identity(adopted(config, recorded.fingerprint), info, rehearsal=rehearsal))
         check_same_reading(config, root)
     root.probe()
-    return root, info, entries
+    return root, info
 
 
 def _with_known_dtype(config: EncodeJobConfig, root: Root, info: CodecInfo) -> EncodeJobConfig:

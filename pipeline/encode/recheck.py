@@ -172,7 +172,7 @@ def _items(dataset: LatentDataset, recipe: _Recipe, rows: list[dict[str, Any]]) 
     for row in rows:
         by_unit.setdefault(row["unit"], []).append(row["row"])
     plan = dataset.state.plan
-    reader = UnitReader(dataset.root, recipe.source, {unit: plan.locate(unit) for unit in by_unit})
+    reader = UnitReader(dataset.root, recipe.source, {unit: plan.locate(unit) for unit in by_unit}, any_version=True)
     decoder = Decoder(recipe.image, recipe.source.uri, threads=2, ahead=4)
     ids = {row["sample_id"] for row in rows}
     try:

@@ -39,6 +39,7 @@ class UnitReader:
     spans: dict[int, EntrySpan]
     block_rows: int = 1024
     monitor: Any = None
+    any_version: bool = False  # what the source holds now, not what was listed
 
     def of(self, work: Work) -> Callable[[], Iterator[pa.Table]]:
         """What reads one unit and knows of no other: it travels with every task."""
@@ -58,6 +59,8 @@ class UnitReader:
             Entry(e.key, e.size_bytes, e.etag, e.mtime_ns, e.row_start, e.row_stop, e.meta)
             for e in read_entries(self.root, self.spans[work.unit])
         ]
+        if self.any_version:
+            entries = [replace(e, etag=None, mtime_ns=None) for e in entries]
         block: list[SourceRow | EndOfUnit] = []
         size = 0
         for item in read_unit(self.source, entries, work.ranges):

@@ -1,7 +1,9 @@
 """The read side of training checkpoints: which are complete, and are their files what was saved. No torch.
 
-A checkpoint is the directory <images>-<attempt> of safetensors shards, complete once COMPLETE.json names them
-with size and sha256. Names of other files are refused, so nothing read here can be anything but tensors.
+A checkpoint is the directory <generation>-<attempt>-<images>-<token> of safetensors shards, complete once
+COMPLETE.json names them with size and sha256 (earlier releases wrote <images>-<token>). The newest is the last one of
+the newest start, whatever earlier starts reached. Names of other files are refused, so nothing read here can be
+anything but tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 from pipeline.storage import Root
 
 MARKER = "COMPLETE.json"
-NAME = re.compile(r"^(\d{15})-([0-9a-f]{8})$")
+NAME = re.compile(r"^(?:(\d{6})-(\d{6})-)?(\d{15})-([0-9a-f]{8})$")
 _SHARD = re.compile(r"^shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")
 _log = logging.getLogger(__name__)
 
@@ -33,23 +35,41 @@ class Complete:
     marker: Mapping[str, Any]
 
     @property
+    def start(self) -> tuple[int, int]:
+        """Generation and attempt of the start that wrote it; (0, 0) for one of an earlier release."""
+        place = place_in_run(self.name)
+        return place[:2] if place is not None else (0, 0)
+
+    @property
+    def resumed(self) -> int:
+        """At how many images the start that wrote it began."""
+        images = self.marker.get("resumed")
+        return self.images if images is None else int(images)
+
+    @property
     def meta(self) -> Mapping[str, Any]:
         """The JSON part of the training state."""
         value: Mapping[str, Any] = self.marker["meta"]
         return value
 
 
+def place_in_run(name: str) -> tuple[int, int, int] | None:
+    """(generation, attempt, images) of a checkpoint's directory, which orders them; None for another directory."""
+    match = NAME.match(name)
+    return None if match is None else (int(match.group(1) or 0), int(match.group(2) or 0), int(match.group(3)))
+
+
 def list_complete(root: Root) -> list[Complete]:
     """Checkpoints with a readable marker, oldest first; a torn marker is warned about and left out."""
     found = []
-    for name in sorted(root.list_dirs()):
-        match = NAME.match(name)
-        if match is None:
-            continue
+    places = [(place, name) for name in root.list_dirs() if (place := place_in_run(name)) is not None]
+    for place, name in sorted(places):
         try:
             marker = json.loads(root.read_bytes(f"{name}/{MARKER}"))
+            if "removed" in marker:
+                continue  # before it was complete
             if all(_SHARD.match(file) for file in marker["files"]) and int(marker["meta"]["images"]) >= 0:
-                found.append(Complete(name, int(match.group(1)), marker))
+                found.append(Complete(name, place[2], marker))
                 continue
             problem = "its marker names files that are no shards"
         except FileNotFoundError:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 
 from pipeline.storage import Root
-from pipeline.store.generation import Generation, check_newest, has_ended, newest_of
-from pipeline.store.identity import Identity, check_same, read_identity
-from pipeline.store.layout import IDENTITY
+from pipeline.store.generation import Generation, at_one_generation, check_newest
+from pipeline.store.identity import Identity, check_same, identity_at
+from pipeline.store.layout import settled_identity
 from pipeline.store.ledger import visible_records
 
 _log = logging.getLogger(__name__)
@@ -15,33 +15,31 @@ _log = logging.getLogger(__name__)
 
 def check_identity(root: Root, wanted: Identity) -> None:
     """ConflictError, field by field, when rows were committed to `root` under another identity; writes nothing."""
-    _replaceable(root, wanted)
+    at_one_generation(root, lambda number: _replaceable(root, wanted, number))
 
 
 def settle_identity(root: Root, wanted: Identity, generation: Generation) -> None:
     """Make `wanted` the root's identity if nothing was committed under another one; ConflictError otherwise.
 
-    To be called by the holder of the newest generation: what older runs commit from now on stays invisible, so an
-    empty ledger stays empty. A run that was fenced off leaves the identity alone, and so does one whose predecessor
-    may still live: its workers write images as files before they commit, under names that other settings share.
+    To be called by the holder of the newest generation, before it commits. What older runs commit or settle from now
+    on stays invisible, and what is settled here lies beside this claim: a run that was fenced off settles nothing.
     """
-    if not _replaceable(root, wanted):
+    if not _replaceable(root, wanted, generation.number):
         return
-    previous = newest_of(root, "sample", before=generation.number)
-    if previous and not has_ended(root, previous):
-        check_same(root, read_identity(root, "output.uri"), wanted)
+    if not root.put_if_absent(settled_identity(generation.number), wanted.to_bytes()):
+        check_same(root, identity_at(root, generation.number, "output.uri"), wanted)
     check_newest(root, generation.number)
-    root.put(IDENTITY, wanted.to_bytes())
     _log.info("nothing was committed to %s yet: it takes this run's settings", root.uri)
 
 
-def _replaceable(root: Root, wanted: Identity) -> bool:
-    """Whether another identity is there and no row under it; ConflictError when there are rows, or of other kind."""
-    found = read_identity(root, "output.uri")
+def _replaceable(root: Root, wanted: Identity, number: int) -> bool:
+    """Whether a generation sees another identity and no row; ConflictError when there are rows, or of other kind."""
+    records = visible_records(root, number)
+    found = identity_at(root, number, "output.uri")
     wanted = _as_recorded(found, wanted)
     if found.kind == wanted.kind and found.fingerprint_digest == wanted.fingerprint_digest:
         return False
-    if found.kind != wanted.kind or visible_records(root):
+    if found.kind != wanted.kind or records:
         check_same(root, found, wanted)
     return True
 

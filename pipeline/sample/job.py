@@ -21,8 +21,8 @@ from pipeline.sample.prepare import Prepared, prepare
 from pipeline.sample.provenance import without_credentials
 from pipeline.sample.showing import CONTACT_KEY, GALLERY_KEY, show
 from pipeline.storage import Root
-from pipeline.store.generation import Generation, claim_next, newest_of, read_closing
-from pipeline.store.identity import check_same, claim_identity, read_identity
+from pipeline.store.generation import Generation, check_newest, claim_next, newest_of, read_closing
+from pipeline.store.identity import claim_identity
 from pipeline.store.layout import IDENTITY
 from pipeline.store.ledger import collect
 from pipeline.store.rowset import RowSet
@@ -132,8 +132,8 @@ def _sample(config: SampleJobConfig, prepared: Prepared, root: Root, generation:
             from pipeline.sample.passes import run_passes
 
             run_passes(config, prepared, root, generation, wanted)
-        # A run that was stopped for long, and fenced off meanwhile, could have put its own identity last.
-        check_same(root, read_identity(root, "output.uri"), prepared.identity)
+        # What is shown and told from here on is this run's, if no other one has taken over.
+        check_newest(root, generation.number)
         state = read_state(root)
         seconds = time.monotonic() - began
         shown = _show(config, prepared, root, planned, wanted, tracker)

@@ -2,7 +2,8 @@
 
 Rows follow the store's address columns, so ledger, verification and reading are those of every dataset. With
 `files` the row names the image's file, which is put before the row is committed: a file that no row names is
-what a crash left, and the same bytes are put there again.
+what a crash left. Its name tells its content: a run that was fenced off, or has other settings, changes no file of
+another's, and the same bytes are put there but once.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ REASONS = {
 }
 IMAGES_DIR = "images"
 
-PutFile = Callable[[str, bytes], None]
+PutFile = Callable[[str, bytes], object]
 
 
 def encode_rows(
@@ -53,7 +54,8 @@ def encode_rows(
 ) -> tuple[pa.Table, pa.Table]:
     """(rows in IMAGES, outcomes in the store's REJECTS) of a table with plan columns, `pixels` and `reason`.
 
-    With `put_file` each image is put under its own key and the row holds that key in place of the bytes.
+    With `put_file`, which replaces nothing, each image is put under its own key and the row holds that key in place
+    of the bytes.
     """
     rows: list[dict[str, Any]] = []
     rejects: list[dict[str, Any]] = []
@@ -84,7 +86,7 @@ def _row(
     name = request["request_id"].hex()
     file = None
     if put_file is not None:
-        file = file_key(name, draw.image)
+        file = file_key(name, draw.image, data)
         put_file(file, data)
     return {
         **{key: request[key] for key in ("unit", "row", *FIELDS, "extra")},
@@ -118,6 +120,6 @@ def _reject(request: Mapping[str, Any], reason: str, message: str) -> dict[str, 
     }
 
 
-def file_key(name: str, kind: str) -> str:
+def file_key(name: str, kind: str, data: bytes) -> str:
     """Where the image of a request (its id in hex) lies: 256 folders keep listings short."""
-    return f"{IMAGES_DIR}/{name[:2]}/{name}{SUFFIXES[kind]}"
+    return f"{IMAGES_DIR}/{name[:2]}/{name}-{hashlib.sha256(data).hexdigest()[:16]}{SUFFIXES[kind]}"

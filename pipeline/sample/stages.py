@@ -180,7 +180,7 @@ class EncodeImages:
     root: Root | None
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        rows, rejects = encode_rows(block, self.draw, self.origin, self.root.put if self.root else None)
+        rows, rejects = encode_rows(block, self.draw, self.origin, self.root.put_if_absent if self.root else None)
         rows = rows.append_column("outcome", pa.array(["stored"] * rows.num_rows, pa.string()))
         return pa.concat_tables([_widened(rows), _widened(rejects)])
 

@@ -99,7 +99,7 @@ def list_entries(source: SourceConfig, known: Iterable[EntryLike] = ()) -> Itera
             f"The source {place.root.uri} holds a file that cannot be read by its name: {error}",
             key="source.uri",
             value=source.uri,
-            rule="names have no backslash and no NUL",
+            rule="names have no backslash, no NUL and no empty part",
             next_step="rename the file, or leave it out by a pattern",
         ) from None
     if last is None:

@@ -8,6 +8,7 @@ itself is in `tables`, in a child process with limits (`table_child`) unless the
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 
 from pipeline.errors import PipelineError
@@ -20,7 +21,10 @@ from pipeline.source.remote import Failure, RangedFile, failure_of, map_ahead, o
 from pipeline.source.rows import EndOfUnit, SourceRow
 from pipeline.source.tables import Item, Span, TableError
 from pipeline.source.uris import UriReader
-from pipeline.storage import ObjectInfo, Root
+from pipeline.storage import ObjectInfo, Root, Version
+from pipeline.storage_errors import ObjectChanged
+
+_log = logging.getLogger(__name__)
 
 _SPAN_ROWS, _SPAN_BYTES = 10_000, 256 << 20
 
@@ -31,7 +35,7 @@ def spans(root: Root, info: ObjectInfo, source: ParquetSource) -> Iterator[tuple
     InputError when a sound file lacks a column that the configuration names.
     """
     try:
-        groups = _layout(root, info.key, source, info.size_bytes)
+        groups = _layout(root, info.key, source, info, info.size_bytes)
     except TableError:
         yield 0, None, info.size_bytes
         return
@@ -56,9 +60,13 @@ def read_parquets(
         if wanted.meets(base, base + length):
             window = source.read_ahead if source.uri_prefixes or root.local_path() is None else 1
             rows = _read_span(root, source, entry, base, wanted)
-            yield from map_ahead(
-                lambda item: item if isinstance(item, SourceRow) else _resolve(item, uris), rows, window
-            )
+            try:
+                yield from map_ahead(
+                    lambda item: item if isinstance(item, SourceRow) else _resolve(item, uris), rows, window
+                )
+            except ObjectChanged as error:
+                _log.warning("%s", error)
+                return
         base += length
     if unknown and wanted.open_ended:
         yield EndOfUnit(base)
@@ -85,9 +93,11 @@ def _read_span(root: Root, source: ParquetSource, entry: Entry, base: int, wante
             yield SourceRow.without_image(row, key, failure.reason, failure.message, source.name)
 
 
-def _layout(root: Root, key: str, source: ParquetSource, size_bytes: int | None = None) -> list[tuple[int, int]]:
+def _layout(
+    root: Root, key: str, source: ParquetSource, version: Version, size_bytes: int | None = None
+) -> list[tuple[int, int]]:
     where = root.uri_of(key)
-    with open_ranges(root, key, size_bytes) as (read, size):
+    with open_ranges(root, key, version, size_bytes) as (read, size):
         if source.isolate:
             return table_child.layout(read, size, source, where)
         with RangedFile(read, size) as file:
@@ -96,13 +106,13 @@ def _layout(root: Root, key: str, source: ParquetSource, size_bytes: int | None 
 
 def _rows(root: Root, source: ParquetSource, entry: Entry, base: int, wanted: Ranges) -> Iterator[Item]:
     if entry.row_stop is None:  # it was damaged when it was listed: whatever it holds now was not planned
-        _layout(root, entry.key, source)
+        _layout(root, entry.key, source, entry)
         raise TableError(
             Reason.CORRUPT_CONTAINER, "the file was not readable when it was listed; list the source again"
         )
     where = root.uri_of(entry.key)
     span = Span(entry.key, entry.row_start, entry.row_stop, base, wanted.pairs)
-    with open_ranges(root, entry.key) as (read, size):
+    with open_ranges(root, entry.key, entry) as (read, size):
         if source.isolate:
             yield from table_child.rows(read, size, source, where, span)
             return

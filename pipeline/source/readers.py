@@ -1,11 +1,13 @@
 """The rows of a unit: its entries one after the other, only the rows asked for, each as bytes or as a reason.
 
 No damaged or missing object raises: it ends as rejected rows. Where a unit's length was unknown and its end was
-reached, `EndOfUnit` comes last and says how many rows there were.
+reached, `EndOfUnit` comes last and says how many rows there were. Of an object that is no longer the listed version
+no row comes, and no end: what another version holds must not count as the listed one's; the next listing plans it.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
@@ -18,6 +20,9 @@ from pipeline.source.reasons import Reason
 from pipeline.source.remote import Failure, fetch, map_ahead
 from pipeline.source.rows import EndOfUnit, SourceRow
 from pipeline.storage import Root
+from pipeline.storage_errors import ObjectChanged
+
+_log = logging.getLogger(__name__)
 
 
 def read_unit(
@@ -44,17 +49,22 @@ def _root(source: SourceConfig) -> Root:
 
 
 def _read_folder(root: Root, source: FolderSource, entries: Sequence[Entry], wanted: Ranges) -> Iterator[SourceRow]:
-    def read(item: tuple[int, Entry]) -> SourceRow:
+    def read(item: tuple[int, Entry]) -> SourceRow | None:
         row, entry = item
         fields = parse_object(entry.meta) if entry.meta is not None else {}
         if fields.get(FILTERED):
             message = f"not kept by {source.filter}"
             return SourceRow.without_image(row, entry.key, Reason.ROW_FILTER, message, source.name)
-        data = fetch(root, entry.key, source.max_bytes, entry.size_bytes)
+        try:
+            data = fetch(root, entry.key, source.max_bytes, entry.size_bytes, entry)
+        except ObjectChanged as error:
+            _log.warning("%s", error)
+            return None
         if isinstance(data, Failure):
             return SourceRow.without_image(row, entry.key, data.reason, data.message, source.name)
         extra = canonical(fields["extra"]) if fields.get("extra") else None
         return SourceRow(row, entry.key, data, fields.get("caption"), fields.get("label"), extra, source=source.name)
 
     chosen = ((row, entry) for row, entry in enumerate(entries) if row in wanted)
-    yield from map_ahead(read, chosen, 1 if root.local_path() is not None else source.read_ahead)
+    rows = map_ahead(read, chosen, 1 if root.local_path() is not None else source.read_ahead)
+    yield from (row for row in rows if row is not None)

@@ -12,13 +12,13 @@ from typing import BinaryIO, TypeVar
 
 from pipeline.errors import PipelineError
 from pipeline.source.reasons import Reason
-from pipeline.storage import Root
+from pipeline.storage import Root, Version
 from pipeline.storage_errors import describe
 
 A = TypeVar("A")
 B = TypeVar("B")
 ReadRange = Callable[[int, int], bytes]  # (offset, length) -> bytes, fewer at the end
-_READ_BYTES = 8 << 20
+_READ_BYTES, _LOCAL_READ_BYTES = 8 << 20, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,20 @@ class Failure:
     message: str
 
 
-def fetch(root: Root, key: str, max_bytes: int, known_size: int | None = None) -> bytes | Failure:
-    """A whole object of at most `max_bytes`; storage has retried what could be retried."""
+def fetch(
+    root: Root, key: str, max_bytes: int, known_size: int | None = None, version: Version | None = None
+) -> bytes | Failure:
+    """A whole object of at most `max_bytes`; storage has retried what could be retried.
+
+    version: the one that was listed, with its size; ObjectChanged when another one is there now.
+    """
     if known_size is not None and known_size > max_bytes:
         return Failure(Reason.TOO_MANY_BYTES, f"{known_size} bytes, over source.max_bytes {max_bytes}")
     try:
-        data = root.read_bytes(key) if known_size is not None else root.read_range(key, 0, max_bytes + 1)
+        if known_size is None:
+            data = root.read_range(key, 0, max_bytes + 1)
+        else:
+            data = root.read_bytes(key) if version is None else root.read_version(key, version)
     except PipelineError:
         raise
     except Exception as error:  # noqa: BLE001 - stores raise anything; each failure becomes a row
@@ -49,29 +57,19 @@ def failure_of(error: Exception) -> Failure:
     return Failure(Reason.MISSING if isinstance(error, FileNotFoundError) else Reason.READ_FAILED, describe(error))
 
 
-def open_file(root: Root, key: str, size_bytes: int) -> BinaryIO:
-    """A buffered seekable file; on remote stores each read of the buffer is one ranged request with retries."""
-    if root.local_path() is not None:
-        return root.open(key)
-    return io.BufferedReader(
-        RangedFile(lambda start, length: root.read_range(key, start, length), size_bytes), _READ_BYTES
-    )
+def open_file(root: Root, key: str, size_bytes: int, version: Version) -> BinaryIO:
+    """A buffered seekable file of a listed version; each read of the buffer is one ranged request with retries."""
+    ranged = RangedFile(lambda start, length: root.read_version(key, version, start, length), size_bytes)
+    return io.BufferedReader(ranged, _READ_BYTES if root.local_path() is None else _LOCAL_READ_BYTES)
 
 
 @contextmanager
-def open_ranges(root: Root, key: str, known_size: int | None = None) -> Iterator[tuple[ReadRange, int]]:
+def open_ranges(
+    root: Root, key: str, version: Version, known_size: int | None = None
+) -> Iterator[tuple[ReadRange, int]]:
     """(a function that reads length bytes from an offset, the object's size); errors of the store pass through."""
     size = root.info(key).size_bytes if known_size is None else known_size
-    if root.local_path() is None:
-        yield lambda start, length: root.read_range(key, start, length), size
-        return
-    with root.open(key) as file:
-
-        def read(start: int, length: int) -> bytes:
-            file.seek(start)
-            return file.read(length)
-
-        yield read, size
+    yield lambda start, length: root.read_version(key, version, start, length), size
 
 
 class RangedFile(io.RawIOBase):

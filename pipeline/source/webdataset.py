@@ -9,6 +9,7 @@ rows that are not wanted are passed over unread. A name is only ever text: nothi
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -32,6 +33,9 @@ from pipeline.source.remote import Failure, failure_of, open_file
 from pipeline.source.rows import EndOfUnit, SourceRow
 from pipeline.source.tar import Member, TarError, members
 from pipeline.storage import Root
+from pipeline.storage_errors import ObjectChanged
+
+_log = logging.getLogger(__name__)
 
 _MAX_NAME = 4096
 _MAX_SAMPLES = 1 << 21  # of one tar: their names are remembered, to tell duplicates
@@ -56,7 +60,11 @@ def read_tars(
     for entry in entries:
         if wanted.beyond(row):
             return
-        row = yield from _read_tar(root, source, entry, row, wanted)
+        try:
+            row = yield from _read_tar(root, source, entry, row, wanted)
+        except ObjectChanged as error:
+            _log.warning("%s", error)
+            return  # nothing is known of the rows after this one
     if wanted.open_ended:
         yield EndOfUnit(row)
 
@@ -70,7 +78,7 @@ def _read_tar(
     place is not known: whoever reads that row again reads to the end.
     """
     try:
-        with open_file(root, entry.key, entry.size_bytes) as file:
+        with open_file(root, entry.key, entry.size_bytes, entry) as file:
             for sample in _samples(file, source, row, wanted):
                 row = sample.row + 1
                 if sample.row in wanted:

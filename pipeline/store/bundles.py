@@ -55,8 +55,11 @@ def seal(root: Root, number: int, at_least: int = SEAL_AT_LEAST) -> str | None:
     return write_bundle(root, layout.ledger_dir(number), sound)
 
 
-def write_bundle(root: Root, directory: str, records: Iterable[Named]) -> str:
-    """Put records as one bundle named by its content; returns its key. In one order they are one object."""
+def write_bundle(root: Root, directory: str, records: Iterable[Named], generation: int | None = None) -> str:
+    """Put records as one bundle named by its content; returns its key. In one order they are one object.
+
+    generation: of the claim that is to name it, where garbage collection may remove it one day.
+    """
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, _SCHEMA, compression="zstd", write_page_checksum=True) as writer:
         for group in _groups(records):
@@ -65,6 +68,8 @@ def write_bundle(root: Root, directory: str, records: Iterable[Named]) -> str:
             writer.write_table(table, row_group_size=_PER_GROUP)
     body = sink.getvalue().to_pybytes()
     key = f"{directory}/{layout.content_name(body)}{_BUNDLE}"
+    if generation is not None:
+        key = layout.removable(directory, body, generation)
     root.put_if_absent(key, body)
     return key
 

@@ -18,7 +18,8 @@ from pipeline.errors import InputError
 from pipeline.storage import Root
 from pipeline.storage_remote import RangedFile
 from pipeline.store import layout
-from pipeline.store.identity import Identity, read_identity
+from pipeline.store.generation import at_one_generation
+from pipeline.store.identity import Identity, identity_at, read_identity
 from pipeline.store.pages import Bytes, FixedRows, fixed_width_pages, fixed_width_values, plain_span
 from pipeline.store.pinned import Pins
 from pipeline.store.readable import ReadableGroups
@@ -26,7 +27,7 @@ from pipeline.store.record import FileInfo
 from pipeline.store.row_groups import RowGroupInfo
 from pipeline.store.runs import last_run
 from pipeline.store.shard import channel_totals
-from pipeline.store.state import State, VisibleFile, read_state
+from pipeline.store.state import State, VisibleFile, read_state, state_at
 
 _WORTH_A_MAPPING = 1 << 20
 _FOOTERS = 4096  # kept at a time; about 1.6 KB for each row group of a file
@@ -55,6 +56,8 @@ class Dataset:
                 f"{uri} is a dataset of {identity.kind}", key=key, value=uri, rule=f"a dataset of {kind} is needed"
             )
         kept = None if pins is None else pins.state(root)
+        if kept is None and kind == "images":  # alone of all kinds they may have been given another identity
+            kept, identity = at_one_generation(root, lambda n: (state_at(root, n), identity_at(root, n, key)))
         return cls(root, identity, read_state(root) if kept is None else kept)
 
     @property
@@ -76,7 +79,9 @@ class Dataset:
     def digest(self) -> str:
         """Hex digest of the logical content: the same rows made in the same way, however they are laid out."""
         state = self.state
-        entries = [[*v.entry_parts, v.units_part, list(v.retired)] for v in state.plan.versions]
+        # By what parts hold, in the form of format version 1: not by the generation that its name tells, too.
+        parts = [[f"{layout.PLAN_PARTS}/{layout.hash_in(p)}.parquet" for p in v.parts] for v in state.plan.versions]
+        entries = [[*names, list(v.retired)] for names, v in zip(parts, state.plan.versions, strict=True)]
         body = [self.fingerprint_digest, entries, state.stored.triples()]
         return hashlib.blake2b(layout.canonical_json(body), digest_size=16).hexdigest()
 

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import PipelineError
 from pipeline.storage import Root
 from pipeline.store.dataset import Dataset
-from pipeline.store.generation import Generation, claim_next, latest_number, read_closing
+from pipeline.store.generation import Generation, check_newest, claim_next, latest_number, read_closing
 from pipeline.store.identity import read_identity
 from pipeline.store.ledger import collect
 from pipeline.store.rowset import Int64s, RowSet
@@ -85,6 +85,8 @@ def deduplicate(
             for done in work.run_pass(number, passes):
                 on_group(number * groups + done, passes * groups)
         final = read_state(root)
+        # A run that took over hides these commits: what is visible then may hold equal rows.
+        check_newest(root, generation.number)
         generation.close({"status": "done", **marked(final)})
         found = _filtered(final).count() - _filtered(state).count()
         return DedupReport(passes, passes * dataset.num_rows, found)

@@ -1,33 +1,42 @@
 """Who may write: numbered generations, each claimed by one run, fencing off all older ones.
 
-A claim lists what is visible from before (bundles of commit records). A record that a run of an older
-generation creates afterwards is in no list and never becomes visible: there is no lock to lose. Liveness is
-only a courtesy to people: a run that finds a *living* owner steps back instead of fencing it off.
+A claim lists what is visible from before (bundles of commit records, headers of the plan). What a run of an older
+generation creates afterwards is in no list and never becomes visible: there is no lock to lose. A run announces its
+generation before it makes these lists; who finds an announcement after its own write does not count it as done, so
+that what does count is in the lists. Liveness is only a courtesy to people: a run that finds a *living* owner steps
+back instead of fencing it off.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import re
+import secrets
 import socket
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from pipeline.errors import ConflictError
+from pipeline.errors import ConflictError, InputError
 from pipeline.storage import Root
 from pipeline.storage_errors import describe, storage_errors
 from pipeline.store import layout
 from pipeline.store.bundles import seal
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 5.0
 # A claim without a heartbeat for this long belongs to a run that died.
 PATIENCE_S = 4 * HEARTBEAT_S
+_ANNOUNCED, _CLAIM = "announced.json", "open.json"
+_HEADER = re.compile(rf"{layout.PLAN}/v\d{{8}}(-\d{{8}})?\.json")
 
 
 @dataclass
@@ -52,14 +61,14 @@ class Generation:
         while not self._stop.is_set():
             count += 1
             body = json.dumps({"count": count, "at": time.time()}).encode()
-            try:
+            # A store that does not answer is the writers' business; the next beat tries again. A listing that fails
+            # takes nothing from the sign of life before it.
+            with contextlib.suppress(*storage_errors()):
                 self.root.put(f"{layout.generation_dir(self.number)}/heartbeat.json", body)
-                if latest_number(self.root) > self.number:
+            with contextlib.suppress(*storage_errors()):
+                if _is_superseded(self.root, self.number):
                     self._fenced.set()
                     return
-            except storage_errors():
-                # A store that does not answer is the writers' business; the next beat tries again.
-                count -= 1
             self._stop.wait(HEARTBEAT_S)
 
     def check(self) -> None:
@@ -107,17 +116,71 @@ def fenced(root: Root, number: int) -> ConflictError:
 
 
 def check_newest(root: Root, number: int) -> None:
-    """ConflictError when a newer generation than `number` is there now: asks the store, where `check` may lag."""
-    if latest_number(root) > number:
+    """ConflictError when a newer generation than `number` is announced: asks the store, where `check` may lag.
+
+    What a run of `number` wrote before a check that passed is in the lists of every later claim, for these are made
+    after the announcement.
+    """
+    if _is_superseded(root, number):
         raise fenced(root, number)
+
+
+def _is_superseded(root: Root, number: int) -> bool:
+    newer = [name for name in root.list_dirs(layout.GENERATIONS) if name.isdigit() and int(name) > number]
+    # On a disk a directory may be empty; a claim of format version 1 was not announced.
+    told = (f"{layout.GENERATIONS}/{name}/{file}" for name in newer for file in (_ANNOUNCED, _CLAIM))
+    return any(root.exists(key) for key in told)
 
 
 def latest_number(root: Root) -> int:
     """The newest claimed generation; 0 when there is none."""
     for name in reversed(root.list_dirs(layout.GENERATIONS)):
-        if name.isdigit() and root.exists(f"{layout.GENERATIONS}/{name}/open.json"):
+        if name.isdigit() and root.exists(f"{layout.GENERATIONS}/{name}/{_CLAIM}"):
             return int(name)
     return 0
+
+
+def at_one_generation(root: Root, look: Callable[[int], T]) -> T:
+    """What `look(number)` finds while generation `number` is the newest, before and after.
+
+    Else what a fenced-off run has created meanwhile could be in it, or garbage collection could have taken what an
+    older generation saw.
+    """
+    number = latest_number(root)
+    while True:
+        try:
+            found = look(number)
+        except (FileNotFoundError, InputError):
+            newest = latest_number(root)
+            if newest == number:
+                raise
+        else:
+            newest = latest_number(root)
+            if newest == number:
+                return found
+        number = newest
+
+
+def visible_headers(root: Root, number: int) -> list[str]:
+    """The keys of the plan's headers that a generation sees, by version: those that its claim lists, and its own."""
+    listed = read_claim(root, number).get("plan") if number else None
+    if listed is None:
+        # A claim of format version 1, or nobody has claimed anything: all there are, of one version the newest.
+        keys = [i.key for i in root.list(layout.PLAN) if _HEADER.fullmatch(i.key)]
+        return list({key[: len(layout.PLAN) + 10]: key for key in sorted(keys)}.values())
+    headers = list(listed)
+    while root.exists(own := layout.plan_version(len(headers) + 1, number)):
+        headers.append(own)
+    return headers
+
+
+def identity_key(root: Root, number: int) -> str:
+    """The key of the identity that a generation sees: one that it has settled, else the one that its claim names."""
+    own = layout.settled_identity(number)
+    if number and root.exists(own):
+        return own
+    # A claim of format version 1 names none.
+    return str(read_claim(root, number).get("identity", layout.IDENTITY)) if number else layout.IDENTITY
 
 
 def newest_of(root: Root, job: str, before: int | None = None) -> int:
@@ -128,7 +191,7 @@ def newest_of(root: Root, job: str, before: int | None = None) -> int:
 
 def read_claim(root: Root, number: int) -> dict[str, Any]:
     """The content of a generation's claim."""
-    claim: dict[str, Any] = json.loads(root.read_bytes(f"{layout.generation_dir(number)}/open.json"))
+    claim: dict[str, Any] = json.loads(root.read_bytes(f"{layout.generation_dir(number)}/{_CLAIM}"))
     return claim
 
 
@@ -139,11 +202,6 @@ def read_closing(root: Root, number: int) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     return closing
-
-
-def has_ended(root: Root, number: int) -> bool:
-    """Whether a generation's run is known to do nothing any more: it said so, or its process was here and is gone."""
-    return read_closing(root, number) is not None or _known_dead(read_claim(root, number).get("owner", {}))
 
 
 def claim_next(
@@ -162,10 +220,25 @@ def claim_next(
     previous = latest_number(root)
     if previous:
         _wait_for_silence(root, previous, patience_s)
-    bundles = collect(previous)
-    claim = {"job": job, "owner": owner_identity(), "bundles": bundles, "at": time.time(), **(note or {})}
     number = previous + 1
-    if not root.put_if_absent(f"{layout.generation_dir(number)}/open.json", layout.canonical_json(claim)):
+    place = layout.generation_dir(number)
+    # Before the lists are made: what its owner writes from now on it does not count as done.
+    root.put_if_absent(f"{place}/{_ANNOUNCED}", b"{}")
+    bundles = collect(previous)
+    claim = {
+        "job": job,
+        "owner": owner_identity(),
+        "bundles": bundles,
+        # After the records: a record is of rows that a header from before it plans, under an identity from before it.
+        "plan": visible_headers(root, previous),
+        "identity": identity_key(root, previous),
+        "at": time.time(),
+        # Tells two writers' claims apart where the answer to one got lost.
+        "writer": secrets.token_hex(8),
+        **(note or {}),
+    }
+    body = layout.canonical_json(claim)
+    if not root.put_if_absent(f"{place}/{_CLAIM}", body) and root.read_bytes(f"{place}/{_CLAIM}") != body:
         raise ConflictError(
             f"Another run claimed {root.uri} at the same moment",
             key="output.uri",

@@ -1,4 +1,8 @@
-"""`dataset.json`: what a root holds and how its rows were made; created once, compared for ever."""
+"""`dataset.json`: what a root holds and how its rows were made; created once, compared for ever.
+
+A dataset of images without any row may be given another identity, under a claim: it lies beside that claim, and later
+ones name it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from typing import Any, Literal
 from pipeline.errors import ConflictError, InputError
 from pipeline.storage import Root
 from pipeline.store import layout
+from pipeline.store.generation import at_one_generation, identity_key
 
 Kind = Literal["latents", "images", "text"]
 
@@ -48,8 +53,20 @@ def fingerprint_digest(fingerprint: Mapping[str, Any]) -> str:
 
 def read_identity(root: Root, key: str = "data.uri") -> Identity:
     """The identity of an existing dataset; InputError, naming `key`, when there is none or it is not ours."""
+    created = _read(root, layout.IDENTITY, key)
+    if created.kind != "images":
+        return created
+    return at_one_generation(root, lambda number: identity_at(root, number, key))
+
+
+def identity_at(root: Root, number: int, key: str = "data.uri") -> Identity:
+    """The identity that generation `number` sees: read after some records, the one they were committed under."""
+    return _read(root, identity_key(root, number), key)
+
+
+def _read(root: Root, name: str, key: str) -> Identity:
     try:
-        body = json.loads(root.read_bytes(layout.IDENTITY))
+        body = json.loads(root.read_bytes(name))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"There is no dataset at {root.uri}",
@@ -59,11 +76,9 @@ def read_identity(root: Root, key: str = "data.uri") -> Identity:
             next_step="correct the URI, or run the job that writes this dataset first",
         ) from None
     except ValueError as error:
-        raise InputError(
-            f"{root.uri_of(layout.IDENTITY)} is no valid JSON: {error}", key=key, value=root.uri
-        ) from None
+        raise InputError(f"{root.uri_of(name)} is no valid JSON: {error}", key=key, value=root.uri) from None
     if not isinstance(body, dict) or body.get("format") != layout.FORMAT:
-        raise InputError(f"{root.uri_of(layout.IDENTITY)} does not describe a latentloom dataset", key=key)
+        raise InputError(f"{root.uri_of(name)} does not describe a latentloom dataset", key=key)
     if body["format_version"] > layout.FORMAT_VERSION:
         raise InputError(
             f"The dataset at {root.uri} has format version {body['format_version']}",

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pipeline.storage import Root
 from pipeline.store import layout
 from pipeline.store.bundles import Named, generation_records, read_bundle, write_bundle
-from pipeline.store.generation import check_newest, latest_number, read_claim
+from pipeline.store.generation import at_one_generation, check_newest, read_claim
 from pipeline.store.record import CommitRecord, parse_record
 
 _MERGE_BUNDLES = 8
@@ -23,22 +23,26 @@ _MERGE_BUNDLES = 8
 def commit(root: Root, record: CommitRecord) -> bool:
     """Make a record visible: True when it landed now, False when the same record had landed before.
 
-    ConflictError when a newer generation fences this one off. Any other exception leaves the outcome unknown;
-    committing the same record again is always right, for its name is its content.
+    ConflictError when a newer generation fences this one off, or is about to: the outcome is unknown then, too. Any
+    other exception leaves it unknown; committing the same record again is always right, for its name is its content.
     """
     created = root.put_if_absent(record.name, record.to_bytes())
     check_newest(root, record.generation)
     return created
 
 
-def visible_records(root: Root) -> list[tuple[str, CommitRecord]]:
-    """(name, record) of every visible commit record, ordered by name: by generation, then by content."""
-    return parsed(visible_named(root))
+def visible_records(root: Root, number: int | None = None) -> list[tuple[str, CommitRecord]]:
+    """(name, record) of every commit record visible in generation `number`, by default the newest.
+
+    Ordered by name: by generation, then by content.
+    """
+    if number is None:
+        return at_one_generation(root, lambda newest: visible_records(root, newest))
+    return parsed(visible_named(root, number))
 
 
-def visible_named(root: Root) -> Iterator[Named]:
-    """(name, bytes) of every visible commit record, few in memory at a time."""
-    number = latest_number(root)
+def visible_named(root: Root, number: int) -> Iterator[Named]:
+    """(name, bytes) of every commit record visible in generation `number`, few in memory at a time."""
     if number:
         for bundle in read_claim(root, number)["bundles"]:
             yield from read_bundle(root, bundle)
@@ -75,5 +79,5 @@ def collect(root: Root, number: int) -> list[str]:
         fresh.update({name: data for bundle in bundles for name, data in read_bundle(root, bundle)})
         bundles = []
     if fresh:
-        bundles.append(write_bundle(root, layout.SNAPSHOTS, sorted(fresh.items())))
+        bundles.append(write_bundle(root, layout.SNAPSHOTS, sorted(fresh.items()), number + 1))
     return bundles

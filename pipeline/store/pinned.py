@@ -17,9 +17,11 @@ from typing import Any
 
 from pipeline.errors import ConflictError, InputError
 from pipeline.storage import Root
+from pipeline.store import layout
 from pipeline.store.bundles import read_bundle, write_bundle
+from pipeline.store.generation import at_one_generation, visible_headers
 from pipeline.store.ledger import parsed, visible_named
-from pipeline.store.plan import Plan, read_plan
+from pipeline.store.plan import Plan, plan_of, read_plan
 from pipeline.store.state import State, fold
 
 VERSION = 1
@@ -34,15 +36,20 @@ class Pins:
 
     def pin(self, dataset: Root) -> None:
         """Keep what is visible now at the root of a dataset, unless something is kept of it already."""
-        plan = read_plan(dataset)  # before the records, as `read_state` does: these may only be of a newer plan
-        bundle = write_bundle(self._root, self._directory, visible_named(dataset))
+        headers, bundle = at_one_generation(dataset, lambda number: self._kept(dataset, number))
         body = {
             "version": VERSION,
             "uri": dataset.uri,
-            "plan": [version.units_part for version in plan.versions],
+            "plan": [version.units_part for version in plan_of(dataset, headers).versions],
+            "headers": headers,
             "bundle": bundle,
         }
         self._root.put_if_absent(self._key(dataset), json.dumps(body).encode())
+
+    def _kept(self, dataset: Root, number: int) -> tuple[list[str], str]:
+        # The records before the plan, as `state_at` does.
+        bundle = write_bundle(self._root, self._directory, visible_named(dataset, number))
+        return visible_headers(dataset, number), bundle
 
     def holds(self, dataset: Root) -> bool:
         """Whether something is kept of a dataset."""
@@ -58,7 +65,7 @@ class Pins:
         except (FileNotFoundError, NotADirectoryError):
             return None
         body = self._parse(data, dataset)
-        plan = read_plan(dataset)
+        plan = self._plan(dataset, body)
         known = [version.units_part for version in plan.versions[: len(body["plan"])]]
         if known != body["plan"]:
             raise ConflictError(
@@ -70,6 +77,14 @@ class Pins:
             )
         records = parsed(read_bundle(self._root, body["bundle"]))
         return fold(Plan(dataset, plan.versions[: len(known)]), records)
+
+    def _plan(self, dataset: Root, body: dict[str, Any]) -> Plan:
+        """The plan as it was, or whatever has come to lie there."""
+        try:
+            # By name: a header that was seen while its run was being fenced off may be in no list.
+            return plan_of(dataset, body["headers"]) if "headers" in body else read_plan(dataset)
+        except FileNotFoundError:
+            return Plan(dataset)
 
     def _key(self, dataset: Root) -> str:
         return f"{self._directory}/{hashlib.blake2b(dataset.uri.encode(), digest_size=16).hexdigest()}.json"
@@ -84,6 +99,8 @@ class Pins:
             sound = body["version"] == VERSION and isinstance(body["plan"], list)
             # It names an object to read: one of this directory, and no other.
             sound = sound and name.startswith(f"{self._directory}/") and ".." not in name
+            headers = body.get("headers", [])
+            sound = sound and all(key.startswith(f"{layout.PLAN}/") and ".." not in key for key in headers)
         except (ValueError, KeyError, TypeError, AttributeError):
             sound = False
         if not sound:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import ConflictError
 from pipeline.storage import Root
 from pipeline.store import layout
-from pipeline.store.generation import check_newest
+from pipeline.store.generation import at_one_generation, check_newest, visible_headers
 from pipeline.store.rowset import Int64s, RowSet
 
 _ENTRIES_PER_GROUP = 1024
@@ -135,6 +135,11 @@ class PlanVersion:
     source: dict[str, Any]
     generation: int
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The keys of all its parts: its entries', then its units'."""
+        return (*self.entry_parts, self.units_part)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -196,14 +201,16 @@ class Plan:
         return self._tables[key]
 
 
-def read_plan(root: Root) -> Plan:
-    """The plan of a root; empty when none was made."""
-    versions = [
-        _parse_version(json.loads(root.read_bytes(info.key)))
-        for info in root.list(layout.PLAN)
-        if info.key.startswith(f"{layout.PLAN}/v") and info.key.endswith(".json")
-    ]
-    return Plan(root, tuple(sorted(versions, key=lambda v: v.number)))
+def read_plan(root: Root, number: int | None = None) -> Plan:
+    """The plan of a root as generation `number` sees it, by default the newest; empty when none was made."""
+    if number is None:
+        return at_one_generation(root, lambda newest: read_plan(root, newest))
+    return plan_of(root, visible_headers(root, number))
+
+
+def plan_of(root: Root, headers: Iterable[str]) -> Plan:
+    """The plan whose versions have some headers, in their order."""
+    return Plan(root, tuple(_parse_version(json.loads(root.read_bytes(key))) for key in headers))
 
 
 def append_version(
@@ -219,7 +226,7 @@ def append_version(
     `units` streams: memory is bounded by one part, whatever the number of entries. `report` is read after
     `units` is exhausted, so that one pass over the source may fill both.
     """
-    writer = _PartWriter(plan.root, plan.next_unit)
+    writer = _PartWriter(plan.root, plan.next_unit, generation)
     for entries in units:
         writer.add(entries)
     parts = writer.finish()
@@ -231,9 +238,11 @@ def append_version(
         generation=generation,
         **parts,
     )
-    body = {"format_version": layout.FORMAT_VERSION, **version.__dict__}
-    check_newest(plan.root, generation)  # else its parts may be gone by now, as garbage
-    if not plan.root.put_if_absent(layout.plan_version(version.number), layout.canonical_json(body)):
+    body = layout.canonical_json({"format_version": layout.FORMAT_VERSION, **version.__dict__})
+    # The name tells the generation, as the claim of the next one lists what it sees: a run that was fenced off
+    # changes nothing, however late its header lands.
+    key = layout.plan_version(version.number, generation)
+    if not plan.root.put_if_absent(key, body) and plan.root.read_bytes(key) != body:
         raise ConflictError(
             f"Another run froze version {version.number} of the plan of {plan.root.uri}",
             key="output.uri",
@@ -241,6 +250,7 @@ def append_version(
             rule="one run plans a dataset at a time",
             next_step="let the other run finish; run this command again",
         )
+    check_newest(plan.root, generation)
     return Plan(plan.root, (*plan.versions, version), plan._tables)
 
 
@@ -254,8 +264,8 @@ def _parse_version(body: dict[str, Any]) -> PlanVersion:
 class _PartWriter:
     """Collects units into immutable Parquet parts named by their content."""
 
-    def __init__(self, root: Root, next_unit: int) -> None:
-        self._root, self._unit = root, next_unit
+    def __init__(self, root: Root, next_unit: int, generation: int) -> None:
+        self._root, self._unit, self._generation = root, next_unit, generation
         self._entries: list[dict[str, Any]] = []
         self._units: dict[str, list[int]] = {name: [] for name in UNIT_SCHEMA.names}
         self._parts: list[str] = []
@@ -284,7 +294,7 @@ class _PartWriter:
 
     def _flush(self) -> None:
         if self._entries:
-            self._parts.append(_put_parquet(self._root, pa.Table.from_pylist(self._entries, schema=ENTRY_SCHEMA)))
+            self._parts.append(self._put(pa.Table.from_pylist(self._entries, schema=ENTRY_SCHEMA)))
             self._entries = []
 
     def finish(self) -> dict[str, Any]:
@@ -292,7 +302,7 @@ class _PartWriter:
         self._flush()
         rows = np.array(self._units["rows"], np.int64)
         return {
-            "units_part": _put_parquet(self._root, pa.table(self._units, schema=UNIT_SCHEMA)),
+            "units_part": self._put(pa.table(self._units, schema=UNIT_SCHEMA)),
             "entry_parts": tuple(self._parts),
             "num_units": len(rows),
             "num_entries": self._num_entries,
@@ -300,11 +310,10 @@ class _PartWriter:
             "size_bytes": int(sum(self._units["size_bytes"])),
         }
 
-
-def _put_parquet(root: Root, table: pa.Table) -> str:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", row_group_size=_ENTRIES_PER_GROUP, write_page_checksum=True)
-    data = sink.getvalue().to_pybytes()
-    name = f"{layout.PLAN_PARTS}/{layout.content_name(data)}.parquet"
-    root.put_if_absent(name, data)
-    return name
+    def _put(self, table: pa.Table) -> str:
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd", row_group_size=_ENTRIES_PER_GROUP, write_page_checksum=True)
+        data = sink.getvalue().to_pybytes()
+        name = layout.removable(layout.PLAN_PARTS, data, self._generation)
+        self._root.put_if_absent(name, data)
+        return name

@@ -71,6 +71,12 @@ class CommitRecord:
         return RowSet.union_all([*self.rejects.values(), *self.filtered.values()])
 
     @property
+    def paths(self) -> tuple[str, ...]:
+        """The keys of its files: data, then rejects."""
+        files = (*self.files, self.reject_file) if self.reject_file else self.files
+        return tuple(f.path for f in files)
+
+    @property
     def name(self) -> str:
         """The record's key: in the ledger of its generation, named by its content."""
         return f"{layout.ledger_dir(self.generation)}/{layout.content_name(self.to_bytes())}.json"

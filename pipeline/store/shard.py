@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.storage import Root
-from pipeline.store.layout import content_name
+from pipeline.store.layout import removable
 from pipeline.store.record import FileInfo
 from pipeline.store.row_groups import RowGroupInfo, RowGroups
 from pipeline.store.schema import to_float32
@@ -30,8 +30,9 @@ def write_shard(
     row_group_bytes: int,
     latent_dtype: str | None,
     meta: dict[str, str],
+    generation: int,
 ) -> FileInfo:
-    """Put rows as one file and describe it; equal rows give an equal file, whatever order they come in.
+    """Put rows as one file and describe it; equal rows of a generation give one file, whatever order they come in.
 
     Raises what the store raises; the file is visible to nobody before a commit record names it.
     """
@@ -39,7 +40,7 @@ def write_shard(
     slices = list(_row_groups(rows, row_group_bytes))
     data = _encode(rows, slices, meta)
     info = FileInfo(
-        path=f"{directory}/{content_name(data)}.parquet",
+        path=removable(directory, data, generation),
         size_bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         rows=len(rows),
@@ -119,7 +120,7 @@ def channel_totals(rows: pa.Table, latent_dtype: str) -> dict[str, Any]:
     }
 
 
-def write_rejects(root: Root, directory: str, rejects: pa.Table) -> FileInfo | None:
+def write_rejects(root: Root, directory: str, rejects: pa.Table, generation: int) -> FileInfo | None:
     """Put reject rows as one file, or nothing when there are none."""
     if not len(rejects):
         return None
@@ -127,6 +128,6 @@ def write_rejects(root: Root, directory: str, rejects: pa.Table) -> FileInfo | N
     sink = pa.BufferOutputStream()
     pq.write_table(rejects, sink, compression="zstd", write_page_checksum=True)
     data = sink.getvalue().to_pybytes()
-    path = f"{directory}/{content_name(data)}.parquet"
+    path = removable(directory, data, generation)
     root.put_if_absent(path, data)
     return FileInfo(path, len(data), hashlib.sha256(data).hexdigest(), len(rejects))

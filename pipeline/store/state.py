@@ -2,7 +2,8 @@
 
 Rules of the fold. A row that the plan has retired (its source changed) is dead everywhere. A row that several
 records cover belongs to the record of the newest generation (a retried reject, a compacted shard), and among
-those of one generation to the one whose name sorts first (a write that Ray repeated); in all others it is dead.
+those of one generation (a write that Ray repeated) to one that stores it before one that rejects it, of several to
+the one whose name sorts first; in all others it is dead.
 A file whose rows are all dead is no longer visible. What no live record covers is a gap.
 """
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.storage import Root
+from pipeline.store.generation import at_one_generation
 from pipeline.store.ledger import visible_records
 from pipeline.store.plan import Plan, read_plan
 from pipeline.store.record import CommitRecord, FileInfo
@@ -85,8 +87,15 @@ class State:
 
 
 def read_state(root: Root) -> State:
-    """Open a dataset's ledger and plan."""
-    return fold(read_plan(root), visible_records(root))
+    """Open a dataset's ledger and plan, as they were at one moment of one generation."""
+    return at_one_generation(root, lambda number: state_at(root, number))
+
+
+def state_at(root: Root, number: int) -> State:
+    """The state that generation `number` sees now."""
+    # The records first: a row is planned before it is settled, so the plan read after them knows all of theirs.
+    records = visible_records(root, number)
+    return fold(read_plan(root, number), records)
 
 
 def fold(plan: Plan, records: Sequence[tuple[str, CommitRecord]]) -> State:
@@ -168,8 +177,11 @@ def _merged(sets: dict[str, list[RowSet]]) -> dict[str, RowSet]:
 def _dead_rows(retired: RowSet, records: Sequence[CommitRecord]) -> list[RowSet]:
     """For each record those of its rows that do not count; linear in the number of intervals."""
     dead = [RowSet.empty()] * len(records)
-    # What is retired takes part as a record that wins everywhere: its rows are dead in all others.
-    sets = [*(r.covered for r in records), retired]
+    # What a record stores and what it leaves out take part each by itself.
+    parts = [(i, 0, r.stored if r.reject_file else r.covered) for i, r in enumerate(records)]
+    parts += [(i, 1, r.settled) for i, r in enumerate(records) if r.reject_file]
+    # What is retired takes part as one that wins everywhere: its rows are dead in all others.
+    sets = [*(rows for _, _, rows in parts), retired]
     if not any(sets):
         return dead
     starts, stops = (np.concatenate([getattr(s, side) for s in sets]) for side in ("starts", "stops"))
@@ -182,17 +194,19 @@ def _dead_rows(retired: RowSet, records: Sequence[CommitRecord]) -> list[RowSet]
     owner = np.repeat(owner, length)
     contested = np.bincount(segment, minlength=len(cuts))[segment] > 1
     segment, owner = segment[contested], owner[contested]
-    # Among those that hold a segment the newest generation wins, then the name that sorts first.
+    # Among those that hold a segment the newest generation wins, then one that stores it, then the first name.
     rank = np.full(len(sets), -1, np.int64)
-    rank[sorted(range(len(records)), key=lambda i: (-records[i].generation, i))] = np.arange(len(records))
-    winner = np.full(len(cuts), len(records), np.int64)
+    order = sorted(range(len(parts)), key=lambda p: (-records[parts[p][0]].generation, parts[p][1], parts[p][0]))
+    rank[order] = np.arange(len(parts))
+    winner = np.full(len(cuts), len(parts), np.int64)
     np.minimum.at(winner, segment, rank[owner])
     lost = winner[segment] != rank[owner]
     segment, owner = segment[lost], owner[lost]
-    order = np.argsort(owner, kind="stable")
-    segment, owner = segment[order], owner[order]
+    by_owner = np.argsort(owner, kind="stable")
+    segment, owner = segment[by_owner], owner[by_owner]
     losers, first, count = np.unique(owner, return_index=True, return_counts=True)
     for loser, begin, size in zip(losers, first, count, strict=True):
         mine = segment[begin : begin + size]
-        dead[loser] = RowSet.from_keys(cuts[mine], cuts[mine + 1])
+        record = parts[loser][0]
+        dead[record] = dead[record] | RowSet.from_keys(cuts[mine], cuts[mine + 1])
     return dead

@@ -17,14 +17,22 @@ import pyarrow.parquet as pq
 from pipeline.storage import ObjectInfo, Root
 from pipeline.storage_errors import storage_errors
 from pipeline.store import layout
-from pipeline.store.generation import check_newest, claim_next, latest_number, read_claim
+from pipeline.store.bundles import read_bundle
+from pipeline.store.generation import (
+    at_one_generation,
+    check_newest,
+    claim_next,
+    latest_number,
+    read_claim,
+    visible_headers,
+)
 from pipeline.store.identity import read_identity
-from pipeline.store.ledger import collect, visible_records
+from pipeline.store.ledger import collect, parsed, visible_records
 from pipeline.store.outside import COLUMNS, problems_outside
 from pipeline.store.plan import Plan, read_plan
 from pipeline.store.record import CommitRecord, FileInfo
 from pipeline.store.rowset import RowSet
-from pipeline.store.state import State, fold
+from pipeline.store.state import State, fold, read_state
 
 Level = Literal["ledger", "files", "checksums"]
 _DELETES = 32  # at a time, and between two looks for a run that has taken over
@@ -65,13 +73,12 @@ def verify(uri: str, level: Level, on_file: Callable[[int, int], None] = lambda 
     root = Root(uri)
     read_identity(root)
     report = VerifyReport(level)
-    plan, records = read_plan(root), visible_records(root)
-    state = fold(plan, records)
+    state = read_state(root)
     _conservation(state, report)
     if level == "ledger":
         return report
-    _named_by_content(root, plan, report)
-    report.orphans = sorted(info.key for info in _orphans(root, plan, records))
+    _named_by_content(root, state.plan, report)
+    report.orphans = sorted(info.key for info in at_one_generation(root, lambda n: list(_orphans(root, n))))
     visible = [(f.info, f.dead) for f in state.files] + [(f.info, f.dead) for f in state.reject_files]
     seen: list[RowSet] = []
     with ThreadPoolExecutor(4) as pool:
@@ -162,58 +169,92 @@ def _each_row_once(state: State, seen: list[RowSet], report: VerifyReport) -> No
 def _named_by_content(root: Root, plan: Plan, report: VerifyReport) -> None:
     """Plan parts, bundles and the ledger's records carry a hash of their content in their name."""
     number = latest_number(root)
-    names = [*(p for v in plan.versions for p in (*v.entry_parts, v.units_part))]
+    names = [part for version in plan.versions for part in version.parts]
     names += read_claim(root, number)["bundles"] if number else []
     names += [info.key for info in root.list(layout.ledger_dir(number))] if number else []
     for name in dict.fromkeys(names):
         try:
-            if layout.content_name(root.read_bytes(name)) != name.rpartition("/")[2].partition(".")[0]:
+            if layout.content_name(root.read_bytes(name)) != layout.hash_in(name):
                 report.problem("checksum", name, "the content does not fit the name")
         except FileNotFoundError:
             report.problem("missing", name, "the plan or the newest claim names this object and it is not there")
 
 
-def _orphans(
-    root: Root, plan: Plan, records: list[tuple[str, CommitRecord]], claims_after_s: float = math.inf
-) -> Iterator[ObjectInfo]:
-    """Objects nothing visible refers to: what crashes and fenced-off runs left, and what compaction replaced.
+def _orphans(root: Root, number: int, since_s: float = math.inf) -> Iterator[ObjectInfo]:
+    """Objects nothing refers to: what crashes and fenced-off runs left, and what compaction replaced.
 
-    Bundles that a claim named which was the newest one at some time after `claims_after_s` count as referred to.
+    What counts is what generation `number` sees now, and whatever somebody could see after `since_s`.
     """
-    state = fold(plan, records)
-    kept = {f.info.path for f in (*state.files, *state.reject_files)}
-    kept.update(part for version in plan.versions for part in (*version.entry_parts, version.units_part))
-    for number in range(latest_number(root), 0, -1):
-        claim = read_claim(root, number)
+    records = visible_records(root, number)
+    plan = read_plan(root, number)
+    kept = {part for version in plan.versions for part in version.parts} | _files(fold(plan, records))
+    for seen in range(number, 0, -1):
+        claim = read_claim(root, seen)
         kept.update(claim["bundles"])
-        if claim["at"] < claims_after_s:
+        if since_s == math.inf:
+            break
+        first = max(claim["at"], _put_at_s(root, f"{layout.generation_dir(seen)}/open.json")) < since_s
+        if first and _changed_at_s(root, seen) < since_s:
+            break
+        # What was visible when this claim came; between then and the next one its own records were, too.
+        kept |= _files(fold(_planned_before(plan, seen), _bundled(root, claim)))
+        kept.update(path for _, record in records if record.generation == seen for path in record.paths)
+        if first:
             break
     for directory in (layout.DATA, layout.REJECTS, layout.PLAN_PARTS, layout.SNAPSHOTS):
         yield from (info for info in root.list(directory) if info.key not in kept)
         yield from root.half_written(directory)
 
 
+def _planned_before(plan: Plan, number: int) -> Plan:
+    """What a plan held when a generation was claimed."""
+    return Plan(plan.root, tuple(v for v in plan.versions if v.generation < number), plan._tables)
+
+
+def _files(state: State) -> set[str]:
+    return {f.info.path for f in (*state.files, *state.reject_files)}
+
+
+def _bundled(root: Root, claim: dict[str, Any]) -> list[tuple[str, CommitRecord]]:
+    """The records that a claim lists; none where a shorter grace period took a bundle: nobody can open those."""
+    if not all(root.exists(bundle) for bundle in claim["bundles"]):
+        return []
+    return parsed(named for bundle in claim["bundles"] for named in read_bundle(root, bundle))
+
+
+def _put_at_s(root: Root, key: str) -> float:
+    return (root.info(key).mtime_ns or 0) / 1e9
+
+
+def _changed_at_s(root: Root, number: int) -> float:
+    """When a generation last changed what is visible, by the store's clock; 0 when it never did."""
+    records = [(info.mtime_ns or 0) / 1e9 for info in root.list(layout.ledger_dir(number))]
+    own = [key for key in visible_headers(root, number) if key.endswith(f"-{number:08d}.json")]
+    return max([*records, *(_put_at_s(root, key) for key in own)], default=0.0)
+
+
 def collect_garbage(uri: str, grace_s: float, now_s: float | None = None) -> tuple[int, int]:
     """Remove orphans older than a grace period in seconds; returns (objects, bytes) removed.
 
-    Call it only when no reader still uses an older state of the dataset: a training run that opened it before a
-    compaction reads the replaced fragments, whose age is that of their bytes, to its end. Writers are kept out by a
-    generation of its own, for a run may find in place what it is about to write, left by one that died:
-    ConflictError while another run writes, and for a run that starts before this has ended.
+    A reader has the files of the state that it opened for the grace period after that state was superseded, and no
+    longer: a training run that began before a compaction reads the replaced fragments to its end. It has a generation
+    of its own: ConflictError while another run writes, and when one announces itself before this has ended.
     """
     root = Root(uri)
     read_identity(root)
     limit_s = (time.time() if now_s is None else now_s) - grace_s
 
-    def old() -> list[ObjectInfo]:
-        found = _orphans(root, read_plan(root), visible_records(root), limit_s)
+    def old(number: int) -> list[ObjectInfo]:
+        found = _orphans(root, number, limit_s)
         return [info for info in found if info.mtime_ns is not None and info.mtime_ns < limit_s * 1e9]
 
-    if not old():
+    if not at_one_generation(root, old):
         return 0, 0
     generation = claim_next(root, lambda previous: collect(root, previous), job="gc")
     try:
-        garbage = old()
+        # Of what a newer run names nothing is in this list: it tells its generation, and comes after a claim that the
+        # check below finds, or after the list.
+        garbage = old(generation.number)
         with ThreadPoolExecutor(_DELETES) as pool:
             for first in range(0, len(garbage), _DELETES):
                 check_newest(root, generation.number)

@@ -55,13 +55,14 @@ class Committer:
                     row_group_bytes=self.row_group_bytes,
                     latent_dtype=self.latent_dtype,
                     meta=dict(self.meta),
+                    generation=self.generation,
                 ),
             )
         record = CommitRecord(
             generation=self.generation,
             covered=stored | settled,
             files=files,
-            reject_file=write_rejects(self.root, layout.REJECTS, outcomes),
+            reject_file=write_rejects(self.root, layout.REJECTS, outcomes, self.generation),
             rejects=_by_reason(outcomes, "rejected"),
             filtered=_by_reason(outcomes, "filtered"),
             unit_rows=dict(unit_rows),

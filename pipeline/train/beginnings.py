@@ -13,16 +13,18 @@ import logging
 import re
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.errors import InputError
-from pipeline.model.checkpoints import list_complete
+from pipeline.model.checkpoints import Complete
 from pipeline.storage import Root
 from pipeline.store.dataset import LatentDataset
 from pipeline.store.pinned import Pins, lost_files
 from pipeline.store.state import State, read_state
 from pipeline.train.config import TrainJobConfig
+from pipeline.train.control import current_generation
 from pipeline.train.handshake import Facts, handshake
+from pipeline.train.retention import counting, newest_start
 
 INPUTS = "inputs"  # below output.uri
 _NAME = re.compile(r"[0-9a-f]{16}")
@@ -31,11 +33,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Begun:
-    """The datasets of a run, the first one first, what they are, and the name under which their states are kept."""
+    """The datasets of a run, the first one first, what they are, and the name under which their states are kept.
+
+    checkpoints: the names of those that count; after: the start of the job that was current when they were listed.
+    """
 
     datasets: tuple[LatentDataset, ...]
     facts: Facts
     inputs: str | None
+    checkpoints: tuple[str, ...] = ()
+    after: int = 0
 
 
 def begin_or_go_on(config: TrainJobConfig, root: Root, before_writing: Callable[[], None] = lambda: None) -> Begun:
@@ -52,7 +59,7 @@ def begin_or_go_on(config: TrainJobConfig, root: Root, before_writing: Callable[
     for uri in new:  # all of them, or what has come to lie elsewhere
         pins.pin(Root(uri))
     # What was pinned may be newer than what was looked at.
-    return _open(config, root, name) if new else begun
+    return replace(_open(config, root, name), checkpoints=begun.checkpoints, after=begun.after) if new else begun
 
 
 def look(config: TrainJobConfig, root: Root) -> Begun:
@@ -61,14 +68,17 @@ def look(config: TrainJobConfig, root: Root) -> Begun:
     Says what is new. Raises what opening and the handshake raise, and InputError when files that the run began with
     have been removed.
     """
-    name = _inputs_of(root)
+    after = current_generation(root)  # before the look at the checkpoints: the claim asks whether it still is
+    checkpoints = root.child("checkpoints")
+    complete = counting(checkpoints, newest_start(checkpoints))
+    name = _inputs_of(root, complete)
     pins = pins_of(root, name)
     if pins is not None:
         for key, uri in _uris(config):
             state = pins.state(Root(uri))
             if state is not None:
                 _compare(key, Root(uri), state)
-    return _open(config, root, name)
+    return replace(_open(config, root, name), checkpoints=tuple(c.name for c in complete), after=after)
 
 
 def pins_of(root: Root, name: str | None) -> Pins | None:
@@ -80,9 +90,8 @@ def _pins(root: Root, name: str) -> Pins:
     return Pins(root, f"{INPUTS}/{name}")
 
 
-def _inputs_of(root: Root) -> str | None:
+def _inputs_of(root: Root, complete: list[Complete]) -> str | None:
     """The name that the newest checkpoint gives; None without a checkpoint, and for one of before there were pins."""
-    complete = list_complete(root.child("checkpoints"))
     name = complete[-1].meta.get("inputs") if complete else None
     if name is None:
         return None

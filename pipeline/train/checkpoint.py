@@ -6,7 +6,8 @@
 torch.distributed.checkpoint decides which rank writes what and re-cuts shards for another world size; its
 usual `.metadata` file is a pickle, so its safetensors storage is used, whose index is the files' own headers.
 Meta and marker are JSON. Nothing read here can execute code, and only files named by the marker, of the size
-and sha256 it records, are read. A name is <images>-<attempt>: an attempt never writes over another's files.
+and sha256 it records, are read. A name tells the start that writes it (see `retention`), images and a random token:
+no start writes over another's files.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,12 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from pipeline.errors import InputError
-from pipeline.model.checkpoints import MARKER, NAME, Complete, fetch_checked, list_complete, local_copy
+from pipeline.errors import ConflictError, InputError
+from pipeline.model.checkpoints import MARKER as MARKER
+from pipeline.model.checkpoints import fetch_checked, list_complete, local_copy
 from pipeline.storage import Root
 from pipeline.train import world
+from pipeline.train.retention import Start, begin, counting, mark_complete, prune
 
 _FILE_BYTES = 1 << 30
 _log = logging.getLogger(__name__)
@@ -41,7 +45,8 @@ class CheckpointStore:
     """Saves and loads the checkpoints below one root; every method is called by all ranks together.
 
     staging: a local directory, one per node. keep_last: newest checkpoints kept; keep_every_images: besides
-    those, the first checkpoint at or after each multiple is kept for good.
+    those, the first checkpoint at or after each multiple is kept for good. generation, listed: of the job's start,
+    and the checkpoints that it began with; superseded: whether a newer one is there.
     """
 
     def __init__(
@@ -53,11 +58,19 @@ class CheckpointStore:
         keep_every_images: int | None = None,
         node_leader: bool = True,
         receipts_timeout_s: float = 1800.0,
+        generation: int = 0,
+        listed: Sequence[str] | None = None,
+        superseded: Callable[[], bool] = lambda: False,
     ) -> None:
         self.root, self.staging = root, staging
         self.keep_last, self.keep_every_images = keep_last, keep_every_images
         self.node_leader, self.receipts_timeout_s = node_leader, receipts_timeout_s
-        self.attempt: str = world.broadcast_json(secrets.token_hex(4))
+        self.superseded = superseded
+        mine = asdict(begin(root, generation, listed)) if world.rank() == 0 else None
+        told = world.broadcast_json([mine, secrets.token_hex(4)])
+        self.start = Start(told[0]["generation"], told[0]["attempt"], tuple(told[0]["began_with"]))
+        self.token: str = told[1]
+        self.resumed: int | None = None  # at how many images this start began
         # When the newest checkpoint of this start was complete (rank 0 only); until there is one, when it started.
         self.completed_at = time.time()
         self._thread: threading.Thread | None = None
@@ -71,7 +84,7 @@ class CheckpointStore:
         The caller may change tensors and meta once this returns. An error of the save before is raised here.
         """
         self.wait()
-        name = f"{int(meta['images']):015d}-{self.attempt}"
+        name = self.start.name(int(meta["images"]), self.token)
         mine = self.staging / name / f"rank-{world.rank():05d}"
         writer = HuggingFaceStorageWriter(
             str(mine), fqn_to_index_mapping=_file_of_tensor(tensors), save_distributed=True
@@ -109,8 +122,8 @@ class CheckpointStore:
         shutil.rmtree(mine, ignore_errors=True)
         if rank == 0:
             everything = self._collect_receipts(name, world_size)
-            marker = {"meta": meta, "files": everything, "world_size": world_size}
-            self.root.put(f"{name}/{MARKER}", _to_json(marker))
+            marker = {"meta": meta, "files": everything, "world_size": world_size, "resumed": self.resumed}
+            mark_complete(self.root, name, _to_json(marker))
             self.completed_at = time.time()
             shutil.rmtree(mine.parent, ignore_errors=True)
             self.prune()
@@ -138,33 +151,13 @@ class CheckpointStore:
 
     def prune(self) -> None:
         """Delete what retention no longer keeps, and torn checkpoints older than the newest complete one."""
-        complete = list_complete(self.root)
-        if not complete:
-            return
-        keep = {c.name for c in complete[-self.keep_last :]} | self._milestones(complete)
-        # While steps are skipped, checkpoints hold what may have to be given up: the way back is kept.
-        keep |= {c.name for c in [c for c in complete if not c.meta.get("skipped_in_a_row")][-1:]}
-        newest, known = complete[-1], {c.name for c in complete}
-        for name in self.root.list_dirs():
-            match = NAME.match(name)
-            torn = match is not None and name not in known and int(match.group(1)) < newest.images
-            if torn or (name in known and name not in keep):
-                # The marker goes first: a deletion cut short leaves a torn checkpoint, never a corrupt one.
-                self.root.delete(f"{name}/{MARKER}")
-                for info in list(self.root.list(name)):
-                    self.root.delete(info.key)
-                local = self.root.local_path(name)
-                if local is not None:
-                    shutil.rmtree(local, ignore_errors=True)
-
-    def _milestones(self, complete: list[Complete]) -> set[str]:
-        if self.keep_every_images is None:
-            return set()
-        first: dict[int, str] = {}
-        for c in complete:
-            if c.images >= self.keep_every_images:
-                first.setdefault(c.images // self.keep_every_images, c.name)
-        return set(first.values())
+        prune(
+            self.root,
+            self.start,
+            keep_last=self.keep_last,
+            keep_every_images=self.keep_every_images,
+            superseded=self.superseded,
+        )
 
     # -- loading -------------------------------------------------------------------------------------------
 
@@ -184,7 +177,7 @@ class CheckpointStore:
         found: list[dict[str, Any]] = world.broadcast_json(
             [
                 {"name": c.name, "marker": dict(c.marker)}
-                for c in reversed(list_complete(self.root))
+                for c in reversed(counting(self.root, self.start))
                 if not_after is None or c.images <= not_after
             ]
             if world.rank() == 0
@@ -201,8 +194,21 @@ class CheckpointStore:
                 continue
             self._read(tensors, local)
             meta: Mapping[str, Any] = marker["meta"]
+            self.resumed = int(meta["images"]) if self.resumed is None else self.resumed
             return meta
+        if self.resumed is None and world.broadcast_json(self._lost() if world.rank() == 0 else None):
+            raise ConflictError(
+                f"The checkpoints that this start began with are gone from {self.root.uri}",
+                key="output.uri",
+                value=self.root.uri,
+                rule="an earlier start may remove checkpoints until it finds that it was superseded",
+                next_step="run the same command again: it looks for the newest one anew",
+            )
+        self.resumed = 0 if self.resumed is None else self.resumed
         return None
+
+    def _lost(self) -> bool:
+        return bool(set(self.start.began_with) - {c.name for c in list_complete(self.root)})
 
     def _fetch(self, name: str, files: Mapping[str, Any]) -> tuple[Path, str | None]:
         if self.node_leader:

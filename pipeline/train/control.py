@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -25,12 +26,40 @@ POLL_S = 1.0
 NOTICE_S = 5.0
 
 
-def claim_generation(root: Root, note: dict[str, Any]) -> int:
-    """Make this start of the job the current one: workers of earlier starts checkpoint and end."""
+def claim_generation(root: Root, note: dict[str, Any], after: int | None = None) -> int:
+    """Make this start of the job the current one: workers of earlier starts checkpoint and end.
+
+    after: the start that was current when this one looked at what there is; ConflictError when another one is now.
+    `checkpoints` in the note are the names of those that this start begins with.
+    """
+    # Tells two writers' claims apart where the answer to one got lost.
+    body = json.dumps({**note, "writer": secrets.token_hex(8)}).encode()
     while True:
-        number = current_generation(root) + 1
-        if root.put_if_absent(f"control/generation-{number:06d}.json", json.dumps(note).encode()):
-            return number
+        newest = current_generation(root)
+        if after is not None and newest != after:
+            raise ConflictError(
+                f"Start {newest} of this job began at the same moment",
+                key="output.uri",
+                value=root.uri,
+                rule="one run at a time trains into an output",
+                next_step="let the other one go on, or start this command again to take over from it",
+            )
+        key = _claim_key(newest + 1)
+        if root.put_if_absent(key, body) or root.read_bytes(key) == body:
+            return newest + 1
+
+
+def listed_checkpoints(root: Root, generation: int) -> list[str] | None:
+    """The names of the checkpoints that a start of the job began with; None where it does not say."""
+    try:
+        names: list[str] | None = json.loads(root.read_bytes(_claim_key(generation))).get("checkpoints")
+    except FileNotFoundError:
+        return None
+    return names
+
+
+def _claim_key(generation: int) -> str:
+    return f"control/generation-{generation:06d}.json"
 
 
 def current_generation(root: Root) -> int:

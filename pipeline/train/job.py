@@ -59,7 +59,8 @@ def run(config: TrainJobConfig) -> JobResult:
     begun = begin_or_go_on(config, root, before_writing=lambda: _check_cluster(config))
     tracker = _open_run(config, root, begun.datasets)
     with ended_by_outcome(tracker):
-        generation = claim_generation(root, {"config": config_digest(config), "time": time.time()})
+        note = {"config": config_digest(config), "time": time.time(), "checkpoints": begun.checkpoints}
+        generation = claim_generation(root, note, after=begun.after)
         outcome = _fit(config, root, generation, tracker.handle, begun)
         if outcome["status"] == "stopped":
             raise StoppedError(

@@ -21,7 +21,7 @@ from pipeline.train import world
 from pipeline.train.beginnings import pins_of
 from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.config import TrainJobConfig
-from pipeline.train.control import Notices, StopWatch
+from pipeline.train.control import Notices, StopWatch, current_generation, listed_checkpoints
 from pipeline.train.ema import Track
 from pipeline.train.finish import export_info, export_model, is_guidable, sampling_shift
 from pipeline.train.grid import Grid
@@ -93,6 +93,9 @@ def run_worker(config: TrainJobConfig, place: Place) -> dict[str, Any]:
         keep_last=config.checkpoint.keep_last,
         keep_every_images=config.checkpoint.keep_every_images,
         node_leader=place.node_leader,
+        generation=place.generation,
+        listed=listed_checkpoints(root, place.generation),
+        superseded=lambda: current_generation(root) > place.generation,
     )
     lead = world.rank() == 0
     watch = StopWatch(root, place.generation) if lead else None

@@ -100,6 +100,17 @@ def test_rejects_that_a_source_no_longer_yields_stay_what_they_were(
     assert (state.num_stored, state.num_rejected) == (4, 2)
 
 
+def test_rows_whose_source_has_changed_since_it_was_listed_stay_open(
+    tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody dies, and no row comes: the next run lists anew, so this one ends and says so."""
+    root = planned_root(str(tmp_path / "data"), units=1, rows=2)
+    monkeypatch.setattr(module, "run_execution", finished)
+    with pytest.raises(StoppedError, match="The source has changed; 1 rows are left"):
+        run(root, planned([(0, 0)]), crash_limit=20)
+    assert read_state(root).num_stored == 1
+
+
 def finished(execute: Callable[[], None]) -> None:
     """An execution that ended as it should, whatever it committed."""
     with contextlib.suppress(ActorDiedError):

@@ -22,7 +22,6 @@ from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.summary import fingerprint_of
 from pipeline.errors import StoppedError
 from pipeline.result import JobResult
-from pipeline.source.listing import list_entries
 from pipeline.storage import Root
 from pipeline.store import dedup
 from pipeline.store.dataset import LatentDataset
@@ -61,7 +60,7 @@ class World:
         self.trackers: list[Tracker] = []
         self.resumed: list[str | None] = []
         self.images.mkdir()
-        monkeypatch.setattr(job, "_check", lambda c: (Root(c.output.uri), None, list_entries(c.source)))
+        monkeypatch.setattr(job, "_check", lambda c: (Root(c.output.uri), None))
         monkeypatch.setattr(job, "_identity", lambda config, info, rehearsal: IDENTITY)
         monkeypatch.setattr(job, "open_tracker", self.open_tracker)
         for module in (job, dedup):

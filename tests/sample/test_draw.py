@@ -276,7 +276,7 @@ def test_files_hold_what_rows_name(prepared: Prepared, denoiser: Denoiser, tmp_p
     rows, _ = finished(prepared, denoiser(extend_plan(None, prepared.requests.table, 64)), stored.__setitem__)
     for row in rows.to_pylist():
         assert row["image"] == b""
-        assert row["file"] == file_key(row["key"], "png")
+        assert row["file"] == file_key(row["key"], "png", stored[row["file"]])
         assert read_provenance(stored[row["file"]])["request_id"] == row["key"] == row["sample_id"].hex()
     assert len(stored) == rows.num_rows == 9
 

@@ -201,7 +201,7 @@ def test_a_checkpoint_is_drawn_from_with_the_average_named(tiny: Tiny, tmp_path:
     names, exported = images_of(ready(tiny.model_uri, asked))
     raw = ready(place, asked, model={"uri": str(place), "ema": "raw"})
     assert raw.model.kind == "checkpoint"
-    assert raw.model.uri.rpartition("/")[2].startswith("000000000000200-")
+    assert "-000000000000200-" in raw.model.uri.rpartition("/")[2]
     raw_names, drawn = images_of(raw)
     assert (raw_names, pixels(drawn)) == (names, pixels(exported))
     half = ready(place, asked, model={"uri": str(place), "ema": "half"})
@@ -211,7 +211,7 @@ def test_a_checkpoint_is_drawn_from_with_the_average_named(tiny: Tiny, tmp_path:
     assert len({raw.model.digest, half.model.digest, read_model(tiny.model_uri).digest}) == 3
     # Its first track is what an export of the run would hold.
     assert read_model(str(place)).ema == "power"
-    older = next(p for p in place.iterdir() if p.name.startswith("000000000000100-"))
+    older = next(p for p in place.iterdir() if "-000000000000100-" in p.name)
     assert pixels(images_of(ready(older, asked, model={"uri": str(older), "ema": "half"}))[1]) != pixels(again)
     assert regenerate(again[0]) == again[0]
     with pytest.raises(ConfigError, match="it holds power, half, raw"):
@@ -224,7 +224,7 @@ def pixels(images: list[bytes]) -> list[bytes]:
 
 def test_a_damaged_checkpoint_is_named(tiny: Tiny, tmp_path: Path) -> None:
     write_checkpoints(tiny, tmp_path)
-    newest = max((tmp_path / "checkpoints").iterdir())
+    newest = max(p for p in (tmp_path / "checkpoints").iterdir() if p.name != "starts")
     marker = newest / "COMPLETE.json"
     document = json.loads(marker.read_text())
     shard = next(newest.glob("*.safetensors"))
@@ -244,7 +244,7 @@ def test_a_damaged_checkpoint_is_named(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_a_checkpoint_whose_tensors_do_not_fit_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     write_checkpoints(tiny, tmp_path)
-    newest = max((tmp_path / "checkpoints").iterdir())
+    newest = max(p for p in (tmp_path / "checkpoints").iterdir() if p.name != "starts")
     marker = newest / "COMPLETE.json"
     document = json.loads(marker.read_text())
     document["meta"]["model"]["model"]["depth"] = 3

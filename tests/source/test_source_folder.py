@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
+import time
+from dataclasses import replace
 
 import pytest
 from source_images import write
@@ -41,16 +43,17 @@ def test_failed_reads_are_rows(tmp_path, monkeypatch):
     source = FolderSource(uri=str(tmp_path), max_bytes=50)
     entries = list(list_entries(source))
     (tmp_path / "a.jpg").unlink()
+    entries[2] = replace(entries[2], mtime_ns=None)  # of no known version
     write(tmp_path / "c.jpg", bytes(60))  # grown since it was listed
-    real = Root.read_bytes
+    real = Root.read_version
 
-    def read(self, key):
+    def read(self, key, version):
         if key == "b.jpg":
             raise PermissionError(13, "Permission denied")
         assert key != "d.jpg", "an object known to be too large is not read"
-        return real(self, key)
+        return real(self, key, version)
 
-    monkeypatch.setattr(Root, "read_bytes", read)
+    monkeypatch.setattr(Root, "read_version", read)
     found = list(read_unit(source, entries, [(0, None)]))
     assert [r.reason for r in found] == ["missing", "read_failed", "too_many_bytes", "too_many_bytes"]
     assert all(r.status == "rejected" and r.image is None and r.message for r in found)
@@ -70,8 +73,8 @@ def test_a_filter_marks_entries_and_reads_none_of_their_bytes(tmp_path, monkeypa
     assert {k for k in every if every[k] != low[k]} == {"a.png", "d.png"}
     assert {k for k in every if high[k] != low[k]} == {"b.png"}
     read = []
-    real = Root.read_bytes
-    monkeypatch.setattr(Root, "read_bytes", lambda self, key: (read.append(key), real(self, key))[1])
+    real = Root.read_version
+    monkeypatch.setattr(Root, "read_version", lambda self, key, v: (read.append(key), real(self, key, v))[1])
     source = FolderSource(uri=str(tmp_path), filter="score > 5")
     entries = list(list_entries(source))
     found = list(read_unit(source, entries, [(0, None)]))
@@ -95,12 +98,28 @@ def test_an_unusable_store_is_not_mistaken_for_bad_rows(tmp_path, monkeypatch):
     source = FolderSource(uri=str(tmp_path))
     entries = list(list_entries(source))
 
-    def refuse(self, key):
+    def refuse(self, key, version):
         raise InputError("no backend for this scheme")
 
-    monkeypatch.setattr(Root, "read_bytes", refuse)
+    monkeypatch.setattr(Root, "read_version", refuse)
     with pytest.raises(InputError, match="no backend"):
         list(read_unit(source, entries, [(0, None)]))
+
+
+@pytest.mark.parametrize("where", ["local", "memory"])
+def test_what_has_changed_since_it_was_listed_gives_no_row(tmp_path, where):
+    """The latent of another version would stand under the listed one's name for good; the next listing plans it."""
+    root = Root(str(tmp_path) if where == "local" else f"memory://changed-{tmp_path.name}")
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        root.put(name, b"as listed")
+    source = FolderSource(uri=root.uri)
+    entries = list(list_entries(source))
+    time.sleep(0.05)  # local files tell versions by their time alone
+    root.put("b.jpg", b"no longer")
+    found = list(read_unit(source, entries, [(0, None)]))
+    assert [(r.row, r.image) for r in found] == [(0, b"as listed"), (2, b"as listed")]
+    again = list(read_unit(source, list(list_entries(source)), [(1, 2)]))
+    assert [(r.row, r.image) for r in again] == [(1, b"no longer")]
 
 
 def test_remote_objects_are_fetched_ahead_in_order():

@@ -290,7 +290,7 @@ def test_a_duplicate_comes_back_when_its_first_one_is_gone(root: Root) -> None:
     run(root)
     assert not released(root, read_state(root))
     gone = SimpleNamespace(retired=[(0, 0, 1)], removed=1)
-    append_version(read_plan(root), [[Listed("new")]], report=gone, source={}, generation=9)
+    append_version(read_plan(root), [[Listed("new")]], report=gone, source={}, generation=latest_number(root))
     state = read_state(root)
     back = released(root, state)
     assert back.triples() == [[0, 3, 4], [1, 3, 4]]  # both named row 0 of unit 0

@@ -335,9 +335,9 @@ def test_the_fold_is_its_rules_row_by_row(shapes: list[tuple[int, set[int], set[
     state = fold(Plan(Root("memory://none"), (retiring(retired),)), named)
     owner = {}
     for row in set(range(12)) - retired:
-        holders = [(-shape[0], at) for at, shape in enumerate(shapes) if row in shape[1]]
+        holders = [(-shape[0], row in shape[2], at) for at, shape in enumerate(shapes) if row in shape[1]]
         if holders:
-            owner[row] = min(holders)[1]
+            owner[row] = min(holders)[2]
     wanted_files, wanted_rejects = {}, {}
     for at, (_, covered, bad) in enumerate(shapes):
         for kind, held, wanted in (
@@ -415,7 +415,7 @@ def test_a_run_that_must_stop_at_once_does_not_seal(root: Root) -> None:
 
 
 def test_the_same_is_visible_at_every_step_of_closing(root: Root) -> None:
-    """A reader that opens, or a kill, between any two writes: the closing note, the seal, the next claim's bundle."""
+    """A reader that opens, or a kill, between any two writes: closing note, seal, announcement, bundle, claim."""
     watched = Watched(root.uri)
     watched.reads = []
     generation = claim(watched)
@@ -433,7 +433,7 @@ def test_the_same_is_visible_at_every_step_of_closing(root: Root) -> None:
     generation.close({"status": "done"})
     assert steps == 2
     claim(watched).abandon()
-    assert steps == 4
+    assert steps == 5
 
 
 def test_a_late_writer_of_a_sealed_generation_counts_until_the_next_claim_and_not_after(root: Root) -> None:

@@ -122,6 +122,9 @@ def test_files_that_are_gone_are_named(root: Root, pins: Pins) -> None:
         {"bundle": "inputs/../secret.parquet"},
         {"bundle": 7},
         {"plan": "v1"},
+        {"headers": ["plan/../../secret.json"]},
+        {"headers": ["dataset.json"]},
+        {"headers": 7},
     ],
 )
 def test_a_pin_that_was_changed_is_refused(root: Root, pins: Pins, tmp_path: Path, change: dict[str, object]) -> None:

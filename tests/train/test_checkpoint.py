@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pipeline.errors import InputError
+from pipeline.errors import ConflictError, InputError
 from pipeline.storage import Root
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import MARKER, CheckpointStore, list_complete
@@ -151,7 +152,59 @@ def test_retention_removes_torn_ones_that_are_older_than_a_complete_one(tmp_path
     root = save(tmp_path, 10)
     (directory(root, 10) / MARKER).unlink()
     save(tmp_path, 20)
-    assert [i.key[:15] for i in root.list()] == ["000000000000020"] * 3
+    assert [c.images for c in list_complete(root)] == [20]
+    assert [i.key.partition("/")[0] for i in root.list() if i.key.endswith(".safetensors")] == [
+        c.name for c in list_complete(root)
+    ]
+
+
+def test_what_was_removed_as_torn_does_not_become_complete(tmp_path: Path) -> None:
+    """Its writer lives: a start that was superseded, or whose node was cut off."""
+    slow = store(tmp_path)
+    slow._collect_receipts = lambda name, world_size: (save(tmp_path, 20), {})[1]  # type: ignore[method-assign]
+    slow.save(tensors(10), {"images": 10})
+    with pytest.raises(ConflictError, match="was removed before it was complete"):
+        slow.wait()
+    assert [c.images for c in list_complete(slow.root)] == [20]
+
+
+def test_a_later_start_counts_what_was_complete_when_it_began(tmp_path: Path) -> None:
+    first = store(tmp_path, keep_last=1)
+    first.save(tensors(10), {"images": 10})
+    first.wait()
+    second = store(tmp_path, keep_last=1)
+    assert second.load_newest(tensors(-1), lambda _meta: None) is not None
+    first.save(tensors(30), {"images": 30})  # superseded: it prunes nothing, and nobody goes on from here
+    first.wait()
+    assert load(tmp_path)[0] == 10
+    second.save(tensors(20), {"images": 20})
+    second.wait()
+    assert [c.images for c in list_complete(second.root)] == [10, 30, 20]  # a third start has come since
+
+
+def test_checkpoints_of_a_branch_that_was_left_are_no_milestones(tmp_path: Path) -> None:
+    first = store(tmp_path, keep_last=9)
+    for images in (10, 20):
+        first.save(tensors(images), {"images": images})
+    first.wait()
+    second = store(tmp_path, keep_last=1, keep_every_images=20)
+    shutil.rmtree(directory(first.root, 20))  # of the two that it began with it finds but the first
+    second.load_newest(tensors(-1), lambda _meta: None)
+    first.save(tensors(25), {"images": 25})
+    first.wait()
+    for images in (24, 30, 44):
+        second.save(tensors(images), {"images": images})
+    second.wait()
+    assert [c.images for c in list_complete(second.root)] == [24, 44]
+
+
+def test_a_start_whose_checkpoints_went_meanwhile_does_not_begin_anew(tmp_path: Path) -> None:
+    root = save(tmp_path, 10)
+    names = [c.name for c in list_complete(root)]
+    shutil.rmtree(directory(root, 10))
+    late = store(tmp_path, generation=1, listed=names)
+    with pytest.raises(ConflictError, match="that this start began with are gone"):
+        late.load_newest(tensors(-1), lambda _meta: None)
 
 
 def test_another_attempt_never_writes_over_the_files_of_the_first(tmp_path: Path) -> None:
@@ -171,7 +224,7 @@ def test_an_upload_that_fails_is_raised_at_the_next_call(tmp_path: Path, monkeyp
     with pytest.raises(OSError, match="No space left"):
         s.wait()
     monkeypatch.undo()
-    assert load(tmp_path)[0] is None
+    assert list_complete(s.root) == []
     s.save(tensors(2), {"images": 2})
     s.wait()
     assert load(tmp_path)[0] == 2
@@ -210,7 +263,14 @@ def test_the_marker_is_the_last_object_written(tmp_path: Path, monkeypatch: pyte
         order.append(key.rpartition("/")[2])
         original(self, key, data)
 
+    create = Root.put_if_absent
+
+    def noted_too(self: Root, key: str, data: bytes) -> bool:
+        order.append(key.rpartition("/")[2])
+        return create(self, key, data)
+
     monkeypatch.setattr(Root, "put", noted)
+    monkeypatch.setattr(Root, "put_if_absent", noted_too)
     root = save(tmp_path, 10)
     assert order[-1] == MARKER
     recorded = json.loads((directory(root, 10) / MARKER).read_text())["files"]

@@ -17,6 +17,7 @@ from pipeline.train.control import (
     claim_generation,
     current_generation,
     lasting,
+    listed_checkpoints,
     record_failure,
     recorded_failure,
     request_stop,
@@ -54,6 +55,21 @@ def test_two_starts_at_once_get_different_generations(root: Root, monkeypatch: p
     original = control.current_generation
     monkeypatch.setattr(control, "current_generation", lambda r: next(stale, None) or original(r))
     assert claim_generation(root, {}) == 2
+
+
+def test_a_start_that_another_one_came_before_steps_back(root: Root) -> None:
+    assert claim_generation(root, {"checkpoints": ["a"]}, after=0) == 1
+    with pytest.raises(ConflictError, match="Start 1 of this job began at the same moment"):
+        claim_generation(root, {"checkpoints": []}, after=0)
+    assert listed_checkpoints(root, 1) == ["a"]
+    assert listed_checkpoints(root, claim_generation(root, {}, after=1)) is None  # as of earlier releases
+    assert listed_checkpoints(root, 9) is None
+
+
+def test_a_claim_whose_answer_got_lost_is_this_starts(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    create = Root.put_if_absent
+    monkeypatch.setattr(Root, "put_if_absent", lambda *args: create(*args) and False)
+    assert claim_generation(root, {}) == 1
 
 
 def test_a_stop_is_for_its_own_generation(root: Root) -> None:

@@ -1,0 +1,86 @@
+"""Every place that puts, creates or deletes an object is known, and has an actor or a case that plays it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pipeline
+
+PACKAGE = Path(pipeline.__file__).parent
+WRITES = {"put", "put_if_absent", "delete", "upload_dir"}
+# "file: function: method" -> who plays it. A new one needs an actor or a case before it is added here.
+PLAYED = {
+    # The store: actors of `world`, in the directed cases, the small ones and the seeds.
+    "store/bundles.py: write_bundle: put_if_absent": "every claim",
+    "store/generation.py: Generation._beat: put": "test_heartbeat, an advisory object",
+    "store/generation.py: Generation.close: put_if_absent": "every job",
+    "store/generation.py: claim_next: put_if_absent": "every job",
+    "store/identity.py: claim_identity: put_if_absent": "World.encode, Samplers.sample",
+    "store/job.py: _write_report: put": "a report somewhere else, which nothing reads",
+    "store/ledger.py: commit: put_if_absent": "World.encode, World.compact, World.dedup, Samplers.sample",
+    "store/pinned.py: Pins.pin: put_if_absent": "Trainers.train",
+    "store/plan.py: _PartWriter._put: put_if_absent": "World.encode, Samplers.sample",
+    "store/plan.py: append_version: put_if_absent": "World.encode, Samplers.sample",
+    "store/runs.py: note_run: put": "an advisory object of one generation",
+    "store/shard.py: write_rejects: put_if_absent": "World.encode, World.dedup",
+    "store/shard.py: write_shard: put_if_absent": "World.encode, World.compact, Samplers.sample",
+    "store/verify.py: collect_garbage: delete": "World.gc",
+    # Sampling.
+    "sample/claim.py: settle_identity: put_if_absent": "Samplers.sample",
+    "sample/stages.py: EncodeImages.__call__: put_if_absent": "Samplers.sample",
+    "sample/stages.py: CommitImages.__call__: put_if_absent": "Samplers.sample with tars",
+    "sample/showing.py: show: put": "contact sheet and gallery: shown to people, read by nothing",
+    "sample/regenerate_job.py: run: put": "one image somewhere else",
+    # Training.
+    "train/checkpoint.py: CheckpointStore._publish: put": "Trainers._save: shards and receipts of one start",
+    "train/retention.py: begin: put_if_absent": "Trainers._work",
+    "train/retention.py: mark_complete: put_if_absent": "Trainers._save",
+    "train/retention.py: _remove: put_if_absent": "Trainers._save",
+    "train/retention.py: _remove: delete": "Trainers._save",
+    "train/control.py: claim_generation: put_if_absent": "Trainers.train",
+    "train/control.py: request_stop: put": "a key of one start, which only asks",
+    "train/control.py: record_failure: put_if_absent": "a key of one start, the first failure stays",
+    "train/history.py: Journal.rewind: put_if_absent": "Trainers._work",
+    "train/history.py: Journal.append: put": "Trainers._work: a segment of one start",
+    "train/job.py: _open_run: put": "run.json: which tracking run to go on with, advisory",
+    "train/job.py: run: put": "done.json: the result of one configuration, the same whoever reaches it",
+    "train/quarantine.py: Quarantine._put: put": "which samples were skipped: for people, read by their own start",
+    "train/worker.py: _grid.show: put": "a grid of one count of images: shown to people",
+}
+
+
+def found() -> set[str]:
+    """All of them, as "file: function: method"."""
+    sites: set[str] = set()
+    for package in ("store", "sample", "train"):
+        for path in sorted((PACKAGE / package).glob("*.py")):
+            _Finder(f"{package}/{path.name}", sites).visit(ast.parse(path.read_text(encoding="utf-8")))
+    return sites
+
+
+class _Finder(ast.NodeVisitor):
+    def __init__(self, file: str, sites: set[str]) -> None:
+        self.file, self.sites, self.inside = file, sites, list[str]()
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        self._enter(node)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        self._enter(node)
+
+    def _enter(self, node: ast.ClassDef | ast.FunctionDef) -> None:
+        self.inside.append(node.name)
+        self.generic_visit(node)
+        self.inside.pop()
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if node.attr in WRITES:  # called here, or handed on to be called
+            self.sites.add(f"{self.file}: {'.'.join(self.inside)}: {node.attr}")
+        self.generic_visit(node)
+
+
+def test_every_call_site_is_played() -> None:
+    sites = found()
+    assert sites - PLAYED.keys() == set(), "new: give it an actor or a case in tests/sim, and add it here"
+    assert PLAYED.keys() - sites == set(), "gone: take it out here"

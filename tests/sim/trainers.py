@@ -1,0 +1,114 @@
+"""Training drivers and their workers on the simulated store: pins, claims, checkpoints, history; no tensors.
+
+What a step makes of the weights is a function of the inputs and of the step, so a checkpoint tells whose it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+
+from pipeline.errors import ConflictError
+from pipeline.model.checkpoints import Complete, list_complete
+from pipeline.storage import Root
+from pipeline.store.pinned import Pins
+from pipeline.train.control import claim_generation, current_generation, listed_checkpoints
+from pipeline.train.history import Journal, read_records
+from pipeline.train.retention import Start, begin, counting, mark_complete, newest_start, prune
+from tests.sim.world import World
+
+SHARDS = ("shard-00001-model-00001-of-00002.safetensors", "shard-00001-model-00002-of-00002.safetensors")
+STEPS = 8
+
+
+@dataclass
+class Trainers:
+    """Drivers that train into one place from the dataset of a world."""
+
+    world: World
+    root: Root = field(default_factory=lambda: Root("sim://run"))
+    keep_last: int = 1
+
+    @property
+    def checkpoints(self) -> Root:
+        """Where they lie."""
+        return self.root.child("checkpoints")
+
+    def train(self, attempts: int = 1, steps: int = STEPS) -> str:
+        """One start of the job, whose workers are started some times; "done" or "stopped"."""
+        after = current_generation(self.root)
+        complete = counting(self.checkpoints, newest_start(self.checkpoints))
+        inputs = complete[-1].meta["inputs"] if complete else f"{len(self.world.sim.actors):016x}"
+        pins = Pins(self.root, f"inputs/{inputs}")
+        if not pins.holds(self.world.root):
+            pins.pin(self.world.root)
+        note = {"checkpoints": [c.name for c in complete]}
+        generation = claim_generation(self.root, note, after=after)
+        status = "stopped"
+        for attempt in range(attempts):
+            last = STEPS if attempt == attempts - 1 else steps // 2
+            status = self._work(generation, inputs, pins, last)
+        return status
+
+    def _work(self, generation: int, inputs: str, pins: Pins, last: int) -> str:
+        start = begin(self.checkpoints, generation, listed_checkpoints(self.root, generation))
+        state = pins.state(self.world.root)
+        assert state is not None
+        rows = hashlib.sha256(repr(state.stored.triples()).encode()).hexdigest()
+        step = resumed = self._load(start, inputs, rows)
+        journal = Journal(self.root, generation, segment_records=2)
+        journal.rewind(step)
+        while step < last:
+            step += 1
+            journal.append({"step": step, "images": step})
+            superseded = current_generation(self.root) > generation
+            if superseded or step % 2 == 0 or step == last:
+                self._save(start, step, resumed, inputs, rows)
+            if superseded:
+                return "stopped"
+        return "done"
+
+    def _load(self, start: Start, inputs: str, rows: str) -> int:
+        for c in reversed(counting(self.checkpoints, start)):
+            if self._problem(c) is None:
+                assert (c.meta["inputs"], c.meta["rows"]) == (inputs, rows), "V12: a checkpoint of other inputs"
+                return c.images
+        if set(start.began_with) - {c.name for c in list_complete(self.checkpoints)}:
+            raise ConflictError("gone meanwhile")
+        return 0
+
+    def _problem(self, complete: Complete) -> str | None:
+        for name, digest in complete.marker["files"].items():
+            try:
+                data = self.checkpoints.read_bytes(f"{complete.name}/{name}")
+            except FileNotFoundError:
+                return f"{name} is gone"
+            if hashlib.sha256(data).hexdigest() != digest:
+                return f"{name} is another one"
+        return None
+
+    def _save(self, start: Start, step: int, resumed: int, inputs: str, rows: str) -> None:
+        name = start.name(step, "00000000")
+        files = {}
+        for shard in SHARDS:
+            data = f"{inputs} {rows} {step} {shard}".encode()
+            files[shard] = hashlib.sha256(data).hexdigest()
+            self.checkpoints.put(f"{name}/{shard}", data)
+        meta = {"images": step, "inputs": inputs, "rows": rows}
+        marker = {"meta": meta, "files": files, "resumed": resumed}
+        mark_complete(self.checkpoints, name, json.dumps(marker).encode())
+        prune(
+            self.checkpoints,
+            start,
+            keep_last=self.keep_last,
+            keep_every_images=None,
+            superseded=lambda: current_generation(self.root) > start.generation,
+        )
+
+    def check(self) -> None:
+        """I10: each marker has its shards; the history is that of one run, without hole or repeat."""
+        for complete in list_complete(self.checkpoints):
+            assert self._problem(complete) is None, f"I10: {complete.name}: {self._problem(complete)}"
+        steps = [record["step"] for record in read_records(self.root)]
+        assert steps == list(range(1, len(steps) + 1)), f"I10: the history tells steps {steps}"
