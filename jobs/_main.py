@@ -25,7 +25,7 @@ from pipeline.config import StrictModel, dump_yaml, help_text, load_config
 from pipeline.dataflow.lost_device import device_fault, stopped_by
 from pipeline.errors import StoppedError
 from pipeline.result import JobResult
-from pipeline.storage_errors import job_error
+from pipeline.storage.errors import job_error
 from pipeline.tracking.redact import Redactor
 
 EXIT_CODES = """exit codes:

@@ -6,8 +6,8 @@ JOB = Job(
     name="fit_codec",
     summary="Fit a small AutoencoderKL on a folder of images.",
     config="pipeline.codec.config:FitCodecJobConfig",
-    run="pipeline.codec.job:run",
-    dry_run="pipeline.codec.job:dry_run",
+    run="pipeline.fit_codec.job:run",
+    dry_run="pipeline.fit_codec.job:dry_run",
     example="python -m jobs.fit_codec configs/quickstart/fit_codec.yaml source.uri=my/images output.uri=my/codec",
 )
 

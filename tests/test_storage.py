@@ -20,11 +20,11 @@ import s3fs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import storage
 from pipeline.errors import InputError
-from pipeline.storage import KeyRefused, Root, check_key
-from pipeline.storage_errors import ObjectChanged, StoreUnavailable, describe, job_error, note_answer, plain_error
-from pipeline.storage_remote import RangedFile, put_whole
+from pipeline.storage import root as storage
+from pipeline.storage.errors import ObjectChanged, StoreUnavailable, describe, job_error, note_answer, plain_error
+from pipeline.storage.remote import RangedFile, put_whole
+from pipeline.storage.root import KeyRefused, Root, check_key
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def test_an_unknown_scheme_names_the_remedy() -> None:
 @pytest.fixture
 def careless(monkeypatch: pytest.MonkeyPatch) -> Root:
     """A store that takes a conditional write for a plain one."""
-    monkeypatch.setattr("pipeline.storage.create_whole", lambda fs, path, data, mark: put_whole(fs, path, data))
+    monkeypatch.setattr("pipeline.storage.root.create_whole", lambda fs, path, data, mark: put_whole(fs, path, data))
     return Root(f"memory://{uuid.uuid4().hex}")
 
 

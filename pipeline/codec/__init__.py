@@ -1,4 +1,4 @@
-"""The codec: both directions between pixels and latents, and how a small one is fitted.
+"""The codec: both directions between pixels and latents.
 
     codec.path --locate--> a Root of config.json + safetensors   (directory, fsspec URI, hub id at a revision)
                --info----> CodecInfo                             (no torch: class, hash, channels, factor, statistics)
@@ -13,8 +13,4 @@ device, where they become [-1, 1].
 `config`, `locate`, `info`, `flops` and `plugin` import no torch, so a dry run and --help stay quick.
 `diffusers_codec` is the implementation for diffusers' autoencoders; a third-party codec joins through the
 entry point group `latentloom.codecs` (see `plugin`).
-
-Fitting (`fit`, `job`) claims its output first and writes `fit_codec.complete.json` last: a crash in between
-leaves a directory without that marker, which the same command fits again and any other refuses to touch.
-Fitting is a function of its configuration, so the second attempt writes what the first would have.
 """

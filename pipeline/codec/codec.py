@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 from pipeline.codec.info import CodecInfo, diffusers_info, gpu_dtype
 from pipeline.codec.locate import codec_root, local_directory
 from pipeline.errors import InputError
-from pipeline.storage import Root
-from pipeline.storage_errors import describe, storage_errors
+from pipeline.storage.errors import describe, storage_errors
+from pipeline.storage.root import Root
 
 if TYPE_CHECKING:
     import torch

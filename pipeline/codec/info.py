@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.codec.locate import codec_root
 from pipeline.codec.weights import read_tensor, weight_files
 from pipeline.errors import ConfigError, InputError
-from pipeline.storage import Root
-from pipeline.storage_errors import describe, storage_errors
+from pipeline.storage.errors import describe, storage_errors
+from pipeline.storage.root import Root
 
 if TYPE_CHECKING:
     from pipeline.codec.config import CodecConfig

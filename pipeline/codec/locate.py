@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from pipeline.errors import InputError
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field
 
 from pipeline.config import StrictModel
 from pipeline.errors import InputError, StoppedError
-from pipeline.storage_remote import process_settings
+from pipeline.storage.remote import process_settings
 
 _log = logging.getLogger(__name__)
 # Whether this process has a request with an autoscaler, which outlives processes.

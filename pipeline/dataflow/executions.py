@@ -11,7 +11,7 @@ from ray.data import DataContext
 from ray.exceptions import RayError
 
 from pipeline.errors import InputError, PipelineError
-from pipeline.storage_errors import describe, job_error, storage_errors
+from pipeline.storage.errors import describe, job_error, storage_errors
 
 
 def configure_ray_data() -> None:

@@ -18,7 +18,7 @@ import ray
 from pipeline.dataflow.lost_device import device_fault, ends_with_its_device, stopped_by
 from pipeline.dataflow.monitor import Rows
 from pipeline.errors import PipelineError
-from pipeline.store.rowset import RowSet
+from pipeline.store.ledger.rowset import RowSet
 
 _PAUSE_S = 10.0  # before a process that cannot start on its device makes room for another try
 _TELL_S = 10.0

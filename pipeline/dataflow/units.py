@@ -10,8 +10,8 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasink, Datasource, ReadTask
 
 from pipeline.dataflow.executions import refused
-from pipeline.storage_errors import storage_errors
-from pipeline.store.work import Work
+from pipeline.storage.errors import storage_errors
+from pipeline.store.plan.work import Work
 
 
 class UnitSource(Datasource):  # type: ignore[misc]

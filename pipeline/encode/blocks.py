@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.source.rows import EndOfUnit, SourceRow
-from pipeline.store.schema import LATENTS, REJECTS
+from pipeline.source.reading.rows import EndOfUnit, SourceRow
+from pipeline.store.write.schema import LATENTS, REJECTS
 
 # What read tasks yield: compressed bytes, never pixels. `unit_rows` is set on the marker that ends a unit
 # whose length was unknown; such a marker has row -1 and no image.

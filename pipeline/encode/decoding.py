@@ -16,7 +16,7 @@ import pyarrow as pa
 from pipeline.encode.blocks import ENCODED, source_row
 from pipeline.encode.items import Item, rejection
 from pipeline.source.config import ImageConfig
-from pipeline.source.prepare import Prepared, Reject, prepare
+from pipeline.source.pixels.prepare import Prepared, Reject, prepare
 
 # Between decode tasks and encoders: everything an encoded row has, with pixels where the latent will be.
 PIXELS = ENCODED.append(pa.field("pixels", pa.large_binary())).append(pa.field("size", pa.list_(pa.int32(), 2)))

@@ -23,7 +23,7 @@ from pipeline.encode.device import DeviceQueue
 from pipeline.encode.items import Item, rejection
 from pipeline.errors import ConfigError
 from pipeline.source.reasons import Reason
-from pipeline.store.schema import pack_latents
+from pipeline.store.write.schema import pack_latents
 
 # A call whose last batches are not full waits so long for another to begin, where others may; and, while others hand
 # in their items, for so many of their batches.

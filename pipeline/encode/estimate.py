@@ -12,9 +12,9 @@ from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.summary import row_bytes, rows_per_write
 from pipeline.errors import ConfigError
 from pipeline.result import JobResult
-from pipeline.source.listing import list_entries
-from pipeline.source.render import bucket_sizes
-from pipeline.store.plan_diff import group_units
+from pipeline.source.pixels.render import bucket_sizes
+from pipeline.source.reading.listing import list_entries
+from pipeline.store.plan.plan_diff import group_units
 
 _log = logging.getLogger(__name__)
 

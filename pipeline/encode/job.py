@@ -19,17 +19,17 @@ from pipeline.encode.summary import REHEARSED, adopted, fingerprint_of, finish, 
 from pipeline.errors import ConfigError, ConflictError, PipelineError
 from pipeline.progress import Progress
 from pipeline.result import JobResult
-from pipeline.source.listing import check_apart, list_entries, source_root
-from pipeline.storage import Root
-from pipeline.store.dedup import deduplicate, is_due, marked, released
-from pipeline.store.generation import Generation, claim_next
-from pipeline.store.identity import Identity, check_same, claim_identity, read_identity
-from pipeline.store.layout import IDENTITY
-from pipeline.store.ledger import collect
-from pipeline.store.plan_diff import DiffReport
-from pipeline.store.rowset import RowSet
-from pipeline.store.runs import last_run, note_run
-from pipeline.store.state import State, read_state
+from pipeline.source.reading.listing import check_apart, list_entries, source_root
+from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import Generation, claim_next
+from pipeline.store.ledger.identity import Identity, check_same, claim_identity, read_identity
+from pipeline.store.ledger.layout import IDENTITY
+from pipeline.store.ledger.ledger import collect
+from pipeline.store.ledger.rowset import RowSet
+from pipeline.store.ledger.runs import last_run, note_run
+from pipeline.store.ledger.state import State, read_state
+from pipeline.store.maintain.dedup import deduplicate, is_due, marked, released
+from pipeline.store.plan.plan_diff import DiffReport
 from pipeline.tracking.ending import ended_by_outcome
 from pipeline.tracking.tracker import Tracker, open_tracker
 
@@ -239,7 +239,7 @@ def _note(config: EncodeJobConfig, tracker: Tracker) -> dict[str, Any]:
 
 def result_digest(root: Root) -> str:
     """The digest of the dataset as it is visible now."""
-    from pipeline.store.dataset import LatentDataset
+    from pipeline.store.read.dataset import LatentDataset
 
     return LatentDataset.open(root.uri).digest
 

@@ -38,16 +38,16 @@ from pipeline.encode.stages import (
 from pipeline.encode.summary import for_workers, largest_bucket, rows_per_write
 from pipeline.progress import Progress
 from pipeline.source.reasons import Reason
-from pipeline.storage import Root
-from pipeline.store.generation import Generation
-from pipeline.store.ledger import visible_records
-from pipeline.store.plan import read_plan
-from pipeline.store.record import CommitRecord
-from pipeline.store.rowset import RowSet
-from pipeline.store.schema import LATENTS, REJECTS
-from pipeline.store.state import State, fold
-from pipeline.store.work import Work
-from pipeline.store.writer import Committer
+from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import Generation
+from pipeline.store.ledger.ledger import visible_records
+from pipeline.store.ledger.record import CommitRecord
+from pipeline.store.ledger.rowset import RowSet
+from pipeline.store.ledger.state import State, fold
+from pipeline.store.plan.plan import read_plan
+from pipeline.store.plan.work import Work
+from pipeline.store.write.schema import LATENTS, REJECTS
+from pipeline.store.write.writer import Committer
 from pipeline.tracking.tracker import Tracker
 
 # Repeats by Ray of a block whose actor died, before the pass ends and this module looks for the guilty unit.

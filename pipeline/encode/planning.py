@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.storage import Root
-from pipeline.store.plan import EntryLike, Plan, PlannedEntry, append_version, read_plan
-from pipeline.store.plan_diff import DiffReport, diff, group_units, live_entries
-from pipeline.store.rowset import RowSet
-from pipeline.store.state import State
+from pipeline.storage.root import Root
+from pipeline.store.ledger.rowset import RowSet
+from pipeline.store.ledger.state import State
+from pipeline.store.plan.plan import EntryLike, Plan, PlannedEntry, append_version, read_plan
+from pipeline.store.plan.plan_diff import DiffReport, diff, group_units, live_entries
 
 
 def known_entries(root: Root, kind: str) -> Iterable[PlannedEntry]:

@@ -26,12 +26,12 @@ from pipeline.encode.stages import UnitReader
 from pipeline.encode.summary import largest_bucket
 from pipeline.errors import InputError
 from pipeline.source.config import ImageConfig, SourceConfig
-from pipeline.store.config import DecodeCheckConfig
-from pipeline.store.dataset import LatentDataset
-from pipeline.store.rowset import RowSet
-from pipeline.store.runs import last_recipe
-from pipeline.store.schema import latents_from
-from pipeline.store.work import Work
+from pipeline.store.ledger.rowset import RowSet
+from pipeline.store.ledger.runs import last_recipe
+from pipeline.store.maintain.config import DecodeCheckConfig
+from pipeline.store.plan.work import Work
+from pipeline.store.read.dataset import LatentDataset
+from pipeline.store.write.schema import latents_from
 
 _COLUMNS = ["sample_id", "unit", "row", "variant", "key", "bucket", "latent", "latent_shape", "content_sha256"]
 _PIXEL_MAX = 255.0

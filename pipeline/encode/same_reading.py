@@ -9,8 +9,8 @@ from typing import Any
 from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.summary import recipe
 from pipeline.errors import ConflictError
-from pipeline.storage import Root
-from pipeline.store.runs import last_recipe
+from pipeline.storage.root import Root
+from pipeline.store.ledger.runs import last_recipe
 
 _log = logging.getLogger(__name__)
 

@@ -18,13 +18,13 @@ from pipeline.encode.blocks import raw_table, split_outcomes
 from pipeline.encode.decoding import Decoder, items_of, pixels_table
 from pipeline.errors import ConfigError
 from pipeline.source.config import ImageConfig, SourceConfig
-from pipeline.source.listing import Entry
-from pipeline.source.readers import read_unit
-from pipeline.source.rows import EndOfUnit, SourceRow
-from pipeline.storage import Root
-from pipeline.store.plan import EntrySpan, read_entries
-from pipeline.store.work import Work
-from pipeline.store.writer import Committer
+from pipeline.source.reading.listing import Entry
+from pipeline.source.reading.readers import read_unit
+from pipeline.source.reading.rows import EndOfUnit, SourceRow
+from pipeline.storage.root import Root
+from pipeline.store.plan.plan import EntrySpan, read_entries
+from pipeline.store.plan.work import Work
+from pipeline.store.write.writer import Committer
 
 _BLOCK_BYTES = 32 << 20
 ENCODER = "encoder"  # the stage, as the monitor knows it

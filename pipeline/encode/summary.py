@@ -13,11 +13,11 @@ from pipeline.encode.config import EncodeJobConfig
 from pipeline.errors import RejectBudgetError
 from pipeline.result import JobResult
 from pipeline.source.config import ImageConfig
-from pipeline.source.prepare import policy_fingerprint
+from pipeline.source.pixels.prepare import policy_fingerprint
+from pipeline.source.pixels.render import bucket_sizes
 from pipeline.source.reasons import ENCODING
-from pipeline.source.render import bucket_sizes
-from pipeline.store.plan_diff import DiffReport
-from pipeline.store.state import State
+from pipeline.store.ledger.state import State
+from pipeline.store.plan.plan_diff import DiffReport
 from pipeline.tracking.redact import without_credentials
 
 REHEARSED = "computed_on"

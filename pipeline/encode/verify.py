@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pipeline.result import JobResult
-from pipeline.store.config import VerifyJobConfig
-from pipeline.store.job import run_verify
-from pipeline.store.verify import VerifyReport
+from pipeline.store.maintain.config import VerifyJobConfig
+from pipeline.store.maintain.job import run_verify
+from pipeline.store.maintain.verify import VerifyReport
 
 
 def run(config: VerifyJobConfig) -> JobResult:

@@ -12,11 +12,11 @@ from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.evaluate.reference import ReferenceSummary, summarize
 from pipeline.evaluate.samples import open_samples
-from pipeline.storage import Root
-from pipeline.storage_errors import describe, storage_errors
-from pipeline.store.dataset import Dataset, LatentDataset
-from pipeline.store.layout import IDENTITY, canonical_json
-from pipeline.store.runs import last_run
+from pipeline.storage.errors import describe, storage_errors
+from pipeline.storage.root import Root
+from pipeline.store.ledger.layout import IDENTITY, canonical_json
+from pipeline.store.ledger.runs import last_run
+from pipeline.store.read.dataset import Dataset, LatentDataset
 from pipeline.train.history import HISTORY, read_records
 
 WINDOW = 11  # pixels, the side of SSIM's window (fidelity.WINDOW, which needs torch)

@@ -15,8 +15,8 @@ from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.evaluate.figures import Record
 from pipeline.evaluate.inputs import Inputs, inspect
 from pipeline.result import JobResult
-from pipeline.storage import Root
-from pipeline.storage_errors import describe, storage_errors
+from pipeline.storage.errors import describe, storage_errors
+from pipeline.storage.root import Root
 from pipeline.tracking.ending import ended_by_outcome
 from pipeline.tracking.tracker import Tracker, open_tracker
 

@@ -35,9 +35,9 @@ from pipeline.evaluate.report import Picture, ReportContent
 from pipeline.evaluate.results import Measured, contract_of, figures_of, report_content
 from pipeline.evaluate.samples import sample_batches
 from pipeline.evaluate.stats import FeatureStats
+from pipeline.media.contact import choose
 from pipeline.progress import Progress
-from pipeline.sample.contact import choose
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 
 CLASSIFIER = "classifier.safetensors"
 STATISTICS = "reference/{key}.safetensors"

@@ -16,11 +16,11 @@ import numpy.typing as npt
 from pipeline.errors import InputError
 from pipeline.evaluate.subset import chosen_rows, ranges_over, threshold
 from pipeline.source.config import ImageConfig, SourceConfig
-from pipeline.source.listing import list_entries
-from pipeline.source.prepare import Prepared, Reject, prepare
-from pipeline.source.readers import read_unit
-from pipeline.source.rows import SourceRow
-from pipeline.store.layout import canonical_json
+from pipeline.source.pixels.prepare import Prepared, Reject, prepare
+from pipeline.source.reading.listing import list_entries
+from pipeline.source.reading.readers import read_unit
+from pipeline.source.reading.rows import SourceRow
+from pipeline.store.ledger.layout import canonical_json
 
 ENTRIES_AT_ONCE = 256
 ROUNDS = 16

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipeline.evaluate.charts import line_chart, share_bars
 from pipeline.evaluate.figures import Figure
-from pipeline.evaluate.style import CSS
-from pipeline.sample.images import decode_image
+from pipeline.media.charts import line_chart, share_bars
+from pipeline.media.images import decode_image
+from pipeline.media.style import CSS
 
 Pixels = npt.NDArray[np.uint8]
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

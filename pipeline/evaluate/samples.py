@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import InputError
-from pipeline.sample.contact import caption
-from pipeline.sample.images import decode_image
-from pipeline.store.dataset import Dataset
-from pipeline.store.outside import read_outside
+from pipeline.media.contact import caption
+from pipeline.media.images import decode_image
+from pipeline.store.read.dataset import Dataset
+from pipeline.store.read.outside import read_outside
 
 COLUMNS = (
     "sample_id",

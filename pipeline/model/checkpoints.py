@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 
 MARKER = "COMPLETE.json"
 NAME = re.compile(r"^(?:(\d{6})-(\d{6})-)?(\d{15})-([0-9a-f]{8})$")

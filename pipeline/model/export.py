@@ -30,7 +30,7 @@ from pipeline.errors import ConflictError, InputError
 from pipeline.model.adapters import DiffusersAdapter
 from pipeline.model.build import build_model, model_config_from_dict
 from pipeline.model.card import model_card, scheduler_config
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 
 FORMAT = "latentloom-export"
 VERSION = 1

@@ -16,7 +16,7 @@ from pipeline.errors import InputError
 from pipeline.model.adapters import ADAPTERS, TIME_SCALE, SD3Transformer2D
 from pipeline.model.export import ExportInfo, file_sha256, load_weights
 from pipeline.model.foreign_info import PipelineDir, read_pipeline_dir, refused
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 
 
 class PublishedSD3(SD3Transformer2D):

@@ -15,7 +15,7 @@ from pipeline.model.build import build_model, model_config_from_dict
 from pipeline.model.checkpoints import fetch_checked
 from pipeline.model.export import ExportInfo
 from pipeline.model.shards import read_tensors
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 
 RAW = "raw"
 

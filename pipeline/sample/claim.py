@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 
-from pipeline.storage import Root
-from pipeline.store.generation import Generation, at_one_generation, check_newest
-from pipeline.store.identity import Identity, check_same, identity_at
-from pipeline.store.layout import settled_identity
-from pipeline.store.ledger import visible_records
+from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import Generation, at_one_generation, check_newest
+from pipeline.store.ledger.identity import Identity, check_same, identity_at
+from pipeline.store.ledger.layout import settled_identity
+from pipeline.store.ledger.ledger import visible_records
 
 _log = logging.getLogger(__name__)
 

@@ -20,14 +20,14 @@ from pipeline.sample.planning import freeze_requests, planned_requests
 from pipeline.sample.prepare import Prepared, prepare
 from pipeline.sample.provenance import without_credentials
 from pipeline.sample.showing import CONTACT_KEY, GALLERY_KEY, show
-from pipeline.storage import Root
-from pipeline.store.generation import Generation, check_newest, claim_next, newest_of, read_closing
-from pipeline.store.identity import claim_identity
-from pipeline.store.layout import IDENTITY
-from pipeline.store.ledger import collect
-from pipeline.store.rowset import RowSet
-from pipeline.store.runs import last_run, note_run
-from pipeline.store.state import State, read_state
+from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import Generation, check_newest, claim_next, newest_of, read_closing
+from pipeline.store.ledger.identity import claim_identity
+from pipeline.store.ledger.layout import IDENTITY
+from pipeline.store.ledger.ledger import collect
+from pipeline.store.ledger.rowset import RowSet
+from pipeline.store.ledger.runs import last_run, note_run
+from pipeline.store.ledger.state import State, read_state
 from pipeline.tracking.ending import ended_by_outcome
 from pipeline.tracking.tracker import Tracker, open_tracker
 
@@ -217,7 +217,7 @@ def _show(
 
 
 def _digest(root: Root) -> str:
-    from pipeline.store.dataset import Dataset
+    from pipeline.store.read.dataset import Dataset
 
     dataset: Any = Dataset.open_kind(root.uri, "images", "output.uri")
     return str(dataset.digest)

@@ -10,7 +10,7 @@ from pipeline.model.foreign import load_pipeline_dir
 from pipeline.model.foreign_info import is_pipeline_dir
 from pipeline.model.from_checkpoint import load_checkpoint
 from pipeline.sample.model import read_model
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 
 
 def load_model(uri: str, ema: str | None = None) -> tuple[nn.Module, ExportInfo]:

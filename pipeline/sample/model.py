@@ -13,9 +13,9 @@ from pipeline.model.checkpoints import MARKER, CheckpointPlace, find_checkpoint
 from pipeline.model.foreign_info import INDEX, is_pipeline_dir, read_pipeline_dir, refused
 from pipeline.sample.requests import Limits
 from pipeline.sample.text import TextSpec, text_of_export, text_of_pipeline
-from pipeline.storage import Root
-from pipeline.storage_errors import describe, storage_errors
-from pipeline.store.layout import canonical_json
+from pipeline.storage.errors import describe, storage_errors
+from pipeline.storage.root import Root
+from pipeline.store.ledger.layout import canonical_json
 
 INFO_FILE = "latentloom.json"
 WEIGHTS_DIR = "model/"

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.sample.images import FORMATS, SUFFIXES, encode_image
+from pipeline.media.images import FORMATS, SUFFIXES, encode_image
 from pipeline.sample.provenance import Draw, Origin, provenance
 from pipeline.sample.requests import FIELDS, REQUEST_SCHEMA
-from pipeline.store.schema import ADDRESS, REJECTS
+from pipeline.store.write.schema import ADDRESS, REJECTS
 
 IMAGES = pa.schema(
     [

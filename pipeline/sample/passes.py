@@ -41,14 +41,14 @@ from pipeline.sample.stages import (
     EncodeImages,
     RequestReader,
 )
-from pipeline.storage import Root
-from pipeline.store.generation import Generation
-from pipeline.store.plan import read_entries, read_plan
-from pipeline.store.rowset import RowSet
-from pipeline.store.schema import REJECTS
-from pipeline.store.state import State, read_state
-from pipeline.store.work import Work
-from pipeline.store.writer import Committer
+from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import Generation
+from pipeline.store.ledger.rowset import RowSet
+from pipeline.store.ledger.state import State, read_state
+from pipeline.store.plan.plan import read_entries, read_plan
+from pipeline.store.plan.work import Work
+from pipeline.store.write.schema import REJECTS
+from pipeline.store.write.writer import Committer
 
 READ_CPUS = 0.1
 WRITE_CPUS = 0.1

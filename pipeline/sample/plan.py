@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.sample.requests import REQUEST_SCHEMA
-from pipeline.store.rowset import RowSet
+from pipeline.store.ledger.rowset import RowSet
 
 PLAN_SCHEMA = pa.schema(
     [pa.field("unit", pa.int64(), nullable=False), pa.field("row", pa.int64(), nullable=False), *REQUEST_SCHEMA]

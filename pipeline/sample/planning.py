@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from pipeline.sample.plan import PLAN_SCHEMA, extend_plan, planned_rows, unit_tables
 from pipeline.sample.requests import FIELDS
-from pipeline.store.plan import Plan, append_version
+from pipeline.store.plan.plan import Plan, append_version
 
 
 @dataclass(frozen=True)

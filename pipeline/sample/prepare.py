@@ -9,15 +9,15 @@ from typing import Any
 
 from pipeline.codec.info import CodecInfo, codec_info
 from pipeline.errors import ConfigError, ConflictError, InputError
-from pipeline.paths import place_of
 from pipeline.sample.config import FileRequests, GridRequests, SampleJobConfig
 from pipeline.sample.model import ModelFacts, read_model, resolve_sampler
 from pipeline.sample.provenance import Draw, Origin
 from pipeline.sample.request_files import file_format, map_columns, read_columns
 from pipeline.sample.requests import Defaults, Limits, Requests, grid_columns, refuse_broken, validate_requests
-from pipeline.storage import Root
-from pipeline.storage_errors import describe, storage_errors
-from pipeline.store.identity import Identity
+from pipeline.storage.errors import describe, storage_errors
+from pipeline.storage.places import place_of
+from pipeline.storage.root import Root
+from pipeline.store.ledger.identity import Identity
 from pipeline.tracking.config import REGISTERED, resolve_paths
 
 

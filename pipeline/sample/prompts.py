@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.sample.text import TextSpec
-from pipeline.store.schema import pack_latents, to_float32
+from pipeline.store.write.schema import pack_latents, to_float32
 from pipeline.text.encoder import Encoded, TextEncoder, load_encoder
 from pipeline.text.files import encoder_files
 

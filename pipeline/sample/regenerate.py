@@ -10,9 +10,9 @@ import torch
 
 from pipeline.codec.info import codec_info
 from pipeline.errors import InputError
+from pipeline.media.images import read_provenance
 from pipeline.sample.decode import Decoder
 from pipeline.sample.denoise import Denoiser, use_threads
-from pipeline.sample.images import read_provenance
 from pipeline.sample.model import read_model
 from pipeline.sample.output import IMAGES, encode_rows
 from pipeline.sample.plan import PLAN_SCHEMA

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputError
-from pipeline.paths import place_of
 from pipeline.result import JobResult
 from pipeline.sample.config import RegenerateJobConfig
 from pipeline.sample.provenance import TOLERANCE_LEVELS
-from pipeline.storage_errors import describe, storage_errors
+from pipeline.storage.errors import describe, storage_errors
+from pipeline.storage.places import place_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,7 +56,7 @@ def run(config: RegenerateJobConfig) -> JobResult:
     "differs": neither. The figures tell the difference, the details which device drew then and now.
     """
     data, told = _read(config)
-    from pipeline.sample.images import decode_image, read_provenance
+    from pipeline.media.images import decode_image, read_provenance
     from pipeline.sample.regenerate import regenerate
 
     again = regenerate(data, model_uri=config.model_uri, codec_path=config.codec)
@@ -84,7 +84,7 @@ def dry_run(config: RegenerateJobConfig) -> JobResult:
 
 def _read(config: RegenerateJobConfig) -> tuple[bytes, dict[str, Any]]:
     """The image's bytes and its provenance."""
-    from pipeline.sample.images import read_provenance
+    from pipeline.media.images import read_provenance
 
     try:
         root, name = place_of(config.image)

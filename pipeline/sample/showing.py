@@ -8,11 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.sample.contact import caption, choose, contact_sheet
-from pipeline.sample.gallery import Picture, gallery_html
-from pipeline.sample.images import thumbnail
-from pipeline.store.dataset import Dataset
-from pipeline.store.outside import read_outside
+from pipeline.media.contact import caption, choose, contact_sheet
+from pipeline.media.gallery import Picture, gallery_html
+from pipeline.media.images import thumbnail
+from pipeline.store.read.dataset import Dataset
+from pipeline.store.read.outside import read_outside
 
 CONTACT_KEY = "contact.png"
 GALLERY_KEY = "gallery.html"

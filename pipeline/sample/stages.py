@@ -19,11 +19,11 @@ from pipeline.sample.provenance import Draw, Origin
 from pipeline.sample.shortage import batch_fits, networks_fit
 from pipeline.sample.tars import pack_units
 from pipeline.sample.text import TextSpec
-from pipeline.storage import Root
-from pipeline.store.plan import EntrySpan, read_entries
-from pipeline.store.schema import REJECTS
-from pipeline.store.work import Work
-from pipeline.store.writer import Committer
+from pipeline.storage.root import Root
+from pipeline.store.plan.plan import EntrySpan, read_entries
+from pipeline.store.plan.work import Work
+from pipeline.store.write.schema import REJECTS
+from pipeline.store.write.writer import Committer
 
 # The stages, as the monitor knows them.
 DENOISER, DECODER, EMBEDDER = "denoiser", "decoder", "embedder of prompts"

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from pipeline.errors import ConflictError, InputError
 from pipeline.model.foreign_info import PipelineDir
-from pipeline.store.layout import canonical_json
+from pipeline.store.ledger.layout import canonical_json
 from pipeline.text.config import TextEncoderConfig
 from pipeline.text.files import encoder_files
 

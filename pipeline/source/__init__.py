@@ -4,15 +4,9 @@
        uri                 key, size, etag, rows                          compressed bytes,      uint8 [h, w, 3],
        folder | webdataset | parquet                                      caption, label         bucket, crop, ids
 
-listing    streams entries in one strict order (key, row), the same on local disks and object stores
-readers    give a unit's rows, any sub-ranges of them: folder here, tar shards in webdataset, tables in parquet
-decode     bytes to a loaded image under limits; color to sRGB; render to every resolution from one decode
-isolate    the same in a child process with CPU and memory limits, for decoders that may be slow or crash
-tables     what is inside one Parquet file; table_child runs it in a child that asks for its bytes (pipes serves both)
-buckets    (height, width) to bucket and crop box: arithmetic only
-prepare    a row to its variants or to one Reject; policy_fingerprint says all that decides pixels (DECODE.md)
-reasons    the closed list of reasons; fields, metadata, patterns, uris serve the readers
-filters    which rows to keep, the same expression over tables (filters) and over single records (record_filter)
+reading    listing, and a unit's rows of compressed bytes: folder, WebDataset tars, Parquet
+pixels     bytes to pixels under limits, in children where decoders may be slow or crash; buckets; DECODE.md
+reasons    the closed list of reasons; config: what is read, and how
 synthetic  the shapes that the quickstart learns to draw
 
 Every row ends as pixels, as rejected(reason) or as filtered(reason); no bytes, however hostile, raise or hang.

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from pipeline.errors import ConflictError
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLORS = ("red", "green", "blue")

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.store.pages import FixedRows
+from pipeline.store.read.pages import FixedRows
 from pipeline.stream.order import Layout
 
 

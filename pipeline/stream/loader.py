@@ -18,7 +18,7 @@ from pipeline.stream.split import RULE, split_rows
 from pipeline.stream.state import check_state, make_state
 
 if TYPE_CHECKING:
-    from pipeline.storage import Root
+    from pipeline.storage.root import Root
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from pipeline.stream.split import split_rows
 from pipeline.stream.state import check_state, make_state
 
 if TYPE_CHECKING:
-    from pipeline.storage import Root
+    from pipeline.storage.root import Root
 
 BLOCK = 1024  # steps; a weight is honoured to half of 1 / BLOCK
 

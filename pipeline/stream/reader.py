@@ -18,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.store.pages import MAX_PART_BYTES, Bytes, FixedRows
+from pipeline.store.read.pages import MAX_PART_BYTES, Bytes, FixedRows
 from pipeline.stream.columns import binary_rows, integers
 from pipeline.stream.data import LatentRows
 from pipeline.stream.order import Piece, Window

@@ -30,7 +30,7 @@ from pipeline.stream.columns import binary_rows
 from pipeline.stream.data import LatentRows, row_counts
 
 if TYPE_CHECKING:
-    from pipeline.storage import Root
+    from pipeline.storage.root import Root
 
 RULE = "content 1"  # part of the cache's name and of a stream's state; changes when a row's side does
 SIDE_COLUMNS = ("sample_id", "content_sha256")

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError
-from pipeline.storage_errors import storage_errors
-from pipeline.store.dataset import LatentDataset
-from pipeline.store.plan import Plan
+from pipeline.storage.errors import storage_errors
+from pipeline.store.plan.plan import Plan
+from pipeline.store.read.dataset import LatentDataset
 
 # 16 raw bytes each; numpy orders and compares them like memcmp.
 Hashes = npt.NDArray[np.bytes_]
@@ -64,7 +64,7 @@ class HashSet:
 
 @dataclass(frozen=True)
 class PlannedCaption:
-    """A caption as an entry of a plan (see `pipeline.store.plan.EntryLike`): its hash in hex, its text as `meta`."""
+    """A caption as an entry of a plan (see `store.plan.plan.EntryLike`): its hash in hex, its text as `meta`."""
 
     key: str
     size_bytes: int

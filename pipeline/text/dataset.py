@@ -13,10 +13,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.errors import InputError
-from pipeline.storage_errors import storage_errors
-from pipeline.store.dataset import Dataset
-from pipeline.store.pinned import Pins
-from pipeline.store.schema import to_float32
+from pipeline.storage.errors import storage_errors
+from pipeline.store.read.dataset import Dataset
+from pipeline.store.read.pinned import Pins
+from pipeline.store.write.schema import to_float32
 from pipeline.text.captions import EMPTY_PROMPT, as_hashes, caption_hash
 
 _READERS = 8

@@ -10,13 +10,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.errors import InputError
-from pipeline.storage import Root
-from pipeline.store.generation import Generation
-from pipeline.store.plan import PlannedEntry, read_entries
-from pipeline.store.schema import ADDRESS, pack_latents
-from pipeline.store.state import State
-from pipeline.store.work import Work, work_of
-from pipeline.store.writer import Committer
+from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import Generation
+from pipeline.store.ledger.state import State
+from pipeline.store.plan.plan import PlannedEntry, read_entries
+from pipeline.store.plan.work import Work, work_of
+from pipeline.store.write.schema import ADDRESS, pack_latents
+from pipeline.store.write.writer import Committer
 
 TEXT = pa.schema(
     [

@@ -22,15 +22,15 @@ from pipeline.dataflow.beside_gpu import own_device, reserved_function, reserved
 from pipeline.errors import PipelineError
 from pipeline.progress import Progress
 from pipeline.result import JobResult
-from pipeline.storage import Root
-from pipeline.store.dataset import Dataset, LatentDataset
-from pipeline.store.generation import Generation, claim_next
-from pipeline.store.identity import Identity, check_same, claim_identity, read_identity
-from pipeline.store.layout import IDENTITY
-from pipeline.store.ledger import collect
-from pipeline.store.plan import append_version, read_plan
-from pipeline.store.runs import last_run, note_run
-from pipeline.store.state import State, read_state
+from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import Generation, claim_next
+from pipeline.store.ledger.identity import Identity, check_same, claim_identity, read_identity
+from pipeline.store.ledger.layout import IDENTITY
+from pipeline.store.ledger.ledger import collect
+from pipeline.store.ledger.runs import last_run, note_run
+from pipeline.store.ledger.state import State, read_state
+from pipeline.store.plan.plan import append_version, read_plan
+from pipeline.store.read.dataset import Dataset, LatentDataset
 from pipeline.text.captions import HashSet, in_units, new_captions, planned_hashes
 from pipeline.text.config import EmbedTextJobConfig, TextEncoderConfig
 from pipeline.text.files import EncoderFiles, encoder_files

@@ -12,8 +12,8 @@ from itertools import combinations
 from typing import Any
 
 from pipeline.errors import ConfigError, ConflictError
-from pipeline.store.dataset import LatentDataset
-from pipeline.store.identity import differences
+from pipeline.store.ledger.identity import differences
+from pipeline.store.read.dataset import LatentDataset
 from pipeline.stream.mixture import shares_of
 from pipeline.train.config import TrainJobConfig
 

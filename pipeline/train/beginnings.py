@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 
 from pipeline.errors import InputError
 from pipeline.model.checkpoints import Complete
-from pipeline.storage import Root
-from pipeline.store.dataset import LatentDataset
-from pipeline.store.pinned import Pins, lost_files
-from pipeline.store.state import State, read_state
+from pipeline.storage.root import Root
+from pipeline.store.ledger.state import State, read_state
+from pipeline.store.read.dataset import LatentDataset
+from pipeline.store.read.pinned import Pins, lost_files
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.control import current_generation
 from pipeline.train.handshake import Facts, handshake

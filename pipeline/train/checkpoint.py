@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from pipeline.errors import ConflictError, InputError
 from pipeline.model.checkpoints import MARKER as MARKER
 from pipeline.model.checkpoints import fetch_checked, list_complete, local_copy
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 from pipeline.train import world
 from pipeline.train.retention import Start, begin, counting, mark_complete, prune
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from pipeline import errors
 from pipeline.errors import ConfigError, ConflictError, PipelineError
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 
 _GENERATION = re.compile(r"^control/generation-(\d{6})\.json$")
 POLL_S = 1.0

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.diffusion.timesteps import TimestepDensity
 from pipeline.model.build import build_model
 from pipeline.model.export import MARKER, ExportInfo, export_name, read_info, save_export
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 from pipeline.train import world
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.handshake import Facts

@@ -14,8 +14,8 @@ from pipeline.codec.codec import load_codec
 from pipeline.dataflow.out_of_memory import out_of_memory
 from pipeline.diffusion.rng import id_from_text, ids_from_bytes, keyed_normal
 from pipeline.diffusion.samplers import sample
-from pipeline.sample.contact import contact_sheet
-from pipeline.sample.images import encode_image
+from pipeline.media.contact import contact_sheet
+from pipeline.media.images import encode_image
 from pipeline.train import world
 from pipeline.train.state import TrainState
 from pipeline.train.task import Task, Text

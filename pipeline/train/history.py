@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 
 HISTORY = "history"
 ONE_FILE = "history.jsonl"

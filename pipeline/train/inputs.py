@@ -15,9 +15,9 @@ from pipeline.diffusion.objectives import Objective
 from pipeline.diffusion.rng import ids_from_words
 from pipeline.diffusion.timesteps import TimestepDensity
 from pipeline.errors import ConfigError
-from pipeline.storage import Root
-from pipeline.store.dataset import LatentDataset
-from pipeline.store.pinned import Pins
+from pipeline.storage.root import Root
+from pipeline.store.read.dataset import LatentDataset
+from pipeline.store.read.pinned import Pins
 from pipeline.stream.data import Batch
 from pipeline.stream.loader import LatentStream
 from pipeline.stream.mixture import BLOCK, MixtureStream, Part, apportion, naming, open_mixture, shares_of

@@ -23,8 +23,8 @@ from pipeline.dataflow.cluster import WORKER_ENV, Gauges, device_of, ensure_ray
 from pipeline.errors import InputError, PipelineError, StoppedError
 from pipeline.progress import Progress
 from pipeline.result import JobResult
-from pipeline.storage import Root
-from pipeline.storage_errors import storage_errors
+from pipeline.storage.errors import storage_errors
+from pipeline.storage.root import Root
 from pipeline.tracking.config import resolve_paths
 from pipeline.tracking.ending import ended_by_outcome
 from pipeline.train.config import DataConfig, MixConfig, TrainJobConfig
@@ -32,7 +32,7 @@ from pipeline.train.control import claim_generation, lasting, record_failure, re
 from pipeline.train.history import Follower, read_records
 
 if TYPE_CHECKING:
-    from pipeline.store.dataset import LatentDataset
+    from pipeline.store.read.dataset import LatentDataset
     from pipeline.tracking.tracker import Tracker
     from pipeline.train.beginnings import Begun
 

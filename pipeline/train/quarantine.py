@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 
 QUARANTINE = "quarantine.parquet"
 SCHEMA = pa.schema(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 from pipeline.tracking.tracker import Tracker
 from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.history import Journal

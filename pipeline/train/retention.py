@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from pipeline.errors import ConflictError
 from pipeline.model.checkpoints import MARKER, Complete, list_complete, place_in_run
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 
 STARTS = "starts"
 # In place of the marker of a checkpoint that was removed before it was complete: no late marker makes it so.

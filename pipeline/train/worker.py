@@ -13,7 +13,7 @@ import torch
 from pipeline.errors import ConflictError
 from pipeline.model.build import build_model, repeated_blocks
 from pipeline.model.flops import forward_flops, train_flops
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 from pipeline.stream.loader import LatentStream
 from pipeline.stream.mixture import MixtureStream
 from pipeline.tracking.tracker import NoopTracker, Tracker, attach_tracker

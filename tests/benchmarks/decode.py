@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, features
 
-from pipeline.source import render
-from pipeline.source.buckets import place
 from pipeline.source.config import ImageConfig
-from pipeline.source.decode import sniff
-from pipeline.source.prepare import Reject, prepare
-from pipeline.source.rows import SourceRow
+from pipeline.source.pixels import render
+from pipeline.source.pixels.buckets import place
+from pipeline.source.pixels.decode import sniff
+from pipeline.source.pixels.prepare import Reject, prepare
+from pipeline.source.reading.rows import SourceRow
 from tests.benchmarks import report
 from tests.benchmarks.photographs import MADE_UP, REAL, made_up
 

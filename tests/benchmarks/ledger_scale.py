@@ -20,16 +20,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.storage import Root
-from pipeline.store import layout
-from pipeline.store.generation import claim_next
-from pipeline.store.ledger import collect, commit
-from pipeline.store.plan import append_version, read_plan
-from pipeline.store.plan_diff import DiffReport, diff
-from pipeline.store.record import CommitRecord, FileInfo
-from pipeline.store.row_groups import RowGroupInfo, RowGroups
-from pipeline.store.rowset import RowSet
-from pipeline.store.state import read_state
+from pipeline.storage.root import Root
+from pipeline.store.ledger import layout
+from pipeline.store.ledger.generation import claim_next
+from pipeline.store.ledger.ledger import collect, commit
+from pipeline.store.ledger.record import CommitRecord, FileInfo
+from pipeline.store.ledger.rowset import RowSet
+from pipeline.store.ledger.state import read_state
+from pipeline.store.plan.plan import append_version, read_plan
+from pipeline.store.plan.plan_diff import DiffReport, diff
+from pipeline.store.read.row_groups import RowGroupInfo, RowGroups
 from tests.benchmarks import report
 
 ROWS_PER_UNIT = 10_000

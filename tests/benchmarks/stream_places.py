@@ -29,7 +29,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.store.dataset import LatentDataset
+from pipeline.store.read.dataset import LatentDataset
 from pipeline.stream.loader import LatentStream
 from tests.benchmarks import report
 from tests.benchmarks.stream_read import BATCH, COLUMNS, SHAPES, make_dataset

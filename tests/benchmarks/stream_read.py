@@ -40,12 +40,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.storage import Root
-from pipeline.store.dataset import LatentDataset
-from pipeline.store.ledger import commit, visible_records
-from pipeline.store.plan import append_version, read_plan
-from pipeline.store.row_groups import RowGroups
-from pipeline.store.rowset import RowSet
+from pipeline.storage.root import Root
+from pipeline.store.ledger.ledger import commit, visible_records
+from pipeline.store.ledger.rowset import RowSet
+from pipeline.store.plan.plan import append_version, read_plan
+from pipeline.store.read.dataset import LatentDataset
+from pipeline.store.read.row_groups import RowGroups
 from pipeline.stream.loader import LatentStream
 from tests.benchmarks.report import machine, panels, write
 from tests.support.rows import Listed, claim, committer, latent_rows, planned_root

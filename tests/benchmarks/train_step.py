@@ -35,8 +35,8 @@ from torch import nn
 
 from pipeline.config import merge, validate
 from pipeline.model.build import build_model, model_config_from_dict
-from pipeline.storage import Root
-from pipeline.store.dataset import LatentDataset
+from pipeline.storage.root import Root
+from pipeline.store.read.dataset import LatentDataset
 from pipeline.train.checkpoint import list_complete
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.control import claim_generation

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.codec import fit as fit_module
-from pipeline.codec import job
 from pipeline.codec.codec import load_codec
 from pipeline.codec.config import FitCodecJobConfig, FitConfig
-from pipeline.codec.fit import fit_codec
-from pipeline.codec.images import collect_images
 from pipeline.codec.info import codec_info
 from pipeline.codec.weights import WEIGHTS
 from pipeline.config import dump_yaml, load_config, validate
 from pipeline.errors import ConfigError, ConflictError, InputError
+from pipeline.fit_codec import fit as fit_module
+from pipeline.fit_codec import job
+from pipeline.fit_codec.fit import fit_codec
+from pipeline.fit_codec.images import collect_images
 from pipeline.source.config import FolderSource, ImageConfig
 
 pytestmark = pytest.mark.integration
@@ -224,7 +224,7 @@ def test_a_crash_before_the_marker_is_fitted_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.storage.Root.upload_dir", crash)
+        patch.setattr("pipeline.storage.root.Root.upload_dir", crash)
         with pytest.raises(KeyboardInterrupt):
             job.run(_config(data))
     assert not (tmp_path / "codec" / job.COMPLETE).exists()
@@ -261,7 +261,7 @@ def test_output_that_cannot_be_read(data: dict[str, Any], monkeypatch: pytest.Mo
     def refuse(*args: Any) -> None:
         raise PermissionError("denied")
 
-    monkeypatch.setattr("pipeline.storage.Root.kind", refuse)
+    monkeypatch.setattr("pipeline.storage.root.Root.kind", refuse)
     with pytest.raises(InputError, match=r"The output cannot be read: .*denied"):
         job.run(_config(data))
 
@@ -330,7 +330,7 @@ def test_what_is_tracked(data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
     assert logged[-1]["psnr_db"] == result.figures["psnr_db"]
     assert calls["finish"] == [("FINISHED",)]
     calls.clear()
-    monkeypatch.setattr("pipeline.storage.Root.upload_dir", lambda *args: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr("pipeline.storage.root.Root.upload_dir", lambda *args: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         job.run(_config({**data, "output": {"uri": "memory://fitted/full"}}))
     assert calls["finish"] == [("FAILED",)]

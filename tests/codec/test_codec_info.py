@@ -26,7 +26,7 @@ from pipeline.codec.info import (
 )
 from pipeline.codec.weights import INDEX, WEIGHTS
 from pipeline.errors import ConfigError, InputError
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 
 MISSING_NEXT = "pin it with codec.revision"
 
@@ -109,7 +109,7 @@ def test_defaults_read_from_source_are_the_real_ones(name: str) -> None:
 def test_needs_no_torch(sd: Path) -> None:
     code = (
         "import sys; from pipeline.codec.info import codec_info; from pipeline.codec.flops import encode_flops;"
-        "import pipeline.codec.job, pipeline.codec.plugin, pipeline.codec.codec;"
+        "import pipeline.fit_codec.job, pipeline.codec.plugin, pipeline.codec.codec;"
         f"print(encode_flops(codec_info({str(sd)!r}), 32, 32));"
         "heavy = {'torch', 'diffusers', 'mlflow', 'ray', 'PIL', 'pyarrow'} &"
         " set(sys.modules); assert not heavy, heavy"

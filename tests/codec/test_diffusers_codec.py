@@ -18,7 +18,7 @@ from pipeline.codec.diffusers_codec import DiffusersCodec
 from pipeline.codec.info import CodecInfo, check_dtype, codec_info
 from pipeline.codec.weights import WEIGHTS
 from pipeline.errors import ConfigError, InputError
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 
 pytestmark = pytest.mark.integration
 

@@ -16,10 +16,10 @@ from pipeline.dataflow import passes as module
 from pipeline.dataflow.passes import Passes
 from pipeline.encode.passes import _Encoding
 from pipeline.errors import ConfigError, StoppedError
-from pipeline.storage import Root
-from pipeline.store.rowset import RowSet
-from pipeline.store.state import State, read_state
-from pipeline.store.work import Work
+from pipeline.storage.root import Root
+from pipeline.store.ledger.rowset import RowSet
+from pipeline.store.ledger.state import State, read_state
+from pipeline.store.plan.work import Work
 from tests.support.monitor import LocalMonitor
 from tests.support.rows import claim, committer, latent_rows, planned_root, rejected_rows
 

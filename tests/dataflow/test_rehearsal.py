@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from pipeline.config import dump_yaml
-from pipeline.storage import Root
-from pipeline.store.dataset import Dataset, LatentDataset
-from pipeline.store.identity import read_identity
-from pipeline.store.verify import verify
+from pipeline.storage.root import Root
+from pipeline.store.ledger.identity import read_identity
+from pipeline.store.maintain.verify import verify
+from pipeline.store.read.dataset import Dataset, LatentDataset
 from tests.sample.conftest import make_tiny
 from tests.support.images import make_codec, make_images
 from tests.support.jobs import REPOSITORY, run

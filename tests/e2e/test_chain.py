@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.source.reasons import Reason
-from pipeline.store.verify import verify
+from pipeline.store.maintain.verify import verify
 from tests.support.images import make_codec
 from tests.support.jobs import REPOSITORY, run
 

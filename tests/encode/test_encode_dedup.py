@@ -22,15 +22,15 @@ from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.summary import fingerprint_of
 from pipeline.errors import StoppedError
 from pipeline.result import JobResult
-from pipeline.storage import Root
-from pipeline.store import dedup
-from pipeline.store.dataset import LatentDataset
-from pipeline.store.generation import claim_next, latest_number
-from pipeline.store.plan import read_entries, read_plan
-from pipeline.store.runs import last_run
-from pipeline.store.schema import LATENTS
-from pipeline.store.state import read_state
-from pipeline.store.verify import verify
+from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import claim_next, latest_number
+from pipeline.store.ledger.runs import last_run
+from pipeline.store.ledger.state import read_state
+from pipeline.store.maintain import dedup
+from pipeline.store.maintain.verify import verify
+from pipeline.store.plan.plan import read_entries, read_plan
+from pipeline.store.read.dataset import LatentDataset
+from pipeline.store.write.schema import LATENTS
 from pipeline.tracking.tracker import NoopTracker
 from tests.support.images import make_codec, make_images
 from tests.support.jobs import run

@@ -14,8 +14,8 @@ from pipeline.config import load_config
 from pipeline.encode import job
 from pipeline.encode.config import EncodeJobConfig
 from pipeline.errors import ConflictError
-from pipeline.storage import Root
-from pipeline.store.identity import fingerprint_digest, read_identity
+from pipeline.storage.root import Root
+from pipeline.store.ledger.identity import fingerprint_digest, read_identity
 from tests.support.encode_here import encode_here
 from tests.support.images import make_codec, make_images
 

@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.store.dataset import LatentDataset
-from pipeline.store.verify import verify
+from pipeline.store.maintain.verify import verify
+from pipeline.store.read.dataset import LatentDataset
 from tests.support.images import make_codec, make_images
 from tests.support.jobs import run
 

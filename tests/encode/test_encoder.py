@@ -22,7 +22,7 @@ from pipeline.encode.encoder import Encoder, Usage
 from pipeline.encode.items import Item
 from pipeline.errors import ConfigError
 from pipeline.source.config import ImageConfig
-from pipeline.store.schema import latents_from
+from pipeline.store.write.schema import latents_from
 
 POISON, HUGE, NAN = 251, 252, 253
 

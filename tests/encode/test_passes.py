@@ -13,12 +13,12 @@ from pipeline.encode.passes import Shares
 from pipeline.encode.planning import known_entries, planned_rows
 from pipeline.encode.stages import UnitReader
 from pipeline.source.config import FolderSource
-from pipeline.storage import Root
-from pipeline.store.plan import EntrySpan, append_version, read_plan
-from pipeline.store.plan_diff import DiffReport
-from pipeline.store.rowset import MAX_ROWS
-from pipeline.store.state import read_state
-from pipeline.store.work import Work
+from pipeline.storage.root import Root
+from pipeline.store.ledger.rowset import MAX_ROWS
+from pipeline.store.ledger.state import read_state
+from pipeline.store.plan.plan import EntrySpan, append_version, read_plan
+from pipeline.store.plan.plan_diff import DiffReport
+from pipeline.store.plan.work import Work
 from tests.support.rows import Listed, planned_root
 
 

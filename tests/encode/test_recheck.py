@@ -13,10 +13,10 @@ from pipeline.config import load_config
 from pipeline.encode import verify
 from pipeline.errors import InputError
 from pipeline.result import JobResult
-from pipeline.storage import Root
-from pipeline.store.config import VerifyJobConfig
-from pipeline.store.dataset import LatentDataset
-from pipeline.store.runs import last_recipe, note_run
+from pipeline.storage.root import Root
+from pipeline.store.ledger.runs import last_recipe, note_run
+from pipeline.store.maintain.config import VerifyJobConfig
+from pipeline.store.read.dataset import LatentDataset
 from tests.support.encode_here import encode_here
 from tests.support.images import make_codec, make_images
 from tests.support.rows import claim, committer

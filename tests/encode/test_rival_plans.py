@@ -11,9 +11,9 @@ from PIL import Image
 
 from pipeline.encode import job
 from pipeline.errors import InputError
-from pipeline.storage import Root
-from pipeline.store.generation import Generation, claim_next, latest_number
-from pipeline.store.state import read_state
+from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import Generation, claim_next, latest_number
+from pipeline.store.ledger.state import read_state
 from tests.support.encode_here import encode_here
 from tests.support.images import make_codec, make_images
 

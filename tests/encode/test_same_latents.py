@@ -21,9 +21,9 @@ from pipeline.encode.blocks import raw_table
 from pipeline.encode.decoding import Decoder
 from pipeline.encode.encoder import Encoder
 from pipeline.source.config import FolderSource, ImageConfig, ParquetSource, SourceConfig, WebDatasetSource
-from pipeline.source.listing import list_entries
-from pipeline.source.readers import read_unit
-from pipeline.source.rows import SourceRow
+from pipeline.source.reading.listing import list_entries
+from pipeline.source.reading.readers import read_unit
+from pipeline.source.reading.rows import SourceRow
 from tests.support.images import make_codec, make_images
 
 IMAGE = ImageConfig(resolution=(64, 32), flip=True, multiple_of=4, max_upscale=9.0)

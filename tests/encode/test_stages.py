@@ -20,8 +20,8 @@ from pipeline.encode.decoding import pixels_table
 from pipeline.encode.stages import DecodeBlocks, EncodeBlocks, EncoderSpec
 from pipeline.errors import InputError, PipelineError
 from pipeline.source.config import ImageConfig
+from pipeline.source.reading.rows import EndOfUnit, SourceRow
 from pipeline.source.reasons import Reason
-from pipeline.source.rows import EndOfUnit, SourceRow
 from tests.support.images import make_codec
 from tests.support.jobs import environment
 from tests.support.monitor import LocalMonitor

@@ -15,16 +15,16 @@ from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.sample.output import IMAGES, encode_rows
 from pipeline.sample.provenance import Origin
 from pipeline.sample.requests import request_id
-from pipeline.source.listing import Entry
+from pipeline.source.reading.listing import Entry
 from pipeline.source.synthetic import draw_shape, write_shapes
-from pipeline.storage import Root
-from pipeline.store.generation import claim_next
-from pipeline.store.identity import Identity, claim_identity
-from pipeline.store.ledger import collect
-from pipeline.store.plan import append_version, read_plan
-from pipeline.store.runs import note_run
-from pipeline.store.schema import REJECTS
-from pipeline.store.writer import Committer
+from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import claim_next
+from pipeline.store.ledger.identity import Identity, claim_identity
+from pipeline.store.ledger.ledger import collect
+from pipeline.store.ledger.runs import note_run
+from pipeline.store.plan.plan import append_version, read_plan
+from pipeline.store.write.schema import REJECTS
+from pipeline.store.write.writer import Committer
 from tests.support import draws
 
 NUM_CLASSES = 12

@@ -194,8 +194,8 @@ def test_missing_samples_are_refused(world: Path) -> None:
 
 
 def test_samples_that_are_not_there_yet_are_refused(world: Path) -> None:
-    from pipeline.storage import Root
-    from pipeline.store.identity import Identity, claim_identity
+    from pipeline.storage.root import Root
+    from pipeline.store.ledger.identity import Identity, claim_identity
 
     claim_identity(Root(str(world / "empty")), Identity("images", {}, {}))
     with pytest.raises(InputError, match=r"no images at .* yet"):
@@ -203,8 +203,8 @@ def test_samples_that_are_not_there_yet_are_refused(world: Path) -> None:
 
 
 def test_latents_are_no_samples(world: Path) -> None:
-    from pipeline.storage import Root
-    from pipeline.store.identity import Identity, claim_identity
+    from pipeline.storage.root import Root
+    from pipeline.store.ledger.identity import Identity, claim_identity
 
     claim_identity(Root(str(world / "latents")), Identity("latents", {}, {}))
     with pytest.raises(InputError, match="a dataset of images is needed"):
@@ -254,7 +254,7 @@ def test_several_resolutions_are_a_configuration_error(world: Path) -> None:
 
 
 def test_output_that_cannot_be_written_is_an_input_error(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.storage import Root
+    from pipeline.storage.root import Root
 
     def full(self: Root, key: str, data: bytes) -> None:
         raise OSError(28, "No space left on device")

@@ -14,12 +14,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.evaluate.charts import MAX_POINTS, line_chart, share_bars
 from pipeline.evaluate.config import ThresholdsConfig
 from pipeline.evaluate.figures import Figure, Record
 from pipeline.evaluate.intervals import Estimate
 from pipeline.evaluate.report import Picture, ReportContent, data_uri, render_report
 from pipeline.evaluate.results import missed_thresholds
+from pipeline.media.charts import MAX_POINTS, line_chart, share_bars
 
 
 def noise(side: int, seed: int = 0) -> np.ndarray:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.store.dataset import LatentDataset
-from pipeline.store.verify import verify
+from pipeline.store.maintain.verify import verify
+from pipeline.store.read.dataset import LatentDataset
 from tests.support.images import make_codec, make_images
 from tests.support.jobs import run
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 from tests.faults.encode_world import arguments, check
 from tests.support.jobs import run, start
 from tests.support.ray_nodes import RayNodes, ray_nodes

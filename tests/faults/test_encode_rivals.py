@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.storage import Root
-from pipeline.store.ledger import visible_records
+from pipeline.storage.root import Root
+from pipeline.store.ledger.ledger import visible_records
 from tests.faults.encode_world import IMAGES, arguments, check
 from tests.support.jobs import run, start
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.store.verify import verify
+from pipeline.store.maintain.verify import verify
 from tests.faults.encode_world import arguments
 from tests.sample.conftest import make_tiny
 from tests.support import jobs

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from pipeline.dataflow.cluster import Gauges
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 from pipeline.tracking.tracker import NoopTracker
 from tests.infra.test_infra_valid import metric_names
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 from tests.infra.infra_files import INFRA, REPOSITORY, Manifest, named, of_kind, pod_specs, read, render
 from tests.support.rows import claim, committer, latent_rows, planned_root, rejected_rows
 

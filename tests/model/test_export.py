@@ -29,7 +29,7 @@ from pipeline.model.export import (
     read_info,
     save_export,
 )
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 
 pytestmark = pytest.mark.integration
 

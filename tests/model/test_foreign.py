@@ -24,7 +24,7 @@ from pipeline.diffusion.samplers import sample
 from pipeline.errors import InputError
 from pipeline.model.foreign import load_pipeline_dir
 from pipeline.model.foreign_info import is_pipeline_dir
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 
 
 def a_vae(**changes: Any) -> AutoencoderKL:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 from tests.support.jobs import run
 from tests.support.radosgw import Radosgw
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.storage import Root
-from pipeline.store.verify import verify
+from pipeline.storage.root import Root
+from pipeline.store.maintain.verify import verify
 from tests.s3.settings import encode_settings, sample_settings, succeed, train_settings, uploaded, words
 from tests.support.fault_proxy import FaultProxy
 from tests.support.images import make_codec, make_images
@@ -89,7 +89,7 @@ def test_the_chain_runs_over_a_bad_connection(
 
 
 def _images(uri: str) -> dict[bytes, bytes]:
-    from pipeline.store.dataset import Dataset
+    from pipeline.store.read.dataset import Dataset
 
     samples: Any = Dataset.open_kind(uri, "images", "uri")
     tables = [samples.read(group.index, ["sample_id", "image"]) for group in samples.row_groups]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage import Root
-from pipeline.store.verify import verify
+from pipeline.storage.root import Root
+from pipeline.store.maintain.verify import verify
 from tests.s3.settings import encode_settings, sample_settings, succeed, tracked, train_settings, uploaded, words
 from tests.support.images import make_codec, make_images
 from tests.support.jobs import run

@@ -11,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pipeline import storage, storage_remote
 from pipeline.errors import InputError
-from pipeline.storage import Root
-from pipeline.storage_errors import StoreUnavailable, describe
+from pipeline.storage import remote as storage_remote
+from pipeline.storage import root as storage
+from pipeline.storage.errors import StoreUnavailable, describe
+from pipeline.storage.root import Root
 from tests.support.fault_proxy import FaultProxy, Kind
 from tests.support.processes import free_port
 from tests.support.radosgw import Keys, Radosgw

@@ -8,13 +8,13 @@ import pytest
 
 from pipeline.errors import ConflictError
 from pipeline.sample.claim import check_identity, settle_identity
-from pipeline.storage import Root
-from pipeline.store.dataset import Dataset
-from pipeline.store.generation import Generation, claim_next
-from pipeline.store.identity import Identity, claim_identity, read_identity
-from pipeline.store.ledger import collect, commit
-from pipeline.store.record import CommitRecord
-from pipeline.store.rowset import RowSet
+from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import Generation, claim_next
+from pipeline.store.ledger.identity import Identity, claim_identity, read_identity
+from pipeline.store.ledger.ledger import collect, commit
+from pipeline.store.ledger.record import CommitRecord
+from pipeline.store.ledger.rowset import RowSet
+from pipeline.store.read.dataset import Dataset
 
 FOUR = Identity("images", {"draw": {"batch_size": 4}}, {})
 TWO = Identity("images", {"draw": {"batch_size": 2}}, {})

@@ -20,16 +20,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipeline.config import validate
 from pipeline.dataflow.lost_device import DeviceFault
 from pipeline.errors import ConfigError, ConflictError, InputError
+from pipeline.media.images import decode_image, read_provenance
 from pipeline.sample.config import SampleJobConfig
 from pipeline.sample.decode import Decoder
 from pipeline.sample.denoise import Denoiser, Schedule
-from pipeline.sample.images import decode_image, read_provenance
 from pipeline.sample.model import read_model, resolve_sampler
 from pipeline.sample.output import IMAGES, encode_rows, file_key
 from pipeline.sample.plan import extend_plan
 from pipeline.sample.prepare import Prepared, on_device, prepare
 from pipeline.sample.regenerate import regenerate
-from pipeline.store.schema import REJECTS
+from pipeline.store.write.schema import REJECTS
 from tests.sample.conftest import Tiny
 
 pytestmark = pytest.mark.integration

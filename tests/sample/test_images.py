@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.errors import InputError
-from pipeline.sample.contact import caption, choose, contact_sheet
-from pipeline.sample.gallery import Picture, gallery_html
-from pipeline.sample.images import decode_image, draw_grid, encode_image, read_provenance, thumbnail
+from pipeline.media.contact import caption, choose, contact_sheet
+from pipeline.media.gallery import Picture, gallery_html
+from pipeline.media.images import decode_image, draw_grid, encode_image, read_provenance, thumbnail
 
 KINDS = ("png", "jpeg", "webp")
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)

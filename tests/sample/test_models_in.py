@@ -16,20 +16,20 @@ from diffusers import DPMSolverMultistepScheduler
 from pipeline.config import validate
 from pipeline.diffusion.rng import ids_from_bytes, keyed_normal
 from pipeline.errors import ConfigError, ConflictError, InputError
+from pipeline.media.images import decode_image
 from pipeline.model.export import load_export, save_export
 from pipeline.model.foreign import load_pipeline_dir
 from pipeline.model.foreign_info import read_pipeline_dir
 from pipeline.sample.config import SampleJobConfig
 from pipeline.sample.decode import Decoder
 from pipeline.sample.denoise import NOISE, Denoiser
-from pipeline.sample.images import decode_image
 from pipeline.sample.model import read_model
 from pipeline.sample.output import encode_rows
 from pipeline.sample.plan import extend_plan
 from pipeline.sample.prepare import Prepared, on_device, prepare
 from pipeline.sample.prompts import PromptEmbedder
 from pipeline.sample.regenerate import regenerate
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.ema import Track
 from pipeline.train.state import make_state

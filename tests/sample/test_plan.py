@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.sample.plan import PLAN_SCHEMA, extend_plan, padded, planned_rows, shape_groups, unit_tables
 from pipeline.sample.requests import Defaults, Limits, validate_requests
-from pipeline.store.rowset import RowSet
+from pipeline.store.ledger.rowset import RowSet
 
 ONE_SHAPE = ("height", "width", "steps", "guidance", "guidance_low", "guidance_high")
 LIMITS = Limits(num_classes=5, takes_text=False, multiple=4, sizes=((32, 32), (32, 64)))

@@ -23,7 +23,7 @@ from pipeline.sample.model import read_model
 from pipeline.sample.prepare import Prepared, on_device, prepare
 from pipeline.sample.prompts import PromptEmbedder
 from pipeline.sample.text import text_of_export
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 from pipeline.text.config import TextEncoderConfig
 from pipeline.text.files import encoder_files
 from tests.sample.conftest import Tiny

@@ -18,18 +18,18 @@ import safetensors.torch
 from pipeline.config import dump_yaml, validate
 from pipeline.dataflow.cluster import ClusterConfig, ensure_ray, shutdown_ray
 from pipeline.errors import ConfigError, ConflictError, InputError, RejectBudgetError
+from pipeline.media.images import read_provenance
 from pipeline.sample import job as sample_job
 from pipeline.sample.config import SampleJobConfig
-from pipeline.sample.images import read_provenance
 from pipeline.sample.regenerate import regenerate
-from pipeline.storage import Root
-from pipeline.store.dataset import Dataset
-from pipeline.store.generation import claim_next
-from pipeline.store.ledger import collect, commit
-from pipeline.store.outside import read_outside
-from pipeline.store.record import CommitRecord
-from pipeline.store.rowset import RowSet
-from pipeline.store.verify import verify
+from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import claim_next
+from pipeline.store.ledger.ledger import collect, commit
+from pipeline.store.ledger.record import CommitRecord
+from pipeline.store.ledger.rowset import RowSet
+from pipeline.store.maintain.verify import verify
+from pipeline.store.read.dataset import Dataset
+from pipeline.store.read.outside import read_outside
 from tests.sample.conftest import Tiny
 
 
@@ -271,7 +271,7 @@ def test_an_output_that_cannot_be_used_is_refused(tiny: Tiny, tmp_path: Path) ->
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="The output is a file"):
         sample_job.run(config_of(tiny, tmp_path / "file"))
-    from pipeline.store.identity import Identity, claim_identity
+    from pipeline.store.ledger.identity import Identity, claim_identity
 
     claim_identity(Root(str(tmp_path / "latents")), Identity("latents", {}, {}))
     with pytest.raises(ConflictError, match="holds latents, and this job writes images"):

@@ -15,22 +15,22 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from pipeline.media.images import read_provenance
 from pipeline.sample.denoise import Denoiser, use_threads
-from pipeline.sample.images import read_provenance
 from pipeline.sample.planning import freeze_requests
 from pipeline.sample.prepare import Prepared, on_device, prepare
 from pipeline.sample.showing import show
 from pipeline.sample.stages import FINISHED, CommitImages, DecodeBlocks, DecoderSpec, EncodeImages
 from pipeline.sample.tars import pack_units
-from pipeline.storage import Root
-from pipeline.store.dataset import Dataset
-from pipeline.store.generation import claim_next
-from pipeline.store.identity import claim_identity
-from pipeline.store.ledger import collect
-from pipeline.store.outside import place_in, problems_outside, read_outside
-from pipeline.store.plan import read_plan
-from pipeline.store.verify import collect_garbage, verify
-from pipeline.store.writer import Committer
+from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import claim_next
+from pipeline.store.ledger.identity import claim_identity
+from pipeline.store.ledger.ledger import collect
+from pipeline.store.maintain.verify import collect_garbage, verify
+from pipeline.store.plan.plan import read_plan
+from pipeline.store.read.dataset import Dataset
+from pipeline.store.read.outside import place_in, problems_outside, read_outside
+from pipeline.store.write.writer import Committer
 from tests.sample.conftest import Tiny
 from tests.sample.test_draw import job
 from tests.support.monitor import LocalMonitor

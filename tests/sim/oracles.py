@@ -6,10 +6,10 @@ import hashlib
 import re
 from collections import Counter
 
-from pipeline.store.dataset import LatentDataset
-from pipeline.store.ledger import visible_records
-from pipeline.store.plan import read_entries
-from pipeline.store.verify import verify
+from pipeline.store.ledger.ledger import visible_records
+from pipeline.store.maintain.verify import verify
+from pipeline.store.plan.plan import read_entries
+from pipeline.store.read.dataset import LatentDataset
 from tests.sim.world import DATA, Seen, World
 
 _CLAIM = re.compile(r"^data/generations/(\d+)/open\.json$")

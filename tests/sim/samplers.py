@@ -12,18 +12,18 @@ from pipeline.sample.claim import settle_identity
 from pipeline.sample.output import IMAGES, file_key
 from pipeline.sample.planning import RequestEntry
 from pipeline.sample.tars import pack_units
-from pipeline.storage import Root
-from pipeline.store.dataset import Dataset
-from pipeline.store.generation import claim_next
-from pipeline.store.identity import Identity, claim_identity
-from pipeline.store.layout import IDENTITY
-from pipeline.store.ledger import collect
-from pipeline.store.plan import append_version, read_entries
-from pipeline.store.schema import REJECTS
-from pipeline.store.state import read_state
-from pipeline.store.verify import verify
-from pipeline.store.work import work_of
-from pipeline.store.writer import Committer
+from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import claim_next
+from pipeline.store.ledger.identity import Identity, claim_identity
+from pipeline.store.ledger.layout import IDENTITY
+from pipeline.store.ledger.ledger import collect
+from pipeline.store.ledger.state import read_state
+from pipeline.store.maintain.verify import verify
+from pipeline.store.plan.plan import append_version, read_entries
+from pipeline.store.plan.work import work_of
+from pipeline.store.read.dataset import Dataset
+from pipeline.store.write.schema import REJECTS
+from pipeline.store.write.writer import Committer
 from tests.sim.world import World
 
 REQUESTS = ("00", "01", "02")

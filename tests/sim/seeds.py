@@ -12,8 +12,8 @@ from collections.abc import Callable
 from functools import cache, partial
 
 from pipeline.errors import ConflictError, InputError
-from pipeline.storage import Root
-from pipeline.store.layout import IDENTITY
+from pipeline.storage.root import Root
+from pipeline.store.ledger.layout import IDENTITY
 from pipeline.train.control import current_generation
 from pipeline.train.history import read_records
 from tests.sim import oracles

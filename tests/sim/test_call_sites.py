@@ -12,20 +12,20 @@ WRITES = {"put", "put_if_absent", "delete", "upload_dir"}
 # "file: function: method" -> who plays it. A new one needs an actor or a case before it is added here.
 PLAYED = {
     # The store: actors of `world`, in the directed cases, the small ones and the seeds.
-    "store/bundles.py: write_bundle: put_if_absent": "every claim",
-    "store/generation.py: Generation._beat: put": "test_heartbeat, an advisory object",
-    "store/generation.py: Generation.close: put_if_absent": "every job",
-    "store/generation.py: claim_next: put_if_absent": "every job",
-    "store/identity.py: claim_identity: put_if_absent": "World.encode, Samplers.sample",
-    "store/job.py: _write_report: put": "a report somewhere else, which nothing reads",
-    "store/ledger.py: commit: put_if_absent": "World.encode, World.compact, World.dedup, Samplers.sample",
-    "store/pinned.py: Pins.pin: put_if_absent": "Trainers.train",
-    "store/plan.py: _PartWriter._put: put_if_absent": "World.encode, Samplers.sample",
-    "store/plan.py: append_version: put_if_absent": "World.encode, Samplers.sample",
-    "store/runs.py: note_run: put": "an advisory object of one generation",
-    "store/shard.py: write_rejects: put_if_absent": "World.encode, World.dedup",
-    "store/shard.py: write_shard: put_if_absent": "World.encode, World.compact, Samplers.sample",
-    "store/verify.py: collect_garbage: delete": "World.gc",
+    "store/ledger/bundles.py: write_bundle: put_if_absent": "every claim",
+    "store/ledger/generation.py: Generation._beat: put": "test_heartbeat, an advisory object",
+    "store/ledger/generation.py: Generation.close: put_if_absent": "every job",
+    "store/ledger/generation.py: claim_next: put_if_absent": "every job",
+    "store/ledger/identity.py: claim_identity: put_if_absent": "World.encode, Samplers.sample",
+    "store/maintain/job.py: _write_report: put": "a report somewhere else, which nothing reads",
+    "store/ledger/ledger.py: commit: put_if_absent": "World.encode, World.compact, World.dedup, Samplers.sample",
+    "store/read/pinned.py: Pins.pin: put_if_absent": "Trainers.train",
+    "store/plan/plan.py: _PartWriter._put: put_if_absent": "World.encode, Samplers.sample",
+    "store/plan/plan.py: append_version: put_if_absent": "World.encode, Samplers.sample",
+    "store/ledger/runs.py: note_run: put": "an advisory object of one generation",
+    "store/write/shard.py: write_rejects: put_if_absent": "World.encode, World.dedup",
+    "store/write/shard.py: write_shard: put_if_absent": "World.encode, World.compact, Samplers.sample",
+    "store/maintain/verify.py: collect_garbage: delete": "World.gc",
     # Sampling.
     "sample/claim.py: settle_identity: put_if_absent": "Samplers.sample",
     "sample/stages.py: EncodeImages.__call__: put_if_absent": "Samplers.sample",
@@ -54,8 +54,8 @@ def found() -> set[str]:
     """All of them, as "file: function: method"."""
     sites: set[str] = set()
     for package in ("store", "sample", "train"):
-        for path in sorted((PACKAGE / package).glob("*.py")):
-            _Finder(f"{package}/{path.name}", sites).visit(ast.parse(path.read_text(encoding="utf-8")))
+        for path in sorted((PACKAGE / package).rglob("*.py")):
+            _Finder(str(path.relative_to(PACKAGE)), sites).visit(ast.parse(path.read_text(encoding="utf-8")))
     return sites
 
 

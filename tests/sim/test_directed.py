@@ -6,12 +6,12 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import ConflictError
-from pipeline.storage import Root
-from pipeline.store.dataset import LatentDataset
-from pipeline.store.generation import latest_number
-from pipeline.store.schema import LATENTS, REJECTS
-from pipeline.store.state import read_state
-from pipeline.store.writer import Committer
+from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import latest_number
+from pipeline.store.ledger.state import read_state
+from pipeline.store.read.dataset import LatentDataset
+from pipeline.store.write.schema import LATENTS, REJECTS
+from pipeline.store.write.writer import Committer
 from tests.sim import oracles
 from tests.sim.samplers import Samplers
 from tests.sim.world import DATA, World

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from pipeline.errors import ConflictError
 from pipeline.model.checkpoints import Complete, list_complete
-from pipeline.storage import Root
-from pipeline.store.pinned import Pins
+from pipeline.storage.root import Root
+from pipeline.store.read.pinned import Pins
 from pipeline.train.control import claim_generation, current_generation, listed_checkpoints
 from pipeline.train.history import Journal, read_records
 from pipeline.train.retention import Start, begin, counting, mark_complete, newest_start, prune

@@ -21,23 +21,23 @@ import pyarrow as pa
 from pipeline.encode.planning import update_plan
 from pipeline.errors import PipelineError
 from pipeline.source.config import FolderSource
-from pipeline.source.listing import Entry, list_entries
-from pipeline.source.readers import read_unit
-from pipeline.source.rows import SourceRow
-from pipeline.storage import Root
-from pipeline.storage_remote import RangedFile
-from pipeline.store.compact import compact
-from pipeline.store.dataset import Dataset, LatentDataset
-from pipeline.store.dedup import deduplicate, is_due, marked, released
-from pipeline.store.generation import Generation, claim_next
-from pipeline.store.identity import Identity, claim_identity
-from pipeline.store.ledger import collect
-from pipeline.store.plan import Plan, read_entries
-from pipeline.store.schema import LATENTS, REJECTS, pack_latents
-from pipeline.store.state import read_state
-from pipeline.store.verify import collect_garbage
-from pipeline.store.work import work_of
-from pipeline.store.writer import Committer
+from pipeline.source.reading.listing import Entry, list_entries
+from pipeline.source.reading.readers import read_unit
+from pipeline.source.reading.rows import SourceRow
+from pipeline.storage.remote import RangedFile
+from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import Generation, claim_next
+from pipeline.store.ledger.identity import Identity, claim_identity
+from pipeline.store.ledger.ledger import collect
+from pipeline.store.ledger.state import read_state
+from pipeline.store.maintain.compact import compact
+from pipeline.store.maintain.dedup import deduplicate, is_due, marked, released
+from pipeline.store.maintain.verify import collect_garbage
+from pipeline.store.plan.plan import Plan, read_entries
+from pipeline.store.plan.work import work_of
+from pipeline.store.read.dataset import Dataset, LatentDataset
+from pipeline.store.write.schema import LATENTS, REJECTS, pack_latents
+from pipeline.store.write.writer import Committer
 from tests.sim.scheduler import Sim
 from tests.sim.storage import Store, Stored, activate, read_if_match
 
@@ -49,8 +49,13 @@ IDENTITY = Identity(
     {"codec": {"class_name": "Toy", "latent_channels": 1, "factor": 8}},
 )
 DAMAGED = b"damaged"
-_CLOCKS = ("pipeline.storage", "pipeline.store.generation", "pipeline.store.verify")
-_POOLS = ("pipeline.store.bundles", "pipeline.store.compact", "pipeline.store.dedup", "pipeline.store.verify")
+_CLOCKS = ("pipeline.storage.root", "pipeline.store.ledger.generation", "pipeline.store.maintain.verify")
+_POOLS = (
+    "pipeline.store.ledger.bundles",
+    "pipeline.store.maintain.compact",
+    "pipeline.store.maintain.dedup",
+    "pipeline.store.maintain.verify",
+)
 
 
 class _Serial:
@@ -213,17 +218,17 @@ class World:
 
     def dedup(self) -> None:
         """The deduplication of an encode job."""
-        with mock.patch("pipeline.store.dedup.claim_next", _impatient):
+        with mock.patch("pipeline.store.maintain.dedup.claim_next", _impatient):
             deduplicate(DATA, source_uri=SOURCE, memory_bytes=1 << 20)
 
     def compact(self) -> None:
         """The compact job, with shards of some rows."""
-        with mock.patch("pipeline.store.compact.claim_next", _impatient):
+        with mock.patch("pipeline.store.maintain.compact.claim_next", _impatient):
             compact(DATA, shard_bytes=1200, row_group_bytes=1 << 20)
 
     def gc(self, grace_s: float = 0.0) -> tuple[int, int]:
         """Garbage collection."""
-        with mock.patch("pipeline.store.verify.claim_next", _impatient):
+        with mock.patch("pipeline.store.maintain.verify.claim_next", _impatient):
             return collect_garbage(DATA, grace_s)
 
     def read(self, name: str = "reader") -> Seen:
@@ -283,11 +288,11 @@ def world() -> Iterator[World]:
     patches += [mock.patch(f"{name}.ThreadPoolExecutor", _Serial) for name in _POOLS]
     patches += [
         mock.patch("secrets.token_hex", lambda n=16: f"{next(made.names):0{2 * n}x}"),
-        mock.patch("pipeline.storage.random", mock.Mock(uniform=lambda a, b: b / 2)),
+        mock.patch("pipeline.storage.root.random", mock.Mock(uniform=lambda a, b: b / 2)),
         mock.patch.object(Generation, "start_heartbeat", return_value=None),
         mock.patch.object(Root, "open", lambda self, key: io.BytesIO(self.read_bytes(key))),
         mock.patch.object(Root, "ranged", _whole),
-        mock.patch("pipeline.storage.read_if_match", read_if_match),
+        mock.patch("pipeline.storage.root.read_if_match", read_if_match),
     ]
     # Until Python 3.12 a cached property has one lock for all its objects: a process would wait for another's read.
     for kind in (Plan, Dataset, LatentDataset):

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from pipeline.source.config import ImageConfig
-from pipeline.source.prepare import Prepared, Reject, prepare
-from pipeline.source.rows import SourceRow
+from pipeline.source.pixels.prepare import Prepared, Reject, prepare
+from pipeline.source.reading.rows import SourceRow
 
 # Nothing is filtered, so that a test sees what it asks about.
 OPEN = {"resolution": 16, "max_upscale": 1e6, "max_aspect": 1e6}

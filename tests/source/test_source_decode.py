@@ -13,10 +13,10 @@ import pytest
 from PIL import Image, ImageCms
 from source_images import encode, gradient, outcome, pixels_of, psnr, reason_of, row
 
-from pipeline.source import render as render_module
 from pipeline.source.config import ImageConfig
-from pipeline.source.decode import is_risky, sniff
-from pipeline.source.prepare import Reject, policy_fingerprint, prepare
+from pipeline.source.pixels import render as render_module
+from pipeline.source.pixels.decode import is_risky, sniff
+from pipeline.source.pixels.prepare import Reject, policy_fingerprint, prepare
 
 PICTURE = gradient()
 WHOLE = {"resolution": 40, "buckets": {"kind": "table", "sizes": [[40, 64]]}}

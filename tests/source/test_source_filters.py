@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.source.config import FolderSource, ParquetSource, WebDatasetSource
-from pipeline.source.filters import filter_columns, parse_filter, to_arrow
-from pipeline.source.record_filter import Cell, keeps
+from pipeline.source.reading.filters import filter_columns, parse_filter, to_arrow
+from pipeline.source.reading.record_filter import Cell, keeps
 
 TABLE = pa.table(
     {
@@ -196,9 +196,9 @@ def test_one_filter_over_every_kind_of_source(tmp_path):
     from source_images import encode, gradient, write
     from test_source_webdataset import tar_of
 
-    from pipeline.source.listing import list_entries
-    from pipeline.source.readers import read_unit
-    from pipeline.source.rows import EndOfUnit
+    from pipeline.source.reading.listing import list_entries
+    from pipeline.source.reading.readers import read_unit
+    from pipeline.source.reading.rows import EndOfUnit
 
     image = encode(gradient(), "PNG")
     scores = [1, 5.5, None, 7, 5, 6]

@@ -12,12 +12,12 @@ from source_images import write
 
 from pipeline.errors import InputError
 from pipeline.source.config import FolderSource
-from pipeline.source.listing import list_entries
-from pipeline.source.ranges import Ranges
-from pipeline.source.readers import read_unit
+from pipeline.source.reading.listing import list_entries
+from pipeline.source.reading.ranges import Ranges
+from pipeline.source.reading.readers import read_unit
+from pipeline.source.reading.remote import map_ahead
 from pipeline.source.reasons import Reason
-from pipeline.source.remote import map_ahead
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 
 
 def test_rows_carry_bytes_texts_and_their_place_in_the_unit(tmp_path):

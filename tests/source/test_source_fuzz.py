@@ -11,10 +11,10 @@ import pytest
 from source_images import encode, gradient
 
 from pipeline.source.config import ImageConfig
-from pipeline.source.decode import sniff
-from pipeline.source.prepare import Reject, prepare
+from pipeline.source.pixels.decode import sniff
+from pipeline.source.pixels.prepare import Reject, prepare
+from pipeline.source.reading.rows import SourceRow
 from pipeline.source.reasons import Reason
-from pipeline.source.rows import SourceRow
 
 pytestmark = pytest.mark.integration
 

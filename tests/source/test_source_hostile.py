@@ -21,15 +21,15 @@ from source_images import encode, gradient, write
 from test_source_webdataset import tar_of
 
 from pipeline.errors import InputError
-from pipeline.source import table_child, webdataset
 from pipeline.source.config import FolderSource, ParquetSource, WebDatasetSource
-from pipeline.source.fields import MAX_TEXT_BYTES
-from pipeline.source.listing import list_entries
-from pipeline.source.pipes import Child, Pool
-from pipeline.source.readers import read_unit
+from pipeline.source.pixels.pipes import Child, Pool
+from pipeline.source.reading import table_child, webdataset
+from pipeline.source.reading.fields import MAX_TEXT_BYTES
+from pipeline.source.reading.listing import list_entries
+from pipeline.source.reading.readers import read_unit
+from pipeline.source.reading.rows import EndOfUnit
+from pipeline.source.reading.tar import TarError, members
 from pipeline.source.reasons import Reason
-from pipeline.source.rows import EndOfUnit
-from pipeline.source.tar import TarError, members
 
 pytestmark = pytest.mark.integration
 

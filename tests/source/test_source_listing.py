@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from source_images import write
 
 from pipeline.errors import ConfigError, InputError
-from pipeline.source import listing, parquet
 from pipeline.source.config import FolderSource, ParquetSource, WebDatasetSource
-from pipeline.source.listing import Entry, _check_order, check_apart, list_entries, source_root
-from pipeline.source.patterns import expand_braces, glob_regex
-from pipeline.storage import Root
+from pipeline.source.reading import listing, parquet
+from pipeline.source.reading.listing import Entry, _check_order, check_apart, list_entries, source_root
+from pipeline.source.reading.patterns import expand_braces, glob_regex
+from pipeline.storage.root import Root
 
 
 def keys(uri, **fields) -> list[str]:

@@ -13,11 +13,11 @@ from source_images import encode, gradient, write
 
 from pipeline.errors import InputError
 from pipeline.source.config import FolderSource, ImageConfig, ParquetSource, WebDatasetSource
-from pipeline.source.listing import list_entries
-from pipeline.source.prepare import prepare
-from pipeline.source.readers import read_unit
-from pipeline.source.rows import EndOfUnit
-from pipeline.storage import Root
+from pipeline.source.pixels.prepare import prepare
+from pipeline.source.reading.listing import list_entries
+from pipeline.source.reading.readers import read_unit
+from pipeline.source.reading.rows import EndOfUnit
+from pipeline.storage.root import Root
 
 JPEG = encode(gradient(), "JPEG")
 
@@ -164,7 +164,7 @@ def test_columns_that_are_not_there_stop_the_listing(tmp_path, fields, problem):
 
 
 def test_large_files_become_several_entries_of_whole_row_groups(tmp_path, monkeypatch):
-    from pipeline.source import parquet
+    from pipeline.source.reading import parquet
 
     monkeypatch.setattr(parquet, "_SPAN_ROWS", 7)
     pq.write_table(table(20), tmp_path / "a.parquet", row_group_size=3)

@@ -19,15 +19,15 @@ import pyarrow.parquet as pq
 import pytest
 from source_images import encode, gradient, write
 
-from pipeline import storage
 from pipeline.errors import InputError
 from pipeline.source.config import FolderSource, ImageConfig, ParquetSource, SourceConfig, WebDatasetSource
-from pipeline.source.listing import Entry, list_entries
-from pipeline.source.prepare import Prepared, prepare
-from pipeline.source.readers import read_unit
+from pipeline.source.pixels.prepare import Prepared, prepare
+from pipeline.source.reading.listing import Entry, list_entries
+from pipeline.source.reading.readers import read_unit
+from pipeline.source.reading.rows import EndOfUnit, SourceRow
 from pipeline.source.reasons import Reason
-from pipeline.source.rows import EndOfUnit, SourceRow
-from pipeline.storage import Root
+from pipeline.storage import root as storage
+from pipeline.storage.root import Root
 
 pytestmark = pytest.mark.integration
 

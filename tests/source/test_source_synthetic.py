@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.errors import ConflictError
 from pipeline.source.config import FolderSource
-from pipeline.source.listing import list_entries
+from pipeline.source.reading.listing import list_entries
 from pipeline.source.synthetic import CLASS_NAMES, draw_shape, write_shapes
 
 

@@ -13,11 +13,11 @@ import pytest
 from source_images import encode, gradient, write
 
 from pipeline.source.config import WebDatasetSource
-from pipeline.source.listing import list_entries
-from pipeline.source.readers import read_unit
-from pipeline.source.rows import EndOfUnit, SourceRow
-from pipeline.source.tar import TarError, members
-from pipeline.storage import Root
+from pipeline.source.reading.listing import list_entries
+from pipeline.source.reading.readers import read_unit
+from pipeline.source.reading.rows import EndOfUnit, SourceRow
+from pipeline.source.reading.tar import TarError, members
+from pipeline.storage.root import Root
 
 JPEG = encode(gradient(), "JPEG")
 
@@ -94,7 +94,7 @@ def test_only_wanted_rows_are_read_and_the_rest_is_passed_over(tmp_path, monkeyp
     write(tmp_path / "s.tar", tar_of([(f"{i}.jpg", bytes([i]) * 5000) for i in range(10)]))
     sizes = []
     real = tarfile.TarInfo.frombuf
-    from pipeline.source import tar
+    from pipeline.source.reading import tar
 
     monkeypatch.setattr(tar, "_read", lambda f, n, real=tar._read: (sizes.append(n), real(f, n))[1])
     found = rows(tmp_path, ranges=[(2, 4), (7, 8)])
@@ -176,7 +176,7 @@ def test_a_tar_that_cannot_be_opened_loses_every_wanted_row_and_no_other(tmp_pat
     def stale(root, key, size_bytes):
         raise OSError(errno.ESTALE, "stale file handle")
 
-    monkeypatch.setattr("pipeline.source.webdataset.open_file", stale)
+    monkeypatch.setattr("pipeline.source.reading.webdataset.open_file", stale)
     found = list(read_unit(source, entries, wanted))
     assert [r.row for r in found if isinstance(r, SourceRow)] == lost
     assert {r.reason for r in found if isinstance(r, SourceRow)} == {"read_failed"}

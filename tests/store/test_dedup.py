@@ -19,18 +19,18 @@ from hypothesis import strategies as st
 
 from pipeline.errors import ConflictError
 from pipeline.source.reasons import Reason
-from pipeline.storage import Root
-from pipeline.store import dedup as module
-from pipeline.store.compact import compact
-from pipeline.store.dataset import LatentDataset
-from pipeline.store.dedup import REASON, deduplicate, first_of_each, is_due, marked, released
-from pipeline.store.generation import claim_next, latest_number, read_closing
-from pipeline.store.identity import claim_identity
-from pipeline.store.plan import append_version, read_plan
-from pipeline.store.runs import last_run
-from pipeline.store.schema import LATENTS
-from pipeline.store.state import read_state
-from pipeline.store.verify import collect_garbage, verify
+from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import claim_next, latest_number, read_closing
+from pipeline.store.ledger.identity import claim_identity
+from pipeline.store.ledger.runs import last_run
+from pipeline.store.ledger.state import read_state
+from pipeline.store.maintain import dedup as module
+from pipeline.store.maintain.compact import compact
+from pipeline.store.maintain.dedup import REASON, deduplicate, first_of_each, is_due, marked, released
+from pipeline.store.maintain.verify import collect_garbage, verify
+from pipeline.store.plan.plan import append_version, read_plan
+from pipeline.store.read.dataset import LatentDataset
+from pipeline.store.write.schema import LATENTS
 from tests.support.rows import IDENTITY, Listed, claim, committer, latent_rows, planned_root, rejected_rows
 
 pytestmark = pytest.mark.integration

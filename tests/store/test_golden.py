@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.storage import Root
-from pipeline.store.dataset import LatentDataset
-from pipeline.store.schema import latents_from
-from pipeline.store.state import read_state
-from pipeline.store.verify import verify
+from pipeline.storage.root import Root
+from pipeline.store.ledger.state import read_state
+from pipeline.store.maintain.verify import verify
+from pipeline.store.read.dataset import LatentDataset
+from pipeline.store.write.schema import latents_from
 from tests.support.rows import claim, committer, latent_rows
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dataset_v1"

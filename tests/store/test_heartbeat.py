@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConflictError
-from pipeline.storage import Root
-from pipeline.store import generation as module
-from pipeline.store.generation import Generation
+from pipeline.storage.root import Root
+from pipeline.store.ledger import generation as module
+from pipeline.store.ledger.generation import Generation
 from tests.support.rows import claim, planned_root
 
 

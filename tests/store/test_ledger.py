@@ -16,16 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import ConflictError, InputError
-from pipeline.storage import Root
-from pipeline.store.bundles import read_bundle, seal
-from pipeline.store.dataset import LatentDataset
-from pipeline.store.generation import claim_next, latest_number, newest_of, read_closing
-from pipeline.store.identity import claim_identity
-from pipeline.store.ledger import collect, commit, visible_records
-from pipeline.store.plan import Plan, PlanVersion, append_version, read_plan
-from pipeline.store.record import CommitRecord, FileInfo, parse_record
-from pipeline.store.rowset import RowSet
-from pipeline.store.state import fold, read_state
+from pipeline.storage.root import Root
+from pipeline.store.ledger.bundles import read_bundle, seal
+from pipeline.store.ledger.generation import claim_next, latest_number, newest_of, read_closing
+from pipeline.store.ledger.identity import claim_identity
+from pipeline.store.ledger.ledger import collect, commit, visible_records
+from pipeline.store.ledger.record import CommitRecord, FileInfo, parse_record
+from pipeline.store.ledger.rowset import RowSet
+from pipeline.store.ledger.state import fold, read_state
+from pipeline.store.plan.plan import Plan, PlanVersion, append_version, read_plan
+from pipeline.store.read.dataset import LatentDataset
 from tests.support.rows import IDENTITY, Listed, claim, committer, latent, latent_rows, planned_root, rejected_rows
 
 
@@ -158,8 +158,8 @@ def test_a_living_owner_is_left_alone(root: Root) -> None:
     """Two runs at once: the one that finds a heartbeat steps back with a conflict."""
     generation = claim(root)
     code = (
-        "import sys; from pipeline.storage import Root; from pipeline.store.ledger import collect\n"
-        "from pipeline.store.generation import claim_next\n"
+        "import sys; from pipeline.storage.root import Root; from pipeline.store.ledger.ledger import collect\n"
+        "from pipeline.store.ledger.generation import claim_next\n"
         "root = Root(sys.argv[1])\n"
         "claim_next(root, lambda n: collect(root, n), job='other', patience_s=30)\n"
     )
@@ -174,8 +174,8 @@ def test_a_living_owner_is_left_alone(root: Root) -> None:
 
 def test_a_dead_owner_of_this_machine_is_replaced_at_once(root: Root) -> None:
     code = (
-        "import os, sys; from pipeline.storage import Root; from pipeline.store.ledger import collect\n"
-        "from pipeline.store.generation import claim_next\n"
+        "import os, sys; from pipeline.storage.root import Root; from pipeline.store.ledger.ledger import collect\n"
+        "from pipeline.store.ledger.generation import claim_next\n"
         "root = Root(sys.argv[1])\n"
         "claim_next(root, lambda n: collect(root, n), job='other'); os._exit(9)\n"
     )
@@ -518,7 +518,7 @@ def test_a_store_that_fails_while_sealing_does_not_fail_a_finished_run(
     def refuse(*_: object) -> None:
         raise OSError("the store is full")
 
-    monkeypatch.setattr("pipeline.store.generation.seal", refuse)
+    monkeypatch.setattr("pipeline.store.ledger.generation.seal", refuse)
     generation.close({"status": "done"})
     assert "stay single objects until the next run" in caplog.text
     assert read_closing(root, generation.number) == {"status": "done"}

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.store.rowset import MAX_ROWS, RowSet
+from pipeline.store.ledger.rowset import MAX_ROWS, RowSet
 
 triples = st.lists(
     st.tuples(st.integers(0, 3), st.integers(0, 12), st.integers(0, 6)).map(lambda t: (t[0], t[1], t[1] + t[2])),

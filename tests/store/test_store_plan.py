@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from pipeline.encode.planning import update_plan
 from pipeline.errors import ConflictError
-from pipeline.storage import Root
-from pipeline.store.plan import Plan, append_version, read_entries, read_plan
-from pipeline.store.plan_diff import DiffReport, diff, group_units
-from pipeline.store.rowset import MAX_ROWS, RowSet
-from pipeline.store.state import fold
-from pipeline.store.work import work_of
+from pipeline.storage.root import Root
+from pipeline.store.ledger.rowset import MAX_ROWS, RowSet
+from pipeline.store.ledger.state import fold
+from pipeline.store.plan.plan import Plan, append_version, read_entries, read_plan
+from pipeline.store.plan.plan_diff import DiffReport, diff, group_units
+from pipeline.store.plan.work import work_of
 from tests.support.rows import Listed
 
 

@@ -14,20 +14,20 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import ConflictError, InputError
-from pipeline.storage import Root
-from pipeline.store.compact import CompactReport, compact, shard_spans
-from pipeline.store.config import VerifyJobConfig
-from pipeline.store.dataset import Dataset, LatentDataset
-from pipeline.store.generation import claim_next, latest_number
-from pipeline.store.identity import Identity, claim_identity
-from pipeline.store.job import run_verify
-from pipeline.store.ledger import collect
-from pipeline.store.plan import append_version, read_plan
-from pipeline.store.plan_diff import DiffReport
-from pipeline.store.shard import ROW_BYTES
-from pipeline.store.state import read_state
-from pipeline.store.verify import collect_garbage, verify
-from pipeline.store.writer import Committer
+from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import claim_next, latest_number
+from pipeline.store.ledger.identity import Identity, claim_identity
+from pipeline.store.ledger.ledger import collect
+from pipeline.store.ledger.state import read_state
+from pipeline.store.maintain.compact import CompactReport, compact, shard_spans
+from pipeline.store.maintain.config import VerifyJobConfig
+from pipeline.store.maintain.job import run_verify
+from pipeline.store.maintain.verify import collect_garbage, verify
+from pipeline.store.plan.plan import append_version, read_plan
+from pipeline.store.plan.plan_diff import DiffReport
+from pipeline.store.read.dataset import Dataset, LatentDataset
+from pipeline.store.write.shard import ROW_BYTES
+from pipeline.store.write.writer import Committer
 from tests.support.rows import Listed, claim, committer, latent_rows, planned_root, rejected_rows, sample_id
 
 pytestmark = pytest.mark.integration
@@ -179,7 +179,7 @@ def test_readers_work_before_during_and_after_compaction(tmp_path: Path) -> None
 
 def test_a_partly_compacted_dataset_reads_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A crash between two shards: some rows come from shards, the others from what is left of the fragments."""
-    from pipeline.store import compact as module
+    from pipeline.store.maintain import compact as module
 
     root = build(tmp_path / "d", seed=8)
     rows = everything(root.uri)
@@ -360,7 +360,7 @@ def test_a_kill_between_the_parts_of_a_unit_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
 ) -> None:
     """What a killed compaction has written stands, and the next one ends in the very shards of an undisturbed one."""
-    from pipeline.store import compact as module
+    from pipeline.store.maintain import compact as module
 
     root, undisturbed = (build(tmp_path / name, seed=12, units=2, rows=40) for name in ("killed", "whole"))
     compact(undisturbed.uri, **SIZES)
@@ -378,7 +378,7 @@ def test_a_kill_between_the_parts_of_a_unit_costs_nothing(
             compact(root.uri, **SIZES)
     assert everything(root.uri) == everything(undisturbed.uri)
     # Here the process that was "killed" lives on, and would be waited for.
-    monkeypatch.setattr("pipeline.store.generation._known_dead", lambda owner: True)
+    monkeypatch.setattr("pipeline.store.ledger.generation._known_dead", lambda owner: True)
     report = compact(root.uri, **SIZES)
     assert (report.shards_written, report.shards_kept) == (4 - done, done)
     assert layout_of(root) == layout_of(undisturbed)

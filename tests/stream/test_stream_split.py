@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import ConflictError, InputError
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 from pipeline.stream.loader import LatentStream
 from pipeline.stream.split import SIDE_COLUMNS, held_out, held_out_counts, id_words, image_words
 from tests.stream.latent_rows import MemoryRows, content, sample_id

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.store.dataset import LatentDataset
+from pipeline.store.read.dataset import LatentDataset
 from pipeline.stream.loader import LatentStream
 from tests.support.rows import claim, committer, latent, latent_rows, planned_root, sample_id
 

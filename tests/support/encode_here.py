@@ -16,11 +16,11 @@ from pipeline.encode.encoder import Encoder
 from pipeline.encode.stages import CommitRows, UnitReader
 from pipeline.encode.summary import largest_bucket
 from pipeline.result import JobResult
-from pipeline.storage import Root
-from pipeline.store.rowset import RowSet
-from pipeline.store.state import State, read_state
-from pipeline.store.work import work_of
-from pipeline.store.writer import Committer
+from pipeline.storage.root import Root
+from pipeline.store.ledger.rowset import RowSet
+from pipeline.store.ledger.state import State, read_state
+from pipeline.store.plan.work import work_of
+from pipeline.store.write.writer import Committer
 
 
 def encode_here(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> JobResult:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from pipeline.storage import Root
-from pipeline.store.generation import Generation, claim_next
-from pipeline.store.identity import Identity, claim_identity
-from pipeline.store.ledger import collect
-from pipeline.store.plan import append_version, read_plan
-from pipeline.store.schema import LATENTS, REJECTS, pack_latents
-from pipeline.store.writer import Committer
+from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import Generation, claim_next
+from pipeline.store.ledger.identity import Identity, claim_identity
+from pipeline.store.ledger.ledger import collect
+from pipeline.store.plan.plan import append_version, read_plan
+from pipeline.store.write.schema import LATENTS, REJECTS, pack_latents
+from pipeline.store.write.writer import Committer
 
 SHAPE = (2, 3, 4)
 IDENTITY = Identity(

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from text_builders import make_latents
 
 from pipeline.errors import InputError
-from pipeline.storage import Root
-from pipeline.store.dataset import LatentDataset
+from pipeline.storage.root import Root
+from pipeline.store.read.dataset import LatentDataset
 from pipeline.text import captions
 from pipeline.text.captions import HashSet, as_hashes, caption_hash, contains, in_units, new_captions
 

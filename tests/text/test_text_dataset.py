@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import ConflictError, InputError
-from pipeline.storage import Root
-from pipeline.store.dataset import Dataset
-from pipeline.store.identity import Identity, claim_identity
-from pipeline.store.plan import append_version, read_plan
-from pipeline.store.state import read_state
+from pipeline.storage.root import Root
+from pipeline.store.ledger.identity import Identity, claim_identity
+from pipeline.store.ledger.state import read_state
+from pipeline.store.plan.plan import append_version, read_plan
+from pipeline.store.read.dataset import Dataset
 from pipeline.text.captions import PlannedCaption, caption_hash, in_units
 from pipeline.text.dataset import TextEmbeddings
 from pipeline.text.embed import embed_gaps

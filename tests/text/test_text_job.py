@@ -17,11 +17,11 @@ from text_builders import job_config, make_clip, make_latents, make_t5
 
 import pipeline.text.encoder as encoder_module
 from pipeline.errors import ConflictError, InputError, StoppedError
-from pipeline.storage import Root
-from pipeline.store.compact import compact
-from pipeline.store.dataset import Dataset, LatentDataset
-from pipeline.store.generation import claim_next
-from pipeline.store.verify import verify
+from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import claim_next
+from pipeline.store.maintain.compact import compact
+from pipeline.store.maintain.verify import verify
+from pipeline.store.read.dataset import Dataset, LatentDataset
 from pipeline.text import job
 from pipeline.text.captions import caption_hash
 from pipeline.text.config import EmbedTextJobConfig
@@ -241,7 +241,7 @@ def test_a_commit_that_breaks_off_is_repeated_or_found(
     config: EmbedTextJobConfig, latents: str, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """Whether or not the record landed, nobody was told; the next run sees what is there."""
-    import pipeline.store.writer as writer
+    import pipeline.store.write.writer as writer
 
     real = writer.commit
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.lineage import find_start, plan, run
+from pipeline.lineage.job import find_start, plan, run
+from pipeline.media.images import encode_image
 from pipeline.result import JobResult
-from pipeline.sample.images import encode_image
 from pipeline.sample.provenance import Draw, Origin, provenance
 from pipeline.sample.requests import FIELDS, request_id
-from pipeline.storage import Root
-from pipeline.store.dataset import LatentDataset
-from pipeline.store.runs import note_run, noted_runs
+from pipeline.storage.root import Root
+from pipeline.store.ledger.runs import note_run, noted_runs
+from pipeline.store.read.dataset import LatentDataset
 from pipeline.tracking.config import LineageJobConfig, TrackingConfig
 from pipeline.tracking.tracker import open_tracker
 from tests.support.jobs import run as run_job
@@ -98,7 +98,7 @@ def test_an_image_leads_to_its_source(chain: Chain, tmp_path: Path, kind: str) -
 def test_it_reads_as_text(chain: Chain, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="pipeline"):
         chain.ask(chain.image)
-    lines = [r.getMessage() for r in caplog.records if r.name == "pipeline.lineage"]
+    lines = [r.getMessage() for r in caplog.records if r.name == "pipeline.lineage.job"]
     assert lines[0] == f"image {chain.image}"
     assert lines[1].split() == ["drawn", "by", "s3://m/model", MODEL[:12]]
     places = [

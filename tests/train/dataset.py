@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.encode.planning import update_plan
-from pipeline.storage import Root
-from pipeline.store.generation import claim_next
-from pipeline.store.identity import Identity, claim_identity
-from pipeline.store.ledger import collect
-from pipeline.store.schema import LATENTS, REJECTS, pack_latents
-from pipeline.store.writer import Committer
+from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import claim_next
+from pipeline.store.ledger.identity import Identity, claim_identity
+from pipeline.store.ledger.ledger import collect
+from pipeline.store.write.schema import LATENTS, REJECTS, pack_latents
+from pipeline.store.write.writer import Committer
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 from pipeline.train.checkpoint import list_complete
 from pipeline.train.config import TrainJobConfig
 

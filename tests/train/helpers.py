@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.diffusion.objectives import Objective
 from pipeline.diffusion.timesteps import TimestepDensity
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.ema import Track
 from pipeline.train.loop import Settings

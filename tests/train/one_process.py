@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 from pipeline.train import job
 from pipeline.train.beginnings import Begun
 from pipeline.train.config import TrainJobConfig

@@ -12,10 +12,10 @@ import torch
 from pipeline.errors import ConfigError, ConflictError, InputError, StoppedError
 from pipeline.model.export import load_export
 from pipeline.result import JobResult
-from pipeline.storage import Root
-from pipeline.store.compact import compact
-from pipeline.store.dataset import LatentDataset
-from pipeline.store.state import read_state
+from pipeline.storage.root import Root
+from pipeline.store.ledger.state import read_state
+from pipeline.store.maintain.compact import compact
+from pipeline.store.read.dataset import LatentDataset
 from pipeline.train import job
 from pipeline.train.beginnings import begin_or_go_on, pins_of
 from pipeline.train.config import TrainJobConfig

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pipeline.errors import ConflictError, InputError
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import MARKER, CheckpointStore, list_complete
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.errors import ConflictError, PipelineError
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 from pipeline.train import control
 from pipeline.train.control import (
     Notices,

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.codec.info import CodecInfo
 from pipeline.errors import ConfigError, ConflictError, InputError
-from pipeline.store.dataset import LatentDataset
+from pipeline.store.read.dataset import LatentDataset
 from pipeline.train import handshake as module
 from pipeline.train.handshake import Facts, _check_model, handshake
 from tests.train.dataset import make_dataset

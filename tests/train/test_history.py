@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import InputError
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 from pipeline.train.history import HISTORY, ONE_FILE, SEGMENT_RECORDS, Follower, Journal, read_records
 
 OPERATIONS = st.lists(

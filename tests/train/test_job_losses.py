@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pipeline.config import merge, validate
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 from pipeline.train.checkpoint import list_complete
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.control import current_generation

@@ -14,8 +14,8 @@ import torch
 
 from pipeline.config import merge, validate
 from pipeline.model.export import load_export
-from pipeline.storage import Root
-from pipeline.store.dataset import LatentDataset
+from pipeline.storage.root import Root
+from pipeline.store.read.dataset import LatentDataset
 from pipeline.train.checkpoint import list_complete
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.control import claim_generation

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 from pipeline.train.quarantine import QUARANTINE, Quarantine, read_quarantine
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.errors import InputError
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 from pipeline.train import world
 from pipeline.train.checkpoint import CheckpointStore, list_complete
 from pipeline.train.ema import Track

@@ -13,8 +13,8 @@ from pipeline.config import validate
 from pipeline.errors import ConfigError, ConflictError, InputError, StoppedError
 from pipeline.model.export import load_export, read_info
 from pipeline.sample.text import text_of_export
-from pipeline.storage import Root
-from pipeline.store.dataset import LatentDataset
+from pipeline.storage.root import Root
+from pipeline.store.read.dataset import LatentDataset
 from pipeline.stream.loader import LatentStream
 from pipeline.text.config import EmbedTextJobConfig
 from pipeline.text.dataset import TextEmbeddings

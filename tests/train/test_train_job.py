@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.config import config_digest
 from pipeline.errors import StoppedError
-from pipeline.storage import Root
+from pipeline.storage.root import Root
 from pipeline.train import job
 from pipeline.train.job import dry_run, run
 from tests.train.dataset import make_dataset

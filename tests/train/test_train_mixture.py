@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from pipeline.config import validate
 from pipeline.errors import ConfigError, ConflictError
 from pipeline.model.export import load_export, read_info
-from pipeline.storage import Root
-from pipeline.store.dataset import LatentDataset
-from pipeline.store.runs import note_run
+from pipeline.storage.root import Root
+from pipeline.store.ledger.runs import note_run
+from pipeline.store.read.dataset import LatentDataset
 from pipeline.stream.data import Batch, widened
 from pipeline.stream.split import held_out
 from pipeline.tracking import tracker as tracker_module

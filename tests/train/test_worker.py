@@ -12,8 +12,8 @@ import torch
 
 from pipeline.errors import ConfigError, ConflictError
 from pipeline.model.export import load_export, read_info
-from pipeline.storage import Root
-from pipeline.store.dataset import LatentDataset
+from pipeline.storage.root import Root
+from pipeline.store.read.dataset import LatentDataset
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.control import claim_generation, request_stop
 from pipeline.train.handshake import handshake

@@ -25,8 +25,8 @@ def work(paths: list[Path], codec_path: str, resolution: int, batch: int, thread
 
     from pipeline.codec.codec import load_codec
     from pipeline.source.config import ImageConfig
-    from pipeline.source.prepare import Reject, prepare
-    from pipeline.source.rows import SourceRow
+    from pipeline.source.pixels.prepare import Reject, prepare
+    from pipeline.source.reading.rows import SourceRow
 
     torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,175 @@
+"""The promote job: moves an alias of a registered model when an evaluation of that very model reaches what is asked.
+
+    evaluation.json --run--> sample run --parent--> training run --version of--> registered model --> alias
+
+Nothing moves unless the evaluation is about a version of the named model; asking twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from pipeline.config import dump_yaml
+from pipeline.errors import InputError
+from pipeline.evaluate.figures import Record
+from pipeline.result import JobResult
+from pipeline.storage.errors import describe, storage_errors
+from pipeline.storage.root import Root
+from pipeline.tracking.config import PromoteJobConfig, resolve_paths
+from pipeline.tracking.ending import ended_by_outcome
+from pipeline.tracking.lineage import LineageStep, walk
+from pipeline.tracking.registry import ModelVersion, Registry, opened
+from pipeline.tracking.tracker import Tracker, open_tracker
+
+EVALUATION = "evaluation.json"
+EVALUATION_TAG = "latentloom.evaluation"
+_RUN_ID_WAIT_S = 10.0
+_log = logging.getLogger(__name__)
+
+
+def run(config: PromoteJobConfig) -> JobResult:
+    """Move the alias; InputError (exit code 3), with nothing moved, naming each threshold that is missed."""
+    config = config.model_copy(update={"tracking": resolve_paths(config.tracking)})
+    record = read_evaluation(config.evaluation.uri)
+    with opened(config.tracking.uri) as registry:
+        version = _judged_version(config, record, registry)
+        missed = missed_figures(record, config)
+        held = [v for v in registry.versions(version.name) if config.model.alias in v.aliases]
+        if not missed and held and held[0].version == version.version:
+            return _result("unchanged", config, version, held, record, None)
+        tracker = _open_run(config, record, version)
+        with ended_by_outcome(tracker):
+            tracker.set_tags({"latentloom.promoted": "no" if missed else "yes"})
+            if missed:
+                raise _not_reached(config, version, missed)
+            registry.point(version, config.model.alias, {EVALUATION_TAG: record.key})
+        _log.info("%s@%s is version %d now", version.name, config.model.alias, version.version)
+        return _result("done", config, version, held, record, tracker.wait_run_id(_RUN_ID_WAIT_S))
+
+
+def plan(config: PromoteJobConfig) -> JobResult:
+    """Which thresholds would be missed, by the evaluation alone."""
+    record = read_evaluation(config.evaluation.uri)
+    missed = missed_figures(record, config)
+    counts = {"thresholds": len(config.at_least) + len(config.at_most), "missed": len(missed)}
+    return JobResult("dry-run", counts, figures=record.flat(), details={"missed": missed})
+
+
+def read_evaluation(uri: str) -> Record:
+    """The newest evaluation in an output of the evaluate job; InputError when there is none."""
+    root = Root(uri)
+    try:
+        record = Record.from_bytes(root.read_bytes(EVALUATION))
+        why = "it is no evaluation of this version"
+    except storage_errors() as error:
+        record, why = None, describe(error)
+    if record is None:
+        raise InputError(
+            f"There is no readable evaluation at {root.uri}: {why}",
+            key="evaluation.uri",
+            value=uri,
+            rule=f"the output of the evaluate job, which holds {EVALUATION}",
+            next_step="run the evaluate job, or name its output.uri",
+        )
+    return record
+
+
+def missed_figures(record: Record, config: PromoteJobConfig) -> list[str]:
+    """One sentence per threshold that is not reached; a figure that was not taken reaches none."""
+    figures = {figure.name: figure for figure in record.figures}
+    missed = []
+    for sign, asked in (("at least", config.at_least), ("at most", config.at_most)):
+        for name, wanted in asked.items():
+            figure = figures.get(name)
+            if figure is None:
+                known = record.absent.get(name) or f"known are {', '.join(sorted(figures)) or 'none'}"
+                missed.append(f"{name} was not taken ({known}), asked is {sign} {wanted:g}")
+                continue
+            bound = figure.low if sign == "at least" else figure.high
+            value = figure.value if bound is None or not config.cautious else bound
+            reached = value >= wanted if sign == "at least" else value <= wanted
+            if not reached or math.isnan(value):
+                edge = f" (interval {figure.low:g} to {figure.high:g})" if bound is not None else ""
+                missed.append(f"{name} is {figure.value:g}{edge}, asked is {sign} {wanted:g}")
+    return missed
+
+
+def _judged_version(config: PromoteJobConfig, record: Record, registry: Registry) -> ModelVersion:
+    """The version whose training run the evaluated samples come from."""
+    name, uri = config.model.name, config.tracking.uri
+    sampled = (record.inputs.get("samples") or {}).get("run_id")
+    if not sampled:
+        raise InputError(
+            "This evaluation does not say which model it judged",
+            key="evaluation.uri",
+            value=config.evaluation.uri,
+            rule="it judged samples that were drawn with tracking.enabled",
+            next_step="evaluate samples of the model, drawn by a tracked sample job",
+        )
+    behind: list[LineageStep] = walk(str(sampled), uri)
+    trained = {step.run_id for step in behind if step.found and step.job == "train"}
+    versions = registry.versions(name)
+    found = [v for v in versions if v.run_id in trained and config.model.version in (None, v.version)]
+    if not found:
+        known = ", ".join(f"{v.version} (run {v.run_id})" for v in versions) or "none"
+        raise InputError(
+            f"The evaluation is about no such version of the registered model {name!r}",
+            key="model.name",
+            value=name,
+            rule=f"the samples come from training run {', '.join(sorted(trained)) or 'none that is known'}; "
+            f"registered versions: {known}",
+            next_step="train with registry.name set, sample and evaluate that model, then promote it",
+        )
+    return found[-1]
+
+
+def _open_run(config: PromoteJobConfig, record: Record, version: ModelVersion) -> Tracker:
+    tracker = open_tracker(
+        config.tracking,
+        job="promote",
+        run_name=f"promote {version.name}@{config.model.alias}",
+        parents={"train": version.run_id, **({"evaluate": record.run_id} if record.run_id else {})},
+    )
+    tracker.log_text(dump_yaml(config), "config.yaml")
+    tracker.log_params(
+        {
+            "model": version.name,
+            "version": version.version,
+            "alias": config.model.alias,
+            "evaluation.uri": config.evaluation.uri,
+            **{f"at_least.{k}": v for k, v in config.at_least.items()},
+            **{f"at_most.{k}": v for k, v in config.at_most.items()},
+        }
+    )
+    tracker.log_metrics(record.flat(), step=0)
+    return tracker
+
+
+def _not_reached(config: PromoteJobConfig, version: ModelVersion, missed: list[str]) -> InputError:
+    lines = "\n".join(f"  - {line}" for line in missed)
+    return InputError(
+        f"Version {version.version} of {version.name} is not promoted to {config.model.alias}:\n{lines}",
+        key="at_least, at_most",
+        rule="every threshold is reached, judged by "
+        + ("the unfavourable end of its interval" if config.cautious else "the value itself"),
+        next_step="train longer or better, or ask for less; the alias stays where it was",
+    )
+
+
+def _result(
+    status: str,
+    config: PromoteJobConfig,
+    version: ModelVersion,
+    held: list[ModelVersion],
+    record: Record,
+    run_id: str | None,
+) -> JobResult:
+    return JobResult(
+        status,
+        {"version": version.version, "thresholds": len(config.at_least) + len(config.at_most)},
+        {"model": f"models:/{version.name}@{config.model.alias}", "export": version.uri},
+        run_id,
+        figures=record.flat(),
+        details={"previous_version": held[0].version if held else None, "training_run": version.run_id},
+    )

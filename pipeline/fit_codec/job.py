@@ -1,0 +1,243 @@
+"""The fit_codec job: images of a source -> a small AutoencoderKL in diffusers layout. A plain torch job.
+
+    look at the output -> choose images -> claim -> fit -> upload -> complete marker
+
+Until the claim nothing is written. The marker comes last, so a crash leaves a claimed directory that the
+same configuration fits again. A finished output is recognised in about a second, without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from pipeline.codec.config import FitCodecJobConfig, FitConfig, FitIdentity
+from pipeline.codec.flops import decode_flops, encode_flops
+from pipeline.codec.info import CodecInfo, codec_info
+from pipeline.config import config_digest, dump_yaml
+from pipeline.errors import ConflictError, InputError
+from pipeline.progress import Progress
+from pipeline.result import JobResult
+from pipeline.storage.errors import describe, storage_errors
+from pipeline.storage.root import Root
+
+CLAIM = "fit_codec.json"
+COMPLETE = "fit_codec.complete.json"
+_LOG_EVERY = 10
+
+
+def run(config: FitCodecJobConfig) -> JobResult:
+    """Fit and save the codec, or report that this configuration did so before; see the errors of each step."""
+    identity = FitIdentity(source=config.source, image=config.image, fit=config.fit)
+    root = Root(config.output.uri)
+    finished = _look(root, identity)
+    if finished is not None:
+        return _result("unchanged", root, finished)
+    return _result("done", root, _fit(config, identity, root))
+
+
+def dry_run(config: FitCodecJobConfig) -> JobResult:
+    """What `run` would do: images found and the arithmetic it takes. Reads the listing, writes nothing."""
+    from pipeline.source.reading.listing import list_entries
+
+    identity = FitIdentity(source=config.source, image=config.image, fit=config.fit)
+    root = Root(config.output.uri)
+    finished = _look(root, identity)
+    entries = sum(1 for _ in list_entries(config.source))
+    side = config.image.resolutions[0]
+    info = planned_info(config.fit)
+    forward = (encode_flops(info, side, side) or 0) + (decode_flops(info, side, side) or 0)
+    images = config.fit.steps * config.fit.batch_size
+    return JobResult(
+        "dry-run",
+        counts={"entries": entries, "steps": 0 if finished else config.fit.steps},
+        outputs={"codec": root.uri},
+        # A backward pass costs twice a forward one.
+        figures={"fit_tflop": 0.0 if finished else 3 * forward * images / 1e12, "factor": float(config.fit.factor)},
+    )
+
+
+def planned_info(fit: FitConfig) -> CodecInfo:
+    """The shape of the codec that a recipe gives, before it exists (no weights, hence no hash)."""
+    config = {
+        "block_out_channels": list(fit.block_out_channels),
+        "layers_per_block": fit.layers_per_block,
+        "latent_channels": fit.latent_channels,
+        "norm_num_groups": fit.norm_groups,
+        "mid_block_add_attention": fit.mid_attention,
+    }
+    return CodecInfo("AutoencoderKL", config, "", fit.latent_channels, fit.factor)
+
+
+# -- the output ------------------------------------------------------------------------------------------------
+
+
+def _look(root: Root, identity: FitIdentity) -> dict[str, Any] | None:
+    """The record of a finished fit of this identity, or None when it may be fitted here.
+
+    Raises ConflictError when the output belongs to something else, InputError when it cannot be used.
+    """
+    try:
+        if root.kind() == "file":
+            raise InputError("The output is a file", key="output.uri", value=root.uri, rule="a codec is a directory")
+        claim, complete = _read_json(root, CLAIM), _read_json(root, COMPLETE)
+        if claim is None:
+            stranger = next((o.key for o in root.list()), None)
+        else:
+            stranger = None
+    except storage_errors() as error:
+        raise InputError(f"The output cannot be read: {describe(error)}", key="output.uri", value=root.uri) from error
+    if stranger is not None:
+        raise ConflictError(
+            f"The output holds files that this job did not write, such as {stranger}",
+            key="output.uri",
+            value=root.uri,
+            rule="a codec is fitted into an empty or new directory",
+            next_step="choose another output.uri",
+        )
+    if claim is None:
+        return None
+    _same_identity(root, claim, identity)
+    if complete is not None:
+        _intact(root, complete)
+    return complete
+
+
+def _same_identity(root: Root, claim: dict[str, Any], identity: FitIdentity) -> None:
+    if claim.get("config_digest") == config_digest(identity):
+        return
+    old, new = _flat(claim.get("config")), _flat(identity.model_dump(mode="json"))
+    changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+    difference = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in changed[:5])
+    raise ConflictError(
+        f"The output holds a codec of another configuration ({difference or 'unreadable'})",
+        key="output.uri",
+        value=root.uri,
+        rule="one output, one configuration",
+        next_step="choose another output.uri, or go back to that configuration",
+    )
+
+
+def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(data, dict):
+        return {prefix.rstrip("."): data}
+    return {k: v for key, value in data.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
+
+
+def _intact(root: Root, complete: dict[str, Any]) -> None:
+    """InputError unless the finished codec still holds the weights that were recorded."""
+    found = codec_info(root.uri).weights_sha256
+    if found != complete["weights_sha256"]:
+        raise InputError(
+            f"The weights of the finished codec have changed: {found[:16]} is not {complete['weights_sha256'][:16]}",
+            key="output.uri",
+            value=root.uri,
+            rule="a fitted codec never changes",
+            next_step="restore the file, or fit into another output.uri",
+        )
+
+
+def _read_json(root: Root, key: str) -> dict[str, Any] | None:
+    try:
+        data = json.loads(root.read_bytes(key))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise InputError(
+            f"{key} in the output is no valid JSON: {error}", key="output.uri", value=root.uri
+        ) from error
+    if not isinstance(data, dict):
+        raise InputError(f"{key} in the output holds no JSON object", key="output.uri", value=root.uri)
+    return data
+
+
+def _result(status: str, root: Root, record: dict[str, Any]) -> JobResult:
+    return JobResult(
+        status,
+        counts=record["counts"],
+        outputs={"codec": root.uri},
+        run_id=record["run_id"],
+        rates=record["rates"] if status == "done" else {},
+        figures=record["figures"],
+    )
+
+
+# -- the work --------------------------------------------------------------------------------------------------
+
+
+def _fit(config: FitCodecJobConfig, identity: FitIdentity, root: Root) -> dict[str, Any]:
+    """Choose images, claim the output, fit, upload, mark complete; returns the record that marks it."""
+    from pipeline.fit_codec.images import collect_images
+    from pipeline.tracking.ending import ended_by_outcome
+    from pipeline.tracking.tracker import open_tracker
+
+    images = collect_images(config.source, config.image, config.fit.images, config.fit.holdout, config.fit.seed)
+    root.probe()
+    _claim(root, identity)
+    tracker = open_tracker(config.tracking, job="fit_codec", run_name="codec", resume_run_id=None, parents={})
+    with ended_by_outcome(tracker):
+        tracker.log_text(dump_yaml(config), "config.yaml")
+        tracker.log_params({f"fit.{k}": v for k, v in config.fit.model_dump(mode="json").items()})
+        tracker.log_input(config.source.name, images.digest, config.source.uri, "input")
+        record = _fit_and_upload(config, root, images, tracker)
+        tracker.log_metrics(record["figures"], step=config.fit.steps)
+        tracker.log_input("codec", record["weights_sha256"][:32], root.uri, "output")
+        record = {**record, "config_digest": config_digest(identity), "run_id": tracker.wait_run_id(10.0)}
+        root.put(COMPLETE, _json_bytes(record))
+        return record
+
+
+def _claim(root: Root, identity: FitIdentity) -> None:
+    claim = {"config_digest": config_digest(identity), "config": identity.model_dump(mode="json")}
+    if not root.put_if_absent(CLAIM, _json_bytes(claim)):
+        # Our own earlier attempt, or another process just now: then it must be the same fit.
+        _same_identity(root, _read_json(root, CLAIM) or {}, identity)
+
+
+def _fit_and_upload(config: FitCodecJobConfig, root: Root, images: Any, tracker: Any) -> dict[str, Any]:
+    import torch
+
+    from pipeline.fit_codec.fit import fit_codec
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch, total = config.fit.batch_size, config.fit.steps * config.fit.batch_size
+    with Progress("fit_codec", total) as progress, tempfile.TemporaryDirectory() as scratch:
+
+        def on_step(step: int, figures: dict[str, float]) -> None:
+            progress.update(step * batch, loss=figures["loss"])
+            if step % _LOG_EVERY == 0 or step == 1:
+                tracker.log_metrics({f"fit/{k}": v for k, v in figures.items()}, step=step)
+
+        began = time.monotonic()
+        report = fit_codec(images.train, images.holdout, config.fit, Path(scratch), device=device, on_step=on_step)
+        elapsed_s = time.monotonic() - began
+        root.upload_dir(Path(scratch))
+        weights_sha256 = codec_info(scratch).weights_sha256
+    print(f"codec PSNR {report.psnr_db:.2f} dB on {len(images.holdout)} held-out images", file=sys.stderr)  # noqa: T201
+    return {
+        "format": 1,
+        "weights_sha256": weights_sha256,
+        "latents_mean": report.latents_mean,
+        "latents_std": report.latents_std,
+        "counts": {
+            "images": len(images.train),
+            "holdout": len(images.holdout),
+            "rejected": sum(images.rejects.values()),
+            "steps": config.fit.steps,
+            "parameters": report.parameters,
+        },
+        "figures": {"psnr_db": report.psnr_db, "loss": report.loss, "scaling_factor": report.scaling_factor},
+        "rates": {"images_per_s": total / elapsed_s},
+    }
+
+
+def _json_bytes(data: dict[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,192 @@
+"""The lineage job: from a generated image, a run or a dataset back to the source, and forward to what came of it.
+
+    image  --its own provenance-->  the training run
+    dataset  --notes in its root, digest-->  the runs that wrote it, and those that read it
+    run  --parents-->  runs before it      run  --children-->  runs after it
+
+An image holds no run of the sampling job (the same request drawn twice gives the same bytes), so its chain begins
+with the model that drew it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeline.errors import InputError
+from pipeline.media.images import read_provenance
+from pipeline.result import JobResult
+from pipeline.sample.provenance import FORMAT, origin_of
+from pipeline.storage.errors import describe, storage_errors
+from pipeline.storage.root import Root
+from pipeline.store.ledger.identity import read_identity
+from pipeline.store.ledger.layout import IDENTITY
+from pipeline.store.ledger.runs import noted_runs
+from pipeline.store.ledger.state import read_state
+from pipeline.store.read.dataset import Dataset
+from pipeline.tracking.config import LineageJobConfig
+from pipeline.tracking.lineage import LineageStep, NoSuchRun, descend, runs_of_dataset, walk
+
+_log = logging.getLogger(__name__)
+_RUN = re.compile(r"(key:)?[0-9a-f]{32}")
+_MAX_IMAGE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the walk starts from: runs that made it, and the digest of a dataset where it is, or names, one."""
+
+    kind: str
+    name: str
+    runs: tuple[str, ...]
+    digest: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def run(config: LineageJobConfig) -> JobResult:
+    """The chain as text (messages) and as JSON (`details`); InputError when there is nothing to start from."""
+    uri = config.tracking.uri
+    start = find_start(config.start)
+    related = runs_of_dataset(start.digest, uri) if start.digest else []
+    made = [s for s in related if any(d.digest == start.digest for d in s.outputs)]
+    read = [s for s in related if s not in made]
+    makers = list(dict.fromkeys([*start.runs, *(s.run_id for s in made)]))
+    if not makers and not read:
+        raise InputError(
+            f"Nothing recorded says where {start.name} comes from",
+            key="start",
+            value=config.start,
+            rule="it was made with tracking.enabled, by a run that this tracking store holds",
+            next_step="name the tracking.uri of the job that made it",
+        )
+    back = _merged(_walk_each(walk, makers, uri, start))
+    onward = makers if start.kind != "dataset" else [*makers, *(s.run_id for s in read)]
+    known = {s.run_id for s in back}
+    forward = [s for s in _merged(_walk_each(descend, onward, uri, start)) if s.run_id not in known]
+    for line in _text(start, back, forward):
+        _log.info(line)
+    steps = [*back, *forward]
+    return JobResult(
+        "done",
+        {"back": len(back), "forward": len(forward), "missing": sum(not s.found for s in steps)},
+        details={
+            "start": asdict(start),
+            "sources": _sources(back),
+            "back": [asdict(s) for s in back],
+            "forward": [asdict(s) for s in forward],
+        },
+    )
+
+
+def plan(config: LineageJobConfig) -> JobResult:
+    """What the start is, without asking the tracking store."""
+    start = find_start(config.start)
+    return JobResult("dry-run", {"runs": len(start.runs)}, details={"start": asdict(start)})
+
+
+def find_start(name: str) -> Start:
+    """A run id, the root of a dataset or an image file; InputError when it is none of them."""
+    if _RUN.fullmatch(name):
+        return Start("run", name, (name,))
+    root = Root(name)
+    try:
+        kind = root.kind()
+        if kind == "directory" and root.exists(IDENTITY):
+            return _of_dataset(root)
+        if kind == "file":
+            return _of_image(root)
+    except storage_errors() as error:
+        raise InputError(f"{name} cannot be read: {describe(error)}", key="start", value=name) from None
+    what = "no dataset" if kind == "directory" else "neither a run id nor an existing file or dataset"
+    raise InputError(
+        f"{name} is {what}",
+        key="start",
+        value=name,
+        rule="a generated image (png, jpeg, webp), a run id of 32 hex digits, or a root that holds dataset.json",
+        next_step="take the id or the URI from the last line a job printed",
+    )
+
+
+def _of_dataset(root: Root) -> Start:
+    identity = read_identity(root, "start")
+    dataset = Dataset(root, identity, read_state(root))
+    facts = {"kind": identity.kind, "fingerprint_digest": identity.fingerprint_digest, "rows": dataset.num_rows}
+    return Start("dataset", root.uri, tuple(noted_runs(root)), dataset.digest, facts)
+
+
+def _of_image(root: Root) -> Start:
+    parent, _, name = root.uri.rpartition("/")
+    found = read_provenance(Root(parent or "/").read_range(name, 0, _MAX_IMAGE_BYTES))
+    if found.get("format") != FORMAT:
+        raise InputError(
+            f"The provenance of {root.uri} has the format {found.get('format')!r}",
+            key="start",
+            rule=f"known is {FORMAT!r}",
+            next_step="upgrade latentloom",
+        )
+    origin = origin_of(found)
+    facts = {"request_id": found["request_id"], "request": found["request"], **asdict(origin)}
+    runs = (origin.model_run_id,) if origin.model_run_id else ()
+    # Without the run of the model, whoever made its training data is the nearest that is known.
+    return Start("image", root.uri, runs, None if runs else origin.dataset_digest, facts)
+
+
+def _walk_each(
+    follow: Callable[[str, str], list[LineageStep]], runs: Iterable[str], uri: str, start: Start
+) -> Iterator[LineageStep]:
+    """The steps from several runs; one that only the start names may be gone, one that a person names may not."""
+    for run_id in runs:
+        try:
+            yield from follow(run_id, uri)
+        except NoSuchRun:
+            if start.kind == "run":
+                raise
+            yield LineageStep(run_id, found=False, depth=0)
+
+
+def _merged(steps: Iterable[LineageStep]) -> list[LineageStep]:
+    """Each run once, at its smallest distance from the start, nearest first."""
+    nearest: dict[str, LineageStep] = {}
+    for step in steps:
+        known = nearest.get(step.run_id)
+        if known is None or (step.found, -step.depth) > (known.found, -known.depth):
+            nearest[step.run_id] = step
+    return sorted(nearest.values(), key=lambda s: s.depth)
+
+
+def _sources(back: list[LineageStep]) -> list[dict[str, str]]:
+    """What nobody on the way made: inputs that are no run's output."""
+    made = {d.digest for s in back for d in s.outputs}
+    found = [d for s in back for d in s.inputs if d.digest not in made]
+    return list({d.digest: {"uri": d.source, "digest": d.digest, "context": d.context} for d in found}.values())
+
+
+def _text(start: Start, back: list[LineageStep], forward: list[LineageStep]) -> Iterator[str]:
+    yield f"{start.kind} {start.name}"
+    if start.kind == "image":
+        yield f"  drawn by  {start.facts['model_uri']}  {_short(start.facts['model_digest'])}"
+        yield f"  request   {_short(start.facts['request_id'])}  {start.facts['request']}"
+    for title, steps in (("back to the source", back), ("forward", forward)):
+        yield f"{title}:" if steps else f"{title}: nothing"
+        for step in steps:
+            yield from _step_text(step)
+    for source in _sources(back):
+        yield f"source: {source['uri']}  {_short(source['digest'])}"
+
+
+def _step_text(step: LineageStep) -> Iterator[str]:
+    indent = "  " * (step.depth + 1)
+    if not step.found:
+        yield f"{indent}{step.run_id}  is not in this tracking store"
+        return
+    yield f"{indent}{step.job}  {step.run_name!r}  {step.run_id}  {step.status}"
+    for verb, links in (("read", step.inputs), ("made", step.outputs)):
+        for link in links:
+            yield f"{indent}    {verb}  {link.source}  {_short(link.digest)}"
+
+
+def _short(digest: str) -> str:
+    return digest[:12]

@@ -1,0 +1,143 @@
+"""Decoding in a child process that may be slow, crash or eat memory without harm to anybody.
+
+A child takes one image at a time (see `pipes`), under CPU seconds, ten times as many seconds of wall clock, and a
+limit on its address space. The parent turns a dead child into a reason and starts another with the next image.
+"""
+
+from __future__ import annotations
+
+import atexit
+import signal
+import sys
+import time
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from pipeline.source.config import ImageConfig
+from pipeline.source.pixels.buckets import Placement
+from pipeline.source.pixels.decode import DecodeError
+from pipeline.source.pixels.pipes import Child, Pool, alarms, limited_pipes, read_exactly, read_header, send
+from pipeline.source.pixels.render import Rendered, Rendering, render
+from pipeline.source.reasons import Reason
+
+_WALL_PER_CPU = 10.0
+_GRACE_S = 10.0
+
+
+def render_isolated(data: bytes, sample_id: bytes, orientation_hint: int | None, image: ImageConfig) -> Rendering:
+    """As `render`, in a child process; also raises DecodeError for a timeout, a crash or too much memory."""
+    child = children.take(image.decode_memory_mb)
+    try:
+        rendering = child.render(data, sample_id, orientation_hint, image)
+    except DecodeError:
+        children.give_back(child)
+        raise
+    except BaseException:
+        child.kill()
+        raise
+    children.give_back(child)
+    return rendering
+
+
+class _Decoder(Child):
+    """A child that decodes."""
+
+    def render(self, data: bytes, sample_id: bytes, hint: int | None, image: ImageConfig) -> Rendering:
+        """Send one image and wait for its pixels, its reason, or the child's end."""
+        header = {
+            "size": len(data),
+            "sample_id": sample_id.hex(),
+            "hint": hint,
+            "image": image.model_dump_json(),
+        }
+        deadline = time.monotonic() + image.decode_cpu_s * _WALL_PER_CPU + _GRACE_S
+        try:
+            self.send(header, [data])
+            answer = self.receive_header(deadline)
+            pixels = [self.receive(size, deadline) for size in answer["sizes"]]
+        except (EOFError, BrokenPipeError):
+            raise self._post_mortem(image.decode_cpu_s) from None
+        if "reason" in answer:
+            raise DecodeError(Reason(answer["reason"]), answer["message"])
+        outputs = tuple(_unpack(o, p) for o, p in zip(answer["outputs"], pixels, strict=True))
+        return Rendering(outputs, answer["phash"])
+
+    def _post_mortem(self, cpu_s: float) -> DecodeError:
+        code = self.exit_code()
+        if code == -signal.SIGPROF:
+            return DecodeError(Reason.DECODE_TIMEOUT, f"decoding took more than {cpu_s:g} CPU seconds")
+        if code == -signal.SIGALRM:
+            return DecodeError(Reason.DECODE_TIMEOUT, f"decoding took more than {cpu_s * _WALL_PER_CPU:g} seconds")
+        what = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return DecodeError(Reason.DECODER_CRASHED, f"the decoding process ended by {what}")
+
+
+children: Pool[_Decoder] = Pool(lambda memory_mb: _Decoder("pipeline.source.pixels.isolate", memory_mb))
+
+
+@atexit.register
+def close_children() -> None:
+    """End every idle child; the next isolated image starts a new one."""
+    children.close()
+
+
+def _unpack(output: dict[str, Any], pixels: bytes) -> Rendered:
+    bucket, top, left, height, width = output["placement"]
+    array = np.frombuffer(pixels, np.uint8).reshape(*bucket, 3)
+    placement = Placement((bucket[0], bucket[1]), top, left, height, width)
+    return Rendered(output["index"], array, placement, (output["original"][0], output["original"][1]))
+
+
+# -- in the child --------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=8)
+def _config(text: str) -> ImageConfig:
+    return ImageConfig.model_validate_json(text)
+
+
+def _answer(header: dict[str, Any], data: bytes) -> tuple[dict[str, Any], list[bytes]]:
+    try:
+        done = render(data, bytes.fromhex(header["sample_id"]), header["hint"], _config(header["image"]))
+    except DecodeError as error:
+        return {"reason": error.reason.value, "message": error.message, "sizes": []}, []
+    except MemoryError:
+        return {"reason": Reason.DECODE_MEMORY.value, "message": "out of memory", "sizes": []}, []
+    blobs = [o.pixels.tobytes() for o in done.outputs]
+    outputs = [
+        {
+            "index": o.resolution_index,
+            "placement": [
+                o.placement.bucket,
+                o.placement.top,
+                o.placement.left,
+                o.placement.height,
+                o.placement.width,
+            ],
+            "original": o.original,
+        }
+        for o in done.outputs
+    ]
+    return {"outputs": outputs, "phash": done.phash, "sizes": [len(b) for b in blobs]}, blobs
+
+
+def _serve(memory_mb: int) -> None:
+    """Answer images from standard input until it closes."""
+    source, sink = limited_pipes(memory_mb)
+    while True:
+        try:
+            header = read_header(source)
+            data = read_exactly(source, header["size"])
+        except EOFError:
+            return
+        cpu_s = _config(header["image"]).decode_cpu_s
+        alarms(cpu_s, cpu_s * _WALL_PER_CPU)
+        answer, blobs = _answer(header, data)
+        alarms(0, 0)
+        send(sink, answer, blobs)
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]))

@@ -1,0 +1,135 @@
+"""A source row becomes rows of pixels, or one reject: the last step before the device.
+
+SourceRow --render (here or in a child)--> one output per resolution --flip--> list[Prepared]
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+from PIL import features
+
+from pipeline.source.config import ImageConfig
+from pipeline.source.pixels.buckets import Size
+from pipeline.source.pixels.decode import DecodeError, is_risky, sniff
+from pipeline.source.pixels.isolate import render_isolated
+from pipeline.source.pixels.render import DRAFT_MARGIN, Rendering, bucket_sizes, render
+from pipeline.source.reading.ids import sample_id
+from pipeline.source.reading.rows import SourceRow
+from pipeline.source.reasons import Reason
+
+# Raised by hand whenever a change of the decode policy changes pixels; part of every dataset's fingerprint.
+POLICY_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One row for the codec: pixels uint8 [h, w, 3] sRGB and where they come from.
+
+    original: (height, width) after EXIF orientation; crop: (top, left, height, width) in those pixels, before
+    any flip; sample_id: 16 bytes; content_sha256: 32 bytes, of the stored file; phash: 64 bits or None.
+    """
+
+    pixels: np.ndarray
+    bucket: Size
+    variant: int
+    flipped: bool
+    original: Size
+    crop: tuple[int, int, int, int]
+    sample_id: bytes
+    content_sha256: bytes
+    phash: int | None
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A row without pixels: status "rejected" or "filtered", a reason of the closed list, and the particulars."""
+
+    status: str
+    reason: Reason
+    message: str
+
+    @staticmethod
+    def of(reason: Reason, message: str) -> Reject:
+        """A reject whose status follows from its reason."""
+        return Reject(reason.status, reason, message)
+
+
+def prepare(row: SourceRow, image: ImageConfig) -> list[Prepared] | Reject:
+    """Every variant of a row, or why there is none; never raises for any bytes.
+
+    Variant numbers are fixed by the configuration: resolution index, times two with flips (the odd ones flipped);
+    a resolution that is filtered by the upscale limit leaves its numbers out.
+    """
+    if row.reason is not None:
+        return Reject.of(Reason(row.reason), row.message or "")
+    if row.image is None:
+        return Reject.of(Reason.NO_IMAGE, "the row holds no image")
+    identity = sample_id(row.source, row.key)
+    try:
+        rendering = _render(row.image, identity, row.exif_orientation, image)
+    except DecodeError as error:
+        return Reject.of(error.reason, error.message)
+    digest = hashlib.sha256(row.image).digest()
+    return [
+        p
+        for flipped in ((False, True) if image.flip else (False,))
+        for p in _variants(row, rendering, flipped, image, digest)
+    ]
+
+
+def _variants(
+    row: SourceRow, rendering: Rendering, flipped: bool, image: ImageConfig, digest: bytes
+) -> list[Prepared]:
+    out = []
+    for output in rendering.outputs:
+        at = output.placement
+        variant = output.resolution_index * (2 if image.flip else 1) + flipped
+        out.append(
+            Prepared(
+                pixels=np.ascontiguousarray(output.pixels[:, ::-1]) if flipped else output.pixels,
+                bucket=at.bucket,
+                variant=variant,
+                flipped=flipped,
+                original=output.original,
+                crop=(at.top, at.left, at.height, at.width),
+                sample_id=sample_id(row.source, row.key, variant),
+                content_sha256=digest,
+                phash=rendering.phash,
+            )
+        )
+    return out
+
+
+def _render(data: bytes, identity: bytes, hint: int | None, image: ImageConfig) -> Rendering:
+    found = sniff(data)
+    risky = image.isolate == "risky" and found in image.formats and found is not None and is_risky(data, found)
+    if risky or image.isolate == "all":
+        return render_isolated(data, identity, hint, image)
+    return render(data, identity, hint, image)
+
+
+def policy_fingerprint(image: ImageConfig) -> dict[str, Any]:
+    """Everything in preprocessing that changes pixels or which crop they are of; limits and filters are not in it.
+
+    Limits decide only whether a row exists, so raising one and retrying its rejects extends a dataset.
+    Versions are those of the libraries whose arithmetic reaches the pixels.
+    """
+    return {
+        "policy_version": POLICY_VERSION,
+        "resize": "lanczos, reducing_gap 3",
+        "draft_margin": DRAFT_MARGIN if image.draft else None,
+        "buckets": {str(r): [list(b) for b in bucket_sizes(image, r)] for r in image.resolutions},
+        "crop": image.crop,
+        "flip": image.flip,
+        "matte": list(image.matte),
+        "icc": "to sRGB, relative colorimetric, black point compensation",
+        "pillow": metadata.version("pillow"),
+        "libraries": {
+            name: features.version(name) for name in ("jpg", "littlecms2", "jpg_2000", "webp", "avif", "libtiff")
+        },
+    }

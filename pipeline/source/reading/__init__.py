@@ -1,0 +1,12 @@
+"""From a URI to rows of compressed bytes: listing, and one reader for each kind of source.
+
+    SourceConfig --listing--> Entry ... --(the plan makes units of them)--> readers --> SourceRow | EndOfUnit
+
+listing    streams entries in one strict order (key, row), the same on local disks and object stores
+readers    give a unit's rows, any sub-ranges of them: folder here, tar shards in webdataset, tables in parquet
+tables     what is inside one Parquet file; table_child runs it in a child that asks for its bytes
+filters    which rows to keep, the same expression over tables (filters) and over single records (record_filter)
+fields, metadata, patterns, uris, ranges, ids serve them
+
+What is read is the version that was listed; another one gives no row, and stays a gap.
+"""

@@ -1,0 +1,255 @@
+"""Every row of a source as a stream of entries, in one strict order on every store.
+
+    folder:     one entry per file, one row each; captions and labels ride along as canonical JSON
+    webdataset: one entry per tar, whose number of rows is not known before it is read
+    parquet:    one entry per run of row groups of a file
+
+Entries ascend strictly by (key, row_start). Memory is that of one directory and its metadata.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Protocol
+
+from pipeline.errors import ConfigError, InputError
+from pipeline.source.config import FolderSource, ParquetSource, SourceConfig, WebDatasetSource
+from pipeline.source.reading.fields import canonical, parse_object
+from pipeline.source.reading.metadata import NAMES, FolderMetadata
+from pipeline.source.reading.patterns import Place, compiled, is_hidden, locate, matching
+from pipeline.source.reading.remote import map_ahead
+from pipeline.storage.errors import describe, storage_errors
+from pipeline.storage.root import KeyRefused, ObjectInfo, Root
+
+_TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_PARQUET_SUFFIXES = (".parquet", ".pq")
+_FOOTERS = 4  # files opened at a time while listing; each may have a process of its own to parse it
+Span = tuple[int, int | None, int]  # first row, row after the last, stored bytes
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One object of a source, or a range of rows of one: what a unit of work is made of.
+
+    key: relative to `source_root(source).uri`; rows row_start..row_stop (None: unknown before reading);
+    meta: for folder sources the canonical JSON of caption, label, extra and what the filter says, None without any.
+    """
+
+    key: str
+    size_bytes: int
+    etag: str | None
+    mtime_ns: int | None
+    row_start: int
+    row_stop: int | None
+    meta: str | None
+
+
+class EntryLike(Protocol):
+    """What an earlier listing has to remember of an entry."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def etag(self) -> str | None: ...
+    @property
+    def row_start(self) -> int: ...
+    @property
+    def row_stop(self) -> int | None: ...
+
+
+def source_root(source: SourceConfig) -> Root:
+    """The root that the keys of a source's entries are relative to; InputError when there is no source."""
+    return _place(source).root
+
+
+def list_entries(source: SourceConfig, known: Iterable[EntryLike] = ()) -> Iterator[Entry]:
+    """All entries, streaming, strictly ordered; InputError for a missing, empty or unusable source.
+
+    `known`: entries of an earlier listing, in the same order, which save opening files that their etag shows to be
+    the same. Files that no etag describes are opened each time.
+    """
+    place = _place(source)
+    if isinstance(source, FolderSource):
+        entries = _folder(place.root, source)
+    elif isinstance(source, WebDatasetSource):
+        entries = _tars(place)
+    else:
+        entries = _parquets(place, source, known)
+    last: tuple[str, int] | None = None
+    try:
+        for entry in entries:
+            _check_order(last, entry, place.root)
+            last = (entry.key, entry.row_start)
+            yield entry
+    except storage_errors() as error:
+        raise InputError(
+            f"The source {place.root.uri} cannot be listed: {describe(error)}",
+            key="source.uri",
+            value=source.uri,
+            next_step="check the store and the credentials, then run the same command again",
+        ) from None
+    except KeyRefused as error:
+        raise InputError(
+            f"The source {place.root.uri} holds a file that cannot be read by its name: {error}",
+            key="source.uri",
+            value=source.uri,
+            rule="names have no backslash, no NUL and no empty part",
+            next_step="rename the file, or leave it out by a pattern",
+        ) from None
+    if last is None:
+        raise InputError(
+            f"The source {place.root.uri} is empty",
+            key="source.uri",
+            value=source.uri,
+            rule=f"a {source.kind} source holds at least one {'file' if source.kind == 'folder' else 'shard'}",
+            next_step="check the path and the pattern; hidden files (.name) are not counted",
+        )
+
+
+def check_apart(source: SourceConfig, output: Root) -> None:
+    """ConfigError when a listing of the source would hold what a job writes to `output`: it would never end."""
+    if isinstance(source, WebDatasetSource):
+        return  # nothing that is written ends in .tar
+    place = _place(source)
+    inside = _below(place.root, output)
+    if inside is None:
+        return
+    written = f"{inside}/data/0{_PARQUET_SUFFIXES[0]}".lstrip("/")
+    if isinstance(source, FolderSource):
+        taken = not (source.exclude and compiled(source.exclude, "source.exclude").fullmatch(written))
+    else:
+        taken = place.patterns is None or bool(compiled(place.patterns, "source.uri").fullmatch(written))
+    if taken and not is_hidden(written):
+        raise ConfigError(
+            "The output lies inside the source: every run would find files of the run before it",
+            key="output.uri",
+            value=output.uri,
+            rule=f"what is written is no part of the source {place.root.uri}",
+            next_step="name an output elsewhere"
+            + (f", or leave it out by source.exclude=['{inside}/**']" if source.kind == "folder" and inside else ""),
+        )
+
+
+def _below(outer: Root, inner: Root) -> str | None:
+    """The key of one place below another, "" for the same; None where it lies elsewhere."""
+    here, there = (os.path.realpath(r.uri) if r.local_path() is not None else r.uri for r in (outer, inner))
+    if here == there:
+        return ""
+    below = here.rstrip("/") + "/"
+    return there[len(below) :] if there.startswith(below) else None
+
+
+def _place(source: SourceConfig) -> Place:
+    return locate(source.uri, patterns_allowed=not isinstance(source, FolderSource))
+
+
+def _folder(root: Root, source: FolderSource) -> Iterator[Entry]:
+    metadata = FolderMetadata(root, source)
+    excluded = compiled(source.exclude, "source.exclude") if source.exclude else None
+    for info in root.list():
+        name = info.key.rpartition("/")[2]
+        record = metadata.record_of(info.key)
+        if name in NAMES or is_hidden(info.key) or not _is_regular(root, info.key):
+            continue
+        if excluded is not None and excluded.fullmatch(info.key):
+            continue
+        if source.label_from == "directory":
+            record = _with_directory_label(record, info.key, source)
+        yield Entry(info.key, info.size_bytes, info.etag, info.mtime_ns, 0, 1, record)
+    metadata.finish()
+
+
+def _with_directory_label(record: str | None, key: str, source: FolderSource) -> str:
+    directory = key.rpartition("/")[0].rpartition("/")[2]
+    if directory not in source.classes:
+        raise InputError(
+            f"{key} lies in a directory that is no class",
+            key="source.classes",
+            value=list(source.classes)[:20],
+            rule="with label_from: directory every image's own directory is one of the classes",
+            next_step=f"add {directory!r} to source.classes, or exclude the files",
+        )
+    fields = parse_object(record) if record is not None else {}
+    return canonical({"caption": None, "extra": {}, **fields, "label": source.classes.index(directory)})
+
+
+def _is_regular(root: Root, key: str) -> bool:
+    """False for a local pipe, socket or device, which could be read for ever."""
+    path = root.local_path()
+    return path is None or stat.S_ISREG((path / key).stat().st_mode)
+
+
+def _tars(place: Place) -> Iterator[Entry]:
+    for info in matching(place, _TAR_SUFFIXES):
+        yield Entry(info.key, info.size_bytes, info.etag, info.mtime_ns, 0, None, None)
+
+
+def _parquets(place: Place, source: ParquetSource, known: Iterable[EntryLike]) -> Iterator[Entry]:
+    from pipeline.source.reading.parquet import spans
+
+    earlier = _Earlier(known)
+    first = True
+
+    def spans_of(file: tuple[ObjectInfo, list[Span] | None]) -> tuple[ObjectInfo, list[Span]]:
+        info, planned = file
+        return info, list(spans(place.root, info, source)) if planned is None else planned
+
+    def files() -> Iterator[tuple[ObjectInfo, list[Span] | None]]:
+        nonlocal first
+        for info in matching(place, _PARQUET_SUFFIXES):
+            planned = earlier.spans(info)
+            # The first is opened always: a column that is configured and not there is an error, whatever is known.
+            yield info, None if first else planned
+            first = False
+
+    for info, found in map_ahead(spans_of, files(), min(source.read_ahead, _FOOTERS)):
+        for start, stop, size in found:
+            yield Entry(info.key, size, info.etag, info.mtime_ns, start, stop, None)
+
+
+class _Earlier:
+    """The spans of files in an earlier listing, asked for in its order; holds those of one file."""
+
+    def __init__(self, entries: Iterable[EntryLike]) -> None:
+        self._files = groupby(entries, key=lambda entry: entry.key)
+        self._key, self._entries = "", list[EntryLike]()
+        self._ended = False
+
+    def spans(self, info: ObjectInfo) -> list[Span] | None:
+        """What is known of the file, if that is all of it, and of the same version."""
+        while not self._ended and self._key < info.key:
+            key, entries = next(self._files, (None, iter(())))
+            self._ended = key is None
+            self._key, self._entries = key or "", list(entries)
+        if self._key != info.key or info.etag is None:
+            return None
+        same = [(e.row_start, e.row_stop, e.size_bytes) for e in self._entries if e.etag == info.etag]
+        stops = [0, *(stop for _, stop, _ in same)]
+        whole = bool(same) and all(start == end for (start, _, _), end in zip(same, stops, strict=False))
+        # Without a last row a file was damaged, or could not be read in time: it is looked at again.
+        return same if whole and None not in stops else None
+
+
+def _check_order(last: tuple[str, int] | None, entry: Entry, root: Root) -> None:
+    try:
+        entry.key.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"The name of {entry.key!r} in {root.uri} is not UTF-8",
+            key="source.uri",
+            rule="keys are text",
+            next_step="rename the file",
+        ) from None
+    if last is not None and (entry.key, entry.row_start) <= last:
+        raise InputError(
+            f"The listing of {root.uri} is out of order: {entry.key!r} after {last[0]!r}",
+            key="source.uri",
+            rule="a source does not change while it is listed",
+            next_step="run the same command again when nothing writes there",
+        )

@@ -1,0 +1,189 @@
+"""metadata.jsonl and metadata.csv beside the images of a folder (the ImageFolder convention of Hugging Face).
+
+A file's `file_name` is relative to the metadata's own directory and may lie deeper; of several the nearest
+directory wins. Files in key order visit every directory's subtree in one stretch, so only the metadata of the
+directories above the present file are held. Where the source has a filter, a file that it does not keep carries the
+mark FILTERED, so that a changed filter changes only the entries it decides otherwise. A line that cannot be
+understood, or that names a file which is not there, stops the listing: silently dropping captions or labels would be
+worse.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import posixpath
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import InputError
+from pipeline.source.config import FolderSource
+from pipeline.source.reading.fields import canonical, parse_caption, parse_label, parse_object, pick_extra
+from pipeline.source.reading.filters import filter_columns
+from pipeline.source.reading.record_filter import Cell, keeps
+from pipeline.storage.root import Root
+
+NAMES = ("metadata.csv", "metadata.jsonl")
+FILTERED = "filtered"  # a key of an entry's metadata: the filter does not keep the row
+
+
+@dataclass
+class _Directory:
+    path: str  # "" for the root, else ending in "/"
+    file: str  # key of the metadata file, "" where there is none
+    records: dict[str, tuple[int, str]]  # file name -> (line, canonical JSON)
+
+
+class FolderMetadata:
+    """Finds the record of each file; files must come in key order, then `finish` once."""
+
+    def __init__(self, root: Root, source: FolderSource) -> None:
+        self._root, self._source = root, source
+        self._open: list[_Directory] = []
+        # A file that no metadata name has null in every field.
+        self._unnamed = None if source.filter is None or keeps(source.filter, {}) else canonical({FILTERED: True})
+
+    def record_of(self, key: str) -> str | None:
+        """The canonical JSON of a file's caption, label, extra fields and mark; None when no metadata name it."""
+        self._enter(key)
+        for directory in reversed(self._open):
+            found = directory.records.pop(key[len(directory.path) :], None)
+            if found is not None:
+                return found[1]
+        return self._unnamed
+
+    def finish(self) -> None:
+        """Check the directories that are still open."""
+        while self._open:
+            self._leave()
+
+    def _enter(self, key: str) -> None:
+        while self._open and not key.startswith(self._open[-1].path):
+            self._leave()
+        path = self._open[-1].path if self._open else None
+        parts = key.split("/")
+        for depth in range(len(parts)):
+            prefix = "".join(part + "/" for part in parts[:depth])
+            if path is None or len(prefix) > len(path):
+                self._open.append(self._read(prefix))
+
+    def _leave(self) -> None:
+        directory = self._open.pop()
+        if directory.records:
+            name, (line, _) = next(iter(directory.records.items()))
+            more = f" (and {len(directory.records) - 1} more)" if len(directory.records) > 1 else ""
+            raise _error(
+                self._root.uri_of(directory.file),
+                line,
+                f"there is no file {directory.path}{name}{more}",
+                "remove the line or bring the file back",
+            )
+
+    def _read(self, path: str) -> _Directory:
+        present = [path + name for name in NAMES if self._root.exists(path + name)]
+        if len(present) > 1:
+            raise InputError(
+                f"{self._root.uri_of(path.rstrip('/'))} holds both {NAMES[0]} and {NAMES[1]}",
+                key="source.uri",
+                value=self._source.uri,
+                rule="one metadata file per directory",
+                next_step="keep one of the two",
+            )
+        if not present:
+            return _Directory(path, "", {})
+        return _Directory(path, present[0], self._parse(present[0]))
+
+    def _parse(self, key: str) -> dict[str, tuple[int, str]]:
+        where = self._root.uri_of(key)
+        size, limit = self._root.info(key).size_bytes, self._source.max_metadata_bytes
+        if size > limit:
+            raise InputError(
+                f"{where} has {size} bytes",
+                key="source.max_metadata_bytes",
+                value=limit,
+                rule="a metadata file is held in memory while its directory is listed",
+                next_step="split it over the directories it speaks of, use Parquet or tar shards, or raise the limit",
+            )
+        try:
+            text = self._root.read_bytes(key).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = error.object[: error.start].count(b"\n") + 1
+            raise _error(where, line, "the text is not UTF-8", "save the file as UTF-8") from None
+        records: dict[str, tuple[int, str]] = {}
+        for line, name, meta in self._lines(where, text, csv_file=key.endswith(".csv")):
+            if name in records:
+                raise _error(where, line, f"{name} was already named in line {records[name][0]}", "keep one line")
+            records[name] = (line, meta)
+        return records
+
+    def _lines(self, where: str, text: str, *, csv_file: bool) -> Iterator[tuple[int, str, str]]:
+        needed = filter_columns(self._source.filter) if self._source.filter else set()
+        for line, parsed in _csv_records(text, needed) if csv_file else _json_records(text):
+            try:
+                if isinstance(parsed, ValueError):
+                    raise parsed
+                yield line, _file_name(parsed), self._meta(parsed, text_only=csv_file)
+            except ValueError as error:
+                raise _error(where, line, str(error), "correct or remove the line") from None
+
+    def _meta(self, record: dict[str, Any], *, text_only: bool) -> str:
+        source = self._source
+        cells = {name: Cell(value) for name, value in record.items()} if text_only else record
+        mark = {} if source.filter is None or keeps(source.filter, cells) else {FILTERED: True}
+        taken = ("file_name", source.caption, source.label)
+        label = source.label if source.label_from == "metadata" else None
+        return canonical(
+            {
+                "caption": parse_caption(record.get(source.caption)) if source.caption else None,
+                "label": parse_label(record.get(label), source.classes) if label else None,
+                "extra": pick_extra(record, source.extra, taken),
+                **mark,
+            }
+        )
+
+
+def _json_records(text: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    for line, content in enumerate(text.split("\n"), 1):
+        if content.strip():
+            try:
+                yield line, parse_object(content)
+            except ValueError as error:
+                yield line, error
+
+
+def _csv_records(text: str, needed: set[str]) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        missing = sorted(needed - set(reader.fieldnames or ()))
+        if missing:
+            yield 1, ValueError(f"there is no column {missing[0]}, which source.filter names")
+        for record in reader:
+            if None in record or None in record.values():
+                yield (
+                    reader.line_num,
+                    ValueError(f"{len(reader.fieldnames or ())} cells are needed, as in the header"),
+                )
+            else:
+                yield reader.line_num, dict(record)
+    except csv.Error as error:
+        yield reader.line_num + 1, ValueError(str(error))  # the counter stands at the last good line
+
+
+def _file_name(record: dict[str, Any]) -> str:
+    name = record.get("file_name")
+    if not isinstance(name, str) or not name:
+        raise ValueError("file_name is missing")
+    normal = posixpath.normpath(name)
+    if normal.startswith(("/", "../")) or normal in (".", ".."):
+        raise ValueError(f"file_name {name!r} must lie below the metadata's directory")
+    return normal
+
+
+def _error(where: str, line: int, problem: str, next_step: str) -> InputError:
+    return InputError(
+        f"{where}, line {line}: {problem}",
+        key="source.uri",
+        rule="each line names one existing file, with text captions and integer labels",
+        next_step=next_step,
+    )

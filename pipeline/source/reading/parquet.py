@@ -1,0 +1,129 @@
+"""Rows out of Parquet files: image bytes, the {bytes, path} struct of Hugging Face datasets, or URIs of images.
+
+    footer -> spans of row groups (the plan)      span -> batches of the needed columns -> filter -> rows
+
+A row's key is "file.parquet#row number in the file". Only needed columns and wanted row groups are read. The parsing
+itself is in `tables`, in a child process with limits (`table_child`) unless the source says isolate: false.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+from pipeline.errors import PipelineError
+from pipeline.source.config import ParquetSource
+from pipeline.source.reading import table_child, tables
+from pipeline.source.reading.listing import Entry
+from pipeline.source.reading.ranges import Ranges
+from pipeline.source.reading.remote import Failure, RangedFile, failure_of, map_ahead, open_ranges
+from pipeline.source.reading.rows import EndOfUnit, SourceRow
+from pipeline.source.reading.tables import Item, Span, TableError
+from pipeline.source.reading.uris import UriReader
+from pipeline.source.reasons import Reason
+from pipeline.storage.errors import ObjectChanged
+from pipeline.storage.root import ObjectInfo, Root, Version
+
+_log = logging.getLogger(__name__)
+
+_SPAN_ROWS, _SPAN_BYTES = 10_000, 256 << 20
+
+
+def spans(root: Root, info: ObjectInfo, source: ParquetSource) -> Iterator[tuple[int, int | None, int]]:
+    """(first row, row after the last, stored bytes) of runs of row groups; (0, None, size) for a damaged file.
+
+    InputError when a sound file lacks a column that the configuration names.
+    """
+    try:
+        groups = _layout(root, info.key, source, info, info.size_bytes)
+    except TableError:
+        yield 0, None, info.size_bytes
+        return
+    start, rows, size = 0, 0, 0
+    for group_rows, group_bytes in groups:
+        if rows and (rows + group_rows > _SPAN_ROWS or size + group_bytes > _SPAN_BYTES):
+            yield start, start + rows, size
+            start, rows, size = start + rows, 0, 0
+        rows, size = rows + group_rows, size + group_bytes
+    if rows:
+        yield start, start + rows, size
+
+
+def read_parquets(
+    root: Root, source: ParquetSource, entries: Sequence[Entry], wanted: Ranges
+) -> Iterator[SourceRow | EndOfUnit]:
+    """Rows of the spans one after the other; a damaged file of unknown length is one rejected row."""
+    uris, base, unknown = UriReader(root, source.uri_prefixes, source.max_bytes), 0, False
+    for entry in entries:
+        unknown = unknown or entry.row_stop is None
+        length = 1 if entry.row_stop is None else entry.row_stop - entry.row_start
+        if wanted.meets(base, base + length):
+            window = source.read_ahead if source.uri_prefixes or root.local_path() is None else 1
+            rows = _read_span(root, source, entry, base, wanted)
+            try:
+                yield from map_ahead(
+                    lambda item: item if isinstance(item, SourceRow) else _resolve(item, uris), rows, window
+                )
+            except ObjectChanged as error:
+                _log.warning("%s", error)
+                return
+        base += length
+    if unknown and wanted.open_ended:
+        yield EndOfUnit(base)
+
+
+def _read_span(root: Root, source: ParquetSource, entry: Entry, base: int, wanted: Ranges) -> Iterator[Item]:
+    """The wanted rows of one entry; every row that the file does not give is a rejected one."""
+    done = base
+    failure = Failure(Reason.CORRUPT_CONTAINER, "the file holds fewer rows than when it was listed")
+    try:
+        for item in _rows(root, source, entry, base, wanted):
+            yield item
+            done = (item if isinstance(item, SourceRow) else item[0]).row + 1
+    except PipelineError:
+        raise
+    except TableError as error:
+        failure = Failure(error.reason, error.message)
+    except Exception as error:  # noqa: BLE001 - stores raise anything; each lost row is accounted for
+        failure = failure_of(error)
+    length = 1 if entry.row_stop is None else entry.row_stop - entry.row_start
+    for row in range(done, base + length):
+        if row in wanted:
+            key = f"{entry.key}#{entry.row_start + row - base}"
+            yield SourceRow.without_image(row, key, failure.reason, failure.message, source.name)
+
+
+def _layout(
+    root: Root, key: str, source: ParquetSource, version: Version, size_bytes: int | None = None
+) -> list[tuple[int, int]]:
+    where = root.uri_of(key)
+    with open_ranges(root, key, version, size_bytes) as (read, size):
+        if source.isolate:
+            return table_child.layout(read, size, source, where)
+        with RangedFile(read, size) as file:
+            return tables.layout(file, source, where)
+
+
+def _rows(root: Root, source: ParquetSource, entry: Entry, base: int, wanted: Ranges) -> Iterator[Item]:
+    if entry.row_stop is None:  # it was damaged when it was listed: whatever it holds now was not planned
+        _layout(root, entry.key, source, entry)
+        raise TableError(
+            Reason.CORRUPT_CONTAINER, "the file was not readable when it was listed; list the source again"
+        )
+    where = root.uri_of(entry.key)
+    span = Span(entry.key, entry.row_start, entry.row_stop, base, wanted.pairs)
+    with open_ranges(root, entry.key, entry) as (read, size):
+        if source.isolate:
+            yield from table_child.rows(read, size, source, where, span)
+            return
+        with RangedFile(read, size) as file:
+            yield from tables.rows(file, source, where, span)
+
+
+def _resolve(item: tuple[SourceRow, str], uris: UriReader) -> SourceRow:
+    row, uri = item
+    data = uris.read(uri)
+    if isinstance(data, Failure):
+        return SourceRow.without_image(row.row, row.key, data.reason, data.message, row.source)
+    row.image = data
+    return row

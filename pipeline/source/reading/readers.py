@@ -1,0 +1,70 @@
+"""The rows of a unit: its entries one after the other, only the rows asked for, each as bytes or as a reason.
+
+No damaged or missing object raises: it ends as rejected rows. Where a unit's length was unknown and its end was
+reached, `EndOfUnit` comes last and says how many rows there were. Of an object that is no longer the listed version
+no row comes, and no end: what another version holds must not count as the listed one's; the next listing plans it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+from pipeline.source.config import FolderSource, ParquetSource, SourceConfig, WebDatasetSource
+from pipeline.source.reading.fields import canonical, parse_object
+from pipeline.source.reading.listing import Entry, source_root
+from pipeline.source.reading.metadata import FILTERED
+from pipeline.source.reading.ranges import Ranges
+from pipeline.source.reading.remote import Failure, fetch, map_ahead
+from pipeline.source.reading.rows import EndOfUnit, SourceRow
+from pipeline.source.reasons import Reason
+from pipeline.storage.errors import ObjectChanged
+from pipeline.storage.root import Root
+
+_log = logging.getLogger(__name__)
+
+
+def read_unit(
+    source: SourceConfig, entries: Sequence[Entry], ranges: Sequence[tuple[int, int | None]]
+) -> Iterator[SourceRow | EndOfUnit]:
+    """Rows of the concatenated entries inside the half-open ranges (a stop of None is the unit's end), in order."""
+    wanted, root = Ranges(ranges), _root(source)
+    if isinstance(source, FolderSource):
+        yield from _read_folder(root, source, entries, wanted)
+    elif isinstance(source, WebDatasetSource):
+        from pipeline.source.reading.webdataset import read_tars
+
+        yield from read_tars(root, source, entries, wanted)
+    else:
+        assert isinstance(source, ParquetSource)
+        from pipeline.source.reading.parquet import read_parquets
+
+        yield from read_parquets(root, source, entries, wanted)
+
+
+@lru_cache(maxsize=16)
+def _root(source: SourceConfig) -> Root:
+    return source_root(source)  # asks the store once per process, not once per unit
+
+
+def _read_folder(root: Root, source: FolderSource, entries: Sequence[Entry], wanted: Ranges) -> Iterator[SourceRow]:
+    def read(item: tuple[int, Entry]) -> SourceRow | None:
+        row, entry = item
+        fields = parse_object(entry.meta) if entry.meta is not None else {}
+        if fields.get(FILTERED):
+            message = f"not kept by {source.filter}"
+            return SourceRow.without_image(row, entry.key, Reason.ROW_FILTER, message, source.name)
+        try:
+            data = fetch(root, entry.key, source.max_bytes, entry.size_bytes, entry)
+        except ObjectChanged as error:
+            _log.warning("%s", error)
+            return None
+        if isinstance(data, Failure):
+            return SourceRow.without_image(row, entry.key, data.reason, data.message, source.name)
+        extra = canonical(fields["extra"]) if fields.get("extra") else None
+        return SourceRow(row, entry.key, data, fields.get("caption"), fields.get("label"), extra, source=source.name)
+
+    chosen = ((row, entry) for row, entry in enumerate(entries) if row in wanted)
+    rows = map_ahead(read, chosen, 1 if root.local_path() is not None else source.read_ahead)
+    yield from (row for row in rows if row is not None)

@@ -1,0 +1,257 @@
+"""What is inside one Parquet file, given a way to read its bytes: the sizes of its row groups, and its rows.
+
+    footer --layout--> [(rows, stored bytes) of each row group]      row groups --rows--> SourceRow, or (row, URI)
+
+Nothing a file says about itself is believed further than its bytes reach, damage inside a row group costs that row
+group alone, and everything that reads through a failing store raises that store's error. Memory is that of one page
+of each column, as stored and unpacked, and of a batch of rows: `table_child` runs this under a limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import InputError, PipelineError
+from pipeline.source.config import ParquetSource
+from pipeline.source.reading.fields import canonical, orientation_of, parse_caption, parse_label, pick_extra
+from pipeline.source.reading.filters import filter_columns, to_arrow
+from pipeline.source.reading.ranges import Ranges
+from pipeline.source.reading.remote import RangedFile
+from pipeline.source.reading.rows import SourceRow
+from pipeline.source.reasons import Reason
+
+Item = SourceRow | tuple[SourceRow, str]  # with a URI: the image is elsewhere
+
+_BATCH_ROWS = 32
+_BUFFER_BYTES = 8 << 20  # of each column: a row group is never held as a whole
+_FREE_ROWS = 1 << 20  # more rows than this need a stored byte each to be believed
+_MAX_URI = 8192
+
+
+class TableError(Exception):
+    """The file, or what is left of it, cannot be read; says why."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason, self.message = reason, message[:500]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows row_start..row_stop of a file, which are rows from `base` on in their unit; `ranges` are of the unit."""
+
+    key: str
+    row_start: int
+    row_stop: int
+    base: int
+    ranges: tuple[tuple[int, int | None], ...]
+
+    def row_of(self, file_row: int) -> int:
+        """The unit's number of one of the file's rows."""
+        return self.base + file_row - self.row_start
+
+
+def layout(file: RangedFile, source: ParquetSource, where: str) -> list[tuple[int, int]]:
+    """(rows, stored bytes) of each row group.
+
+    InputError when a sound file lacks what the configuration names; TableError for a damaged or lying one.
+    """
+    with _opened(file) as parquet:
+        _columns(parquet.schema_arrow, source, where)
+        return _groups(parquet, file.size)
+
+
+def rows(file: RangedFile, source: ParquetSource, where: str, span: Span) -> Iterator[Item]:
+    """The wanted rows of a span in order; a damaged row group gives rejected rows, those after it are read."""
+    wanted = Ranges(span.ranges)
+    with _opened(file) as parquet:
+        columns, first = _columns(parquet.schema_arrow, source, where), 0
+        for group, (count, _) in enumerate(_groups(parquet, file.size)):
+            inside = span.row_start <= first < span.row_stop
+            if inside and wanted.meets(span.row_of(first), span.row_of(first + count)):
+                yield from _group(file, parquet, group, range(first, first + count), columns, source, span, wanted)
+            first += count
+
+
+def _opened(file: RangedFile) -> Any:
+    try:
+        return pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
+    except Exception as error:  # noqa: BLE001 - as below
+        raise _damage(file, error) from None
+
+
+def _damage(file: RangedFile, error: Exception) -> Exception:
+    """What an exception out of Arrow means: the store's own error where reading failed, else a TableError."""
+    if file.failed is not None:
+        return file.failed
+    if isinstance(error, MemoryError):
+        return TableError(Reason.DECODE_MEMORY, f"reading it needs too much memory: {_one_line(error)}")
+    return TableError(Reason.CORRUPT_CONTAINER, _one_line(error))
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _groups(parquet: Any, size_bytes: int) -> list[tuple[int, int]]:
+    """Rows and stored bytes of each row group; TableError when the footer claims what the file cannot hold."""
+    footer = parquet.metadata
+    found = [(footer.row_group(g).num_rows, _stored_bytes(footer.row_group(g))) for g in range(footer.num_row_groups)]
+    claimed, stored = sum(n for n, _ in found), sum(size for _, size in found)
+    least = min((min(pair) for pair in found), default=0)
+    if least < 0 or stored > size_bytes or claimed > max(_FREE_ROWS, size_bytes):
+        message = f"the footer claims {claimed} rows in {stored} bytes, the file has {size_bytes} bytes"
+        raise TableError(Reason.CORRUPT_CONTAINER, message)
+    return found
+
+
+def _stored_bytes(group: Any) -> int:
+    sizes = [group.column(c).total_compressed_size for c in range(group.num_columns)]
+    return min(sizes) if any(s < 0 for s in sizes) else sum(sizes)
+
+
+def _group(
+    file: RangedFile,
+    parquet: Any,
+    group: int,
+    file_rows: range,
+    columns: list[str],
+    source: ParquetSource,
+    span: Span,
+    wanted: Ranges,
+) -> Iterator[Item]:
+    at = file_rows.start
+    try:
+        for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
+            kept = _kept(batch, source.filter)
+            for index in range(min(batch.num_rows, file_rows.stop - at)):
+                if at < span.row_stop and span.row_of(at) in wanted:
+                    keep = kept is None or index in kept
+                    yield _to_row(batch, index, source, span.row_of(at), f"{span.key}#{at}", keep)
+                at += 1
+        problem: Exception = TableError(Reason.CORRUPT_CONTAINER, "the row group holds fewer rows than it claims")
+    except PipelineError:
+        raise
+    except Exception as error:  # noqa: BLE001 - hostile bytes raise anything; each lost row is accounted for
+        problem = _damage(file, error)
+    if not isinstance(problem, TableError):
+        raise problem
+    for lost in range(at, min(file_rows.stop, span.row_stop)):
+        if span.row_of(lost) in wanted:
+            key = f"{span.key}#{lost}"
+            yield SourceRow.without_image(span.row_of(lost), key, problem.reason, problem.message, source.name)
+
+
+def _kept(batch: Any, text: str | None) -> set[int] | None:
+    if text is None:
+        return None
+    names = [name for name in batch.schema.names if name in filter_columns(text)]
+    table = pa.Table.from_batches([batch.select(names)]).append_column("#", pa.array(range(batch.num_rows)))
+    return set(table.filter(to_arrow(text)).column("#").to_pylist())
+
+
+def _to_row(batch: Any, index: int, source: ParquetSource, row: int, key: str, kept: bool) -> Item:
+    def without(reason: Reason, message: str) -> SourceRow:
+        return SourceRow.without_image(row, key, reason, message, source.name)
+
+    try:
+        names = [name for name in batch.schema.names if name != source.image]
+        record = {name: batch.column(name)[index].as_py() for name in names}
+        status = record.get(source.status) if source.status else None
+        if isinstance(status, str) and status != "success":
+            return without(Reason.SOURCE_STATUS, f"{source.status} is {status!r:.100}")
+        if not kept:
+            return without(Reason.ROW_FILTER, f"not kept by {source.filter}")
+        out = _with_texts(record, source, row, key)
+        image = batch.column(source.image)[index].as_py()
+    except (ValueError, OverflowError) as error:  # text that is no UTF-8, times beyond the calendar, ...
+        return without(Reason.BAD_METADATA, str(error))
+    if isinstance(image, dict):
+        image = image["bytes"] if image.get("bytes") is not None else image.get("path")
+    if image is None:
+        return without(Reason.NO_IMAGE, f"{source.image} is null")
+    if isinstance(image, str):
+        return (out, image) if len(image) <= _MAX_URI else without(Reason.URI_REFUSED, f"{len(image)} characters")
+    if len(image) > source.max_bytes:
+        return without(Reason.TOO_MANY_BYTES, f"{len(image)} bytes, over source.max_bytes {source.max_bytes}")
+    out.image = image
+    return out
+
+
+def _with_texts(record: dict[str, Any], source: ParquetSource, row: int, key: str) -> SourceRow:
+    caption = parse_caption(record.get(source.caption)) if source.caption else None
+    label = parse_label(record.get(source.label), source.classes) if source.label else None
+    used = (source.image, source.caption, source.label)
+    extra = {k: v for k, v in pick_extra(record, source.extra, used).items() if not isinstance(v, bytes)}
+    out = SourceRow(row, key, None, caption, label, canonical(extra) if extra else None, source=source.name)
+    out.exif_orientation = orientation_of(record.get(source.exif)) if source.exif else None
+    return out
+
+
+def _columns(schema: Any, source: ParquetSource, where: str) -> list[str]:
+    """The columns to read; InputError names those that are missing or of the wrong type."""
+    names = set(schema.names)
+    given = source.model_fields_set
+    asked = [("image", source.image), *(("extra", e) for e in source.extra if e != "*")]
+    # The default names of optional columns may be absent; names that somebody wrote down may not.
+    optional = [(key, getattr(source, key)) for key in ("caption", "label", "status", "exif")]
+    asked += [(key, name) for key, name in optional if name and key in given]
+    asked += [("filter", name) for name in sorted(filter_columns(source.filter))] if source.filter else []
+    for key, name in asked:
+        if name not in names:
+            raise InputError(
+                f"{where} has no column {name!r}",
+                key=f"source.{key}",
+                value=name,
+                rule=f"its columns are {', '.join(schema.names)[:400]}",
+                next_step="correct the name",
+            )
+    kind = schema.field(source.image).type
+    if not (_is_bytes(kind) or _is_text(kind) or _is_struct(kind) or pa.types.is_null(kind)):
+        raise InputError(
+            f"Column {source.image!r} of {where} holds {kind}, which is no image",
+            key="source.image",
+            value=source.image,
+            rule="an image column is binary, a struct of bytes and path, or text with URIs",
+            next_step="name another column",
+        )
+    _check_filter(schema, source, where)
+    if "*" in source.extra:
+        return list(schema.names)
+    wanted = {name for _, name in asked} | {name for _, name in optional if name}
+    return [name for name in schema.names if name in wanted]
+
+
+def _check_filter(schema: Any, source: ParquetSource, where: str) -> None:
+    if source.filter is None:
+        return
+    used = pa.schema([schema.field(name) for name in sorted(filter_columns(source.filter))])
+    try:
+        used.empty_table().filter(to_arrow(source.filter))
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise InputError(
+            f"The filter does not fit the columns of {where}: {' '.join(str(error).split())[:200]}",
+            key="source.filter",
+            value=source.filter,
+            rule=f"they are {', '.join(f'{f.name}: {f.type}' for f in used)[:400]}",
+            next_step="compare numbers with numbers and text with text",
+        ) from None
+
+
+def _is_bytes(kind: Any) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
+
+
+def _is_text(kind: Any) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_struct(kind: Any) -> bool:
+    return bool(
+        pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and _is_bytes(kind.field("bytes").type)
+    )

@@ -1,0 +1,242 @@
+"""Samples out of tar shards: neighbouring members of one basename form a sample.
+
+    dir/0001.jpg + dir/0001.txt + dir/0001.json + dir/0001.cls  ->  key "shard.tar/dir/0001"
+
+The basename ends at the first dot of the last path component, as the WebDataset convention has it. Payloads of
+rows that are not wanted are passed over unread. A name is only ever text: nothing is written under it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from pipeline.errors import PipelineError
+from pipeline.source.config import WebDatasetSource
+from pipeline.source.reading.fields import (
+    MAX_TEXT_BYTES,
+    canonical,
+    orientation_of,
+    parse_caption,
+    parse_label,
+    parse_object,
+    pick_extra,
+)
+from pipeline.source.reading.listing import Entry
+from pipeline.source.reading.ranges import Ranges
+from pipeline.source.reading.record_filter import keeps
+from pipeline.source.reading.remote import Failure, failure_of, open_file
+from pipeline.source.reading.rows import EndOfUnit, SourceRow
+from pipeline.source.reading.tar import Member, TarError, members
+from pipeline.source.reasons import Reason
+from pipeline.storage.errors import ObjectChanged
+from pipeline.storage.root import Root
+
+_log = logging.getLogger(__name__)
+
+_MAX_NAME = 4096
+_MAX_SAMPLES = 1 << 21  # of one tar: their names are remembered, to tell duplicates
+_TEXTS = ("txt", "json", "cls")
+
+
+@dataclass
+class _Sample:
+    base: str
+    row: int
+    parts: dict[str, bytes] = field(default_factory=dict)
+    failures: dict[str, Failure] = field(default_factory=dict)
+    image: str | None = None  # the extension of the image to be taken
+    duplicate: bool = False
+
+
+def read_tars(
+    root: Root, source: WebDatasetSource, entries: Sequence[Entry], wanted: Ranges
+) -> Iterator[SourceRow | EndOfUnit]:
+    """Rows of the tars one after the other; `EndOfUnit` last, unless the ranges ended before."""
+    row = 0
+    for entry in entries:
+        if wanted.beyond(row):
+            return
+        try:
+            row = yield from _read_tar(root, source, entry, row, wanted)
+        except ObjectChanged as error:
+            _log.warning("%s", error)
+            return  # nothing is known of the rows after this one
+    if wanted.open_ended:
+        yield EndOfUnit(row)
+
+
+def _read_tar(
+    root: Root, source: WebDatasetSource, entry: Entry, row: int, wanted: Ranges
+) -> Generator[SourceRow, None, int]:
+    """Rows of one tar, numbered from `row`; returns the number after the last.
+
+    Where reading fails, every wanted row that is known to exist is rejected, and one row stands for an end whose
+    place is not known: whoever reads that row again reads to the end.
+    """
+    try:
+        with open_file(root, entry.key, entry.size_bytes, entry) as file:
+            for sample in _samples(file, source, row, wanted):
+                row = sample.row + 1
+                if sample.row in wanted:
+                    yield _to_row(sample, source, entry)
+                if wanted.beyond(row):
+                    return row
+            return row
+    except PipelineError:
+        raise
+    except _Cut as cut:
+        row, failure = cut.row, cut.failure
+    except Exception as error:  # noqa: BLE001 - stores raise anything; the failure becomes a row
+        failure = failure_of(error)
+    for lost in wanted.rest(row):
+        key = f"{entry.key}/?{lost}"
+        yield SourceRow.without_image(lost, key, failure.reason, failure.message, source.name)
+        row = lost + 1
+    return row
+
+
+class _Cut(Exception):
+    """The tar ended too early; `row` is the number of the row that stands for the lost rest."""
+
+    def __init__(self, row: int, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.row, self.failure = row, failure
+
+
+def _samples(file: BinaryIO, source: WebDatasetSource, row: int, wanted: Ranges) -> Iterator[_Sample]:
+    """Groups of members; a sample that the damage cuts in two is lost with the rest, never half used."""
+    current: _Sample | None = None
+    seen: set[int] = set()
+    try:
+        for member in members(file):
+            base, extension = _split(member.name)
+            if not base or base.endswith("/"):
+                continue
+            if current is None or current.base != base:
+                if current is not None:
+                    yield current
+                    row += 1
+                current = _Sample(base, row)
+                mark = int.from_bytes(hashlib.blake2b(base.encode("utf-8", "replace"), digest_size=8).digest(), "big")
+                current.duplicate = mark in seen
+                seen.add(mark)
+                if len(seen) > _MAX_SAMPLES:
+                    raise TarError(f"more than {_MAX_SAMPLES} samples in one tar")
+            if row in wanted:
+                _collect(current, member, extension, source)
+    except TarError as error:
+        raise _Cut(row, Failure(Reason.CORRUPT_CONTAINER, str(error))) from None
+    except PipelineError:
+        raise
+    except Exception as error:  # noqa: BLE001 - as above
+        raise _Cut(row, failure_of(error)) from None
+    if current is not None:
+        yield current
+
+
+def _split(name: str) -> tuple[str, str]:
+    name = name.removeprefix("./")
+    directory, slash, last = name.rpartition("/")
+    base, _, extension = last.partition(".")
+    return directory + slash + base, extension.lower()
+
+
+def _collect(sample: _Sample, member: Member, extension: str, source: WebDatasetSource) -> None:
+    if extension in source.images:
+        # Of several images of a sample only the one that will be taken is held.
+        rank = source.images.index(extension)
+        if sample.image is not None and rank > source.images.index(sample.image):
+            return
+        if sample.image is not None:
+            sample.parts.pop(sample.image, None)
+        sample.image = extension
+        _take(sample, member, extension, source.max_bytes, Reason.TOO_MANY_BYTES)
+    elif extension in _TEXTS:
+        _take(sample, member, extension, MAX_TEXT_BYTES, Reason.BAD_METADATA)
+
+
+def _take(sample: _Sample, member: Member, extension: str, limit: int, reason: Reason) -> None:
+    sample.parts.pop(extension, None)
+    sample.failures.pop(extension, None)
+    if member.size > limit:
+        rule = "source.max_bytes " if reason is Reason.TOO_MANY_BYTES else ""
+        message = f"{member.name[:200]} has {member.size} bytes, over {rule}{limit}"
+        sample.failures[extension] = Failure(reason, message)
+    else:
+        sample.parts[extension] = member.read()
+
+
+def _to_row(sample: _Sample, source: WebDatasetSource, entry: Entry) -> SourceRow:
+    key = f"{entry.key}/{sample.base}"
+
+    def without(reason: Reason, message: str) -> SourceRow:
+        safe = key.encode("utf-8", "backslashreplace").decode()
+        return SourceRow.without_image(sample.row, safe, reason, message, source.name)
+
+    if len(sample.base) > _MAX_NAME:
+        key = f"{entry.key}/{sample.base[:100]}?{sample.row}"
+        return without(Reason.UNSAFE_NAME, f"a member's name has {len(sample.base)} characters, over {_MAX_NAME}")
+    if sample.base.startswith("/") or ".." in sample.base.split("/") or not _is_text(sample.base):
+        return without(Reason.UNSAFE_NAME, "member names are relative UTF-8 paths without '..'")
+    if sample.duplicate:
+        key += f"?{sample.row}"
+        return without(Reason.DUPLICATE_KEY, "an earlier sample of this tar has the same key")
+    unread = next((sample.failures[e] for e in _TEXTS if e in sample.failures), None)
+    if unread is not None:
+        return without(unread.reason, unread.message)
+    try:
+        texts = _Texts.of(sample, source)
+        if texts.status not in (None, "success"):
+            return without(Reason.SOURCE_STATUS, f"status is {texts.status!r}")
+        if source.filter is not None and not keeps(source.filter, texts.fields):
+            return without(Reason.ROW_FILTER, f"not kept by {source.filter}")
+        if sample.image is None:
+            return without(Reason.NO_IMAGE, f"no member ends in one of {', '.join(source.images)}")
+        if sample.image in sample.failures:
+            return without(sample.failures[sample.image].reason, sample.failures[sample.image].message)
+        return _with_texts(sample, source, key, texts)
+    except (ValueError, UnicodeError) as error:
+        return without(Reason.BAD_METADATA, str(error))
+
+
+@dataclass
+class _Texts:
+    """What the .json, .txt and .cls members say; `fields` is what a filter sees: .txt and .cls under their names."""
+
+    fields: dict[str, Any]
+    record: dict[str, Any]
+    status: str | None
+
+    @staticmethod
+    def of(sample: _Sample, source: WebDatasetSource) -> _Texts:
+        record = parse_object(sample.parts["json"]) if "json" in sample.parts else {}
+        fields = dict(record)
+        if source.caption and "txt" in sample.parts:
+            fields[source.caption] = sample.parts["txt"].decode("utf-8-sig")
+        if source.label and "cls" in sample.parts:
+            fields[source.label] = parse_label(sample.parts["cls"].decode("utf-8-sig").strip(), source.classes)
+        status = record.get("status")
+        return _Texts(fields, record, status if isinstance(status, str) else None)
+
+
+def _with_texts(sample: _Sample, source: WebDatasetSource, key: str, texts: _Texts) -> SourceRow:
+    assert sample.image is not None
+    caption = parse_caption(texts.fields.get(source.caption)) if source.caption else None
+    label = parse_label(texts.fields.get(source.label), source.classes) if source.label else None
+    extra = pick_extra(texts.record, source.extra, (source.caption, source.label))
+    image, packed = sample.parts[sample.image], canonical(extra) if extra else None
+    row = SourceRow(sample.row, key, image, caption, label, packed, source=source.name)
+    row.exif_orientation = orientation_of(texts.record.get("exif"))
+    return row
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in name

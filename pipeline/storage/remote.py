@@ -1,0 +1,152 @@
+"""How remote stores are asked: with limits of time on every request, and one layer of retries instead of three.
+
+The S3 clients below fsspec repeat failed calls by themselves, nested in each other, which makes a store that stalls
+hold a job for hours and hides whether it was the first or a later attempt that created an object. Both are turned
+off here; `Root` repeats.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.storage.writers import VARIABLE
+
+S3 = ("s3", "s3a")
+GCS = {"gs", "gcs"}
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10.0, 30.0
+# A body that the store does not take at this rate, after the first half minute, is sent again.
+SLOWEST_BYTES_PER_S = 256 << 10
+LARGEST_PUT_BYTES = 5 << 30
+BUFFER_BYTES = 1 << 20
+_MARK = "latentloom-writer"  # metadata of created objects
+
+
+def process_settings() -> dict[str, str]:
+    """Environment variables that every process of a job should have, the other users of a store's client included."""
+    passed = {name: os.environ[name] for name in (VARIABLE,) if name in os.environ}
+    if not any(os.environ.get(name) for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")):
+        return passed
+    # Most stores besides AWS refuse the checksums that its newer clients add unasked.
+    names = ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")
+    return {**passed, **{name: os.environ.get(name, "when_required") for name in names}}
+
+
+def make_filesystem(uri: str, scheme: str) -> Any:
+    """The fsspec filesystem of a URI, without a listings cache and with one attempt per call.
+
+    What is set by FSSPEC_S3 or fsspec's configuration files goes before these defaults. Raises ImportError or
+    ValueError when there is no backend for the scheme.
+    """
+    import fsspec
+    from fsspec.config import conf
+
+    if scheme not in S3:
+        return fsspec.core.url_to_fs(uri)[0]
+    settings = {"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": READ_TIMEOUT_S}
+    given = dict(conf.get("s3", {}).get("config_kwargs", {}))
+    config = {**settings, "retries": {"total_max_attempts": 1, "mode": "standard"}, **given}
+    fs = fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=config)
+    fs.retries = 1
+    return fs
+
+
+def read_whole(fs: Any, path: str) -> bytes:
+    """The bytes of an object, in one request where the store allows it."""
+    # Without this S3 asks for the size first, which doubles the requests for small objects.
+    one_stream = {"max_concurrency": 1} if "s3" in _protocols(fs) else {}
+    data: bytes = fs.cat_file(path, **one_stream)
+    return data
+
+
+def read_if_match(fs: Any, path: str, etag: str, start: int, length: int | None) -> bytes | None:
+    """Bytes of an object of one etag, else an answer of status 412; None where a store has no such request."""
+    if "s3" not in _protocols(fs):
+        return None
+    from fsspec.asyn import sync
+
+    bucket, _, key = path.partition("/")
+    span = {} if length is None else {"Range": f"bytes={start}-{start + length - 1}"}
+
+    async def get() -> bytes:
+        answer = await fs._call_s3("get_object", Bucket=bucket, Key=key, IfMatch=f'"{etag}"', **span)
+        async with answer["Body"] as body:
+            data: bytes = await body.read()
+            return data
+
+    found: bytes = sync(fs.loop, get)
+    return found
+
+
+def put_whole(fs: Any, path: str, data: bytes) -> None:
+    """Write an object, replacing any other; never in parts where one request can carry it."""
+    if "s3" in _protocols(fs) and len(data) <= LARGEST_PUT_BYTES:
+        _put_s3(fs, path, data)
+    else:
+        fs.pipe_file(path, data, **_time_limit(fs, data))
+
+
+def create_whole(fs: Any, path: str, data: bytes, mark: str) -> None:
+    """Write an object unless there is one: then FileExistsError, or an answer of status 412."""
+    if "s3" in _protocols(fs):
+        _put_s3(fs, path, data, IfNoneMatch="*", Metadata={_MARK: mark})
+    elif GCS & set(_protocols(fs)):
+        fs.pipe_file(path, data, mode="create", metadata={_MARK: mark}, **_time_limit(fs, data))
+    else:
+        fs.pipe_file(path, data, mode="create", **_time_limit(fs, data))
+
+
+def is_marked(fs: Any, path: str, mark: str) -> bool | None:
+    """Whether an object was created by the call that made this mark; None where a store keeps no marks."""
+    if GCS & set(_protocols(fs)):
+        return bool((fs.info(path).get("metadata") or {}).get(_MARK) == mark)
+    if "s3" not in _protocols(fs):
+        return None
+    bucket, _, key = path.partition("/")
+    return bool(fs.call_s3("head_object", Bucket=bucket, Key=key)["Metadata"].get(_MARK) == mark)
+
+
+def _put_s3(fs: Any, path: str, data: bytes, **conditions: Any) -> None:
+    bucket, _, key = path.partition("/")
+    fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **conditions, **_time_limit(fs, data))
+
+
+def _time_limit(fs: Any, data: bytes) -> dict[str, float]:
+    """fsspec's limit for a whole call: the clients have none for a body that the other side does not take."""
+    return {"timeout": READ_TIMEOUT_S + len(data) / SLOWEST_BYTES_PER_S} if getattr(fs, "async_impl", False) else {}
+
+
+def _protocols(fs: Any) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+class RangedFile(io.RawIOBase):
+    """A seekable file over ranged reads: each is one request, with the retries that `read_range` has."""
+
+    def __init__(self, read_range: Callable[[int, int], bytes], size_bytes: int) -> None:
+        self._read_range, self._size, self._at = read_range, size_bytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        length = min(len(buffer), max(0, self._size - self._at))
+        data = self._read_range(self._at, length) if length else b""
+        if len(data) != length:
+            raise OSError(f"{length} bytes were asked for at offset {self._at}, {len(data)} came")
+        buffer[:length] = data
+        self._at += length
+        return length

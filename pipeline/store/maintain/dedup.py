@@ -1,0 +1,270 @@
+"""Exact deduplication: of source rows with equal bytes the first stays, the others become filtered rows.
+
+    row groups --content_sha256, unit, row--> first of each content --> commit records of filtered rows
+
+The order is that of (unit, row); several variants of a source row count as one. The records are written under a
+generation of their own, newer than that of any row, so the fold lets them win. Every record stands for itself (each
+row it filters has an equal row that stays visible), so a crash between two of them costs nothing: the next run
+compares what is still visible. Bytes on disk go with the next compaction and garbage collection.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.errors import PipelineError
+from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import Generation, check_newest, claim_next, latest_number, read_closing
+from pipeline.store.ledger.identity import read_identity
+from pipeline.store.ledger.ledger import collect
+from pipeline.store.ledger.rowset import Int64s, RowSet
+from pipeline.store.ledger.runs import note_run
+from pipeline.store.ledger.state import State, VisibleFile, read_state
+from pipeline.store.read.dataset import Dataset
+from pipeline.store.write.schema import LATENTS, REJECTS
+from pipeline.store.write.writer import Committer
+
+REASON = "duplicate_content"
+MARK = "deduplicated"  # in a closing note: the digest of the rows among which no two are equal
+
+Rows = npt.NDArray[np.void]
+_ROW = np.dtype([("hash", np.uint64, (4,)), ("address", np.int64), ("group", np.int32)])
+_PEAK_ROW_BYTES = 160  # of a row while it is compared: two copies of it, sort keys and their order
+_READERS, _READ_WINDOW = 8, 32
+_ROWS_PER_COMMIT = 1 << 18
+_MESSAGE = "same bytes as unit {} row {}"
+_MESSAGE_PATTERN = r"^same bytes as unit (?P<unit>\d+) row (?P<row>\d+)$"
+
+
+@dataclass(frozen=True)
+class DedupReport:
+    """What a deduplication did: passes over the hashes, data rows read, source rows newly filtered."""
+
+    passes: int
+    rows_read: int
+    duplicates: int
+
+
+def deduplicate(
+    uri: str,
+    *,
+    source_uri: str,
+    memory_bytes: int,
+    note: Mapping[str, Any] | None = None,
+    on_group: Callable[[int, int], None] = lambda done, total: None,
+) -> DedupReport:
+    """Filter every visible source row that has an equal one before it; a second call finds nothing to do.
+
+    Rows are compared in as many passes, each over its share of the hashes, as `memory_bytes` asks for. `note` is
+    the tracking run that is noted with the new generation. Raises ConflictError while another run writes the
+    dataset, so the caller closes its own generation first.
+    """
+    root = Root(uri)
+    identity = read_identity(root)
+    generation = claim_next(root, lambda previous: collect(root, previous), job="dedup")
+    try:
+        if note is not None:
+            note_run(root, generation.number, dict(note))
+        state = read_state(root)
+        dataset = Dataset(root, identity, state)
+        committer = Committer(root, generation.number, 1, None, {})
+        work = _Work(dataset, committer, generation, source_uri, memory_bytes // (2 * _PEAK_ROW_BYTES))
+        passes = max(1, -(-dataset.num_rows // max(1, work.limit)))
+        groups = len(dataset.row_groups)
+        for number in range(passes):
+            for done in work.run_pass(number, passes):
+                on_group(number * groups + done, passes * groups)
+        final = read_state(root)
+        # A run that took over hides these commits: what is visible then may hold equal rows.
+        check_newest(root, generation.number)
+        generation.close({"status": "done", **marked(final)})
+        found = _filtered(final).count() - _filtered(state).count()
+        return DedupReport(passes, passes * dataset.num_rows, found)
+    except PipelineError as error:
+        generation.close({"status": type(error).__name__}, sealed=False)
+        raise
+    finally:
+        generation.abandon()
+
+
+def is_due(root: Root, state: State) -> bool:
+    """Whether the stored rows are others than those the last deduplication left."""
+    for number in range(latest_number(root), 0, -1):
+        closing = read_closing(root, number)
+        if closing is not None and MARK in closing:
+            return bool(closing[MARK] != marked(state)[MARK])
+    return True
+
+
+def marked(state: State) -> dict[str, str]:
+    """The part of a closing note that says: among these stored rows no two are equal."""
+    stored = _stored(state)
+    keys = np.concatenate([stored.starts, stored.stops]).astype("<i8").tobytes()
+    return {MARK: hashlib.blake2b(keys, digest_size=16).hexdigest()}
+
+
+def released(root: Root, state: State) -> RowSet:
+    """Rows that were filtered for the sake of an equal one that is there no longer: they are to be encoded again.
+
+    Only a row whose source changed or went can have left a duplicate behind, so nothing is read without those.
+    """
+    filtered = _filtered(state)
+    if not filtered or not state.plan.retired:
+        return RowSet.empty()
+    there = _stored(state) | filtered
+    found = [_left_alone(root, file, there) for file in state.reject_files]
+    return RowSet.union_all(found) & filtered
+
+
+def _left_alone(root: Root, file: VisibleFile, there: RowSet) -> RowSet:
+    """The duplicates of one reject file whose kept row is not among those that are there."""
+    with root.open(file.info.path) as source:
+        table = pq.read_table(source, columns=["unit", "row", "reason", "message"], page_checksum_verification=True)
+    table = table.filter(pc.equal(table["reason"], REASON))
+    if not len(table):
+        return RowSet.empty()
+    kept = pc.extract_regex(table["message"].combine_chunks(), _MESSAGE_PATTERN)
+    units = np.asarray(pc.struct_field(kept, "unit").cast(pa.int64()))
+    rows = np.asarray(pc.struct_field(kept, "row").cast(pa.int64()))
+    addresses = RowSet.from_rows(table["unit"].to_numpy(), table["row"].to_numpy()) - file.dead
+    alone = ~there.contains(units, rows)
+    return addresses & RowSet.from_rows(table["unit"].to_numpy()[alone], table["row"].to_numpy()[alone])
+
+
+def _stored(state: State) -> RowSet:
+    return state.covered - RowSet.union_all([*state.rejects.values(), *state.filtered.values()])
+
+
+def _filtered(state: State) -> RowSet:
+    return state.filtered.get(REASON, RowSet.empty())
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One deduplication: at most about `limit` rows are known, and as many more wait to be compared with them."""
+
+    dataset: Dataset
+    committer: Committer
+    generation: Generation
+    source_uri: str
+    limit: int
+
+    def run_pass(self, number: int, passes: int) -> Iterator[int]:
+        """Compare the rows whose hash falls into share `number` of `passes`, and commit what is not the first.
+
+        Yields after each row group how many of them were read.
+        """
+        known = np.zeros(0, _ROW)
+        waiting: list[Rows] = []
+        for done, rows in enumerate(self._shares(number, passes), 1):
+            waiting.append(rows)
+            if sum(map(len, waiting)) > self.limit:
+                known = self._settle(known, waiting)
+            yield done
+        self._settle(known, waiting)
+
+    def _settle(self, known: Rows, waiting: list[Rows]) -> Rows:
+        rows = np.concatenate([known, *waiting])
+        waiting.clear()
+        known, others, kept = first_of_each(rows)
+        for start in range(0, len(others), _ROWS_PER_COMMIT):
+            part = slice(start, start + _ROWS_PER_COMMIT)
+            self._commit(others[part], kept[part])
+        return known
+
+    def _shares(self, number: int, passes: int) -> Iterator[Rows]:
+        """The rows of one share of the hashes, row group by row group; few row groups are held at a time."""
+        with ThreadPoolExecutor(_READERS) as pool:
+            for first in range(0, len(self.dataset.row_groups), _READ_WINDOW):
+                self.generation.check()
+                groups = self.dataset.row_groups[first : first + _READ_WINDOW]
+                yield from pool.map(lambda g: self._share(g.index, number, passes), groups)
+
+    def _share(self, group: int, number: int, passes: int) -> Rows:
+        table = self.dataset.read(group, ["content_sha256", "unit", "row"])
+        table = table.filter(pc.is_valid(table["content_sha256"]))
+        rows = np.zeros(len(table), _ROW)
+        rows["hash"] = _hashes(table["content_sha256"])
+        rows["address"] = _addresses(table)
+        rows["group"] = group
+        share = ((rows["hash"][:, 0] >> np.uint64(32)) * np.uint64(passes)) >> np.uint64(32)
+        return rows if passes == 1 else rows[share == number]
+
+    def _commit(self, others: Rows, kept: Int64s) -> None:
+        order = np.argsort(others["address"], kind="stable")
+        others, kept = others[order], kept[order]
+        keys = self._keys(others)
+        outcomes = {
+            "unit": others["address"] >> 32,
+            "row": others["address"] & 0xFFFFFFFF,
+            "uri": [f"{self.source_uri}/{key}" for key in keys],
+            "key": keys,
+            "outcome": ["filtered"] * len(keys),
+            "reason": [REASON] * len(keys),
+            "message": [_MESSAGE.format(address >> 32, address & 0xFFFFFFFF) for address in kept.tolist()],
+        }
+        self.generation.check()
+        self.committer.commit(LATENTS.empty_table(), pa.table(outcomes, schema=REJECTS), {})
+
+    def _keys(self, rows: Rows) -> list[str]:
+        """The source keys of rows in address order, read from their row groups."""
+        keys = np.full(len(rows), "", object)
+        for group in np.unique(rows["group"]).tolist():
+            mine = np.flatnonzero(rows["group"] == group)
+            table = self.dataset.read(group, ["unit", "row", "key"])
+            place = np.searchsorted(rows["address"][mine], _addresses(table)).clip(max=len(mine) - 1)
+            hit = np.flatnonzero(rows["address"][mine][place] == _addresses(table))
+            keys[mine[place[hit]]] = table["key"].take(pa.array(hit)).to_pylist()
+        return list(keys.tolist())
+
+
+def first_of_each(rows: Rows) -> tuple[Rows, Rows, Int64s]:
+    """(the first row of every content, every other row once, the address of the first one each of them equals)."""
+    shared = _shared_prefix(rows["hash"][:, 0])
+    several = rows[shared]
+    if not len(several):
+        return rows, several, np.zeros(0, np.int64)
+    words = several["hash"]
+    several = several[np.lexsort((several["address"], *(words[:, i] for i in (3, 2, 1, 0))))]
+    new = np.ones(len(several), np.bool_)
+    new[1:] = (several["hash"][1:] != several["hash"][:-1]).any(axis=1)
+    first = several["address"][new][np.cumsum(new) - 1]
+    # Another variant of a row already listed is the same source row.
+    again = np.zeros(len(several), np.bool_)
+    again[1:] = ~new[1:] & (several["address"][1:] == several["address"][:-1])
+    other = (several["address"] != first) & ~again
+    return np.concatenate([rows[~shared], several[new]]), several[other], first[other]
+
+
+def _shared_prefix(prefix: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Which rows share their first 64 bits with another: few, so that only these are compared in full."""
+    order = np.argsort(prefix, kind="stable")
+    same = prefix[order][1:] == prefix[order][:-1]
+    shared = np.zeros(len(prefix), np.bool_)
+    shared[order[1:][same]] = True
+    shared[order[:-1][same]] = True
+    return shared
+
+
+def _hashes(column: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
+    """uint64 [n, 4], big-endian words, from a fixed-size binary column without nulls."""
+    array = pa.concat_arrays([c for c in column.chunks if len(c)]) if len(column) else None
+    if array is None:
+        return np.zeros((0, 4), np.uint64)
+    words = np.frombuffer(array.buffers()[1], ">u8").reshape(-1, 4)
+    return words[array.offset : array.offset + len(array)].astype(np.uint64)
+
+
+def _addresses(table: pa.Table) -> Int64s:
+    address: Int64s = (table["unit"].to_numpy() << 32) + table["row"].to_numpy()
+    return address

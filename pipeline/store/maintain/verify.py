@@ -1,0 +1,265 @@
+"""Proof that a dataset is what its ledger says: conservation, presence, sizes, checksums, and every row once."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.storage.errors import storage_errors
+from pipeline.storage.root import ObjectInfo, Root
+from pipeline.store.ledger import layout
+from pipeline.store.ledger.bundles import read_bundle
+from pipeline.store.ledger.generation import (
+    at_one_generation,
+    check_newest,
+    claim_next,
+    latest_number,
+    read_claim,
+    visible_headers,
+)
+from pipeline.store.ledger.identity import read_identity
+from pipeline.store.ledger.ledger import collect, parsed, visible_records
+from pipeline.store.ledger.record import CommitRecord, FileInfo
+from pipeline.store.ledger.rowset import RowSet
+from pipeline.store.ledger.state import State, fold, read_state
+from pipeline.store.plan.plan import Plan, read_plan
+from pipeline.store.read.outside import COLUMNS, problems_outside
+
+Level = Literal["ledger", "files", "checksums"]
+_DELETES = 32  # at a time, and between two looks for a run that has taken over
+LEVELS: tuple[Level, ...] = ("ledger", "files", "checksums")
+
+
+@dataclass
+class VerifyReport:
+    """What was checked and what was found wrong; `orphans` are files nothing refers to, which is no damage."""
+
+    level: str
+    planned_rows: int = 0
+    stored_rows: int = 0
+    rejected_rows: int = 0
+    filtered_rows: int = 0
+    files_checked: int = 0
+    bytes_read: int = 0
+    problems: list[dict[str, Any]] = field(default_factory=list)
+    orphans: list[str] = field(default_factory=list)
+    decode: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def problem(self, kind: str, where: str, detail: str) -> None:
+        """Add one finding."""
+        self.problems.append({"kind": kind, "where": where, "detail": detail})
+
+
+def verify(uri: str, level: Level, on_file: Callable[[int, int], None] = lambda done, total: None) -> VerifyReport:
+    """Check a dataset; InputError when there is none or its ledger cannot be read at all.
+
+    "ledger" reads no data; "files" also compares sizes and footers; "checksums" also reads every byte, compares
+    sha256, and proves from the rows themselves that every stored row is there once.
+    """
+    root = Root(uri)
+    read_identity(root)
+    report = VerifyReport(level)
+    state = read_state(root)
+    _conservation(state, report)
+    if level == "ledger":
+        return report
+    _named_by_content(root, state.plan, report)
+    report.orphans = sorted(info.key for info in at_one_generation(root, lambda n: list(_orphans(root, n))))
+    visible = [(f.info, f.dead) for f in state.files] + [(f.info, f.dead) for f in state.reject_files]
+    seen: list[RowSet] = []
+    with ThreadPoolExecutor(4) as pool:
+        checks = pool.map(lambda item: _check_file(root, item[0], item[1], level), visible)
+        for done, (problems, rows, size) in enumerate(checks, 1):
+            report.problems += problems
+            report.bytes_read += size
+            seen.append(rows)
+            on_file(done, len(visible))
+    report.files_checked = len(visible)
+    if level == "checksums":
+        _each_row_once(state, seen[: len(state.files)], report)
+    return report
+
+
+def _conservation(state: State, report: VerifyReport) -> None:
+    report.stored_rows, report.rejected_rows = state.num_stored, state.num_rejected
+    report.filtered_rows = state.num_filtered
+    gaps = state.gaps()
+    unknown = [t for t in gaps.triples() if t[2] >= 1 << 31]
+    units, lengths = state.plan.unit_lengths()
+    known = np.array([state.unit_rows.get(int(u), 0) if n < 0 else n for u, n in zip(units, lengths, strict=True)])
+    retired = RowSet.from_arrays(units, np.zeros_like(units), known.astype(np.int64)) & state.plan.retired
+    report.planned_rows = int(known.sum()) - retired.count()
+    if gaps:
+        what = f"{len(unknown)} units of unknown length" if unknown else f"{gaps.count():,} rows"
+        report.problem("unfinished", "ledger", f"{what} are planned and not settled; run the same job again")
+    outside = state.covered - (RowSet.from_arrays(units, np.zeros_like(units), known.astype(np.int64)))
+    if outside:
+        report.problem("unplanned", "ledger", f"{outside.count():,} settled rows are in no plan")
+    classes = [*state.rejects.items(), *state.filtered.items()]
+    if sum(rows.count() for _, rows in classes) != RowSet.union_all([rows for _, rows in classes]).count():
+        report.problem("double outcome", "ledger", "some rows have more than one reject or filter reason")
+
+
+def _check_file(root: Root, info: FileInfo, dead: RowSet, level: Level) -> tuple[list[dict[str, Any]], RowSet, int]:
+    """(problems, visible row addresses, bytes read) of one file."""
+
+    def problem(kind: str, detail: str) -> tuple[list[dict[str, Any]], RowSet, int]:
+        return [{"kind": kind, "where": info.path, "detail": detail}], RowSet.empty(), 0
+
+    try:
+        size = root.info(info.path).size_bytes
+        if size != info.size_bytes:
+            return problem("size", f"{size:,} bytes there, {info.size_bytes:,} committed")
+        if level == "files":
+            with root.open(info.path) as file:
+                reader = pq.ParquetFile(file)
+                rows = reader.metadata.num_rows
+                if rows != info.rows:
+                    return problem("rows", f"{rows} rows, not {info.rows}")
+                return _outside(root, reader, read=False), RowSet.empty(), 0
+        data = root.read_bytes(info.path)
+    except FileNotFoundError:
+        return problem("missing", "a commit record names this file and it is not there")
+    except (pa.ArrowException, *storage_errors()) as error:
+        return problem("unreadable", f"{type(error).__name__}: {error}")
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != info.sha256:
+        return problem("checksum", f"sha256 {digest[:16]}… there, {info.sha256[:16]}… committed")
+    table = pq.read_table(pa.BufferReader(data), columns=["unit", "row"], page_checksum_verification=True)
+    rows_in = RowSet.from_rows(table["unit"].to_numpy(), table["row"].to_numpy())
+    problems = _outside(root, pq.ParquetFile(pa.BufferReader(data)), read=True)
+    return problems, rows_in - dead, len(data)
+
+
+def _outside(root: Root, reader: pq.ParquetFile, *, read: bool) -> list[dict[str, Any]]:
+    """What is wrong with the objects that a data file's rows name, where they keep their blobs outside of it."""
+    if not set(COLUMNS) <= set(reader.schema_arrow.names):
+        return []
+    found = problems_outside(root, reader.read(columns=list(COLUMNS)), read=read)
+    return [{"kind": kind, "where": where, "detail": detail} for kind, where, detail in found]
+
+
+def _each_row_once(state: State, seen: list[RowSet], report: VerifyReport) -> None:
+    union = RowSet.union_all(seen)
+    total = sum(rows.count() for rows in seen)
+    settled = RowSet.union_all([*state.rejects.values(), *state.filtered.values()])
+    wanted = state.covered - settled
+    if total != union.count():
+        report.problem("duplicate", "data", f"{total - union.count():,} rows are visible more than once")
+    if wanted - union:
+        report.problem("lost", "data", f"{(wanted - union).count():,} committed rows are in no file")
+    if union - wanted:
+        report.problem("extra", "data", f"{(union - wanted).count():,} visible rows were never committed as stored")
+
+
+def _named_by_content(root: Root, plan: Plan, report: VerifyReport) -> None:
+    """Plan parts, bundles and the ledger's records carry a hash of their content in their name."""
+    number = latest_number(root)
+    names = [part for version in plan.versions for part in version.parts]
+    names += read_claim(root, number)["bundles"] if number else []
+    names += [info.key for info in root.list(layout.ledger_dir(number))] if number else []
+    for name in dict.fromkeys(names):
+        try:
+            if layout.content_name(root.read_bytes(name)) != layout.hash_in(name):
+                report.problem("checksum", name, "the content does not fit the name")
+        except FileNotFoundError:
+            report.problem("missing", name, "the plan or the newest claim names this object and it is not there")
+
+
+def _orphans(root: Root, number: int, since_s: float = math.inf) -> Iterator[ObjectInfo]:
+    """Objects nothing refers to: what crashes and fenced-off runs left, and what compaction replaced.
+
+    What counts is what generation `number` sees now, and whatever somebody could see after `since_s`.
+    """
+    records = visible_records(root, number)
+    plan = read_plan(root, number)
+    kept = {part for version in plan.versions for part in version.parts} | _files(fold(plan, records))
+    for seen in range(number, 0, -1):
+        claim = read_claim(root, seen)
+        kept.update(claim["bundles"])
+        if since_s == math.inf:
+            break
+        first = max(claim["at"], _put_at_s(root, f"{layout.generation_dir(seen)}/open.json")) < since_s
+        if first and _changed_at_s(root, seen) < since_s:
+            break
+        # What was visible when this claim came; between then and the next one its own records were, too.
+        kept |= _files(fold(_planned_before(plan, seen), _bundled(root, claim)))
+        kept.update(path for _, record in records if record.generation == seen for path in record.paths)
+        if first:
+            break
+    for directory in (layout.DATA, layout.REJECTS, layout.PLAN_PARTS, layout.SNAPSHOTS):
+        yield from (info for info in root.list(directory) if info.key not in kept)
+        yield from root.half_written(directory)
+
+
+def _planned_before(plan: Plan, number: int) -> Plan:
+    """What a plan held when a generation was claimed."""
+    return Plan(plan.root, tuple(v for v in plan.versions if v.generation < number), plan._tables)
+
+
+def _files(state: State) -> set[str]:
+    return {f.info.path for f in (*state.files, *state.reject_files)}
+
+
+def _bundled(root: Root, claim: dict[str, Any]) -> list[tuple[str, CommitRecord]]:
+    """The records that a claim lists; none where a shorter grace period took a bundle: nobody can open those."""
+    if not all(root.exists(bundle) for bundle in claim["bundles"]):
+        return []
+    return parsed(named for bundle in claim["bundles"] for named in read_bundle(root, bundle))
+
+
+def _put_at_s(root: Root, key: str) -> float:
+    return (root.info(key).mtime_ns or 0) / 1e9
+
+
+def _changed_at_s(root: Root, number: int) -> float:
+    """When a generation last changed what is visible, by the store's clock; 0 when it never did."""
+    records = [(info.mtime_ns or 0) / 1e9 for info in root.list(layout.ledger_dir(number))]
+    own = [key for key in visible_headers(root, number) if key.endswith(f"-{number:08d}.json")]
+    return max([*records, *(_put_at_s(root, key) for key in own)], default=0.0)
+
+
+def collect_garbage(uri: str, grace_s: float, now_s: float | None = None) -> tuple[int, int]:
+    """Remove orphans older than a grace period in seconds; returns (objects, bytes) removed.
+
+    A reader has the files of the state that it opened for the grace period after that state was superseded, and no
+    longer: a training run that began before a compaction reads the replaced fragments to its end. It has a generation
+    of its own: ConflictError while another run writes, and when one announces itself before this has ended.
+    """
+    root = Root(uri)
+    read_identity(root)
+    limit_s = (time.time() if now_s is None else now_s) - grace_s
+
+    def old(number: int) -> list[ObjectInfo]:
+        found = _orphans(root, number, limit_s)
+        return [info for info in found if info.mtime_ns is not None and info.mtime_ns < limit_s * 1e9]
+
+    if not at_one_generation(root, old):
+        return 0, 0
+    generation = claim_next(root, lambda previous: collect(root, previous), job="gc")
+    try:
+        # Of what a newer run names nothing is in this list: it tells its generation, and comes after a claim that the
+        # check below finds, or after the list.
+        garbage = old(generation.number)
+        with ThreadPoolExecutor(_DELETES) as pool:
+            for first in range(0, len(garbage), _DELETES):
+                check_newest(root, generation.number)
+                list(pool.map(lambda info: root.delete(info.key), garbage[first : first + _DELETES]))
+        generation.close({"status": "done", "removed": len(garbage)})
+        return len(garbage), sum(info.size_bytes for info in garbage)
+    finally:
+        generation.abandon()

@@ -1,0 +1,319 @@
+"""The frozen plan: which rows of the source exist, in units of work with stable numbers.
+
+A plan grows by versions. Each version is a header, created once, that names immutable Parquet parts: the
+version's *units* (number, rows, where its entries lie) and its *entries* (one object of the source, or one span
+of rows of it, each). A version may also *retire* rows whose source changed; their replacement is then planned in
+new units of that version. Nothing is ever renumbered.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import ConflictError
+from pipeline.storage.root import Root
+from pipeline.store.ledger import layout
+from pipeline.store.ledger.generation import at_one_generation, check_newest, visible_headers
+from pipeline.store.ledger.rowset import Int64s, RowSet
+
+_ENTRIES_PER_GROUP = 1024
+_ENTRIES_PER_PART = 1 << 18
+
+ENTRY_SCHEMA = pa.schema(
+    [
+        pa.field("unit", pa.int64(), False),
+        pa.field("first_row", pa.int64(), False),
+        pa.field("key", pa.string(), False),
+        pa.field("size_bytes", pa.int64(), False),
+        pa.field("etag", pa.string()),
+        pa.field("mtime_ns", pa.int64()),
+        pa.field("row_start", pa.int64(), False),
+        pa.field("row_stop", pa.int64()),
+        pa.field("meta", pa.string()),
+    ]
+)
+UNIT_SCHEMA = pa.schema(
+    [
+        pa.field("unit", pa.int64(), False),
+        pa.field("rows", pa.int64(), False),  # -1: only reading can tell
+        pa.field("size_bytes", pa.int64(), False),
+        pa.field("part", pa.int32(), False),
+        pa.field("offset", pa.int64(), False),
+        pa.field("entries", pa.int32(), False),
+    ]
+)
+
+
+class EntryLike(Protocol):
+    """One object of the source as listed (see `pipeline.source.reading.listing.Entry`)."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def etag(self) -> str | None: ...
+    @property
+    def mtime_ns(self) -> int | None: ...
+    @property
+    def row_start(self) -> int: ...
+    @property
+    def row_stop(self) -> int | None: ...
+    @property
+    def meta(self) -> str | None: ...
+
+
+class DiffResult(Protocol):
+    """What a comparison of source and plan found (see `plan_diff.DiffReport`)."""
+
+    @property
+    def retired(self) -> list[tuple[int, int, int]]: ...
+    @property
+    def removed(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class PlannedEntry:
+    """An entry at its place in the plan: rows [first_row, first_row + rows) of `unit`."""
+
+    unit: int
+    first_row: int
+    key: str
+    size_bytes: int
+    etag: str | None
+    mtime_ns: int | None
+    row_start: int
+    row_stop: int | None
+    meta: str | None
+
+    @property
+    def rows(self) -> int | None:
+        """How many rows the entry has; None when only reading can tell."""
+        return None if self.row_stop is None else self.row_stop - self.row_start
+
+
+@dataclass(frozen=True)
+class EntrySpan:
+    """The entries of one unit: `count` rows of a part, from row `offset`."""
+
+    part: str
+    offset: int
+    count: int
+
+
+def read_entries(root: Root, span: EntrySpan) -> list[PlannedEntry]:
+    """The entries of a unit in row order; reads only the row groups that hold them."""
+    first, last = span.offset, span.offset + span.count
+    groups = range(first // _ENTRIES_PER_GROUP, (last - 1) // _ENTRIES_PER_GROUP + 1)
+    with root.open(span.part) as file:
+        table = pq.ParquetFile(file, page_checksum_verification=True).read_row_groups(list(groups))
+    rows = table.slice(first - groups[0] * _ENTRIES_PER_GROUP, span.count).to_pylist()
+    return [PlannedEntry(**row) for row in rows]
+
+
+@dataclass(frozen=True)
+class PlanVersion:
+    """The header of one version."""
+
+    number: int
+    units_part: str
+    entry_parts: tuple[str, ...]
+    num_units: int
+    num_entries: int
+    num_rows: int
+    size_bytes: int
+    retired: tuple[tuple[int, int, int], ...]
+    removed: int
+    source: dict[str, Any]
+    generation: int
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The keys of all its parts: its entries', then its units'."""
+        return (*self.entry_parts, self.units_part)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All versions of a root's plan, read on demand."""
+
+    root: Root
+    versions: tuple[PlanVersion, ...] = ()
+    _tables: dict[str, pa.Table] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def number(self) -> int:
+        """The newest version; 0 for an empty plan."""
+        return self.versions[-1].number if self.versions else 0
+
+    @cached_property
+    def retired(self) -> RowSet:
+        """Rows whose source changed after they were planned."""
+        return RowSet.from_triples([t for v in self.versions for t in v.retired])
+
+    @cached_property
+    def units(self) -> pa.Table:
+        """The units of all versions, ascending by number, with the index of their version."""
+        tables = []
+        for i, version in enumerate(self.versions):
+            table = self._read(version.units_part, UNIT_SCHEMA)
+            tables.append(table.append_column("version", pa.array(np.full(len(table), i, np.int32))))
+        if not tables:
+            return UNIT_SCHEMA.append(pa.field("version", pa.int32())).empty_table()
+        return pa.concat_tables(tables)
+
+    def unit_lengths(self) -> tuple[Int64s, Int64s]:
+        """(unit numbers, rows of each; -1 while unknown)."""
+        return self.units["unit"].to_numpy(), self.units["rows"].to_numpy()
+
+    @property
+    def next_unit(self) -> int:
+        """The number the next new unit gets."""
+        return len(self.units)
+
+    def locate(self, unit: int) -> EntrySpan:
+        """Where the entries of a unit lie: small enough to travel with a task."""
+        where = self.units.slice(unit, 1).to_pylist()[0]
+        part = self.versions[where["version"]].entry_parts[where["part"]]
+        return EntrySpan(part, where["offset"], where["entries"])
+
+    def iter_entries(self, version: PlanVersion) -> Iterator[PlannedEntry]:
+        """All entries of one version in planned order, one row group in memory at a time."""
+        for part in version.entry_parts:
+            with self.root.open(part) as file:
+                reader = pq.ParquetFile(file, page_checksum_verification=True)
+                for batch in reader.iter_batches(batch_size=_ENTRIES_PER_GROUP):
+                    for row in batch.to_pylist():
+                        yield PlannedEntry(**row)
+
+    def _read(self, key: str, schema: pa.Schema) -> pa.Table:
+        if key not in self._tables:
+            with self.root.open(key) as file:
+                self._tables[key] = pq.read_table(file, schema=schema, page_checksum_verification=True)
+        return self._tables[key]
+
+
+def read_plan(root: Root, number: int | None = None) -> Plan:
+    """The plan of a root as generation `number` sees it, by default the newest; empty when none was made."""
+    if number is None:
+        return at_one_generation(root, lambda newest: read_plan(root, newest))
+    return plan_of(root, visible_headers(root, number))
+
+
+def plan_of(root: Root, headers: Iterable[str]) -> Plan:
+    """The plan whose versions have some headers, in their order."""
+    return Plan(root, tuple(_parse_version(json.loads(root.read_bytes(key))) for key in headers))
+
+
+def append_version(
+    plan: Plan,
+    units: Iterable[Sequence[EntryLike]],
+    *,
+    report: DiffResult | None = None,
+    source: dict[str, Any],
+    generation: int,
+) -> Plan:
+    """Freeze the next version; ConflictError when another run froze one in between, or has taken over.
+
+    `units` streams: memory is bounded by one part, whatever the number of entries. `report` is read after
+    `units` is exhausted, so that one pass over the source may fill both.
+    """
+    writer = _PartWriter(plan.root, plan.next_unit, generation)
+    for entries in units:
+        writer.add(entries)
+    parts = writer.finish()
+    version = PlanVersion(
+        number=plan.number + 1,
+        retired=tuple(report.retired) if report else (),
+        removed=report.removed if report else 0,
+        source=source,
+        generation=generation,
+        **parts,
+    )
+    body = layout.canonical_json({"format_version": layout.FORMAT_VERSION, **version.__dict__})
+    # The name tells the generation, as the claim of the next one lists what it sees: a run that was fenced off
+    # changes nothing, however late its header lands.
+    key = layout.plan_version(version.number, generation)
+    if not plan.root.put_if_absent(key, body) and plan.root.read_bytes(key) != body:
+        raise ConflictError(
+            f"Another run froze version {version.number} of the plan of {plan.root.uri}",
+            key="output.uri",
+            value=plan.root.uri,
+            rule="one run plans a dataset at a time",
+            next_step="let the other run finish; run this command again",
+        )
+    check_newest(plan.root, generation)
+    return Plan(plan.root, (*plan.versions, version), plan._tables)
+
+
+def _parse_version(body: dict[str, Any]) -> PlanVersion:
+    fields = {k: body[k] for k in PlanVersion.__dataclass_fields__}
+    fields["entry_parts"] = tuple(fields["entry_parts"])
+    fields["retired"] = tuple((t[0], t[1], t[2]) for t in fields["retired"])
+    return PlanVersion(**fields)
+
+
+class _PartWriter:
+    """Collects units into immutable Parquet parts named by their content."""
+
+    def __init__(self, root: Root, next_unit: int, generation: int) -> None:
+        self._root, self._unit, self._generation = root, next_unit, generation
+        self._entries: list[dict[str, Any]] = []
+        self._units: dict[str, list[int]] = {name: [] for name in UNIT_SCHEMA.names}
+        self._parts: list[str] = []
+        self._num_entries = 0
+
+    def add(self, entries: Sequence[EntryLike]) -> None:
+        """One unit."""
+        first_row, rows, size, known = 0, 0, 0, True
+        offset = len(self._entries)
+        for e in entries:
+            self._entries.append(
+                {"unit": self._unit, "first_row": first_row} | {n: getattr(e, n) for n in ENTRY_SCHEMA.names[2:]}
+            )
+            count = None if e.row_stop is None else e.row_stop - e.row_start
+            known = known and count is not None
+            first_row += count or 0
+            rows += count or 0
+            size += e.size_bytes
+        values = (self._unit, rows if known else -1, size, len(self._parts), offset, len(entries))
+        for name, value in zip(UNIT_SCHEMA.names, values, strict=True):
+            self._units[name].append(value)
+        self._unit += 1
+        self._num_entries += len(entries)
+        if len(self._entries) >= _ENTRIES_PER_PART:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._entries:
+            self._parts.append(self._put(pa.Table.from_pylist(self._entries, schema=ENTRY_SCHEMA)))
+            self._entries = []
+
+    def finish(self) -> dict[str, Any]:
+        """Write what is left; returns the header's fields about the parts."""
+        self._flush()
+        rows = np.array(self._units["rows"], np.int64)
+        return {
+            "units_part": self._put(pa.table(self._units, schema=UNIT_SCHEMA)),
+            "entry_parts": tuple(self._parts),
+            "num_units": len(rows),
+            "num_entries": self._num_entries,
+            "num_rows": int(rows[rows > 0].sum()),
+            "size_bytes": int(sum(self._units["size_bytes"])),
+        }
+
+    def _put(self, table: pa.Table) -> str:
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd", row_group_size=_ENTRIES_PER_GROUP, write_page_checksum=True)
+        data = sink.getvalue().to_pybytes()
+        name = layout.removable(layout.PLAN_PARTS, data, self._generation)
+        self._root.put_if_absent(name, data)
+        return name

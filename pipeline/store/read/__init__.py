@@ -1,0 +1,7 @@
+"""A dataset as a reader sees it: the state of one moment, its live rows and their row groups.
+
+    Dataset.open --state--> visible files, dead rows --readable--> row groups --pages--> columns, straight from pages
+
+`pinned` keeps a state for a training that goes on for weeks, `outside` reads what rows name beside the Parquet files.
+Nothing here writes but a pin.
+"""

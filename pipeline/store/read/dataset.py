@@ -1,0 +1,259 @@
+"""The read side: open a dataset once, then read row groups of visible rows from any thread."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import InputError
+from pipeline.storage.remote import RangedFile
+from pipeline.storage.root import Root
+from pipeline.store.ledger import layout
+from pipeline.store.ledger.generation import at_one_generation
+from pipeline.store.ledger.identity import Identity, identity_at, read_identity
+from pipeline.store.ledger.record import FileInfo
+from pipeline.store.ledger.runs import last_run
+from pipeline.store.ledger.state import State, VisibleFile, read_state, state_at
+from pipeline.store.read.pages import Bytes, FixedRows, fixed_width_pages, fixed_width_values, plain_span
+from pipeline.store.read.pinned import Pins
+from pipeline.store.read.readable import ReadableGroups
+from pipeline.store.read.row_groups import RowGroupInfo
+from pipeline.store.write.shard import channel_totals
+
+_WORTH_A_MAPPING = 1 << 20
+_FOOTERS = 4096  # kept at a time; about 1.6 KB for each row group of a file
+
+
+class Dataset:
+    """A dataset of any kind as it was visible when opened, or when pinned; later commits do not change it."""
+
+    def __init__(self, root: Root, identity: Identity, state: State) -> None:
+        self.root, self.identity, self.state = root, identity, state
+        self._footers: dict[str, pq.FileMetaData] = {}
+        self._lock = threading.Lock()
+        self.row_groups = ReadableGroups(state.files, self._count_visible)
+        self.num_rows = int(self.row_groups.rows.sum())
+
+    @classmethod
+    def open_kind(cls, uri: str, kind: str, key: str = "data.uri", pins: Pins | None = None) -> Any:
+        """Open the dataset at `uri`; InputError when there is none or it holds rows of another kind.
+
+        pins: where its state may be kept; what is visible now is taken when it is not.
+        """
+        root = Root(uri)
+        identity = read_identity(root, key)
+        if identity.kind != kind:
+            raise InputError(
+                f"{uri} is a dataset of {identity.kind}", key=key, value=uri, rule=f"a dataset of {kind} is needed"
+            )
+        kept = None if pins is None else pins.state(root)
+        if kept is None and kind == "images":  # alone of all kinds they may have been given another identity
+            kept, identity = at_one_generation(root, lambda n: (state_at(root, n), identity_at(root, n, key)))
+        return cls(root, identity, read_state(root) if kept is None else kept)
+
+    @property
+    def uri(self) -> str:
+        """Where the dataset lies."""
+        return self.root.uri
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What all rows share: see DESIGN and FORMAT.md."""
+        return self.identity.fingerprint
+
+    @property
+    def fingerprint_digest(self) -> str:
+        """Hex digest of the fingerprint."""
+        return self.identity.fingerprint_digest
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex digest of the logical content: the same rows made in the same way, however they are laid out."""
+        state = self.state
+        # By what parts hold, in the form of format version 1: not by the generation that its name tells, too.
+        parts = [[f"{layout.PLAN_PARTS}/{layout.hash_in(p)}.parquet" for p in v.parts] for v in state.plan.versions]
+        entries = [[*names, list(v.retired)] for names, v in zip(parts, state.plan.versions, strict=True)]
+        body = [self.fingerprint_digest, entries, state.stored.triples()]
+        return hashlib.blake2b(layout.canonical_json(body), digest_size=16).hexdigest()
+
+    @cached_property
+    def layout_digest(self) -> str:
+        """Hex digest of the physical row groups in order: what the order of a stream depends on."""
+        groups = self.row_groups
+        body = [self.digest, [file.info.path for file in groups.files]]
+        hasher = hashlib.blake2b(layout.canonical_json(body), digest_size=16)
+        for column in (groups.file_of, groups.number, groups.rows):
+            hasher.update(column.astype("<i8").tobytes())
+        return hasher.hexdigest()
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """`run_id` (or handle) of the run that wrote what came last, and the `source` it read; {} when unknown."""
+        written = [file.record.generation for file in (*self.state.files, *self.state.reject_files)]
+        note = last_run(self.root, max(written, default=None))
+        return {"run_id": note.get("run_id") or note.get("handle"), "source": note.get("source")} if note else {}
+
+    def groups_within(self, first_unit: int, stop_unit: int) -> Iterator[tuple[int, RowGroupInfo]]:
+        """(index, info) of the readable row groups that may hold rows of units [first_unit, stop_unit)."""
+        return self.row_groups.within(first_unit, stop_unit)
+
+    def read(self, row_group: int, columns: Sequence[str] | None, *, verify: bool = True) -> pa.Table:
+        """The visible rows of one row group, in (unit, row, variant) order; None reads all columns.
+
+        verify: check the checksums of all pages read. OSError or ArrowInvalid when the file is damaged or gone.
+        Safe to call from several threads.
+        """
+        file, number = self.row_groups.place(row_group)
+        if not self.row_groups.partial[row_group]:
+            return self._read_group(file.info, number, columns, verify)
+        extra = [] if columns is None else [c for c in ("unit", "row") if c not in columns]
+        table = self._read_group(file.info, number, None if columns is None else [*columns, *extra], verify)
+        table = table.filter(pa.array(_alive(file, table)))
+        return table if columns is None else table.select(list(columns))
+
+    def read_fixed(self, row_group: int, column: str, *, verify: bool = True) -> FixedRows:
+        """The visible values of a binary column that all have one length, in order.
+
+        Without `verify` they lie in the file itself where it is stored so (nothing is decoded, copied or checked;
+        on a remote store one ranged read). ValueError when values are null or differ in length; else as `read`.
+        """
+        file, number = self.row_groups.place(row_group)
+        span = None if verify else plain_span(self._footer(file.info), number, column)
+        if span is None:
+            return fixed_width_values(self.read(row_group, [column], verify=verify)[column])
+        values = fixed_width_pages(self._bytes(file.info.path, *span), int(file.info.row_groups.rows[number]))
+        if not self.row_groups.partial[row_group]:
+            return values
+        return values[_alive(file, self._read_group(file.info, number, ["unit", "row"], verify))]
+
+    def _count_visible(self, file: VisibleFile, number: int) -> int:
+        return int(_alive(file, self._read_group(file.info, number, ["unit", "row"], True)).sum())
+
+    def _bytes(self, path: str, start: int, length: int) -> Bytes:
+        local = self.root.local_path(path)
+        if local is None:
+            return np.frombuffer(self.root.read_range(path, start, length), np.uint8)
+        _read_ahead(str(local), start, length)
+        with pa.memory_map(str(local)) as source:
+            source.seek(start)
+            found = np.frombuffer(source.read_buffer(length), np.uint8)  # keeps the mapping alive
+            # A process may have some 65,000 mappings: many small ones are not worth one each.
+            return found if length >= _WORTH_A_MAPPING else found.copy()
+
+    def _footer(self, file: FileInfo) -> pq.FileMetaData:
+        footer = self._footers.get(file.path)
+        if footer is None:
+            with self._opened(file) as source:
+                footer = pq.read_metadata(source)
+            self._keep_footer(file.path, footer)
+        return footer
+
+    def _keep_footer(self, path: str, footer: pq.FileMetaData) -> None:
+        with self._lock:
+            self._footers[path] = footer
+            while len(self._footers) > _FOOTERS:
+                self._footers.pop(next(iter(self._footers)))
+
+    def _opened(self, file: FileInfo) -> Any:
+        """The file for pyarrow: mapped, or by ranged reads; nobody asks the store how long it is."""
+        local = self.root.local_path(file.path)
+        return pa.memory_map(str(local)) if local is not None else self.root.ranged(file.path, file.size_bytes)
+
+    def _read_group(self, file: FileInfo, number: int, columns: Sequence[str] | None, verify: bool) -> pa.Table:
+        footer = self._footer(file)
+        with self._opened(file) as source:
+            remote = isinstance(source, RangedFile)
+            reader = pq.ParquetFile(source, metadata=footer, pre_buffer=remote, page_checksum_verification=verify)
+            names = None if columns is None else list(columns)
+            return reader.read_row_group(number, columns=names, use_threads=False)
+
+
+class LatentDataset(Dataset):
+    """A dataset of latents."""
+
+    @classmethod
+    def open(cls, uri: str, key: str = "data.uri", pins: Pins | None = None) -> LatentDataset:
+        """Open the latents at `uri`; InputError, naming `key`, when there are none. pins: see `open_kind`."""
+        dataset: LatentDataset = cls.open_kind(uri, "latents", key, pins)
+        return dataset
+
+    @property
+    def codec(self) -> dict[str, Any]:
+        """The encoder, as `CodecInfo.as_dict()` gave it."""
+        return dict(self.identity.about["codec"])
+
+    @property
+    def latent_dtype(self) -> str:
+        """How latents are stored: float16 or bfloat16."""
+        return str(self.fingerprint["latent_dtype"])
+
+    @property
+    def posterior(self) -> str:
+        """What a stored latent is: "mode", "sample" or "moments" (mean and log-variance, twice the channels)."""
+        return str(self.fingerprint["posterior"])
+
+    @cached_property
+    def num_classes(self) -> int | None:
+        """One more than the largest label; None when any row group holds a row without a label."""
+        groups = self.row_groups
+        if not len(groups) or groups.stored("unlabelled").any():
+            return None
+        return 1 + int(groups.stored("label_max").max())
+
+    @cached_property
+    def num_unlabelled(self) -> tuple[int, int]:
+        """(rows without a label, rows) of the row groups as they are stored."""
+        groups = self.row_groups
+        return (int(groups.stored("unlabelled").sum()), int(groups.stored("rows").sum())) if len(groups) else (0, 0)
+
+    @cached_property
+    def _channel_moments(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        groups = self.row_groups
+        if not len(groups):
+            raise InputError(f"The dataset {self.uri} has no visible row", next_step="run jobs.encode to its end")
+        whole = ~groups.partial
+        sums, squares = groups.channel_sums()
+        total, square = sums[whole].sum(axis=0), squares[whole].sum(axis=0)
+        values = int(groups.stored("values")[whole].sum())
+        for index in np.flatnonzero(groups.partial).tolist():
+            # Some stored rows do not count: their sums must not either.
+            alive = channel_totals(self.read(index, ["latent", "latent_shape"]), self.latent_dtype)
+            total, square = total + alive["channel_sum"], square + alive["channel_sumsq"]
+            values += alive["values"]
+        mean = total / values
+        return mean, np.sqrt(np.maximum(square / values - mean**2, 0.0))
+
+    @property
+    def channel_mean(self) -> npt.NDArray[np.float64]:
+        """Exact mean of every stored channel over all visible rows, float64 [c]."""
+        return self._channel_moments[0]
+
+    @property
+    def channel_std(self) -> npt.NDArray[np.float64]:
+        """Exact standard deviation of every stored channel over all visible rows, float64 [c]."""
+        return self._channel_moments[1]
+
+
+def _read_ahead(path: str, start: int, length: int) -> None:
+    """Ask the system to bring these bytes from the disk: whoever touches the mapping waits for every page."""
+    if not hasattr(os, "posix_fadvise"):
+        return  # not on every system; it is advice alone
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(handle, start, length, os.POSIX_FADV_WILLNEED)
+    finally:
+        os.close(handle)
+
+
+def _alive(file: VisibleFile, rows: pa.Table) -> npt.NDArray[np.bool_]:
+    """Which rows, given by unit and row, are visible."""
+    return ~file.dead.contains(rows["unit"].to_numpy(), rows["row"].to_numpy())

@@ -1,0 +1,122 @@
+"""The state of a dataset, kept elsewhere by somebody who will come back for the same rows, such as a training run.
+
+    <directory>/<hash of the dataset's URI>.json   the plan's versions and the bundle              created once
+    <directory>/<hash of the content>.parquet      the commit records visible then (see `bundles`)  immutable
+
+A pin holds all of a state but the plan, whose versions are never changed, and the files. While those are there, rows,
+order and digests are what they were, whatever has been encoded, retired, deduplicated or compacted since. Garbage
+collection does not know of pins: it removes what a compaction replaced, after its grace period.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from pipeline.errors import ConflictError, InputError
+from pipeline.storage.root import Root
+from pipeline.store.ledger import layout
+from pipeline.store.ledger.bundles import read_bundle, write_bundle
+from pipeline.store.ledger.generation import at_one_generation, visible_headers
+from pipeline.store.ledger.ledger import parsed, visible_named
+from pipeline.store.ledger.state import State, fold
+from pipeline.store.plan.plan import Plan, plan_of, read_plan
+
+VERSION = 1
+_READERS = 16
+
+
+class Pins:
+    """The pins in one directory of a root, one a dataset."""
+
+    def __init__(self, root: Root, directory: str) -> None:
+        self._root, self._directory = root, directory
+
+    def pin(self, dataset: Root) -> None:
+        """Keep what is visible now at the root of a dataset, unless something is kept of it already."""
+        headers, bundle = at_one_generation(dataset, lambda number: self._kept(dataset, number))
+        body = {
+            "version": VERSION,
+            "uri": dataset.uri,
+            "plan": [version.units_part for version in plan_of(dataset, headers).versions],
+            "headers": headers,
+            "bundle": bundle,
+        }
+        self._root.put_if_absent(self._key(dataset), json.dumps(body).encode())
+
+    def _kept(self, dataset: Root, number: int) -> tuple[list[str], str]:
+        # The records before the plan, as `state_at` does.
+        bundle = write_bundle(self._root, self._directory, visible_named(dataset, number))
+        return visible_headers(dataset, number), bundle
+
+    def holds(self, dataset: Root) -> bool:
+        """Whether something is kept of a dataset."""
+        return self._root.exists(self._key(dataset))
+
+    def state(self, dataset: Root) -> State | None:
+        """What was kept of a dataset, None when nothing was.
+
+        InputError when it cannot be read, ConflictError when another dataset has come to lie at this place.
+        """
+        try:
+            data = self._root.read_bytes(self._key(dataset))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        body = self._parse(data, dataset)
+        plan = self._plan(dataset, body)
+        known = [version.units_part for version in plan.versions[: len(body["plan"])]]
+        if known != body["plan"]:
+            raise ConflictError(
+                f"The dataset at {dataset.uri} is not the one that {self._uri(dataset)} is about: its plan begins "
+                "with other units",
+                value=dataset.uri,
+                rule="a plan grows by versions, and the ones it has are never changed",
+                next_step="name the dataset that was used before, or start anew with another output.uri",
+            )
+        records = parsed(read_bundle(self._root, body["bundle"]))
+        return fold(Plan(dataset, plan.versions[: len(known)]), records)
+
+    def _plan(self, dataset: Root, body: dict[str, Any]) -> Plan:
+        """The plan as it was, or whatever has come to lie there."""
+        try:
+            # By name: a header that was seen while its run was being fenced off may be in no list.
+            return plan_of(dataset, body["headers"]) if "headers" in body else read_plan(dataset)
+        except FileNotFoundError:
+            return Plan(dataset)
+
+    def _key(self, dataset: Root) -> str:
+        return f"{self._directory}/{hashlib.blake2b(dataset.uri.encode(), digest_size=16).hexdigest()}.json"
+
+    def _uri(self, dataset: Root) -> str:
+        return str(self._root.uri_of(self._key(dataset)))
+
+    def _parse(self, data: bytes, dataset: Root) -> dict[str, Any]:
+        try:
+            body: dict[str, Any] = json.loads(data)
+            name = body["bundle"]
+            sound = body["version"] == VERSION and isinstance(body["plan"], list)
+            # It names an object to read: one of this directory, and no other.
+            sound = sound and name.startswith(f"{self._directory}/") and ".." not in name
+            headers = body.get("headers", [])
+            sound = sound and all(key.startswith(f"{layout.PLAN}/") and ".." not in key for key in headers)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            sound = False
+        if not sound:
+            raise InputError(
+                f"{self._uri(dataset)} cannot be read: it says what was visible of {dataset.uri}",
+                rule=f"an object of version {VERSION}, written by latentloom and not changed",
+                next_step="restore it from a backup, or start anew with another output.uri",
+            )
+        return body
+
+
+def lost_files(dataset: Root, pinned: State, now: State) -> list[str]:
+    """The data files of a pinned state that are gone; only those are looked for that are not visible any more."""
+    visible = {file.info.path for file in now.files}
+    doubtful = sorted({file.info.path for file in pinned.files} - visible)
+    if not doubtful:
+        return []
+    with ThreadPoolExecutor(_READERS) as pool:
+        return [path for path, there in zip(doubtful, pool.map(dataset.exists, doubtful), strict=True) if not there]
