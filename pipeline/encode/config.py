@@ -13,7 +13,7 @@ from pipeline.source.config import ImageConfig, SourceConfig
 from pipeline.tracking.config import TrackingConfig
 
 
-class OutputConfig(StrictModel):
+class EncodeOutputConfig(StrictModel):
     """Where the dataset of latents goes."""
 
     uri: str = Field(..., min_length=1, description="Root of the latent dataset: a directory or any fsspec URI.")
@@ -114,7 +114,7 @@ class EncodeJobConfig(StrictModel):
     source: SourceConfig = Field(..., description="The images to encode.")
     image: ImageConfig = Field(ImageConfig(), description="From bytes to pixels of a bucket's size.")
     codec: CodecConfig = Field(..., description="The VAE that encodes them.")
-    output: OutputConfig = Field(..., description="Where the latents go.")
+    output: EncodeOutputConfig = Field(..., description="Where the latents go.")
     encode: EncodeConfig = Field(EncodeConfig(), description="How the work is cut, spread and committed.")
     estimate: EstimateConfig = Field(EstimateConfig(), description="What a dry run reckons with.")
     cluster: ClusterConfig = Field(ClusterConfig(), description="Where Ray runs.")

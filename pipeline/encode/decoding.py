@@ -16,13 +16,13 @@ import pyarrow as pa
 from pipeline.encode.blocks import ENCODED, source_row
 from pipeline.encode.items import Item, rejection
 from pipeline.source.config import ImageConfig
-from pipeline.source.pixels.prepare import Prepared, Reject, prepare
+from pipeline.source.pixels.prepare import PreparedImage, Reject, prepare
 
 # Between decode tasks and encoders: everything an encoded row has, with pixels where the latent will be.
 PIXELS = ENCODED.append(pa.field("pixels", pa.large_binary())).append(pa.field("size", pa.list_(pa.int32(), 2)))
 
 
-class Decoder:
+class ImageDecoder:
     """Turns RAW tables into items; holds its threads until closed."""
 
     def __init__(self, image: ImageConfig, source_uri: str, threads: int, ahead: int) -> None:
@@ -94,7 +94,7 @@ def _rows(raw: pa.Table) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def _described(p: Prepared) -> dict[str, Any]:
+def _described(p: PreparedImage) -> dict[str, Any]:
     top, left, height, width = p.crop
     return {
         "sample_id": p.sample_id,

@@ -29,7 +29,7 @@ from pipeline.encode.planning import planned_rows
 from pipeline.encode.stages import (
     ENCODER,
     CommitRows,
-    DecodeBlocks,
+    DecodeImages,
     EncodeBlocks,
     EncoderSpec,
     UnitReader,
@@ -157,7 +157,7 @@ class _Encoding:
         )
         if encode.decode == "tasks":
             dataset = dataset.map_batches(
-                DecodeBlocks(image, self.config.source.uri, max(1, int(encode.decode_cpus)), self.monitor),
+                DecodeImages(image, self.config.source.uri, max(1, int(encode.decode_cpus)), self.monitor),
                 batch_size=batch_rows,
                 batch_format="pyarrow",
                 num_cpus=encode.decode_cpus,
@@ -254,7 +254,7 @@ class Shares:
 
 
 @dataclass(frozen=True)
-class Resources:
+class EncodeResources:
     """How many encoder actors there are, and what each reserves."""
 
     actors: int
@@ -263,7 +263,7 @@ class Resources:
     threads: int
 
 
-def _spec(config: EncodeJobConfig, resources: Resources, calls: int) -> EncoderSpec:
+def _spec(config: EncodeJobConfig, resources: EncodeResources, calls: int) -> EncoderSpec:
     encode = config.encode
     return EncoderSpec(
         codec=for_workers(config).codec,
@@ -280,7 +280,7 @@ def _spec(config: EncodeJobConfig, resources: Resources, calls: int) -> EncoderS
     )
 
 
-def _resources(config: EncodeJobConfig) -> Resources:
+def _resources(config: EncodeJobConfig) -> EncodeResources:
     """How many actors of which size; ConfigError when they, a read and a write do not fit."""
     import ray
 
@@ -305,7 +305,7 @@ def _resources(config: EncodeJobConfig) -> Resources:
     check_together(demands, "encode.actors")
     check_together({f"{actors} encoder actors": actors * actor_gpus}, "encode.actor_gpus", "GPU")
     check_gpus([(kinds[0], actors)], node_offers(), "encode.actor_gpus")
-    return Resources(actors, actor_cpus, actor_gpus, encode.threads_per_actor or max(1, round(actor_cpus)))
+    return EncodeResources(actors, actor_cpus, actor_gpus, encode.threads_per_actor or max(1, round(actor_cpus)))
 
 
 def _actor_cpus(cpus: float, spare: float, actors: int) -> float:

@@ -19,7 +19,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.codec.codec import Codec, load_codec
-from pipeline.encode.decoding import Decoder
+from pipeline.encode.decoding import ImageDecoder
 from pipeline.encode.encoder import Encoder
 from pipeline.encode.items import Item
 from pipeline.encode.stages import UnitReader
@@ -173,7 +173,7 @@ def _items(dataset: LatentDataset, recipe: _Recipe, rows: list[dict[str, Any]]) 
         by_unit.setdefault(row["unit"], []).append(row["row"])
     plan = dataset.state.plan
     reader = UnitReader(dataset.root, recipe.source, {unit: plan.locate(unit) for unit in by_unit}, any_version=True)
-    decoder = Decoder(recipe.image, recipe.source.uri, threads=2, ahead=4)
+    decoder = ImageDecoder(recipe.image, recipe.source.uri, threads=2, ahead=4)
     ids = {row["sample_id"] for row in rows}
     try:
         return {
@@ -186,7 +186,7 @@ def _items(dataset: LatentDataset, recipe: _Recipe, rows: list[dict[str, Any]]) 
         decoder.close()
 
 
-def _unit_items(reader: UnitReader, decoder: Decoder, unit: int, numbers: list[int]) -> Iterator[Item]:
+def _unit_items(reader: UnitReader, decoder: ImageDecoder, unit: int, numbers: list[int]) -> Iterator[Item]:
     where = np.unique(np.array(numbers, np.int64))
     wanted = RowSet.from_rows(np.full_like(where, unit), where)
     for block in reader(Work(unit, tuple((start, stop) for _, start, stop in wanted.triples()))):

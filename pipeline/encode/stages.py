@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from pipeline.codec.config import CodecConfig
 from pipeline.encode.blocks import raw_table, split_outcomes
-from pipeline.encode.decoding import Decoder, items_of, pixels_table
+from pipeline.encode.decoding import ImageDecoder, items_of, pixels_table
 from pipeline.errors import ConfigError
 from pipeline.source.config import ImageConfig, SourceConfig
 from pipeline.source.reading.listing import Entry
@@ -105,7 +105,9 @@ class EncodeBlocks:
         self._reports = Reports(monitor, ENCODER)
         self._encoder = self._reports.load(partial(load_encoder, spec))
         ahead = -(-2 * spec.batch_size // spec.calls)  # by each call; together they hold two batches of pixels
-        self._decoder = None if spec.decoded else Decoder(spec.image, spec.source_uri, spec.decode_threads, ahead)
+        self._decoder = (
+            None if spec.decoded else ImageDecoder(spec.image, spec.source_uri, spec.decode_threads, ahead)
+        )
 
     def __call__(self, block: pa.Table) -> pa.Table:
         if not len(block):
@@ -169,7 +171,7 @@ def load_encoder(spec: EncoderSpec) -> Any:
 
 
 @dataclass(frozen=True)
-class DecodeBlocks:
+class DecodeImages:
     """A task: a RAW block in, a PIXELS block out; for decoding on nodes without a device."""
 
     image: ImageConfig
@@ -180,7 +182,7 @@ class DecodeBlocks:
     def __call__(self, block: pa.Table) -> pa.Table:
         from pipeline.dataflow.stage import Reports
 
-        decoder = Decoder(self.image, self.source_uri, self.threads, 2 * self.threads)
+        decoder = ImageDecoder(self.image, self.source_uri, self.threads, 2 * self.threads)
         reports = Reports(self.monitor, "decode task")
         # As encoders do: an image that kills its process leaves its rows open.
         with reports.busy(block):

@@ -31,7 +31,7 @@ from pipeline.evaluate.measure import (
     round_trip,
 )
 from pipeline.evaluate.reference import ReferenceBatch, reference_batches
-from pipeline.evaluate.report import Picture, ReportContent
+from pipeline.evaluate.report import ReportContent, ReportPicture
 from pipeline.evaluate.results import Measured, contract_of, figures_of, report_content
 from pipeline.evaluate.samples import sample_batches
 from pipeline.evaluate.stats import FeatureStats
@@ -99,7 +99,7 @@ def measure(config: EvaluateJobConfig, inputs: Inputs, output: Root, device: str
         measured.real = _reference(config, inputs, output, eyes)
     looked_at = _batches(config, inputs, config.quality.batch_size, REAL_LOOKED_AT)
     measured.real_shown = [
-        Picture(pixels, "no label" if label is None else f"class {label}")
+        ReportPicture(pixels, "no label" if label is None else f"class {label}")
         for pixels, label in first_of_each_label(looked_at, REAL_SHOWN)
     ]
     if config.codec is not None:

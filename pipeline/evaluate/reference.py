@@ -16,7 +16,7 @@ import numpy.typing as npt
 from pipeline.errors import InputError
 from pipeline.evaluate.subset import chosen_rows, ranges_over, threshold
 from pipeline.source.config import ImageConfig, SourceConfig
-from pipeline.source.pixels.prepare import Prepared, Reject, prepare
+from pipeline.source.pixels.prepare import PreparedImage, Reject, prepare
 from pipeline.source.reading.listing import list_entries
 from pipeline.source.reading.readers import read_unit
 from pipeline.source.reading.rows import SourceRow
@@ -94,7 +94,7 @@ def reference_batches(
         )
 
 
-def _subset(source: SourceConfig, image: ImageConfig, limit: int) -> Iterator[tuple[SourceRow, Prepared]]:
+def _subset(source: SourceConfig, image: ImageConfig, limit: int) -> Iterator[tuple[SourceRow, PreparedImage]]:
     """The decodable rows among those that hash lowest; for each refused one the next, round by round."""
     left, above = limit, -1
     for _ in range(ROUNDS):
@@ -109,7 +109,7 @@ def _subset(source: SourceConfig, image: ImageConfig, limit: int) -> Iterator[tu
 
 def _rows(
     source: SourceConfig, image: ImageConfig, above: int = -1, upto: int | None = None
-) -> Iterator[tuple[SourceRow, Prepared]]:
+) -> Iterator[tuple[SourceRow, PreparedImage]]:
     """Rows that the decode policy accepts, first variants only; of all hashes, or of those in (above, upto]."""
     every = above < 0 and upto is None
     entries = iter(list_entries(source))

@@ -28,7 +28,7 @@ LARGEST_SIDE = 192  # pixels of an inlined picture; smaller ones keep their size
 
 
 @dataclass(frozen=True)
-class Picture:
+class ReportPicture:
     """An image uint8 [h,w,3] with a caption; `mark` is "right", "wrong" or nothing."""
 
     pixels: Pixels
@@ -43,11 +43,11 @@ class ReportContent:
     title: str
     headline: Sequence[tuple[str, str, str]]  # (value, name, note) of each tile
     data_facts: Mapping[str, Any]
-    real: Sequence[Picture]
+    real: Sequence[ReportPicture]
     pairs: Sequence[tuple[Pixels, Pixels]]
     codec_note: str
     curves: Mapping[str, Sequence[tuple[float, float]]]  # name -> (images, loss)
-    samples: Sequence[Picture]
+    samples: Sequence[ReportPicture]
     sample_facts: Mapping[str, Any]
     by_class: Sequence[tuple[str, int, int]]  # (class, right, asked)
     figures: Sequence[Figure]
@@ -140,12 +140,12 @@ def _text(value: Any) -> str:
     return "not known" if value is None else str(value)
 
 
-def _grid(pictures: Sequence[Picture]) -> str:
+def _grid(pictures: Sequence[ReportPicture]) -> str:
     cells = "".join(_figure(p) for p in pictures)
     return f'<div class="grid">{cells}</div>' if cells else ""
 
 
-def _figure(picture: Picture) -> str:
+def _figure(picture: ReportPicture) -> str:
     caption = html.escape(picture.caption)
     mark = {"right": ' class="right"', "wrong": ' class="wrong"'}.get(picture.mark, "")
     sign = {"right": "✓ ", "wrong": "✗ "}.get(picture.mark, "")
@@ -206,7 +206,7 @@ def data_uri(pixels_HWC: Pixels) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode('ascii')}"
 
 
-def sample_picture(encoded: bytes, caption: str, right: bool | None) -> Picture:
+def sample_picture(encoded: bytes, caption: str, right: bool | None) -> ReportPicture:
     """A picture of the report from a sample's own bytes."""
     mark = "" if right is None else "right" if right else "wrong"
-    return Picture(decode_image(encoded), caption, mark)
+    return ReportPicture(decode_image(encoded), caption, mark)

@@ -16,7 +16,7 @@ from pipeline.evaluate.inputs import Inputs, run_of
 from pipeline.evaluate.intervals import wilson
 from pipeline.evaluate.measure import Judged, RoundTrip
 from pipeline.evaluate.quality import frechet, kid, precision_recall
-from pipeline.evaluate.report import Picture, ReportContent, number, sample_picture
+from pipeline.evaluate.report import ReportContent, ReportPicture, number, sample_picture
 from pipeline.evaluate.stats import FeatureStats
 
 SPREAD = "jackknife interval over 20 blocks"
@@ -47,7 +47,7 @@ class Measured:
     real: FeatureStats | None = None
     trip: RoundTrip | None = None
     samples: Judged | None = None
-    real_shown: Sequence[Picture] = ()
+    real_shown: Sequence[ReportPicture] = ()
     absent: dict[str, str] = field(default_factory=dict)
 
     @property

@@ -36,7 +36,7 @@ _MAX_IMAGE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
-class Start:
+class LineageStart:
     """What the walk starts from: runs that made it, and the digest of a dataset where it is, or names, one."""
 
     kind: str
@@ -87,10 +87,10 @@ def plan(config: LineageJobConfig) -> JobResult:
     return JobResult("dry-run", {"runs": len(start.runs)}, details={"start": asdict(start)})
 
 
-def find_start(name: str) -> Start:
+def find_start(name: str) -> LineageStart:
     """A run id, the root of a dataset or an image file; InputError when it is none of them."""
     if _RUN.fullmatch(name):
-        return Start("run", name, (name,))
+        return LineageStart("run", name, (name,))
     root = Root(name)
     try:
         kind = root.kind()
@@ -110,14 +110,14 @@ def find_start(name: str) -> Start:
     )
 
 
-def _of_dataset(root: Root) -> Start:
+def _of_dataset(root: Root) -> LineageStart:
     identity = read_identity(root, "start")
     dataset = Dataset(root, identity, read_state(root))
     facts = {"kind": identity.kind, "fingerprint_digest": identity.fingerprint_digest, "rows": dataset.num_rows}
-    return Start("dataset", root.uri, tuple(noted_runs(root)), dataset.digest, facts)
+    return LineageStart("dataset", root.uri, tuple(noted_runs(root)), dataset.digest, facts)
 
 
-def _of_image(root: Root) -> Start:
+def _of_image(root: Root) -> LineageStart:
     parent, _, name = root.uri.rpartition("/")
     found = read_provenance(Root(parent or "/").read_range(name, 0, _MAX_IMAGE_BYTES))
     if found.get("format") != FORMAT:
@@ -131,11 +131,11 @@ def _of_image(root: Root) -> Start:
     facts = {"request_id": found["request_id"], "request": found["request"], **asdict(origin)}
     runs = (origin.model_run_id,) if origin.model_run_id else ()
     # Without the run of the model, whoever made its training data is the nearest that is known.
-    return Start("image", root.uri, runs, None if runs else origin.dataset_digest, facts)
+    return LineageStart("image", root.uri, runs, None if runs else origin.dataset_digest, facts)
 
 
 def _walk_each(
-    follow: Callable[[str, str], list[LineageStep]], runs: Iterable[str], uri: str, start: Start
+    follow: Callable[[str, str], list[LineageStep]], runs: Iterable[str], uri: str, start: LineageStart
 ) -> Iterator[LineageStep]:
     """The steps from several runs; one that only the start names may be gone, one that a person names may not."""
     for run_id in runs:
@@ -164,7 +164,7 @@ def _sources(back: list[LineageStep]) -> list[dict[str, str]]:
     return list({d.digest: {"uri": d.source, "digest": d.digest, "context": d.context} for d in found}.values())
 
 
-def _text(start: Start, back: list[LineageStep], forward: list[LineageStep]) -> Iterator[str]:
+def _text(start: LineageStart, back: list[LineageStep], forward: list[LineageStep]) -> Iterator[str]:
     yield f"{start.kind} {start.name}"
     if start.kind == "image":
         yield f"  drawn by  {start.facts['model_uri']}  {_short(start.facts['model_digest'])}"

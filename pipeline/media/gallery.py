@@ -25,7 +25,7 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 @dataclass(frozen=True)
-class Picture:
+class GalleryPicture:
     """One image of the gallery: its bytes and media type, a caption, and details shown on demand."""
 
     data: bytes
@@ -34,7 +34,7 @@ class Picture:
     details: str = ""
 
 
-def gallery_html(title: str, facts: Mapping[str, object], pictures: Sequence[Picture], note: str = "") -> str:
+def gallery_html(title: str, facts: Mapping[str, object], pictures: Sequence[GalleryPicture], note: str = "") -> str:
     """The whole page: a title, a table of facts, the pictures in the order given."""
     safe_title = html.escape(title)
     rows = "\n".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in facts.items())
@@ -53,7 +53,7 @@ def gallery_html(title: str, facts: Mapping[str, object], pictures: Sequence[Pic
 """
 
 
-def _figure(picture: Picture) -> str:
+def _figure(picture: GalleryPicture) -> str:
     source = f"data:{html.escape(picture.media_type)};base64,{base64.b64encode(picture.data).decode('ascii')}"
     caption = html.escape(picture.caption)
     details = (

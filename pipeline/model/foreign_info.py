@@ -27,7 +27,7 @@ _CHUNK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
-class Encoder:
+class PipelineTextEncoder:
     """One text encoder of a pipeline: its folder, its tokenizer's, and which of its outputs the model reads."""
 
     name: str
@@ -53,7 +53,7 @@ class PipelineDir:
     info: dict[str, Any]
     null_label: int | None
     weight_names: tuple[str, ...]
-    encoders: tuple[Encoder, ...]
+    encoders: tuple[PipelineTextEncoder, ...]
     arrangement: str
 
 
@@ -164,7 +164,7 @@ def _buckets(config: Mapping[str, Any], factor: int) -> tuple[str, ...]:
     return (f"{height * factor}x{width * factor}",)
 
 
-def _encoders(index: Mapping[str, Any], class_name: str) -> tuple[tuple[Encoder, ...], str]:
+def _encoders(index: Mapping[str, Any], class_name: str) -> tuple[tuple[PipelineTextEncoder, ...], str]:
     """The encoders that the index names, and their arrangement."""
     there = [
         number
@@ -172,13 +172,17 @@ def _encoders(index: Mapping[str, Any], class_name: str) -> tuple[tuple[Encoder,
         if isinstance(index.get(f"text_encoder{number}"), list) and index[f"text_encoder{number}"][1]
     ]
     if class_name == "UNet2DConditionModel" and there == [""]:
-        return (Encoder("text_encoder", "text_encoder", "tokenizer"),), "single"
+        return (PipelineTextEncoder("text_encoder", "text_encoder", "tokenizer"),), "single"
     if class_name == "SD3Transformer2DModel" and there[:2] == ["", "_2"]:
         clips = [
-            Encoder(f"text_encoder{n}", f"text_encoder{n}", f"tokenizer{n}", "penultimate", "projection")
+            PipelineTextEncoder(f"text_encoder{n}", f"text_encoder{n}", f"tokenizer{n}", "penultimate", "projection")
             for n in ("", "_2")
         ]
-        t5 = [Encoder("text_encoder_3", "text_encoder_3", "tokenizer_3", max_length=256)] if "_3" in there else []
+        t5 = (
+            [PipelineTextEncoder("text_encoder_3", "text_encoder_3", "tokenizer_3", max_length=256)]
+            if "_3" in there
+            else []
+        )
         return (*clips, *t5), "sd3"
     return (), "none"
 

@@ -14,7 +14,7 @@ from pipeline.dataflow.out_of_memory import out_of_memory
 from pipeline.sample.plan import padded
 
 
-class Decoder:
+class LatentDecoder:
     """A codec that turns tables with `latent` into tables with `pixels`, in batches of `batch_size` rows."""
 
     def __init__(

@@ -17,7 +17,7 @@ from pipeline.sample.claim import check_identity, settle_identity
 from pipeline.sample.config import SampleJobConfig
 from pipeline.sample.plan import planned_rows
 from pipeline.sample.planning import freeze_requests, planned_requests
-from pipeline.sample.prepare import Prepared, prepare
+from pipeline.sample.prepare import SamplingInputs, prepare
 from pipeline.sample.provenance import without_credentials
 from pipeline.sample.showing import CONTACT_KEY, GALLERY_KEY, show
 from pipeline.storage.root import Root
@@ -98,7 +98,7 @@ def _solver_calls(sampler: str, steps: int) -> int:
     return 2 * steps - 1 if sampler == "heun" else steps
 
 
-def _output(config: SampleJobConfig, prepared: Prepared) -> Root:
+def _output(config: SampleJobConfig, prepared: SamplingInputs) -> Root:
     """The output root, if it may be written; nothing is written yet."""
     root = Root(config.output.uri)
     kind = root.kind()
@@ -115,7 +115,7 @@ def _output(config: SampleJobConfig, prepared: Prepared) -> Root:
     return root
 
 
-def _sample(config: SampleJobConfig, prepared: Prepared, root: Root, generation: Generation) -> JobResult:
+def _sample(config: SampleJobConfig, prepared: SamplingInputs, root: Root, generation: Generation) -> JobResult:
     plan, planned = freeze_requests(
         read_state(root).plan,
         prepared.requests.table,
@@ -161,7 +161,7 @@ def _with_rate(result: JobResult, drawn: int, seconds: float, shown: dict[str, s
 
 
 def _finish(
-    config: SampleJobConfig, prepared: Prepared, state: State, wanted: RowSet, status: str, run_id: str | None
+    config: SampleJobConfig, prepared: SamplingInputs, state: State, wanted: RowSet, status: str, run_id: str | None
 ) -> JobResult:
     """The job's answer about the wanted requests; RejectBudgetError when too many of them were rejected."""
     rejects = {reason: (rows & wanted).count() for reason, rows in state.rejects.items()}
@@ -194,7 +194,7 @@ def _finish(
 
 
 def _show(
-    config: SampleJobConfig, prepared: Prepared, root: Root, planned: pa.Table, wanted: RowSet, tracker: Tracker
+    config: SampleJobConfig, prepared: SamplingInputs, root: Root, planned: pa.Table, wanted: RowSet, tracker: Tracker
 ) -> dict[str, str]:
     """Write contact sheet and gallery, and log both."""
     mine = pa.array(wanted.contains(planned["unit"].to_numpy(), planned["row"].to_numpy()))
@@ -224,7 +224,7 @@ def _digest(root: Root) -> str:
 
 
 def _open_run(
-    config: SampleJobConfig, prepared: Prepared, root: Root, generation: Generation, plan_part: str
+    config: SampleJobConfig, prepared: SamplingInputs, root: Root, generation: Generation, plan_part: str
 ) -> Tracker:
     """The MLflow run: one that stopped or died half-way is resumed, else a new one is made under its training run."""
     previous = last_run(root)

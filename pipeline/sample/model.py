@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.errors import ConfigError, InputError
 from pipeline.model.checkpoints import MARKER, CheckpointPlace, find_checkpoint
 from pipeline.model.foreign_info import INDEX, is_pipeline_dir, read_pipeline_dir, refused
-from pipeline.sample.requests import Limits
+from pipeline.sample.requests import RequestLimits
 from pipeline.sample.text import TextSpec, text_of_export, text_of_pipeline
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root
@@ -71,9 +71,9 @@ class ModelFacts:
         """Shift of the time grid that suits how the model was trained."""
         return float(self.info.get("sampling_shift", 1.0))
 
-    def limits(self, *, any_size: bool) -> Limits:
+    def limits(self, *, any_size: bool) -> RequestLimits:
         """What may be asked of this model."""
-        return Limits(
+        return RequestLimits(
             num_classes=self.num_classes,
             takes_text=self.text is not None,
             always_labelled=bool(self.info.get("always_labelled", False)),

@@ -27,13 +27,13 @@ from pipeline.dataflow.units import LedgerSink, UnitSource
 from pipeline.progress import Progress
 from pipeline.sample.config import SampleJobConfig, StageConfig
 from pipeline.sample.output import IMAGES
-from pipeline.sample.prepare import Prepared, on_device
+from pipeline.sample.prepare import SamplingInputs, on_device
 from pipeline.sample.provenance import Draw
 from pipeline.sample.stages import (
     DECODER,
     DENOISER,
     CommitImages,
-    DecodeBlocks,
+    DecodeLatents,
     DecoderSpec,
     DenoiseBlocks,
     DenoiserSpec,
@@ -61,7 +61,7 @@ _CRASH_LIMIT = 5
 
 
 @dataclass(frozen=True)
-class Resources:
+class SampleResources:
     """What the stages reserve, resolved against the cluster."""
 
     denoise_actors: int
@@ -82,7 +82,7 @@ def check_cluster(config: SampleJobConfig, *, with_text: bool) -> None:
 
 
 def run_passes(
-    config: SampleJobConfig, prepared: Prepared, root: Root, generation: Generation, wanted: RowSet
+    config: SampleJobConfig, prepared: SamplingInputs, root: Root, generation: Generation, wanted: RowSet
 ) -> None:
     """Settle every wanted row; StoppedError when workers die without any progress."""
     ensure_ray(config.cluster)
@@ -96,7 +96,7 @@ class _Sampling:
     """What is the sample job's own of its passes: the stages, and what is left to do."""
 
     def __init__(
-        self, config: SampleJobConfig, prepared: Prepared, root: Root, generation: Generation, wanted: RowSet
+        self, config: SampleJobConfig, prepared: SamplingInputs, root: Root, generation: Generation, wanted: RowSet
     ) -> None:
         self.config, self.prepared, self.root, self.generation = config, prepared, root, generation
         self.wanted = wanted
@@ -199,7 +199,7 @@ class _Sampling:
         codec = DecoderSpec(prepared.codec_path, prepared.codec_kind, prepared.model.codec_revision, decoding, alone)
         dataset = map_on_actors(
             dataset,
-            DecodeBlocks,
+            DecodeLatents,
             (codec, self.monitor),
             num_cpus=r.decode_cpus,
             **actor_pool(r.decode_actors, _TASK_RETRIES, num_gpus=r.decode_gpus),
@@ -216,7 +216,7 @@ class _Sampling:
         dataset.write_datasink(sink, ray_remote_args={"num_cpus": WRITE_CPUS}, concurrency=config.write.writers)
 
 
-def _resources(config: SampleJobConfig, *, with_text: bool) -> Resources:
+def _resources(config: SampleJobConfig, *, with_text: bool) -> SampleResources:
     """Actors and their sizes; ConfigError when they, a read, an encoding and a write do not fit the cluster."""
     import ray
 
@@ -256,7 +256,7 @@ def _resources(config: SampleJobConfig, *, with_text: bool) -> Resources:
     )
     counts = (denoise_actors, decode_actors, int(with_text))
     check_gpus(list(zip(kinds, counts, strict=False)), node_offers(), "denoise.num_gpus")
-    return Resources(
+    return SampleResources(
         denoise_actors, denoise_cpus, denoise_gpus, decode_actors, decode_cpus, decode_gpus, prompts_gpus
     )
 

@@ -13,7 +13,7 @@ from pipeline.sample.config import FileRequests, GridRequests, SampleJobConfig
 from pipeline.sample.model import ModelFacts, read_model, resolve_sampler
 from pipeline.sample.provenance import Draw, Origin
 from pipeline.sample.request_files import file_format, map_columns, read_columns
-from pipeline.sample.requests import Defaults, Limits, Requests, grid_columns, refuse_broken, validate_requests
+from pipeline.sample.requests import Defaults, RequestLimits, Requests, grid_columns, refuse_broken, validate_requests
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.places import place_of
 from pipeline.storage.root import Root
@@ -22,7 +22,7 @@ from pipeline.tracking.config import REGISTERED, resolve_paths
 
 
 @dataclass(frozen=True)
-class Prepared:
+class SamplingInputs:
     """A validated job: what is asked, of which model and codec, and what all its images will share."""
 
     requests: Requests
@@ -35,7 +35,7 @@ class Prepared:
     identity: Identity
 
 
-def prepare(config: SampleJobConfig) -> Prepared:
+def prepare(config: SampleJobConfig) -> SamplingInputs:
     """Read model, codec and requests; every problem is a PipelineError, and nothing has been written."""
     model = read_model(_model_uri(config), config.model.ema)
     codec_path, codec_kind = _codec_path(config, model), model.codec_kind
@@ -54,7 +54,7 @@ def prepare(config: SampleJobConfig) -> Prepared:
     known = {key: value for key, value in asdict(origin).items() if value != ()}
     about = {"origin": {**known, "versions": dict(origin.versions)}}
     identity = Identity("images", fingerprint, about)
-    return Prepared(requests, model, codec, codec_path, codec_kind, draw, origin, identity)
+    return SamplingInputs(requests, model, codec, codec_path, codec_kind, draw, origin, identity)
 
 
 def _model_uri(config: SampleJobConfig) -> str:
@@ -72,7 +72,7 @@ def on_device(draw: Draw, device: str) -> Draw:
     return replace(draw, device=device, dtype=automatic if draw.dtype == "auto" else draw.dtype)
 
 
-def load_requests(config: GridRequests | FileRequests, limits: Limits) -> Requests:
+def load_requests(config: GridRequests | FileRequests, limits: RequestLimits) -> Requests:
     """The validated requests of a configuration; reads the request file where there is one."""
     keep_first = config.duplicates == "keep_first"
     defaults = Defaults(

@@ -11,7 +11,7 @@ import torch
 from pipeline.codec.info import codec_info
 from pipeline.errors import InputError
 from pipeline.media.images import read_provenance
-from pipeline.sample.decode import Decoder
+from pipeline.sample.decode import LatentDecoder
 from pipeline.sample.denoise import Denoiser, use_threads
 from pipeline.sample.model import read_model
 from pipeline.sample.output import IMAGES, encode_rows
@@ -40,7 +40,7 @@ def regenerate(image: bytes, *, model_uri: str | None = None, codec_path: str | 
     plan_row = pa.Table.from_pylist([{**request, "unit": 0, "row": 0}], schema=PLAN_SCHEMA)
     embed = None if facts.text is None else PromptEmbedder(facts.text, device=draw.device)
     latents = Denoiser.load(facts.uri, draw, ema=facts.ema, embed=embed)(plan_row)
-    decoder = Decoder(
+    decoder = LatentDecoder(
         codec_path,
         kind=facts.codec_kind,
         revision=facts.codec_revision,

@@ -45,7 +45,7 @@ Columns = Mapping[str, Sequence[Any]]
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """What one model can be asked for.
 
     `multiple` is the side in pixels that every height and width must be a multiple of. `sizes` are the (height,
@@ -118,7 +118,7 @@ def request_id(content: Mapping[str, Any]) -> bytes:
 def validate_requests(
     columns: Columns,
     *,
-    limits: Limits,
+    limits: RequestLimits,
     defaults: Defaults,
     keep_first: bool = False,
     origin: str = "requests",
@@ -167,7 +167,7 @@ def refuse_broken(broken: Mapping[int, str], origin: str) -> None:
     _Problems.of(broken).check(origin)
 
 
-def _complete(request: dict[str, Any], limits: Limits, defaults: Defaults) -> dict[str, Any]:
+def _complete(request: dict[str, Any], limits: RequestLimits, defaults: Defaults) -> dict[str, Any]:
     """Fill what is unset, and bring what means the same into one form."""
     height, width = limits.sizes[0] if limits.sizes else (None, None)
     fallback = {
@@ -196,7 +196,7 @@ def _complete(request: dict[str, Any], limits: Limits, defaults: Defaults) -> di
 _Fault = tuple[tuple[str, ...], str]
 
 
-def _faults(request: Mapping[str, Any], limits: Limits) -> Iterator[_Fault]:
+def _faults(request: Mapping[str, Any], limits: RequestLimits) -> Iterator[_Fault]:
     """Every rule that one completed request breaks."""
     yield from _condition_faults(request, limits)
     yield from _size_faults(request, limits)
@@ -216,7 +216,7 @@ def _faults(request: Mapping[str, Any], limits: Limits) -> Iterator[_Fault]:
             yield (key,), f"{key} takes {size} bytes as JSON: at most {MAX_TEXT_BYTES}"
 
 
-def _condition_faults(request: Mapping[str, Any], limits: Limits) -> Iterator[_Fault]:
+def _condition_faults(request: Mapping[str, Any], limits: RequestLimits) -> Iterator[_Fault]:
     label, prompt, guidance = request["label"], request["prompt"], request["guidance"]
     if label is not None and limits.num_classes is None:
         yield ("label",), f"label {label}: the model was trained without classes"
@@ -235,7 +235,7 @@ def _condition_faults(request: Mapping[str, Any], limits: Limits) -> Iterator[_F
         yield about, f"guidance {guidance} without a label or prompt: there is nothing to guide towards"
 
 
-def _size_faults(request: Mapping[str, Any], limits: Limits) -> Iterator[_Fault]:
+def _size_faults(request: Mapping[str, Any], limits: RequestLimits) -> Iterator[_Fault]:
     size = (request["height"], request["width"])
     sound = True
     for key, side in zip(("height", "width"), size, strict=True):

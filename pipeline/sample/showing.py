@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.media.contact import caption, choose, contact_sheet
-from pipeline.media.gallery import Picture, gallery_html
+from pipeline.media.gallery import GalleryPicture, gallery_html
 from pipeline.media.images import thumbnail
 from pipeline.store.read.dataset import Dataset
 from pipeline.store.read.outside import read_outside
@@ -40,7 +40,9 @@ def show(uri: str, plan: pa.Table, wanted: Iterable[bytes], count: int, facts: d
     images = [row["image"] or read_outside(dataset.root, row["file"]) for row in rows]
     captions = [caption(row) for row in rows]
     pictures = [
-        Picture(thumbnail(image, THUMBNAIL), "image/png", text, json.dumps(json.loads(row["provenance"]), indent=1))
+        GalleryPicture(
+            thumbnail(image, THUMBNAIL), "image/png", text, json.dumps(json.loads(row["provenance"]), indent=1)
+        )
         for image, text, row in zip(images, captions, rows, strict=True)
     ]
     note = f"{len(pictures)} of {candidates.num_rows:,} images, chosen by request id."

@@ -138,11 +138,11 @@ class DecoderSpec:
     alone: bool = False
 
 
-class DecodeBlocks:
+class DecodeLatents:
     """An actor: a block with raw latents in, the same with pixels (or a reason) out."""
 
     def __init__(self, spec: DecoderSpec, monitor: Any) -> None:
-        from pipeline.sample.decode import Decoder
+        from pipeline.sample.decode import LatentDecoder
         from pipeline.sample.denoise import use_threads
 
         use_threads(spec.draw.threads)
@@ -150,7 +150,7 @@ class DecodeBlocks:
 
         def load() -> Any:
             with networks_fit(spec.draw, "Loading the codec"):
-                return Decoder(
+                return LatentDecoder(
                     spec.codec_path,
                     kind=spec.codec_kind,
                     revision=spec.codec_revision,

@@ -123,10 +123,15 @@ def _protocols(fs: Any) -> tuple[str, ...]:
 
 
 class RangedFile(io.RawIOBase):
-    """A seekable file over ranged reads: each is one request, with the retries that `read_range` has."""
+    """A seekable file over a function that reads ranges: each is one request, with the retries that it has.
 
-    def __init__(self, read_range: Callable[[int, int], bytes], size_bytes: int) -> None:
-        self._read_range, self._size, self._at = read_range, size_bytes, 0
+    whole: a range that comes short is an OSError. `failed` keeps the error of a range that could not be read, which a
+    library in between may dress up.
+    """
+
+    def __init__(self, read_range: Callable[[int, int], bytes], size_bytes: int, *, whole: bool = True) -> None:
+        self._read_range, self.size, self._at, self._whole = read_range, size_bytes, 0, whole
+        self.failed: Exception | None = None
 
     def readable(self) -> bool:
         return True
@@ -135,7 +140,7 @@ class RangedFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
         self._at = max(0, base + offset)
         return self._at
 
@@ -143,10 +148,14 @@ class RangedFile(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        length = min(len(buffer), max(0, self._size - self._at))
-        data = self._read_range(self._at, length) if length else b""
-        if len(data) != length:
-            raise OSError(f"{length} bytes were asked for at offset {self._at}, {len(data)} came")
-        buffer[:length] = data
-        self._at += length
-        return length
+        length = min(len(buffer), max(0, self.size - self._at))
+        try:
+            data = self._read_range(self._at, length) if length else b""
+            if self._whole and len(data) != length:
+                raise OSError(f"{length} bytes were asked for at offset {self._at}, {len(data)} came")
+        except Exception as error:
+            self.failed = error
+            raise
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)

@@ -14,7 +14,7 @@ from pipeline.store.read.pages import FixedRows
 from pipeline.stream.order import Layout
 
 
-class RowGroupInfo(Protocol):
+class StreamedGroup(Protocol):
     """One row group as the dataset's manifest describes it; all its rows share one bucket."""
 
     @property
@@ -57,7 +57,7 @@ class LatentRows(Protocol):
     @property
     def latent_dtype(self) -> str: ...
     @property
-    def row_groups(self) -> Sequence[RowGroupInfo]: ...
+    def row_groups(self) -> Sequence[StreamedGroup]: ...
     def read(self, row_group: int, columns: Sequence[str], *, verify: bool) -> pa.Table: ...
     def read_fixed(self, row_group: int, column: str, *, verify: bool) -> FixedRows: ...
 
@@ -118,13 +118,13 @@ def layout_of(dataset: LatentRows, split_rows: NDArray[np.int64] | None = None) 
     )
 
 
-def row_counts(groups: Sequence[RowGroupInfo]) -> NDArray[np.int64]:
+def row_counts(groups: Sequence[StreamedGroup]) -> NDArray[np.int64]:
     """Rows of each row group: int64 [groups]."""
     return _columns(groups)[2]
 
 
 def _columns(
-    groups: Sequence[RowGroupInfo],
+    groups: Sequence[StreamedGroup],
 ) -> tuple[tuple[str, ...], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """(bucket names, bucket of each, rows, bytes): as they lie in a store's own columns, or one by one."""
     if isinstance(groups, ColumnarGroups):

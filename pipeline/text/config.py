@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config import StrictModel
 from pipeline.dataflow.cluster import ClusterConfig
-from pipeline.store.maintain.config import DataConfig
+from pipeline.store.maintain.config import DatasetConfig
 from pipeline.tracking.config import TrackingConfig
 
 # No part may begin with a dot: a subfolder cannot lead out of its directory.
@@ -65,7 +65,7 @@ class EmbedConfig(StrictModel):
 class EmbedTextJobConfig(StrictModel):
     """Everything the embed_text job reads."""
 
-    data: DataConfig = Field(..., description="The latent dataset whose captions are embedded.")
+    data: DatasetConfig = Field(..., description="The latent dataset whose captions are embedded.")
     encoders: tuple[TextEncoderConfig, ...] = Field(..., min_length=1, description="The encoders, side by side.")
     output: TextOutputConfig = Field(TextOutputConfig(), description="Where embeddings go.")
     embed: EmbedConfig = Field(EmbedConfig(), description="How the work is cut.")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pipeline.errors import InputError
 from pipeline.tracking.probe import check_readable
 from pipeline.tracking.redact import masked_uri
-from pipeline.tracking.store import RUN_KEY_TAG, DatasetLink, MlflowStore, RunState, StoreUnavailable
+from pipeline.tracking.store import RUN_KEY_TAG, DatasetLink, MlflowStore, RunState, TrackingUnavailable
 from pipeline.tracking.tracker import HANDLE_PREFIX, JOB_TAG, PARENT_TAG, PARENTS_TAG
 
 
@@ -123,7 +123,7 @@ def _opened(uri: str) -> Iterator[MlflowStore]:
     check_readable(uri)
     try:
         yield MlflowStore(uri)
-    except StoreUnavailable as error:
+    except TrackingUnavailable as error:
         raise InputError(
             f"The tracking store cannot be read: {error}",
             key="tracking.uri",

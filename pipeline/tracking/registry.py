@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.errors import InputError
 from pipeline.tracking.probe import check_readable
 from pipeline.tracking.redact import masked_uri
-from pipeline.tracking.store import URI_TAG, MlflowStore, StoreRefused, StoreUnavailable
+from pipeline.tracking.store import URI_TAG, MlflowStore, StoreRefused, TrackingUnavailable
 
 LATEST = "latest"
 _REFERENCE = re.compile(r"models:/(?P<name>[^/@:]+)(?:@(?P<alias>[A-Za-z0-9_-]+)|/(?P<version>\d+|latest))")
@@ -108,7 +108,7 @@ def opened(uri: str) -> Iterator[Registry]:
     check_readable(uri)
     try:
         yield Registry(MlflowStore(uri))
-    except (MlflowException, StoreUnavailable, StoreRefused, OSError) as error:
+    except (MlflowException, TrackingUnavailable, StoreRefused, OSError) as error:
         raise InputError(
             f"The model registry cannot be used: {masked_uri(' '.join(str(error).split())[:300])}",
             key="tracking.uri",

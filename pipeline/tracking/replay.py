@@ -40,7 +40,7 @@ def replay(journal_dir: str | Path, uri: str, *, any_server: bool = False) -> Re
     Journals of running processes are left alone. `any_server` also takes journals written for another address: for
     a server that has moved.
     """
-    from pipeline.tracking.store import MlflowStore, StoreUnavailable
+    from pipeline.tracking.store import MlflowStore, TrackingUnavailable
 
     check_uri(uri)
     check_access(uri)
@@ -54,7 +54,7 @@ def replay(journal_dir: str | Path, uri: str, *, any_server: bool = False) -> Re
                     f"Another process is sending the journals of {folder}", next_step="wait until it has finished"
                 )
             return replay_orphans(folder, MlflowStore(uri), None if any_server else store_identity(uri))
-    except StoreUnavailable as error:
+    except TrackingUnavailable as error:
         raise InputError(
             f"The tracking store does not take the journals: {error}",
             key="tracking.uri",

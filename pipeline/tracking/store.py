@@ -1,7 +1,7 @@
 """The only module that imports mlflow: what this package needs of a tracking store, and nothing more.
 
 Importing mlflow takes seconds and making a sqlite store a few more: the flusher's thread builds `MlflowStore`.
-Errors come out as two kinds: `StoreUnavailable` (try again later) and `StoreRefused` (this data, never).
+Errors come out as two kinds: `TrackingUnavailable` (try again later) and `StoreRefused` (this data, never).
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _REQUEST_DEFAULTS = {
 }
 
 
-class StoreUnavailable(Exception):
+class TrackingUnavailable(Exception):
     """The store did not answer, or not usably: the same call may succeed later."""
 
 
-class RunMissing(StoreUnavailable):
+class RunMissing(TrackingUnavailable):
     """The run to attach to is not there (yet)."""
 
 
@@ -231,7 +231,7 @@ class MlflowStore:
                 if found is None:
                     raise
         if found.lifecycle_stage != "active":
-            raise StoreUnavailable(f"experiment {name!r} was deleted: restore it, or name another")
+            raise TrackingUnavailable(f"experiment {name!r} was deleted: restore it, or name another")
         return str(found.experiment_id)
 
     def _artifact_location(self, name: str) -> str | None:
@@ -254,9 +254,9 @@ class MlflowStore:
                 raise RunMissing(text) from None
             if status in _REFUSED_STATUS:
                 raise StoreRefused(text) from None
-            raise StoreUnavailable(text) from None
+            raise TrackingUnavailable(text) from None
         except OSError as error:  # requests' errors are among them
-            raise StoreUnavailable(self._redact(f"{type(error).__name__}: {error}")[:500]) from None
+            raise TrackingUnavailable(self._redact(f"{type(error).__name__}: {error}")[:500]) from None
 
 
 def _client(uri: str) -> Any:

@@ -35,7 +35,7 @@ from pipeline.model.checkpoints import MARKER as MARKER
 from pipeline.model.checkpoints import fetch_checked, list_complete, local_copy
 from pipeline.storage.root import Root
 from pipeline.train import world
-from pipeline.train.retention import Start, begin, counting, mark_complete, prune
+from pipeline.train.retention import WorkerStart, begin, counting, mark_complete, prune
 
 _FILE_BYTES = 1 << 30
 _log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class CheckpointStore:
         self.superseded = superseded
         mine = asdict(begin(root, generation, listed)) if world.rank() == 0 else None
         told = world.broadcast_json([mine, secrets.token_hex(4)])
-        self.start = Start(told[0]["generation"], told[0]["attempt"], tuple(told[0]["began_with"]))
+        self.start = WorkerStart(told[0]["generation"], told[0]["attempt"], tuple(told[0]["began_with"]))
         self.token: str = told[1]
         self.resumed: int | None = None  # at how many images this start began
         # When the newest checkpoint of this start was complete (rank 0 only); until there is one, when it started.

@@ -28,7 +28,7 @@ class MixConfig(StrictModel):
     )
 
 
-class DataConfig(StrictModel):
+class TrainDataConfig(StrictModel):
     """The latents to learn from."""
 
     uri: str = Field(..., min_length=1, description="Latent dataset: a directory or any fsspec URI.")
@@ -54,7 +54,7 @@ class DataConfig(StrictModel):
         return {"data": first, **{f"data.mix.{at}": part for at, part in enumerate(self.mix)}}
 
 
-class OutputConfig(StrictModel):
+class TrainOutputConfig(StrictModel):
     """Where the run lives."""
 
     uri: str = Field(
@@ -199,8 +199,8 @@ class CodecOverride(StrictModel):
 class TrainJobConfig(StrictModel):
     """Train a diffusion model on a latent dataset: `python -m jobs.train CONFIG... [key=value ...]`."""
 
-    data: DataConfig = Field(..., description="The latents.")
-    output: OutputConfig = Field(..., description="The run's own place.")
+    data: TrainDataConfig = Field(..., description="The latents.")
+    output: TrainOutputConfig = Field(..., description="The run's own place.")
     model: ModelConfig = Field(..., description="The network.")
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="What it predicts.")
     timesteps: TimestepConfig = Field(TimestepConfig(), description="At which times.")

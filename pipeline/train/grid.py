@@ -29,7 +29,7 @@ _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Grid:
+class SampleGrid:
     """How a grid is drawn. shape: (c, h, w) of a latent; sampler: keyword arguments of `samplers.sample`.
 
     prompts: the prompt of each picture, and their embeddings; None for a model that reads no text.

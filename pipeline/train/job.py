@@ -27,7 +27,7 @@ from pipeline.storage.errors import storage_errors
 from pipeline.storage.root import Root
 from pipeline.tracking.config import resolve_paths
 from pipeline.tracking.ending import ended_by_outcome
-from pipeline.train.config import DataConfig, MixConfig, TrainJobConfig
+from pipeline.train.config import MixConfig, TrainDataConfig, TrainJobConfig
 from pipeline.train.control import claim_generation, lasting, record_failure, recorded_failure, request_stop
 from pipeline.train.history import Follower, read_records
 
@@ -41,7 +41,7 @@ RUN = "run.json"
 WEIGHT_TAG = "latentloom.weight"
 _WATCH_S = 1.0
 
-Data = TypeVar("Data", DataConfig, MixConfig)
+Data = TypeVar("Data", TrainDataConfig, MixConfig)
 
 
 def run(config: TrainJobConfig) -> JobResult:
@@ -260,7 +260,7 @@ def _train_on_ray(payload: dict[str, Any]) -> dict[str, Any]:
     from pipeline.config import validate
     from pipeline.train import world
     from pipeline.train.handshake import Facts
-    from pipeline.train.worker import Place, run_worker
+    from pipeline.train.worker import WorkerContext, run_worker
 
     config = validate(TrainJobConfig, payload["config"])
     root, generation = Root(config.output.uri), int(payload["generation"])
@@ -270,7 +270,7 @@ def _train_on_ray(payload: dict[str, Any]) -> dict[str, Any]:
     # One name for all ranks of this start on a node, another for every restart.
     token = world.broadcast_json(secrets.token_hex(8))
     scratch = Path(tempfile.gettempdir()) / f"latentloom-train-{token}"
-    place = Place(
+    place = WorkerContext(
         device=str(ray.train.torch.get_device()) if payload["device"] == "cuda" else "cpu",
         generation=generation,
         tracking_handle=payload["tracking_handle"],

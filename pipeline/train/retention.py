@@ -27,7 +27,7 @@ _START = re.compile(rf"^{STARTS}/(\d{{6}})-(\d{{6}})\.json$")
 
 
 @dataclass(frozen=True)
-class Start:
+class WorkerStart:
     """One start of the workers, and the names of the complete checkpoints that it began with."""
 
     generation: int
@@ -48,7 +48,7 @@ class Start:
         return f"{self.generation:06d}-{self.attempt:06d}-{images:015d}-{token}"
 
 
-def begin(root: Root, generation: int, listed: Iterable[str] | None = None) -> Start:
+def begin(root: Root, generation: int, listed: Iterable[str] | None = None) -> WorkerStart:
     """A further start of a generation, the first of which begins with what is `listed`, or with all there is."""
     while True:
         earlier = [place for place in _places(root) if place[0] == generation]
@@ -56,19 +56,19 @@ def begin(root: Root, generation: int, listed: Iterable[str] | None = None) -> S
             names = [c.name for c in counting(root, _read(root, max(earlier)))]
         else:
             names = [c.name for c in list_complete(root)] if listed is None else list(listed)
-        start = Start(generation, max((attempt for _, attempt in earlier), default=0) + 1, tuple(names))
+        start = WorkerStart(generation, max((attempt for _, attempt in earlier), default=0) + 1, tuple(names))
         body = json.dumps({"checkpoints": names, "writer": secrets.token_hex(8)}).encode()
         if root.put_if_absent(_key(start.place), body) or root.read_bytes(_key(start.place)) == body:
             return start
 
 
-def newest_start(root: Root) -> Start | None:
+def newest_start(root: Root) -> WorkerStart | None:
     """The start that is current; None where there was none, or only those of releases that did not note them."""
     places = _places(root)
     return _read(root, max(places)) if places else None
 
 
-def counting(root: Root, start: Start | None) -> list[Complete]:
+def counting(root: Root, start: WorkerStart | None) -> list[Complete]:
     """The complete checkpoints that count for a start, the one to go on from last; all there are for None."""
     return [c for c in list_complete(root) if start is None or start.counts(c)]
 
@@ -97,7 +97,7 @@ def branch(complete: list[Complete]) -> list[Complete]:
 
 def prune(
     root: Root,
-    start: Start,
+    start: WorkerStart,
     *,
     keep_last: int,
     keep_every_images: int | None,
@@ -163,5 +163,5 @@ def _key(place: tuple[int, int]) -> str:
     return f"{STARTS}/{place[0]:06d}-{place[1]:06d}.json"
 
 
-def _read(root: Root, place: tuple[int, int]) -> Start:
-    return Start(*place, tuple(json.loads(root.read_bytes(_key(place)))["checkpoints"]))
+def _read(root: Root, place: tuple[int, int]) -> WorkerStart:
+    return WorkerStart(*place, tuple(json.loads(root.read_bytes(_key(place)))["checkpoints"]))

@@ -24,7 +24,7 @@ from pipeline.train.config import TrainJobConfig
 from pipeline.train.control import Notices, StopWatch, current_generation, listed_checkpoints
 from pipeline.train.ema import Track
 from pipeline.train.finish import export_info, export_model, is_guidable, sampling_shift
-from pipeline.train.grid import Grid
+from pipeline.train.grid import SampleGrid
 from pipeline.train.handshake import Facts, identity
 from pipeline.train.inputs import (
     Served,
@@ -47,7 +47,7 @@ _RUN_ID_WAIT_S = 30.0
 
 
 @dataclass(frozen=True)
-class Place:
+class WorkerContext:
     """Where this rank runs: its device, which start of the job, whose MLflow run, what the driver found out.
 
     node_leader: whether this rank fetches files for all ranks of its node; scratch: a directory they share.
@@ -67,7 +67,7 @@ class Place:
     inputs: str | None = None
 
 
-def run_worker(config: TrainJobConfig, place: Place) -> dict[str, Any]:
+def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
     """Train this rank's part to the end or to a stop; the same small JSON value on every rank.
 
     {"status": "done" | "stopped", "step", "images"}; raises what the loop raises, ConflictError when another start
@@ -239,7 +239,7 @@ def _grid(
     device: torch.device,
     tracker: Tracker,
     prompts: tuple[tuple[str, ...], Text] | None,
-) -> Grid:
+) -> SampleGrid:
     assert facts.codec is not None  # the handshake made sure
     root = Root(config.output.uri)
 
@@ -253,7 +253,7 @@ def _grid(
 
     s = config.grid.sampler
     conditional = facts.num_classes is not None or prompts is not None
-    return Grid(
+    return SampleGrid(
         task=task,
         ema=config.train.ema[0].name,
         images=config.grid.images,

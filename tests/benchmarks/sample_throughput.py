@@ -31,7 +31,7 @@ from pipeline.config import validate
 from pipeline.dataflow.cluster import ClusterConfig, ensure_ray, shutdown_ray
 from pipeline.sample import job as sample_job
 from pipeline.sample.config import SampleJobConfig
-from pipeline.sample.prepare import Prepared, on_device, prepare
+from pipeline.sample.prepare import SamplingInputs, on_device, prepare
 from tests.benchmarks.memory import MemoryWatch
 from tests.benchmarks.report import bars, table, write
 
@@ -91,11 +91,11 @@ def configured(model: Path, output: Path, images: int, **changes: Any) -> Sample
     return validate(SampleJobConfig, {**base, **changes})
 
 
-def bare(prepared: Prepared, threads: int) -> float:
+def bare(prepared: SamplingInputs, threads: int) -> float:
     """Images per second of the plain loop, its first batch left out."""
     import torch
 
-    from pipeline.sample.decode import Decoder
+    from pipeline.sample.decode import LatentDecoder
     from pipeline.sample.denoise import Denoiser, schedule_of, use_threads
 
     use_threads(threads)
@@ -103,7 +103,7 @@ def bare(prepared: Prepared, threads: int) -> float:
     names, labels = table_["request_id"].to_pylist(), table_["label"].to_pylist()
     schedule = schedule_of(table_.slice(0, 1))
     denoiser = Denoiser.load(prepared.model.uri, prepared.draw)
-    codec = Decoder(prepared.codec_path, batch_size=BATCH).codec
+    codec = LatentDecoder(prepared.codec_path, batch_size=BATCH).codec
     began, done = 0.0, 0
     for start in range(0, len(names) - BATCH + 1, BATCH):
         if start == BATCH:

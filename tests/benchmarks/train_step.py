@@ -43,7 +43,7 @@ from pipeline.train.control import claim_generation
 from pipeline.train.handshake import handshake
 from pipeline.train.history import HISTORY, read_records
 from pipeline.train.state import make_state
-from pipeline.train.worker import Place, run_worker
+from pipeline.train.worker import WorkerContext, run_worker
 from tests.benchmarks.report import panels, table, write
 from tests.train.dataset import make_dataset
 
@@ -92,7 +92,9 @@ def loop_seconds(data: str, args: argparse.Namespace) -> dict[str, list[float]]:
         config = validate(TrainJobConfig, settings(folder, data, args))
         facts = handshake(config, LatentDataset.open(data))
         generation = claim_generation(Root(config.output.uri), {})
-        run_worker(config, Place(args.device, generation, None, facts, True, folder / "scratch", publish=turn))
+        run_worker(
+            config, WorkerContext(args.device, generation, None, facts, True, folder / "scratch", publish=turn)
+        )
     return {side: values[1:] for side, values in seconds.items()}
 
 

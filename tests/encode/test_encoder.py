@@ -16,7 +16,7 @@ import torch
 
 from pipeline.codec.info import CodecInfo
 from pipeline.dataflow.lost_device import DeviceFault, device_fault
-from pipeline.encode.decoding import Decoder, items_of, pixels_table
+from pipeline.encode.decoding import ImageDecoder, items_of, pixels_table
 from pipeline.encode.device import DeviceQueue, Latents
 from pipeline.encode.encoder import Encoder, Usage
 from pipeline.encode.items import Item
@@ -250,7 +250,7 @@ def test_decoding_runs_ahead_but_keeps_the_order() -> None:
         Image.fromarray(np.full((16, 16, 3), r, np.uint8)).save(sink, "PNG")
         image = sink.getvalue() if r % 7 else b"no image"
         rows.append({"unit": 3, "row": r, "source": "s", "key": f"{r}", "image": image, "status": "ok"})
-    decoder = Decoder(ImageConfig(resolution=16, multiple_of=4), "mem", threads=3, ahead=8)
+    decoder = ImageDecoder(ImageConfig(resolution=16, multiple_of=4), "mem", threads=3, ahead=8)
     items = list(decoder.items(pa.Table.from_pylist(rows, schema=RAW)))
     decoder.close()
     assert [i.values["row"] for i in items] == list(range(30))

@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipeline.codec.codec import load_codec
 from pipeline.encode.blocks import raw_table
-from pipeline.encode.decoding import Decoder
+from pipeline.encode.decoding import ImageDecoder
 from pipeline.encode.encoder import Encoder
 from pipeline.source.config import FolderSource, ImageConfig, ParquetSource, SourceConfig, WebDatasetSource
 from pipeline.source.reading.listing import list_entries
@@ -59,7 +59,7 @@ def encoded(source: SourceConfig, codec_path: Path, image: ImageConfig, order: i
     for number, item in enumerate(items):  # the entries of a unit follow each other
         if isinstance(item, SourceRow):
             item.row = number
-    decoder = Decoder(image, source.uri, threads=2, ahead=4)
+    decoder = ImageDecoder(image, source.uri, threads=2, ahead=4)
     encoder = Encoder(load_codec(str(codec_path)), "mode", "float16", 3, 64 * 64, source.uri)
     table = encoder.encode(list(decoder.items(raw_table(0, items)))[::order])
     decoder.close()

@@ -17,7 +17,7 @@ import torch
 from pipeline.codec.config import CodecConfig
 from pipeline.encode.blocks import raw_table
 from pipeline.encode.decoding import pixels_table
-from pipeline.encode.stages import DecodeBlocks, EncodeBlocks, EncoderSpec
+from pipeline.encode.stages import DecodeImages, EncodeBlocks, EncoderSpec
 from pipeline.errors import InputError, PipelineError
 from pipeline.source.config import ImageConfig
 from pipeline.source.reading.rows import EndOfUnit, SourceRow
@@ -134,7 +134,7 @@ def test_a_decode_task_says_which_rows_it_is_busy_with(monkeypatch: pytest.Monke
         return pixels_table(items)
 
     monkeypatch.setattr("pipeline.encode.stages.pixels_table", look)
-    table = DecodeBlocks(ImageConfig(resolution=32), "mem", 1, monitor)(block())
+    table = DecodeImages(ImageConfig(resolution=32), "mem", 1, monitor)(block())
     assert table["outcome"].to_pylist() == ["rejected", "end"]
     assert seen == [[[(7, 3, 4)]]]  # what a process that dies now leaves open
     assert monitor.state.deaths() == ([], [])

@@ -17,7 +17,7 @@ from PIL import Image
 from pipeline.evaluate.config import ThresholdsConfig
 from pipeline.evaluate.figures import Figure, Record
 from pipeline.evaluate.intervals import Estimate
-from pipeline.evaluate.report import Picture, ReportContent, data_uri, render_report
+from pipeline.evaluate.report import ReportContent, ReportPicture, data_uri, render_report
 from pipeline.evaluate.results import missed_thresholds
 from pipeline.media.charts import MAX_POINTS, line_chart, share_bars
 
@@ -39,7 +39,7 @@ def test_empty_sections_are_left_out() -> None:
 
 
 def test_size_is_bounded_by_leaving_pictures_out_and_saying_so() -> None:
-    pictures = [Picture(noise(64, i), f"class {i}") for i in range(60)]
+    pictures = [ReportPicture(noise(64, i), f"class {i}") for i in range(60)]
     whole = render_report(content(samples=pictures), 10 << 20)
     page = render_report(content(samples=pictures), 300_000)
     assert whole.count("<figure") == 60
@@ -59,7 +59,7 @@ def test_no_text_becomes_markup(text: str) -> None:
             headline=[(hostile, hostile, hostile)],
             data_facts={hostile: hostile},
             curves={hostile: [(0, 1), (1, 2)]},
-            samples=[Picture(noise(4), hostile, "wrong")],
+            samples=[ReportPicture(noise(4), hostile, "wrong")],
             by_class=[(hostile, 1, 2)],
             figures=[Figure(hostile, 1.0, None, None, 3, hostile, hostile)],
             absent={hostile: hostile},

@@ -22,12 +22,12 @@ from pipeline.dataflow.lost_device import DeviceFault
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.media.images import decode_image, read_provenance
 from pipeline.sample.config import SampleJobConfig
-from pipeline.sample.decode import Decoder
+from pipeline.sample.decode import LatentDecoder
 from pipeline.sample.denoise import Denoiser, Schedule
 from pipeline.sample.model import read_model, resolve_sampler
 from pipeline.sample.output import IMAGES, encode_rows, file_key
 from pipeline.sample.plan import extend_plan
-from pipeline.sample.prepare import Prepared, on_device, prepare
+from pipeline.sample.prepare import SamplingInputs, on_device, prepare
 from pipeline.sample.regenerate import regenerate
 from pipeline.store.write.schema import REJECTS
 from tests.sample.conftest import Tiny
@@ -46,13 +46,13 @@ def job(tiny: Tiny, **changes: Any) -> SampleJobConfig:
 
 
 @pytest.fixture(scope="module")
-def prepared(tiny: Tiny) -> Prepared:
+def prepared(tiny: Tiny) -> SamplingInputs:
     ready = prepare(job(tiny))
     return replace(ready, draw=on_device(ready.draw, "cpu"))
 
 
 @pytest.fixture(scope="module")
-def denoiser(prepared: Prepared) -> Denoiser:
+def denoiser(prepared: SamplingInputs) -> Denoiser:
     torch.set_num_threads(prepared.draw.threads)
     return Denoiser.load(prepared.model.uri, prepared.draw)
 
@@ -65,7 +65,7 @@ def latents_of(denoiser: Denoiser, requests: pa.Table) -> dict[bytes, bytes]:
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=9, unique=True))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_latent_does_not_depend_on_what_is_drawn_beside_it(
-    prepared: Prepared, denoiser: Denoiser, chosen: list[int]
+    prepared: SamplingInputs, denoiser: Denoiser, chosen: list[int]
 ) -> None:
     requests = prepared.requests.table
     together = latents_of(denoiser, requests)
@@ -73,7 +73,7 @@ def test_a_latent_does_not_depend_on_what_is_drawn_beside_it(
     assert all(together[name] == latent for name, latent in some.items())
 
 
-def test_half_precision_casts_a_weight_once_a_batch(prepared: Prepared) -> None:
+def test_half_precision_casts_a_weight_once_a_batch(prepared: SamplingInputs) -> None:
     denoiser = Denoiser.load(prepared.model.uri, replace(prepared.draw, dtype="bfloat16"))
     weights = {weight.data_ptr() for weight in denoiser._model.parameters()}
     casts: Counter[int] = Counter()
@@ -90,7 +90,7 @@ def test_half_precision_casts_a_weight_once_a_batch(prepared: Prepared) -> None:
     assert max(casts.values()) == 1  # though the solver has three steps
 
 
-def test_more_than_eight_sizes_are_compiled(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_than_eight_sizes_are_compiled(prepared: SamplingInputs, monkeypatch: pytest.MonkeyPatch) -> None:
     class Model(nn.Module):
         def forward(self, x: torch.Tensor, t: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
             return x * t.reshape(-1, 1, 1, 1)
@@ -111,7 +111,7 @@ def test_more_than_eight_sizes_are_compiled(prepared: Prepared, monkeypatch: pyt
     assert len(graphs) == len(widths)
 
 
-def test_the_model_always_sees_batches_of_one_size(prepared: Prepared) -> None:
+def test_the_model_always_sees_batches_of_one_size(prepared: SamplingInputs) -> None:
     watched = Denoiser.load(prepared.model.uri, prepared.draw)
     forward, seen = watched._model.forward, []
 
@@ -126,7 +126,7 @@ def test_the_model_always_sees_batches_of_one_size(prepared: Prepared) -> None:
 
 
 def test_label_seed_guidance_and_run_seed_change_the_latent(
-    tiny: Tiny, prepared: Prepared, denoiser: Denoiser
+    tiny: Tiny, prepared: SamplingInputs, denoiser: Denoiser
 ) -> None:
     everything = latents_of(denoiser, prepared.requests.table)
     assert len(set(everything.values())) == len(everything)
@@ -148,7 +148,7 @@ def test_guidance_acts_inside_its_interval_only(tiny: Tiny, denoiser: Denoiser) 
     assert not torch.equal(draw(names, [1] * 4, plain), draw(names, [1] * 4, replace(plain, guidance=5.0)))
 
 
-def test_latents_leave_the_normalised_space(prepared: Prepared, denoiser: Denoiser) -> None:
+def test_latents_leave_the_normalised_space(prepared: SamplingInputs, denoiser: Denoiser) -> None:
     noise_like = Denoiser.load(prepared.model.uri, prepared.draw)
     noise_like._model.forward = lambda x, t, **_: torch.zeros_like(x)  # type: ignore[method-assign,union-attr]
     table = noise_like(prepared.requests.table)
@@ -157,12 +157,14 @@ def test_latents_leave_the_normalised_space(prepared: Prepared, denoiser: Denois
     assert np.allclose(raw.std((0, 2, 3)), (1.0, 0.5, 2.0, 1.5), rtol=0.2)
 
 
-def finished(prepared: Prepared, latents: pa.Table, put: Any = None) -> tuple[pa.Table, pa.Table]:
-    decoder = Decoder(prepared.codec_path, batch_size=prepared.draw.batch_size)
+def finished(prepared: SamplingInputs, latents: pa.Table, put: Any = None) -> tuple[pa.Table, pa.Table]:
+    decoder = LatentDecoder(prepared.codec_path, batch_size=prepared.draw.batch_size)
     return encode_rows(decoder(latents), prepared.draw, prepared.origin, put)
 
 
-def test_what_is_not_finite_becomes_a_reject_and_its_neighbours_stay(prepared: Prepared, denoiser: Denoiser) -> None:
+def test_what_is_not_finite_becomes_a_reject_and_its_neighbours_stay(
+    prepared: SamplingInputs, denoiser: Denoiser
+) -> None:
     plan = extend_plan(None, prepared.requests.table, 64)
     good_rows, none = finished(prepared, denoiser(plan))
     assert none.num_rows == 0
@@ -183,10 +185,10 @@ def test_what_is_not_finite_becomes_a_reject_and_its_neighbours_stay(prepared: P
     assert rows.to_pylist() == kept
 
 
-def test_a_latent_the_codec_fails_on_costs_only_itself(prepared: Prepared, denoiser: Denoiser) -> None:
+def test_a_latent_the_codec_fails_on_costs_only_itself(prepared: SamplingInputs, denoiser: Denoiser) -> None:
     plan = extend_plan(None, prepared.requests.table, 64)
     latents = denoiser(plan)
-    decoder = Decoder(prepared.codec_path, batch_size=4)
+    decoder = LatentDecoder(prepared.codec_path, batch_size=4)
     whole = decoder(latents)
     marked = torch.from_numpy(np.frombuffer(latents["latent"][5].as_py(), np.float32).copy()).reshape(4, 8, 8)
     decode = decoder.codec.decode
@@ -205,8 +207,8 @@ def test_a_latent_the_codec_fails_on_costs_only_itself(prepared: Prepared, denoi
     ]
 
 
-def test_a_lack_of_memory_is_no_fault_of_an_image(prepared: Prepared, denoiser: Denoiser) -> None:
-    decoder = Decoder(prepared.codec_path, batch_size=4)
+def test_a_lack_of_memory_is_no_fault_of_an_image(prepared: SamplingInputs, denoiser: Denoiser) -> None:
+    decoder = LatentDecoder(prepared.codec_path, batch_size=4)
 
     def exhausted(latents_NCHW: torch.Tensor) -> torch.Tensor:
         raise torch.OutOfMemoryError("out of memory")
@@ -245,7 +247,9 @@ def test_an_image_is_made_again_from_its_own_metadata(tiny: Tiny, kind: str) -> 
     assert "secret" not in str(rows.to_pylist())
 
 
-def test_another_model_does_not_pass_for_the_one_named(tiny: Tiny, prepared: Prepared, denoiser: Denoiser) -> None:
+def test_another_model_does_not_pass_for_the_one_named(
+    tiny: Tiny, prepared: SamplingInputs, denoiser: Denoiser
+) -> None:
     other = replace(prepared, origin=replace(prepared.origin, model_digest="0" * 32))
     rows, _ = finished(other, denoiser(extend_plan(None, prepared.requests.table, 64)))
     with pytest.raises(ConflictError, match="made by another model or codec"):
@@ -253,25 +257,25 @@ def test_another_model_does_not_pass_for_the_one_named(tiny: Tiny, prepared: Pre
 
 
 def test_an_image_that_can_no_longer_be_drawn_is_told(
-    prepared: Prepared, denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch
+    prepared: SamplingInputs, denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, _ = finished(prepared, denoiser(extend_plan(None, prepared.requests.table, 64)))
 
-    def gone(self: Decoder, latents: list[bytes], shape: tuple[int, ...], known: bool = True) -> np.ndarray:
+    def gone(self: LatentDecoder, latents: list[bytes], shape: tuple[int, ...], known: bool = True) -> np.ndarray:
         if known and not any(map(any, latents)):
             return np.zeros((len(latents), 16, 24, 3), np.uint8)
         raise RuntimeError("gone")
 
-    monkeypatch.setattr(Decoder, "decode", gone)
+    monkeypatch.setattr(LatentDecoder, "decode", gone)
     with pytest.raises(InputError, match="cannot be drawn again: the codec failed"):
         regenerate(rows["image"][0].as_py())
     # A codec that decodes nothing any more says nothing about the image.
-    monkeypatch.setattr(Decoder, "decode", partialmethod(gone, known=False))
+    monkeypatch.setattr(LatentDecoder, "decode", partialmethod(gone, known=False))
     with pytest.raises(DeviceFault, match="gone"):
         regenerate(rows["image"][0].as_py())
 
 
-def test_files_hold_what_rows_name(prepared: Prepared, denoiser: Denoiser, tmp_path: Path) -> None:
+def test_files_hold_what_rows_name(prepared: SamplingInputs, denoiser: Denoiser, tmp_path: Path) -> None:
     stored: dict[str, bytes] = {}
     rows, _ = finished(prepared, denoiser(extend_plan(None, prepared.requests.table, 64)), stored.__setitem__)
     for row in rows.to_pylist():
@@ -282,7 +286,7 @@ def test_files_hold_what_rows_name(prepared: Prepared, denoiser: Denoiser, tmp_p
 
 
 def test_an_image_encoder_that_fails_costs_only_that_image(
-    prepared: Prepared, denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch
+    prepared: SamplingInputs, denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipeline.sample import output
 

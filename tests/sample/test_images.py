@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline.errors import InputError
 from pipeline.media.contact import caption, choose, contact_sheet
-from pipeline.media.gallery import Picture, gallery_html
+from pipeline.media.gallery import GalleryPicture, gallery_html
 from pipeline.media.images import decode_image, draw_grid, encode_image, read_provenance, thumbnail
 
 KINDS = ("png", "jpeg", "webp")
@@ -123,7 +123,7 @@ class Tags(HTMLParser):
 @settings(max_examples=60, deadline=None)
 def test_no_text_becomes_markup(text: str) -> None:
     hostile = f"{text}\"'><script src=//x></script><img src=x onerror=y>"
-    page = gallery_html(hostile, {hostile: hostile}, [Picture(b"png", "image/png", hostile, hostile)], hostile)
+    page = gallery_html(hostile, {hostile: hostile}, [GalleryPicture(b"png", "image/png", hostile, hostile)], hostile)
     tags = Tags()
     tags.feed(page)
     assert {t for t, _ in tags.seen}.isdisjoint({"script", "link", "iframe", "object"})
@@ -134,7 +134,7 @@ def test_no_text_becomes_markup(text: str) -> None:
 
 
 def test_the_page_needs_no_network() -> None:
-    page = gallery_html("t", {}, [Picture(b"x", "image/png", "c")])
+    page = gallery_html("t", {}, [GalleryPicture(b"x", "image/png", "c")])
     assert not re.search(r"(src|href)\s*=\s*[\"'](?!data:)", page)
     assert "url(" not in page
     assert "default-src 'none'" in page

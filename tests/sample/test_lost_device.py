@@ -14,7 +14,7 @@ import torch
 from pipeline.dataflow.executions import run_execution
 from pipeline.dataflow.lost_device import DEVICE_GONE
 from pipeline.sample import decode, denoise, prompts
-from pipeline.sample.stages import DecodeBlocks, DecoderSpec, DenoiseBlocks, DenoiserSpec, EmbedPrompts
+from pipeline.sample.stages import DecodeLatents, DecoderSpec, DenoiseBlocks, DenoiserSpec, EmbedPrompts
 from tests.sample.test_shortage import latents
 from tests.support.draws import DRAW
 from tests.support.monitor import LocalMonitor
@@ -34,7 +34,7 @@ def ending(monkeypatch: pytest.MonkeyPatch, local_ray: None) -> None:
 
 def decoder(patch: pytest.MonkeyPatch, work: Callable[..., Any]) -> Callable[[], Any]:
     patch.setattr(decode, "load_codec", lambda *_, **__: SimpleNamespace(decode=work))
-    return lambda: DecodeBlocks(DecoderSpec("nowhere", "auto", None, DRAW), LocalMonitor())(latents())
+    return lambda: DecodeLatents(DecoderSpec("nowhere", "auto", None, DRAW), LocalMonitor())(latents())
 
 
 def denoiser(patch: pytest.MonkeyPatch, work: Callable[..., Any]) -> Callable[[], Any]:

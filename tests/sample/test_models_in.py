@@ -21,12 +21,12 @@ from pipeline.model.export import load_export, save_export
 from pipeline.model.foreign import load_pipeline_dir
 from pipeline.model.foreign_info import read_pipeline_dir
 from pipeline.sample.config import SampleJobConfig
-from pipeline.sample.decode import Decoder
+from pipeline.sample.decode import LatentDecoder
 from pipeline.sample.denoise import NOISE, Denoiser
 from pipeline.sample.model import read_model
 from pipeline.sample.output import encode_rows
 from pipeline.sample.plan import extend_plan
-from pipeline.sample.prepare import Prepared, on_device, prepare
+from pipeline.sample.prepare import SamplingInputs, on_device, prepare
 from pipeline.sample.prompts import PromptEmbedder
 from pipeline.sample.regenerate import regenerate
 from pipeline.storage.root import Root
@@ -39,7 +39,7 @@ from tests.sample.pipelines import SIDE, make_dit_pipeline, make_sd3_pipeline, m
 pytestmark = pytest.mark.integration
 
 
-def ready(uri: Path | str, requests: dict[str, Any], **changes: Any) -> Prepared:
+def ready(uri: Path | str, requests: dict[str, Any], **changes: Any) -> SamplingInputs:
     config = validate(
         SampleJobConfig,
         {
@@ -54,14 +54,14 @@ def ready(uri: Path | str, requests: dict[str, Any], **changes: Any) -> Prepared
     return replace(prepared, draw=on_device(prepared.draw, "cpu"))
 
 
-def images_of(prepared: Prepared) -> tuple[list[bytes], list[bytes]]:
+def images_of(prepared: SamplingInputs) -> tuple[list[bytes], list[bytes]]:
     """(request ids, encoded images) of all requests, in their order."""
     torch.set_num_threads(1)
     model = prepared.model
     embed = PromptEmbedder(model.text) if model.text else None
     denoiser = Denoiser.load(model.uri, prepared.draw, ema=model.ema, embed=embed)
     plan = extend_plan(None, prepared.requests.table, 64)
-    decoder = Decoder(prepared.codec_path, batch_size=prepared.draw.batch_size)
+    decoder = LatentDecoder(prepared.codec_path, batch_size=prepared.draw.batch_size)
     rows, rejects = encode_rows(decoder(denoiser(plan)), prepared.draw, prepared.origin)
     assert rejects.num_rows == 0
     return rows["sample_id"].to_pylist(), rows["image"].to_pylist()

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.sample.plan import PLAN_SCHEMA, extend_plan, padded, planned_rows, shape_groups, unit_tables
-from pipeline.sample.requests import Defaults, Limits, validate_requests
+from pipeline.sample.requests import Defaults, RequestLimits, validate_requests
 from pipeline.store.ledger.rowset import RowSet
 
 ONE_SHAPE = ("height", "width", "steps", "guidance", "guidance_low", "guidance_high")
-LIMITS = Limits(num_classes=5, takes_text=False, multiple=4, sizes=((32, 32), (32, 64)))
+LIMITS = RequestLimits(num_classes=5, takes_text=False, multiple=4, sizes=((32, 32), (32, 64)))
 rows = st.lists(
     st.tuples(st.integers(0, 4), st.integers(0, 30), st.sampled_from([32, 64]), st.sampled_from([1.0, 2.0])),
     min_size=1,
@@ -91,7 +91,7 @@ def test_padded_batches_have_one_size_and_lose_nothing(count: int, batch_size: i
 
 
 def test_equal_prompts_of_one_shape_come_together_and_ids_stay() -> None:
-    limits = Limits(num_classes=None, takes_text=True, multiple=4, sizes=((32, 32),))
+    limits = RequestLimits(num_classes=None, takes_text=True, multiple=4, sizes=((32, 32),))
     prompts = ["b", "a", "c"] * 4
     columns: dict[str, Any] = {"prompt": prompts, "seed": [i // 3 for i in range(12)]}
     asked = validate_requests(columns, limits=limits, defaults=Defaults()).table

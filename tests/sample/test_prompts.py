@@ -20,7 +20,7 @@ from pipeline.model.export import read_info, save_export
 from pipeline.sample.config import SampleJobConfig
 from pipeline.sample.denoise import Denoiser, use_threads
 from pipeline.sample.model import read_model
-from pipeline.sample.prepare import Prepared, on_device, prepare
+from pipeline.sample.prepare import SamplingInputs, on_device, prepare
 from pipeline.sample.prompts import PromptEmbedder
 from pipeline.sample.text import text_of_export
 from pipeline.storage.root import Root
@@ -61,7 +61,7 @@ def export(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_text_export(tiny, tmp_path_factory.mktemp("text"))
 
 
-def ready(export: Path, requests: dict[str, Any], batch_size: int = 2) -> Prepared:
+def ready(export: Path, requests: dict[str, Any], batch_size: int = 2) -> SamplingInputs:
     config = validate(
         SampleJobConfig,
         {
@@ -78,7 +78,7 @@ def ready(export: Path, requests: dict[str, Any], batch_size: int = 2) -> Prepar
 class Watched:
     """An embedder that remembers what it was asked."""
 
-    def __init__(self, prepared: Prepared, **options: Any) -> None:
+    def __init__(self, prepared: SamplingInputs, **options: Any) -> None:
         assert prepared.model.text is not None
         self.embedder, self.asked = PromptEmbedder(prepared.model.text, **options), []  # type: ignore[var-annotated]
 
@@ -87,7 +87,7 @@ class Watched:
         return self.embedder(prompts)
 
 
-def latents_of(prepared: Prepared, embed: Any) -> dict[tuple[Any, ...], bytes]:
+def latents_of(prepared: SamplingInputs, embed: Any) -> dict[tuple[Any, ...], bytes]:
     use_threads(1)
     table = Denoiser.load(prepared.model.uri, prepared.draw, embed=embed)(prepared.requests.table)
     columns = (table[name].to_pylist() for name in ("prompt", "negative_prompt", "seed"))

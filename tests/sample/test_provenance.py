@@ -18,7 +18,7 @@ from pipeline.sample.provenance import (
     request_of,
     without_credentials,
 )
-from pipeline.sample.requests import Defaults, Limits, validate_requests
+from pipeline.sample.requests import Defaults, RequestLimits, validate_requests
 from tests.support.draws import DRAW
 
 ORIGIN = Origin(
@@ -34,7 +34,7 @@ ORIGIN = Origin(
 
 
 def request() -> dict[str, Any]:
-    limits = Limits(num_classes=3, takes_text=False, multiple=4, sizes=((32, 32),))
+    limits = RequestLimits(num_classes=3, takes_text=False, multiple=4, sizes=((32, 32),))
     columns = {"label": [1], "seed": [2**63 - 1], "guidance": [2.5], "guidance_low": [0.1], "extra": ['{"a":1}']}
     row: dict[str, Any] = validate_requests(columns, limits=limits, defaults=Defaults()).table.to_pylist()[0]
     return row

@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline.errors import ConflictError, InputError
 from pipeline.media.images import decode_image, encode_image, read_provenance
 from pipeline.sample.config import RegenerateJobConfig
-from pipeline.sample.decode import Decoder
+from pipeline.sample.decode import LatentDecoder
 from pipeline.sample.denoise import Denoiser, use_threads
 from pipeline.sample.output import encode_rows
 from pipeline.sample.plan import extend_plan
@@ -36,7 +36,7 @@ def image(tiny: Tiny, tmp_path: Path) -> Path:
     ready = replace(ready, draw=on_device(ready.draw, "cpu"))
     use_threads(1)
     plan = extend_plan(None, ready.requests.table.slice(4, 1), 64)
-    decoder = Decoder(ready.codec_path, batch_size=ready.draw.batch_size)
+    decoder = LatentDecoder(ready.codec_path, batch_size=ready.draw.batch_size)
     rows, _ = encode_rows(decoder(Denoiser.load(ready.model.uri, ready.draw)(plan)), ready.draw, ready.origin)
     path = tmp_path / "one.png"
     path.write_bytes(rows["image"][0].as_py())

@@ -14,9 +14,9 @@ from pipeline.errors import ConfigError, InputError
 from pipeline.sample.config import FileRequests
 from pipeline.sample.prepare import load_requests
 from pipeline.sample.request_files import file_format, map_columns, read_columns
-from pipeline.sample.requests import Defaults, Limits, validate_requests
+from pipeline.sample.requests import Defaults, RequestLimits, validate_requests
 
-TEXT = Limits(num_classes=4, takes_text=True, multiple=8, sizes=((64, 64),))
+TEXT = RequestLimits(num_classes=4, takes_text=True, multiple=8, sizes=((64, 64),))
 
 
 def parquet(columns: dict[str, Any]) -> bytes:

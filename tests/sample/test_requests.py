@@ -12,17 +12,17 @@ from pipeline.errors import InputError
 from pipeline.sample.requests import (
     REQUEST_SCHEMA,
     Defaults,
-    Limits,
+    RequestLimits,
     grid_columns,
     request_id,
     validate_requests,
 )
 
-LIMITS = Limits(num_classes=12, takes_text=False, multiple=4, sizes=((32, 32), (32, 64)))
-TEXT = Limits(num_classes=None, takes_text=True, multiple=8, sizes=((64, 64),))
+LIMITS = RequestLimits(num_classes=12, takes_text=False, multiple=4, sizes=((32, 32), (32, 64)))
+TEXT = RequestLimits(num_classes=None, takes_text=True, multiple=8, sizes=((64, 64),))
 
 
-def check(columns: dict[str, list[Any]], limits: Limits = LIMITS, **options: Any) -> Any:
+def check(columns: dict[str, list[Any]], limits: RequestLimits = LIMITS, **options: Any) -> Any:
     return validate_requests(columns, limits=limits, defaults=options.pop("defaults", Defaults()), **options)
 
 
@@ -145,10 +145,10 @@ def test_refused_requests_name_row_value_and_rule(columns: dict[str, list[Any]],
 def test_models_without_classes_or_sizes() -> None:
     with pytest.raises(InputError, match="label 1: the model was trained without classes"):
         check({"label": [1]}, TEXT)
-    nameless = Limits(num_classes=None, takes_text=False, multiple=8, sizes=())
+    nameless = RequestLimits(num_classes=None, takes_text=False, multiple=8, sizes=())
     with pytest.raises(InputError, match="height is not set and the model names no size"):
         check({"seed": [1]}, nameless)
-    free = Limits(num_classes=None, takes_text=False, multiple=8, sizes=((64, 64),), any_size=True)
+    free = RequestLimits(num_classes=None, takes_text=False, multiple=8, sizes=((64, 64),), any_size=True)
     assert check({"seed": [1], "height": [128]}, free).table["height"].to_pylist() == [128]
 
 
@@ -185,7 +185,7 @@ def test_the_grid_is_conditions_times_seeds() -> None:
 
 
 def test_a_model_without_a_label_for_none_takes_labels_and_no_guidance() -> None:
-    limits = Limits(
+    limits = RequestLimits(
         num_classes=3, takes_text=False, multiple=8, sizes=((8, 8),), always_labelled=True, guidable=False
     )
     assert check({"label": [0, 2]}, limits).table.num_rows == 2

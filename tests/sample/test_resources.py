@@ -18,7 +18,7 @@ def offer(monkeypatch: pytest.MonkeyPatch, *nodes: dict[str, float]) -> None:
     monkeypatch.setattr(ray, "nodes", lambda: [{"Resources": node, "Alive": True} for node in nodes])
 
 
-def resources(*overrides: str, with_text: bool = False) -> passes.Resources:
+def resources(*overrides: str, with_text: bool = False) -> passes.SampleResources:
     required = ["model.uri=m", "output.uri=o", "requests.kind=grid", "requests.count=1"]
     config = load_config(SampleJobConfig, [], [*required, *overrides])
     return passes._resources(config, with_text=with_text)

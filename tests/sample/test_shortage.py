@@ -14,8 +14,8 @@ import torch
 from pipeline.dataflow.out_of_memory import out_of_memory
 from pipeline.errors import ConfigError
 from pipeline.sample import decode, denoise
-from pipeline.sample.decode import Decoder
-from pipeline.sample.stages import DecodeBlocks, DecoderSpec, DenoiseBlocks, DenoiserSpec
+from pipeline.sample.decode import LatentDecoder
+from pipeline.sample.stages import DecodeLatents, DecoderSpec, DenoiseBlocks, DenoiserSpec
 from tests.support.draws import DRAW
 from tests.support.monitor import LocalMonitor
 
@@ -57,8 +57,8 @@ def test_a_decoder_without_memory_rejects_no_image(error: Exception, monkeypatch
 
     monkeypatch.setattr(decode, "load_codec", lambda *_, **__: SimpleNamespace(decode=exhausted))
     with pytest.raises(type(error)):
-        Decoder("nowhere", batch_size=4)(latents())
-    blocks = DecodeBlocks(DecoderSpec("nowhere", "auto", None, DRAW), LocalMonitor())
+        LatentDecoder("nowhere", batch_size=4)(latents())
+    blocks = DecodeLatents(DecoderSpec("nowhere", "auto", None, DRAW), LocalMonitor())
     with pytest.raises(ConfigError, match=r"Decoding ran out of memory[\s\S]*batch_size = 4[\s\S]*lower batch_size"):
         blocks(latents())
 

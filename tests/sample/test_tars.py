@@ -18,9 +18,9 @@ import pytest
 from pipeline.media.images import read_provenance
 from pipeline.sample.denoise import Denoiser, use_threads
 from pipeline.sample.planning import freeze_requests
-from pipeline.sample.prepare import Prepared, on_device, prepare
+from pipeline.sample.prepare import SamplingInputs, on_device, prepare
 from pipeline.sample.showing import show
-from pipeline.sample.stages import FINISHED, CommitImages, DecodeBlocks, DecoderSpec, EncodeImages
+from pipeline.sample.stages import FINISHED, CommitImages, DecodeLatents, DecoderSpec, EncodeImages
 from pipeline.sample.tars import pack_units
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import claim_next
@@ -37,17 +37,19 @@ from tests.support.monitor import LocalMonitor
 
 
 @pytest.fixture(scope="module")
-def prepared(tiny: Tiny) -> Prepared:
+def prepared(tiny: Tiny) -> SamplingInputs:
     ready = prepare(job(tiny))
     return replace(ready, draw=on_device(ready.draw, "cpu"))
 
 
 @pytest.fixture(scope="module")
-def written(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, pa.Table]]:
+def written(
+    prepared: SamplingInputs, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, pa.Table]]:
     """A function that writes a whole output of some form, unit by unit, as the job's stages do, without Ray."""
     use_threads(1)
     denoiser = Denoiser.load(prepared.model.uri, prepared.draw)
-    decode = DecodeBlocks(DecoderSpec(prepared.codec_path, "auto", None, prepared.draw), LocalMonitor())
+    decode = DecodeLatents(DecoderSpec(prepared.codec_path, "auto", None, prepared.draw), LocalMonitor())
 
     def write(form: str) -> tuple[Path, pa.Table]:
         path = tmp_path_factory.mktemp(form)
@@ -111,11 +113,11 @@ def test_shards_do_not_depend_on_how_they_came_about(written: Callable[[str], tu
     assert all((path / "shards" / n).read_bytes() == (again / "shards" / n).read_bytes() for n in names)
 
 
-def test_a_prompt_is_a_member_too(prepared: Prepared) -> None:
+def test_a_prompt_is_a_member_too(prepared: SamplingInputs) -> None:
     denoised = Denoiser.load(prepared.model.uri, prepared.draw)(
         prepared.requests.table.slice(0, 1).append_column("unit", pa.array([7])).append_column("row", pa.array([0]))
     )
-    decode = DecodeBlocks(DecoderSpec(prepared.codec_path, "auto", None, prepared.draw), LocalMonitor())
+    decode = DecodeLatents(DecoderSpec(prepared.codec_path, "auto", None, prepared.draw), LocalMonitor())
     table = EncodeImages(prepared.draw, prepared.origin, None)(decode(denoised))
     from pipeline.sample.output import IMAGES
 

@@ -15,7 +15,7 @@ from pipeline.storage.root import Root
 from pipeline.store.read.pinned import Pins
 from pipeline.train.control import claim_generation, current_generation, listed_checkpoints
 from pipeline.train.history import Journal, read_records
-from pipeline.train.retention import Start, begin, counting, mark_complete, newest_start, prune
+from pipeline.train.retention import WorkerStart, begin, counting, mark_complete, newest_start, prune
 from tests.sim.world import World
 
 SHARDS = ("shard-00001-model-00001-of-00002.safetensors", "shard-00001-model-00002-of-00002.safetensors")
@@ -69,7 +69,7 @@ class Trainers:
                 return "stopped"
         return "done"
 
-    def _load(self, start: Start, inputs: str, rows: str) -> int:
+    def _load(self, start: WorkerStart, inputs: str, rows: str) -> int:
         for c in reversed(counting(self.checkpoints, start)):
             if self._problem(c) is None:
                 assert (c.meta["inputs"], c.meta["rows"]) == (inputs, rows), "V12: a checkpoint of other inputs"
@@ -88,7 +88,7 @@ class Trainers:
                 return f"{name} is another one"
         return None
 
-    def _save(self, start: Start, step: int, resumed: int, inputs: str, rows: str) -> None:
+    def _save(self, start: WorkerStart, step: int, resumed: int, inputs: str, rows: str) -> None:
         name = start.name(step, "00000000")
         files = {}
         for shard in SHARDS:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.source.config import ImageConfig
-from pipeline.source.pixels.prepare import Prepared, Reject, prepare
+from pipeline.source.pixels.prepare import PreparedImage, Reject, prepare
 from pipeline.source.reading.rows import SourceRow
 
 # Nothing is filtered, so that a test sees what it asks about.
@@ -38,7 +38,7 @@ def row(data: bytes | None, key: str = "a.jpg", **fields: Any) -> SourceRow:
     return SourceRow(0, key, data, **fields)
 
 
-def outcome(data: bytes, **config: Any) -> list[Prepared] | Reject:
+def outcome(data: bytes, **config: Any) -> list[PreparedImage] | Reject:
     """`prepare` with nothing filtered."""
     return prepare(row(data), ImageConfig(**{**OPEN, **config}))
 

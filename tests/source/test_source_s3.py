@@ -21,7 +21,7 @@ from source_images import encode, gradient, write
 
 from pipeline.errors import InputError
 from pipeline.source.config import FolderSource, ImageConfig, ParquetSource, SourceConfig, WebDatasetSource
-from pipeline.source.pixels.prepare import Prepared, prepare
+from pipeline.source.pixels.prepare import PreparedImage, prepare
 from pipeline.source.reading.listing import Entry, list_entries
 from pipeline.source.reading.readers import read_unit
 from pipeline.source.reading.rows import EndOfUnit, SourceRow
@@ -165,7 +165,7 @@ def test_all_kinds_give_the_same_pixels(remote: Root) -> None:
         found.append([[p.pixels.tobytes() for p in out] if isinstance(out, list) else out.reason for out in prepared])
     assert found[0] == found[1] == found[2]
     assert isinstance(prepared[0], list)
-    assert isinstance(prepared[0][0], Prepared)
+    assert isinstance(prepared[0][0], PreparedImage)
 
 
 @pytest.mark.parametrize("kind", KINDS)

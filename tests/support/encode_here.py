@@ -11,7 +11,7 @@ from pipeline.codec.codec import load_codec
 from pipeline.config import load_config
 from pipeline.encode import job
 from pipeline.encode.config import EncodeJobConfig
-from pipeline.encode.decoding import Decoder
+from pipeline.encode.decoding import ImageDecoder
 from pipeline.encode.encoder import Encoder
 from pipeline.encode.stages import CommitRows, UnitReader
 from pipeline.encode.summary import largest_bucket
@@ -46,7 +46,7 @@ def _passes(config: EncodeJobConfig, root: Root, generation: Any, info: Any, tra
     )
     commit = CommitRows(Committer(root, generation.number, config.encode.row_group_bytes, dtype, {}))
     state = read_state(root)
-    decoder = Decoder(config.image, config.source.uri, 1, 4)
+    decoder = ImageDecoder(config.image, config.source.uri, 1, 4)
     try:
         for work in (w for batch in work_of(state.gaps(retry), 1000) for w in batch):
             reader = UnitReader(root, config.source, {work.unit: state.plan.locate(work.unit)})

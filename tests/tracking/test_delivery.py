@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pipeline.tracking.delivery import Delivery
 from pipeline.tracking.journal import Header, JournalReader, JournalWriter
 from pipeline.tracking.replay import replay_orphans
-from pipeline.tracking.store import ATTEMPT_TAG, RunMissing, StoreUnavailable
+from pipeline.tracking.store import ATTEMPT_TAG, RunMissing, TrackingUnavailable
 from tests.tracking.fake_tracking_store import FakeStore, build_header
 
 Build = Callable[..., Header]
@@ -125,11 +125,11 @@ def test_a_creation_whose_answer_was_lost_is_not_repeated(tmp_path: Path, header
 
     def fault(call: str) -> None:
         if call == "create_run: answer" and next(lost, False):
-            raise StoreUnavailable("connection reset")
+            raise TrackingUnavailable("connection reset")
 
     store = FakeStore(fault)
     path = write(tmp_path, header(), metrics(1, loss=1.0))
-    with pytest.raises(StoreUnavailable, match="reset"):
+    with pytest.raises(TrackingUnavailable, match="reset"):
         deliver(store, path)
     deliver(store, path)
     assert len(store.runs) == 1
@@ -206,7 +206,7 @@ def test_whatever_fails_and_whenever_each_point_arrives_exactly_once(
 
     def fault(call: str) -> None:
         if dice.random() < rate:
-            raise StoreUnavailable(call)
+            raise TrackingUnavailable(call)
 
     folder, store = tmp_path_factory.mktemp("faults"), FakeStore(fault)
     note = {"kind": "tags", "values": {"note": "x"}}
@@ -218,7 +218,7 @@ def test_whatever_fails_and_whenever_each_point_arrives_exactly_once(
             try:
                 if replay_orphans(folder, store, None).sent:
                     break
-            except StoreUnavailable:
+            except TrackingUnavailable:
                 continue
     points = store.only_run().points
     assert sorted((p.key, p.step) for p in points) == sorted((k, i) for k in ("loss", "lr") for i in range(1, 60))

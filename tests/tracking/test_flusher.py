@@ -12,7 +12,7 @@ from pipeline.tracking import flusher as flusher_module
 from pipeline.tracking.flusher import Flusher
 from pipeline.tracking.journal import Header, JournalReader, JournalWriter, gate, journals
 from pipeline.tracking.replay import replay_orphans
-from pipeline.tracking.store import StoreUnavailable
+from pipeline.tracking.store import TrackingUnavailable
 from tests.tracking.fake_tracking_store import FakeStore
 
 Build = Callable[..., Header]
@@ -50,7 +50,7 @@ class Outage:
     def __call__(self, call: str) -> None:
         if self.down:
             self.met.set()
-            raise StoreUnavailable("connection refused")
+            raise TrackingUnavailable("connection refused")
 
 
 def test_records_arrive_and_the_journal_is_gone_after_closing(tmp_path: Path, header: Build) -> None:

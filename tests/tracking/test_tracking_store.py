@@ -15,7 +15,7 @@ import pytest
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.environment import environment_tags, git_commit, package_versions
 from pipeline.tracking.journal import Header
-from pipeline.tracking.store import MlflowStore, Point, RunMissing, StoreRefused, StoreUnavailable
+from pipeline.tracking.store import MlflowStore, Point, RunMissing, StoreRefused, TrackingUnavailable
 from pipeline.tracking.ui import mlflow_ui_command
 
 Build = Callable[..., Header]
@@ -65,7 +65,7 @@ def test_errors_come_out_as_refused_missing_or_unavailable(tracking: TrackingCon
         store.log_batch(run_id, [], {"p": "2"}, {})
     with pytest.raises(RunMissing):
         store.log_batch("0" * 32, [Point("loss", 1.0, 1, 1)], {}, {})
-    with pytest.raises(StoreUnavailable):
+    with pytest.raises(TrackingUnavailable):
         MlflowStore("http://127.0.0.1:9").run_state(run_id)
 
 
@@ -79,7 +79,7 @@ def test_a_deleted_run_is_none_and_a_deleted_experiment_says_what_to_do(
     assert store.find_run(header(), run_id) is None
     assert store.run_state("no id at all!") is None
     store.client.delete_experiment(store.client.get_experiment_by_name("latentloom").experiment_id)
-    with pytest.raises(StoreUnavailable, match="was deleted: restore it"):
+    with pytest.raises(TrackingUnavailable, match="was deleted: restore it"):
         MlflowStore(tracking.uri).create_run(header())
 
 
@@ -87,7 +87,7 @@ def test_a_servers_password_goes_to_the_environment_and_not_into_errors() -> Non
     import os
 
     store = MlflowStore("http://me:planted%2DSecret@127.0.0.1:9")
-    with pytest.raises(StoreUnavailable) as caught:
+    with pytest.raises(TrackingUnavailable) as caught:
         store.run_state("0" * 32)
     assert "planted" not in str(caught.value)
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] == "planted-Secret"

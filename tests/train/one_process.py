@@ -11,7 +11,7 @@ from pipeline.storage.root import Root
 from pipeline.train import job
 from pipeline.train.beginnings import Begun
 from pipeline.train.config import TrainJobConfig
-from pipeline.train.worker import Place, run_worker
+from pipeline.train.worker import WorkerContext, run_worker
 
 
 def in_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -19,6 +19,8 @@ def in_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     def fit(config: TrainJobConfig, root: Root, generation: int, handle: str | None, begun: Begun) -> dict[str, Any]:
         scratch = tmp_path / "scratch"
-        return run_worker(config, Place("cpu", generation, handle, begun.facts, True, scratch, inputs=begun.inputs))
+        return run_worker(
+            config, WorkerContext("cpu", generation, handle, begun.facts, True, scratch, inputs=begun.inputs)
+        )
 
     monkeypatch.setattr(job, "_fit", fit)

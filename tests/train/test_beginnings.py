@@ -21,7 +21,7 @@ from pipeline.train.beginnings import begin_or_go_on, pins_of
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.control import claim_generation
 from pipeline.train.handshake import handshake
-from pipeline.train.worker import Place, run_worker
+from pipeline.train.worker import WorkerContext, run_worker
 from tests.train.dataset import grow_dataset, make_dataset
 from tests.train.helpers import stopped_after
 from tests.train.job_config import job_config
@@ -88,7 +88,7 @@ def test_a_start_that_is_refused_changes_nothing_for_the_one_at_work(
     with pytest.raises(ConfigError, match="does not say where its codec lies"):
         job.run(wrong)
     generation = claim_generation(Root(config.output.uri), {})
-    place = Place("cpu", generation, None, at_work.facts, True, tmp_path / "scratch", inputs=at_work.inputs)
+    place = WorkerContext("cpu", generation, None, at_work.facts, True, tmp_path / "scratch", inputs=at_work.inputs)
     with stopped_after(monkeypatch, 7):
         assert run_worker(config, place)["status"] == "stopped"
     assert job.run(config).status == "done"
@@ -151,4 +151,4 @@ def test_a_rank_that_sees_other_rows_than_the_driver_ends(tmp_path: Path) -> Non
     generation = claim_generation(Root(config.output.uri), {})
     other = replace(facts, layouts=("0" * 32,))
     with pytest.raises(ConflictError, match="are not those that this start of the job began with"):
-        run_worker(config, Place("cpu", generation, None, other, True, tmp_path / "scratch"))
+        run_worker(config, WorkerContext("cpu", generation, None, other, True, tmp_path / "scratch"))

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipeline.train import grid as module
 from pipeline.train import world
-from pipeline.train.grid import Grid
+from pipeline.train.grid import SampleGrid
 from pipeline.train.state import TrainState
 from tests.train.helpers import CHANNELS, make_task, new_run, on_ranks
 
@@ -38,11 +38,11 @@ def use_codec(patch: pytest.MonkeyPatch, decode: Callable[[torch.Tensor], torch.
     patch.setattr(module, "load_codec", lambda **_: codec)
 
 
-def make_grid(shown: list[tuple[int, bytes]], **changes: Any) -> Grid:
+def make_grid(shown: list[tuple[int, bytes]], **changes: Any) -> SampleGrid:
     def show(state: TrainState, png: bytes) -> None:
         shown.append((state.images, png))
 
-    grid = Grid(
+    grid = SampleGrid(
         task=make_task(),
         ema="power",
         images=20,

@@ -40,11 +40,11 @@ def data_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def _undisturbed(values: dict[str, Any], scratch: str) -> None:
-    from pipeline.train.worker import Place, run_worker
+    from pipeline.train.worker import WorkerContext, run_worker
 
     config = validate(TrainJobConfig, values)
     facts = handshake(config, LatentDataset.open(config.data.uri))
-    run_worker(config, Place("cpu", 1, None, facts, True, Path(scratch)))
+    run_worker(config, WorkerContext("cpu", 1, None, facts, True, Path(scratch)))
 
 
 @pytest.fixture(scope="module")

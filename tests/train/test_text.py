@@ -24,7 +24,7 @@ from pipeline.train.config import TrainJobConfig
 from pipeline.train.control import claim_generation
 from pipeline.train.handshake import handshake
 from pipeline.train.inputs import embedded, grid_prompts, make_task, open_served, open_stream, validation_chunks
-from pipeline.train.worker import Place, run_worker
+from pipeline.train.worker import WorkerContext, run_worker
 from tests.text.text_builders import CLIP_LENGTH, WIDTH, make_clip
 from tests.train.dataset import grow_dataset, make_dataset
 from tests.train.helpers import stopped_after
@@ -66,7 +66,7 @@ def config_of(tmp_path: Path, uris: tuple[str, str], changes: dict[str, Any] | N
 def start(config: TrainJobConfig, tmp_path: Path) -> None:
     facts = handshake(config, *(LatentDataset.open(part.uri) for part in config.data.parts.values()))
     generation = claim_generation(Root(config.output.uri), {})
-    run_worker(config, Place("cpu", generation, None, facts, True, tmp_path / "scratch"))
+    run_worker(config, WorkerContext("cpu", generation, None, facts, True, tmp_path / "scratch"))
 
 
 def test_batches_carry_the_embeddings_of_their_captions(uris: tuple[str, str]) -> None:

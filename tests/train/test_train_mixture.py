@@ -36,7 +36,7 @@ from pipeline.train.handshake import Facts, handshake
 from pipeline.train.history import read_records
 from pipeline.train.inputs import Served, make_task, open_served, open_stream, pooled_statistics, validation_chunks
 from pipeline.train.quarantine import read_quarantine
-from pipeline.train.worker import Place, run_worker
+from pipeline.train.worker import WorkerContext, run_worker
 from tests.train.dataset import make_dataset
 from tests.train.helpers import stopped_after
 from tests.train.job_config import job_config
@@ -67,7 +67,7 @@ def shake(config: TrainJobConfig) -> Facts:
 
 def start(config: TrainJobConfig, tmp_path: Path) -> dict[str, Any]:
     generation = claim_generation(Root(config.output.uri), {})
-    return run_worker(config, Place("cpu", generation, None, shake(config), True, tmp_path / "scratch"))
+    return run_worker(config, WorkerContext("cpu", generation, None, shake(config), True, tmp_path / "scratch"))
 
 
 def names_of(uri: str) -> set[bytes]:

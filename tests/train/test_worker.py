@@ -18,7 +18,7 @@ from pipeline.train.config import TrainJobConfig
 from pipeline.train.control import claim_generation, request_stop
 from pipeline.train.handshake import handshake
 from pipeline.train.history import read_records
-from pipeline.train.worker import Place, run_worker
+from pipeline.train.worker import WorkerContext, run_worker
 from tests.train.dataset import make_dataset
 from tests.train.helpers import stopped_after
 from tests.train.job_config import job_config
@@ -34,7 +34,7 @@ def data_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 def start(config: TrainJobConfig, tmp_path: Path) -> dict[str, Any]:
     facts = handshake(config, LatentDataset.open(config.data.uri))
     generation = claim_generation(Root(config.output.uri), {})
-    return run_worker(config, Place("cpu", generation, None, facts, True, tmp_path / "scratch"))
+    return run_worker(config, WorkerContext("cpu", generation, None, facts, True, tmp_path / "scratch"))
 
 
 VALIDATED = {"stream": {"holdout": 0.25}, "validation": {"images": 16, "chunk": 4, "every_images": 128}}
@@ -109,7 +109,7 @@ def test_a_newer_start_takes_over(data_uri: str, tmp_path: Path, monkeypatch: py
     old = claim_generation(root, {})
     claim_generation(root, {})
     with pytest.raises(ConflictError, match=r"Start 2 of this job took over"):
-        run_worker(config, Place("cpu", old, None, facts, True, tmp_path / "scratch"))
+        run_worker(config, WorkerContext("cpu", old, None, facts, True, tmp_path / "scratch"))
 
 
 def test_a_stop_request_of_the_driver_reaches_the_loop(
@@ -123,7 +123,7 @@ def test_a_stop_request_of_the_driver_reaches_the_loop(
     facts = handshake(config, LatentDataset.open(data_uri))
     generation = claim_generation(root, {})
     request_stop(root, generation)
-    outcome = run_worker(config, Place("cpu", generation, None, facts, True, tmp_path / "scratch"))
+    outcome = run_worker(config, WorkerContext("cpu", generation, None, facts, True, tmp_path / "scratch"))
     assert outcome["status"] == "stopped"
     assert any(i.key.endswith("COMPLETE.json") for i in root.list("checkpoints"))
 

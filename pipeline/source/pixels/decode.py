@@ -65,7 +65,7 @@ class DecodeError(Exception):
 
 
 @dataclass(frozen=True)
-class Limits:
+class DecodeLimits:
     """What is let through before decoding."""
 
     formats: tuple[Format, ...]
@@ -112,7 +112,7 @@ def is_risky(data: bytes, found: Format) -> bool:
     return len(data) > _RISKY_BYTES
 
 
-def open_image(data: bytes, limits: Limits) -> ImageFile.ImageFile:
+def open_image(data: bytes, limits: DecodeLimits) -> ImageFile.ImageFile:
     """Read the header and check it against the limits; no pixel is decoded yet."""
     found = sniff(data)
     if not data:
@@ -130,7 +130,7 @@ def open_image(data: bytes, limits: Limits) -> ImageFile.ImageFile:
     return image
 
 
-def load_image(image: ImageFile.ImageFile, limits: Limits, *, scale: int = 1) -> None:
+def load_image(image: ImageFile.ImageFile, limits: DecodeLimits, *, scale: int = 1) -> None:
     """Decode the first frame in place; with `scale` 2, 4 or 8 libjpeg shrinks a JPEG on the way."""
     _quiet_pillow()
     try:
@@ -162,7 +162,7 @@ def orientation(image: ImageFile.ImageFile, hint: int | None) -> int:
     return hint if hint is not None and 1 <= hint <= 8 and image.format != "TIFF" else 1
 
 
-def _check_size(image: ImageFile.ImageFile, limits: Limits) -> None:
+def _check_size(image: ImageFile.ImageFile, limits: DecodeLimits) -> None:
     width, height = image.size
     if width < 1 or height < 1:
         raise DecodeError(Reason.CORRUPT, f"the image is {width} x {height} pixels")

@@ -1,6 +1,6 @@
 """A source row becomes rows of pixels, or one reject: the last step before the device.
 
-SourceRow --render (here or in a child)--> one output per resolution --flip--> list[Prepared]
+SourceRow --render (here or in a child)--> one output per resolution --flip--> list[PreparedImage]
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ POLICY_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedImage:
     """One row for the codec: pixels uint8 [h, w, 3] sRGB and where they come from.
 
     original: (height, width) after EXIF orientation; crop: (top, left, height, width) in those pixels, before
@@ -59,7 +59,7 @@ class Reject:
         return Reject(reason.status, reason, message)
 
 
-def prepare(row: SourceRow, image: ImageConfig) -> list[Prepared] | Reject:
+def prepare(row: SourceRow, image: ImageConfig) -> list[PreparedImage] | Reject:
     """Every variant of a row, or why there is none; never raises for any bytes.
 
     Variant numbers are fixed by the configuration: resolution index, times two with flips (the odd ones flipped);
@@ -84,13 +84,13 @@ def prepare(row: SourceRow, image: ImageConfig) -> list[Prepared] | Reject:
 
 def _variants(
     row: SourceRow, rendering: Rendering, flipped: bool, image: ImageConfig, digest: bytes
-) -> list[Prepared]:
+) -> list[PreparedImage]:
     out = []
     for output in rendering.outputs:
         at = output.placement
         variant = output.resolution_index * (2 if image.flip else 1) + flipped
         out.append(
-            Prepared(
+            PreparedImage(
                 pixels=np.ascontiguousarray(output.pixels[:, ::-1]) if flipped else output.pixels,
                 bucket=at.bucket,
                 variant=variant,

@@ -26,7 +26,7 @@ from pipeline.source.pixels.buckets import (
 from pipeline.source.pixels.color import simplify, to_srgb
 from pipeline.source.pixels.decode import (
     DecodeError,
-    Limits,
+    DecodeLimits,
     can_draft,
     load_image,
     open_image,
@@ -94,7 +94,7 @@ def _told(error: Exception) -> str:
 
 
 def _render(data: bytes, sample_id: bytes, orientation_hint: int | None, image: ImageConfig) -> Rendering:
-    limits = Limits(image.formats, image.max_pixels, image.max_aspect)
+    limits = DecodeLimits(image.formats, image.max_pixels, image.max_aspect)
     opened = open_image(data, limits)
     stored_width, stored_height = opened.size
     scale, profile = 1, opened.info.get("icc_profile")

@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError, InputError
 from pipeline.source.config import FolderSource, ParquetSource, SourceConfig, WebDatasetSource
 from pipeline.source.reading.fields import canonical, parse_object
 from pipeline.source.reading.metadata import NAMES, FolderMetadata
-from pipeline.source.reading.patterns import Place, compiled, is_hidden, locate, matching
+from pipeline.source.reading.patterns import SourceLocation, compiled, is_hidden, locate, matching
 from pipeline.source.reading.remote import map_ahead
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import KeyRefused, ObjectInfo, Root
@@ -48,7 +48,7 @@ class Entry:
     meta: str | None
 
 
-class EntryLike(Protocol):
+class KnownEntry(Protocol):
     """What an earlier listing has to remember of an entry."""
 
     @property
@@ -68,7 +68,7 @@ def source_root(source: SourceConfig) -> Root:
     return _place(source).root
 
 
-def list_entries(source: SourceConfig, known: Iterable[EntryLike] = ()) -> Iterator[Entry]:
+def list_entries(source: SourceConfig, known: Iterable[KnownEntry] = ()) -> Iterator[Entry]:
     """All entries, streaming, strictly ordered; InputError for a missing, empty or unusable source.
 
     `known`: entries of an earlier listing, in the same order, which save opening files that their etag shows to be
@@ -145,7 +145,7 @@ def _below(outer: Root, inner: Root) -> str | None:
     return there[len(below) :] if there.startswith(below) else None
 
 
-def _place(source: SourceConfig) -> Place:
+def _place(source: SourceConfig) -> SourceLocation:
     return locate(source.uri, patterns_allowed=not isinstance(source, FolderSource))
 
 
@@ -185,12 +185,12 @@ def _is_regular(root: Root, key: str) -> bool:
     return path is None or stat.S_ISREG((path / key).stat().st_mode)
 
 
-def _tars(place: Place) -> Iterator[Entry]:
+def _tars(place: SourceLocation) -> Iterator[Entry]:
     for info in matching(place, _TAR_SUFFIXES):
         yield Entry(info.key, info.size_bytes, info.etag, info.mtime_ns, 0, None, None)
 
 
-def _parquets(place: Place, source: ParquetSource, known: Iterable[EntryLike]) -> Iterator[Entry]:
+def _parquets(place: SourceLocation, source: ParquetSource, known: Iterable[KnownEntry]) -> Iterator[Entry]:
     from pipeline.source.reading.parquet import spans
 
     earlier = _Earlier(known)
@@ -216,9 +216,9 @@ def _parquets(place: Place, source: ParquetSource, known: Iterable[EntryLike]) -
 class _Earlier:
     """The spans of files in an earlier listing, asked for in its order; holds those of one file."""
 
-    def __init__(self, entries: Iterable[EntryLike]) -> None:
+    def __init__(self, entries: Iterable[KnownEntry]) -> None:
         self._files = groupby(entries, key=lambda entry: entry.key)
-        self._key, self._entries = "", list[EntryLike]()
+        self._key, self._entries = "", list[KnownEntry]()
         self._ended = False
 
     def spans(self, info: ObjectInfo) -> list[Span] | None:

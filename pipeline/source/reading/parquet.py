@@ -16,12 +16,13 @@ from pipeline.source.config import ParquetSource
 from pipeline.source.reading import table_child, tables
 from pipeline.source.reading.listing import Entry
 from pipeline.source.reading.ranges import Ranges
-from pipeline.source.reading.remote import Failure, RangedFile, failure_of, map_ahead, open_ranges
+from pipeline.source.reading.remote import Failure, failure_of, map_ahead, open_ranges
 from pipeline.source.reading.rows import EndOfUnit, SourceRow
 from pipeline.source.reading.tables import Item, Span, TableError
 from pipeline.source.reading.uris import UriReader
 from pipeline.source.reasons import Reason
 from pipeline.storage.errors import ObjectChanged
+from pipeline.storage.remote import RangedFile
 from pipeline.storage.root import ObjectInfo, Root, Version
 
 _log = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def _layout(
     with open_ranges(root, key, version, size_bytes) as (read, size):
         if source.isolate:
             return table_child.layout(read, size, source, where)
-        with RangedFile(read, size) as file:
+        with RangedFile(read, size, whole=False) as file:
             return tables.layout(file, source, where)
 
 
@@ -116,7 +117,7 @@ def _rows(root: Root, source: ParquetSource, entry: Entry, base: int, wanted: Ra
         if source.isolate:
             yield from table_child.rows(read, size, source, where, span)
             return
-        with RangedFile(read, size) as file:
+        with RangedFile(read, size, whole=False) as file:
             yield from tables.rows(file, source, where, span)
 
 

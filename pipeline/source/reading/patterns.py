@@ -16,20 +16,20 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 @dataclass(frozen=True)
-class Place:
+class SourceLocation:
     """A root, and which keys below it: None for all, else brace-free patterns."""
 
     root: Root
     patterns: tuple[str, ...] | None
 
 
-def locate(uri: str, *, patterns_allowed: bool) -> Place:
+def locate(uri: str, *, patterns_allowed: bool) -> SourceLocation:
     """Split a source URI into root and patterns; InputError when it does not exist or is of the wrong kind."""
     whole = Root(uri)
     special = re.search(r"[*?\[{]", uri) if patterns_allowed else None
     if special is not None and not (whole.local_path() is not None and _kind(whole) != "missing"):
         cut = uri.rfind("/", 0, special.start()) + 1
-        return Place(Root(uri[:cut] or "."), tuple(expand_braces(uri[cut:])))
+        return SourceLocation(Root(uri[:cut] or "."), tuple(expand_braces(uri[cut:])))
     kind = _kind(whole)
     if kind == "missing":
         raise InputError(
@@ -40,7 +40,7 @@ def locate(uri: str, *, patterns_allowed: bool) -> Place:
             next_step="check the path, or the bucket and prefix",
         )
     if kind == "directory":
-        return Place(whole, None)
+        return SourceLocation(whole, None)
     if not patterns_allowed:
         raise InputError(
             f"The source {whole.uri} is a file",
@@ -50,10 +50,10 @@ def locate(uri: str, *, patterns_allowed: bool) -> Place:
             next_step="give its directory, or set source.kind to webdataset or parquet",
         )
     parent, _, name = whole.uri.rpartition("/")
-    return Place(Root(parent or "/"), (_escape(name),))
+    return SourceLocation(Root(parent or "/"), (_escape(name),))
 
 
-def matching(place: Place, suffixes: tuple[str, ...]) -> Iterator[ObjectInfo]:
+def matching(place: SourceLocation, suffixes: tuple[str, ...]) -> Iterator[ObjectInfo]:
     """The objects of a place in key order; without patterns all of some suffixes (.tar, .TAR), none hidden."""
     if place.patterns is None:
         yield from (i for i in place.root.list() if i.key.lower().endswith(suffixes) and not is_hidden(i.key))

@@ -13,6 +13,7 @@ from typing import BinaryIO, TypeVar
 from pipeline.errors import PipelineError
 from pipeline.source.reasons import Reason
 from pipeline.storage.errors import describe
+from pipeline.storage.remote import RangedFile
 from pipeline.storage.root import Root, Version
 
 A = TypeVar("A")
@@ -59,7 +60,7 @@ def failure_of(error: Exception) -> Failure:
 
 def open_file(root: Root, key: str, size_bytes: int, version: Version) -> BinaryIO:
     """A buffered seekable file of a listed version; each read of the buffer is one ranged request with retries."""
-    ranged = RangedFile(lambda start, length: root.read_version(key, version, start, length), size_bytes)
+    ranged = RangedFile(lambda start, length: root.read_version(key, version, start, length), size_bytes, whole=False)
     return io.BufferedReader(ranged, _READ_BYTES if root.local_path() is None else _LOCAL_READ_BYTES)
 
 
@@ -70,42 +71,6 @@ def open_ranges(
     """(a function that reads length bytes from an offset, the object's size); errors of the store pass through."""
     size = root.info(key).size_bytes if known_size is None else known_size
     yield lambda start, length: root.read_version(key, version, start, length), size
-
-
-class RangedFile(io.RawIOBase):
-    """A file over a function that reads ranges: one request each, whose retries a long-lived body would not have.
-
-    `failed` keeps the error of a range that could not be read, which a library in between may dress up.
-    """
-
-    def __init__(self, read: ReadRange, size_bytes: int) -> None:
-        self._read, self.size, self._at = read, size_bytes, 0
-        self.failed: Exception | None = None
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
-        self._at = max(0, base + offset)
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        length = min(len(buffer), max(0, self.size - self._at))
-        try:
-            data = self._read(self._at, length) if length else b""
-        except Exception as error:
-            self.failed = error
-            raise
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
 
 
 def map_ahead(function: Callable[[A], B], items: Iterable[A], window: int) -> Iterator[B]:

@@ -24,10 +24,11 @@ from pipeline.errors import InputError
 from pipeline.source.config import ParquetSource
 from pipeline.source.pixels.pipes import Child, Pool, alarms, limited_pipes, read_exactly, read_header, send
 from pipeline.source.reading import tables
-from pipeline.source.reading.remote import RangedFile, ReadRange
+from pipeline.source.reading.remote import ReadRange
 from pipeline.source.reading.rows import SourceRow
 from pipeline.source.reading.tables import Item, Span, TableError
 from pipeline.source.reasons import Reason
+from pipeline.storage.remote import RangedFile
 
 Message = tuple[dict[str, Any], bytes | None]  # a header, and the image of a row
 
@@ -131,7 +132,7 @@ def _asker(source: IO[bytes], sink: IO[bytes]) -> Callable[[int, int], bytes]:
 
 def _messages(task: dict[str, Any], read: ReadRange) -> Iterator[Message]:
     source = ParquetSource.model_validate_json(task["source"])
-    with RangedFile(read, task["size"]) as file:
+    with RangedFile(read, task["size"], whole=False) as file:
         try:
             if task["span"] is None:
                 yield {"kind": "layout", "groups": tables.layout(file, source, task["where"])}, None

@@ -21,9 +21,9 @@ from pipeline.source.config import ParquetSource
 from pipeline.source.reading.fields import canonical, orientation_of, parse_caption, parse_label, pick_extra
 from pipeline.source.reading.filters import filter_columns, to_arrow
 from pipeline.source.reading.ranges import Ranges
-from pipeline.source.reading.remote import RangedFile
 from pipeline.source.reading.rows import SourceRow
 from pipeline.source.reasons import Reason
+from pipeline.storage.remote import RangedFile
 
 Item = SourceRow | tuple[SourceRow, str]  # with a URI: the image is elsewhere
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from pipeline.config import StrictModel
 
 
-class DataConfig(StrictModel):
+class DatasetConfig(StrictModel):
     """The dataset a job reads."""
 
     uri: str = Field(..., min_length=1, description="Root of a dataset written by the encode or the sample job.")
@@ -37,7 +37,7 @@ class DecodeCheckConfig(StrictModel):
 class VerifyJobConfig(StrictModel):
     """Everything the verify job reads."""
 
-    data: DataConfig = Field(..., description="The dataset to verify.")
+    data: DatasetConfig = Field(..., description="The dataset to verify.")
     level: Literal["ledger", "files", "checksums", "decode"] = Field(
         "checksums",
         description="ledger: conservation only; files: sizes and footers too; checksums: every byte and every row; "
@@ -56,7 +56,7 @@ class VerifyJobConfig(StrictModel):
 class CompactJobConfig(StrictModel):
     """Everything the compact job reads."""
 
-    data: DataConfig = Field(..., description="The dataset to compact.")
+    data: DatasetConfig = Field(..., description="The dataset to compact.")
     shard_bytes: int = Field(
         384 << 20, ge=1 << 16, description="Bytes of a shard, at most about: 65,536 rows at most."
     )

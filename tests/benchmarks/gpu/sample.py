@@ -1,4 +1,4 @@
-"""Sampling: the product's Denoiser and Decoder from requests to pixels, and a plain loop over the same modules."""
+"""Sampling: the product's denoiser and decoder from requests to pixels, and a plain loop over the same modules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import nn
 from pipeline.codec.flops import decode_flops
 from pipeline.diffusion.objectives import Objective
 from pipeline.diffusion.rng import id_from_text
-from pipeline.sample.decode import Decoder
+from pipeline.sample.decode import LatentDecoder
 from pipeline.sample.denoise import Denoiser
 from pipeline.sample.provenance import Draw
 from pipeline.sample.requests import REQUEST_SCHEMA
@@ -87,7 +87,7 @@ def measure(
         image="png",
         quality=95,
     )
-    decoder = Decoder(folder, batch_size=batch, device=str(bench.device), dtype=bench.dtype)
+    decoder = LatentDecoder(folder, batch_size=batch, device=str(bench.device), dtype=bench.dtype)
     factor = decoder.codec.info.factor
     ends = ((0.0,) * size.channels, (1.0,) * size.channels)
     about = ModelFacts(Objective("flow").as_dict(), size.channels, size.classes, factor, *ends)
