@@ -12,7 +12,7 @@
 `loop`, `task`, `state`, `ema`, `checkpoint`, `validate`, `parallel` know torch only. `worker` joins them to the
 dataset, the stream and the tracker on one rank; `job` starts workers with Ray Train and watches them.
 
-The store of `output.uri` is all that starts of a job share: `checkpoints/`, `history/`, `quarantine.parquet`
+The store of `output.uri` is all that starts of a job share: `checkpoints/`, `history/`, `quarantine/`
 (samples of skipped steps), `control/` (who is current, who should stop), `inputs/` (the states of the datasets it
 began with: see `beginnings`), `run.json` (the MLflow run), `done.json`.
 

@@ -275,7 +275,7 @@ def _roll_back(state: TrainState, checkpoints: CheckpointStore, loss: float, nor
             value=settings.max_skipped_in_a_row,
             rule=f"such steps are skipped on all ranks; the run goes back at most {settings.max_rollbacks} times "
             "(train.max_rollbacks), as far as it has checkpoints",
-            next_step="lower train.learning_rate, or look at the samples named in quarantine.parquet",
+            next_step="lower train.learning_rate, or look at the samples named in quarantine/",
         )
     state.rollbacks += 1
     state.skipped_in_a_row = 0

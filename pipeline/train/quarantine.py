@@ -3,7 +3,9 @@
     sample_id binary(16) | step int64, counted from 0 | images int64, after the step | loss, grad_norm float64
     dataset string, the URI of the sample's dataset: only where the run learns from several
 
-The object is replaced as a whole, atomically, at every skip. A resume drops the rows of steps it is about to repeat.
+One object a start of the job, `quarantine/<generation>.parquet`, replaced as a whole, atomically, at every skip; the
+newest start's holds all rows that count. It begins with those of the start before it, without the steps that it is
+about to repeat: a start that was superseded writes where nobody looks any more.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import pyarrow.parquet as pq
 
 from pipeline.storage.root import Root
 
-QUARANTINE = "quarantine.parquet"
+QUARANTINE = "quarantine"
+_BEFORE = "quarantine.parquet"  # the one object of earlier releases
 SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.binary(16), False),
@@ -32,16 +35,16 @@ MIXED = SCHEMA.append(pa.field("dataset", pa.string(), False))
 
 
 class Quarantine:
-    """The quarantine of one run."""
+    """The quarantine of one start of a run."""
 
-    def __init__(self, root: Root) -> None:
-        self.root = root
+    def __init__(self, root: Root, generation: int = 0) -> None:
+        self.root, self.key = root, f"{QUARANTINE}/{generation:06d}.parquet"
         self.rows = read_quarantine(root)
 
     def rewind(self, step: int) -> None:
         """Drop what was recorded at `step` and later."""
         kept = self.rows.filter(pc.less(self.rows["step"], step))
-        if len(kept) != len(self.rows):
+        if len(self.rows):
             self._put(kept)
 
     def add(self, skipped: Mapping[str, Any]) -> None:
@@ -56,13 +59,14 @@ class Quarantine:
         self.rows = rows
         sink = io.BytesIO()
         pq.write_table(rows, sink, compression="zstd", write_page_checksum=True)
-        self.root.put(QUARANTINE, sink.getvalue())
+        self.root.put(self.key, sink.getvalue())
 
 
 def read_quarantine(root: Root) -> pa.Table:
-    """All samples of skipped steps; an empty table when no step was skipped."""
+    """All samples of skipped steps, as the newest start knows them; an empty table when no step was skipped."""
+    newest = max((info.key for info in root.list(QUARANTINE)), default=_BEFORE)
     try:
-        data = root.read_bytes(QUARANTINE)
+        data = root.read_bytes(newest)
     except FileNotFoundError:
         return SCHEMA.empty_table()
     return pq.read_table(io.BytesIO(data), page_checksum_verification=True)

@@ -32,7 +32,7 @@ class Reporter:
     generation: int = 0
 
     def __post_init__(self) -> None:
-        self.history, self.quarantine = Journal(self.root, self.generation), Quarantine(self.root)
+        self.history, self.quarantine = Journal(self.root, self.generation), Quarantine(self.root, self.generation)
 
     def resume(self, state: TrainState) -> None:
         """Forget what was reported after the checkpoint the run goes on from."""

@@ -45,7 +45,7 @@ PLAYED = {
     "train/history.py: Journal.append: put": "Trainers._work: a segment of one start",
     "train/job.py: _open_run: put": "run.json: which tracking run to go on with, advisory",
     "train/job.py: run: put": "done.json: the result of one configuration, the same whoever reaches it",
-    "train/quarantine.py: Quarantine._put: put": "which samples were skipped: for people, read by their own start",
+    "train/quarantine.py: Quarantine._put: put": "Quarantine: a key of one start, test_quarantine",
     "train/worker.py: _grid.show: put": "a grid of one count of images: shown to people",
 }
 

@@ -47,10 +47,12 @@ class VerifyJobConfig(StrictModel):
     report: str | None = Field(None, description="Path or URI that receives the whole report as JSON.")
     gc: bool = Field(
         False,
-        description="Afterwards remove orphan files older than the grace period: only when no reader uses a state of "
-        "before the last compaction, and no training that began with one is to go on; no run can write meanwhile.",
+        description="Afterwards remove orphan files older than the grace period: readers keep the state that they "
+        "opened until it has been superseded for that long; no run can write meanwhile.",
     )
-    gc_grace_s: float = Field(86_400.0, ge=0, description="Age in seconds below which an orphan is left alone.")
+    gc_grace_s: float = Field(
+        86_400.0, ge=0, description="How long, in seconds, files stay that some reader may use."
+    )
 
 
 class CompactJobConfig(StrictModel):
