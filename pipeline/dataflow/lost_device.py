@@ -118,8 +118,10 @@ def ends_with_its_device(who: str, tell: Callable[[str], None] = lambda fault: N
             raise
         sys.stderr.write(f"latentloom: the device failed, this {who} ends and is replaced: {fault}\n")
         sys.stderr.flush()
-        tell(fault)
-        os._exit(DEVICE_GONE)
+        try:
+            tell(fault)
+        finally:  # whoever should hear of it may be gone, too
+            os._exit(DEVICE_GONE)
 
 
 def cuda_problem() -> str | None:

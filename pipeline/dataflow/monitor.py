@@ -37,9 +37,10 @@ class _Starts:
             return None
         if len(self.failures) > self.expected and not self.loading:
             return self.failures[-1]
-        if self.begun > 3 * self.expected + 2:
+        silent = self.begun - len(self.failures)
+        if silent > 3 * self.expected + 2:
             return StoppedError(
-                f"Processes of the stage {stage!r} died {self.begun - 1} times while they loaded, without a word",
+                f"Processes of the stage {stage!r} died {silent - 1} times while they loaded, without a word",
                 rule="what was committed is kept",
                 next_step="see Ray's worker logs and the machine's memory, then run the same command again",
             )

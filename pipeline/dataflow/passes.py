@@ -75,12 +75,15 @@ class Passes:
         for part, alone in ((usual, False), (suspect, True)):
             if not part:
                 continue
-            ray.get(self.monitor.expect.remote(dict(self.actors)))
-            error = run_execution(partial(self.execute, part, state, alone))
+            error = run_execution(partial(self._execute, part, state, alone))
             if error is not None:
                 _log.warning("workers died, going on with what is left: %s", str(error).splitlines()[0])
                 last = error
         return last
+
+    def _execute(self, work: list[Work], state: State, alone: bool) -> None:
+        ray.get(self.monitor.expect.remote(dict(self.actors)))
+        self.execute(work, state, alone)
 
     def _judge(self, failures: list[Exception]) -> list[str]:
         """After a pass: units that workers died on run row by row from now on, rows they die on are quarantined.

@@ -45,7 +45,7 @@ class Reports:
         except Exception as error:
             failure = _of_this_device(error, self._stage)
             if failure is not None:
-                ray.get(self._monitor.cannot_start.remote(self._stage, self._process, failure), timeout=_TELL_S)
+                self._monitor.cannot_start.remote(self._stage, self._process, failure)
                 time.sleep(_PAUSE_S)
                 raise failure from error
             answer = _fails(error, self._stage)
