@@ -115,13 +115,16 @@ class EncodeBlocks:
         encoder, reports = self._encoder(), self._reports
         with reports.busy(block):
             items = items_of(block) if self._decoder is None else self._decoder.items(block)
-            table = encoder.encode(items, on_batch=lambda n: reports.add({"rows": n}))
-            usage = encoder.unreported()
-            decode_s = self._decoder.unreported_s() if self._decoder else 0.0
-            amounts = {"rows": usage.rejected, "rejected": usage.rejected}
-            seconds = {"wait_s": usage.wait_s, "device_s": usage.device_s, "decode_s": decode_s}
-            reports.add(amounts | seconds)
+            table = encoder.encode(items, on_batch=lambda stored: reports.add(self._news(encoder, stored)))
+            reports.add(self._news(encoder, 0))
         return table
+
+    def _news(self, encoder: Any, stored: int) -> dict[str, float]:
+        """What came since the last report: with every batch, so that the busy shares are those of any few seconds."""
+        usage = encoder.unreported()
+        decode_s = self._decoder.unreported_s() if self._decoder else 0.0
+        amounts = {"rows": stored + usage.rejected, "rejected": usage.rejected}
+        return amounts | {"wait_s": usage.wait_s, "device_s": usage.device_s, "decode_s": decode_s}
 
 
 def try_encoder(spec: EncoderSpec) -> None:

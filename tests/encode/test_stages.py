@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.codec.config import CodecConfig
 from pipeline.encode.blocks import raw_table
@@ -123,6 +125,28 @@ def test_a_device_that_failed_ends_its_process_and_blames_no_row(
     with pytest.raises(ValueError, match="planted: a mistake"):
         encode(block())
     assert monitor.state.deaths() == ([[(7, 3, 4)]], [])
+
+
+def test_seconds_are_reported_with_every_batch_and_none_twice(tmp_path: Path) -> None:
+    """A block takes minutes on a device: what is told only at its end makes a busy device look idle."""
+    monitor, seen = LocalMonitor(), []
+    add = monitor.state.add
+
+    def noted(amounts: dict[str, float]) -> None:
+        seen.append(dict(amounts))
+        add(amounts)
+
+    monitor.state.add = noted  # type: ignore[method-assign]
+    encode = EncodeBlocks(spec(make_codec(tmp_path / "codec")), monitor)
+    image = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(image, "PNG")
+    rows = [SourceRow(n, f"{n}.png", image.getvalue(), None, None, None, source="s") for n in range(4)]
+    table = encode(raw_table(7, [*rows, SourceRow.without_image(4, "b.png", Reason.MISSING, "gone", "s")]))
+    assert [amounts["rows"] for amounts in seen] == [2, 2, 1]  # two batches, and the end of the block
+    assert all(amounts["device_s"] > 0 for amounts in seen[:2])
+    totals = monitor.state.totals()[0]
+    assert (totals["rows"], totals["rejected"]) == (len(table), 1)
+    assert totals["device_s"] == pytest.approx(encode._encoder().usage.device_s)
 
 
 def test_a_decode_task_says_which_rows_it_is_busy_with(monkeypatch: pytest.MonkeyPatch) -> None:
