@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make quickstart   images -> latents -> model -> images on this machine, with a report (some minutes)"
-	@echo "make test         lint, types, import rules, tests; the jobs on real Ray, with kills; a store that fails"
+	@echo "make test         lint, types, import rules, tests; the jobs on real Ray, with declared GPUs and kills; a store that fails"
 	@echo "make test-all     every test there is: also what takes many minutes"
 	@echo "make test-quick   unit tests alone: no process, no server, no Ray"
 	@echo "make sim          random schedules of the store, SEEDS=10000 of them from FIRST=1000 (half an hour)"
@@ -41,7 +41,7 @@ quickstart: install
 
 test: lint types
 	$(BIN)/python -m pytest -m "not soak and not ray and not slow and not s3" -n 2 --durations=15
-	$(BIN)/python -m pytest -m "ray and not soak and not s3 and not slow" tests/e2e tests/encode tests/faults --durations=15
+	$(BIN)/python -m pytest -m "ray and not soak and not s3 and not slow" tests/dataflow tests/e2e tests/encode tests/faults --durations=15
 	$(BIN)/python -m pytest tests/s3/test_s3_store.py --durations=5
 
 test-all: lint types

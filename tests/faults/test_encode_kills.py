@@ -31,7 +31,7 @@ def disturbed(base: Path, place: Path, kills: int, seed: int) -> Struck:
     return struck
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_random_kills_lose_and_repeat_nothing(base: Path, tmp_path: Path, seed: int) -> None:
     assert disturbed(base, tmp_path, kills=10, seed=seed).total >= 10
 

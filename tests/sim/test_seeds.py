@@ -6,6 +6,8 @@ import pytest
 
 from tests.sim.seeds import duel, run
 
+pytestmark = pytest.mark.integration
+
 SEEDS, PER_TEST = 200, 10
 
 

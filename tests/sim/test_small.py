@@ -12,6 +12,8 @@ from tests.sim import oracles
 from tests.sim.seeds import base
 from tests.sim.world import World, world
 
+pytestmark = pytest.mark.integration
+
 Job = Callable[[World], object]
 
 JOBS: dict[str, Job] = {
