@@ -101,6 +101,7 @@ def test_every_odd_file_is_counted_with_its_reason(base: Path, shared_data: Path
         f"output.uri={base}/tricky",
         "image.resolution=64",
         "image.max_upscale=1000",
+        "encode.reject_budget=0.5",  # a third of them are no images, and meant so
         *tracking(base),
         cwd=base,
     )

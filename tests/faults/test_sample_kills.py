@@ -113,6 +113,18 @@ def test_random_kills_lose_repeat_and_change_nothing(
                 assert (base / output / "shards" / tar.name).read_bytes() == tar.read_bytes()
 
 
+@pytest.mark.soak
+def test_soak_of_sampling(
+    base: Path, tiny: Tiny, calm: dict[bytes, dict[str, Any]], request: pytest.FixtureRequest
+) -> None:
+    seed, kills = request.config.getoption("--kill-seed"), request.config.getoption("--kills")
+    struck = killed(base, tiny, "soaked", seed, kills)
+    print("killed:", struck.kills, "in", len(struck.outputs), "finished runs")
+    assert struck.total >= kills
+    for output in struck.outputs:
+        check(base / output, calm)
+
+
 def rows_of(uri: Path) -> list[dict[str, Any]]:
     dataset: Dataset = Dataset.open_kind(str(uri), "images")
     return [row for g in dataset.row_groups for row in dataset.read(g.index, ["key", "file"]).to_pylist()]
