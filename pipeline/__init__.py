@@ -11,5 +11,26 @@ The journey, with the shape at each arrow::
     images         --evaluate--> figures with their contract, a report
 
 Every arrow is one job, one MLflow run, and can be killed at any moment: run the same command again and it
-goes on. Imports point one way: jobs -> encode, train, sample, evaluate -> everything else.
+goes on. Imports point one way: jobs -> {encode, train, fit_codec, sample, evaluate, text, lineage} -> {dataflow, media}
+-> {codec, stream, model} -> diffusion -> {source, store} -> tracking -> storage -> {config, errors}.
+
+The words, as all modules use them:
+
+    unit         the quantum of planning: some source objects, or a part of one; what a crash of a reader costs
+    row          one source image; its address is (unit, row), for ever
+    variant      one of several stored rows of one source row (mirrored, another resolution)
+    bucket       height and width in pixels; a batch and a row group have one
+    plan         what is to be done: frozen versions, each adding units and retiring rows
+    generation   who may write: numbered, claimed by one run, which fences off all older ones
+    claim        a generation's first object; lists what is visible from before
+    commit       one record, created only if absent, that makes files visible and rows settled
+    fragment     a file of one commit; a shard: a full-size one that compaction wrote of several
+    gap          planned rows that no visible commit has settled
+    pass         one Ray Data execution over the gaps
+    seal         the records of an ended generation as one object; a bundle: records that a later claim lists
+    pin          a state of a dataset that a training keeps, so that it goes on with the rows it began with
+    lane         one of the fixed number of sequences that the stream's order is dealt to; ranks share them out
+    window       row groups that are shuffled together
+    start        one run of a training job; an attempt: one start of its workers by Ray
+    rehearsal    a run whose processes reserve GPUs and compute on CPUs
 """
