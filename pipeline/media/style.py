@@ -5,8 +5,8 @@ CSS = """
 --good:#1f8a4c;--bad:#c8372d;--third:#7a4fc0} @media
 (prefers-color-scheme:dark){:root{--ink:#e4e8ee;--soft:#98a3b3;--line:#2c333d;--page:#12161b;--card:#1a2027;
 --accent:#79a8ff;--second:#f0975c;--good:#56c488;--bad:#f07a70;--third:#b498f0}} *{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe
-UI",sans-serif} main{max-width:68rem;margin:0 auto;padding:2rem 1rem 4rem} h1{font-size:1.6rem;margin:0 0
+body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,
+"Segoe UI",sans-serif} main{max-width:68rem;margin:0 auto;padding:2rem 1rem 4rem} h1{font-size:1.6rem;margin:0 0
 1rem;letter-spacing:-.01em;overflow-wrap:anywhere} h2{font-size:1.05rem;margin:0 0 .8rem}
 h3{font-size:.85rem;margin:1rem 0 .2rem;color:var(--soft);text-transform:uppercase;letter-spacing:.05em}
 section,.tile{background:var(--card);border:1px solid var(--line);border-radius:.6rem} section{padding:1.1rem

@@ -20,6 +20,7 @@ from pipeline.evaluate.intervals import Estimate
 from pipeline.evaluate.report import ReportContent, ReportPicture, data_uri, render_report
 from pipeline.evaluate.results import missed_thresholds
 from pipeline.media.charts import MAX_POINTS, line_chart, share_bars
+from pipeline.media.style import CSS
 
 
 def noise(side: int, seed: int = 0) -> np.ndarray:
@@ -129,3 +130,11 @@ def test_record_survives_its_file_and_refuses_others() -> None:
 def test_thresholds_know_their_direction(asked: dict[str, float], missed: int) -> None:
     figures = [Figure("accuracy", 0.9, None, None, 1, "", ""), Figure("frechet", 2.0, None, None, 1, "", "")]
     assert len(missed_thresholds(figures, ThresholdsConfig(**asked))) == missed
+
+
+def test_no_string_of_the_style_sheet_has_a_line_break() -> None:
+    """Browsers drop a declaration with one, and what follows up to the next brace: the page loses its layout."""
+    strings = re.findall(r'"[^"]*"', CSS)
+    assert '"Segoe UI"' in strings
+    assert [text for text in strings if "\n" in text] == []
+    assert CSS.count("{") == CSS.count("}")
