@@ -138,8 +138,9 @@ def _run(job: Job, arguments: argparse.Namespace) -> Ending:
         _say(job, "interrupted; the same command goes on where it stopped")
         return StoppedError.exit_code, _failure(job, StoppedError.exit_code, "interrupted")
     except Exception as error:  # noqa: BLE001 - the outermost frame: whatever is left is a bug, and said to be one
-        fault = device_fault(error)
-        known = stopped_by(fault, f"The {job.name} job") if fault is not None else job_error(error)
+        known = job_error(error)  # what has a meaning of its own keeps it, whatever it came from
+        if known is None and (fault := device_fault(error)) is not None:
+            known = stopped_by(fault, f"The {job.name} job")
         if known is not None:
             _say(job, known)
             return known.exit_code, _failure(job, known.exit_code, known.what, known.result)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from pipeline.dataflow.lost_device import DeviceFault, device_fault, stopped_by
 from pipeline.errors import ConfigError, StoppedError
+from tests.support.jobs import environment
 
 FAULTS = [
     torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
@@ -66,3 +72,37 @@ def test_what_a_job_says_of_it() -> None:
     wrong = stopped_by("InductorError: CppCompileError: C++ compile error", "Encoding")
     assert isinstance(wrong, ConfigError)
     assert "codec.compile" in str(wrong)
+
+
+FAILING = """
+import torch
+from pipeline.errors import ConfigError
+
+def plain(config):
+    raise RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
+
+def meant(config):
+    try:
+        plain(config)
+    except RuntimeError as error:
+        raise ConfigError("told by the job itself", key="some.key") from error
+"""
+
+
+@pytest.mark.parametrize(
+    ("run", "code", "told"),
+    [("plain", 75, "failed on its device: RuntimeError: cuDNN error"), ("meant", 2, "told by the job itself")],
+)
+def test_a_plain_process_stops_with_its_work_kept(tmp_path: Path, run: str, code: int, told: str) -> None:
+    """One that embeds, evaluates or fits has no actor to replace; what the job itself makes of an error stays."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    config = "pipeline.store.maintain.config:VerifyJobConfig"
+    program = (
+        "from jobs._main import Job, main\n"
+        f"main(Job('verify', 's', '{config}', 'failing:{run}', 'failing:{run}', 'e'), ['data.uri=x'])"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), text=True, capture_output=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert told in done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["exit_code"] == code
