@@ -5,9 +5,9 @@ from jobs._main import Job, main
 JOB = Job(
     name="compact",
     summary="Rewrite the fragments of a dataset into full-size shards in unit order; readable throughout.",
-    config="pipeline.store.maintain.config:CompactJobConfig",
-    run="pipeline.store.maintain.job:run_compact",
-    dry_run="pipeline.store.maintain.job:plan_compact",
+    config="pipeline.maintenance.config:CompactJobConfig",
+    run="pipeline.maintenance.job:run_compact",
+    dry_run="pipeline.maintenance.job:plan_compact",
     example="python -m jobs.compact data.uri=s3://bucket/latents",
 )
 

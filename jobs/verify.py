@@ -5,9 +5,9 @@ from jobs._main import Job, main
 JOB = Job(
     name="verify",
     summary="Prove that a dataset is whole: every planned row settled once, every file present and unchanged.",
-    config="pipeline.store.maintain.config:VerifyJobConfig",
-    run="pipeline.encode.verify:run",
-    dry_run="pipeline.store.maintain.job:plan_verify",
+    config="pipeline.maintenance.config:VerifyJobConfig",
+    run="pipeline.maintenance.job:run_verify",
+    dry_run="pipeline.maintenance.job:plan_verify",
     example="python -m jobs.verify data.uri=s3://bucket/latents level=checksums report=verify.json",
 )
 

@@ -73,7 +73,10 @@ class InputError(PipelineError):
 
 
 class ConflictError(PipelineError):
-    """Another run, or a dataset made in another way, holds the output."""
+    """Two that must be the same are not: another run holds the output, or it or an input was made in another way.
+
+    Nothing was changed; a person, or the end of the other run, decides.
+    """
 
     exit_code = 4
 

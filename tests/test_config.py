@@ -166,6 +166,6 @@ def test_passwords_in_uris_are_refused_and_not_shown(uri: str) -> None:
     "uri", ["abfs://container@account/x", "s3://b/a:b@c", "hf://datasets/u/n@rev", "http://h/@x"]
 )
 def test_other_uses_of_the_at_sign_pass(uri: str) -> None:
-    from pipeline.store.maintain.config import VerifyJobConfig
+    from pipeline.maintenance.config import VerifyJobConfig
 
     assert load_config(VerifyJobConfig, [], [f"data.uri={uri}"]).data.uri == uri

@@ -239,7 +239,7 @@ def test_a_bug_is_called_a_bug(tmp_path: Path) -> None:
     code = (
         "from jobs._main import Job, main\n"
         "import jobs._main as m\n"
-        "main(Job('verify', 's', 'pipeline.store.maintain.config:VerifyJobConfig', 'json:loads', 'json:loads', 'e'),"
+        "main(Job('verify', 's', 'pipeline.maintenance.config:VerifyJobConfig', 'json:loads', 'json:loads', 'e'),"
         " ['data.uri=x'])"
     )
     done = subprocess.run(

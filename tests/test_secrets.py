@@ -72,7 +72,7 @@ def test_messages_and_tracebacks_are_masked(tmp_path: Path) -> None:
     (tmp_path / "talkative.py").write_text(TALKATIVE)
     code = (
         "from jobs._main import Job, main\n"
-        "main(Job('verify', 's', 'pipeline.store.maintain.config:VerifyJobConfig', 'talkative:run', 'talkative:run',"
+        "main(Job('verify', 's', 'pipeline.maintenance.config:VerifyJobConfig', 'talkative:run', 'talkative:run',"
         " 'e'), ['data.uri=x'])"
     )
     variables = environment() | {"SOME_SERVICE_PASSWORD": PLANTED}

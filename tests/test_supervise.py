@@ -42,7 +42,7 @@ START = """
 import sys
 from jobs._main import Job, main
 
-main(Job("verify", "s", "pipeline.store.maintain.config:VerifyJobConfig", "work:run", "work:run", "e"), sys.argv[1:])
+main(Job("verify", "s", "pipeline.maintenance.config:VerifyJobConfig", "work:run", "work:run", "e"), sys.argv[1:])
 """
 
 

@@ -14,7 +14,6 @@ variable "ledger_patterns" {
     "*/generations/*/open.json",
     "*/generations/*/closed.json",
     "*/ledger/*",
-    "*/control/generation-*.json",
     "*/checkpoints/starts/*.json",
   ]
 }

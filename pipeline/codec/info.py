@@ -27,6 +27,9 @@ DIFFUSERS_CLASSES = {
     "AutoencoderTiny": ("autoencoder_tiny", "encoder_block_out_channels", False),
     "AutoencoderDC": ("autoencoder_dc", "encoder_block_out_channels", False),
 }
+FITTED = (
+    "fit_codec.complete.json"  # in a codec that jobs.fit_codec made: which weights those are, which run made them
+)
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,18 @@ def diffusers_info(root: Root, path: str) -> CodecInfo:
         raise InputError(
             f"The codec's config.json cannot be understood: {error!r}", key="codec.path", value=path
         ) from error
+
+
+def fitted_by(path: str, weights_sha256: str) -> str | None:
+    """The MLflow run that fitted the codec in a directory of jobs.fit_codec, if these are the weights it made."""
+    root = Root(path) if "://" in path or Path(path).is_dir() else None
+    if root is None or not root.exists(FITTED):
+        return None
+    try:
+        record = json.loads(root.read_bytes(FITTED))
+        return str(record["run_id"]) if record["weights_sha256"] == weights_sha256 and record["run_id"] else None
+    except (ValueError, KeyError, TypeError):
+        return None  # no record of ours: then nothing is known about the codec's origin
 
 
 def check_posterior(info: CodecInfo, posterior: str) -> None:

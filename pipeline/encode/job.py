@@ -9,29 +9,28 @@ from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any
 
-from pipeline.codec.info import CodecInfo, check_dtype, check_posterior, codec_info, gpu_dtype
-from pipeline.config import config_digest, dump_yaml
+from pipeline.codec.info import CodecInfo, check_dtype, check_posterior, codec_info, fitted_by, gpu_dtype
 from pipeline.dataflow.cluster import ensure_ray
 from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.planning import known_entries, update_plan
 from pipeline.encode.same_reading import check_same_reading
 from pipeline.encode.summary import REHEARSED, adopted, fingerprint_of, finish, recipe, source_note, with_dtype
-from pipeline.errors import ConfigError, ConflictError, PipelineError
+from pipeline.errors import ConfigError, ConflictError
 from pipeline.progress import Progress
 from pipeline.result import JobResult
+from pipeline.runs.session import Run, open_run
 from pipeline.source.reading.listing import check_apart, list_entries, source_root
 from pipeline.storage.root import Root
-from pipeline.store.ledger.generation import Generation, claim_next
-from pipeline.store.ledger.identity import Identity, check_same, claim_identity, read_identity
+from pipeline.store.ledger.generation import Generation
+from pipeline.store.ledger.identity import Identity, check_same, read_identity
 from pipeline.store.ledger.layout import IDENTITY
-from pipeline.store.ledger.ledger import collect
+from pipeline.store.ledger.ledger import claimed
 from pipeline.store.ledger.rowset import RowSet
-from pipeline.store.ledger.runs import last_run, note_run
+from pipeline.store.ledger.runs import last_run
 from pipeline.store.ledger.state import State, read_state
 from pipeline.store.maintain.dedup import deduplicate, is_due, marked, released
 from pipeline.store.plan.plan_diff import DiffReport
-from pipeline.tracking.ending import ended_by_outcome
-from pipeline.tracking.tracker import Tracker, open_tracker
+from pipeline.store.read.dataset import LatentDataset
 
 _log = logging.getLogger(__name__)
 _BEFORE_AMPERE = ("K80", "P4", "P100", "V100", "T4")  # as Ray names them
@@ -48,15 +47,14 @@ def run(config: EncodeJobConfig) -> JobResult:
     later = bool(os.environ.get("RAY_ADDRESS") and (config.cluster.request_gpus or config.cluster.request_cpus))
     if known is None and not later:
         ready()
-    claim_identity(root, _identity(config, info, rehearsal=rehearsal))
-    generation = claim_next(root, lambda previous: collect(root, previous), job="encode")
-    try:
+    with open_run(config, "encode", root, identity=_identity(config, info, rehearsal=rehearsal)) as run:
+        assert run.generation is not None
         plan, report = update_plan(
             root,
             # Under the claim: a listing of before it could retire what a run in between has planned.
             list_entries(config.source, known_entries(root, config.source.kind)),
             source=source_note(config),
-            generation=generation.number,
+            generation=run.generation.number,
             unit_rows=config.encode.unit_rows,
             unit_bytes=config.encode.unit_bytes,
             drop_removed=config.encode.on_removed == "drop",
@@ -67,18 +65,12 @@ def run(config: EncodeJobConfig) -> JobResult:
         retry = state.retryable(config.encode.retry_rejects) | released(root, state)
         exact = config.encode.dedup == "exact"
         if not state.gaps(retry) and not (exact and is_due(root, state)):
-            generation.close({"status": "unchanged", **(marked(state) if exact else {})})
-            return finish(config, state, report, status="unchanged", run_id=last_run(root).get("run_id"), seconds=0)
+            run.generation.summary = {"status": "unchanged", **(marked(state) if exact else {})}
+            earlier = last_run(root, job="encode").get("run_id")
+            return finish(config, state, report, status="unchanged", run_id=earlier, seconds=0)
         if state.gaps(retry):
             ready()
-        result = _encode(config, root, generation, info, report, state, retry)
-        generation.close({"status": "done"})
-        return result
-    except PipelineError as error:
-        generation.close({"status": type(error).__name__}, sealed=False)
-        raise
-    finally:
-        generation.abandon()
+        return _encode(config, run, run.generation, info, report, state, retry)
 
 
 def _check(config: EncodeJobConfig) -> tuple[Root, CodecInfo]:
@@ -185,94 +177,62 @@ def _say_plan(report: DiffReport, version: int) -> None:
 
 def _encode(
     config: EncodeJobConfig,
-    root: Root,
+    run: Run,
     generation: Generation,
     info: CodecInfo,
     report: DiffReport,
     state: State,
     retry: RowSet,
 ) -> JobResult:
-    tracker = _open_run(config, root, generation, state)
+    """The passes over the gaps, then the deduplication where it is asked for."""
+    root = generation.root
+    _track(config, run, root, info, state)
     began = time.monotonic()
-    with ended_by_outcome(tracker):
-        final = state
-        if state.gaps(retry):
-            from pipeline.encode.passes import run_passes
+    final = state
+    if state.gaps(retry):
+        from pipeline.encode.passes import run_passes
 
-            final = run_passes(config, root, generation, info, tracker, retry)
-        seconds = time.monotonic() - began
-        run_id = tracker.wait_run_id(20)
-        note_run(root, generation.number, _note(config, tracker))
-        if config.encode.dedup == "exact":
-            final = _deduplicate(config, root, generation, _note(config, tracker))
-        result = finish(config, final, report, status="done", run_id=run_id, seconds=seconds)
-        tracker.log_metrics(
-            {**result.rates, **{k: float(v) for k, v in result.counts.items()}}, step=final.covered.count()
-        )
-        tracker.log_input(name=root.uri, digest=result_digest(root), source=root.uri, context="output")
-        return result
-
-
-def _deduplicate(config: EncodeJobConfig, root: Root, generation: Generation, note: dict[str, Any]) -> State:
-    """Filter equal images under a generation of their own; `generation` ends here, but the run is not done yet."""
-    generation.close({"status": "encoded"})
-    with Progress("dedup", None, unit="row groups") as progress:
-        report = deduplicate(
-            root.uri,
-            source_uri=config.source.uri,
-            memory_bytes=config.encode.dedup_memory_bytes,
-            note=note,
-            on_group=lambda done, total: progress.update(done, of=total),
-        )
-    _log.info("dedup: %s more images filtered as duplicates", f"{report.duplicates:,}")
-    return read_state(root)
+        final = run_passes(config, root, generation, info, run.tracker, retry)
+    seconds = time.monotonic() - began
+    if config.encode.dedup == "exact":
+        # Under a generation of its own, newer than that of any row; this one ends, but the run is not done yet.
+        run.note(generation)
+        generation.close({"status": "encoded"})
+        with claimed(root, "dedup") as newer, Progress("dedup", None, unit="row groups") as progress:
+            run.note(newer)
+            duplicates = deduplicate(
+                newer,
+                source_uri=config.source.uri,
+                memory_bytes=config.encode.dedup_memory_bytes,
+                on_group=lambda done, total: progress.update(done, of=total),
+            ).duplicates
+        _log.info("dedup: %s more images filtered as duplicates", f"{duplicates:,}")
+        final = read_state(root)
+    result = finish(config, final, report, status="done", run_id=None, seconds=seconds)
+    return run.done(result, step=final.covered.count(), digest=LatentDataset.open(root.uri).digest)
 
 
-def _note(config: EncodeJobConfig, tracker: Tracker) -> dict[str, Any]:
-    return {
-        "handle": tracker.handle,
-        "run_id": tracker.run_id,
-        "source": source_note(config),
-        "recipe": recipe(config),
-    }
-
-
-def result_digest(root: Root) -> str:
-    """The digest of the dataset as it is visible now."""
-    from pipeline.store.read.dataset import LatentDataset
-
-    return LatentDataset.open(root.uri).digest
-
-
-def _open_run(config: EncodeJobConfig, root: Root, generation: Generation, state: State) -> Tracker:
-    """The MLflow run: a run that stopped or died half-way is resumed, else a new one is made."""
-    previous = last_run(root)
-    resume = previous.get("handle") if previous.get("unfinished") else None
-    tracker = open_tracker(
-        config.tracking,
-        job="encode",
-        run_name=f"encode {root.uri.rstrip('/').rpartition('/')[2]}",
-        resume_run_id=resume,
-    )
-    note_run(root, generation.number, _note(config, tracker))
-    tracker.log_params(
-        {
+def _track(config: EncodeJobConfig, run: Run, root: Root, info: CodecInfo, state: State) -> None:
+    """The MLflow run, under that of the job that fitted the codec, where these are the weights it made."""
+    weights = info.weights_sha256
+    fitted = fitted_by(config.codec.path, weights)
+    tracker = run.track(
+        f"encode {root.uri.rstrip('/').rpartition('/')[2]}",
+        parents={"fit_codec": fitted} if fitted else {},
+        params={
             "source.uri": config.source.uri,
             "source.kind": config.source.kind,
             "image.resolution": str(config.image.resolution),
             "codec.path": config.codec.path,
             "codec.posterior": config.codec.posterior,
             "latent_dtype": config.encode.latent_dtype,
-            "output.uri": root.uri,
-            "config_digest": config_digest(config),
-            "generation": generation.number,
-        }
+        },
+        note={"source": source_note(config), "recipe": recipe(config)},
     )
-    tracker.log_text(dump_yaml(config), "config.yaml")
     tracker.log_input(
         name=config.source.uri,
         digest=state.plan.versions[-1].units_part.rpartition("/")[2][:32],
         source=config.source.uri,
         context="input",
     )
-    return tracker
+    tracker.log_input(name="codec", digest=weights[:32], source=config.codec.path, context="codec")

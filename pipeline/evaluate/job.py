@@ -8,21 +8,18 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.config import dump_yaml
 from pipeline.dataflow.beside_gpu import own_device, reserved_gpu, run_reserved
 from pipeline.errors import InputError
 from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.evaluate.figures import Record
 from pipeline.evaluate.inputs import Inputs, inspect
 from pipeline.result import JobResult
-from pipeline.storage.errors import describe, storage_errors
+from pipeline.runs.session import RUN_ID_WAIT_S, Run, open_run
 from pipeline.storage.root import Root
-from pipeline.tracking.ending import ended_by_outcome
-from pipeline.tracking.tracker import Tracker, open_tracker
+from pipeline.tracking.tracker import Tracker
 
 RECORD = "evaluation.json"
 REPORT = "report.html"
-RUN_ID_WAIT_S = 10.0
 
 
 def run(config: EvaluateJobConfig) -> JobResult:
@@ -34,13 +31,11 @@ def run(config: EvaluateJobConfig) -> JobResult:
     inputs = inspect(config)
     record = _recorded(output, inputs.key)
     if record is not None:
-        return _result(config, record, "unchanged")
-    tracker = open_tracker(
-        config.tracking, job="evaluate", run_name=f"evaluate-{inputs.key[:8]}", parents=inputs.parents
-    )
-    with ended_by_outcome(tracker):
-        record = _evaluate(config, inputs, output, tracker)
-    return _result(config, record, "done")
+        return _judged(config, record, _answer(config, record, "unchanged"))
+    with open_run(config, "evaluate", output) as run:
+        record = _evaluate(config, inputs, output, run)
+        result = run.done(_answer(config, record, "done"))
+    return _judged(config, record, result)
 
 
 def dry_run(config: EvaluateJobConfig) -> JobResult:
@@ -55,7 +50,7 @@ def dry_run(config: EvaluateJobConfig) -> JobResult:
     return JobResult("dry-run", counts, _outputs(config))
 
 
-def _evaluate(config: EvaluateJobConfig, inputs: Inputs, output: Root, tracker: Tracker) -> Record:
+def _evaluate(config: EvaluateJobConfig, inputs: Inputs, output: Root, run: Run) -> Record:
     """Measure, name the figures, write.
 
     The classifier, the report, and last the record that refers to them.
@@ -64,7 +59,7 @@ def _evaluate(config: EvaluateJobConfig, inputs: Inputs, output: Root, tracker: 
     from pipeline.evaluate.report import render_report
     from pipeline.evaluate.results import missed_thresholds, origins_of
 
-    _log_inputs(config, inputs, tracker)
+    tracker = _track(config, inputs, run)
     with reserved_gpu(config.device, config.cluster) as device:
         if device is None:
             found = evaluate(config, inputs, output.uri, own_device(config.device, config.cluster))
@@ -85,17 +80,9 @@ def _evaluate(config: EvaluateJobConfig, inputs: Inputs, output: Root, tracker: 
         run_id=run_id,
         files={REPORT: hashlib.sha256(page).hexdigest()},
     )
-    try:
-        output.put(REPORT, page)
-        output.put_if_absent(f"evaluations/{record.key}.json", record.to_bytes())
-        output.put(RECORD, record.to_bytes())
-    except storage_errors() as error:
-        raise InputError(
-            f"The output cannot be written: {describe(error)}",
-            key="output.uri",
-            value=config.output.uri,
-            next_step="make room or correct the permissions, then run the same command again",
-        ) from None
+    output.put(REPORT, page)
+    output.put_if_absent(f"evaluations/{record.key}.json", record.to_bytes())
+    output.put(RECORD, record.to_bytes())
     _log_results(record, page, tracker)
     return record
 
@@ -110,8 +97,12 @@ def _recorded(output: Root, key: str) -> Record | None:
     return None
 
 
-def _result(config: EvaluateJobConfig, record: Record, status: str) -> JobResult:
-    result = JobResult(status, record.counts, _outputs(config), record.run_id, figures=record.flat())
+def _answer(config: EvaluateJobConfig, record: Record, status: str) -> JobResult:
+    return JobResult(status, record.counts, _outputs(config), record.run_id, figures=record.flat())
+
+
+def _judged(config: EvaluateJobConfig, record: Record, result: JobResult) -> JobResult:
+    """The result, when it reaches what was asked."""
     if record.missed:
         raise _not_reached(config, record).with_result(result)
     return result
@@ -134,27 +125,29 @@ def _outputs(config: EvaluateJobConfig) -> dict[str, str]:
     return {"report": root.uri_of(REPORT), "evaluation": root.uri_of(RECORD)}
 
 
-def _log_inputs(config: EvaluateJobConfig, inputs: Inputs, tracker: Tracker) -> None:
-    tracker.log_text(dump_yaml(config), "config.yaml")
-    tracker.log_params(
-        {
+def _track(config: EvaluateJobConfig, inputs: Inputs, run: Run) -> Tracker:
+    tracker = run.track(
+        f"evaluate-{inputs.key[:8]}",
+        parents=inputs.parents,
+        params={
             "samples.uri": config.samples.uri if config.samples else "none",
             "reference.uri": config.reference.uri,
             "codec.path": config.codec.path if config.codec else "none",
             "image.resolution": config.image.resolution,
             "classifier.seed": config.classifier.seed,
             "evaluation.key": inputs.key,
-        }
+        },
+        about=inputs.key,
     )
     tracker.log_input("reference", inputs.reference.digest, config.reference.uri, "input")
     if inputs.samples is not None:
         tracker.log_input("samples", inputs.samples.digest, inputs.samples.uri, "input")
     if inputs.latents is not None:
         tracker.log_input("latents", inputs.latents.digest, inputs.latents.uri, "input")
+    return tracker
 
 
 def _log_results(record: Record, page: bytes, tracker: Tracker) -> None:
-    tracker.log_metrics(record.flat(), step=0)
     tracker.set_tags({"latentloom.passed": "no" if record.missed else "yes"})
     tracker.log_text(record.to_bytes().decode(), RECORD)
     with tempfile.TemporaryDirectory() as folder:

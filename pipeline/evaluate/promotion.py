@@ -10,21 +10,19 @@ from __future__ import annotations
 import logging
 import math
 
-from pipeline.config import dump_yaml
 from pipeline.errors import InputError
 from pipeline.evaluate.figures import Record
 from pipeline.result import JobResult
+from pipeline.runs.session import Run, open_run
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root
 from pipeline.tracking.config import PromoteJobConfig, resolve_paths
-from pipeline.tracking.ending import ended_by_outcome
 from pipeline.tracking.lineage import LineageStep, walk
 from pipeline.tracking.registry import ModelVersion, Registry, opened
-from pipeline.tracking.tracker import Tracker, open_tracker
+from pipeline.tracking.tracker import Tracker
 
 EVALUATION = "evaluation.json"
 EVALUATION_TAG = "latentloom.evaluation"
-_RUN_ID_WAIT_S = 10.0
 _log = logging.getLogger(__name__)
 
 
@@ -38,14 +36,14 @@ def run(config: PromoteJobConfig) -> JobResult:
         held = [v for v in registry.versions(version.name) if config.model.alias in v.aliases]
         if not missed and held and held[0].version == version.version:
             return _result("unchanged", config, version, held, record, None)
-        tracker = _open_run(config, record, version)
-        with ended_by_outcome(tracker):
-            tracker.set_tags({"latentloom.promoted": "no" if missed else "yes"})
+        with open_run(config, "promote") as run:
+            _track(config, record, version, run).set_tags({"latentloom.promoted": "no" if missed else "yes"})
             if missed:
-                raise _not_reached(config, version, missed)
+                told = _result("not reached", config, version, held, record, None)
+                raise _not_reached(config, version, missed).with_result(told)
             registry.point(version, config.model.alias, {EVALUATION_TAG: record.key})
-        _log.info("%s@%s is version %d now", version.name, config.model.alias, version.version)
-        return _result("done", config, version, held, record, tracker.wait_run_id(_RUN_ID_WAIT_S))
+            _log.info("%s@%s is version %d now", version.name, config.model.alias, version.version)
+            return run.done(_result("done", config, version, held, record, None))
 
 
 def plan(config: PromoteJobConfig) -> JobResult:
@@ -124,26 +122,19 @@ def _judged_version(config: PromoteJobConfig, record: Record, registry: Registry
     return found[-1]
 
 
-def _open_run(config: PromoteJobConfig, record: Record, version: ModelVersion) -> Tracker:
-    tracker = open_tracker(
-        config.tracking,
-        job="promote",
-        run_name=f"promote {version.name}@{config.model.alias}",
+def _track(config: PromoteJobConfig, record: Record, version: ModelVersion, run: Run) -> Tracker:
+    return run.track(
+        f"promote {version.name}@{config.model.alias}",
         parents={"train": version.run_id, **({"evaluate": record.run_id} if record.run_id else {})},
-    )
-    tracker.log_text(dump_yaml(config), "config.yaml")
-    tracker.log_params(
-        {
+        params={
             "model": version.name,
             "version": version.version,
             "alias": config.model.alias,
             "evaluation.uri": config.evaluation.uri,
             **{f"at_least.{k}": v for k, v in config.at_least.items()},
             **{f"at_most.{k}": v for k, v in config.at_most.items()},
-        }
+        },
     )
-    tracker.log_metrics(record.flat(), step=0)
-    return tracker
 
 
 def _not_reached(config: PromoteJobConfig, version: ModelVersion, missed: list[str]) -> InputError:

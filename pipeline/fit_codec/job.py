@@ -13,20 +13,25 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.codec.config import FitCodecJobConfig, FitConfig, FitIdentity
 from pipeline.codec.flops import decode_flops, encode_flops
-from pipeline.codec.info import CodecInfo, codec_info
-from pipeline.config import config_digest, dump_yaml
+from pipeline.codec.info import FITTED, CodecInfo, codec_info
+from pipeline.config import config_digest
 from pipeline.errors import ConflictError, InputError
 from pipeline.progress import Progress
 from pipeline.result import JobResult
+from pipeline.runs.session import open_run
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root
+from pipeline.store.ledger.identity import Identity, check_same
+from pipeline.tracking.tracker import Tracker
+
+if TYPE_CHECKING:
+    from pipeline.fit_codec.images import FitImages
 
 CLAIM = "fit_codec.json"
-COMPLETE = "fit_codec.complete.json"
 _LOG_EVERY = 10
 
 
@@ -37,7 +42,7 @@ def run(config: FitCodecJobConfig) -> JobResult:
     finished = _look(root, identity)
     if finished is not None:
         return _result("unchanged", root, finished)
-    return _result("done", root, _fit(config, identity, root))
+    return _fit(config, identity, root)
 
 
 def dry_run(config: FitCodecJobConfig) -> JobResult:
@@ -84,11 +89,8 @@ def _look(root: Root, identity: FitIdentity) -> dict[str, Any] | None:
     try:
         if root.kind() == "file":
             raise InputError("The output is a file", key="output.uri", value=root.uri, rule="a codec is a directory")
-        claim, complete = _read_json(root, CLAIM), _read_json(root, COMPLETE)
-        if claim is None:
-            stranger = next((o.key for o in root.list()), None)
-        else:
-            stranger = None
+        claim, complete = _read_json(root, CLAIM), _read_json(root, FITTED)
+        stranger = next((o.key for o in root.list()), None) if claim is None else None
     except storage_errors() as error:
         raise InputError(f"The output cannot be read: {describe(error)}", key="output.uri", value=root.uri) from error
     if stranger is not None:
@@ -108,24 +110,12 @@ def _look(root: Root, identity: FitIdentity) -> dict[str, Any] | None:
 
 
 def _same_identity(root: Root, claim: dict[str, Any], identity: FitIdentity) -> None:
-    if claim.get("config_digest") == config_digest(identity):
-        return
-    old, new = _flat(claim.get("config")), _flat(identity.model_dump(mode="json"))
-    changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-    difference = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in changed[:5])
-    raise ConflictError(
-        f"The output holds a codec of another configuration ({difference or 'unreadable'})",
-        key="output.uri",
-        value=root.uri,
-        rule="one output, one configuration",
-        next_step="choose another output.uri, or go back to that configuration",
-    )
+    if claim.get("config_digest") != config_digest(identity):
+        check_same(root, Identity("codec", claim.get("config") or {}, {}), _identity(identity))
 
 
-def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(data, dict):
-        return {prefix.rstrip("."): data}
-    return {k: v for key, value in data.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
+def _identity(identity: FitIdentity) -> Identity:
+    return Identity("codec", identity.model_dump(mode="json"), {})
 
 
 def _intact(root: Root, complete: dict[str, Any]) -> None:
@@ -160,7 +150,7 @@ def _result(status: str, root: Root, record: dict[str, Any]) -> JobResult:
         status,
         counts=record["counts"],
         outputs={"codec": root.uri},
-        run_id=record["run_id"],
+        run_id=record.get("run_id"),
         rates=record["rates"] if status == "done" else {},
         figures=record["figures"],
     )
@@ -169,26 +159,26 @@ def _result(status: str, root: Root, record: dict[str, Any]) -> JobResult:
 # -- the work --------------------------------------------------------------------------------------------------
 
 
-def _fit(config: FitCodecJobConfig, identity: FitIdentity, root: Root) -> dict[str, Any]:
-    """Choose images, claim the output, fit, upload, mark complete; returns the record that marks it."""
+def _fit(config: FitCodecJobConfig, identity: FitIdentity, root: Root) -> JobResult:
+    """Choose images, claim the output, fit, upload, mark complete."""
     from pipeline.fit_codec.images import collect_images
-    from pipeline.tracking.ending import ended_by_outcome
-    from pipeline.tracking.tracker import open_tracker
 
     images = collect_images(config.source, config.image, config.fit.images, config.fit.holdout, config.fit.seed)
     root.probe()
     _claim(root, identity)
-    tracker = open_tracker(config.tracking, job="fit_codec", run_name="codec", resume_run_id=None, parents={})
-    with ended_by_outcome(tracker):
-        tracker.log_text(dump_yaml(config), "config.yaml")
-        tracker.log_params({f"fit.{k}": v for k, v in config.fit.model_dump(mode="json").items()})
+    with open_run(config, "fit_codec", root) as run:
+        finished = _look(root, identity)
+        if finished is not None:  # by a run that ended between the first look and the claim
+            return _result("unchanged", root, finished)
+        name = root.uri.rstrip("/").rpartition("/")[2]
+        fit = {f"fit.{k}": v for k, v in config.fit.model_dump(mode="json").items()}
+        tracker = run.track(f"fit_codec {name}", params=fit)
         tracker.log_input(config.source.name, images.digest, config.source.uri, "input")
         record = _fit_and_upload(config, root, images, tracker)
-        tracker.log_metrics(record["figures"], step=config.fit.steps)
-        tracker.log_input("codec", record["weights_sha256"][:32], root.uri, "output")
-        record = {**record, "config_digest": config_digest(identity), "run_id": tracker.wait_run_id(10.0)}
-        root.put(COMPLETE, _json_bytes(record))
-        return record
+        result = run.done(_result("done", root, record), step=config.fit.steps, digest=record["weights_sha256"][:32])
+        record |= {"config_digest": config_digest(identity), "run_id": result.run_id}
+        root.put(FITTED, _json_bytes(record))
+        return result
 
 
 def _claim(root: Root, identity: FitIdentity) -> None:
@@ -198,7 +188,7 @@ def _claim(root: Root, identity: FitIdentity) -> None:
         _same_identity(root, _read_json(root, CLAIM) or {}, identity)
 
 
-def _fit_and_upload(config: FitCodecJobConfig, root: Root, images: Any, tracker: Any) -> dict[str, Any]:
+def _fit_and_upload(config: FitCodecJobConfig, root: Root, images: FitImages, tracker: Tracker) -> dict[str, Any]:
     import torch
 
     from pipeline.fit_codec.fit import fit_codec

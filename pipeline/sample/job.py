@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config import config_digest, dump_yaml
-from pipeline.errors import InputError, PipelineError, RejectBudgetError
+from pipeline.errors import InputError, RejectBudgetError
 from pipeline.result import JobResult
+from pipeline.runs.session import Run, open_run
 from pipeline.sample.claim import check_identity, settle_identity
 from pipeline.sample.config import SampleJobConfig
 from pipeline.sample.plan import planned_rows
@@ -21,15 +21,13 @@ from pipeline.sample.prepare import SamplingInputs, prepare
 from pipeline.sample.provenance import without_credentials
 from pipeline.sample.showing import CONTACT_KEY, GALLERY_KEY, show
 from pipeline.storage.root import Root
-from pipeline.store.ledger.generation import Generation, check_newest, claim_next, newest_of, read_closing
-from pipeline.store.ledger.identity import claim_identity
+from pipeline.store.ledger.generation import Generation, check_newest, newest_of, read_closing
 from pipeline.store.ledger.layout import IDENTITY
-from pipeline.store.ledger.ledger import collect
 from pipeline.store.ledger.rowset import RowSet
-from pipeline.store.ledger.runs import last_run, note_run
+from pipeline.store.ledger.runs import last_run
 from pipeline.store.ledger.state import State, read_state
-from pipeline.tracking.ending import ended_by_outcome
-from pipeline.tracking.tracker import Tracker, open_tracker
+from pipeline.store.read.dataset import Dataset
+from pipeline.tracking.tracker import Tracker
 
 _log = logging.getLogger(__name__)
 
@@ -47,25 +45,18 @@ def run(config: SampleJobConfig) -> JobResult:
         ended = read_closing(root, newest_of(root, "sample")) is not None
         anything_open = wanted.count() < len(names) or bool(wanted - state.covered)
         if ended and not anything_open:
-            return _finish(config, prepared, state, wanted, "unchanged", last_run(root).get("run_id"))
+            return _finish(config, prepared, state, wanted, "unchanged", last_run(root, job="sample").get("run_id"))
     if anything_open:
         from pipeline.sample.passes import check_cluster
 
         check_cluster(config, with_text=prepared.model.text is not None)
     root.probe()
-    if not root.exists(IDENTITY):
-        claim_identity(root, prepared.identity)
-    generation = claim_next(root, lambda previous: collect(root, previous), job="sample")
-    try:
-        settle_identity(root, prepared.identity, generation)
-        result = _sample(config, prepared, root, generation)
-        generation.close({"status": "done"})
-        return result
-    except PipelineError as error:
-        generation.close({"status": type(error).__name__}, sealed=False)
-        raise
-    finally:
-        generation.abandon()
+    # What the first committed image fixes, see `sample.claim`: another identity that has no image yet is no conflict.
+    fresh = None if root.exists(IDENTITY) else prepared.identity
+    with open_run(config, "sample", root, identity=fresh) as run:
+        assert run.generation is not None
+        settle_identity(root, prepared.identity, run.generation)
+        return _sample(config, prepared, run, run.generation)
 
 
 def dry_run(config: SampleJobConfig) -> JobResult:
@@ -115,7 +106,8 @@ def _output(config: SampleJobConfig, prepared: SamplingInputs) -> Root:
     return root
 
 
-def _sample(config: SampleJobConfig, prepared: SamplingInputs, root: Root, generation: Generation) -> JobResult:
+def _sample(config: SampleJobConfig, prepared: SamplingInputs, run: Run, generation: Generation) -> JobResult:
+    root = generation.root
     plan, planned = freeze_requests(
         read_state(root).plan,
         prepared.requests.table,
@@ -124,40 +116,28 @@ def _sample(config: SampleJobConfig, prepared: SamplingInputs, root: Root, gener
         generation=generation.number,
     )
     wanted = planned_rows(planned, prepared.requests.table["request_id"].to_pylist())
-    tracker = _open_run(config, prepared, root, generation, plan.versions[-1].units_part)
+    tracker = _track(config, prepared, run, root, plan.versions[-1].units_part)
     began = time.monotonic()
     before = read_state(root).covered
-    with ended_by_outcome(tracker):
-        if wanted - before:
-            from pipeline.sample.passes import run_passes
+    if wanted - before:
+        from pipeline.sample.passes import run_passes
 
-            run_passes(config, prepared, root, generation, wanted)
-        # What is shown and told from here on is this run's, if no other one has taken over.
-        check_newest(root, generation.number)
-        state = read_state(root)
-        seconds = time.monotonic() - began
-        shown = _show(config, prepared, root, planned, wanted, tracker)
-        run_id = tracker.wait_run_id(20)
-        note_run(root, generation.number, {"handle": tracker.handle, "run_id": run_id})
-        result = _finish(config, prepared, state, wanted, "done", run_id)
-        drawn = (wanted - before).count()
-        result = _with_rate(result, drawn, seconds, shown)
-        tracker.log_metrics(
-            {**result.rates, **{k: float(v) for k, v in result.counts.items()}}, step=state.covered.count()
-        )
-        tracker.log_input(name=root.uri, digest=_digest(root), source=root.uri, context="output")
-        return result
-
-
-def _with_rate(result: JobResult, drawn: int, seconds: float, shown: dict[str, str]) -> JobResult:
-    return JobResult(
-        result.status,
-        {**result.counts, "drawn": drawn},
-        {**result.outputs, **shown},
-        result.run_id,
-        {"images_per_s": drawn / seconds},
-        {},
+        run_passes(config, prepared, root, generation, wanted)
+    # What is shown and told from here on is this run's, if no other one has taken over.
+    check_newest(root, generation.number)
+    state = read_state(root)
+    seconds = time.monotonic() - began
+    shown = _show(config, prepared, root, planned, wanted, tracker)
+    result = _finish(config, prepared, state, wanted, "done", None)
+    drawn = (wanted - before).count()
+    result = replace(
+        result,
+        counts={**result.counts, "drawn": drawn},
+        outputs={**result.outputs, **shown},
+        rates={"images_per_s": drawn / seconds},
     )
+    digest = Dataset.open_kind(root.uri, "images", "output.uri").digest
+    return run.done(result, step=state.covered.count(), digest=digest)
 
 
 def _finish(
@@ -216,41 +196,21 @@ def _show(
     return shown
 
 
-def _digest(root: Root) -> str:
-    from pipeline.store.read.dataset import Dataset
-
-    dataset: Any = Dataset.open_kind(root.uri, "images", "output.uri")
-    return str(dataset.digest)
-
-
-def _open_run(
-    config: SampleJobConfig, prepared: SamplingInputs, root: Root, generation: Generation, plan_part: str
-) -> Tracker:
-    """The MLflow run: one that stopped or died half-way is resumed, else a new one is made under its training run."""
-    previous = last_run(root)
+def _track(config: SampleJobConfig, prepared: SamplingInputs, run: Run, root: Root, plan_part: str) -> Tracker:
+    """The MLflow run, under its training run."""
     origin = prepared.origin
-    tracker = open_tracker(
-        config.tracking,
-        job="sample",
-        run_name=f"sample {root.uri.rstrip('/').rpartition('/')[2]}",
-        resume_run_id=previous.get("handle") if previous.get("unfinished") else None,
+    tracker = run.track(
+        f"sample {root.uri.rstrip('/').rpartition('/')[2]}",
         parents={"train": origin.model_run_id} if origin.model_run_id else {},
-    )
-    note_run(root, generation.number, {"handle": tracker.handle})
-    tracker.log_params(
-        {
+        params={
             "model.uri": without_credentials(prepared.model.uri),
             "model.digest": origin.model_digest,
             "requests": prepared.requests.table.num_rows,
             "sampler": prepared.draw.sampler,
             "seed": config.seed,
             "batch_size": config.batch_size,
-            "output.uri": root.uri,
-            "config_digest": config_digest(config),
-            "generation": generation.number,
-        }
+        },
     )
-    tracker.log_text(dump_yaml(config), "config.yaml")
     tracker.log_input(name=prepared.model.uri, digest=origin.model_digest, source=prepared.model.uri, context="model")
     for uri, digest in origin.datasets:
         tracker.log_input(name=uri, digest=digest, source=uri, context="training data")

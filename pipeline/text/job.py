@@ -17,25 +17,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import config_digest, dump_yaml
 from pipeline.dataflow.beside_gpu import own_device, reserved_function, reserved_gpu
-from pipeline.errors import PipelineError
 from pipeline.progress import Progress
 from pipeline.result import JobResult
+from pipeline.runs.session import Run, open_run
 from pipeline.storage.root import Root
-from pipeline.store.ledger.generation import Generation, claim_next
-from pipeline.store.ledger.identity import Identity, check_same, claim_identity, read_identity
+from pipeline.store.ledger.generation import Generation
+from pipeline.store.ledger.identity import Identity, check_same, read_identity
 from pipeline.store.ledger.layout import IDENTITY
-from pipeline.store.ledger.ledger import collect
-from pipeline.store.ledger.runs import last_run, note_run
+from pipeline.store.ledger.runs import last_run
 from pipeline.store.ledger.state import State, read_state
 from pipeline.store.plan.plan import append_version, read_plan
 from pipeline.store.read.dataset import Dataset, LatentDataset
 from pipeline.text.captions import HashSet, in_units, new_captions, planned_hashes
 from pipeline.text.config import EmbedTextJobConfig, TextEncoderConfig
 from pipeline.text.files import EncoderFiles, encoder_files
-from pipeline.tracking.ending import ended_by_outcome
-from pipeline.tracking.tracker import Tracker, open_tracker
 
 if TYPE_CHECKING:
     from pipeline.text.embed import Encode
@@ -100,28 +96,20 @@ def _check(config: EmbedTextJobConfig) -> list[_Task]:
 def _embed_one(task: _Task) -> JobResult:
     """One encoder, under a generation of its own dataset."""
     root = task.root
-    state = read_state(root)
+    state, earlier = read_state(root), last_run(root, job="embed_text").get("run_id")
     if _has_seen(state, task) and not state.gaps():
-        return _result("unchanged", task, state, last_run(root).get("run_id"))
+        return _result("unchanged", task, state, earlier)
     root.probe()
-    claim_identity(root, task.identity())
-    generation = claim_next(root, lambda previous: collect(root, previous), job="embed_text")
-    try:
-        new = _plan(task, generation)
+    with open_run(task.config, "embed_text", root, identity=task.identity()) as run:
+        assert run.generation is not None
+        new = _plan(task, run.generation)
         state = read_state(root)
         gaps = state.gaps().count()
         _log.info("%s: %d new captions, %d to embed", task.encoder.name, new, gaps)
         if not gaps:
-            generation.close({"status": "unchanged"})
-            return _result("unchanged", task, state, last_run(root).get("run_id"))
-        result = _embed(task, generation, state)
-        generation.close({"status": "done"})
-        return result
-    except PipelineError as error:
-        generation.close({"status": type(error).__name__}, sealed=False)
-        raise
-    finally:
-        generation.abandon()
+            run.generation.summary["status"] = "unchanged"
+            return _result("unchanged", task, state, earlier)
+        return _embed(task, run, run.generation, state)
 
 
 def _has_seen(state: State, task: _Task) -> bool:
@@ -141,23 +129,28 @@ def _plan(task: _Task, generation: Generation) -> int:
     return plan.versions[-1].num_rows
 
 
-def _embed(task: _Task, generation: Generation, state: State) -> JobResult:
-    tracker = _open_run(task, generation)
+def _embed(task: _Task, run: Run, generation: Generation, state: State) -> JobResult:
+    """Embed and commit the gaps, in the MLflow run of one encoder."""
+    parent = task.latents.provenance.get("run_id")
+    tracker = run.track(
+        f"embed_text {task.encoder.name}",
+        parents={"encode": parent} if parent else {},
+        params={
+            "data.uri": task.latents.uri,
+            **{f"encoder.{k}": v for k, v in task.encoder.model_dump(mode="json").items()},
+        },
+        note={"source": task.source()},
+    )
+    tracker.log_input(name=task.latents.uri, digest=task.latents.digest, source=task.latents.uri, context="input")
     began = time.monotonic()
-    with ended_by_outcome(tracker):
-        totals = _fill_gaps(task, generation, state)
-        seconds = time.monotonic() - began
-        final = read_state(task.root)
-        run_id = tracker.wait_run_id(20)
-        note_run(task.root, generation.number, _note(task, tracker))
-        rates = {"captions_per_s": totals["embedded"] / seconds, "tokens_per_s": totals["tokens"] / seconds}
-        result = _result("done", task, final, run_id, totals, rates)
-        tracker.log_metrics(
-            {**result.rates, **{k: float(v) for k, v in result.counts.items()}}, step=final.num_stored
-        )
-        dataset: Dataset = Dataset.open_kind(task.root.uri, "text", "output.uri")
-        tracker.log_input(name=task.root.uri, digest=dataset.digest, source=task.root.uri, context="output")
-        return result
+    totals = _fill_gaps(task, generation, state)
+    seconds = time.monotonic() - began
+    final = read_state(task.root)
+    rates = {"captions_per_s": totals["embedded"] / seconds, "tokens_per_s": totals["tokens"] / seconds}
+    result = _result("done", task, final, None, totals, rates)
+    return run.done(
+        result, step=final.num_stored, digest=Dataset.open_kind(task.root.uri, "text", "output.uri").digest
+    )
 
 
 def _fill_gaps(task: _Task, generation: Generation, state: State) -> dict[str, int]:
@@ -210,36 +203,6 @@ def _load(
     if threads is not None:
         torch.set_num_threads(threads)
     return load_encoder(files, encoder, batch_size=batch_size, device=device).encode
-
-
-def _open_run(task: _Task, generation: Generation) -> Tracker:
-    """The MLflow run of one encoder: a run that stopped or died half-way is resumed, else a new one is made."""
-    previous = last_run(task.root)
-    parent = task.latents.provenance.get("run_id")
-    tracker = open_tracker(
-        task.config.tracking,
-        job="embed_text",
-        run_name=f"embed_text {task.encoder.name}",
-        resume_run_id=previous.get("handle") if previous.get("unfinished") else None,
-        parents={"encode": parent} if parent else {},
-    )
-    note_run(task.root, generation.number, _note(task, tracker))
-    tracker.log_params(
-        {
-            "data.uri": task.latents.uri,
-            "output.uri": task.root.uri,
-            "config_digest": config_digest(task.config),
-            "generation": generation.number,
-            **{f"encoder.{k}": v for k, v in task.encoder.model_dump(mode="json").items()},
-        }
-    )
-    tracker.log_text(dump_yaml(task.config), "config.yaml")
-    tracker.log_input(name=task.latents.uri, digest=task.latents.digest, source=task.latents.uri, context="input")
-    return tracker
-
-
-def _note(task: _Task, tracker: Tracker) -> dict[str, Any]:
-    return {"handle": tracker.handle, "run_id": tracker.run_id, "source": task.source()}
 
 
 def _result(

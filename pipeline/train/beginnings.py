@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pipeline.errors import InputError
@@ -45,14 +44,8 @@ class Begun:
     after: int = 0
 
 
-def begin_or_go_on(config: TrainJobConfig, root: Root, before_writing: Callable[[], None] = lambda: None) -> Begun:
-    """The datasets as the newest checkpoint of the run at `root` knows them, else as they are now, and kept so.
-
-    Raises what `look` and `before_writing` raise; nothing is written before the handshake has passed.
-    """
-    begun = look(config, root)
-    before_writing()
-    root.probe()
+def pinned(config: TrainJobConfig, root: Root, begun: Begun) -> Begun:
+    """What `look` saw, kept: the datasets as the newest checkpoint of the run knows them, else as they are now."""
     name = begun.inputs or secrets.token_hex(8)
     pins = _pins(root, name)
     new = [uri for _, uri in _uris(config) if not pins.holds(Root(uri))]
@@ -63,10 +56,10 @@ def begin_or_go_on(config: TrainJobConfig, root: Root, before_writing: Callable[
 
 
 def look(config: TrainJobConfig, root: Root) -> Begun:
-    """The same without writing anything: of a run that has no checkpoint, what is visible now.
+    """The datasets of a run that goes on, as its newest checkpoint knows them; of a new one, what is visible now.
 
-    Says what is new. Raises what opening and the handshake raise, and InputError when files that the run began with
-    have been removed.
+    Writes nothing. Says what is new. Raises what opening and the handshake raise, and InputError when files that the
+    run began with have been removed.
     """
     after = current_generation(root)  # before the look at the checkpoints: the claim asks whether it still is
     checkpoints = root.child("checkpoints")

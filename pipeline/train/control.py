@@ -1,6 +1,6 @@
-"""What a driver and its workers tell each other through the output's own store: who is current, and "stop".
+"""What a driver and its workers tell each other through the output's own store.
 
-    control/generation-<n>.json   one per start of the job, created only if absent; the highest is current
+    generations/<n>/...           one per start of the job, claimed as in every output; the newest is current
     control/stop-<n>              the driver of generation n asks its workers to checkpoint and return
     control/failure-<n>.json      a worker of generation n met an error that a restart would only meet again
 
@@ -11,61 +11,30 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 from pipeline import errors
-from pipeline.errors import ConfigError, ConflictError, PipelineError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import fenced, is_superseded, latest_number, read_claim
 
 _GENERATION = re.compile(r"^control/generation-(\d{6})\.json$")
 POLL_S = 1.0
 NOTICE_S = 5.0
 
 
-def claim_generation(root: Root, note: dict[str, Any], after: int | None = None) -> int:
-    """Make this start of the job the current one: workers of earlier starts checkpoint and end.
-
-    after: the start that was current when this one looked at what there is; ConflictError when another one is now.
-    `checkpoints` in the note are the names of those that this start begins with.
-    """
-    # Tells two writers' claims apart where the answer to one got lost.
-    body = json.dumps({**note, "writer": secrets.token_hex(8)}).encode()
-    while True:
-        newest = current_generation(root)
-        if after is not None and newest != after:
-            raise ConflictError(
-                f"Start {newest} of this job began at the same moment",
-                key="output.uri",
-                value=root.uri,
-                rule="one run at a time trains into an output",
-                next_step="let the other one go on, or start this command again to take over from it",
-            )
-        key = _claim_key(newest + 1)
-        if root.put_if_absent(key, body) or root.read_bytes(key) == body:
-            return newest + 1
+def current_generation(root: Root) -> int:
+    """The newest start of the job, 0 when there was none; also one of a release that claimed in another way."""
+    matches = [_GENERATION.match(info.key) for info in root.list("control")]
+    return max([latest_number(root), *(int(m.group(1)) for m in matches if m)])
 
 
 def listed_checkpoints(root: Root, generation: int) -> list[str] | None:
     """The names of the checkpoints that a start of the job began with; None where it does not say."""
-    try:
-        names: list[str] | None = json.loads(root.read_bytes(_claim_key(generation))).get("checkpoints")
-    except FileNotFoundError:
-        return None
+    names: list[str] | None = read_claim(root, generation).get("checkpoints")
     return names
-
-
-def _claim_key(generation: int) -> str:
-    return f"control/generation-{generation:06d}.json"
-
-
-def current_generation(root: Root) -> int:
-    """The newest start of the job, 0 when there was none."""
-    matches = [_GENERATION.match(info.key) for info in root.list("control")]
-    return max((int(m.group(1)) for m in matches if m), default=0)
 
 
 def request_stop(root: Root, generation: int) -> None:
@@ -126,7 +95,7 @@ class StopWatch:
 
     def __init__(self, root: Root, generation: int) -> None:
         self.root, self.generation = root, generation
-        self.superseded_by: int | None = None
+        self.superseded = False
         self._stop, self._end = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._poll, name="stop-watch", daemon=True)
         self._thread.start()
@@ -142,25 +111,18 @@ class StopWatch:
 
     def check_current(self) -> None:
         """Raise ConflictError when another start of the job has taken over."""
-        if self.superseded_by is not None:
-            raise ConflictError(
-                f"Start {self.superseded_by} of this job took over the output from start {self.generation}",
-                key="output.uri",
-                value=self.root.uri,
-                rule="one run at a time trains into an output",
-                next_step="let the newer one go on, or give this one another output.uri",
-            )
+        if self.superseded:
+            raise fenced(self.root, self.generation)
 
     def _poll(self) -> None:
         while not self._end.wait(POLL_S):
             try:
-                newest = current_generation(self.root)
+                superseded = is_superseded(self.root, self.generation)
                 stop = self.root.exists(f"control/stop-{self.generation:06d}")
             except OSError:
                 continue  # a store that does not answer asks for nothing; the next poll does
-            if newest > self.generation:
-                self.superseded_by = newest
-            if stop or newest > self.generation:
+            self.superseded = self.superseded or superseded
+            if stop or superseded:
                 self._stop.set()
                 return
 

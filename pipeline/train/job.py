@@ -11,33 +11,30 @@ import shutil
 import signal
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from pipeline.config import config_digest, dump_yaml
+from pipeline.config import config_digest
 from pipeline.dataflow.cluster import WORKER_ENV, Gauges, device_of, ensure_ray
 from pipeline.errors import InputError, PipelineError, StoppedError
 from pipeline.progress import Progress
 from pipeline.result import JobResult
+from pipeline.runs.session import Run, open_run
 from pipeline.storage.errors import storage_errors
 from pipeline.storage.root import Root
+from pipeline.store.ledger.runs import last_run
+from pipeline.store.read.dataset import LatentDataset
 from pipeline.tracking.config import resolve_paths
-from pipeline.tracking.ending import ended_by_outcome
+from pipeline.tracking.tracker import Tracker
+from pipeline.train.beginnings import Begun, look, pinned
 from pipeline.train.config import MixConfig, TrainDataConfig, TrainJobConfig
-from pipeline.train.control import claim_generation, lasting, record_failure, recorded_failure, request_stop
+from pipeline.train.control import lasting, record_failure, recorded_failure, request_stop
 from pipeline.train.history import Follower, read_records
 
-if TYPE_CHECKING:
-    from pipeline.store.read.dataset import LatentDataset
-    from pipeline.tracking.tracker import Tracker
-    from pipeline.train.beginnings import Begun
-
 DONE = "done.json"
-RUN = "run.json"
 WEIGHT_TAG = "latentloom.weight"
 _WATCH_S = 1.0
 
@@ -54,28 +51,26 @@ def run(config: TrainJobConfig) -> JobResult:
     finished = _finished(root, config)
     if finished is not None:
         return finished
-    from pipeline.train.beginnings import begin_or_go_on  # reads Parquet, which a finished run does not
-
-    begun = begin_or_go_on(config, root, before_writing=lambda: _check_cluster(config))
-    tracker = _open_run(config, root, begun.datasets)
-    with ended_by_outcome(tracker):
-        note = {"config": config_digest(config), "time": time.time(), "checkpoints": begun.checkpoints}
-        generation = claim_generation(root, note, after=begun.after)
-        outcome = _fit(config, root, generation, tracker.handle, begun)
+    before = look(config, root)
+    _check_cluster(config)
+    root.probe()
+    with open_run(config, "train", root, after=before.after, note={"checkpoints": before.checkpoints}) as run:
+        assert run.generation is not None
+        begun = pinned(config, root, before)
+        tracker = _track(config, root, run, begun.datasets)
+        outcome = _fit(config, root, run.generation.number, tracker.handle, begun)
         if outcome["status"] == "stopped":
             raise StoppedError(
                 f"Training stopped at {outcome['images']:,} of {config.train.images:,} images, checkpoint written",
                 next_step="run the same command again to go on",
             )
-        result = _result(config, root, outcome, tracker)
+        result = run.done(_result(config, root, outcome, tracker), step=outcome["images"])
         root.put(DONE, json.dumps({"config": config_digest(config), "result": vars(result)}).encode())
         return result
 
 
 def dry_run(config: TrainJobConfig) -> JobResult:
     """What a run would do: steps, epochs, space for checkpoints; starts nothing and writes nothing."""
-    from pipeline.train.beginnings import look
-
     config = _absolute(config)
     begun = look(config, root_of(config))
     datasets, facts, t = begun.datasets, begun.facts, config.train
@@ -142,25 +137,14 @@ def _finished(root: Root, config: TrainJobConfig) -> JobResult | None:
     return JobResult(**{**done["result"], "status": "unchanged"})
 
 
-def _open_run(config: TrainJobConfig, root: Root, datasets: tuple[LatentDataset, ...]) -> Tracker:
-    """The MLflow run: a new one, or the one that an earlier start of this training opened."""
-    from pipeline.tracking.tracker import open_tracker
-
-    try:
-        earlier = json.loads(root.read_bytes(RUN))["run"]
-    except FileNotFoundError:
-        earlier = None
-    tracker = open_tracker(
-        config.tracking,
-        job="train",
-        run_name=f"train {config.model.kind}",
-        resume_run_id=earlier,
-        parents=_encode_runs(datasets),
-    )
-    root.put(RUN, json.dumps({"run": tracker.handle}).encode())
+def _track(config: TrainJobConfig, root: Root, run: Run, datasets: tuple[LatentDataset, ...]) -> Tracker:
+    """The MLflow run: one for all starts of this training."""
     t = config.train
-    tracker.log_params(
-        {
+    tracker = run.track(
+        f"train {config.model.kind}",
+        parents=_encode_runs(datasets),
+        resume=last_run(root, job="train").get("handle") or _run_of_earlier_releases(root),
+        params={
             "model.kind": config.model.kind,
             "objective": config.objective.kind,
             "images": t.images,
@@ -173,14 +157,19 @@ def _open_run(config: TrainJobConfig, root: Root, datasets: tuple[LatentDataset,
             "ema": ", ".join(e.name for e in t.ema),
             "data.uri": config.data.uri,
             **({"data.mix": _told_mix(config)} if config.data.mix else {}),
-            "output.uri": config.output.uri,
-        }
+        },
     )
-    tracker.log_text(dump_yaml(config), "config.yaml")
     for part, dataset in zip(config.data.parts.values(), datasets, strict=True):
         tags = {WEIGHT_TAG: f"{part.weight:g}"} if config.data.mix else None
         tracker.log_input("latents", dataset.digest, dataset.uri, "input", tags)
     return tracker
+
+
+def _run_of_earlier_releases(root: Root) -> str | None:
+    try:
+        return str(json.loads(root.read_bytes("run.json"))["run"])
+    except FileNotFoundError:
+        return None
 
 
 def _encode_runs(datasets: tuple[LatentDataset, ...]) -> dict[str, str]:
@@ -402,7 +391,6 @@ def _result(config: TrainJobConfig, root: Root, outcome: dict[str, Any], tracker
         status="done",
         counts={"steps": outcome["step"], "images": outcome["images"], "skipped_steps": last.get("skipped_steps", 0)},
         outputs={"model": root.uri_of("model"), "run": root.uri},
-        run_id=tracker.wait_run_id(30.0),
         rates={"images_per_s": sorted(rates)[len(rates) // 2]} if rates else {},
         figures={**({"loss": last["loss"]} if last else {}), **figures},
     )

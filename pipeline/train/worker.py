@@ -14,6 +14,7 @@ from pipeline.errors import ConflictError
 from pipeline.model.build import build_model, repeated_blocks
 from pipeline.model.flops import forward_flops, train_flops
 from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import is_superseded
 from pipeline.stream.loader import LatentStream
 from pipeline.stream.mixture import MixtureStream
 from pipeline.tracking.tracker import NoopTracker, Tracker, attach_tracker
@@ -21,7 +22,7 @@ from pipeline.train import world
 from pipeline.train.beginnings import pins_of
 from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.config import TrainJobConfig
-from pipeline.train.control import Notices, StopWatch, current_generation, listed_checkpoints
+from pipeline.train.control import Notices, StopWatch, listed_checkpoints
 from pipeline.train.ema import Track
 from pipeline.train.finish import export_info, export_model, is_guidable, sampling_shift
 from pipeline.train.grid import SampleGrid
@@ -95,7 +96,7 @@ def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
         node_leader=place.node_leader,
         generation=place.generation,
         listed=listed_checkpoints(root, place.generation),
-        superseded=lambda: current_generation(root) > place.generation,
+        superseded=lambda: is_superseded(root, place.generation),
     )
     lead = world.rank() == 0
     watch = StopWatch(root, place.generation) if lead else None

@@ -39,12 +39,12 @@ from pipeline.storage.root import Root
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.train.checkpoint import list_complete
 from pipeline.train.config import TrainJobConfig
-from pipeline.train.control import claim_generation
 from pipeline.train.handshake import handshake
 from pipeline.train.history import HISTORY, read_records
 from pipeline.train.state import make_state
 from pipeline.train.worker import WorkerContext, run_worker
 from tests.benchmarks.report import panels, table, write
+from tests.support.training import new_start
 from tests.train.dataset import make_dataset
 
 CHANNELS, SIDE, CLASSES = 4, 32, 10
@@ -91,7 +91,7 @@ def loop_seconds(data: str, args: argparse.Namespace) -> dict[str, list[float]]:
         folder = Path(name)
         config = validate(TrainJobConfig, settings(folder, data, args))
         facts = handshake(config, LatentDataset.open(data))
-        generation = claim_generation(Root(config.output.uri), {})
+        generation = new_start(Root(config.output.uri))
         run_worker(
             config, WorkerContext(args.device, generation, None, facts, True, folder / "scratch", publish=turn)
         )

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.codec.codec import load_codec
 from pipeline.codec.config import FitCodecJobConfig, FitConfig
-from pipeline.codec.info import codec_info
+from pipeline.codec.info import FITTED, codec_info
 from pipeline.codec.weights import WEIGHTS
 from pipeline.config import dump_yaml, load_config, validate
 from pipeline.errors import ConfigError, ConflictError, InputError
@@ -211,10 +211,10 @@ def test_fits_then_skips(tmp_path: Path, data: dict[str, Any], monkeypatch: pyte
 
 def test_another_configuration_is_refused(tmp_path: Path, data: dict[str, Any]) -> None:
     job.run(_config(data))
-    before = {p.name: p.read_bytes() for p in (tmp_path / "codec").iterdir()}
+    before = {p: p.read_bytes() for p in (tmp_path / "codec").rglob("*") if p.is_file()}
     with pytest.raises(ConflictError, match=r"fit\.steps: 6 there, 7 here"):
         job.run(_config(data, steps=7))
-    assert {p.name: p.read_bytes() for p in (tmp_path / "codec").iterdir()} == before
+    assert {p: p.read_bytes() for p in (tmp_path / "codec").rglob("*") if p.is_file()} == before
 
 
 def test_a_crash_before_the_marker_is_fitted_again(
@@ -227,11 +227,11 @@ def test_a_crash_before_the_marker_is_fitted_again(
         patch.setattr("pipeline.storage.root.Root.upload_dir", crash)
         with pytest.raises(KeyboardInterrupt):
             job.run(_config(data))
-    assert not (tmp_path / "codec" / job.COMPLETE).exists()
+    assert not (tmp_path / "codec" / FITTED).exists()
     with pytest.raises(ConflictError, match=r"fit\.seed: 0 there, 5 here"):
         job.run(_config(data, seed=5))
     assert job.run(_config(data)).status == "done"
-    assert (tmp_path / "codec" / job.COMPLETE).exists()
+    assert (tmp_path / "codec" / FITTED).exists()
 
 
 def test_another_process_claims_first(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +239,7 @@ def test_another_process_claims_first(data: dict[str, Any], tmp_path: Path, monk
     monkeypatch.setattr(job, "_look", lambda root, identity: None)
     (tmp_path / "codec").mkdir()
     (tmp_path / "codec" / job.CLAIM).write_text('{"config_digest": "other", "config": {}}')
-    with pytest.raises(ConflictError, match="another configuration"):
+    with pytest.raises(ConflictError, match="another fingerprint"):
         job.run(_config(data))
 
 
@@ -310,7 +310,7 @@ def test_what_is_tracked(data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
     calls: dict[str, list[Any]] = {}
 
     class Recorder:
-        run_id = "r1"
+        run_id = handle = "r1"
 
         def __getattr__(self, name: str) -> Any:
             return lambda *args, **kwargs: calls.setdefault(name, []).append((*args, *kwargs.values()))
@@ -318,7 +318,7 @@ def test_what_is_tracked(data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
         def wait_run_id(self, timeout_s: float) -> str:
             return "r1"
 
-    monkeypatch.setattr("pipeline.tracking.tracker.open_tracker", lambda *args, **kwargs: Recorder())
+    monkeypatch.setattr("pipeline.runs.session.open_tracker", lambda *args, **kwargs: Recorder())
     config = _config(data)
     result = job.run(config)
     assert result.run_id == "r1"

@@ -96,7 +96,7 @@ def meant(config):
 def test_a_plain_process_stops_with_its_work_kept(tmp_path: Path, run: str, code: int, told: str) -> None:
     """One that embeds, evaluates or fits has no actor to replace; what the job itself makes of an error stays."""
     (tmp_path / "failing.py").write_text(FAILING)
-    config = "pipeline.store.maintain.config:VerifyJobConfig"
+    config = "pipeline.maintenance.config:VerifyJobConfig"
     program = (
         "from jobs._main import Job, main\n"
         f"main(Job('verify', 's', '{config}', 'failing:{run}', 'failing:{run}', 'e'), ['data.uri=x'])"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from pipeline.codec.info import CodecInfo
 from pipeline.config import load_config
 from pipeline.encode import job
 from pipeline.encode.config import EncodeJobConfig
@@ -23,7 +23,7 @@ from pipeline.encode.summary import fingerprint_of
 from pipeline.errors import StoppedError
 from pipeline.result import JobResult
 from pipeline.storage.root import Root
-from pipeline.store.ledger.generation import claim_next, latest_number
+from pipeline.store.ledger.generation import Generation, claim_next, latest_number
 from pipeline.store.ledger.runs import last_run
 from pipeline.store.ledger.state import read_state
 from pipeline.store.maintain import dedup
@@ -35,6 +35,11 @@ from pipeline.tracking.tracker import NoopTracker
 from tests.support.images import make_codec, make_images
 from tests.support.jobs import run
 from tests.support.rows import IDENTITY, committer, latent_rows
+
+
+def _impatient(*args: Any, **settings: Any) -> Generation:
+    """A generation that "crashed" in this very process counts as dead at once."""
+    return claim_next(*args, **{**settings, "patience_s": 0.0})
 
 
 class Tracker(NoopTracker):
@@ -51,6 +56,9 @@ class Tracker(NoopTracker):
         self.ended.append(status)
 
 
+INFO = CodecInfo("AutoencoderKL", {}, "0" * 64, 4, 8)
+
+
 class World:
     """A folder of files and an encode job that "encodes" them by their bytes."""
 
@@ -60,11 +68,10 @@ class World:
         self.trackers: list[Tracker] = []
         self.resumed: list[str | None] = []
         self.images.mkdir()
-        monkeypatch.setattr(job, "_check", lambda c: (Root(c.output.uri), None))
+        monkeypatch.setattr(job, "_check", lambda c: (Root(c.output.uri), INFO))
         monkeypatch.setattr(job, "_identity", lambda config, info, rehearsal: IDENTITY)
-        monkeypatch.setattr(job, "open_tracker", self.open_tracker)
-        for module in (job, dedup):
-            monkeypatch.setattr(module, "claim_next", partial(claim_next, patience_s=0.0))
+        monkeypatch.setattr("pipeline.runs.session.open_tracker", self.open_tracker)
+        monkeypatch.setattr("pipeline.store.ledger.ledger.claim_next", _impatient)
         monkeypatch.setitem(
             sys.modules,
             "pipeline.encode.passes",

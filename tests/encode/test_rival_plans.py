@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from pipeline.encode import job
 from pipeline.errors import InputError
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import Generation, claim_next, latest_number
@@ -35,15 +33,18 @@ def test_a_listing_of_before_the_claim_retires_nothing(
 ) -> None:
     encode_here(monkeypatch, **settings)
     first = sorted(Path(settings["source__uri"]).glob("*.png"))[0]
-    plain, rivals = partial(claim_next, patience_s=0.0), []
+    rivals = []
+
+    def plain(*args: Any, **settings: Any) -> Generation:
+        return claim_next(*args, **{**settings, "patience_s": 0.0})
 
     def overtaken(*args: Any, **kwargs: Any) -> Generation:
-        monkeypatch.setattr(job, "claim_next", plain)
+        monkeypatch.setattr("pipeline.store.ledger.ledger.claim_next", plain)
         Image.new("RGB", (40, 40), "red").save(first)  # what the rival finds, and this run must find, too
         rivals.append(encode_here(monkeypatch, **settings).status)
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(job, "claim_next", overtaken)
+    monkeypatch.setattr("pipeline.store.ledger.ledger.claim_next", overtaken)
     assert encode_here(monkeypatch, **settings).status == "unchanged"
     assert rivals == ["done"]
     state = read_state(Root(str(settings["output__uri"])))

@@ -254,11 +254,15 @@ def test_several_resolutions_are_a_configuration_error(world: Path) -> None:
 
 
 def test_output_that_cannot_be_written_is_an_input_error(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.storage.errors import job_error
     from pipeline.storage.root import Root
 
     def full(self: Root, key: str, data: bytes) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Root, "put", full)
-    with pytest.raises(InputError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as caught:
         run(config_of(world, samples=None, train=None, classifier={"enabled": False}))
+    known = job_error(caught.value)
+    assert known is not None
+    assert known.exit_code == InputError.exit_code

@@ -12,7 +12,7 @@ from pipeline.errors import InputError
 from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.evaluate.eyes import Eyes
 from pipeline.evaluate.figures import Record
-from pipeline.evaluate.job import _result
+from pipeline.evaluate.job import _answer, _judged
 from pipeline.evaluate.measure import Judged
 from pipeline.evaluate.results import Measured, figures_of
 from pipeline.evaluate.stats import FeatureStats
@@ -66,7 +66,7 @@ def test_a_missed_threshold_is_exit_code_3_and_names_what_was_asked() -> None:
     missed = ("accuracy is 0.5, asked is at least 0.99", "kid is absent, asked is at most 0.5")
     record = Record("k", (), {}, {}, {}, missed, {"samples": 3}, "run", {})
     with pytest.raises(InputError, match=r"accuracy is 0\.5, asked is at least 0\.99\n  - kid is absent") as caught:
-        _result(config, record, "done")
+        _judged(config, record, _answer(config, record, "done"))
     error = caught.value
     assert error.exit_code == 3
     assert (error.key, error.value) == ("thresholds.accuracy, thresholds.kid", "0.99, 0.5")

@@ -271,7 +271,7 @@ def test_the_bucket_policy_asks_for_conditions_exactly_where_the_store_sets_them
     records = {k for k in conditional if re.search(r"/(ledger/|dataset\.json|generations/|plan/v)", k)}
     assert len(records) >= 5
     assert [key for key in records if not covered(key)] == []
-    assert covered("model/control/generation-000001.json")
+    assert covered("model/generations/00000001/open.json")
     assert not covered("model/control/stop-000001")
 
 

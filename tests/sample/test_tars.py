@@ -26,13 +26,14 @@ from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import claim_next
 from pipeline.store.ledger.identity import claim_identity
 from pipeline.store.ledger.ledger import collect
-from pipeline.store.maintain.verify import collect_garbage, verify
+from pipeline.store.maintain.verify import verify
 from pipeline.store.plan.plan import read_plan
 from pipeline.store.read.dataset import Dataset
 from pipeline.store.read.outside import place_in, problems_outside, read_outside
 from pipeline.store.write.writer import Committer
 from tests.sample.conftest import Tiny
 from tests.sample.test_draw import job
+from tests.support.maintain import collect_garbage
 from tests.support.monitor import LocalMonitor
 
 

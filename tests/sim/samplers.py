@@ -7,16 +7,14 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from pipeline.errors import PipelineError
 from pipeline.sample.claim import settle_identity
 from pipeline.sample.output import IMAGES, file_key
 from pipeline.sample.planning import RequestEntry
 from pipeline.sample.tars import pack_units
 from pipeline.storage.root import Root
-from pipeline.store.ledger.generation import claim_next
 from pipeline.store.ledger.identity import Identity, claim_identity
 from pipeline.store.ledger.layout import IDENTITY
-from pipeline.store.ledger.ledger import collect
+from pipeline.store.ledger.ledger import claimed
 from pipeline.store.ledger.state import read_state
 from pipeline.store.maintain.verify import verify
 from pipeline.store.plan.plan import append_version, read_entries
@@ -44,14 +42,14 @@ class Samplers:
     def claim_only(self, settings: str) -> None:
         """A run that fails before it has drawn anything."""
         claim_identity(self.root, self.identity(settings))
-        self._claim().close({"status": "ConfigError"})
+        with claimed(self.root, "sample", patience_s=0.0) as generation:
+            generation.summary["status"] = "ConfigError"
 
     def sample(self, settings: str, *, device: str = "one", tars: bool = False) -> None:
         """The sample job: what is asked for and not there yet."""
         if not self.root.exists(IDENTITY):
             claim_identity(self.root, self.identity(settings))
-        generation = self._claim()
-        try:
+        with claimed(self.root, "sample", patience_s=0.0) as generation:
             settle_identity(self.root, self.identity(settings), generation)
             plan = read_state(self.root).plan
             if not plan.versions:
@@ -67,10 +65,6 @@ class Samplers:
                 if tars:
                     table = pack_units(table, self.root.put_if_absent)
                 committer.commit(table, REJECTS.empty_table(), {})
-            generation.close({"status": "done"})
-        except PipelineError as error:
-            generation.close({"status": type(error).__name__}, sealed=False)
-            raise
 
     def check(self) -> None:
         """Every visible image is there, whole, and of the settings that the dataset says."""
@@ -80,9 +74,6 @@ class Samplers:
         for group in dataset.row_groups:
             for row in dataset.read(group.index, ["content_sha256"]).to_pylist():
                 assert self.drawn[row["content_sha256"]] == settings, "V5: an image of other settings is visible"
-
-    def _claim(self):  # type: ignore[no-untyped-def]
-        return claim_next(self.root, lambda n: collect(self.root, n), job="sample", patience_s=0.0)
 
     def _row(self, settings: str, device: str, unit: int, row: int, name: str, tars: bool) -> dict[str, object]:
         data = f"{settings} {device} {name}".encode()

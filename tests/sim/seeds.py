@@ -13,8 +13,8 @@ from functools import cache, partial
 
 from pipeline.errors import ConflictError, InputError
 from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import latest_number
 from pipeline.store.ledger.layout import IDENTITY
-from pipeline.train.control import current_generation
 from pipeline.train.history import read_records
 from tests.sim import oracles
 from tests.sim.samplers import Samplers
@@ -57,7 +57,7 @@ def run(seed: int) -> int:
             _ended_well(actor, grace_s)
         if samplers.drawn:
             samplers.check()
-        if current_generation(trainers.root):
+        if latest_number(trainers.root):
             trainers.check()
             made.sim.run("last trainer", trainers.train)
             trainers.check()

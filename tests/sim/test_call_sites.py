@@ -17,7 +17,7 @@ PLAYED = {
     "store/ledger/generation.py: Generation.close: put_if_absent": "every job",
     "store/ledger/generation.py: claim_next: put_if_absent": "every job",
     "store/ledger/identity.py: claim_identity: put_if_absent": "World.encode, Samplers.sample",
-    "store/maintain/job.py: _write_report: put": "a report somewhere else, which nothing reads",
+    "maintenance/job.py: run_verify: put": "a report somewhere else, which nothing reads",
     "store/ledger/ledger.py: commit: put_if_absent": "World.encode, World.compact, World.dedup, Samplers.sample",
     "store/read/pinned.py: Pins.pin: put_if_absent": "Trainers.train",
     "store/plan/plan.py: _PartWriter._put: put_if_absent": "World.encode, Samplers.sample",
@@ -38,12 +38,10 @@ PLAYED = {
     "train/retention.py: mark_complete: put_if_absent": "Trainers._save",
     "train/retention.py: _remove: put_if_absent": "Trainers._save",
     "train/retention.py: _remove: delete": "Trainers._save",
-    "train/control.py: claim_generation: put_if_absent": "Trainers.train",
     "train/control.py: request_stop: put": "a key of one start, which only asks",
     "train/control.py: record_failure: put_if_absent": "a key of one start, the first failure stays",
     "train/history.py: Journal.rewind: put_if_absent": "Trainers._work",
     "train/history.py: Journal.append: put": "Trainers._work: a segment of one start",
-    "train/job.py: _open_run: put": "run.json: which tracking run to go on with, advisory",
     "train/job.py: run: put": "done.json: the result of one configuration, the same whoever reaches it",
     "train/quarantine.py: Quarantine._put: put": "Quarantine: a key of one start, test_quarantine",
     "train/worker.py: _grid.show: put": "a grid of one count of images: shown to people",
@@ -53,7 +51,7 @@ PLAYED = {
 def found() -> set[str]:
     """All of them, as "file: function: method"."""
     sites: set[str] = set()
-    for package in ("store", "sample", "train"):
+    for package in ("store", "maintenance", "runs", "sample", "train"):
         for path in sorted((PACKAGE / package).rglob("*.py")):
             _Finder(str(path.relative_to(PACKAGE)), sites).visit(ast.parse(path.read_text(encoding="utf-8")))
     return sites

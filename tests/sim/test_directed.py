@@ -8,6 +8,7 @@ import pytest
 from pipeline.errors import ConflictError
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import latest_number
+from pipeline.store.ledger.ledger import claimed
 from pipeline.store.ledger.state import read_state
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.write.schema import LATENTS, REJECTS
@@ -131,10 +132,9 @@ def test_a_reader_looks_at_the_number_again(world: World) -> None:
     world.sim.until(zombie, "create", "data/ledger/*")
     reader = world.sim.actor("reader", world.read)
     world.sim.until(reader, "list", "data/ledger/00000001")
-    newer = world.claim("other")
-    assert isinstance(world.sim.drain(zombie), ConflictError)
-    world.sim.finish(reader)
-    newer.close({})
+    with claimed(world.root, "other", patience_s=0.0):
+        assert isinstance(world.sim.drain(zombie), ConflictError)
+        world.sim.finish(reader)
     assert world.seen[0].rows == []
 
 

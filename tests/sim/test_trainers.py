@@ -73,7 +73,7 @@ def test_a_start_whose_base_was_pruned_between_look_and_claim_does_not_begin_ane
     first = world.sim.actor("first", trainers.train)
     world.sim.until(first, "create", "run/checkpoints/*-000000000000004-*/COMPLETE.json")
     second = world.sim.actor("second", trainers.train)
-    world.sim.until(second, "create", "run/control/*")
+    world.sim.until(second, "create", "run/generations/*")
     world.sim.until(first, "create", "run/checkpoints/*-000000000000006-*/COMPLETE.json")
     assert isinstance(world.sim.drain(second), ConflictError)
     world.sim.drain(first)

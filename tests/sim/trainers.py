@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from pipeline.errors import ConflictError
 from pipeline.model.checkpoints import Complete, list_complete
 from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import is_superseded, latest_number
+from pipeline.store.ledger.ledger import claimed
 from pipeline.store.read.pinned import Pins
-from pipeline.train.control import claim_generation, current_generation, listed_checkpoints
+from pipeline.train.control import listed_checkpoints
 from pipeline.train.history import Journal, read_records
 from pipeline.train.retention import WorkerStart, begin, counting, mark_complete, newest_start, prune
 from tests.sim.world import World
@@ -37,19 +39,19 @@ class Trainers:
 
     def train(self, attempts: int = 1, steps: int = STEPS) -> str:
         """One start of the job, whose workers are started some times; "done" or "stopped"."""
-        after = current_generation(self.root)
+        after = latest_number(self.root)
         complete = counting(self.checkpoints, newest_start(self.checkpoints))
-        inputs = complete[-1].meta["inputs"] if complete else f"{len(self.world.sim.actors):016x}"
-        pins = Pins(self.root, f"inputs/{inputs}")
-        if not pins.holds(self.world.root):
-            pins.pin(self.world.root)
         note = {"checkpoints": [c.name for c in complete]}
-        generation = claim_generation(self.root, note, after=after)
-        status = "stopped"
-        for attempt in range(attempts):
-            last = STEPS if attempt == attempts - 1 else steps // 2
-            status = self._work(generation, inputs, pins, last)
-        return status
+        with claimed(self.root, "train", after=after, note=note, patience_s=0.0) as generation:
+            inputs = complete[-1].meta["inputs"] if complete else f"{len(self.world.sim.actors):016x}"
+            pins = Pins(self.root, f"inputs/{inputs}")
+            if not pins.holds(self.world.root):
+                pins.pin(self.world.root)
+            status = "stopped"
+            for attempt in range(attempts):
+                last = STEPS if attempt == attempts - 1 else steps // 2
+                status = self._work(generation.number, inputs, pins, last)
+            return status
 
     def _work(self, generation: int, inputs: str, pins: Pins, last: int) -> str:
         start = begin(self.checkpoints, generation, listed_checkpoints(self.root, generation))
@@ -62,7 +64,7 @@ class Trainers:
         while step < last:
             step += 1
             journal.append({"step": step, "images": step})
-            superseded = current_generation(self.root) > generation
+            superseded = is_superseded(self.root, generation)
             if superseded or step % 2 == 0 or step == last:
                 self._save(start, step, resumed, inputs, rows)
             if superseded:
@@ -103,7 +105,7 @@ class Trainers:
             start,
             keep_last=self.keep_last,
             keep_every_images=None,
-            superseded=lambda: current_generation(self.root) > start.generation,
+            superseded=lambda: is_superseded(self.root, start.generation),
         )
 
     def check(self) -> None:

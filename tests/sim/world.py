@@ -19,20 +19,17 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.encode.planning import update_plan
-from pipeline.errors import PipelineError
 from pipeline.source.config import FolderSource
 from pipeline.source.reading.listing import Entry, list_entries
 from pipeline.source.reading.readers import read_unit
 from pipeline.source.reading.rows import SourceRow
 from pipeline.storage.remote import RangedFile
 from pipeline.storage.root import Root
-from pipeline.store.ledger.generation import Generation, claim_next
+from pipeline.store.ledger.generation import Generation
 from pipeline.store.ledger.identity import Identity, claim_identity
-from pipeline.store.ledger.ledger import collect
+from pipeline.store.ledger.ledger import claimed
 from pipeline.store.ledger.state import read_state
-from pipeline.store.maintain.compact import compact
-from pipeline.store.maintain.dedup import deduplicate, is_due, marked, released
-from pipeline.store.maintain.verify import collect_garbage
+from pipeline.store.maintain.dedup import is_due, marked, released
 from pipeline.store.plan.plan import Plan, read_entries
 from pipeline.store.plan.work import work_of
 from pipeline.store.read.dataset import Dataset, LatentDataset
@@ -40,6 +37,7 @@ from pipeline.store.write.schema import LATENTS, REJECTS, pack_latents
 from pipeline.store.write.writer import Committer
 from tests.sim.scheduler import Sim
 from tests.sim.storage import Store, Stored, activate, read_if_match
+from tests.support.maintain import collect_garbage, compact, deduplicate
 
 DATA, SOURCE = "sim://data", "sim://images"
 SHAPE = (1, 2, 2)
@@ -145,17 +143,12 @@ class World:
 
     # -- the jobs --------------------------------------------------------------------------------------------
 
-    def claim(self, job: str) -> Generation:
-        """The next generation; whoever held the last one counts as dead."""
-        return claim_next(self.root, lambda previous: collect(self.root, previous), job=job, patience_s=0.0)
-
     def encode(
         self, *, drop: bool = False, rows_per_commit: int = 2, retry: tuple[str, ...] = (), exact: bool = False
     ) -> str:
         """The encode job: claim, list, plan, read and commit the gaps, close."""
         claim_identity(self.root, IDENTITY)
-        generation = self.claim("encode")
-        try:
+        with claimed(self.root, "encode", patience_s=0.0) as generation:
             update_plan(
                 self.root,
                 list_entries(self.source),
@@ -168,18 +161,13 @@ class World:
             state = read_state(self.root)
             again = state.retryable(retry) | released(self.root, state)
             if not state.gaps(again) and not (exact and is_due(self.root, state)):
-                generation.close({"status": "unchanged", **(marked(state) if exact else {})})
+                generation.summary = {"status": "unchanged", **(marked(state) if exact else {})}
                 return "unchanged"
             self._fill(generation, rows_per_commit)
-            generation.close({"status": "encoded"}, sealed=False)
             if exact:
+                generation.close({"status": "encoded"})
                 self.dedup()
             return "done"
-        except PipelineError as error:
-            generation.close({"status": type(error).__name__}, sealed=False)
-            raise
-        finally:
-            generation.abandon()
 
     def _fill(self, generation: Generation, rows_per_commit: int) -> None:
         state = read_state(self.root)
@@ -218,18 +206,15 @@ class World:
 
     def dedup(self) -> None:
         """The deduplication of an encode job."""
-        with mock.patch("pipeline.store.maintain.dedup.claim_next", _impatient):
-            deduplicate(DATA, source_uri=SOURCE, memory_bytes=1 << 20)
+        deduplicate(DATA, source_uri=SOURCE, memory_bytes=1 << 20)
 
     def compact(self) -> None:
         """The compact job, with shards of some rows."""
-        with mock.patch("pipeline.store.maintain.compact.claim_next", _impatient):
-            compact(DATA, shard_bytes=1200, row_group_bytes=1 << 20)
+        compact(DATA, shard_bytes=1200, row_group_bytes=1 << 20)
 
     def gc(self, grace_s: float = 0.0) -> tuple[int, int]:
         """Garbage collection."""
-        with mock.patch("pipeline.store.maintain.verify.claim_next", _impatient):
-            return collect_garbage(DATA, grace_s)
+        return collect_garbage(DATA, grace_s)
 
     def read(self, name: str = "reader") -> Seen:
         """A reader: opens the dataset, then reads all of it."""
@@ -246,13 +231,6 @@ def _whole(root: Root, key: str, size_bytes: int) -> RangedFile:
     """A file that is read at once: Arrow asks for ranges from threads of its own, which all processes here share."""
     data = root.read_bytes(key)
     return RangedFile(lambda start, length: data[start : start + length], size_bytes)
-
-
-_claim_next = claim_next
-
-
-def _impatient(*args: Any, **kwargs: Any) -> Generation:
-    return _claim_next(*args, **{**kwargs, "patience_s": 0.0})
 
 
 def latent_row(unit: int, row: int, key: str, image: bytes | None) -> dict[str, Any]:

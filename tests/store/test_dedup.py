@@ -7,7 +7,6 @@ import random
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,17 +19,17 @@ from hypothesis import strategies as st
 from pipeline.errors import ConflictError
 from pipeline.source.reasons import Reason
 from pipeline.storage.root import Root
-from pipeline.store.ledger.generation import claim_next, latest_number, read_closing
+from pipeline.store.ledger.generation import latest_number, read_closing
 from pipeline.store.ledger.identity import claim_identity
 from pipeline.store.ledger.runs import last_run
 from pipeline.store.ledger.state import read_state
 from pipeline.store.maintain import dedup as module
-from pipeline.store.maintain.compact import compact
-from pipeline.store.maintain.dedup import REASON, deduplicate, first_of_each, is_due, marked, released
-from pipeline.store.maintain.verify import collect_garbage, verify
+from pipeline.store.maintain.dedup import REASON, first_of_each, is_due, marked, released
+from pipeline.store.maintain.verify import verify
 from pipeline.store.plan.plan import append_version, read_plan
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.write.schema import LATENTS
+from tests.support.maintain import collect_garbage, compact, deduplicate
 from tests.support.rows import IDENTITY, Listed, claim, committer, latent_rows, planned_root, rejected_rows
 
 pytestmark = pytest.mark.integration
@@ -43,7 +42,6 @@ MEMORY_OF_ONE_ROW = 2 * 160
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A generation that "crashed" in this very process counts as dead at once."""
-    monkeypatch.setattr(module, "claim_next", partial(claim_next, patience_s=0.0))
     monkeypatch.setattr(module, "_ROWS_PER_COMMIT", 2)
 
 
@@ -265,7 +263,6 @@ def test_the_tracking_run_is_noted_and_a_crash_leaves_it_unfinished(
         deduplicate(root.uri, source_uri="mem", memory_bytes=PLENTY, note={"handle": "key:1", "run_id": "r"})
     assert (last_run(root)["handle"], last_run(root)["unfinished"]) == ("key:1", True)
     monkeypatch.undo()
-    monkeypatch.setattr(module, "claim_next", partial(claim_next, patience_s=0.0))
     deduplicate(root.uri, source_uri="mem", memory_bytes=PLENTY, note={"handle": "key:1", "run_id": "r"})
     assert (last_run(root)["run_id"], last_run(root)["unfinished"]) == ("r", False)
 
@@ -399,7 +396,6 @@ def test_whatever_happens_the_first_of_each_content_is_visible(plays: list[Round
     claim_identity(root, IDENTITY)
     world = World()
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(module, "claim_next", partial(claim_next, patience_s=0.0))
         monkeypatch.setattr(module, "_ROWS_PER_COMMIT", 2)
         for this in plays:
             play(root, world, this, monkeypatch)

@@ -14,20 +14,21 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import ConflictError, InputError
+from pipeline.maintenance.config import VerifyJobConfig
+from pipeline.maintenance.job import run_verify
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import claim_next, latest_number
 from pipeline.store.ledger.identity import Identity, claim_identity
 from pipeline.store.ledger.ledger import collect
 from pipeline.store.ledger.state import read_state
-from pipeline.store.maintain.compact import CompactReport, compact, shard_spans
-from pipeline.store.maintain.config import VerifyJobConfig
-from pipeline.store.maintain.job import run_verify
-from pipeline.store.maintain.verify import collect_garbage, verify
+from pipeline.store.maintain.compact import CompactReport, shard_spans
+from pipeline.store.maintain.verify import verify
 from pipeline.store.plan.plan import append_version, read_plan
 from pipeline.store.plan.plan_diff import DiffReport
 from pipeline.store.read.dataset import Dataset, LatentDataset
 from pipeline.store.write.shard import ROW_BYTES
 from pipeline.store.write.writer import Committer
+from tests.support.maintain import collect_garbage, compact
 from tests.support.rows import Listed, claim, committer, latent_rows, planned_root, rejected_rows, sample_id
 
 pytestmark = pytest.mark.integration
@@ -251,10 +252,10 @@ def test_garbage_is_left_alone_while_a_run_writes(tmp_path: Path, monkeypatch: p
     root.put("data/left-over.parquet", b"what a crash left")
     run = claim_next(root, lambda previous: collect(root, previous), job="encode")
     try:
-        with pytest.raises(ConflictError, match="Another run is writing"):
-            collect_garbage(root.uri, grace_s=0, now_s=2**33)
-        told = VerifyJobConfig.model_validate({"data": {"uri": root.uri}, "gc": True, "gc_grace_s": 0})
-        with pytest.raises(ConflictError) as caught:
+        told = VerifyJobConfig.model_validate(
+            {"data": {"uri": root.uri}, "gc": True, "gc_grace_s": 0, "tracking": {"enabled": False}}
+        )
+        with pytest.raises(ConflictError, match="Another run is writing") as caught:
             monkeypatch.setattr("time.time", lambda: 2.0**33)
             run_verify(told)
         assert caught.value.result is not None

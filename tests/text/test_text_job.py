@@ -19,7 +19,6 @@ import pipeline.text.encoder as encoder_module
 from pipeline.errors import ConflictError, InputError, StoppedError
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import claim_next
-from pipeline.store.maintain.compact import compact
 from pipeline.store.maintain.verify import verify
 from pipeline.store.read.dataset import Dataset, LatentDataset
 from pipeline.text import job
@@ -29,6 +28,7 @@ from pipeline.text.dataset import TextEmbeddings
 from pipeline.text.encoder import TextEncoder
 from tests.support.jobs import REPOSITORY, environment
 from tests.support.jobs import run as run_job
+from tests.support.maintain import compact
 from tests.support.rows import claim
 
 pytestmark = pytest.mark.integration
@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that died here belongs to a process that lives on: nobody waits for its next sign of life."""
-    monkeypatch.setattr(job, "claim_next", partial(claim_next, patience_s=0.0))
+    monkeypatch.setattr("pipeline.store.ledger.ledger.claim_next", partial(claim_next, patience_s=0.0))
 
 
 @pytest.fixture

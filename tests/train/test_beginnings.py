@@ -14,14 +14,14 @@ from pipeline.model.export import load_export
 from pipeline.result import JobResult
 from pipeline.storage.root import Root
 from pipeline.store.ledger.state import read_state
-from pipeline.store.maintain.compact import compact
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.train import job
-from pipeline.train.beginnings import begin_or_go_on, pins_of
+from pipeline.train.beginnings import Begun, look, pinned, pins_of
 from pipeline.train.config import TrainJobConfig
-from pipeline.train.control import claim_generation
 from pipeline.train.handshake import handshake
 from pipeline.train.worker import WorkerContext, run_worker
+from tests.support.maintain import compact
+from tests.support.training import new_start
 from tests.train.dataset import grow_dataset, make_dataset
 from tests.train.helpers import stopped_after
 from tests.train.job_config import job_config
@@ -64,13 +64,17 @@ def test_a_dataset_that_grows_and_is_compacted_changes_nothing_for_a_run(
     assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
 
 
+def begin(config: TrainJobConfig, root: Root) -> Begun:
+    return pinned(config, root, look(config, root))
+
+
 def test_until_there_is_a_checkpoint_a_start_takes_what_is_visible(tmp_path: Path) -> None:
     uri = make_dataset(tmp_path / "a")
     config = job_config(tmp_path, uri)
     root = Root(config.output.uri)
-    first = begin_or_go_on(config, root)
+    first = begin(config, root)
     grow_dataset(uri)
-    second = begin_or_go_on(config, root)
+    second = begin(config, root)
     rows = [begun.datasets[0].num_rows for begun in (first, second)]
     assert rows == [96, 144]
     # The first may still be at work: what it reads stays what it was.
@@ -82,12 +86,12 @@ def test_a_start_that_is_refused_changes_nothing_for_the_one_at_work(
 ) -> None:
     uri = make_dataset(tmp_path / "a")
     config = job_config(tmp_path, uri)
-    at_work = begin_or_go_on(config, Root(config.output.uri))
+    at_work = begin(config, Root(config.output.uri))
     grow_dataset(uri)
     wrong = job_config(tmp_path, uri, {"grid": {"every_images": 64}})
     with pytest.raises(ConfigError, match="does not say where its codec lies"):
         job.run(wrong)
-    generation = claim_generation(Root(config.output.uri), {})
+    generation = new_start(Root(config.output.uri))
     place = WorkerContext("cpu", generation, None, at_work.facts, True, tmp_path / "scratch", inputs=at_work.inputs)
     with stopped_after(monkeypatch, 7):
         assert run_worker(config, place)["status"] == "stopped"
@@ -148,7 +152,7 @@ def test_a_dry_run_counts_the_rows_that_the_run_would_go_on_with(
 def test_a_rank_that_sees_other_rows_than_the_driver_ends(tmp_path: Path) -> None:
     config = job_config(tmp_path, make_dataset(tmp_path / "a"))
     facts = handshake(config, LatentDataset.open(config.data.uri))
-    generation = claim_generation(Root(config.output.uri), {})
+    generation = new_start(Root(config.output.uri))
     other = replace(facts, layouts=("0" * 32,))
     with pytest.raises(ConflictError, match="are not those that this start of the job began with"):
         run_worker(config, WorkerContext("cpu", generation, None, other, True, tmp_path / "scratch"))

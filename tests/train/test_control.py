@@ -14,7 +14,6 @@ from pipeline.train import control
 from pipeline.train.control import (
     Notices,
     StopWatch,
-    claim_generation,
     current_generation,
     lasting,
     listed_checkpoints,
@@ -23,6 +22,7 @@ from pipeline.train.control import (
     request_stop,
 )
 from pipeline.train.history import Journal, read_records
+from tests.support.training import new_start
 
 
 @pytest.fixture
@@ -44,38 +44,29 @@ def until_requested(watch: StopWatch) -> None:
 
 def test_each_start_is_a_new_generation(root: Root) -> None:
     assert current_generation(root) == 0
-    assert [claim_generation(root, {}) for _ in range(3)] == [1, 2, 3]
+    assert [new_start(root) for _ in range(3)] == [1, 2, 3]
     assert current_generation(root) == 3
 
 
-def test_two_starts_at_once_get_different_generations(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
-    claim_generation(root, {})
-    # The second start saw the store before the first one's claim landed.
-    stale = iter([0])
-    original = control.current_generation
-    monkeypatch.setattr(control, "current_generation", lambda r: next(stale, None) or original(r))
-    assert claim_generation(root, {}) == 2
+def test_a_start_comes_after_those_of_releases_that_claimed_in_another_way(root: Root) -> None:
+    root.put("control/generation-000004.json", b'{"checkpoints": []}')
+    assert current_generation(root) == 4
+    assert new_start(root, after=4) == 5
+    assert new_start(root, after=5) == 6
 
 
 def test_a_start_that_another_one_came_before_steps_back(root: Root) -> None:
-    assert claim_generation(root, {"checkpoints": ["a"]}, after=0) == 1
-    with pytest.raises(ConflictError, match="Start 1 of this job began at the same moment"):
-        claim_generation(root, {"checkpoints": []}, after=0)
+    assert new_start(root, after=0, checkpoints=["a"]) == 1
+    with pytest.raises(ConflictError, match=r"Another run claimed .* at the same moment"):
+        new_start(root, after=0, checkpoints=[])
     assert listed_checkpoints(root, 1) == ["a"]
-    assert listed_checkpoints(root, claim_generation(root, {}, after=1)) is None  # as of earlier releases
-    assert listed_checkpoints(root, 9) is None
-
-
-def test_a_claim_whose_answer_got_lost_is_this_starts(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
-    create = Root.put_if_absent
-    monkeypatch.setattr(Root, "put_if_absent", lambda *args: create(*args) and False)
-    assert claim_generation(root, {}) == 1
+    assert listed_checkpoints(root, new_start(root, after=1)) is None
 
 
 def test_a_stop_is_for_its_own_generation(root: Root) -> None:
-    first = claim_generation(root, {})
+    first = new_start(root)
     request_stop(root, first)
-    second = claim_generation(root, {})
+    second = new_start(root)
     watch = StopWatch(root, second)
     time.sleep(0.1)
     assert not watch.requested()
@@ -86,10 +77,10 @@ def test_a_stop_is_for_its_own_generation(root: Root) -> None:
 
 
 def test_a_superseded_start_is_told_so(root: Root) -> None:
-    watch = StopWatch(root, claim_generation(root, {}))
-    claim_generation(root, {})
+    watch = StopWatch(root, new_start(root))
+    new_start(root)
     until_requested(watch)
-    with pytest.raises(ConflictError, match=r"Start 2 of this job took over the output from start 1"):
+    with pytest.raises(ConflictError, match=r"Another run has taken over .* generation 1 is no longer the newest"):
         watch.check_current()
     watch.close()
 

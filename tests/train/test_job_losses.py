@@ -14,9 +14,9 @@ import torch
 
 from pipeline.config import merge, validate
 from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import latest_number
 from pipeline.train.checkpoint import list_complete
 from pipeline.train.config import TrainJobConfig
-from pipeline.train.control import current_generation
 from pipeline.train.history import Follower, read_records
 from pipeline.train.inputs import open_served, open_stream
 from tests.support.ray_nodes import ray_nodes
@@ -80,7 +80,7 @@ def test_a_driver_killed_at_any_step_is_replaced_by_the_same_command(
     assert answer is not None
     assert answer["result"]["status"] == "done"
     assert answer["result"]["counts"] == {"steps": STEPS, "images": STEPS * 16, "skipped_steps": 0}
-    assert current_generation(driver.root) == 2
+    assert latest_number(driver.root) == 2
     found = weights(config)
     for key, value in undisturbed.items():
         assert torch.equal(found[key], value), f"{key}, killed at step {killed_at}"

@@ -18,10 +18,10 @@ from pipeline.storage.root import Root
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.train.checkpoint import list_complete
 from pipeline.train.config import TrainJobConfig
-from pipeline.train.control import claim_generation
 from pipeline.train.handshake import handshake
 from pipeline.train.history import read_records
 from pipeline.train.quarantine import read_quarantine
+from tests.support.training import new_start
 from tests.train.dataset import make_dataset
 from tests.train.driver import Driver
 from tests.train.helpers import on_ranks
@@ -52,7 +52,7 @@ def undisturbed(data_uri: str, tmp_path_factory: pytest.TempPathFactory) -> dict
     """The weights of a run on two processes without Ray, that nothing ever interrupted."""
     path = tmp_path_factory.mktemp("undisturbed")
     config = job_config(path, data_uri, LENGTH)
-    claim_generation(Root(config.output.uri), {})
+    new_start(Root(config.output.uri))
     on_ranks(2, _undisturbed, config.model_dump(mode="json"), str(path / "scratch"))
     return weights(config)
 

@@ -21,10 +21,10 @@ from pipeline.text.dataset import TextEmbeddings
 from pipeline.text.job import run as embed
 from pipeline.train import job
 from pipeline.train.config import TrainJobConfig
-from pipeline.train.control import claim_generation
 from pipeline.train.handshake import handshake
 from pipeline.train.inputs import embedded, grid_prompts, make_task, open_served, open_stream, validation_chunks
 from pipeline.train.worker import WorkerContext, run_worker
+from tests.support.training import new_start
 from tests.text.text_builders import CLIP_LENGTH, WIDTH, make_clip
 from tests.train.dataset import grow_dataset, make_dataset
 from tests.train.helpers import stopped_after
@@ -65,7 +65,7 @@ def config_of(tmp_path: Path, uris: tuple[str, str], changes: dict[str, Any] | N
 
 def start(config: TrainJobConfig, tmp_path: Path) -> None:
     facts = handshake(config, *(LatentDataset.open(part.uri) for part in config.data.parts.values()))
-    generation = claim_generation(Root(config.output.uri), {})
+    generation = new_start(Root(config.output.uri))
     run_worker(config, WorkerContext("cpu", generation, None, facts, True, tmp_path / "scratch"))
 
 

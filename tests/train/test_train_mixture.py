@@ -20,23 +20,23 @@ from hypothesis import strategies as st
 from pipeline.config import validate
 from pipeline.errors import ConfigError, ConflictError
 from pipeline.model.export import load_export, read_info
+from pipeline.runs import session
 from pipeline.storage.root import Root
 from pipeline.store.ledger.runs import note_run
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.stream.data import Batch, widened
 from pipeline.stream.split import held_out
-from pipeline.tracking import tracker as tracker_module
 from pipeline.tracking.tracker import NoopTracker
 from pipeline.train import job, world
 from pipeline.train.agreement import check_same_encoder
 from pipeline.train.beginnings import look
 from pipeline.train.config import TrainJobConfig
-from pipeline.train.control import claim_generation
 from pipeline.train.handshake import Facts, handshake
 from pipeline.train.history import read_records
 from pipeline.train.inputs import Served, make_task, open_served, open_stream, pooled_statistics, validation_chunks
 from pipeline.train.quarantine import read_quarantine
 from pipeline.train.worker import WorkerContext, run_worker
+from tests.support.training import new_start
 from tests.train.dataset import make_dataset
 from tests.train.helpers import stopped_after
 from tests.train.job_config import job_config
@@ -66,7 +66,7 @@ def shake(config: TrainJobConfig) -> Facts:
 
 
 def start(config: TrainJobConfig, tmp_path: Path) -> dict[str, Any]:
-    generation = claim_generation(Root(config.output.uri), {})
+    generation = new_start(Root(config.output.uri))
     return run_worker(config, WorkerContext("cpu", generation, None, shake(config), True, tmp_path / "scratch"))
 
 
@@ -341,8 +341,10 @@ def noted(config: TrainJobConfig, monkeypatch: pytest.MonkeyPatch) -> Notes:
         notes.opened = settings
         return notes
 
-    monkeypatch.setattr(tracker_module, "open_tracker", open_tracker)
-    job._open_run(config, Root(config.output.uri), look(config, Root(config.output.uri)).datasets)
+    monkeypatch.setattr(session, "open_tracker", open_tracker)
+    root = Root(config.output.uri)
+    with session.open_run(config, "train", root) as run:
+        job._track(config, root, run, look(config, root).datasets)
     return notes
 
 

@@ -15,10 +15,11 @@ from pipeline.model.export import load_export, read_info
 from pipeline.storage.root import Root
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.train.config import TrainJobConfig
-from pipeline.train.control import claim_generation, request_stop
+from pipeline.train.control import request_stop
 from pipeline.train.handshake import handshake
 from pipeline.train.history import read_records
 from pipeline.train.worker import WorkerContext, run_worker
+from tests.support.training import new_start
 from tests.train.dataset import make_dataset
 from tests.train.helpers import stopped_after
 from tests.train.job_config import job_config
@@ -33,7 +34,7 @@ def data_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def start(config: TrainJobConfig, tmp_path: Path) -> dict[str, Any]:
     facts = handshake(config, LatentDataset.open(config.data.uri))
-    generation = claim_generation(Root(config.output.uri), {})
+    generation = new_start(Root(config.output.uri))
     return run_worker(config, WorkerContext("cpu", generation, None, facts, True, tmp_path / "scratch"))
 
 
@@ -106,9 +107,9 @@ def test_a_newer_start_takes_over(data_uri: str, tmp_path: Path, monkeypatch: py
     config = job_config(tmp_path, data_uri, {"train": {"images": 100_000_000}, "checkpoint": {"every_images": 10**9}})
     root = Root(config.output.uri)
     facts = handshake(config, LatentDataset.open(data_uri))
-    old = claim_generation(root, {})
-    claim_generation(root, {})
-    with pytest.raises(ConflictError, match=r"Start 2 of this job took over"):
+    old = new_start(root)
+    new_start(root)
+    with pytest.raises(ConflictError, match="Another run has taken over"):
         run_worker(config, WorkerContext("cpu", old, None, facts, True, tmp_path / "scratch"))
 
 
@@ -121,7 +122,7 @@ def test_a_stop_request_of_the_driver_reaches_the_loop(
     config = job_config(tmp_path, data_uri, {"train": {"images": 100_000_000}, "checkpoint": {"every_images": 10**9}})
     root = Root(config.output.uri)
     facts = handshake(config, LatentDataset.open(data_uri))
-    generation = claim_generation(root, {})
+    generation = new_start(root)
     request_stop(root, generation)
     outcome = run_worker(config, WorkerContext("cpu", generation, None, facts, True, tmp_path / "scratch"))
     assert outcome["status"] == "stopped"

@@ -18,7 +18,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -47,6 +47,8 @@ class Generation:
     number: int
     bundles: list[str]
     claim: dict[str, Any] = field(default_factory=dict)
+    # What the closing note tells where the run ends in good order, for whoever looks next.
+    summary: dict[str, Any] = field(default_factory=lambda: {"status": "done"})
     _stop: threading.Event = field(default_factory=threading.Event, repr=False)
     _fenced: threading.Event = field(default_factory=threading.Event, repr=False)
     _thread: threading.Thread | None = field(default=None, repr=False)
@@ -66,7 +68,7 @@ class Generation:
             with contextlib.suppress(*storage_errors()):
                 self.root.put(f"{layout.generation_dir(self.number)}/heartbeat.json", body)
             with contextlib.suppress(*storage_errors()):
-                if _is_superseded(self.root, self.number):
+                if is_superseded(self.root, self.number):
                     self._fenced.set()
                     return
             self._stop.wait(HEARTBEAT_S)
@@ -76,16 +78,15 @@ class Generation:
         if self._fenced.is_set():
             raise fenced(self.root, self.number)
 
-    def close(self, summary: dict[str, Any], *, sealed: bool = True) -> None:
-        """Stop the heartbeat and record that this run ended in good order.
+    def close(self, summary: dict[str, Any] | None = None, *, sealed: bool = True) -> None:
+        """Stop the heartbeat and record that this run ended, by default with its own `summary`; the first note stays.
 
         sealed: then bundle its records for whoever opens the dataset before the next run; a run that must stop at
         once leaves that to the next claim.
         """
         self.abandon()
-        self.root.put_if_absent(
-            f"{layout.generation_dir(self.number)}/closed.json", json.dumps(summary, sort_keys=True).encode()
-        )
+        body = json.dumps(summary or self.summary, sort_keys=True).encode()
+        self.root.put_if_absent(f"{layout.generation_dir(self.number)}/closed.json", body)
         if sealed:
             self.seal()
 
@@ -110,7 +111,7 @@ def fenced(root: Root, number: int) -> ConflictError:
         f"Another run has taken over {root.uri}: generation {number} is no longer the newest",
         key="output.uri",
         value=root.uri,
-        rule="one run writes a dataset at a time; everything committed so far is kept",
+        rule="one run writes an output at a time; everything committed so far is kept",
         next_step="let the other run finish; start this command again afterwards if anything is left to do",
     )
 
@@ -121,11 +122,12 @@ def check_newest(root: Root, number: int) -> None:
     What a run of `number` wrote before a check that passed is in the lists of every later claim, for these are made
     after the announcement.
     """
-    if _is_superseded(root, number):
+    if is_superseded(root, number):
         raise fenced(root, number)
 
 
-def _is_superseded(root: Root, number: int) -> bool:
+def is_superseded(root: Root, number: int) -> bool:
+    """Whether a newer generation than `number` is announced; asks the store."""
     newer = [name for name in root.list_dirs(layout.GENERATIONS) if name.isdigit() and int(name) > number]
     # On a disk a directory may be empty; a claim of format version 1 was not announced.
     told = (f"{layout.GENERATIONS}/{name}/{file}" for name in newer for file in (_ANNOUNCED, _CLAIM))
@@ -210,17 +212,21 @@ def claim_next(
     *,
     job: str,
     patience_s: float = PATIENCE_S,
-    note: dict[str, Any] | None = None,
+    note: Mapping[str, Any] | None = None,
+    after: int | None = None,
 ) -> Generation:
     """Claim the next generation; ConflictError when another run is alive or claims it at the same moment.
 
     `collect(previous)` must persist every commit record visible in generation `previous` and return the names
-    of the bundles that hold them.
+    of the bundles that hold them. note: what else the claim tells. after: the generation that was the newest when the
+    caller looked at what there is; ConflictError when it no longer is.
     """
     previous = latest_number(root)
     if previous:
         _wait_for_silence(root, previous, patience_s)
-    number = previous + 1
+    if after is not None and previous > after:
+        raise _rival(root)
+    number = max(previous, after or 0) + 1
     place = layout.generation_dir(number)
     # Before the lists are made: what its owner writes from now on it does not count as done.
     root.put_if_absent(f"{place}/{_ANNOUNCED}", b"{}")
@@ -239,16 +245,20 @@ def claim_next(
     }
     body = layout.canonical_json(claim)
     if not root.put_if_absent(f"{place}/{_CLAIM}", body) and root.read_bytes(f"{place}/{_CLAIM}") != body:
-        raise ConflictError(
-            f"Another run claimed {root.uri} at the same moment",
-            key="output.uri",
-            value=root.uri,
-            rule="one run writes a dataset at a time",
-            next_step="let the other run finish",
-        )
+        raise _rival(root)
     generation = Generation(root, number, bundles, claim)
     generation.start_heartbeat()
     return generation
+
+
+def _rival(root: Root) -> ConflictError:
+    return ConflictError(
+        f"Another run claimed {root.uri} at the same moment",
+        key="output.uri",
+        value=root.uri,
+        rule="one run writes an output at a time",
+        next_step="let the other run finish",
+    )
 
 
 def _wait_for_silence(root: Root, number: int, patience_s: float) -> None:
@@ -268,7 +278,7 @@ def _wait_for_silence(root: Root, number: int, patience_s: float) -> None:
                 f"Another run is writing {root.uri}: process {owner.get('pid')} on {owner.get('host')}",
                 key="output.uri",
                 value=root.uri,
-                rule="one run writes a dataset at a time",
+                rule="one run writes an output at a time",
                 next_step="let it finish, or stop it and start this command again",
             )
 

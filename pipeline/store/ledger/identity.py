@@ -17,7 +17,7 @@ from pipeline.storage.root import Root
 from pipeline.store.ledger import layout
 from pipeline.store.ledger.generation import at_one_generation, identity_key
 
-Kind = Literal["latents", "images", "text"]
+Kind = Literal["latents", "images", "text", "codec"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def check_same(root: Root, existing: Identity, wanted: Identity) -> None:
             f"{root.uri} was made with another fingerprint; the differing fields are\n{shown}",
             key="output.uri",
             value=root.uri,
-            rule="all rows of a dataset share one fingerprint",
+            rule="what lies in one place shares one fingerprint",
             next_step="restore the named settings, or choose another output.uri",
         )
 

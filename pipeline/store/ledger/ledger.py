@@ -8,13 +8,22 @@ claim comes, the records of the newest generation are read from its seals (see `
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
+from pipeline.errors import PipelineError
 from pipeline.storage.root import Root
 from pipeline.store.ledger import layout
 from pipeline.store.ledger.bundles import Named, generation_records, read_bundle, write_bundle
-from pipeline.store.ledger.generation import at_one_generation, check_newest, read_claim
+from pipeline.store.ledger.generation import (
+    PATIENCE_S,
+    Generation,
+    at_one_generation,
+    check_newest,
+    claim_next,
+    read_claim,
+)
 from pipeline.store.ledger.record import CommitRecord, parse_record
 
 _MERGE_BUNDLES = 8
@@ -81,3 +90,35 @@ def collect(root: Root, number: int) -> list[str]:
     if fresh:
         bundles.append(write_bundle(root, layout.SNAPSHOTS, sorted(fresh.items()), number + 1))
     return bundles
+
+
+@contextmanager
+def claimed(
+    root: Root,
+    job: str,
+    *,
+    note: Mapping[str, Any] | None = None,
+    after: int | None = None,
+    patience_s: float = PATIENCE_S,
+) -> Iterator[Generation]:
+    """The next generation of a root, which the block holds; raises what `claim_next` raises.
+
+    Closed with its `summary` when the block ends, with the kind of a PipelineError that ends it. Anything else leaves
+    it open, as a crash does, for the next run to find.
+    """
+    generation = claim_next(
+        root,
+        lambda previous: collect(root, previous),
+        job=job,
+        note=note,
+        after=after,
+        patience_s=patience_s,
+    )
+    try:
+        yield generation
+        generation.close()
+    except PipelineError as error:
+        generation.close({"status": type(error).__name__}, sealed=False)
+        raise
+    finally:
+        generation.abandon()

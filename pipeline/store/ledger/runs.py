@@ -10,6 +10,8 @@ from pipeline.storage.root import Root
 from pipeline.store.ledger import layout
 from pipeline.store.ledger.generation import latest_number, read_closing
 
+UPKEEP = ("compact",)  # jobs that move rows which others have made
+
 
 def note_run(root: Root, generation: int, note: dict[str, Any]) -> None:
     """Remember the run of a generation; `note` holds at least the tracker's `handle`."""
@@ -36,12 +38,15 @@ def noted_runs(root: Root) -> list[str]:
     return list(dict.fromkeys(str(name) for name in names if name))
 
 
-def last_run(root: Root, upto: int | None = None) -> dict[str, Any]:
-    """The newest note, of generation `upto` at most, {} when there is none.
+def last_run(root: Root, upto: int | None = None, job: str | None = None) -> dict[str, Any]:
+    """The newest note of a job, by default of any that makes rows, {} when there is none.
 
-    `unfinished` says that its generation never closed as done.
+    upto: of this generation at most. `unfinished` says that its generation never closed as done.
     """
     for number, note in _notes(root, upto):
-        closing = read_closing(root, number)
-        return {**note, "generation": number, "unfinished": closing is None or closing.get("status") != "done"}
+        # Notes of earlier releases tell no job: only those that make rows left any.
+        by = note.get("job")
+        if by in (job, None) or (job is None and by not in UPKEEP):
+            closing = read_closing(root, number)
+            return {**note, "generation": number, "unfinished": closing is None or closing.get("status") != "done"}
     return {}

@@ -17,10 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from pipeline.storage.root import Root
-from pipeline.store.ledger.generation import claim_next
+from pipeline.store.ledger.generation import Generation
 from pipeline.store.ledger.identity import read_identity
-from pipeline.store.ledger.ledger import collect
 from pipeline.store.ledger.rowset import RowSet, address, unit_of
 from pipeline.store.ledger.state import State, read_state
 from pipeline.store.read.dataset import Dataset
@@ -44,47 +42,45 @@ class CompactReport:
 
 
 def compact(
-    uri: str,
+    generation: Generation,
     *,
     shard_bytes: int,
     row_group_bytes: int,
     workers: int = 1,
     on_shard: Callable[[int, int], None] = lambda done, total: None,
 ) -> CompactReport:
-    """Rewrite what is not yet in full shards; a second call finds nothing to do.
+    """Rewrite what is not yet in full shards, under a generation that holds the dataset; a second call does nothing.
 
-    Raises ConflictError while another run writes the dataset. Memory: about three shards a worker.
+    ConflictError when another run takes over. Memory: about three shards a worker.
     """
-    root = Root(uri)
+    root = generation.root
     identity = read_identity(root)
-    generation = claim_next(root, lambda previous: collect(root, previous), job="compact")
-    try:
-        state = read_state(root)
-        dataset = Dataset(root, identity, state)
-        spans = list(shard_spans(dataset, shard_bytes))
-        layout = _Layout(state)
-        todo = [span for span in spans if not layout.is_compact(span)]
-        committer = Committer(
-            root,
-            generation.number,
-            row_group_bytes,
-            identity.fingerprint.get("latent_dtype"),
-            {"latentloom.generation": str(generation.number)},
-        )
+    dataset = Dataset(root, identity, read_state(root))
+    spans, todo = shards_to_write(dataset, shard_bytes)
+    committer = Committer(
+        root,
+        generation.number,
+        row_group_bytes,
+        identity.fingerprint.get("latent_dtype"),
+        {"latentloom.generation": str(generation.number)},
+    )
 
-        def write(span: Span) -> tuple[int, int]:
-            generation.check()
-            return _write_shard(dataset, committer, span)
+    def write(span: Span) -> tuple[int, int]:
+        generation.check()
+        return _write_shard(dataset, committer, span)
 
-        shards = moved = written = 0
-        with ThreadPoolExecutor(workers) as pool:
-            for done, (rows, size) in enumerate(pool.map(write, todo), 1):
-                shards, moved, written = shards + (rows > 0), moved + rows, written + size
-                on_shard(done, len(todo))
-        generation.close({"status": "done"})
-        return CompactReport(shards, len(spans) - len(todo), moved, written)
-    finally:
-        generation.abandon()
+    shards = moved = written = 0
+    with ThreadPoolExecutor(workers) as pool:
+        for done, (rows, size) in enumerate(pool.map(write, todo), 1):
+            shards, moved, written = shards + (rows > 0), moved + rows, written + size
+            on_shard(done, len(todo))
+    return CompactReport(shards, spans - len(todo), moved, written)
+
+
+def shards_to_write(dataset: Dataset, shard_bytes: int) -> tuple[int, list[Span]]:
+    """How many shards a compact dataset has, and which of them are not yet there."""
+    spans, layout = list(shard_spans(dataset, shard_bytes)), _Layout(dataset.state)
+    return len(spans), [span for span in spans if not layout.is_compact(span)]
 
 
 def shard_spans(dataset: Dataset, shard_bytes: int) -> Iterator[Span]:

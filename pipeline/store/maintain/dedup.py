@@ -11,10 +11,9 @@ compares what is still visible. Bytes on disk go with the next compaction and ga
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +21,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import PipelineError
 from pipeline.storage.root import Root
-from pipeline.store.ledger.generation import Generation, check_newest, claim_next, latest_number, read_closing
+from pipeline.store.ledger.generation import Generation, check_newest, latest_number, read_closing
 from pipeline.store.ledger.identity import read_identity
-from pipeline.store.ledger.ledger import collect
 from pipeline.store.ledger.rowset import Int64s, RowSet
-from pipeline.store.ledger.runs import note_run
 from pipeline.store.ledger.state import State, VisibleFile, read_state
 from pipeline.store.read.dataset import Dataset
 from pipeline.store.write.schema import LATENTS, REJECTS
@@ -56,45 +52,33 @@ class DedupReport:
 
 
 def deduplicate(
-    uri: str,
+    generation: Generation,
     *,
     source_uri: str,
     memory_bytes: int,
-    note: Mapping[str, Any] | None = None,
     on_group: Callable[[int, int], None] = lambda done, total: None,
 ) -> DedupReport:
     """Filter every visible source row that has an equal one before it; a second call finds nothing to do.
 
-    Rows are compared in as many passes, each over its share of the hashes, as `memory_bytes` asks for. `note` is
-    the tracking run that is noted with the new generation. Raises ConflictError while another run writes the
-    dataset, so the caller closes its own generation first.
+    Under a generation that holds the dataset and has committed no rows itself. Rows are compared in as many passes,
+    each over its share of the hashes, as `memory_bytes` asks for. The generation's closing note will tell that no two
+    of the stored rows are equal. ConflictError when another run takes over.
     """
-    root = Root(uri)
-    identity = read_identity(root)
-    generation = claim_next(root, lambda previous: collect(root, previous), job="dedup")
-    try:
-        if note is not None:
-            note_run(root, generation.number, dict(note))
-        state = read_state(root)
-        dataset = Dataset(root, identity, state)
-        committer = Committer(root, generation.number, 1, None, {})
-        work = _Work(dataset, committer, generation, source_uri, memory_bytes // (2 * _PEAK_ROW_BYTES))
-        passes = max(1, -(-dataset.num_rows // max(1, work.limit)))
-        groups = len(dataset.row_groups)
-        for number in range(passes):
-            for done in work.run_pass(number, passes):
-                on_group(number * groups + done, passes * groups)
-        final = read_state(root)
-        # A run that took over hides these commits: what is visible then may hold equal rows.
-        check_newest(root, generation.number)
-        generation.close({"status": "done", **marked(final)})
-        found = _filtered(final).count() - _filtered(state).count()
-        return DedupReport(passes, passes * dataset.num_rows, found)
-    except PipelineError as error:
-        generation.close({"status": type(error).__name__}, sealed=False)
-        raise
-    finally:
-        generation.abandon()
+    root = generation.root
+    state = read_state(root)
+    dataset = Dataset(root, read_identity(root), state)
+    committer = Committer(root, generation.number, 1, None, {})
+    work = _Work(dataset, committer, generation, source_uri, memory_bytes // (2 * _PEAK_ROW_BYTES))
+    passes = max(1, -(-dataset.num_rows // max(1, work.limit)))
+    groups = len(dataset.row_groups)
+    for number in range(passes):
+        for done in work.run_pass(number, passes):
+            on_group(number * groups + done, passes * groups)
+    final = read_state(root)
+    # A run that took over hides these commits: what is visible then may hold equal rows.
+    check_newest(root, generation.number)
+    generation.summary |= marked(final)
+    return DedupReport(passes, passes * dataset.num_rows, _filtered(final).count() - _filtered(state).count())
 
 
 def is_due(root: Root, state: State) -> bool:

@@ -19,15 +19,15 @@ from pipeline.storage.root import ObjectInfo, Root
 from pipeline.store.ledger import layout
 from pipeline.store.ledger.bundles import read_bundle
 from pipeline.store.ledger.generation import (
+    Generation,
     at_one_generation,
     check_newest,
-    claim_next,
     latest_number,
     read_claim,
     visible_headers,
 )
 from pipeline.store.ledger.identity import read_identity
-from pipeline.store.ledger.ledger import collect, parsed, visible_records
+from pipeline.store.ledger.ledger import parsed, visible_records
 from pipeline.store.ledger.record import CommitRecord, FileInfo
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State, fold, read_state
@@ -233,33 +233,35 @@ def _changed_at_s(root: Root, number: int) -> float:
     return max([*records, *(_put_at_s(root, key) for key in own)], default=0.0)
 
 
-def collect_garbage(uri: str, grace_s: float, now_s: float | None = None) -> tuple[int, int]:
+def has_garbage(root: Root, grace_s: float, now_s: float | None = None) -> bool:
+    """Whether there are orphans older than a grace period in seconds; claims nothing."""
+    return bool(at_one_generation(root, lambda number: _garbage(root, number, _limit_s(grace_s, now_s))))
+
+
+def collect_garbage(generation: Generation, grace_s: float, now_s: float | None = None) -> tuple[int, int]:
     """Remove orphans older than a grace period in seconds; returns (objects, bytes) removed.
 
     A reader has the files of the state that it opened for the grace period after that state was superseded, and no
-    longer: a training run that began before a compaction reads the replaced fragments to its end. It has a generation
-    of its own: ConflictError while another run writes, and when one announces itself before this has ended.
+    longer: a training run that began before a compaction reads the replaced fragments to its end. Under a generation
+    of its own: no other run writes, and ConflictError when one announces itself before this has ended.
     """
-    root = Root(uri)
-    read_identity(root)
-    limit_s = (time.time() if now_s is None else now_s) - grace_s
+    root, number = generation.root, generation.number
+    # Of what a newer run names nothing is in this list: it tells its generation, and comes after a claim that the
+    # check below finds, or after the list.
+    garbage = _garbage(root, number, _limit_s(grace_s, now_s))
+    with ThreadPoolExecutor(_DELETES) as pool:
+        for first in range(0, len(garbage), _DELETES):
+            check_newest(root, number)
+            list(pool.map(lambda info: root.delete(info.key), garbage[first : first + _DELETES]))
+    generation.summary["removed"] = len(garbage)
+    return len(garbage), sum(info.size_bytes for info in garbage)
 
-    def old(number: int) -> list[ObjectInfo]:
-        found = _orphans(root, number, limit_s)
-        return [info for info in found if info.mtime_ns is not None and info.mtime_ns < limit_s * 1e9]
 
-    if not at_one_generation(root, old):
-        return 0, 0
-    generation = claim_next(root, lambda previous: collect(root, previous), job="gc")
-    try:
-        # Of what a newer run names nothing is in this list: it tells its generation, and comes after a claim that the
-        # check below finds, or after the list.
-        garbage = old(generation.number)
-        with ThreadPoolExecutor(_DELETES) as pool:
-            for first in range(0, len(garbage), _DELETES):
-                check_newest(root, generation.number)
-                list(pool.map(lambda info: root.delete(info.key), garbage[first : first + _DELETES]))
-        generation.close({"status": "done", "removed": len(garbage)})
-        return len(garbage), sum(info.size_bytes for info in garbage)
-    finally:
-        generation.abandon()
+def _limit_s(grace_s: float, now_s: float | None) -> float:
+    return (time.time() if now_s is None else now_s) - grace_s
+
+
+def _garbage(root: Root, number: int, limit_s: float) -> list[ObjectInfo]:
+    """The orphans as a generation sees them that were written, and superseded, before `limit_s`."""
+    orphans = _orphans(root, number, limit_s)
+    return [info for info in orphans if info.mtime_ns is not None and info.mtime_ns < limit_s * 1e9]

@@ -7,12 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from pipeline.config import StrictModel
-
-
-class DatasetConfig(StrictModel):
-    """The dataset a job reads."""
-
-    uri: str = Field(..., min_length=1, description="Root of a dataset written by the encode or the sample job.")
+from pipeline.store.config import DatasetConfig
+from pipeline.tracking.config import TrackingConfig
 
 
 class DecodeCheckConfig(StrictModel):
@@ -53,6 +49,7 @@ class VerifyJobConfig(StrictModel):
     gc_grace_s: float = Field(
         86_400.0, ge=0, description="How long, in seconds, files stay that some reader may use."
     )
+    tracking: TrackingConfig = Field(TrackingConfig(), description="Where the verification is recorded.")
 
 
 class CompactJobConfig(StrictModel):
@@ -64,3 +61,4 @@ class CompactJobConfig(StrictModel):
     )
     row_group_bytes: int = Field(16 << 20, ge=1024, le=1 << 30, description="Latent bytes of a row group.")
     workers: int = Field(2, ge=1, description="Shards written at a time; each needs about three times its size.")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="Where the compaction is recorded.")

@@ -25,10 +25,10 @@ from pipeline.encode.items import Item
 from pipeline.encode.stages import UnitReader
 from pipeline.encode.summary import largest_bucket
 from pipeline.errors import InputError
+from pipeline.maintenance.config import DecodeCheckConfig
 from pipeline.source.config import ImageConfig, SourceConfig
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.runs import last_recipe
-from pipeline.store.maintain.config import DecodeCheckConfig
 from pipeline.store.plan.work import Work
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.write.schema import latents_from

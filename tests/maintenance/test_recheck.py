@@ -10,12 +10,12 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import load_config
-from pipeline.encode import verify
 from pipeline.errors import InputError
+from pipeline.maintenance.config import VerifyJobConfig
+from pipeline.maintenance.job import run_verify
 from pipeline.result import JobResult
 from pipeline.storage.root import Root
 from pipeline.store.ledger.runs import last_recipe, note_run
-from pipeline.store.maintain.config import VerifyJobConfig
 from pipeline.store.read.dataset import LatentDataset
 from tests.support.encode_here import encode_here
 from tests.support.images import make_codec, make_images
@@ -51,8 +51,9 @@ def copy(base: Path, tmp_path: Path) -> Path:
 
 
 def check(base: Path, **settings: object) -> JobResult:
+    fixed = [f"data.uri={base / 'latents'}", "level=decode", "tracking.enabled=false"]
     overrides = [f"decode.{key}={value}" for key, value in settings.items()]
-    return verify.run(load_config(VerifyJobConfig, [], [f"data.uri={base / 'latents'}", "level=decode", *overrides]))
+    return run_verify(load_config(VerifyJobConfig, [], [*fixed, *overrides]))
 
 
 def test_sound_latents_encode_to_the_same_bytes(base: Path) -> None:
@@ -118,7 +119,7 @@ def test_a_dataset_without_a_readable_note_says_so(copy: Path, recipe: object, m
 
 
 def test_latents_that_do_not_vary_are_compared_all_the_same() -> None:
-    from pipeline.encode.recheck import _relative_error
+    from pipeline.maintenance.recheck import _relative_error
 
     flat = np.zeros((1, 2, 2), np.float32)
     assert _relative_error(flat, flat) == 0

@@ -1,0 +1,4 @@
+"""The jobs that look after a dataset which is there: verify proves it and removes garbage, compact rewrites it.
+
+What they do is `store.maintain`'s, and of verify's deepest level `maintenance.recheck`'s; here is how they are run.
+"""
