@@ -29,7 +29,7 @@ from pipeline.storage.errors import job_error
 from pipeline.tracking.redact import Redactor
 
 EXIT_CODES = """exit codes:
-  0   done                      4   conflict: another run holds the output, or it (or an input) was made in another way
+  0   done                      4   conflict: another run holds the output, or it or an input was made differently
   1   a bug (please report)     5   done, but more rows were rejected than the budget allows
   2   configuration             75  stopped with its work kept: run the same command again
   3   input or storage"""

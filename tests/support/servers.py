@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from pipeline.tracking.config import TrackingConfig
 from tests.support.fault_proxy import FaultProxy
 from tests.support.mlflow_server import BasicAuth, MlflowServer
 from tests.support.postgres import Postgres, bin_dir
@@ -62,6 +64,24 @@ def mlflow_stack(
     server.start()
     yield server
     server.kill()
+
+
+@pytest.fixture(scope="session")
+def _empty_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from pipeline.tracking.store import MlflowStore
+
+    path = tmp_path_factory.mktemp("sqlite") / "mlflow.db"
+    MlflowStore(f"sqlite:///{path}").search(None, "")
+    return path
+
+
+@pytest.fixture
+def tracking(_empty_sqlite: Path, tmp_path: Path) -> TrackingConfig:
+    """A real sqlite store of its own (a copy of one with its tables made) and a journal folder."""
+    folder = tmp_path / "tracking"
+    folder.mkdir()
+    shutil.copyfile(_empty_sqlite, folder / "mlflow.db")
+    return TrackingConfig(uri=f"sqlite:///{folder / 'mlflow.db'}", journal_dir=str(folder / "journal"))
 
 
 @pytest.fixture
