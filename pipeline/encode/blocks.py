@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.encode.items import Decoded, Encoded, Item, Outcome, Rejected, UnitEnd
 from pipeline.source.reading.rows import EndOfUnit, SourceRow
 from pipeline.store.write.schema import LATENTS, REJECTS
 
@@ -44,8 +46,11 @@ ENCODED = pa.schema(
         pa.field("unit_rows", pa.int64()),
     ]
 )
+# Between decode tasks and encoders: everything an encoded row has, with pixels where the latent will be.
+PIXELS = ENCODED.append(pa.field("pixels", pa.large_binary())).append(pa.field("size", pa.list_(pa.int32(), 2)))
 
 _ROW_FIELDS = ("row", "source", "key", "image", "caption", "label", "extra", "exif_orientation", "status")
+_MESSAGE_CHARS = 500
 
 
 def raw_table(unit: int, items: Sequence[SourceRow | EndOfUnit]) -> pa.Table:
@@ -60,10 +65,55 @@ def _raw_row(unit: int, item: SourceRow | EndOfUnit) -> dict[str, Any]:
     return {"unit": unit, **values, "reason": item.reason and str(item.reason), "message": item.message}
 
 
-def source_row(values: dict[str, Any]) -> SourceRow:
-    """The row in one line of a RAW table."""
-    fields = {name: values[name] for name in (*_ROW_FIELDS, "reason", "message")}
-    return SourceRow(**fields)
+def raw_item(values: dict[str, Any]) -> SourceRow | EndOfUnit:
+    """What a reader yielded, from one line of a RAW table."""
+    if values["status"] == "end":
+        return EndOfUnit(values["unit_rows"])
+    return SourceRow(**{name: values[name] for name in (*_ROW_FIELDS, "reason", "message")})
+
+
+def encoded_table(outcomes: Iterable[Outcome]) -> pa.Table:
+    """An ENCODED block."""
+    return pa.Table.from_pylist([_line(outcome) for outcome in outcomes], schema=ENCODED)
+
+
+def pixels_table(items: Iterable[Item]) -> pa.Table:
+    """A PIXELS block: items as one table, for decode tasks that run apart from the device."""
+    return pa.Table.from_pylist([_line(item) for item in items], schema=PIXELS)
+
+
+def items_of(table: pa.Table) -> Iterator[Item]:
+    """The inverse of `pixels_table`."""
+    for values in lines(table):
+        pixels, size = values.pop("pixels"), values.pop("size")
+        outcome, variants = values.pop("outcome"), values.pop("variants")
+        if outcome == "end":
+            yield UnitEnd(values["unit"], values["unit_rows"])
+        elif outcome == "stored":
+            shaped = np.frombuffer(pixels, np.uint8).reshape(size[0], size[1], 3)
+            yield Decoded({name: values[name] for name in LATENTS.names}, variants, shaped)
+        else:
+            told = {name: values[name] for name in ("unit", "row", "key", "uri", "reason", "message")}
+            yield Rejected(**told, status=outcome)
+
+
+def lines(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """The rows of a table one after the other: `to_pylist` of a whole block would copy every image at once."""
+    for batch in table.to_batches(max_chunksize=64):
+        yield from batch.to_pylist()
+
+
+def _line(item: Item | Outcome) -> dict[str, Any]:
+    if isinstance(item, UnitEnd):
+        return {"unit": item.unit, "row": -1, "key": "", "outcome": "end", "variants": 0, "unit_rows": item.rows}
+    if isinstance(item, Rejected):
+        told = {name: getattr(item, name) for name in ("unit", "row", "key", "uri", "reason")}
+        return {**told, "message": item.message[:_MESSAGE_CHARS], "outcome": item.status, "variants": 0}
+    if isinstance(item, Encoded):
+        latent = {"latent": item.latent, "latent_shape": list(item.shape)}
+        return {**item.decoded.values, **latent, "outcome": "stored", "variants": item.decoded.variants}
+    pixels = {"pixels": item.pixels.tobytes(), "size": item.pixels.shape[:2]}
+    return {**item.values, **pixels, "outcome": "stored", "variants": item.variants}
 
 
 def split_outcomes(table: pa.Table) -> tuple[pa.Table, pa.Table, dict[int, int]]:

@@ -5,21 +5,18 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
-from pipeline.encode.blocks import ENCODED, source_row
-from pipeline.encode.items import Item, rejection
+from pipeline.encode.blocks import lines, raw_item
+from pipeline.encode.items import Decoded, Item, Rejected, UnitEnd
 from pipeline.source.config import ImageConfig
 from pipeline.source.pixels.prepare import PreparedImage, Reject, prepare
-
-# Between decode tasks and encoders: everything an encoded row has, with pixels where the latent will be.
-PIXELS = ENCODED.append(pa.field("pixels", pa.large_binary())).append(pa.field("size", pa.list_(pa.int32(), 2)))
+from pipeline.source.reading.rows import EndOfUnit
 
 
 class ImageDecoder:
@@ -37,7 +34,7 @@ class ImageDecoder:
 
         The first of them at once, not when the first item is asked for.
         """
-        rows = _rows(raw)
+        rows = lines(raw)
         return self._decoded(
             rows, deque(self._pool.submit(self._timed, values) for values in islice(rows, self._ahead))
         )
@@ -66,32 +63,16 @@ class ImageDecoder:
                 self.busy_s += time.perf_counter() - began
 
     def _decode(self, values: dict[str, Any]) -> list[Item]:
-        address = {"unit": values["unit"], "row": values["row"], "key": values["key"]}
-        if values["status"] == "end":
-            return [Item({**address, "outcome": "end", "variants": 0, "unit_rows": values["unit_rows"]}, None)]
-        prepared = prepare(source_row(values), self._image)
+        item = raw_item(values)
+        if isinstance(item, EndOfUnit):
+            return [UnitEnd(values["unit"], item.rows)]
+        prepared = prepare(item, self._image)
         if isinstance(prepared, Reject):
-            return [
-                Item(
-                    {
-                        **address,
-                        **rejection(prepared.status, prepared.reason, prepared.message),
-                        "uri": f"{self._source_uri}/{values['key']}",
-                    },
-                    None,
-                )
-            ]
-        text = {name: values[name] for name in ("caption", "label", "extra")}
-        return [
-            Item({**address, **text, **_described(p), "outcome": "stored", "variants": len(prepared)}, p.pixels)
-            for p in prepared
-        ]
-
-
-def _rows(raw: pa.Table) -> Iterator[dict[str, Any]]:
-    # One row at a time: `to_pylist` of a whole block would copy every image at once.
-    for batch in raw.to_batches(max_chunksize=64):
-        yield from batch.to_pylist()
+            uri = f"{self._source_uri}/{item.key}"
+            why = (prepared.status, str(prepared.reason), prepared.message)
+            return [Rejected(values["unit"], item.row, item.key, uri, *why)]
+        told = {name: values[name] for name in ("unit", "row", "key", "caption", "label", "extra")}
+        return [Decoded({**told, **_described(p)}, len(prepared), p.pixels) for p in prepared]
 
 
 def _described(p: PreparedImage) -> dict[str, Any]:
@@ -110,22 +91,3 @@ def _described(p: PreparedImage) -> dict[str, Any]:
         "content_sha256": p.content_sha256,
         "phash": p.phash,
     }
-
-
-def pixels_table(items: Iterable[Item]) -> pa.Table:
-    """Items as one table, for decode tasks that run apart from the device."""
-    rows = [
-        {**item.values}
-        if item.pixels is None
-        else {**item.values, "pixels": item.pixels.tobytes(), "size": item.pixels.shape[:2]}
-        for item in items
-    ]
-    return pa.Table.from_pylist(rows, schema=PIXELS)
-
-
-def items_of(table: pa.Table) -> Iterator[Item]:
-    """The inverse of `pixels_table`."""
-    for values in _rows(table):
-        pixels, size = values.pop("pixels"), values.pop("size")
-        shaped = None if pixels is None else np.frombuffer(pixels, np.uint8).reshape(size[0], size[1], 3)
-        yield Item(values, shaped)

@@ -5,22 +5,19 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 
 from pipeline.codec.codec import Codec, posterior_seed
 from pipeline.dataflow.lost_device import DeviceFault, device_fault
 from pipeline.dataflow.out_of_memory import out_of_memory
-from pipeline.encode.blocks import ENCODED
 from pipeline.encode.device import DeviceQueue
-from pipeline.encode.items import Item, rejection
+from pipeline.encode.items import Decoded, Encoded, Item, Outcome, Rejected
 from pipeline.errors import ConfigError
 from pipeline.source.reasons import Reason
 from pipeline.store.write.schema import pack_latents
@@ -50,14 +47,14 @@ class Usage:
 
 @dataclass(eq=False)
 class _Call:
-    """One table on its way: rows that are done, and how many are not."""
+    """One table on its way: what is done, and how many images are not."""
 
     on_batch: Callable[[int], None] | None
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    done: list[Outcome] = field(default_factory=list)
     open: int = 0
 
 
-Owned = tuple[_Call, Item]
+Owned = tuple[_Call, Decoded]
 
 
 @dataclass
@@ -106,8 +103,8 @@ class Encoder:
         self._ending: deque[_Call] = deque()  # calls that have handed in all
         self._broken: BaseException | None = None
 
-    def encode(self, items: Iterable[Item], on_batch: Callable[[int], None] | None = None) -> pa.Table:
-        """An ENCODED table of all items, ordered by (unit, row, variant); `on_batch` hears of stored rows."""
+    def encode(self, items: Iterable[Item], on_batch: Callable[[int], None] | None = None) -> list[Outcome]:
+        """What becomes of all items, ordered by (unit, row, variant); `on_batch` hears of rows with latents."""
         call = _Call(on_batch)
         with self._changing():
             self._taking += 1
@@ -120,10 +117,10 @@ class Encoder:
                 self._taking -= 1
                 self._state.notify_all()
         self._finish(call)
-        call.rows.sort(key=lambda r: (r["unit"], r["row"], r.get("variant") or 0))
+        call.done.sort(key=lambda outcome: outcome.place)
         with self._state:
-            self.usage.rejected += sum(r["outcome"] in ("rejected", "filtered") for r in call.rows)
-        return _withdraw_partial(pa.Table.from_pylist(call.rows, schema=ENCODED))
+            self.usage.rejected += sum(isinstance(outcome, Rejected) for outcome in call.done)
+        return _one_outcome_a_row(call.done)
 
     def unreported(self) -> Usage:
         """What was used since this was asked last, by all calls together."""
@@ -149,13 +146,13 @@ class Encoder:
         for item in items:
             with self._changing():
                 self.usage.wait_s += time.perf_counter() - asked
-                if item.pixels is None:
-                    call.rows.append(item.values)
+                if isinstance(item, Decoded):
+                    self._add(call, item, _size(item))
                 else:
-                    self._add(call, item, (item.pixels.shape[0], item.pixels.shape[1]))
+                    call.done.append(item)
             asked = time.perf_counter()
 
-    def _add(self, call: _Call, item: Item, size: Size) -> None:
+    def _add(self, call: _Call, item: Decoded, size: Size) -> None:
         call.open += 1
         queue = self._queues.setdefault(size, [])
         queue.append((call, item))
@@ -203,9 +200,7 @@ class Encoder:
 
     def _run(self, owned: list[Owned]) -> None:
         """Queue a batch, cut into pieces where the device or the codec demands it."""
-        pixels = owned[0][1].pixels
-        assert pixels is not None
-        size = (pixels.shape[0], pixels.shape[1])
+        size = _size(owned[0][1])
         limit = self._limit(size)
         if len(owned) > limit:
             self._run(owned[:limit])
@@ -264,7 +259,7 @@ class Encoder:
         self.usage.halvings += 1
         self._device.release_cached()
 
-    def _launch(self, items: list[Item], size: Size, limit: int) -> Callable[[], npt.NDArray[np.float32]]:
+    def _launch(self, items: list[Decoded], size: Size, limit: int) -> Callable[[], npt.NDArray[np.float32]]:
         batch_NHWC = self._device.host_batch((limit, *size, 3))
         array = batch_NHWC.numpy()
         for i, item in enumerate(items):
@@ -293,40 +288,36 @@ class Encoder:
             # What was queued without complaint fails when it is waited for: no image can be named.
             raise DeviceFault(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}") from error
         self.usage.device_s += time.perf_counter() - began
-        self._deliver(running.owned, self._rows([item for _, item in running.owned], latents_NCHW))
+        self._deliver(running.owned, self._outcomes([item for _, item in running.owned], latents_NCHW))
 
-    def _deliver(self, owned: list[Owned], rows: list[dict[str, Any]]) -> None:
+    def _deliver(self, owned: list[Owned], outcomes: Sequence[Encoded | Rejected]) -> None:
         stored: dict[_Call, int] = {}
-        for (call, _), row in zip(owned, rows, strict=True):
-            call.rows.append(row)
+        for (call, _), outcome in zip(owned, outcomes, strict=True):
+            call.done.append(outcome)
             call.open -= 1
-            stored[call] = stored.get(call, 0) + (row["outcome"] == "stored")
+            stored[call] = stored.get(call, 0) + isinstance(outcome, Encoded)
         for call, count in stored.items():
             self.usage.stored += count
             if call.on_batch and count:
                 call.on_batch(count)
         self._state.notify_all()
 
-    def _rows(self, items: list[Item], latents_NCHW: npt.NDArray[np.float32]) -> list[dict[str, Any]]:
+    def _outcomes(self, items: list[Decoded], latents_NCHW: npt.NDArray[np.float32]) -> list[Encoded | Rejected]:
         within: npt.NDArray[np.bool_] = np.abs(latents_NCHW) <= self._largest_value  # false for NaN, too
         sound = np.asarray(within.reshape(len(items), -1).all(axis=1))
         if not sound.all():
-            pixels = items[0].pixels
-            assert pixels is not None
-            self.check_itself((pixels.shape[0], pixels.shape[1]))
+            self.check_itself(_size(items[0]))
         packed = pack_latents(np.where(sound[:, None, None, None], latents_NCHW, 0.0), self.latent_dtype)
-        shape = list(latents_NCHW.shape[1:])
         return [
-            {**item.values, "latent": data, "latent_shape": shape}
+            Encoded(item, data, latents_NCHW.shape[1:])
             if ok
             else self._failed(item, Reason.BAD_LATENT, f"the latent is not finite in {self.latent_dtype}")
             for item, data, ok in zip(items, packed, sound, strict=True)
         ]
 
-    def _failed(self, item: Item, reason: Reason, message: str) -> dict[str, Any]:
-        address = {name: item.values[name] for name in ("unit", "row", "key")}
-        uri = f"{self.source_uri}/{item.values['key']}"
-        return {**address, **rejection("rejected", reason, message), "uri": uri}
+    def _failed(self, item: Decoded, reason: Reason, message: str) -> Rejected:
+        unit, row, key = (item.values[name] for name in ("unit", "row", "key"))
+        return Rejected(unit, row, key, f"{self.source_uri}/{key}", "rejected", str(reason), message)
 
 
 def _known_content(shape: tuple[int, ...]) -> torch.Tensor:
@@ -334,23 +325,18 @@ def _known_content(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.full(shape, 127, dtype=torch.uint8)
 
 
-def _withdraw_partial(table: pa.Table) -> pa.Table:
-    """Without the stored variants of a source row of which another variant was rejected: a row has one outcome."""
-    rejected = {
-        (u, r)
-        for u, r, o in zip(*(table[c].to_pylist() for c in ("unit", "row", "outcome")), strict=True)
-        if o in ("rejected", "filtered")
-    }
-    if not rejected or max(table["variants"].to_pylist()) < 2:
-        return table
-    seen: set[tuple[int, int]] = set()
-    keep = []
-    for u, r, o in zip(*(table[c].to_pylist() for c in ("unit", "row", "outcome")), strict=True):
-        again = (u, r) in rejected and (o == "stored" or (u, r) in seen)
-        keep.append(not again)
-        if o != "stored":
-            seen.add((u, r))
-    return table.filter(pa.array(keep))
+def _size(item: Decoded) -> Size:
+    height, width, _ = item.pixels.shape
+    return height, width
+
+
+def _one_outcome_a_row(outcomes: list[Outcome]) -> list[Outcome]:
+    """Where a variant of a source row was rejected, that alone: a row has one outcome."""
+    rejected: dict[tuple[int, int], Rejected] = {}
+    for outcome in outcomes:
+        if isinstance(outcome, Rejected):
+            rejected.setdefault(outcome.place[:2], outcome)
+    return [o for o in outcomes if rejected.get(o.place[:2], o) is o]
 
 
 def _one_is_too_large(size: Size, error: Exception) -> ConfigError:

@@ -14,8 +14,8 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.codec.config import CodecConfig
-from pipeline.encode.blocks import raw_table, split_outcomes
-from pipeline.encode.decoding import ImageDecoder, items_of, pixels_table
+from pipeline.encode.blocks import encoded_table, items_of, pixels_table, raw_table, split_outcomes
+from pipeline.encode.decoding import ImageDecoder
 from pipeline.errors import ConfigError
 from pipeline.source.config import ImageConfig, SourceConfig
 from pipeline.source.reading.listing import Entry
@@ -115,9 +115,9 @@ class EncodeBlocks:
         encoder, reports = self._encoder(), self._reports
         with reports.busy(block):
             items = items_of(block) if self._decoder is None else self._decoder.items(block)
-            table = encoder.encode(items, on_batch=lambda stored: reports.add(self._news(encoder, stored)))
+            outcomes = encoder.encode(items, on_batch=lambda stored: reports.add(self._news(encoder, stored)))
             reports.add(self._news(encoder, 0))
-        return table
+        return encoded_table(outcomes)
 
     def _news(self, encoder: Any, stored: int) -> dict[str, float]:
         """What came since the last report: with every batch, so that the busy shares are those of any few seconds."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.codec.codec import Codec, load_codec
 from pipeline.encode.decoding import ImageDecoder
 from pipeline.encode.encoder import Encoder
-from pipeline.encode.items import Item
+from pipeline.encode.items import Decoded, Encoded, Item
 from pipeline.encode.stages import UnitReader
 from pipeline.encode.summary import largest_bucket
 from pipeline.errors import InputError
@@ -88,16 +88,17 @@ def recheck(uri: str, config: DecodeCheckConfig) -> Recheck:
         recipe.source.uri,
         device=_device(config),
     )
-    wanted: dict[bytes, Item] = {}
+    wanted: dict[bytes, Decoded] = {}
     for row in rows:
         item = items.get(row["sample_id"])
-        if item is None or item.pixels is None:
+        if item is None:
             found.source_gone += 1
         elif item.values["content_sha256"] != row["content_sha256"]:
             found.source_changed += 1
         else:
             wanted[row["sample_id"]] = item
-    again = {r["sample_id"]: r for r in encoder.encode(wanted.values()).to_pylist() if r["outcome"] == "stored"}
+    outcomes = encoder.encode(wanted.values())
+    again = {o.decoded.values["sample_id"]: o for o in outcomes if isinstance(o, Encoded)}
     for row in rows:
         if row["sample_id"] in wanted:
             _compare(found, dataset, config, codec, row, wanted[row["sample_id"]], again.get(row["sample_id"]))
@@ -166,7 +167,7 @@ def _sampled(dataset: LatentDataset, count: int, seed: int) -> list[dict[str, An
     return rows
 
 
-def _items(dataset: LatentDataset, recipe: _Recipe, rows: list[dict[str, Any]]) -> dict[bytes, Item]:
+def _items(dataset: LatentDataset, recipe: _Recipe, rows: list[dict[str, Any]]) -> dict[bytes, Decoded]:
     """The images of the rows as the encode job would see them now, by sample id."""
     by_unit: dict[int, list[int]] = {}
     for row in rows:
@@ -180,7 +181,7 @@ def _items(dataset: LatentDataset, recipe: _Recipe, rows: list[dict[str, Any]]) 
             item.values["sample_id"]: item
             for unit, numbers in by_unit.items()
             for item in _unit_items(reader, decoder, unit, numbers)
-            if item.pixels is not None and item.values["sample_id"] in ids
+            if isinstance(item, Decoded) and item.values["sample_id"] in ids
         }
     finally:
         decoder.close()
@@ -199,12 +200,11 @@ def _compare(
     config: DecodeCheckConfig,
     codec: Codec,
     row: dict[str, Any],
-    item: Item,
-    again: dict[str, Any] | None,
+    item: Decoded,
+    again: Encoded | None,
 ) -> None:
-    assert item.pixels is not None
     where = f"{row['key']} (unit {row['unit']}, row {row['row']})"
-    stored = _latent(row, dataset.latent_dtype)
+    stored = _latent(row["latent"], row["latent_shape"], dataset.latent_dtype)
     found.compared += 1
     psnr = _psnr_db(codec, stored, dataset.posterior, item.pixels)
     found.psnr_db.append(psnr)
@@ -215,21 +215,19 @@ def _compare(
         found.problems.append({"kind": "re-encode", "where": where, "detail": "the codec refuses the image now"})
         found.error.append(float("inf"))
         return
-    fresh = _latent(again, dataset.latent_dtype)
+    fresh = _latent(again.latent, again.shape, dataset.latent_dtype)
     error = _relative_error(stored, fresh)
     found.error.append(error)
-    found.identical += int(row["latent"] == again["latent"])
+    found.identical += int(row["latent"] == again.latent)
     if not error <= config.tolerance:
         detail = f"differs by {error:.2g} of its own size from encoding its image again; {config.tolerance:g} allowed"
         found.problems.append({"kind": "re-encode", "where": where, "detail": detail})
 
 
-def _latent(row: dict[str, Any], dtype: str) -> npt.NDArray[np.float32]:
-    channels, height, width = row["latent_shape"]
-    latents: npt.NDArray[np.float32] = latents_from(
-        pa.array([row["latent"]], pa.binary()), (channels, height, width), dtype
-    )[0]
-    return latents
+def _latent(data: bytes, shape: Sequence[int], dtype: str) -> npt.NDArray[np.float32]:
+    channels, height, width = shape
+    latent: npt.NDArray[np.float32] = latents_from(pa.array([data], pa.binary()), (channels, height, width), dtype)[0]
+    return latent
 
 
 def _psnr_db(codec: Codec, stored: npt.NDArray[np.float32], posterior: str, pixels: npt.NDArray[np.uint8]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -101,18 +101,18 @@ def open_run(
     root: Root | None = None,
     *,
     identity: Identity | None = None,
-    after: int | None = None,
-    note: Mapping[str, Any] | None = None,
+    note: Callable[[], Mapping[str, Any]] = dict,
+    after: int = 0,
 ) -> Iterator[Run]:
     """A run of a job on its root, whose generation it claims; without one, of a job that only reads.
 
-    identity: what the root is, claimed first. after, note: see `claim_next`. ConflictError when the root is something
+    identity: what the root is, claimed first. note, after: see `claim_next`. ConflictError when the root is something
     else, or another run is alive there or takes over. What a PipelineError tells as its result is recorded, too.
     """
     with contextlib.ExitStack() as stack:
         if root is not None and identity is not None:
             claim_identity(root, identity)
-        generation = None if root is None else stack.enter_context(claimed(root, job, after=after, note=note))
+        generation = None if root is None else stack.enter_context(claimed(root, job, note=note, after=after))
         run = Run(config, job, generation)
         try:
             yield run

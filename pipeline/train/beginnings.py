@@ -21,7 +21,6 @@ from pipeline.store.ledger.state import State, read_state
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.read.pinned import Pins, lost_files
 from pipeline.train.config import TrainJobConfig
-from pipeline.train.control import current_generation
 from pipeline.train.handshake import Facts, handshake
 from pipeline.train.retention import counting, newest_start
 
@@ -34,14 +33,13 @@ _log = logging.getLogger(__name__)
 class Begun:
     """The datasets of a run, the first one first, what they are, and the name under which their states are kept.
 
-    checkpoints: the names of those that count; after: the start of the job that was current when they were listed.
+    checkpoints: the names of those that count.
     """
 
     datasets: tuple[LatentDataset, ...]
     facts: Facts
     inputs: str | None
     checkpoints: tuple[str, ...] = ()
-    after: int = 0
 
 
 def pinned(config: TrainJobConfig, root: Root, begun: Begun) -> Begun:
@@ -52,7 +50,7 @@ def pinned(config: TrainJobConfig, root: Root, begun: Begun) -> Begun:
     for uri in new:  # all of them, or what has come to lie elsewhere
         pins.pin(Root(uri))
     # What was pinned may be newer than what was looked at.
-    return replace(_open(config, root, name), checkpoints=begun.checkpoints, after=begun.after) if new else begun
+    return replace(_open(config, root, name), checkpoints=begun.checkpoints) if new else begun
 
 
 def look(config: TrainJobConfig, root: Root) -> Begun:
@@ -61,9 +59,7 @@ def look(config: TrainJobConfig, root: Root) -> Begun:
     Writes nothing. Says what is new. Raises what opening and the handshake raise, and InputError when files that the
     run began with have been removed.
     """
-    after = current_generation(root)  # before the look at the checkpoints: the claim asks whether it still is
-    checkpoints = root.child("checkpoints")
-    complete = counting(checkpoints, newest_start(checkpoints))
+    complete = _counting(root)
     name = _inputs_of(root, complete)
     pins = pins_of(root, name)
     if pins is not None:
@@ -71,7 +67,17 @@ def look(config: TrainJobConfig, root: Root) -> Begun:
             state = pins.state(Root(uri))
             if state is not None:
                 _compare(key, Root(uri), state)
-    return replace(_open(config, root, name), checkpoints=tuple(c.name for c in complete), after=after)
+    return replace(_open(config, root, name), checkpoints=tuple(c.name for c in complete))
+
+
+def counting_names(root: Root) -> tuple[str, ...]:
+    """The names of the checkpoints that count for a start that begins now, the newest last."""
+    return tuple(c.name for c in _counting(root))
+
+
+def _counting(root: Root) -> list[Complete]:
+    checkpoints = root.child("checkpoints")
+    return counting(checkpoints, newest_start(checkpoints))
 
 
 def pins_of(root: Root, name: str | None) -> Pins | None:

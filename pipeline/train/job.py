@@ -29,9 +29,9 @@ from pipeline.store.ledger.runs import last_run
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.tracking.config import resolve_paths
 from pipeline.tracking.tracker import Tracker
-from pipeline.train.beginnings import Begun, look, pinned
+from pipeline.train.beginnings import Begun, counting_names, look, pinned
 from pipeline.train.config import MixConfig, TrainDataConfig, TrainJobConfig
-from pipeline.train.control import lasting, record_failure, recorded_failure, request_stop
+from pipeline.train.control import current_generation, lasting, record_failure, recorded_failure, request_stop
 from pipeline.train.history import Follower, read_records
 
 DONE = "done.json"
@@ -51,12 +51,16 @@ def run(config: TrainJobConfig) -> JobResult:
     finished = _finished(root, config)
     if finished is not None:
         return finished
-    before = look(config, root)
+    begun = look(config, root)
     _check_cluster(config)
     root.probe()
-    with open_run(config, "train", root, after=before.after, note={"checkpoints": before.checkpoints}) as run:
+    after = current_generation(root)
+    with open_run(config, "train", root, note=lambda: {"checkpoints": counting_names(root)}, after=after) as run:
         assert run.generation is not None
-        begun = pinned(config, root, before)
+        # An earlier start may have completed and removed checkpoints until it saw the claim.
+        if run.generation.claim["checkpoints"] != begun.checkpoints:
+            begun = look(config, root)
+        begun = pinned(config, root, begun)
         tracker = _track(config, root, run, begun.datasets)
         outcome = _fit(config, root, run.generation.number, tracker.handle, begun)
         if outcome["status"] == "stopped":

@@ -16,10 +16,11 @@ import torch
 
 from pipeline.codec.info import CodecInfo
 from pipeline.dataflow.lost_device import DeviceFault, device_fault
-from pipeline.encode.decoding import ImageDecoder, items_of, pixels_table
+from pipeline.encode.blocks import encoded_table, items_of, pixels_table
+from pipeline.encode.decoding import ImageDecoder
 from pipeline.encode.device import DeviceQueue, Latents
 from pipeline.encode.encoder import Encoder, Usage
-from pipeline.encode.items import Item
+from pipeline.encode.items import Decoded, Item, Rejected, UnitEnd
 from pipeline.errors import ConfigError
 from pipeline.source.config import ImageConfig
 from pipeline.store.write.schema import latents_from
@@ -59,7 +60,7 @@ class Blocks(torch.nn.Module):
         raise NotImplementedError("these tests only encode")
 
 
-def item(row: int, size: tuple[int, int] = (8, 8), first: int = 0, variant: int = 0, variants: int = 1) -> Item:
+def item(row: int, size: tuple[int, int] = (8, 8), first: int = 0, variant: int = 0, variants: int = 1) -> Decoded:
     pixels = np.random.default_rng(row).integers(0, 250, (*size, 3), np.uint8)
     pixels[0, 0, 0] = first
     values: dict[str, Any] = {
@@ -69,14 +70,19 @@ def item(row: int, size: tuple[int, int] = (8, 8), first: int = 0, variant: int 
         "variant": variant,
         "bucket": f"{size[0]}x{size[1]}",
         "sample_id": bytes([row, variant] * 8),
-        "outcome": "stored",
-        "variants": variants,
     }
-    return Item(values, pixels)
+    return Decoded(values, variants, pixels)
+
+
+class TableEncoder(Encoder):
+    """The encoder, whose answer is the table that travels on."""
+
+    def encode(self, *args: Any, **settings: Any) -> pa.Table:  # type: ignore[override]
+        return encoded_table(super().encode(*args, **settings))
 
 
 def encoder(codec: Blocks, batch_size: int = 4, dtype: str = "float16", posterior: str = "mode") -> Encoder:
-    return Encoder(codec, posterior, dtype, batch_size, 64, "mem")  # type: ignore[arg-type]
+    return TableEncoder(codec, posterior, dtype, batch_size, 64, "mem")  # type: ignore[arg-type]
 
 
 def stored(table: pa.Table) -> dict[int, bytes]:
@@ -104,7 +110,7 @@ def test_latents_are_what_the_codec_said() -> None:
     codec = Blocks()
     items = [item(r) for r in range(4)]
     table = encoder(codec).encode(items)
-    pixels = torch.from_numpy(np.stack([i.pixels for i in items if i.pixels is not None]))
+    pixels = torch.from_numpy(np.stack([i.pixels for i in items]))
     wanted = codec.encode(pixels).numpy().astype(np.float16).astype(np.float32)
     np.testing.assert_array_equal(latents_from(table["latent"], (4, 2, 2), "float16"), wanted)
 
@@ -217,24 +223,21 @@ def test_a_row_with_a_failed_variant_has_one_outcome() -> None:
 
 
 def test_outcomes_known_before_pass_through_in_their_place() -> None:
-    known = Item({"unit": 0, "row": 1, "key": "1", "outcome": "rejected", "variants": 0, "reason": "truncated"}, None)
-    end = Item({"unit": 0, "row": -1, "key": "", "outcome": "end", "variants": 0, "unit_rows": 3}, None)
+    known = Rejected(0, 1, "1", "mem/1", "rejected", "truncated", "short")
+    end = UnitEnd(0, 3)
     table = encoder(Blocks()).encode([item(0), known, item(2), end])
     assert table["outcome"].to_pylist() == ["end", "stored", "rejected", "stored"]
 
 
 def test_pixels_survive_the_way_between_decode_tasks_and_encoders() -> None:
-    items = [
-        item(0),
-        item(1, (4, 8)),
-        Item({"unit": 0, "row": 2, "key": "2", "outcome": "rejected", "variants": 0}, None),
-    ]
-    back = list(items_of(pixels_table(items)))
-    for a, b in zip(items, back, strict=True):
-        assert (a.pixels is None) == (b.pixels is None)
-        if a.pixels is not None:
-            np.testing.assert_array_equal(a.pixels, b.pixels)
-        assert {k: v for k, v in b.values.items() if v is not None} == a.values
+    others = [Rejected(0, 2, "2", "mem/2", "filtered", "too_small", "small"), UnitEnd(0, 3)]
+    items = [item(0, variants=2), item(1, (4, 8))]
+    back = list(items_of(pixels_table([*items, *others])))
+    assert back[2:] == others
+    for a, b in zip(items, back, strict=False):
+        assert isinstance(b, Decoded)
+        np.testing.assert_array_equal(a.pixels, b.pixels)
+        assert ({k: v for k, v in b.values.items() if v is not None}, b.variants) == (a.values, a.variants)
 
 
 def test_decoding_runs_ahead_but_keeps_the_order() -> None:
@@ -253,9 +256,9 @@ def test_decoding_runs_ahead_but_keeps_the_order() -> None:
     decoder = ImageDecoder(ImageConfig(resolution=16, multiple_of=4), "mem", threads=3, ahead=8)
     items = list(decoder.items(pa.Table.from_pylist(rows, schema=RAW)))
     decoder.close()
-    assert [i.values["row"] for i in items] == list(range(30))
-    assert [i.values["row"] for i in items if i.pixels is None] == [0, 7, 14, 21, 28]
-    assert all(i.pixels is None or (i.pixels == i.values["row"]).all() for i in items)
+    assert [i.place[1] for i in items] == list(range(30))
+    assert [i.row for i in items if isinstance(i, Rejected)] == [0, 7, 14, 21, 28]
+    assert all((i.pixels == i.values["row"]).all() for i in items if isinstance(i, Decoded))
 
 
 def handed_in(machine: Encoder, tables: Sequence[Sequence[Item]]) -> list[pa.Table]:
@@ -269,7 +272,7 @@ def test_tables_encoded_at_a_time_share_batches_and_get_what_each_would_have_got
     tables[3][2] = item(32, (4, 8), first=POISON)
     alone = [encoder(Blocks()).encode(table) for table in tables]
     codec = Blocks()
-    machine = Encoder(codec, "mode", "float16", 4, 64, "mem", calls=3)  # type: ignore[arg-type]
+    machine = TableEncoder(codec, "mode", "float16", 4, 64, "mem", calls=3)  # type: ignore[arg-type]
     for found, wanted in zip(handed_in(machine, tables), alone, strict=True):
         assert found.equals(wanted)
     assert machine.usage.stored == 41
@@ -284,7 +287,7 @@ def test_tables_encoded_at_a_time_share_batches_and_get_what_each_would_have_got
 
 def test_a_device_that_fails_ends_every_table_on_it() -> None:
     codec = Blocks(capacity=10)
-    machine = Encoder(codec, "mode", "float16", 4, 64, "mem", calls=2)  # type: ignore[arg-type]
+    machine = TableEncoder(codec, "mode", "float16", 4, 64, "mem", calls=2)  # type: ignore[arg-type]
     with ThreadPoolExecutor(2) as pool:
         for future in [pool.submit(machine.encode, [item(r) for r in range(3)]) for _ in range(2)]:
             with pytest.raises(ConfigError, match="does not fit the device's memory"):
@@ -310,7 +313,7 @@ def test_a_table_that_waits_for_company_hears_of_a_failed_device(
     # Which thread comes first after the last item is up to the system: hence some attempts.
     monkeypatch.setattr("pipeline.encode.encoder.DeviceQueue", LosesResults)
     monkeypatch.setattr("pipeline.encode.encoder._GRACE_S", 3600.0)
-    machine = Encoder(Blocks(), "mode", "float16", 4, 64, "mem", calls=3)  # type: ignore[arg-type]
+    machine = TableEncoder(Blocks(), "mode", "float16", 4, 64, "mem", calls=3)  # type: ignore[arg-type]
     errors: list[BaseException] = []
     alone = threading.Event()
 
@@ -339,7 +342,7 @@ def test_items_that_cannot_be_read_end_their_own_table_alone() -> None:
         yield item(0)
         raise ValueError("planted")
 
-    machine = Encoder(Blocks(), "mode", "float16", 4, 64, "mem", calls=2)  # type: ignore[arg-type]
+    machine = TableEncoder(Blocks(), "mode", "float16", 4, 64, "mem", calls=2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="planted"):
         machine.encode(unreadable())
     assert stored(machine.encode([item(1)])) == stored(encoder(Blocks()).encode([item(1)]))
@@ -356,7 +359,7 @@ def test_usage_is_told_once() -> None:
 
 @pytest.mark.integration
 def test_a_rare_size_is_not_kept_waiting_as_long_as_others_come() -> None:
-    machine = Encoder(Blocks(), "mode", "float16", 4, 64, "mem", calls=2)  # type: ignore[arg-type]
+    machine = TableEncoder(Blocks(), "mode", "float16", 4, 64, "mem", calls=2)  # type: ignore[arg-type]
     answered = threading.Event()
     taken = itertools.count()
 

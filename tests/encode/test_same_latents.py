@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from pipeline.codec.codec import load_codec
-from pipeline.encode.blocks import raw_table
+from pipeline.encode.blocks import encoded_table, raw_table
 from pipeline.encode.decoding import ImageDecoder
 from pipeline.encode.encoder import Encoder
 from pipeline.source.config import FolderSource, ImageConfig, ParquetSource, SourceConfig, WebDatasetSource
@@ -61,7 +61,7 @@ def encoded(source: SourceConfig, codec_path: Path, image: ImageConfig, order: i
             item.row = number
     decoder = ImageDecoder(image, source.uri, threads=2, ahead=4)
     encoder = Encoder(load_codec(str(codec_path)), "mode", "float16", 3, 64 * 64, source.uri)
-    table = encoder.encode(list(decoder.items(raw_table(0, items)))[::order])
+    table = encoded_table(encoder.encode(list(decoder.items(raw_table(0, items)))[::order]))
     decoder.close()
     rows = [r for r in table.to_pylist() if r["outcome"] != "end"]
     assert {r["outcome"] for r in rows} == {"stored"}

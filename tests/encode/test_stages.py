@@ -17,8 +17,7 @@ import torch
 from PIL import Image
 
 from pipeline.codec.config import CodecConfig
-from pipeline.encode.blocks import raw_table
-from pipeline.encode.decoding import pixels_table
+from pipeline.encode.blocks import pixels_table, raw_table
 from pipeline.encode.stages import DecodeImages, EncodeBlocks, EncoderSpec
 from pipeline.errors import InputError, PipelineError
 from pipeline.source.config import ImageConfig

@@ -67,15 +67,15 @@ def test_of_two_drivers_that_have_looked_one_goes_on(world: World, trainers: Tra
     trainers.check()
 
 
-def test_a_start_whose_base_was_pruned_between_look_and_claim_does_not_begin_anew(
-    world: World, trainers: Trainers
-) -> None:
+@pytest.mark.parametrize("at", ["announced", "open"])
+def test_what_a_start_begins_with_is_not_pruned_under_it(world: World, trainers: Trainers, at: str) -> None:
+    """It lists checkpoints once the older start can see that it is superseded, and removes no more."""
     first = world.sim.actor("first", trainers.train)
     world.sim.until(first, "create", "run/checkpoints/*-000000000000004-*/COMPLETE.json")
     second = world.sim.actor("second", trainers.train)
-    world.sim.until(second, "create", "run/generations/*")
-    world.sim.until(first, "create", "run/checkpoints/*-000000000000006-*/COMPLETE.json")
-    assert isinstance(world.sim.drain(second), ConflictError)
+    world.sim.until(second, "create", f"run/generations/*/{at}.json")
+    if at == "announced":  # not yet
+        world.sim.until(first, "create", "run/checkpoints/*-000000000000006-*/COMPLETE.json")
     world.sim.drain(first)
-    assert world.sim.run("third", trainers.train) == "done"
+    assert world.sim.finish(second) == "done"
     trainers.check()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pipeline.errors import ConflictError
 from pipeline.model.checkpoints import Complete, list_complete
 from pipeline.storage.root import Root
-from pipeline.store.ledger.generation import is_superseded, latest_number
+from pipeline.store.ledger.generation import is_superseded
 from pipeline.store.ledger.ledger import claimed
 from pipeline.store.read.pinned import Pins
 from pipeline.train.control import listed_checkpoints
@@ -39,10 +39,9 @@ class Trainers:
 
     def train(self, attempts: int = 1, steps: int = STEPS) -> str:
         """One start of the job, whose workers are started some times; "done" or "stopped"."""
-        after = latest_number(self.root)
-        complete = counting(self.checkpoints, newest_start(self.checkpoints))
-        note = {"checkpoints": [c.name for c in complete]}
-        with claimed(self.root, "train", after=after, note=note, patience_s=0.0) as generation:
+        with claimed(self.root, "train", note=self._listed, patience_s=0.0) as generation:
+            complete = counting(self.checkpoints, newest_start(self.checkpoints))
+            complete = [c for c in complete if c.name in generation.claim["checkpoints"]]
             inputs = complete[-1].meta["inputs"] if complete else f"{len(self.world.sim.actors):016x}"
             pins = Pins(self.root, f"inputs/{inputs}")
             if not pins.holds(self.world.root):
@@ -52,6 +51,9 @@ class Trainers:
                 last = STEPS if attempt == attempts - 1 else steps // 2
                 status = self._work(generation.number, inputs, pins, last)
             return status
+
+    def _listed(self) -> dict[str, list[str]]:
+        return {"checkpoints": [c.name for c in counting(self.checkpoints, newest_start(self.checkpoints))]}
 
     def _work(self, generation: int, inputs: str, pins: Pins, last: int) -> str:
         start = begin(self.checkpoints, generation, listed_checkpoints(self.root, generation))

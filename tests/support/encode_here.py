@@ -10,6 +10,7 @@ import pytest
 from pipeline.codec.codec import load_codec
 from pipeline.config import load_config
 from pipeline.encode import job
+from pipeline.encode.blocks import encoded_table
 from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.decoding import ImageDecoder
 from pipeline.encode.encoder import Encoder
@@ -51,7 +52,7 @@ def _passes(config: EncodeJobConfig, root: Root, generation: Any, info: Any, tra
         for work in (w for batch in work_of(state.gaps(retry), 1000) for w in batch):
             reader = UnitReader(root, config.source, {work.unit: state.plan.locate(work.unit)})
             for block in reader(work):
-                commit(encoder.encode(decoder.items(block)))
+                commit(encoded_table(encoder.encode(decoder.items(block))))
     finally:
         decoder.close()
     return read_state(root)

@@ -55,12 +55,9 @@ def test_a_start_comes_after_those_of_releases_that_claimed_in_another_way(root:
     assert new_start(root, after=5) == 6
 
 
-def test_a_start_that_another_one_came_before_steps_back(root: Root) -> None:
-    assert new_start(root, after=0, checkpoints=["a"]) == 1
-    with pytest.raises(ConflictError, match=r"Another run claimed .* at the same moment"):
-        new_start(root, after=0, checkpoints=[])
-    assert listed_checkpoints(root, 1) == ["a"]
-    assert listed_checkpoints(root, new_start(root, after=1)) is None
+def test_a_start_tells_which_checkpoints_it_began_with(root: Root) -> None:
+    assert listed_checkpoints(root, new_start(root, checkpoints=["a"])) == ["a"]
+    assert listed_checkpoints(root, new_start(root)) is None
 
 
 def test_a_stop_is_for_its_own_generation(root: Root) -> None:

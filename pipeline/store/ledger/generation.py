@@ -212,21 +212,19 @@ def claim_next(
     *,
     job: str,
     patience_s: float = PATIENCE_S,
-    note: Mapping[str, Any] | None = None,
-    after: int | None = None,
+    note: Callable[[], Mapping[str, Any]] = dict,
+    after: int = 0,
 ) -> Generation:
     """Claim the next generation; ConflictError when another run is alive or claims it at the same moment.
 
     `collect(previous)` must persist every commit record visible in generation `previous` and return the names
-    of the bundles that hold them. note: what else the claim tells. after: the generation that was the newest when the
-    caller looked at what there is; ConflictError when it no longer is.
+    of the bundles that hold them. note: what else the claim tells, looked up once older runs can see that they are
+    superseded. after: a number that the generation's exceeds in any case.
     """
     previous = latest_number(root)
     if previous:
         _wait_for_silence(root, previous, patience_s)
-    if after is not None and previous > after:
-        raise _rival(root)
-    number = max(previous, after or 0) + 1
+    number = max(previous, after) + 1
     place = layout.generation_dir(number)
     # Before the lists are made: what its owner writes from now on it does not count as done.
     root.put_if_absent(f"{place}/{_ANNOUNCED}", b"{}")
@@ -241,24 +239,20 @@ def claim_next(
         "at": time.time(),
         # Tells two writers' claims apart where the answer to one got lost.
         "writer": secrets.token_hex(8),
-        **(note or {}),
+        **note(),
     }
     body = layout.canonical_json(claim)
     if not root.put_if_absent(f"{place}/{_CLAIM}", body) and root.read_bytes(f"{place}/{_CLAIM}") != body:
-        raise _rival(root)
+        raise ConflictError(
+            f"Another run claimed {root.uri} at the same moment",
+            key="output.uri",
+            value=root.uri,
+            rule="one run writes an output at a time",
+            next_step="let the other run finish",
+        )
     generation = Generation(root, number, bundles, claim)
     generation.start_heartbeat()
     return generation
-
-
-def _rival(root: Root) -> ConflictError:
-    return ConflictError(
-        f"Another run claimed {root.uri} at the same moment",
-        key="output.uri",
-        value=root.uri,
-        rule="one run writes an output at a time",
-        next_step="let the other run finish",
-    )
 
 
 def _wait_for_silence(root: Root, number: int, patience_s: float) -> None:

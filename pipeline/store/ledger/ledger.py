@@ -8,7 +8,7 @@ claim comes, the records of the newest generation are read from its seals (see `
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -97,8 +97,8 @@ def claimed(
     root: Root,
     job: str,
     *,
-    note: Mapping[str, Any] | None = None,
-    after: int | None = None,
+    note: Callable[[], Mapping[str, Any]] = dict,
+    after: int = 0,
     patience_s: float = PATIENCE_S,
 ) -> Iterator[Generation]:
     """The next generation of a root, which the block holds; raises what `claim_next` raises.

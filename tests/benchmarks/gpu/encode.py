@@ -15,7 +15,7 @@ from pipeline.codec.diffusers_codec import DiffusersCodec
 from pipeline.codec.flops import encode_flops
 from pipeline.codec.info import CodecInfo
 from pipeline.encode.encoder import Encoder
-from pipeline.encode.items import Item
+from pipeline.encode.items import Decoded
 from tests.benchmarks.gpu.device import Bench, Kernels, fitting, medians
 from tests.benchmarks.gpu.shapes import Scale
 
@@ -107,8 +107,8 @@ def measure(
     }
 
 
-def make_items(distinct: int, count: int, side: int) -> list[Item]:
+def make_items(distinct: int, count: int, side: int) -> list[Decoded]:
     """`count` future rows over `distinct` random images."""
     pixels = np.random.default_rng(0).integers(0, 256, (distinct, side, side, 3), dtype=np.uint8)
-    known = {"unit": 0, "variant": 0, "bucket": f"{side}x{side}", "outcome": "stored", "variants": 1}
-    return [Item({**known, "row": row, "key": str(row)}, pixels[row % distinct]) for row in range(count)]
+    known = {"unit": 0, "variant": 0, "bucket": f"{side}x{side}"}
+    return [Decoded({**known, "row": row, "key": str(row)}, 1, pixels[row % distinct]) for row in range(count)]
