@@ -22,11 +22,11 @@ from typing import Any, NoReturn, TextIO
 
 from jobs._supervise import Ending, supervised
 from pipeline.config import StrictModel, dump_yaml, help_text, load_config
-from pipeline.dataflow.lost_device import device_fault, stopped_by
+from pipeline.dataflow.device_faults import device_fault, stopped_by
 from pipeline.errors import StoppedError
 from pipeline.result import JobResult
 from pipeline.storage.errors import job_error
-from pipeline.tracking.redact import Redactor
+from pipeline.tracking.uris import Redactor
 
 EXIT_CODES = """exit codes:
   0   done                      4   conflict: another run holds the output, or it or an input was made differently

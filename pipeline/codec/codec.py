@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from pipeline.codec.files import codec_root, local_directory
 from pipeline.codec.info import CodecInfo, diffusers_info, gpu_dtype
-from pipeline.codec.locate import codec_root, local_directory
 from pipeline.errors import InputError
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root

@@ -11,8 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.codec.locate import codec_root
-from pipeline.codec.weights import read_tensor, weight_files
+from pipeline.codec.files import codec_root, read_tensor, weight_files
 from pipeline.errors import ConfigError, InputError
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root

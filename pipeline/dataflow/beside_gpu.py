@@ -79,7 +79,7 @@ class _Loaded:
 
 def _run_there(folder: str, work: Callable[..., T], *arguments: Any) -> T:
     """Run on the worker, in the driver's folder where that is shared: a configuration may name places from there."""
-    from pipeline.dataflow.lost_device import device_fault, stopped_by
+    from pipeline.dataflow.device_faults import device_fault, stopped_by
 
     if os.path.isdir(folder):
         os.chdir(folder)
@@ -115,7 +115,7 @@ def _answer(reference: Any) -> Any:
 
 def own_device(device: str, cluster: ClusterConfig) -> str:
     """What this process computes on, "cuda" or "cpu"; ConfigError when it is to be CUDA, and that does not work."""
-    from pipeline.dataflow.lost_device import cuda_problem, driver_version, unusable_cuda
+    from pipeline.dataflow.device_faults import cuda_problem, driver_version, unusable_cuda
 
     if device == "cpu" or cluster.device == "cpu":
         return "cpu"

@@ -11,14 +11,14 @@ from typing import Any
 
 import ray
 
+from pipeline.dataflow.device_faults import stopped_by
 from pipeline.dataflow.executions import run_execution
-from pipeline.dataflow.lost_device import stopped_by
 from pipeline.dataflow.monitor import Rows
 from pipeline.errors import StoppedError
 from pipeline.store.ledger.generation import Generation
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State
-from pipeline.store.plan.work import Work, work_of
+from pipeline.store.plan.plan import Work, work_of
 
 _log = logging.getLogger(__name__)
 # Passes that faults of devices or software ended without any progress, before the job stops and says which.

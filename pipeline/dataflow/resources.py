@@ -188,7 +188,7 @@ def check_devices(cluster: ClusterConfig, try_start: Callable[[], None] = lambda
 
 
 def _try_device(cluster: ClusterConfig, node: str, try_start: Callable[[], None]) -> PipelineError | None:
-    from pipeline.dataflow.lost_device import cuda_problem, device_fault, stopped_by, unusable_cuda
+    from pipeline.dataflow.device_faults import cuda_problem, device_fault, stopped_by, unusable_cuda
 
     problem = cuda_problem() if cluster.device != "cpu" else None
     if problem is not None:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import ray
 
-from pipeline.dataflow.lost_device import device_fault, ends_with_its_device, stopped_by
+from pipeline.dataflow.device_faults import device_fault, ends_with_its_device, stopped_by
 from pipeline.dataflow.monitor import Rows
 from pipeline.errors import PipelineError
 from pipeline.store.ledger.rowset import RowSet
@@ -114,7 +114,7 @@ def answer(reference: Any) -> Any:
 
 def _of_this_device(error: Exception, stage: str) -> PipelineError | None:
     """What an error at the start means where it may be the fault of this device alone; else None."""
-    from pipeline.dataflow.out_of_memory import out_of_memory
+    from pipeline.dataflow.device_faults import out_of_memory
 
     if isinstance(error, PipelineError):
         return error if error.__cause__ is not None and out_of_memory(error.__cause__) else None

@@ -14,13 +14,72 @@ import numpy.typing as npt
 import torch
 
 from pipeline.codec.codec import Codec, posterior_seed
-from pipeline.dataflow.lost_device import DeviceFault, device_fault
-from pipeline.dataflow.out_of_memory import out_of_memory
-from pipeline.encode.device import DeviceQueue
-from pipeline.encode.items import Decoded, Encoded, Item, Outcome, Rejected
+from pipeline.dataflow.device_faults import DeviceFault, device_fault, out_of_memory
+from pipeline.encode.rows import Decoded, EncodedImage, Item, Outcome, Rejected
 from pipeline.errors import ConfigError
 from pipeline.source.reasons import Reason
 from pipeline.store.write.schema import pack_latents
+
+# -- One device's traffic: pixels up on a stream of their own, latents down without stopping what is queued ----
+
+
+Latents = npt.NDArray[np.float32]
+
+
+class DeviceQueue:
+    """Hands batches to a device and results back, so that it computes one batch while the next is copied to it.
+
+    On CUDA the host memory is pinned and `depth` batches may be queued; on a CPU everything is done at once.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = torch.device(device)
+        self._uploads: torch.cuda.Stream | None = None
+        if self._device.type == "cuda":
+            self._uploads = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+
+    @property
+    def depth(self) -> int:
+        """Batches to keep queued on the device while the host prepares the next."""
+        return 0 if self._uploads is None else 2
+
+    def host_batch(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Uninitialised uint8 host memory of that shape, pinned where that makes copies asynchronous."""
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=self._uploads is not None)
+
+    def upload(self, batch: torch.Tensor) -> torch.Tensor:
+        """The batch on the device; work queued from now on waits for the copy, work queued before does not."""
+        if self._uploads is None:
+            return batch
+        with torch.cuda.stream(self._uploads):
+            on_device = batch.to(self._device, non_blocking=True)
+        working = torch.cuda.current_stream(self._device)
+        working.wait_stream(self._uploads)
+        on_device.record_stream(working)
+        return on_device
+
+    def download(self, latents: torch.Tensor) -> Callable[[], Latents]:
+        """Queue the way back behind the latents' own work; the answer waits for that much and no later work."""
+        if self._uploads is None:
+            host = latents.float()
+            return host.numpy
+        host = torch.empty(latents.shape, dtype=torch.float32, pin_memory=True)
+        host.copy_(latents.float(), non_blocking=True)
+        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        done.record(torch.cuda.current_stream(self._device))
+
+        def fetch() -> Latents:
+            done.synchronize()
+            fetched: Latents = host.numpy()
+            return fetched
+
+        return fetch
+
+    def release_cached(self) -> None:
+        """Give back memory that is kept for later use, before a smaller batch is tried."""
+        if self._uploads is not None:
+            torch.cuda.empty_cache()
+
 
 # A call whose last batches are not full waits so long for another to begin, where others may; and, while others hand
 # in their items, for so many of their batches.
@@ -290,26 +349,26 @@ class Encoder:
         self.usage.device_s += time.perf_counter() - began
         self._deliver(running.owned, self._outcomes([item for _, item in running.owned], latents_NCHW))
 
-    def _deliver(self, owned: list[Owned], outcomes: Sequence[Encoded | Rejected]) -> None:
+    def _deliver(self, owned: list[Owned], outcomes: Sequence[EncodedImage | Rejected]) -> None:
         stored: dict[_Call, int] = {}
         for (call, _), outcome in zip(owned, outcomes, strict=True):
             call.done.append(outcome)
             call.open -= 1
-            stored[call] = stored.get(call, 0) + isinstance(outcome, Encoded)
+            stored[call] = stored.get(call, 0) + isinstance(outcome, EncodedImage)
         for call, count in stored.items():
             self.usage.stored += count
             if call.on_batch and count:
                 call.on_batch(count)
         self._state.notify_all()
 
-    def _outcomes(self, items: list[Decoded], latents_NCHW: npt.NDArray[np.float32]) -> list[Encoded | Rejected]:
+    def _outcomes(self, items: list[Decoded], latents_NCHW: npt.NDArray[np.float32]) -> list[EncodedImage | Rejected]:
         within: npt.NDArray[np.bool_] = np.abs(latents_NCHW) <= self._largest_value  # false for NaN, too
         sound = np.asarray(within.reshape(len(items), -1).all(axis=1))
         if not sound.all():
             self.check_itself(_size(items[0]))
         packed = pack_latents(np.where(sound[:, None, None, None], latents_NCHW, 0.0), self.latent_dtype)
         return [
-            Encoded(item, data, latents_NCHW.shape[1:])
+            EncodedImage(item, data, latents_NCHW.shape[1:])
             if ok
             else self._failed(item, Reason.BAD_LATENT, f"the latent is not finite in {self.latent_dtype}")
             for item, data, ok in zip(items, packed, sound, strict=True)

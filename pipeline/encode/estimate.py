@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.result import JobResult
 from pipeline.source.pixels.render import bucket_sizes
 from pipeline.source.reading.listing import list_entries
-from pipeline.store.plan.plan_diff import group_units
+from pipeline.store.plan.plan import group_units
 
 _log = logging.getLogger(__name__)
 

@@ -13,23 +13,30 @@ from pipeline.codec.info import CodecInfo, check_dtype, check_posterior, codec_i
 from pipeline.dataflow.cluster import ensure_ray
 from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.planning import known_entries, update_plan
-from pipeline.encode.same_reading import check_same_reading
-from pipeline.encode.summary import REHEARSED, adopted, fingerprint_of, finish, recipe, source_note, with_dtype
+from pipeline.encode.summary import (
+    REHEARSED,
+    adopted,
+    check_same_reading,
+    fingerprint_of,
+    finish,
+    recipe,
+    source_note,
+    with_dtype,
+)
 from pipeline.errors import ConfigError, ConflictError
 from pipeline.progress import Progress
 from pipeline.result import JobResult
 from pipeline.runs.session import Run, open_run
 from pipeline.source.reading.listing import check_apart, list_entries, source_root
 from pipeline.storage.root import Root
-from pipeline.store.ledger.generation import Generation
+from pipeline.store.ledger.generation import Generation, last_run
 from pipeline.store.ledger.identity import Identity, check_same, read_identity
 from pipeline.store.ledger.layout import IDENTITY
 from pipeline.store.ledger.ledger import claimed
 from pipeline.store.ledger.rowset import RowSet
-from pipeline.store.ledger.runs import last_run
 from pipeline.store.ledger.state import State, read_state
 from pipeline.store.maintain.dedup import deduplicate, is_due, marked, released
-from pipeline.store.plan.plan_diff import DiffReport
+from pipeline.store.plan.plan import DiffReport
 from pipeline.store.read.dataset import LatentDataset
 
 _log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from functools import partial
 
 from pipeline.codec.info import CodecInfo
 from pipeline.dataflow.cluster import Gauges, device_of, ensure_ray, shutdown_ray
-from pipeline.dataflow.executions import configure_ray_data
+from pipeline.dataflow.executions import LedgerSink, UnitSource, configure_ray_data
 from pipeline.dataflow.monitor import Watch, start_monitor
 from pipeline.dataflow.passes import Passes
 from pipeline.dataflow.resources import (
@@ -23,7 +23,6 @@ from pipeline.dataflow.resources import (
     no_gpus,
     node_offers,
 )
-from pipeline.dataflow.units import LedgerSink, UnitSource
 from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.planning import planned_rows
 from pipeline.encode.stages import (
@@ -44,8 +43,7 @@ from pipeline.store.ledger.ledger import visible_records
 from pipeline.store.ledger.record import CommitRecord
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State, fold
-from pipeline.store.plan.plan import read_plan
-from pipeline.store.plan.work import Work
+from pipeline.store.plan.plan import Work, read_plan
 from pipeline.store.write.schema import LATENTS, REJECTS
 from pipeline.store.write.writer import Committer
 from pipeline.tracking.tracker import Tracker

@@ -10,8 +10,17 @@ import numpy as np
 from pipeline.storage.root import Root
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State
-from pipeline.store.plan.plan import EntryLike, Plan, PlannedEntry, append_version, read_plan
-from pipeline.store.plan.plan_diff import DiffReport, diff, group_units, live_entries
+from pipeline.store.plan.plan import (
+    DiffReport,
+    EntryLike,
+    Plan,
+    PlannedEntry,
+    append_version,
+    diff,
+    group_units,
+    live_entries,
+    read_plan,
+)
 
 
 def known_entries(root: Root, kind: str) -> Iterable[PlannedEntry]:

@@ -5,26 +5,118 @@ Torch is imported by the encoder alone: the processes that read and write start 
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.codec.config import CodecConfig
-from pipeline.encode.blocks import encoded_table, items_of, pixels_table, raw_table, split_outcomes
-from pipeline.encode.decoding import ImageDecoder
+from pipeline.encode.rows import (
+    Decoded,
+    Item,
+    Rejected,
+    UnitEnd,
+    encoded_table,
+    items_of,
+    lines,
+    pixels_table,
+    raw_item,
+    raw_table,
+    split_outcomes,
+)
 from pipeline.errors import ConfigError
 from pipeline.source.config import ImageConfig, SourceConfig
+from pipeline.source.pixels.prepare import PreparedImage, Reject, prepare
 from pipeline.source.reading.listing import Entry
 from pipeline.source.reading.readers import read_unit
 from pipeline.source.reading.rows import EndOfUnit, SourceRow
 from pipeline.storage.root import Root
-from pipeline.store.plan.plan import EntrySpan, read_entries
-from pipeline.store.plan.work import Work
+from pipeline.store.plan.plan import EntrySpan, Work, read_entries
 from pipeline.store.write.writer import Committer
+
+# -- Decoding beside the device: rows of compressed bytes to pixels, in order, on threads that run ahead -------
+
+
+class ImageDecoder:
+    """Turns RAW tables into items; holds its threads until closed."""
+
+    def __init__(self, image: ImageConfig, source_uri: str, threads: int, ahead: int) -> None:
+        self._image, self._source_uri, self._ahead = image, source_uri, max(ahead, threads)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._lock = threading.Lock()
+        self.busy_s = 0.0  # seconds of work of all threads together
+        self._reported_s = 0.0
+
+    def items(self, raw: pa.Table) -> Iterator[Item]:
+        """The items of a table in row order; at most `ahead` rows are decoded before they are asked for.
+
+        The first of them at once, not when the first item is asked for.
+        """
+        rows = lines(raw)
+        return self._decoded(
+            rows, deque(self._pool.submit(self._timed, values) for values in islice(rows, self._ahead))
+        )
+
+    def _decoded(self, rows: Iterator[dict[str, Any]], waiting: deque[Future[list[Item]]]) -> Iterator[Item]:
+        while waiting:
+            yield from waiting.popleft().result()
+            waiting.extend(self._pool.submit(self._timed, values) for values in islice(rows, 1))
+
+    def unreported_s(self) -> float:
+        """Seconds of work since this was asked last."""
+        with self._lock:
+            news, self._reported_s = self.busy_s - self._reported_s, self.busy_s
+        return news
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _timed(self, values: dict[str, Any]) -> list[Item]:
+        began = time.perf_counter()
+        try:
+            return self._decode(values)
+        finally:
+            with self._lock:
+                self.busy_s += time.perf_counter() - began
+
+    def _decode(self, values: dict[str, Any]) -> list[Item]:
+        item = raw_item(values)
+        if isinstance(item, EndOfUnit):
+            return [UnitEnd(values["unit"], item.rows)]
+        prepared = prepare(item, self._image)
+        if isinstance(prepared, Reject):
+            uri = f"{self._source_uri}/{item.key}"
+            why = (prepared.status, str(prepared.reason), prepared.message)
+            return [Rejected(values["unit"], item.row, item.key, uri, *why)]
+        told = {name: values[name] for name in ("unit", "row", "key", "caption", "label", "extra")}
+        return [Decoded({**told, **_described(p)}, len(prepared), p.pixels) for p in prepared]
+
+
+def _described(p: PreparedImage) -> dict[str, Any]:
+    top, left, height, width = p.crop
+    return {
+        "sample_id": p.sample_id,
+        "variant": p.variant,
+        "bucket": f"{p.bucket[0]}x{p.bucket[1]}",
+        "original_height": p.original[0],
+        "original_width": p.original[1],
+        "crop_top": top,
+        "crop_left": left,
+        "crop_height": height,
+        "crop_width": width,
+        "flipped": p.flipped,
+        "content_sha256": p.content_sha256,
+        "phash": p.phash,
+    }
+
 
 _BLOCK_BYTES = 32 << 20
 ENCODER = "encoder"  # the stage, as the monitor knows it
@@ -138,7 +230,7 @@ def try_encoder(spec: EncoderSpec) -> None:
 def load_encoder(spec: EncoderSpec) -> Any:
     """The `Encoder` that a spec describes; ConfigError when the codec does not fit its device."""
     from pipeline.codec.codec import load_codec
-    from pipeline.dataflow.out_of_memory import out_of_memory
+    from pipeline.dataflow.device_faults import out_of_memory
     from pipeline.encode.encoder import Encoder
 
     try:

@@ -14,8 +14,8 @@ from pipeline.evaluate.reference import ReferenceSummary, summarize
 from pipeline.evaluate.samples import open_samples
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import last_run
 from pipeline.store.ledger.layout import IDENTITY, canonical_json
-from pipeline.store.ledger.runs import last_run
 from pipeline.store.read.dataset import Dataset, LatentDataset
 from pipeline.train.history import HISTORY, read_records
 

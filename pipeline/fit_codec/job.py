@@ -29,7 +29,7 @@ from pipeline.store.ledger.identity import Identity, check_same
 from pipeline.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
-    from pipeline.fit_codec.images import FitImages
+    from pipeline.fit_codec.fit import FitImages
 
 CLAIM = "fit_codec.json"
 _LOG_EVERY = 10
@@ -161,7 +161,7 @@ def _result(status: str, root: Root, record: dict[str, Any]) -> JobResult:
 
 def _fit(config: FitCodecJobConfig, identity: FitIdentity, root: Root) -> JobResult:
     """Choose images, claim the output, fit, upload, mark complete."""
-    from pipeline.fit_codec.images import collect_images
+    from pipeline.fit_codec.fit import collect_images
 
     images = collect_images(config.source, config.image, config.fit.images, config.fit.holdout, config.fit.seed)
     root.probe()

@@ -22,9 +22,9 @@ from pipeline.result import JobResult
 from pipeline.sample.provenance import FORMAT, origin_of
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import noted_runs
 from pipeline.store.ledger.identity import read_identity
 from pipeline.store.ledger.layout import IDENTITY
-from pipeline.store.ledger.runs import noted_runs
 from pipeline.store.ledger.state import read_state
 from pipeline.store.read.dataset import Dataset
 from pipeline.tracking.config import LineageJobConfig

@@ -13,11 +13,10 @@ from pipeline.maintenance.config import CompactJobConfig, VerifyJobConfig
 from pipeline.progress import Progress
 from pipeline.result import JobResult
 from pipeline.runs.session import Run, open_run
-from pipeline.storage.places import place_of
-from pipeline.storage.root import Root
+from pipeline.storage.root import Root, place_of
+from pipeline.store.ledger.generation import last_run
 from pipeline.store.ledger.identity import read_identity
 from pipeline.store.ledger.ledger import claimed
-from pipeline.store.ledger.runs import last_run
 from pipeline.store.ledger.state import read_state
 from pipeline.store.maintain.compact import compact, shards_to_write
 from pipeline.store.maintain.verify import VerifyReport, collect_garbage, has_garbage, verify

@@ -19,17 +19,16 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.codec.codec import Codec, load_codec
-from pipeline.encode.decoding import ImageDecoder
 from pipeline.encode.encoder import Encoder
-from pipeline.encode.items import Decoded, Encoded, Item
-from pipeline.encode.stages import UnitReader
+from pipeline.encode.rows import Decoded, EncodedImage, Item
+from pipeline.encode.stages import ImageDecoder, UnitReader
 from pipeline.encode.summary import largest_bucket
 from pipeline.errors import InputError
 from pipeline.maintenance.config import DecodeCheckConfig
 from pipeline.source.config import ImageConfig, SourceConfig
+from pipeline.store.ledger.generation import last_recipe
 from pipeline.store.ledger.rowset import RowSet
-from pipeline.store.ledger.runs import last_recipe
-from pipeline.store.plan.work import Work
+from pipeline.store.plan.plan import Work
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.write.schema import latents_from
 
@@ -98,7 +97,7 @@ def recheck(uri: str, config: DecodeCheckConfig) -> Recheck:
         else:
             wanted[row["sample_id"]] = item
     outcomes = encoder.encode(wanted.values())
-    again = {o.decoded.values["sample_id"]: o for o in outcomes if isinstance(o, Encoded)}
+    again = {o.decoded.values["sample_id"]: o for o in outcomes if isinstance(o, EncodedImage)}
     for row in rows:
         if row["sample_id"] in wanted:
             _compare(found, dataset, config, codec, row, wanted[row["sample_id"]], again.get(row["sample_id"]))
@@ -201,7 +200,7 @@ def _compare(
     codec: Codec,
     row: dict[str, Any],
     item: Decoded,
-    again: Encoded | None,
+    again: EncodedImage | None,
 ) -> None:
     where = f"{row['key']} (unit {row['unit']}, row {row['row']})"
     stored = _latent(row["latent"], row["latent_shape"], dataset.latent_dtype)

@@ -11,10 +11,9 @@ from pipeline.config import StrictModel, config_digest, dump_yaml
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.result import JobResult
 from pipeline.storage.root import Root
-from pipeline.store.ledger.generation import Generation
+from pipeline.store.ledger.generation import Generation, last_run, note_run
 from pipeline.store.ledger.identity import Identity, claim_identity
 from pipeline.store.ledger.ledger import claimed
-from pipeline.store.ledger.runs import last_run, note_run
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.tracker import NoopTracker, Tracker, open_tracker
 

@@ -9,8 +9,7 @@ import pyarrow as pa
 import torch
 
 from pipeline.codec.codec import Codec, load_codec
-from pipeline.dataflow.lost_device import DeviceFault, device_fault
-from pipeline.dataflow.out_of_memory import out_of_memory
+from pipeline.dataflow.device_faults import DeviceFault, device_fault, out_of_memory
 from pipeline.sample.plan import padded
 
 

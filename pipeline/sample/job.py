@@ -21,10 +21,9 @@ from pipeline.sample.prepare import SamplingInputs, prepare
 from pipeline.sample.provenance import without_credentials
 from pipeline.sample.showing import CONTACT_KEY, GALLERY_KEY, show
 from pipeline.storage.root import Root
-from pipeline.store.ledger.generation import Generation, check_newest, newest_of, read_closing
+from pipeline.store.ledger.generation import Generation, check_newest, last_run, newest_of, read_closing
 from pipeline.store.ledger.layout import IDENTITY
 from pipeline.store.ledger.rowset import RowSet
-from pipeline.store.ledger.runs import last_run
 from pipeline.store.ledger.state import State, read_state
 from pipeline.store.read.dataset import Dataset
 from pipeline.tracking.tracker import Tracker

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.dataflow.cluster import device_of, ensure_ray, shutdown_ray
-from pipeline.dataflow.executions import configure_ray_data, whole_blocks
+from pipeline.dataflow.executions import LedgerSink, UnitSource, configure_ray_data, whole_blocks
 from pipeline.dataflow.monitor import Watch, start_monitor
 from pipeline.dataflow.passes import Passes
 from pipeline.dataflow.resources import (
@@ -23,7 +23,6 @@ from pipeline.dataflow.resources import (
     no_gpus,
     node_offers,
 )
-from pipeline.dataflow.units import LedgerSink, UnitSource
 from pipeline.progress import Progress
 from pipeline.sample.config import SampleJobConfig, StageConfig
 from pipeline.sample.output import IMAGES
@@ -45,8 +44,7 @@ from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import Generation
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State, read_state
-from pipeline.store.plan.plan import read_entries, read_plan
-from pipeline.store.plan.work import Work
+from pipeline.store.plan.plan import Work, read_entries, read_plan
 from pipeline.store.write.schema import REJECTS
 from pipeline.store.write.writer import Committer
 

@@ -15,8 +15,7 @@ from pipeline.sample.provenance import Draw, Origin
 from pipeline.sample.request_files import file_format, map_columns, read_columns
 from pipeline.sample.requests import Defaults, RequestLimits, Requests, grid_columns, refuse_broken, validate_requests
 from pipeline.storage.errors import describe, storage_errors
-from pipeline.storage.places import place_of
-from pipeline.storage.root import Root
+from pipeline.storage.root import Root, place_of
 from pipeline.store.ledger.identity import Identity
 from pipeline.tracking.config import REGISTERED, resolve_paths
 

@@ -16,7 +16,7 @@ from pipeline.result import JobResult
 from pipeline.sample.config import RegenerateJobConfig
 from pipeline.sample.provenance import TOLERANCE_LEVELS
 from pipeline.storage.errors import describe, storage_errors
-from pipeline.storage.places import place_of
+from pipeline.storage.root import place_of
 
 if TYPE_CHECKING:
     import numpy as np

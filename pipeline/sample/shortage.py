@@ -48,7 +48,7 @@ def _shortage_named(what: str, **told: Any) -> Iterator[None]:
 
 
 def _is_shortage(error: Exception) -> bool:
-    from pipeline.dataflow.out_of_memory import out_of_memory  # needs torch, which the driver does without
+    from pipeline.dataflow.device_faults import out_of_memory  # needs torch, which the driver does without
 
     return out_of_memory(error)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dataflow.lost_device import ends_with_its_device
+from pipeline.dataflow.device_faults import ends_with_its_device
 from pipeline.dataflow.stage import Reports, answer, held, one_by_one
 from pipeline.sample.output import IMAGES, encode_rows
 from pipeline.sample.plan import PLAN_SCHEMA
@@ -20,8 +20,7 @@ from pipeline.sample.shortage import batch_fits, networks_fit
 from pipeline.sample.tars import pack_units
 from pipeline.sample.text import TextSpec
 from pipeline.storage.root import Root
-from pipeline.store.plan.plan import EntrySpan, read_entries
-from pipeline.store.plan.work import Work
+from pipeline.store.plan.plan import EntrySpan, Work, read_entries
 from pipeline.store.write.schema import REJECTS
 from pipeline.store.write.writer import Committer
 

@@ -7,8 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config import StrictModel
-from pipeline.source.reading.filters import parse_filter
-from pipeline.source.reading.record_filter import keeps
+from pipeline.source.reading.filters import keeps, parse_filter
 
 Format = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "jpeg2000", "ppm"]
 FORMATS: tuple[Format, ...] = ("jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "jpeg2000", "ppm")

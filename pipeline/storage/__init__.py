@@ -2,13 +2,12 @@
 
     URI --root--> Root   list, read, read of a listed version, put, put if absent, delete; retries where they are safe
 
-root     what everybody uses; a creation is made once, whoever repeats it, and a lost answer is resolved
+root     what everybody uses; a creation is made once, whoever repeats it, and a lost answer is resolved; which keys are
+         refused: there is no way out of a root
 local    names linked in place, synced with their directories
 remote   fsspec behind it; S3 and GCS in their own words
-keys     which keys are refused: no way out of a root
 writers  stores without conditional writes
 errors   what a store's exception means for a job
-places   a single file's URI as root and name
 
 A write is whole or not there. Knows configuration and errors, and nothing above.
 """

@@ -34,8 +34,6 @@ from pipeline.storage.errors import (
     storage_errors,
     without_user,
 )
-from pipeline.storage.keys import KeyRefused as KeyRefused
-from pipeline.storage.keys import check_key as check_key
 from pipeline.storage.local import half_written, read_unchanged, scanned, written_beside
 from pipeline.storage.remote import (
     BUFFER_BYTES,
@@ -48,6 +46,21 @@ from pipeline.storage.remote import (
     read_whole,
 )
 from pipeline.storage.writers import refuse_or_warn, single_writer
+
+# -- What may be the name of an object below its root ----------------------------------------------------------
+
+
+class KeyRefused(ValueError):
+    """A name that cannot be a key."""
+
+
+def check_key(key: str) -> str:
+    """The key itself; KeyRefused when it is absolute, empty in a part, or climbs out of its root."""
+    parts = key.split("/")
+    if key.startswith("/") or "\\" in key or "\0" in key or any(p in ("", ".", "..") for p in parts):
+        raise KeyRefused(f"storage key {key!r} must be relative, '/'-separated and without '.' or '..' parts")
+    return key
+
 
 T = TypeVar("T")
 
@@ -450,3 +463,14 @@ def _object_info(detail: dict[str, Any], key: str) -> ObjectInfo:
         str(etag).strip('"') if etag else None,
         int(float(stamp) * 1e9) if stamp is not None else None,
     )
+
+
+# -- One object by its path or URI, as a root and a key --------------------------------------------------------
+
+
+def place_of(uri: str) -> tuple[Root, str]:
+    """(the root an object lies in, its key there); a bare name lies in the working directory, "/name" in "/"."""
+    folder, slash, name = uri.rpartition("/")
+    if folder.endswith((":/", "://")):
+        folder += "/"  # "memory://name", "file:///name": these slashes belong to the scheme and the root
+    return Root(folder or slash or "."), name

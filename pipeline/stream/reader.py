@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 from pipeline.store.read.pages import MAX_PART_BYTES, Bytes, FixedRows
-from pipeline.stream.columns import binary_rows, integers
-from pipeline.stream.data import LatentRows
+from pipeline.stream.data import LatentRows, binary_rows, integers
 from pipeline.stream.order import Piece, Window
 from pipeline.stream.split import SIDE_COLUMNS, held_out, id_words, image_words
 

@@ -26,8 +26,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.stream.columns import binary_rows
-from pipeline.stream.data import LatentRows, row_counts
+from pipeline.stream.data import LatentRows, binary_rows, row_counts
 
 if TYPE_CHECKING:
     from pipeline.storage.root import Root

@@ -13,6 +13,6 @@ run plans only captions no version holds. Rows follow the order in which caption
 stream that reads latents in windows finds the embeddings of a window close together.
 
 `config` and `files` say which encoder it is (no torch), `captions` which captions are new, `encoder` is the door
-to transformers, `embed` fills the gaps of a plan, `job` is the order of these calls; `dataset` is the read side
+to transformers, `job` plans, and fills the gaps of a plan; `dataset` is the read side
 and knows numpy and pyarrow only. A caption whose row is absent is an error of the reader, never a zero vector.
 """

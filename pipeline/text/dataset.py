@@ -15,7 +15,7 @@ import pyarrow as pa
 from pipeline.errors import InputError
 from pipeline.storage.errors import storage_errors
 from pipeline.store.read.dataset import Dataset
-from pipeline.store.read.pinned import Pins
+from pipeline.store.read.pins import Pins
 from pipeline.store.write.schema import to_float32
 from pipeline.text.captions import EMPTY_PROMPT, as_hashes, caption_hash
 

@@ -12,10 +12,10 @@
 A run is recognised by its id or, until the server has given one, by a key made here (tag `latentloom.run_key`),
 so a creation whose answer was lost is found again instead of being repeated.
 A metric point is (run, key, step): what an earlier attempt already delivered is not delivered again.
-A crash leaves a journal whose lock is free: the next job using the same folder, or `replay.replay`, sends the rest
+A crash leaves a journal whose lock is free: the next job using the same folder, or `delivery.replay`, sends the rest
 and marks the run KILLED unless a newer attempt has taken it over. A torn last line is ignored.
 A finished training's model is a record like any other, so a version is registered even when the server is down at
 the end (`registry` resolves names and aliases). `store` is the only module that sends to mlflow, `lineage` walks from
 a run to the runs and data it came from.
-Credentials are removed from everything before it is written (`redact`).
+Credentials are removed from everything before it is written (`uris`).
 """

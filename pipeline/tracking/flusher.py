@@ -13,9 +13,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from pipeline.tracking.delivery import Delivery, Store
+from pipeline.tracking.delivery import Delivery, Store, is_held, replay_orphans
 from pipeline.tracking.journal import Header, JournalReader, JournalWriter, gate
-from pipeline.tracking.replay import is_held, replay_orphans
 from pipeline.tracking.store import RunMissing
 
 _log = logging.getLogger(__name__)

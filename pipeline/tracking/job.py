@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import shlex
+import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from pipeline.result import JobResult
 from pipeline.tracking.config import SyncTrackingJobConfig
+from pipeline.tracking.delivery import ReplayReport, no_folder, replay
 from pipeline.tracking.journal import JournalReader, adopt, journals
-from pipeline.tracking.probe import check_uri
-from pipeline.tracking.redact import store_identity
-from pipeline.tracking.replay import ReplayReport, no_folder, replay
+from pipeline.tracking.uris import check_uri, masked_uri, sqlite_path, store_identity, without_credentials
 
 _log = logging.getLogger(__name__)
 
@@ -73,3 +75,17 @@ def plan_sync(config: SyncTrackingJobConfig) -> JobResult:
             elif header is not None:
                 counts["journals_for_other_servers"] += 1
     return JobResult("dry-run", counts)
+
+
+# -- The command that shows a tracking store to a person -------------------------------------------------------
+
+
+def mlflow_ui_command(uri: str) -> str:
+    """The exact shell command that opens MLflow's UI on this store; a database password is masked."""
+    if urlsplit(uri).scheme in ("http", "https"):
+        return f"{shlex.quote(sys.executable)} -m webbrowser {shlex.quote(without_credentials(uri))}"
+    path = sqlite_path(uri)
+    store = f"sqlite:///{path}" if path is not None else masked_uri(uri)
+    # Without the variable the UI starts seven job processes and takes another gigabyte.
+    start = f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {shlex.quote(sys.executable)} -m mlflow ui"
+    return f"{start} --backend-store-uri {shlex.quote(store)} --port 5000"

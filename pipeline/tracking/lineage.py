@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from pipeline.errors import InputError
-from pipeline.tracking.probe import check_readable
-from pipeline.tracking.redact import masked_uri
 from pipeline.tracking.store import RUN_KEY_TAG, DatasetLink, MlflowStore, RunState, TrackingUnavailable
 from pipeline.tracking.tracker import HANDLE_PREFIX, JOB_TAG, PARENT_TAG, PARENTS_TAG
+from pipeline.tracking.uris import check_readable, masked_uri
 
 
 @dataclass(frozen=True)

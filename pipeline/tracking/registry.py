@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.tracking.probe import check_readable
-from pipeline.tracking.redact import masked_uri
 from pipeline.tracking.store import URI_TAG, MlflowStore, StoreRefused, TrackingUnavailable
+from pipeline.tracking.uris import check_readable, masked_uri
 
 LATEST = "latest"
 _REFERENCE = re.compile(r"models:/(?P<name>[^/@:]+)(?:@(?P<alias>[A-Za-z0-9_-]+)|/(?P<version>\d+|latest))")

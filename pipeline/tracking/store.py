@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from pipeline.tracking.journal import Header
-from pipeline.tracking.redact import Redactor, sqlite_path, without_credentials
+from pipeline.tracking.uris import Redactor, sqlite_path, without_credentials
 
 RUN_KEY_TAG = "latentloom.run_key"
 ATTEMPT_TAG = "latentloom.attempt"

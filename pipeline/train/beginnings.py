@@ -1,7 +1,7 @@
 """What of its datasets a run began with: it goes on with these rows for as long as it lives.
 
 Datasets grow while a training runs for weeks, and are compacted. The order of the stream is a function of the rows
-and of where they lie, so a start that finds no checkpoint pins the states (see `store.pinned`) in a place of its own,
+and of where they lie, so a start that finds no checkpoint pins the states (see `store.read.pins`) in a place of its own,
 `inputs/<16 hex digits>` of the run. Its ranks open these and no others, and every checkpoint names the place, so that
 whoever resumes from it opens them again. No start changes what another has pinned: not one that is refused later, nor
 one that takes over.
@@ -19,7 +19,7 @@ from pipeline.model.checkpoints import Complete
 from pipeline.storage.root import Root
 from pipeline.store.ledger.state import State, read_state
 from pipeline.store.read.dataset import LatentDataset
-from pipeline.store.read.pinned import Pins, lost_files
+from pipeline.store.read.pins import Pins, lost_files
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.handshake import Facts, handshake
 from pipeline.train.retention import counting, newest_start

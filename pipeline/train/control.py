@@ -59,7 +59,7 @@ def lasting(error: Exception) -> PipelineError | None:
     """What an error means that would only come again after a restart; None for one that a restart may mend."""
     if isinstance(error, PipelineError):
         return error
-    from pipeline.dataflow.out_of_memory import out_of_memory  # needs torch, which the driver does without
+    from pipeline.dataflow.device_faults import out_of_memory  # needs torch, which the driver does without
 
     told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if out_of_memory(error):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.codec.codec import load_codec
-from pipeline.dataflow.out_of_memory import out_of_memory
+from pipeline.dataflow.device_faults import out_of_memory
 from pipeline.diffusion.rng import id_from_text, ids_from_bytes, keyed_normal
 from pipeline.diffusion.samplers import sample
 from pipeline.media.contact import contact_sheet

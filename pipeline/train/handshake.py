@@ -15,7 +15,7 @@ import numpy as np
 from pipeline.codec.info import codec_info
 from pipeline.errors import ConfigError, ConflictError
 from pipeline.store.read.dataset import Dataset, LatentDataset
-from pipeline.store.read.pinned import Pins
+from pipeline.store.read.pins import Pins
 from pipeline.train.agreement import check_mixture, check_same_encoder, check_text_uris, common_classes
 from pipeline.train.config import CodecOverride, TrainJobConfig
 

@@ -17,7 +17,7 @@ from pipeline.diffusion.timesteps import TimestepDensity
 from pipeline.errors import ConfigError
 from pipeline.storage.root import Root
 from pipeline.store.read.dataset import LatentDataset
-from pipeline.store.read.pinned import Pins
+from pipeline.store.read.pins import Pins
 from pipeline.stream.data import Batch
 from pipeline.stream.loader import LatentStream
 from pipeline.stream.mixture import BLOCK, MixtureStream, Part, apportion, naming, open_mixture, shares_of

@@ -25,7 +25,7 @@ from pipeline.result import JobResult
 from pipeline.runs.session import Run, open_run
 from pipeline.storage.errors import storage_errors
 from pipeline.storage.root import Root
-from pipeline.store.ledger.runs import last_run
+from pipeline.store.ledger.generation import last_run
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.tracking.config import resolve_paths
 from pipeline.tracking.tracker import Tracker

@@ -26,9 +26,9 @@ from PIL import Image, features
 
 from pipeline.source.config import ImageConfig
 from pipeline.source.pixels import render
-from pipeline.source.pixels.buckets import place
 from pipeline.source.pixels.decode import sniff
 from pipeline.source.pixels.prepare import Reject, prepare
+from pipeline.source.pixels.render import place
 from pipeline.source.reading.rows import SourceRow
 from tests.benchmarks import report
 from tests.benchmarks.photographs import MADE_UP, REAL, made_up

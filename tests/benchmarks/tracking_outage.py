@@ -30,8 +30,8 @@ import torch
 
 from pipeline.model.dit import DiT
 from pipeline.tracking.config import TrackingConfig
+from pipeline.tracking.delivery import replay
 from pipeline.tracking.journal import journals
-from pipeline.tracking.replay import replay
 from pipeline.tracking.store import MlflowStore
 from pipeline.tracking.tracker import NoopTracker, Tracker, open_tracker
 from tests.benchmarks.report import bars, table, write

@@ -13,14 +13,13 @@ import torch
 
 from pipeline.codec.codec import load_codec
 from pipeline.codec.config import FitCodecJobConfig, FitConfig
+from pipeline.codec.files import WEIGHTS
 from pipeline.codec.info import FITTED, codec_info
-from pipeline.codec.weights import WEIGHTS
 from pipeline.config import dump_yaml, load_config, validate
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.fit_codec import fit as fit_module
 from pipeline.fit_codec import job
-from pipeline.fit_codec.fit import fit_codec
-from pipeline.fit_codec.images import collect_images
+from pipeline.fit_codec.fit import collect_images, fit_codec
 from pipeline.source.config import FolderSource, ImageConfig
 
 pytestmark = pytest.mark.integration

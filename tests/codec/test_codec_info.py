@@ -16,6 +16,7 @@ from codec_builders import build, save
 from safetensors.numpy import load_file, save_file
 
 from pipeline.codec.config import CodecConfig
+from pipeline.codec.files import INDEX, WEIGHTS
 from pipeline.codec.info import (
     DIFFUSERS_CLASSES,
     CodecInfo,
@@ -24,7 +25,6 @@ from pipeline.codec.info import (
     codec_info,
     read_codec_info,
 )
-from pipeline.codec.weights import INDEX, WEIGHTS
 from pipeline.errors import ConfigError, InputError
 from pipeline.storage.root import Root
 

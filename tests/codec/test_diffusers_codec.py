@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from pipeline.codec.codec import load_codec, posterior_seed, resolve_dtype
 from pipeline.codec.diffusers_codec import DiffusersCodec
+from pipeline.codec.files import WEIGHTS
 from pipeline.codec.info import CodecInfo, check_dtype, codec_info
-from pipeline.codec.weights import WEIGHTS
 from pipeline.errors import ConfigError, InputError
 from pipeline.storage.root import Root
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.dataflow.lost_device import DeviceFault, device_fault, stopped_by
+from pipeline.dataflow.device_faults import DeviceFault, device_fault, stopped_by
 from pipeline.errors import ConfigError, StoppedError
 from tests.support.jobs import environment
 

@@ -23,8 +23,7 @@ from pipeline.encode.summary import fingerprint_of
 from pipeline.errors import StoppedError
 from pipeline.result import JobResult
 from pipeline.storage.root import Root
-from pipeline.store.ledger.generation import Generation, claim_next, latest_number
-from pipeline.store.ledger.runs import last_run
+from pipeline.store.ledger.generation import Generation, claim_next, last_run, latest_number
 from pipeline.store.ledger.state import read_state
 from pipeline.store.maintain import dedup
 from pipeline.store.maintain.verify import verify

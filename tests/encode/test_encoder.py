@@ -15,12 +15,10 @@ import pytest
 import torch
 
 from pipeline.codec.info import CodecInfo
-from pipeline.dataflow.lost_device import DeviceFault, device_fault
-from pipeline.encode.blocks import encoded_table, items_of, pixels_table
-from pipeline.encode.decoding import ImageDecoder
-from pipeline.encode.device import DeviceQueue, Latents
-from pipeline.encode.encoder import Encoder, Usage
-from pipeline.encode.items import Decoded, Item, Rejected, UnitEnd
+from pipeline.dataflow.device_faults import DeviceFault, device_fault
+from pipeline.encode.encoder import DeviceQueue, Encoder, Latents, Usage
+from pipeline.encode.rows import Decoded, Item, Rejected, UnitEnd, encoded_table, items_of, pixels_table
+from pipeline.encode.stages import ImageDecoder
 from pipeline.errors import ConfigError
 from pipeline.source.config import ImageConfig
 from pipeline.store.write.schema import latents_from
@@ -245,7 +243,7 @@ def test_decoding_runs_ahead_but_keeps_the_order() -> None:
 
     from PIL import Image
 
-    from pipeline.encode.blocks import RAW
+    from pipeline.encode.rows import RAW
 
     rows = []
     for r in range(30):

@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 from pipeline.codec.codec import load_codec
-from pipeline.encode.blocks import encoded_table, raw_table
-from pipeline.encode.decoding import ImageDecoder
 from pipeline.encode.encoder import Encoder
+from pipeline.encode.rows import encoded_table, raw_table
+from pipeline.encode.stages import ImageDecoder
 from pipeline.source.config import FolderSource, ImageConfig, ParquetSource, SourceConfig, WebDatasetSource
 from pipeline.source.reading.listing import list_entries
 from pipeline.source.reading.readers import read_unit

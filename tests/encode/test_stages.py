@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from pipeline.codec.config import CodecConfig
-from pipeline.encode.blocks import pixels_table, raw_table
+from pipeline.encode.rows import pixels_table, raw_table
 from pipeline.encode.stages import DecodeImages, EncodeBlocks, EncoderSpec
 from pipeline.errors import InputError, PipelineError
 from pipeline.source.config import ImageConfig
@@ -112,7 +112,7 @@ def test_a_device_that_failed_ends_its_process_and_blames_no_row(
 
         return lambda: SimpleNamespace(encode=encode)
 
-    monkeypatch.setattr("pipeline.dataflow.lost_device.os._exit", end)
+    monkeypatch.setattr("pipeline.dataflow.device_faults.os._exit", end)
     monitor = LocalMonitor()
     encode = EncodeBlocks(spec(make_codec(tmp_path / "codec")), monitor)
     encode._encoder = fail(torch.AcceleratorError("planted: an illegal memory access"))

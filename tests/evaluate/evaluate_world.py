@@ -18,10 +18,9 @@ from pipeline.sample.requests import request_id
 from pipeline.source.reading.listing import Entry
 from pipeline.source.synthetic import draw_shape, write_shapes
 from pipeline.storage.root import Root
-from pipeline.store.ledger.generation import claim_next
+from pipeline.store.ledger.generation import claim_next, note_run
 from pipeline.store.ledger.identity import Identity, claim_identity
 from pipeline.store.ledger.ledger import collect
-from pipeline.store.ledger.runs import note_run
 from pipeline.store.plan.plan import append_version, read_plan
 from pipeline.store.write.schema import REJECTS
 from pipeline.store.write.writer import Committer

@@ -15,7 +15,7 @@ from pipeline.maintenance.config import VerifyJobConfig
 from pipeline.maintenance.job import run_verify
 from pipeline.result import JobResult
 from pipeline.storage.root import Root
-from pipeline.store.ledger.runs import last_recipe, note_run
+from pipeline.store.ledger.generation import last_recipe, note_run
 from pipeline.store.read.dataset import LatentDataset
 from tests.support.encode_here import encode_here
 from tests.support.images import make_codec, make_images

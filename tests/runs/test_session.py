@@ -19,9 +19,8 @@ from pipeline.runs import session
 from pipeline.runs.session import open_run
 from pipeline.storage.root import Root
 from pipeline.store.ledger import generation as generations
-from pipeline.store.ledger.generation import claim_next, latest_number, read_closing
+from pipeline.store.ledger.generation import claim_next, last_run, latest_number, read_closing
 from pipeline.store.ledger.ledger import claimed
-from pipeline.store.ledger.runs import last_run
 from pipeline.tracking.config import LineageJobConfig, TrackingConfig
 from pipeline.tracking.tracker import NoopTracker
 from pipeline.train import job as train_job

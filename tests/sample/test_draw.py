@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config import validate
-from pipeline.dataflow.lost_device import DeviceFault
+from pipeline.dataflow.device_faults import DeviceFault
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.media.images import decode_image, read_provenance
 from pipeline.sample.config import SampleJobConfig

@@ -11,8 +11,8 @@ import pytest
 import ray
 import torch
 
+from pipeline.dataflow.device_faults import DEVICE_GONE
 from pipeline.dataflow.executions import run_execution
-from pipeline.dataflow.lost_device import DEVICE_GONE
 from pipeline.sample import decode, denoise, prompts
 from pipeline.sample.stages import DecodeLatents, DecoderSpec, DenoiseBlocks, DenoiserSpec, EmbedPrompts
 from tests.sample.test_shortage import latents
@@ -29,7 +29,7 @@ def ending(monkeypatch: pytest.MonkeyPatch, local_ray: None) -> None:
     def end(status: int) -> None:
         raise Ended(status)
 
-    monkeypatch.setattr("pipeline.dataflow.lost_device.os._exit", end)
+    monkeypatch.setattr("pipeline.dataflow.device_faults.os._exit", end)
 
 
 def decoder(patch: pytest.MonkeyPatch, work: Callable[..., Any]) -> Callable[[], Any]:

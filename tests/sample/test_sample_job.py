@@ -29,7 +29,7 @@ from pipeline.store.ledger.record import CommitRecord
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.maintain.verify import verify
 from pipeline.store.read.dataset import Dataset
-from pipeline.store.read.outside import read_outside
+from pipeline.store.read.external import read_outside
 from tests.sample.conftest import Tiny
 
 

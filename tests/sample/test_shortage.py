@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.dataflow.out_of_memory import out_of_memory
+from pipeline.dataflow.device_faults import out_of_memory
 from pipeline.errors import ConfigError
 from pipeline.sample import decode, denoise
 from pipeline.sample.decode import LatentDecoder

@@ -29,7 +29,7 @@ from pipeline.store.ledger.ledger import collect
 from pipeline.store.maintain.verify import verify
 from pipeline.store.plan.plan import read_plan
 from pipeline.store.read.dataset import Dataset
-from pipeline.store.read.outside import place_in, problems_outside, read_outside
+from pipeline.store.read.external import place_in, problems_outside, read_outside
 from pipeline.store.write.writer import Committer
 from tests.sample.conftest import Tiny
 from tests.sample.test_draw import job

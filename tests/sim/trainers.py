@@ -14,7 +14,7 @@ from pipeline.model.checkpoints import Complete, list_complete
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import is_superseded
 from pipeline.store.ledger.ledger import claimed
-from pipeline.store.read.pinned import Pins
+from pipeline.store.read.pins import Pins
 from pipeline.train.control import listed_checkpoints
 from pipeline.train.history import Journal, read_records
 from pipeline.train.retention import WorkerStart, begin, counting, mark_complete, newest_start, prune

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from pipeline.source.pixels.buckets import (
+from pipeline.source.pixels.render import (
     budget_buckets,
     crop_fractions,
     crop_size,

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.source.config import FolderSource, ParquetSource, WebDatasetSource
-from pipeline.source.reading.filters import filter_columns, parse_filter, to_arrow
-from pipeline.source.reading.record_filter import Cell, keeps
+from pipeline.source.reading.filters import Cell, filter_columns, keeps, parse_filter, to_arrow
 
 TABLE = pa.table(
     {

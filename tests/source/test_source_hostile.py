@@ -22,13 +22,14 @@ from test_source_webdataset import tar_of
 
 from pipeline.errors import InputError
 from pipeline.source.config import FolderSource, ParquetSource, WebDatasetSource
-from pipeline.source.pixels.pipes import Child, Pool
-from pipeline.source.reading import table_child, webdataset
+from pipeline.source.pixels.child_process import Child, Pool
+from pipeline.source.reading import parquet_child as table_child
+from pipeline.source.reading import webdataset
 from pipeline.source.reading.fields import MAX_TEXT_BYTES
 from pipeline.source.reading.listing import list_entries
 from pipeline.source.reading.readers import read_unit
 from pipeline.source.reading.rows import EndOfUnit
-from pipeline.source.reading.tar import TarError, members
+from pipeline.source.reading.webdataset import TarError, members
 from pipeline.source.reasons import Reason
 
 pytestmark = pytest.mark.integration

@@ -19,8 +19,15 @@ from source_images import write
 from pipeline.errors import ConfigError, InputError
 from pipeline.source.config import FolderSource, ParquetSource, WebDatasetSource
 from pipeline.source.reading import listing, parquet
-from pipeline.source.reading.listing import Entry, _check_order, check_apart, list_entries, source_root
-from pipeline.source.reading.patterns import expand_braces, glob_regex
+from pipeline.source.reading.listing import (
+    Entry,
+    _check_order,
+    check_apart,
+    expand_braces,
+    glob_regex,
+    list_entries,
+    source_root,
+)
 from pipeline.storage.root import Root
 
 

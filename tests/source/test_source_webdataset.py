@@ -16,7 +16,7 @@ from pipeline.source.config import WebDatasetSource
 from pipeline.source.reading.listing import list_entries
 from pipeline.source.reading.readers import read_unit
 from pipeline.source.reading.rows import EndOfUnit, SourceRow
-from pipeline.source.reading.tar import TarError, members
+from pipeline.source.reading.webdataset import TarError, members
 from pipeline.storage.root import Root
 
 JPEG = encode(gradient(), "JPEG")
@@ -94,7 +94,7 @@ def test_only_wanted_rows_are_read_and_the_rest_is_passed_over(tmp_path, monkeyp
     write(tmp_path / "s.tar", tar_of([(f"{i}.jpg", bytes([i]) * 5000) for i in range(10)]))
     sizes = []
     real = tarfile.TarInfo.frombuf
-    from pipeline.source.reading import tar
+    from pipeline.source.reading import webdataset as tar
 
     monkeypatch.setattr(tar, "_read", lambda f, n, real=tar._read: (sizes.append(n), real(f, n))[1])
     found = rows(tmp_path, ranges=[(2, 4), (7, 8)])

@@ -19,9 +19,8 @@ from hypothesis import strategies as st
 from pipeline.errors import ConflictError
 from pipeline.source.reasons import Reason
 from pipeline.storage.root import Root
-from pipeline.store.ledger.generation import latest_number, read_closing
+from pipeline.store.ledger.generation import last_run, latest_number, read_closing
 from pipeline.store.ledger.identity import claim_identity
-from pipeline.store.ledger.runs import last_run
 from pipeline.store.ledger.state import read_state
 from pipeline.store.maintain import dedup as module
 from pipeline.store.maintain.dedup import REASON, first_of_each, is_due, marked, released

@@ -11,10 +11,9 @@ from pipeline.errors import ConflictError, InputError
 from pipeline.storage.root import Root
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import read_state
-from pipeline.store.plan.plan import append_version, read_plan
-from pipeline.store.plan.plan_diff import DiffReport
+from pipeline.store.plan.plan import DiffReport, append_version, read_plan
 from pipeline.store.read.dataset import LatentDataset
-from pipeline.store.read.pinned import Pins, lost_files
+from pipeline.store.read.pins import Pins, lost_files
 from tests.support.maintain import compact
 from tests.support.rows import Listed, claim, committer, latent_rows, planned_root, rejected_rows
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pipeline.store.ledger.record import CommitRecord, FileInfo
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import VisibleFile
-from pipeline.store.read.readable import ReadableGroups, RowGroup, touches
+from pipeline.store.read.dataset import ReadableGroups, RowGroup, touches
 from pipeline.store.read.row_groups import RowGroupInfo, RowGroups
 
 triples = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 9), st.integers(0, 9)), max_size=8)

@@ -17,9 +17,16 @@ from pipeline.errors import ConflictError
 from pipeline.storage.root import Root
 from pipeline.store.ledger.rowset import MAX_ROWS, RowSet
 from pipeline.store.ledger.state import fold
-from pipeline.store.plan.plan import Plan, append_version, read_entries, read_plan
-from pipeline.store.plan.plan_diff import DiffReport, diff, group_units
-from pipeline.store.plan.work import work_of
+from pipeline.store.plan.plan import (
+    DiffReport,
+    Plan,
+    append_version,
+    diff,
+    group_units,
+    read_entries,
+    read_plan,
+    work_of,
+)
 from tests.support.rows import Listed
 
 

@@ -6,8 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.stream.columns import binary_rows, fixed_bytes, integers
-from pipeline.stream.data import widened
+from pipeline.stream.data import binary_rows, fixed_bytes, integers, widened
 
 EVERY = np.arange(1 << 16, dtype=np.uint16)
 

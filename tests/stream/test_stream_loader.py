@@ -20,10 +20,9 @@ from hypothesis import strategies as st
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.stream import assemble
 from pipeline.stream.data import Batch, layout_of, widened
-from pipeline.stream.loader import LatentStream
+from pipeline.stream.loader import LatentStream, check_state
 from pipeline.stream.order import Order, OrderSpec, Window
 from pipeline.stream.reader import WindowReader, WindowRows
-from pipeline.stream.state import check_state
 from tests.stream.latent_rows import MemoryRows, global_batch, sample_id
 
 GROUPS = [("64x64", 23), ("64x96", 40), ("64x64", 31), ("96x64", 5), ("64x96", 9), ("64x64", 30)]

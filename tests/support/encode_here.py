@@ -10,17 +10,16 @@ import pytest
 from pipeline.codec.codec import load_codec
 from pipeline.config import load_config
 from pipeline.encode import job
-from pipeline.encode.blocks import encoded_table
 from pipeline.encode.config import EncodeJobConfig
-from pipeline.encode.decoding import ImageDecoder
 from pipeline.encode.encoder import Encoder
-from pipeline.encode.stages import CommitRows, UnitReader
+from pipeline.encode.rows import encoded_table
+from pipeline.encode.stages import CommitRows, ImageDecoder, UnitReader
 from pipeline.encode.summary import largest_bucket
 from pipeline.result import JobResult
 from pipeline.storage.root import Root
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State, read_state
-from pipeline.store.plan.work import work_of
+from pipeline.store.plan.plan import work_of
 from pipeline.store.write.writer import Committer
 
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import note_run
 from pipeline.store.ledger.identity import read_identity
 from pipeline.store.ledger.ledger import claimed
-from pipeline.store.ledger.runs import note_run
 from pipeline.store.maintain import compact as _compact
 from pipeline.store.maintain import dedup as _dedup
 from pipeline.store.maintain import verify as _verify

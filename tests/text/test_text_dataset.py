@@ -22,7 +22,7 @@ from pipeline.store.plan.plan import append_version, read_plan
 from pipeline.store.read.dataset import Dataset
 from pipeline.text.captions import PlannedCaption, caption_hash, in_units
 from pipeline.text.dataset import TextEmbeddings
-from pipeline.text.embed import embed_gaps
+from pipeline.text.job import embed_gaps
 from tests.support.rows import claim, planned_root
 
 pytestmark = pytest.mark.integration

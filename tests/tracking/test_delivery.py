@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.tracking.delivery import Delivery
+from pipeline.tracking.delivery import Delivery, replay_orphans
 from pipeline.tracking.journal import Header, JournalReader, JournalWriter
-from pipeline.tracking.replay import replay_orphans
 from pipeline.tracking.store import ATTEMPT_TAG, RunMissing, TrackingUnavailable
 from tests.tracking.fake_tracking_store import FakeStore, build_header
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.tracking import flusher as flusher_module
+from pipeline.tracking.delivery import replay_orphans
 from pipeline.tracking.flusher import Flusher
 from pipeline.tracking.journal import Header, JournalReader, JournalWriter, gate, journals
-from pipeline.tracking.replay import replay_orphans
 from pipeline.tracking.store import TrackingUnavailable
 from tests.tracking.fake_tracking_store import FakeStore
 

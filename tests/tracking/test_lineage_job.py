@@ -17,7 +17,7 @@ from pipeline.result import JobResult
 from pipeline.sample.provenance import Draw, Origin, provenance
 from pipeline.sample.requests import FIELDS, request_id
 from pipeline.storage.root import Root
-from pipeline.store.ledger.runs import note_run, noted_runs
+from pipeline.store.ledger.generation import note_run, noted_runs
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.tracking.config import LineageJobConfig, TrackingConfig
 from pipeline.tracking.tracker import open_tracker

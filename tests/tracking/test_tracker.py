@@ -10,8 +10,8 @@ import pytest
 
 from pipeline.errors import ConfigError, InputError
 from pipeline.tracking.config import TrackingConfig, resolve_paths
+from pipeline.tracking.delivery import replay
 from pipeline.tracking.journal import JournalReader, journals
-from pipeline.tracking.replay import replay
 from pipeline.tracking.store import MlflowStore
 from pipeline.tracking.tracker import JournalTracker, NoopTracker, Tracker, attach_tracker, open_tracker
 from tests.support.mlflow_server import free_port

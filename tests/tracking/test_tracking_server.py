@@ -11,8 +11,8 @@ import pytest
 
 from pipeline.tracking import tracker as tracker_module
 from pipeline.tracking.config import TrackingConfig
+from pipeline.tracking.delivery import replay
 from pipeline.tracking.journal import journals
-from pipeline.tracking.replay import replay
 from pipeline.tracking.store import MlflowStore
 from pipeline.tracking.tracker import Tracker, open_tracker
 from tests.support.mlflow_server import MlflowServer

@@ -9,10 +9,10 @@ import pytest
 from pipeline.errors import ConfigError
 from pipeline.tracking import tracker as tracker_module
 from pipeline.tracking.config import TrackingConfig
+from pipeline.tracking.delivery import replay
 from pipeline.tracking.journal import journals
 from pipeline.tracking.lineage import descend, walk
 from pipeline.tracking.registry import opened, resolve
-from pipeline.tracking.replay import replay
 from pipeline.tracking.store import MlflowStore
 from pipeline.tracking.tracker import Tracker, open_tracker
 from tests.support.fault_proxy import FaultProxy

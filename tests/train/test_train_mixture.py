@@ -22,7 +22,7 @@ from pipeline.errors import ConfigError, ConflictError
 from pipeline.model.export import load_export, read_info
 from pipeline.runs import session
 from pipeline.storage.root import Root
-from pipeline.store.ledger.runs import note_run
+from pipeline.store.ledger.generation import note_run
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.stream.data import Batch, widened
 from pipeline.stream.split import held_out

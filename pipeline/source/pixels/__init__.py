@@ -2,8 +2,8 @@
 
     bytes --decode--> a loaded image under limits --color, render--> RGB uint8 [h, w, 3] of every resolution
     prepare   a row to its variants or to one Reject; policy_fingerprint says all that decides pixels (DECODE.md)
-    isolate   the same in a child process with CPU and memory limits, for decoders that may be slow or crash
-    buckets   (height, width) to bucket and crop box: arithmetic only
+    sandbox   the same in a child process with CPU and memory limits, for decoders that may be slow or crash
+    render    colours to sRGB, orientation, and (height, width) to bucket and crop box: arithmetic only
 
 No bytes, however hostile, raise or hang.
 """

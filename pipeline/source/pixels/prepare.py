@@ -14,12 +14,10 @@ import numpy as np
 from PIL import features
 
 from pipeline.source.config import ImageConfig
-from pipeline.source.pixels.buckets import Size
 from pipeline.source.pixels.decode import DecodeError, is_risky, sniff
-from pipeline.source.pixels.isolate import render_isolated
-from pipeline.source.pixels.render import DRAFT_MARGIN, Rendering, bucket_sizes, render
-from pipeline.source.reading.ids import sample_id
-from pipeline.source.reading.rows import SourceRow
+from pipeline.source.pixels.render import DRAFT_MARGIN, Rendering, Size, bucket_sizes, render
+from pipeline.source.pixels.sandbox import render_isolated
+from pipeline.source.reading.rows import SourceRow, sample_id
 from pipeline.source.reasons import Reason
 
 # Raised by hand whenever a change of the decode policy changes pixels; part of every dataset's fingerprint.

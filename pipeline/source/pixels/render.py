@@ -5,25 +5,17 @@ bytes -> header, limits -> placements (buckets) -> decode (draft) -> per resolut
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import io
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageCms, ImageFile
 
 from pipeline.source.config import BudgetBuckets, ImageConfig, TableBuckets
-from pipeline.source.pixels.buckets import (
-    Placement,
-    Size,
-    budget_buckets,
-    crop_fractions,
-    default_step,
-    oriented,
-    place,
-    unoriented_box,
-)
-from pipeline.source.pixels.color import simplify, to_srgb
 from pipeline.source.pixels.decode import (
     DecodeError,
     DecodeLimits,
@@ -33,6 +25,215 @@ from pipeline.source.pixels.decode import (
     orientation,
 )
 from pipeline.source.reasons import Reason
+
+# -- From an image's (height, width) to a bucket and a crop box: pure arithmetic, no pixels --------------------
+#
+#     (h, w) --nearest aspect ratio--> bucket (bh, bw) --largest box of that ratio--> crop (top, left, ch, cw)
+#
+# The crop is the largest box of the bucket's aspect ratio that fits into the image, rounded to whole source
+# pixels: it touches both edges in one direction, and its ratio differs from the bucket's by less than one source
+# pixel. Scaling the crop to the bucket is then the only resampling, with one factor for both directions.
+
+
+Size = tuple[int, int]  # (height, width) in pixels
+Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one output of an image comes from: the crop, in oriented source pixels, and its size afterwards."""
+
+    bucket: Size
+    top: int
+    left: int
+    height: int
+    width: int
+
+    @property
+    def upscale(self) -> float:
+        """How much the crop is enlarged: over 1 for enlarging, under 1 for shrinking."""
+        return max(self.bucket[0] / self.height, self.bucket[1] / self.width)
+
+
+def default_step(resolution: int, multiple_of: int) -> int:
+    """A sixteenth of the resolution (64 at 1024, as SDXL has it) on the codec's grid, at least one cell."""
+    return multiple_of * max(1, round(resolution / 16 / multiple_of))
+
+
+def budget_buckets(resolution: int, step: int, max_aspect: float) -> tuple[Size, ...]:
+    """Sizes on a grid of `step` whose area is as near to resolution^2 as fits, from tall to wide.
+
+    For each side the other is the largest multiple of `step` that keeps the area within the budget; aspect
+    ratios beyond `max_aspect` are left out. The set is closed under swapping height and width (after SDXL,
+    Podell et al. 2023).
+    """
+    budget = resolution * resolution
+    sizes: set[Size] = set()
+    for short in range(step, resolution + 1, step):
+        long = budget // short // step * step
+        if long <= max_aspect * short:
+            sizes |= {(short, long), (long, short)}
+    if not sizes:
+        side = resolution // step * step
+        sizes.add((side, side))
+    return tuple(sorted(sizes, key=lambda s: (s[1] / s[0], s)))
+
+
+def nearest_bucket(height: int, width: int, buckets: Iterable[Size]) -> Size:
+    """The bucket whose aspect ratio is nearest in the logarithm; of equals the larger, then the taller."""
+    ratio = math.log(width / height)
+    return min(buckets, key=lambda b: (round(abs(math.log(b[1] / b[0]) - ratio), 12), -b[0] * b[1], -b[0]))
+
+
+def crop_size(height: int, width: int, bucket: Size) -> Size:
+    """The largest box of the bucket's aspect ratio inside the image, at least one pixel each way."""
+    bh, bw = bucket
+    if height * bw >= width * bh:  # the image is taller than the bucket: full width, cut top and bottom
+        return min(height, max(1, _divide(width * bh, bw))), width
+    return height, min(width, max(1, _divide(height * bw, bh)))
+
+
+def place(height: int, width: int, buckets: Sequence[Size], fractions: tuple[float, float] | None) -> Placement:
+    """Bucket and crop for one image; `fractions` (down, right) in [0, 1) move the crop, None centres it."""
+    bucket = nearest_bucket(height, width, buckets)
+    crop_height, crop_width = crop_size(height, width, bucket)
+    slack_y, slack_x = height - crop_height, width - crop_width
+    if fractions is None:
+        top, left = slack_y // 2, slack_x // 2
+    else:
+        top, left = int(fractions[0] * (slack_y + 1)), int(fractions[1] * (slack_x + 1))
+    return Placement(bucket, top, left, crop_height, crop_width)
+
+
+def crop_fractions(sample_id: bytes) -> tuple[float, float]:
+    """Two uniform numbers in [0, 1) that belong to a sample whenever and wherever it is encoded."""
+    digest = hashlib.blake2b(sample_id, digest_size=16, person=b"crop").digest()
+    down, right = int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+    return (down >> 11) / 2**53, (right >> 11) / 2**53
+
+
+def oriented(height: int, width: int, orientation: int) -> Size:
+    """The size after the EXIF orientation (5 to 8 swap the sides)."""
+    return (width, height) if orientation >= 5 else (height, width)
+
+
+def unoriented_box(box: Box, height: int, width: int, orientation: int) -> Box:
+    """An oriented (top, left, height, width) as (left, top, right, bottom) of the stored, height x width image.
+
+    The inverse of the eight EXIF orientations (Exif 2.32, tag 0x0112), so that a crop can be taken before turning.
+    """
+    top, left, box_height, box_width = box
+    if orientation >= 5:
+        top, left, box_height, box_width = left, top, box_width, box_height
+    # Stored pixels run against the oriented ones: columns in 2, 3, 7, 8 and rows in 3, 4, 6, 7.
+    if orientation in (2, 3, 7, 8):
+        left = width - left - box_width
+    if orientation in (3, 4, 6, 7):
+        top = height - top - box_height
+    return left, top, left + box_width, top + box_height
+
+
+def _divide(numerator: int, denominator: int) -> int:
+    """Rounded to the nearest integer, halves up, without floating point."""
+    return (2 * numerator + denominator) // (2 * denominator)
+
+
+# -- Whatever mode an image was stored in becomes 8-bit sRGB ---------------------------------------------------
+#
+#     stored mode --simplify--> L, LA, RGB, RGBA, CMYK or LAB --(resize)--> --to_srgb--> RGB uint8
+#
+# Resizing lies between the two: alpha is premultiplied while resampling, and profiles are applied to the few pixels
+# that are kept instead of to all that were stored.
+
+
+_MAX_PROFILE_BYTES = 4 << 20
+_SPACE_OF_MODE = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK", "LAB": "LAB"}
+_DIRECT = {"L", "LA", "RGB", "RGBA", "CMYK", "LAB"}
+_RENAMED = {"La": "LA", "RGBa": "RGBA", "PA": "RGBA", "RGBX": "RGB", "YCbCr": "RGB", "HSV": "RGB"}
+
+
+def simplify(image: Image.Image, bits: int | None = None) -> Image.Image:
+    """An image in one of the six modes that can be resampled; `bits` are those of a wide integer sample.
+
+    Palettes are expanded, transparency keys become alpha, wide integers keep their most significant 8 bits,
+    floats in [0, 1] are scaled by 255 and floats in [0, 255] taken as they are.
+    """
+    mode = image.mode
+    if mode.startswith("I") or mode == "F":
+        return Image.fromarray(_eight_bits(np.asarray(image), mode, bits), "L")
+    if mode in ("1", "L", "RGB", "P") and image.has_transparency_data:
+        return image.convert("LA" if mode in ("1", "L") else "RGBA")
+    if mode in ("1", "P"):
+        return image.convert("L" if mode == "1" else "RGB")
+    if mode in _DIRECT:
+        return image
+    if mode in _RENAMED:
+        return image.convert(_RENAMED[mode])
+    raise DecodeError(Reason.UNSUPPORTED_CODING, f"pixel mode {mode} has no rule")
+
+
+def to_srgb(image: Image.Image, profile: bytes | None, matte: tuple[int, int, int]) -> Image.Image:
+    """A simplified image as RGB: its profile applied where it fits, transparency laid over the matte colour."""
+    alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
+    if alpha is not None:
+        image = image.convert(image.mode[:-1])
+    transform = _to_srgb_transform(profile or b"", image.mode)
+    if transform is not None:
+        image = ImageCms.applyTransform(image, transform) or image
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    if alpha is None:
+        return image
+    behind = Image.new("RGB", image.size, matte)
+    behind.paste(image, mask=alpha)
+    return behind
+
+
+def _eight_bits(values: np.ndarray, mode: str, bits: int | None) -> np.ndarray:
+    """uint8 [h, w] from any integer or float samples [h, w]."""
+    if mode == "F":
+        if not np.isfinite(values).all() or values.min() < 0 or values.max() > 255:
+            raise DecodeError(Reason.VALUE_RANGE, "float samples must lie in [0, 1] or [0, 255]")
+        scaled = values * 255.0 if values.max() <= 1.0 else values
+        rounded: np.ndarray = np.rint(scaled).astype(np.uint8)
+        return rounded
+    shift = max(0, (bits if bits is not None else 16) - 8)
+    narrowed: np.ndarray = np.clip(values.astype(np.int64) >> shift, 0, 255).astype(np.uint8)
+    return narrowed
+
+
+@lru_cache(maxsize=16)
+def _to_srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """The transform to sRGB, or None when none is needed: no profile, a broken or foreign one, or sRGB itself."""
+    srgb = ImageCms.createProfile("sRGB")
+    flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
+    intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
+    try:
+        if mode == "LAB":
+            lab = ImageCms.createProfile("LAB")
+            return ImageCms.buildTransform(lab, srgb, "LAB", "RGB", intent, flags)
+        if not profile or len(profile) > _MAX_PROFILE_BYTES:
+            return None
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if source.profile.xcolor_space.strip() != _SPACE_OF_MODE[mode]:
+            return None
+        transform = ImageCms.buildTransform(source, srgb, mode, "RGB", intent, flags)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None  # a profile that lcms cannot use says nothing about the pixels
+    return None if _is_identity(transform, mode) else transform
+
+
+def _is_identity(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    """Whether a transform moves no colour of a 9 x 9 x 9 cube by more than one step (an sRGB profile does not)."""
+    if mode == "CMYK":
+        return False
+    levels = np.linspace(0, 255, 9).round().astype(np.uint8)
+    cube = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(27, 27, 3)
+    probe = Image.fromarray(cube, "RGB") if mode == "RGB" else Image.fromarray(cube[..., 0], "L")
+    moved = ImageCms.applyTransform(probe, transform)
+    assert moved is not None
+    distance = np.abs(np.asarray(moved).astype(int) - np.asarray(probe.convert("RGB")).astype(int))
+    return int(distance.max()) <= 1
+
 
 # A JPEG is shrunk while decoding only while this many decoded pixels are left per output pixel and direction.
 DRAFT_MARGIN = 2.0

@@ -4,9 +4,9 @@
 
 listing    streams entries in one strict order (key, row), the same on local disks and object stores
 readers    give a unit's rows, any sub-ranges of them: folder here, tar shards in webdataset, tables in parquet
-tables     what is inside one Parquet file; table_child runs it in a child that asks for its bytes
-filters    which rows to keep, the same expression over tables (filters) and over single records (record_filter)
-fields, metadata, patterns, uris, ranges, ids serve them
+parquet_file  what is inside one Parquet file; parquet_child runs it in a child that asks for its bytes
+filters    which rows to keep, the same expression over tables and over single records
+fields, metadata, rows serve them
 
 What is read is the version that was listed; another one gives no row, and stays a gap.
 """

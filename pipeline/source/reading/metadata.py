@@ -20,8 +20,7 @@ from typing import Any
 from pipeline.errors import InputError
 from pipeline.source.config import FolderSource
 from pipeline.source.reading.fields import canonical, parse_caption, parse_label, parse_object, pick_extra
-from pipeline.source.reading.filters import filter_columns
-from pipeline.source.reading.record_filter import Cell, keeps
+from pipeline.source.reading.filters import Cell, filter_columns, keeps
 from pipeline.storage.root import Root
 
 NAMES = ("metadata.csv", "metadata.jsonl")

@@ -3,7 +3,7 @@
     footer -> spans of row groups (the plan)      span -> batches of the needed columns -> filter -> rows
 
 A row's key is "file.parquet#row number in the file". Only needed columns and wanted row groups are read. The parsing
-itself is in `tables`, in a child process with limits (`table_child`) unless the source says isolate: false.
+itself is in `parquet_file`, in a child process with limits (`parquet_child`) unless the source says isolate: false.
 """
 
 from __future__ import annotations
@@ -13,17 +13,49 @@ from collections.abc import Iterator, Sequence
 
 from pipeline.errors import PipelineError
 from pipeline.source.config import ParquetSource
-from pipeline.source.reading import table_child, tables
+from pipeline.source.reading import parquet_child as table_child
+from pipeline.source.reading import parquet_file as tables
 from pipeline.source.reading.listing import Entry
-from pipeline.source.reading.ranges import Ranges
-from pipeline.source.reading.remote import Failure, failure_of, map_ahead, open_ranges
-from pipeline.source.reading.rows import EndOfUnit, SourceRow
-from pipeline.source.reading.tables import Item, Span, TableError
-from pipeline.source.reading.uris import UriReader
+from pipeline.source.reading.parquet_file import Item, Span, TableError
+from pipeline.source.reading.remote import Failure, failure_of, fetch, map_ahead, open_ranges
+from pipeline.source.reading.rows import EndOfUnit, Ranges, SourceRow
 from pipeline.source.reasons import Reason
 from pipeline.storage.errors import ObjectChanged
 from pipeline.storage.remote import RangedFile
-from pipeline.storage.root import ObjectInfo, Root, Version
+from pipeline.storage.root import ObjectInfo, Root, Version, check_key
+
+# -- Images that a table only points to: URIs out of data are followed only where the configuration allows it --
+
+
+class UriReader:
+    """Reads relative URIs below the source and absolute ones below the allowed prefixes, nothing else."""
+
+    def __init__(self, root: Root, prefixes: Sequence[str], max_bytes: int) -> None:
+        self._root, self._max_bytes = root, max_bytes
+        self._roots = {prefix.rstrip("/") + "/": Root(prefix) for prefix in prefixes}
+
+    def read(self, uri: str) -> bytes | Failure:
+        """The object's bytes, or why they were not read."""
+        place = self._place(uri)
+        if place is None:
+            rule = "URIs lie below the source (relative) or below source.uri_prefixes (absolute)"
+            return Failure(Reason.URI_REFUSED, f"{uri[:200]}: {rule}")
+        return fetch(*place, self._max_bytes)
+
+    def _place(self, uri: str) -> tuple[Root, str] | None:
+        for prefix, root in self._roots.items():
+            if uri.startswith(prefix):
+                return self._checked(root, uri[len(prefix) :])
+        absolute = uri.startswith(("/", "~")) or "://" in uri
+        return None if absolute else self._checked(self._root, uri)
+
+    @staticmethod
+    def _checked(root: Root, key: str) -> tuple[Root, str] | None:
+        try:
+            return root, check_key(key)
+        except ValueError:
+            return None
+
 
 _log = logging.getLogger(__name__)
 

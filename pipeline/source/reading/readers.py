@@ -15,9 +15,8 @@ from pipeline.source.config import FolderSource, ParquetSource, SourceConfig, We
 from pipeline.source.reading.fields import canonical, parse_object
 from pipeline.source.reading.listing import Entry, source_root
 from pipeline.source.reading.metadata import FILTERED
-from pipeline.source.reading.ranges import Ranges
 from pipeline.source.reading.remote import Failure, fetch, map_ahead
-from pipeline.source.reading.rows import EndOfUnit, SourceRow
+from pipeline.source.reading.rows import EndOfUnit, Ranges, SourceRow
 from pipeline.source.reasons import Reason
 from pipeline.storage.errors import ObjectChanged
 from pipeline.storage.root import Root

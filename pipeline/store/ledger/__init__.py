@@ -4,5 +4,5 @@
 
 A claim lists what is visible from before; what a run of an older generation creates afterwards is in no list. A
 crash leaves records, which count, and a generation that somebody takes over. `layout` says where everything lies,
-`identity` what a root holds, `runs` which tracking run wrote it.
+`identity` what a root holds, `generation` also which tracking run wrote it.
 """

@@ -2,6 +2,6 @@
 
     Dataset.open --state--> visible files, dead rows --readable--> row groups --pages--> columns, straight from pages
 
-`pinned` keeps a state for a training that goes on for weeks, `outside` reads what rows name beside the Parquet files.
+`pins` keeps a state for a training that goes on for weeks, `external` reads what rows name beside the Parquet files.
 Nothing here writes but a pin.
 """

@@ -2,20 +2,142 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipeline.storage.root import Root
 from pipeline.store.ledger import layout
+from pipeline.store.ledger.layout import removable
 from pipeline.store.ledger.ledger import commit
 from pipeline.store.ledger.record import CommitRecord, FileInfo
 from pipeline.store.ledger.rowset import RowSet
-from pipeline.store.write.schema import REJECTS
-from pipeline.store.write.shard import write_rejects, write_shard
+from pipeline.store.read.row_groups import RowGroupInfo, RowGroups
+from pipeline.store.write.schema import REJECTS, to_float32
+
+# -- Parquet data files: row groups of one bucket, page checksums, no statistics or dictionaries on blobs ------
+
+
+ROW_BYTES = 256  # what is reckoned for a row beside its blob: captions and numbers, compressed
+_BLOBS = ("latent", "image", "embedding", "pooled")
+_SORT = [("bucket", "ascending"), ("unit", "ascending"), ("row", "ascending"), ("variant", "ascending")]
+
+
+def write_shard(
+    root: Root,
+    directory: str,
+    rows: pa.Table,
+    *,
+    row_group_bytes: int,
+    latent_dtype: str | None,
+    meta: dict[str, str],
+    generation: int,
+) -> FileInfo:
+    """Put rows as one file and describe it; equal rows of a generation give one file, whatever order they come in.
+
+    Raises what the store raises; the file is visible to nobody before a commit record names it.
+    """
+    rows = rows.sort_by(_SORT)
+    slices = list(_row_groups(rows, row_group_bytes))
+    data = _encode(rows, slices, meta)
+    info = FileInfo(
+        path=removable(directory, data, generation),
+        size_bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        rows=len(rows),
+        row_groups=RowGroups.of([_describe(rows.slice(a, n), latent_dtype) for a, n in slices]),
+    )
+    root.put_if_absent(info.path, data)
+    return info
+
+
+def _encode(rows: pa.Table, slices: Sequence[tuple[int, int]], meta: dict[str, str]) -> bytes:
+    blobs = [name for name in rows.column_names if name in _BLOBS]
+    plain = [name for name in rows.column_names if name not in blobs]
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(
+        sink,
+        rows.schema.with_metadata({k.encode(): v.encode() for k, v in meta.items()}),
+        compression={name: "NONE" if name in blobs else "ZSTD" for name in rows.column_names},
+        use_dictionary=[n for n in plain if pa.types.is_string(rows.schema.field(n).type)],
+        write_statistics=[n for n in plain if not pa.types.is_nested(rows.schema.field(n).type)],
+        write_page_checksum=True,
+        store_schema=True,
+    ) as writer:
+        for start, count in slices:
+            writer.write_table(rows.slice(start, count), row_group_size=count)
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+
+def _row_groups(rows: pa.Table, target_bytes: int) -> Iterator[tuple[int, int]]:
+    """(start, count) of single-bucket slices of at most about `target_bytes` each."""
+    if not len(rows):
+        return
+    buckets = rows["bucket"].combine_chunks()
+    runs = pc.run_end_encode(buckets)
+    start = 0
+    blob = next(name for name in _BLOBS if name in rows.column_names)
+    for end in runs.run_ends.to_pylist():
+        sizes = np.asarray(pc.binary_length(rows[blob].slice(start, end - start)).to_numpy(), np.int64) + ROW_BYTES
+        reach = np.cumsum(sizes)
+        done = 0
+        while done < end - start:
+            base = reach[done - 1] if done else 0
+            count = max(1, int(np.searchsorted(reach, base + target_bytes, side="right")) - done)
+            yield start + done, count
+            done += count
+        start = end
+
+
+def _describe(rows: pa.Table, latent_dtype: str | None) -> RowGroupInfo:
+    units = rows["unit"].to_numpy()
+    blob = next(name for name in _BLOBS if name in rows.column_names)
+    totals: dict[str, Any] = {}
+    if latent_dtype is not None:
+        totals = channel_totals(rows, latent_dtype)
+    if "label" in rows.column_names:
+        highest = pc.max(rows["label"]).as_py()
+        totals |= {"label_max": -1 if highest is None else highest, "unlabelled": rows["label"].null_count}
+    return RowGroupInfo(
+        bucket=rows["bucket"][0].as_py(),
+        rows=len(rows),
+        size_bytes=int(pc.sum(pc.binary_length(rows[blob])).as_py()),
+        first_unit=int(units.min()),
+        last_unit=int(units.max()),
+        **totals,
+    )
+
+
+def channel_totals(rows: pa.Table, latent_dtype: str) -> dict[str, Any]:
+    """Per-channel sums over the stored values of rows of one latent shape, in float64."""
+    channels, height, width = rows["latent_shape"][0].as_py()
+    flat = np.concatenate([np.frombuffer(b.as_buffer(), np.uint8) for c in rows["latent"].chunks for b in c])
+    values = to_float32(flat, latent_dtype).reshape(len(rows), channels, height * width)
+    wide = values.astype(np.float64)
+    return {
+        "channel_sum": tuple(wide.sum(axis=(0, 2)).tolist()),
+        "channel_sumsq": tuple(np.square(wide).sum(axis=(0, 2)).tolist()),
+        "values": len(rows) * height * width,
+    }
+
+
+def write_rejects(root: Root, directory: str, rejects: pa.Table, generation: int) -> FileInfo | None:
+    """Put reject rows as one file, or nothing when there are none."""
+    if not len(rejects):
+        return None
+    rejects = rejects.sort_by([("unit", "ascending"), ("row", "ascending")])
+    sink = pa.BufferOutputStream()
+    pq.write_table(rejects, sink, compression="zstd", write_page_checksum=True)
+    data = sink.getvalue().to_pybytes()
+    path = removable(directory, data, generation)
+    root.put_if_absent(path, data)
+    return FileInfo(path, len(data), hashlib.sha256(data).hexdigest(), len(rejects))
 
 
 @dataclass(frozen=True)

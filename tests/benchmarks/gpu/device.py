@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from pipeline.dataflow.out_of_memory import out_of_memory
+from pipeline.dataflow.device_faults import out_of_memory
 from pipeline.train.meter import peak_flops
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from pipeline.codec.diffusers_codec import DiffusersCodec
 from pipeline.codec.flops import encode_flops
 from pipeline.codec.info import CodecInfo
 from pipeline.encode.encoder import Encoder
-from pipeline.encode.items import Decoded
+from pipeline.encode.rows import Decoded
 from tests.benchmarks.gpu.device import Bench, Kernels, fitting, medians
 from tests.benchmarks.gpu.shapes import Scale
 

@@ -22,11 +22,11 @@ import pyarrow as pa
 
 from pipeline.errors import InputError
 from pipeline.source.config import ParquetSource
-from pipeline.source.pixels.pipes import Child, Pool, alarms, limited_pipes, read_exactly, read_header, send
-from pipeline.source.reading import tables
+from pipeline.source.pixels.child_process import Child, Pool, alarms, limited_pipes, read_exactly, read_header, send
+from pipeline.source.reading import parquet_file as tables
+from pipeline.source.reading.parquet_file import Item, Span, TableError
 from pipeline.source.reading.remote import ReadRange
 from pipeline.source.reading.rows import SourceRow
-from pipeline.source.reading.tables import Item, Span, TableError
 from pipeline.source.reasons import Reason
 from pipeline.storage.remote import RangedFile
 
@@ -102,7 +102,7 @@ def _post_mortem(child: Child) -> TableError:
     return TableError(Reason.DECODER_CRASHED, f"the process that read the file ended by {what}")
 
 
-children: Pool[Child] = Pool(lambda memory_mb: Child("pipeline.source.reading.table_child", memory_mb))
+children: Pool[Child] = Pool(lambda memory_mb: Child("pipeline.source.reading.parquet_child", memory_mb))
 
 
 @atexit.register

@@ -1,6 +1,6 @@
 """Decoding in a child process that may be slow, crash or eat memory without harm to anybody.
 
-A child takes one image at a time (see `pipes`), under CPU seconds, ten times as many seconds of wall clock, and a
+A child takes one image at a time (see `child_process`), under CPU seconds, ten times as many seconds of wall clock, and a
 limit on its address space. The parent turns a dead child into a reason and starts another with the next image.
 """
 
@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.source.config import ImageConfig
-from pipeline.source.pixels.buckets import Placement
+from pipeline.source.pixels.child_process import Child, Pool, alarms, limited_pipes, read_exactly, read_header, send
 from pipeline.source.pixels.decode import DecodeError
-from pipeline.source.pixels.pipes import Child, Pool, alarms, limited_pipes, read_exactly, read_header, send
-from pipeline.source.pixels.render import Rendered, Rendering, render
+from pipeline.source.pixels.render import Placement, Rendered, Rendering, render
 from pipeline.source.reasons import Reason
 
 _WALL_PER_CPU = 10.0
@@ -74,7 +73,7 @@ class _Decoder(Child):
         return DecodeError(Reason.DECODER_CRASHED, f"the decoding process ended by {what}")
 
 
-children: Pool[_Decoder] = Pool(lambda memory_mb: _Decoder("pipeline.source.pixels.isolate", memory_mb))
+children: Pool[_Decoder] = Pool(lambda memory_mb: _Decoder("pipeline.source.pixels.sandbox", memory_mb))
 
 
 @atexit.register

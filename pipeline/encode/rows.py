@@ -3,15 +3,85 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.encode.items import Decoded, Encoded, Item, Outcome, Rejected, UnitEnd
 from pipeline.source.reading.rows import EndOfUnit, SourceRow
 from pipeline.store.write.schema import LATENTS, REJECTS
+
+# -- What becomes of a source row: pixels that will be a latent, the latent, or the reason why there is none ---
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One variant of a source row, ready for the device: its columns but for the latent, and uint8 pixels [h, w, 3].
+
+    variants: how many the source row has become.
+    """
+
+    values: dict[str, Any]
+    variants: int
+    pixels: npt.NDArray[np.uint8]
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """(unit, row, variant)."""
+        return self.values["unit"], self.values["row"], self.values["variant"]
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """A variant with its latent: little-endian bytes, C order, and their shape [c, h, w]."""
+
+    decoded: Decoded
+    latent: bytes
+    shape: tuple[int, ...]
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """(unit, row, variant)."""
+        return self.decoded.place
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A source row that becomes no latent; status: "rejected", or "filtered" where a rule of the user says so."""
+
+    unit: int
+    row: int
+    key: str
+    uri: str
+    status: str
+    reason: str
+    message: str
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """(unit, row, variant)."""
+        return self.unit, self.row, 0
+
+
+@dataclass(frozen=True)
+class UnitEnd:
+    """The end of a unit whose number of rows was unknown until it was read."""
+
+    unit: int
+    rows: int
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Before all rows of its unit."""
+        return self.unit, -1, 0
+
+
+Item = Decoded | Rejected | UnitEnd  # to the encoder
+Outcome = EncodedImage | Rejected | UnitEnd  # from it
+
 
 # What read tasks yield: compressed bytes, never pixels. `unit_rows` is set on the marker that ends a unit
 # whose length was unknown; such a marker has row -1 and no image.
@@ -109,7 +179,7 @@ def _line(item: Item | Outcome) -> dict[str, Any]:
     if isinstance(item, Rejected):
         told = {name: getattr(item, name) for name in ("unit", "row", "key", "uri", "reason")}
         return {**told, "message": item.message[:_MESSAGE_CHARS], "outcome": item.status, "variants": 0}
-    if isinstance(item, Encoded):
+    if isinstance(item, EncodedImage):
         latent = {"latent": item.latent, "latent_shape": list(item.shape)}
         return {**item.decoded.values, **latent, "outcome": "stored", "variants": item.decoded.variants}
     pixels = {"pixels": item.pixels.tobytes(), "size": item.pixels.shape[:2]}

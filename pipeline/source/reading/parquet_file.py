@@ -4,7 +4,7 @@
 
 Nothing a file says about itself is believed further than its bytes reach, damage inside a row group costs that row
 group alone, and everything that reads through a failing store raises that store's error. Memory is that of one page
-of each column, as stored and unpacked, and of a batch of rows: `table_child` runs this under a limit.
+of each column, as stored and unpacked, and of a batch of rows: `parquet_child` runs this under a limit.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from pipeline.errors import InputError, PipelineError
 from pipeline.source.config import ParquetSource
 from pipeline.source.reading.fields import canonical, orientation_of, parse_caption, parse_label, pick_extra
 from pipeline.source.reading.filters import filter_columns, to_arrow
-from pipeline.source.reading.ranges import Ranges
-from pipeline.source.reading.rows import SourceRow
+from pipeline.source.reading.rows import Ranges, SourceRow
 from pipeline.source.reasons import Reason
 from pipeline.storage.remote import RangedFile
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from pipeline.errors import ConfigError, PipelineError, StoppedError
 
 DEVICE_GONE = 70  # exit status of a process whose device failed; EX_SOFTWARE
@@ -63,7 +65,6 @@ def device_fault(error: BaseException) -> str | None:
     torch = sys.modules.get("torch")
     if torch is None:
         return None  # who has not loaded it has no device
-    from pipeline.dataflow.out_of_memory import out_of_memory
 
     seen: set[int] = set()
     cause: BaseException | None = error
@@ -161,3 +162,27 @@ def unusable_cuda(problem: str, where: str, key: str = "cluster.device", value: 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
+
+
+# -- Which errors mean that memory ran out: the one answer that encoding and sampling share --------------------
+
+
+# What PyTorch's CPU allocators, CUDA, cuBLAS and cuDNN say in a plain RuntimeError, lower-cased. When all of cuDNN's
+# engines lack memory, PyTorch says that there is none; cuBLAS without room for its handle, that it has none.
+_TOLD = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "alloc_failed",
+    "allocation_failed",
+    "unable to find an engine",
+    "cublas_status_not_initialized",
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether host or device memory ran out: no fault of the data, a smaller batch may help."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower() if isinstance(error, RuntimeError) else ""
+    return any(words in text for words in _TOLD)
