@@ -2,8 +2,8 @@
 
     URI --root--> Root   list, read, read of a listed version, put, put if absent, delete; retries where they are safe
 
-root     what everybody uses; a creation is made once, whoever repeats it, and a lost answer is resolved; which keys are
-         refused: there is no way out of a root
+root     what everybody uses; a creation is made once, whoever repeats it, and a lost answer is resolved; keys that
+         lead out of a root are refused
 local    names linked in place, synced with their directories
 remote   fsspec behind it; S3 and GCS in their own words
 writers  stores without conditional writes

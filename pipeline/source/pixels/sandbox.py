@@ -1,7 +1,7 @@
 """Decoding in a child process that may be slow, crash or eat memory without harm to anybody.
 
-A child takes one image at a time (see `child_process`), under CPU seconds, ten times as many seconds of wall clock, and a
-limit on its address space. The parent turns a dead child into a reason and starts another with the next image.
+A child takes one image at a time (see `child_process`), under CPU seconds, ten times as many seconds of wall clock,
+and a limit on its address space. The parent turns a dead child into a reason and starts another with the next image.
 """
 
 from __future__ import annotations
