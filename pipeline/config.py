@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
@@ -198,8 +198,8 @@ def _describe(model: type[BaseModel], detail: ErrorDetails, data: Mapping[str, A
     loc = [str(p) for p in _user_loc(detail["loc"], data)]
     key = ".".join(loc)
     if detail["type"] == "extra_forbidden":
-        near = _did_you_mean(model, loc)
-        hint = f"; did you mean {near}?" if near else ""
+        now, near = _renamed(model, key), _did_you_mean(model, loc)
+        hint = f"; it is called {now} now" if now else f"; did you mean {near}?" if near else ""
         return key, f"{key} = {_clip(detail['input'])}: there is no such key{hint}"
     if detail["type"] == "missing":
         return key, f"{key}: this key is required and has no default"
@@ -230,6 +230,20 @@ def _user_loc(loc: Sequence[int | str], data: Any) -> Iterator[int | str]:
 def _clip(value: object) -> str:
     text = json.dumps(value, default=str) if not isinstance(value, str) else value
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def renamed_from(name: str) -> dict[str, JsonValue]:
+    """What a field says of the name that it had before: who uses that is told the new one."""
+    return {"renamed_from": name}
+
+
+def _renamed(model: type[BaseModel], old: str) -> str | None:
+    for key, _, info in field_tree(model):
+        section, _, _ = key.rpartition(".")
+        extra = info.json_schema_extra
+        if isinstance(extra, dict) and ".".join((section, str(extra.get("renamed_from")))).lstrip(".") == old:
+            return key
+    return None
 
 
 def _did_you_mean(model: type[BaseModel], loc: Sequence[str]) -> str | None:

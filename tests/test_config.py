@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -169,3 +170,18 @@ def test_other_uses_of_the_at_sign_pass(uri: str) -> None:
     from pipeline.maintenance.config import VerifyJobConfig
 
     assert load_config(VerifyJobConfig, [], [f"data.uri={uri}"]).data.uri == uri
+
+
+@pytest.mark.parametrize(
+    ("job", "old", "new"),
+    [
+        ("encode", "encode.actor_cpus", "encode.num_cpus"),
+        ("encode", "encode.actor_gpus", "encode.num_gpus"),
+        ("train", "train.cpus_per_worker", "train.num_cpus"),
+    ],
+)
+def test_a_key_that_was_renamed_is_refused_by_its_new_name(job: str, old: str, new: str) -> None:
+    module, _, name = importlib.import_module(f"jobs.{job}").JOB.config.partition(":")
+    model = getattr(importlib.import_module(module), name)
+    with pytest.raises(ConfigError, match=f"{old} = 2: there is no such key; it is called {new} now"):
+        load_config(model, [], [f"{old}=2"])

@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from pipeline.errors import ConfigError, PipelineError, StoppedError
 
 DEVICE_GONE = 70  # exit status of a process whose device failed; EX_SOFTWARE
@@ -127,6 +125,7 @@ def ends_with_its_device(who: str, tell: Callable[[str], None] = lambda fault: N
 
 def cuda_problem() -> str | None:
     """Why this process cannot compute on CUDA, with the versions that have to fit; None when it can."""
+
     import torch
 
     try:
@@ -169,7 +168,7 @@ def _first_line(error: BaseException) -> str:
 
 # What PyTorch's CPU allocators, CUDA, cuBLAS and cuDNN say in a plain RuntimeError, lower-cased. When all of cuDNN's
 # engines lack memory, PyTorch says that there is none; cuBLAS without room for its handle, that it has none.
-_TOLD = (
+_MEMORY_WORDS = (
     "out of memory",
     "can't allocate memory",
     "not enough memory",
@@ -182,7 +181,9 @@ _TOLD = (
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether host or device memory ran out: no fault of the data, a smaller batch may help."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    # Where torch was never loaded, it has raised nothing.
+    device_memory = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
+    if isinstance(error, (MemoryError, device_memory)):
         return True
     text = str(error).lower() if isinstance(error, RuntimeError) else ""
-    return any(words in text for words in _TOLD)
+    return any(words in text for words in _MEMORY_WORDS)

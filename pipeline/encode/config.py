@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.codec.config import CodecConfig
-from pipeline.config import StrictModel
+from pipeline.config import StrictModel, renamed_from
 from pipeline.dataflow.cluster import ClusterConfig, GpuShare
 from pipeline.source.config import ImageConfig, SourceConfig
 from pipeline.tracking.config import TrackingConfig
@@ -27,11 +27,16 @@ class EncodeConfig(StrictModel):
     latent_dtype: Literal["float16", "bfloat16"] = Field("float16", description="How latents are stored.")
     batch_size: int = Field(16, ge=1, description="Images of the largest bucket per VAE call; smaller ones get more.")
     actors: int | None = Field(None, ge=1, description="Encoder actors; null: one per GPU, else one per CPU.")
-    actor_cpus: float | None = Field(
-        None, gt=0, description="CPUs an actor reserves; null: what reads and writes leave."
+    num_cpus: float | None = Field(
+        None,
+        gt=0,
+        description="CPUs an actor reserves; null: what reads and writes leave.",
+        json_schema_extra=renamed_from("actor_cpus"),
     )
-    actor_gpus: GpuShare | None = Field(
-        None, description="GPUs an actor reserves, a part of one or whole ones; null: 1 where there are any."
+    num_gpus: GpuShare | None = Field(
+        None,
+        description="GPUs an actor reserves, a part of one or whole ones; null: 1 where there are any.",
+        json_schema_extra=renamed_from("actor_gpus"),
     )
     threads_per_actor: int | None = Field(
         None,

@@ -129,8 +129,8 @@ def _with_known_dtype(config: EncodeJobConfig, root: Root, info: CodecInfo) -> E
 
 def _on_gpus(config: EncodeJobConfig) -> bool:
     """Whether encoder actors will have GPUs; where the configuration leaves it open, the cluster is asked."""
-    if config.encode.actor_gpus is not None:
-        return config.encode.actor_gpus > 0
+    if config.encode.num_gpus is not None:
+        return config.encode.num_gpus > 0
     if config.cluster.request_gpus and os.environ.get("RAY_ADDRESS"):
         return True  # the job waits for them, later: they need not idle while the source is listed
     # Nothing has been planned yet: there is work, and it needs Ray anyhow.

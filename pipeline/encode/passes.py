@@ -79,7 +79,7 @@ def check_cluster(config: EncodeJobConfig) -> None:
     """
     ensure_ray(config.cluster)
     resources = _resources(config)
-    if resources.actor_gpus:
+    if resources.num_gpus:
         check_devices(config.cluster, partial(try_encoder, _spec(config, resources, calls=1)))
 
 
@@ -167,8 +167,8 @@ class _Encoding:
             dataset,
             EncodeBlocks,
             (_spec(self.config, r, calls), self.monitor),
-            num_cpus=r.actor_cpus,
-            **actor_pool(r.actors, _TASK_RETRIES, batch_rows, calls, num_gpus=r.actor_gpus),
+            num_cpus=r.num_cpus,
+            **actor_pool(r.actors, _TASK_RETRIES, batch_rows, calls, num_gpus=r.num_gpus),
         )
         commit = CommitRows(self.committer, self.monitor)
         sink = LedgerSink("CommitLatents", commit, rows_per_write(self.config, self.info))
@@ -256,8 +256,8 @@ class EncodeResources:
     """How many encoder actors there are, and what each reserves."""
 
     actors: int
-    actor_cpus: float
-    actor_gpus: float
+    num_cpus: float
+    num_gpus: float
     threads: int
 
 
@@ -272,7 +272,7 @@ def _spec(config: EncodeJobConfig, resources: EncodeResources, calls: int) -> En
         largest=largest_bucket(config.image),
         decode_threads=encode.decode_threads,
         threads=resources.threads,
-        device=device_of(config.cluster, resources.actor_gpus),
+        device=device_of(config.cluster, resources.num_gpus),
         decoded=encode.decode == "tasks",
         calls=calls,
     )
@@ -285,13 +285,13 @@ def _resources(config: EncodeJobConfig) -> EncodeResources:
     encode = config.encode
     cluster = ray.cluster_resources()
     gpus, cpus = cluster.get("GPU", 0.0), cluster.get("CPU", 1.0)
-    actor_gpus = encode.actor_gpus if encode.actor_gpus is not None else (1.0 if gpus else 0.0)
-    actors = encode.actors or (max(1, int(gpus / actor_gpus)) if actor_gpus else max(1, int(cpus)))
+    num_gpus = encode.num_gpus if encode.num_gpus is not None else (1.0 if gpus else 0.0)
+    actors = encode.actors or (max(1, int(gpus / num_gpus)) if num_gpus else max(1, int(cpus)))
     spare = encode.read_cpus + encode.write_cpus + (encode.decode_cpus if encode.decode == "tasks" else 0.0)
-    actor_cpus = encode.actor_cpus or _actor_cpus(cpus, spare, actors)
-    demands = {f"{actors} encoder actors": actors * actor_cpus, "reads and writes": spare}
+    num_cpus = encode.num_cpus or _actor_cpus(cpus, spare, actors)
+    demands = {f"{actors} encoder actors": actors * num_cpus, "reads and writes": spare}
     kinds = [
-        Kind("an encoder actor (encode.actor_cpus, encode.actor_gpus)", actor_cpus, actor_gpus),
+        Kind("an encoder actor (encode.num_cpus, encode.num_gpus)", num_cpus, num_gpus),
         Kind("a read task (encode.read_cpus)", encode.read_cpus),
         Kind("a write task (encode.write_cpus)", encode.write_cpus),
     ]
@@ -301,9 +301,9 @@ def _resources(config: EncodeJobConfig) -> EncodeResources:
         raise no_gpus(config.cluster)
     check_nodes(kinds, node_offers(), "encode")
     check_together(demands, "encode.actors")
-    check_together({f"{actors} encoder actors": actors * actor_gpus}, "encode.actor_gpus", "GPU")
-    check_gpus([(kinds[0], actors)], node_offers(), "encode.actor_gpus")
-    return EncodeResources(actors, actor_cpus, actor_gpus, encode.threads_per_actor or max(1, round(actor_cpus)))
+    check_together({f"{actors} encoder actors": actors * num_gpus}, "encode.num_gpus", "GPU")
+    check_gpus([(kinds[0], actors)], node_offers(), "encode.num_gpus")
+    return EncodeResources(actors, num_cpus, num_gpus, encode.threads_per_actor or max(1, round(num_cpus)))
 
 
 def _actor_cpus(cpus: float, spare: float, actors: int) -> float:

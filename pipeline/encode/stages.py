@@ -251,7 +251,7 @@ def load_encoder(spec: EncoderSpec) -> Any:
             key="codec.path",
             value=spec.codec.path,
             rule="every encoder actor loads the codec",
-            next_step="run fewer actors on a device (encode.actors, encode.actor_gpus), or use one with more memory",
+            next_step="run fewer actors on a device (encode.actors, encode.num_gpus), or use one with more memory",
         ) from error
     return Encoder(
         codec,

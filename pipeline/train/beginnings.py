@@ -2,7 +2,7 @@
 
 Datasets grow while a training runs for weeks, and are compacted. The order of the stream is a function of the rows
 and of where they lie, so a start that finds no checkpoint pins the states (see `store.read.pins`) in a place of its
-own, `inputs/<16 hex digits>` of the run. Its ranks open these and no others, and every checkpoint names the place, so that
+own, `inputs/<16 hex digits>` of the run. Its ranks open these and no others, and every checkpoint names the place:
 whoever resumes from it opens them again. No start changes what another has pinned: not one that is refused later, nor
 one that takes over.
 """

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config import StrictModel
+from pipeline.config import StrictModel, renamed_from
 from pipeline.dataflow.cluster import ClusterConfig
 from pipeline.diffusion.config import ObjectiveConfig, SamplerConfig, TimestepConfig
 from pipeline.model.config import ModelConfig
@@ -96,7 +96,12 @@ class TrainConfig(StrictModel):
         description="cuda: each worker reserves a GPU; cpu: none does; auto: cuda when the cluster has GPUs, which "
         "must suffice. What reserved GPUs compute on: cluster.device.",
     )
-    cpus_per_worker: float = Field(1, gt=0, description="CPUs reserved for, and used by, each worker.")
+    num_cpus: float = Field(
+        1,
+        gt=0,
+        description="CPUs reserved for, and used by, each worker.",
+        json_schema_extra=renamed_from("cpus_per_worker"),
+    )
     strategy: Literal["ddp", "fsdp2"] = Field(
         "ddp", description="ddp: a whole model per worker; fsdp2: weights and optimiser sharded."
     )

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 
 from pipeline import errors
+from pipeline.dataflow.device_faults import out_of_memory
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import fenced, is_superseded, latest_number, read_claim
@@ -59,8 +60,6 @@ def lasting(error: Exception) -> PipelineError | None:
     """What an error means that would only come again after a restart; None for one that a restart may mend."""
     if isinstance(error, PipelineError):
         return error
-    from pipeline.dataflow.device_faults import out_of_memory  # needs torch, which the driver does without
-
     told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if out_of_memory(error):
         return ConfigError(

@@ -211,7 +211,7 @@ def _fit(config: TrainJobConfig, root: Root, generation: int, handle: str | None
 
             t, gpus = config.train, _worker_gpus(config, ray)
             device = device_of(config.cluster, gpus)
-            cpus = {**WORKER_ENV, "OMP_NUM_THREADS": str(max(1, int(t.cpus_per_worker)))}
+            cpus = {**WORKER_ENV, "OMP_NUM_THREADS": str(max(1, int(t.num_cpus)))}
             trainer = TorchTrainer(
                 _train_on_ray,
                 train_loop_config={
@@ -227,7 +227,7 @@ def _fit(config: TrainJobConfig, root: Root, generation: int, handle: str | None
                 scaling_config=ScalingConfig(
                     num_workers=t.num_workers if t.min_workers is None else (t.min_workers, t.num_workers),
                     use_gpu=gpus > 0,
-                    resources_per_worker={"CPU": t.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
+                    resources_per_worker={"CPU": t.num_cpus, **({"GPU": gpus} if gpus else {})},
                 ),
                 run_config=RunConfig(
                     name=f"train-{generation}",
@@ -305,9 +305,9 @@ def _check_cluster(config: TrainJobConfig) -> None:
 
     t, gpus = config.train, _worker_gpus(config, ray)
     workers = t.world_sizes[0]
-    kind = Kind("a training worker (train.cpus_per_worker, train.device)", t.cpus_per_worker, gpus)
+    kind = Kind("a training worker (train.num_cpus, train.device)", t.num_cpus, gpus)
     check_nodes([kind], node_offers(), "train")
-    check_together({f"{workers} workers": workers * t.cpus_per_worker}, "train.num_workers")
+    check_together({f"{workers} workers": workers * t.num_cpus}, "train.num_workers")
     if gpus:
         check_together({f"{workers} workers": workers * float(gpus)}, "train.num_workers", "GPU")
         check_gpus([(kind, workers)], node_offers(), "train.num_workers")

@@ -74,7 +74,7 @@ def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
     {"status": "done" | "stopped", "step", "images"}; raises what the loop raises, ConflictError when another start
     of the job took over.
     """
-    torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
+    torch.set_num_threads(max(1, int(config.train.num_cpus)))
     root = Root(config.output.uri)
     served = open_served(config, pins_of(root, place.inputs))
     facts = place.facts

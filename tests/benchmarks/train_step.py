@@ -64,7 +64,7 @@ def settings(folder: Path, data: str, args: argparse.Namespace) -> dict[str, Any
             "micro_batch": args.batch_size,
             "log_images": args.batch_size,
             "device": args.device,
-            "cpus_per_worker": args.threads,
+            "num_cpus": args.threads,
             "precision": args.precision,
         },
         "stream": {"lanes": 1},

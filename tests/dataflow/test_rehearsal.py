@@ -108,7 +108,7 @@ def test_encode_with_whole_gpus_says_that_it_is_a_rehearsal(world: World) -> Non
 
 
 def test_encode_with_two_actors_a_gpu_decoding_in_tasks(world: World) -> None:
-    changes = {"encode.actor_gpus": 0.5, "encode.decode": "tasks", "encode.actor_cpus": 0.5}
+    changes = {"encode.num_gpus": 0.5, "encode.decode": "tasks", "encode.num_cpus": 0.5}
     code, _, errors = encode(world, "halves", **changes)
     assert code == 0, errors
     check(world, "halves")
@@ -130,10 +130,10 @@ def test_gpus_that_do_not_compute_are_told_before_anything_is_written(world: Wor
     ("changes", "message"),
     [
         ({"encode.actors": 3}, "The job needs 3 GPUs at once and the cluster has 2"),
-        ({"encode.actor_gpus": 0.7, "encode.actors": 3, "encode.actor_cpus": 0.1}, "needs 2.1 GPUs at once"),
-        ({"encode.actor_gpus": 0.6, "encode.actors": 3, "encode.actor_cpus": 0.1}, "no room for an encoder actor"),
-        ({"encode.actor_gpus": 1.5}, "a part of one GPU, at most 1, or whole ones"),
-        ({"encode.actor_gpus": 4}, "No node has room for an encoder actor"),
+        ({"encode.num_gpus": 0.7, "encode.actors": 3, "encode.num_cpus": 0.1}, "needs 2.1 GPUs at once"),
+        ({"encode.num_gpus": 0.6, "encode.actors": 3, "encode.num_cpus": 0.1}, "no room for an encoder actor"),
+        ({"encode.num_gpus": 1.5}, "a part of one GPU, at most 1, or whole ones"),
+        ({"encode.num_gpus": 4}, "No node has room for an encoder actor"),
     ],
 )
 def test_gpus_that_do_not_suffice_are_refused(world: World, changes: dict[str, Any], message: str) -> None:

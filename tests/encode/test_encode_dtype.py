@@ -30,17 +30,17 @@ def resolved(root: Path, *overrides: str, **codec: Any) -> str:
 @pytest.mark.parametrize(
     ("overrides", "gpus", "dtype"),
     [
-        (["encode.actor_gpus=0"], {"GPU": 8.0}, "float32"),
-        (["encode.actor_gpus=0.5"], {}, "bfloat16"),
+        (["encode.num_gpus=0"], {"GPU": 8.0}, "float32"),
+        (["encode.num_gpus=0.5"], {}, "bfloat16"),
         ([], {"GPU": 8.0}, "bfloat16"),
         ([], {"GPU": 8.0, "accelerator_type:A100": 1.0}, "bfloat16"),
         ([], {"GPU": 8.0, "accelerator_type:T4": 1.0}, "float16"),
         (
-            ["encode.actor_gpus=1"],
+            ["encode.num_gpus=1"],
             {"GPU": 8.0, "accelerator_type:A100": 1.0, "accelerator_type:V100": 1.0},
             "float16",
         ),
-        (["encode.actor_gpus=0"], {"GPU": 8.0, "accelerator_type:T4": 1.0}, "float32"),
+        (["encode.num_gpus=0"], {"GPU": 8.0, "accelerator_type:T4": 1.0}, "float32"),
         ([], {}, "float32"),
         (["codec.dtype=float16"], {"GPU": 8.0}, "float16"),
     ],
@@ -80,7 +80,7 @@ def test_a_dataset_keeps_the_arithmetic_it_began_with(tmp_path: Path, monkeypatc
     monkeypatch.setattr(job, "ensure_ray", no_ray)
     # The same command where there are GPUs.
     assert encode_here(monkeypatch, **settings, encode__actor_gpus=1).status == "unchanged"
-    assert resolved(tmp_path / "latents", "encode.actor_gpus=1") == "float32"
+    assert resolved(tmp_path / "latents", "encode.num_gpus=1") == "float32"
     with pytest.raises(ConflictError, match="codec_dtype: float32 there, bfloat16 here"):
         encode_here(monkeypatch, **settings, codec__dtype="bfloat16")
 
@@ -90,6 +90,6 @@ def test_a_dataset_keeps_the_arithmetic_it_began_with(tmp_path: Path, monkeypatc
     body["fingerprint"]["codec_dtype"] = "auto"
     path.write_text(json.dumps({**body, "fingerprint_digest": fingerprint_digest(body["fingerprint"])}))
     assert encode_here(monkeypatch, **settings).status == "unchanged"
-    assert resolved(tmp_path / "latents", "encode.actor_gpus=1") == "auto"
+    assert resolved(tmp_path / "latents", "encode.num_gpus=1") == "auto"
     with pytest.raises(ConflictError, match="codec_dtype: auto there, float32 here"):
         encode_here(monkeypatch, **settings, codec__dtype="float32")

@@ -163,7 +163,7 @@ def test_another_fingerprint_is_a_conflict_that_names_the_fields(base: Path, tmp
 def test_a_pool_that_cannot_fit_is_refused_at_once(base: Path, tmp_path: Path) -> None:
     make_images(tmp_path / "images", 4)
     (tmp_path / "codec").symlink_to(base / "codec")
-    changes = {"encode.actors": 2, "encode.actor_cpus": 1.0, "tracking.enabled": "false"}
+    changes = {"encode.actors": 2, "encode.num_cpus": 1.0, "tracking.enabled": "false"}
     code, _, errors = run("encode", *arguments(tmp_path, **changes), cwd=tmp_path)
     assert code == 2, errors
     assert "it would wait for ever" in errors

@@ -26,7 +26,7 @@ from pipeline.store.write.writer import Committer
 def encode_here(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> JobResult:
     """Run the encode job with `settings` (dots written as __), its passes replaced by a loop over the units."""
     overrides = [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
-    config = load_config(EncodeJobConfig, [], ["tracking.enabled=false", "encode.actor_gpus=0", *overrides])
+    config = load_config(EncodeJobConfig, [], ["tracking.enabled=false", "encode.num_gpus=0", *overrides])
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.encode.passes.run_passes", _passes)
         patch.setattr("pipeline.encode.passes.check_cluster", lambda config: None)
