@@ -77,14 +77,15 @@ class Run:
         ids = {"job": self.job, "handle": self.tracker.handle, "run_id": self.tracker.run_id}
         note_run(generation.root, generation.number, {**self._note, **ids})
 
-    def done(self, result: JobResult, *, step: int = 0, digest: str | None = None) -> JobResult:
+    def done(self, result: JobResult, *, step: int | None = 0, digest: str | None = None) -> JobResult:
         """The answer with the run's id, after its figures and what it made were recorded.
 
-        digest: of the content of the root as it is now.
+        step: of its figures; None where they were recorded on the way. digest: of the content of the root as it is now.
         """
         result = replace(result, run_id=self.tracker.wait_run_id(RUN_ID_WAIT_S))
-        counts = {name: float(count) for name, count in result.counts.items()}
-        self.tracker.log_metrics({**result.rates, **result.figures, **counts}, step=step)
+        if step is not None:
+            counts = {name: float(count) for name, count in result.counts.items()}
+            self.tracker.log_metrics({**result.rates, **result.figures, **counts}, step=step)
         if self.generation is not None:
             self.note(self.generation)
             if digest is not None:

@@ -68,7 +68,7 @@ def run(config: TrainJobConfig) -> JobResult:
                 f"Training stopped at {outcome['images']:,} of {config.train.images:,} images, checkpoint written",
                 next_step="run the same command again to go on",
             )
-        result = run.done(_result(config, root, outcome, tracker), step=outcome["images"])
+        result = run.done(_result(config, root, outcome, tracker), step=None)
         root.put(DONE, json.dumps({"config": config_digest(config), "result": vars(result)}).encode())
         return result
 
