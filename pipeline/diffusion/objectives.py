@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.diffusion.solvers import KINDS
 from pipeline.errors import InputError
 
 NUM_TRAIN_STEPS = 1000
-KINDS = ("flow", "epsilon", "v")
 SCHEDULES = ("scaled_linear", "linear", "cosine")
 WEIGHTINGS = ("none", "min_snr")
 

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import config_digest, dump_yaml
+from pipeline.diffusion.solvers import SOLVERS
 from pipeline.errors import InputError, PipelineError, RejectBudgetError
 from pipeline.result import JobResult
 from pipeline.sample.claim import check_identity, settle_identity
@@ -80,7 +81,7 @@ def dry_run(config: SampleJobConfig) -> JobResult:
             planned_rows(planned_requests(state.plan), requests["request_id"].to_pylist()) & state.covered
         ).count()
     calls = sum(
-        _solver_calls(prepared.draw.sampler, steps) * (2 if guidance != 1.0 else 1)
+        SOLVERS[prepared.draw.sampler].evaluations(steps) * (2 if guidance != 1.0 else 1)
         for steps, guidance in zip(requests["steps"].to_pylist(), requests["guidance"].to_pylist(), strict=True)
     )
     counts = {
@@ -91,11 +92,6 @@ def dry_run(config: SampleJobConfig) -> JobResult:
         "model_evaluations": calls,
     }
     return JobResult("dry-run", counts, {"images": root.uri})
-
-
-def _solver_calls(sampler: str, steps: int) -> int:
-    """How often a solver asks the model: heun twice a step, but for its last one, which is euler's."""
-    return 2 * steps - 1 if sampler == "heun" else steps
 
 
 def _output(config: SampleJobConfig, prepared: SamplingInputs) -> Root:

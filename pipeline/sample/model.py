@@ -198,21 +198,6 @@ def _find(root: Root) -> Root:
     return root.child(max(complete))
 
 
-def resolve_sampler(name: str, objective: str) -> str:
-    """The solver that `auto` stands for; ConfigError for one that does not fit what the model predicts."""
-    if name == "auto":
-        return "euler" if objective == "flow" else "dpmpp"
-    if name in ("euler", "heun") and objective != "flow":
-        raise ConfigError(
-            f"The sampler {name} integrates flows, and this model predicts {objective}",
-            key="sampler.name",
-            value=name,
-            rule="ddim and dpmpp fit every model",
-            next_step="set sampler.name=dpmpp, or leave it at auto",
-        )
-    return name
-
-
 def _stride(model: Mapping[str, Any]) -> int:
     """Latent cells that a side must be a multiple of: the patch of a transformer, the halvings of a U-Net."""
     config = model.get("config", model)

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.codec.info import CodecInfo, codec_info
+from pipeline.diffusion.solvers import solver_for
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.sample.config import FileRequests, GridRequests, SampleJobConfig
-from pipeline.sample.model import ModelFacts, read_model, resolve_sampler
+from pipeline.sample.model import ModelFacts, read_model
 from pipeline.sample.provenance import Draw, Origin
 from pipeline.sample.request_files import file_format, map_columns, read_columns
 from pipeline.sample.requests import Defaults, RequestLimits, Requests, grid_columns, refuse_broken, validate_requests
@@ -168,9 +169,19 @@ def _check_codec(model: ModelFacts, codec: CodecInfo, path: str) -> None:
 
 
 def _draw(config: SampleJobConfig, model: ModelFacts) -> Draw:
+    try:
+        solver = solver_for(config.sampler.name, model.objective)
+    except ValueError as error:
+        raise ConfigError(
+            f"The sampler does not fit the model: {error}",
+            key="sampler.name",
+            value=config.sampler.name,
+            rule="a solver serves the objective that the model was trained with",
+            next_step="name one that does, or leave sampler.name at auto",
+        ) from None
     return Draw(
         seed=config.seed,
-        sampler=resolve_sampler(config.sampler.name, model.objective),
+        sampler=solver.name,
         shift=model.sampling_shift if config.sampler.shift is None else config.sampler.shift,
         batch_size=config.batch_size,
         device="auto",
