@@ -11,7 +11,7 @@ import torch
 from pipeline.codec.codec import Codec, load_codec
 from pipeline.dataflow.lost_device import DeviceFault, device_fault
 from pipeline.dataflow.out_of_memory import out_of_memory
-from pipeline.sample.plan import padded
+from pipeline.diffusion.draw import padded
 
 
 class LatentDecoder:

@@ -52,7 +52,7 @@ def run(config: SampleJobConfig) -> JobResult:
     if anything_open:
         from pipeline.sample.passes import check_cluster
 
-        check_cluster(config, with_text=prepared.model.text is not None)
+        check_cluster(config, with_text=prepared.text is not None)
     root.probe()
     if not root.exists(IDENTITY):
         claim_identity(root, prepared.identity)

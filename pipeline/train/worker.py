@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from pipeline.diffusion.draw import Solving
 from pipeline.errors import ConflictError
 from pipeline.model.build import build_model, repeated_blocks
 from pipeline.model.flops import forward_flops, train_flops
@@ -258,13 +259,13 @@ def _grid(
         ema=config.train.ema[0].name,
         images=config.grid.images,
         shape=(facts.latent_channels, *facts.latent_size),
-        sampler={
-            "sampler": s.name,
-            "steps": s.steps,
-            "guidance": s.guidance if conditional and is_guidable(config, facts) else 1.0,
-            "guidance_interval": s.guidance_interval,
-            "shift": sampling_shift(config, facts) if s.shift is None else s.shift,
-        },
+        solving=Solving(
+            sampler=s.name,
+            steps=s.steps,
+            guidance=s.guidance if conditional and is_guidable(config, facts) else 1.0,
+            guidance_interval=s.guidance_interval,
+            shift=sampling_shift(config, facts) if s.shift is None else s.shift,
+        ),
         codec=facts.codec,
         show=show,
         prompts=prompts,

@@ -31,10 +31,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
 from pipeline.config import merge, validate
-from pipeline.model.build import build_model, model_config_from_dict
+from pipeline.model.build import build_model
+from pipeline.model.config import ModelConfig
 from pipeline.storage.root import Root
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.train.checkpoint import list_complete
@@ -50,6 +52,7 @@ from tests.train.dataset import make_dataset
 CHANNELS, SIDE, CLASSES = 4, 32, 10
 JOB, BARE, DIFFUSERS = "ours: the job's loop", "bare loop", "diffusers"
 MODEL = {"kind": "dit", "hidden": 192, "depth": 4, "heads": 3, "patch": 2}
+_MODEL: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
 
 
 def settings(folder: Path, data: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -128,7 +131,7 @@ class BareLoop:
 def build(**changes: Any) -> nn.Module:
     """The model of all sides."""
     torch.manual_seed(0)
-    config = model_config_from_dict({**MODEL, **changes})
+    config = _MODEL.validate_python({**MODEL, **changes})
     return build_model(config, latent_channels=CHANNELS, num_classes=CLASSES, text_dim=None)
 
 
@@ -169,7 +172,7 @@ def diffusers_dit() -> nn.Module:
     size = {"heads": heads, "head_dim": int(MODEL["hidden"]) // heads, "depth": MODEL["depth"]}  # type: ignore[call-overload]
     config = {"kind": "dit_transformer2d", "sample_size": SIDE, "patch": MODEL["patch"], **size}
     torch.manual_seed(0)
-    return build_model(model_config_from_dict(config), latent_channels=CHANNELS, num_classes=CLASSES, text_dim=None)
+    return build_model(_MODEL.validate_python(config), latent_channels=CHANNELS, num_classes=CLASSES, text_dim=None)
 
 
 def pass_seconds(models: Mapping[str, nn.Module], args: argparse.Namespace) -> dict[str, list[float]]:

@@ -17,7 +17,7 @@ from pipeline.diffusion.timesteps import TimestepDensity
 
 
 def test_defaults_agree_with_the_classes() -> None:
-    assert Objective.from_dict(ObjectiveConfig().model_dump()) == Objective()
+    assert Objective(**ObjectiveConfig().model_dump()) == Objective()
     assert TimestepDensity(**TimestepConfig().model_dump()) == TimestepDensity()
     assert set(get_args(SamplerName)) == {"auto", *SOLVERS}
     assert set(_RUNS) == set(SOLVERS)

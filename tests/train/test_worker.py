@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from pipeline.errors import ConfigError, ConflictError
-from pipeline.model.export import load_export, read_info
+from pipeline.model.load import load_model
+from pipeline.model.read import read_model
 from pipeline.storage.root import Root
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.train.config import TrainJobConfig
@@ -49,7 +50,7 @@ def test_a_run_learns_validates_and_exports_its_average(data_uri: str, tmp_path:
     assert [r["images"] for r in checks] == [128, 256, 384, 512, 640, 768, 896, 960]
     assert checks[-1]["val/loss"] < checks[0]["val/loss"]
     assert checks[-1]["val/ema/loss"] != checks[-1]["val/loss"]
-    model, info = load_export(config.output.uri + "/model")
+    model, info = load_model(config.output.uri + "/model")
     assert (info.images_seen, info.ema, info.num_classes, info.latent_channels) == (960, "ema", 3, 4)
     assert info.dataset["digest"] == LatentDataset.open(data_uri).digest
     assert model(torch.zeros(1, 4, 8, 8), torch.ones(1), torch.tensor([3])).shape == (1, 4, 8, 8)
@@ -78,18 +79,18 @@ def test_stop_and_resume_leave_the_history_and_export_of_an_undisturbed_run(
         return [{k: v for k, v in r.items() if k not in clock} for r in read_records(Root(str(path / "run")))]
 
     assert timeless(broken) == timeless(whole)
-    weights = [load_export(str(p / "run" / "model"))[0].state_dict() for p in (whole, broken)]
+    weights = [load_model(str(p / "run" / "model"))[0].state_dict() for p in (whole, broken)]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
 def test_an_export_says_how_it_is_to_be_sampled(data_uri: str, tmp_path: Path) -> None:
     changes = {"train": {"images": 32, "label_dropout": 0.0}, "timesteps": {"shift": 2.0, "shift_base_pixels": 16}}
     start(job_config(tmp_path / "a", data_uri, changes), tmp_path)
-    info = read_info(str(tmp_path / "a" / "run" / "model"))
+    info = read_model(str(tmp_path / "a" / "run" / "model")).info
     assert (info.always_labelled, info.guidable) == (True, False)
     assert (info.sampling_shift, info.buckets) == (4.0, ("32x32",))
     start(job_config(tmp_path / "b", data_uri, {"train": {"images": 32}, "objective": {"kind": "v"}}), tmp_path)
-    info = read_info(str(tmp_path / "b" / "run" / "model"))
+    info = read_model(str(tmp_path / "b" / "run" / "model")).info
     assert (info.always_labelled, info.guidable, info.sampling_shift) == (False, True, 1.0)
 
 
@@ -139,5 +140,5 @@ def test_stored_posteriors_and_unconditional_models_train(tmp_path: Path) -> Non
     uri = make_dataset(tmp_path / "moments", classes=None, posterior="moments")
     config = job_config(tmp_path, uri, {"train": {"images": 64}})
     assert start(config, tmp_path)["status"] == "done"
-    _, info = load_export(config.output.uri + "/model")
+    _, info = load_model(config.output.uri + "/model")
     assert (info.num_classes, info.latent_channels, info.guidable) == (None, 4, True)
