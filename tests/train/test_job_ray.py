@@ -127,7 +127,7 @@ def test_sigterm_checkpoints_and_exits_75_and_the_same_command_finishes(
     rare = {"checkpoint": {"every_images": 1_000_000}, **tracked(tmp_path)}
     config = job_config(tmp_path, data_uri, merge(LENGTH, rare))
     driver = drive(config, tmp_path)
-    driver.wait_until(lambda: read_records(driver.root), "the first figures")
+    driver.wait_until(lambda: "loss" in driver.said(), "the first figures")
     driver.process.send_signal(signal.SIGTERM)
     code, _ = driver.answer()
     assert code == 75, driver.said()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ from pipeline.store.read.dataset import LatentDataset
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.control import claim_generation, request_stop
 from pipeline.train.handshake import handshake
-from pipeline.train.history import read_records
+from pipeline.train.history import COUNT, read_records
 from pipeline.train.worker import WorkerContext, run_worker
 from tests.train.dataset import make_dataset
+from tests.train.earlier_history import write_segments
 from tests.train.helpers import stopped_after
 from tests.train.job_config import job_config
 
@@ -56,7 +56,7 @@ def test_a_run_learns_validates_and_exports_its_average(data_uri: str, tmp_path:
     assert model(torch.zeros(1, 4, 8, 8), torch.ones(1), torch.tensor([3])).shape == (1, 4, 8, 8)
 
 
-@pytest.mark.parametrize("recorded", ["in segments", "in one file"])
+@pytest.mark.parametrize("recorded", ["with its checkpoint", "in segments", "in one file"])
 def test_stop_and_resume_leave_the_history_and_export_of_an_undisturbed_run(
     data_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: str
 ) -> None:
@@ -65,13 +65,8 @@ def test_stop_and_resume_leave_the_history_and_export_of_an_undisturbed_run(
     config = job_config(broken, data_uri, VALIDATED)
     with stopped_after(monkeypatch, 7):
         assert start(config, broken) == {"status": "stopped", "step": 7, "images": 112}
-    # As if a worker had gone on for a while after its last checkpoint, and was then killed.
-    (segment,) = Path(config.output.uri).glob("history/*/*.jsonl")
-    with segment.open("a") as file:
-        file.write(json.dumps({"step": 9, "images": 144, "loss": 1.0}) + "\n")
-    if recorded == "in one file":
-        segment.rename(Path(config.output.uri) / "history.jsonl")
-        shutil.rmtree(Path(config.output.uri) / "history")
+    if recorded != "with its checkpoint":
+        as_of_an_earlier_release(Root(config.output.uri), recorded)
     assert start(config, broken)["status"] == "done"
 
     def timeless(path: Path) -> list[dict[str, Any]]:
@@ -81,6 +76,22 @@ def test_stop_and_resume_leave_the_history_and_export_of_an_undisturbed_run(
     assert timeless(broken) == timeless(whole)
     weights = [load_model(str(p / "run" / "model"))[0].state_dict() for p in (whole, broken)]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+def as_of_an_earlier_release(root: Root, recorded: str) -> None:
+    """A run whose worker had gone on for a while after its last checkpoint, and was then killed."""
+    records = [*read_records(root), {"step": 9, "images": 144, "loss": 1.0}]
+    for info in list(root.list("checkpoints")):
+        if info.key.endswith("COMPLETE.json"):
+            marker = json.loads(root.read_bytes(info.key))
+            del marker[COUNT]
+            root.put(info.key, json.dumps(marker).encode())
+        elif info.key.endswith("history.jsonl"):
+            root.delete(info.key)
+    if recorded == "in segments":
+        write_segments(root, records, starts=1)
+    else:
+        root.put("history.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode())
 
 
 def test_an_export_says_how_it_is_to_be_sampled(data_uri: str, tmp_path: Path) -> None:
