@@ -22,9 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.solvers import KINDS
+from pipeline.diffusion.solvers import KINDS, NUM_TRAIN_STEPS
 
-NUM_TRAIN_STEPS = 1000
 SCHEDULES = ("scaled_linear", "linear", "cosine")
 WEIGHTINGS = ("none", "min_snr")
 

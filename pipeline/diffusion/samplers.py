@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.objectives import NUM_TRAIN_STEPS, Objective
-from pipeline.diffusion.solvers import solver_for
+from pipeline.diffusion.objectives import Objective
+from pipeline.diffusion.solvers import NUM_TRAIN_STEPS, solver_for
 from pipeline.diffusion.timesteps import shift_times
 
 Conditioning = Mapping[str, Tensor | None]

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 ObjectiveKind = Literal["flow", "epsilon", "v"]
 SamplerName = Literal["auto", "euler", "heun", "ddim", "dpmpp"]  # auto, or a key of SOLVERS
 KINDS: tuple[str, ...] = get_args(ObjectiveKind)
+NUM_TRAIN_STEPS = 1000  # of the discrete schedules of epsilon and v
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import re
 from typing import Any
 
 from pipeline.diffusion.config import ObjectiveConfig
+from pipeline.diffusion.solvers import NUM_TRAIN_STEPS
 from pipeline.model.info import DatasetShare, ModelInfo
-from pipeline.model.published import NUM_TRAIN_STEPS
 
 _BETA_SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from pipeline.diffusion.compiled import compile_for_shapes
 from pipeline.diffusion.draw import Drawer, Embedding, Solving, Texts, padded
 from pipeline.diffusion.objectives import Objective
-from pipeline.model.info import ModelInfo
-from pipeline.model.load import load_model
 from pipeline.sample.plan import shape_groups
 from pipeline.sample.provenance import Draw
+
+if TYPE_CHECKING:
+    from pipeline.model.info import ModelInfo
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Sizes of images, with and without guidance; beyond torch's own limit of eight the rest would not be compiled.
@@ -63,7 +65,7 @@ class Denoiser:
             compile_for_shapes(self._model, _COMPILED_SHAPES)
         self._drawer = Drawer(
             self._model,
-            objective=Objective(**info.objective.model_dump()),
+            objective=Objective(**vars(info.objective)),
             mean_C=torch.tensor(info.latent_mean, dtype=torch.float32),
             std_C=torch.tensor(info.latent_std, dtype=torch.float32),
             num_classes=info.num_classes,
@@ -76,6 +78,8 @@ class Denoiser:
     @classmethod
     def load(cls, model_uri: str, draw: Draw, *, ema: str | None = None, embed: Embed | None = None) -> Denoiser:
         """The denoiser of a model as `read_model` finds it; InputError when it is missing, damaged or another."""
+        from pipeline.model.load import load_model  # it reads every form of model; one in memory needs none
+
         model, info = load_model(model_uri, ema)
         return cls(model, info, draw, embed=embed)
 

@@ -12,12 +12,14 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from pipeline.errors import InputError
-from pipeline.model.info import ModelInfo
+
+if TYPE_CHECKING:
+    from pipeline.model.info import ModelInfo
 
 REQUEST_SCHEMA = pa.schema(
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -14,10 +15,8 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from pipeline.codec.flops import decode_flops
-from pipeline.diffusion.config import ObjectiveConfig
+from pipeline.diffusion.objectives import Objective
 from pipeline.diffusion.rng import id_from_text
-from pipeline.model.config import DiTConfig
-from pipeline.model.info import CodecReference, ModelInfo
 from pipeline.sample.decode import LatentDecoder
 from pipeline.sample.denoise import Denoiser
 from pipeline.sample.provenance import Draw
@@ -40,6 +39,18 @@ HEADS = {
     "device_busy": "device busy",
     "peak_memory_gib": "peak GiB",
 }
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a Denoiser reads of a ModelInfo."""
+
+    objective: Objective
+    latent_channels: int
+    num_classes: int
+    factor: int
+    latent_mean: tuple[float, ...]
+    latent_std: tuple[float, ...]
 
 
 def figures(bench: Bench, scale: Scale) -> Iterator[dict[str, Any]]:
@@ -78,23 +89,8 @@ def measure(
     )
     decoder = LatentDecoder(folder, batch_size=batch, device=str(bench.device), dtype=bench.dtype)
     factor = decoder.codec.info.factor
-    about = ModelInfo(
-        model=DiTConfig(hidden=size.hidden, depth=size.depth, heads=size.heads),
-        objective=ObjectiveConfig(),
-        latent_channels=size.channels,
-        num_classes=size.classes,
-        text_dim=None,
-        factor=factor,
-        latent_mean=(0.0,) * size.channels,
-        latent_std=(1.0,) * size.channels,
-        codec=CodecReference(path=folder),
-        dataset={},
-        fingerprint_digest="",
-        run_id=None,
-        images_seen=0,
-        ema="raw",
-        buckets=(),
-    )
+    ends = ((0.0,) * size.channels, (1.0,) * size.channels)
+    about: Any = ModelFacts(Objective("flow"), size.channels, size.classes, factor, *ends)
     denoiser = Denoiser(model, about, draw, compile=compiled)
     requests = make_requests(scale, size, side, batch)
     vae = AutoencoderKL.from_pretrained(folder, torch_dtype=bench.torch_dtype, low_cpu_mem_usage=False)
