@@ -14,6 +14,8 @@ from pydantic import ConfigDict, Field, model_validator
 from pipeline.config import StrictModel
 
 Use = Literal["required", "optional", "refused"]
+# The diffusers classes that published pipelines may name: a closed list, for each has an adapter.
+PublishedClass = Literal["UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "SD3Transformer2DModel"]
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,7 @@ class PublishedConfig(NetworkConfig):
     model_config = ConfigDict(validate_by_name=True)
 
     kind: Literal["diffusers"] = "diffusers"
-    class_name: str = Field(alias="class")
+    class_name: PublishedClass = Field(alias="class")
     config: dict[str, Any]
 
     @property

@@ -11,15 +11,16 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pipeline.diffusion.solvers import NUM_TRAIN_STEPS
 from pipeline.errors import InputError
+from pipeline.model.config import PublishedClass
 from pipeline.storage.root import Root, check_key
 
 INDEX = "model_index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-CLASSES = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "SD3Transformer2DModel")
+CLASSES: tuple[str, ...] = get_args(PublishedClass)
 _FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 _SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
 _KINDS = {"epsilon": "epsilon", "v_prediction": "v"}

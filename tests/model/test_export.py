@@ -192,6 +192,10 @@ def test_info_survives_json_exactly() -> None:
         ({"latent_std": [1.0, 0.0, 1.0, 1.0]}, "latent_std must be positive"),
         ({"latent_mean": [0.0, 0.0, 0.0, float("nan")]}, "latent_mean"),
         ({"run_id": None, "dataset": None}, "dataset"),
+        ({"model": {"kind": "dit", "colour": 3}}, "colour"),
+        ({"model": {"kind": "gan"}}, "gan"),
+        ({"model": {"kind": "diffusers", "class": "AutoencoderKL", "config": {}}}, "'UNet2DModel', "),
+        ({"objective": {"kind": "score"}}, "objective.kind"),
     ],
 )
 def test_info_is_strict(change: dict[str, Any], message: str) -> None:

@@ -73,6 +73,13 @@ def test_a_fixed_size_model_on_another_size_is_refused(uri: str, tmp_path: Path)
         handshake(config, LatentDataset.open(uri))
 
 
+def test_a_model_that_halves_the_latent_too_often_is_refused(uri: str, tmp_path: Path) -> None:
+    levels = {"block_out_channels": (32,) * 5, "attention": (False,) * 5, "norm_num_groups": 8}
+    config = _with_model(tmp_path, uri, {"kind": "unet2d", **levels})
+    with pytest.raises(ConfigError, match=r"sides in multiples of 16 .*64\), .* buckets 32x32[\s\S]*block_out_ch"):
+        handshake(config, LatentDataset.open(uri))
+
+
 def test_a_model_without_positions_for_the_largest_bucket_is_refused(tmp_path: Path) -> None:
     uri = make_dataset(tmp_path / "latents", captions=("a",))
     config = _with_model(tmp_path, uri, {"kind": "sd3_transformer2d", "max_size": 3})
@@ -87,7 +94,9 @@ def test_a_model_without_positions_for_the_largest_bucket_is_refused(tmp_path: P
 def test_a_class_model_without_classes_is_refused(tmp_path: Path) -> None:
     bare = make_dataset(tmp_path / "bare", classes=None)
     config = _with_model(tmp_path, bare, {"kind": "dit_transformer2d", "sample_size": 8})
-    with pytest.raises(ConfigError, match=r"dit_transformer2d needs classes, rows of .* have no label"):
+    with pytest.raises(
+        ConfigError, match=r"dit_transformer2d needs classes, rows of .* have no label[\s\S]*dit, unet2d$"
+    ):
         handshake(config, LatentDataset.open(bare))
 
 
