@@ -111,6 +111,11 @@ class MonitorState:
             if amount > 0:
                 self._meters[name].inc(amount)
 
+    def show(self, figures: Mapping[str, float]) -> None:
+        """Set named totals to their newest values, which are also Ray metrics: a gauge each."""
+        self._gauges(figures)
+        self._done.update(figures)
+
     def totals(self) -> tuple[dict[str, float], PipelineError | None]:
         """The named totals, and why the execution cannot go on: no process of some stage starts."""
         hopeless = (starts.hopeless(stage) for stage, starts in self._starts.items())

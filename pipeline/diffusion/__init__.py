@@ -13,6 +13,6 @@ A training step draws noise (purpose "noise"), time ("time") and label dropout (
 epoch, so the numbers are the same on one worker and on eight, and the same again after a restart. Sampling draws
 its noise by the request's id in the same way.
 
-Nothing here has state: a crash leaves nothing behind, and every function can be called again. `config.py` holds
-the pydantic models of the choices and imports nothing else of this package.
+Nothing here has state: a crash leaves nothing behind, and every function can be called again. `solvers`
+(names, objectives, costs) and `config` (the pydantic models of the choices) import no torch.
 """

@@ -7,12 +7,13 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pipeline.config import StrictModel
+from pipeline.diffusion.solvers import ObjectiveKind, SamplerName
 
 
 class ObjectiveConfig(StrictModel):
     """What the model predicts and how its error is weighted over time."""
 
-    kind: Literal["flow", "epsilon", "v"] = Field(
+    kind: ObjectiveKind = Field(
         "flow", description="What the model predicts: flow (rectified flow velocity), epsilon (the noise), or v."
     )
     schedule: Literal["scaled_linear", "linear", "cosine"] = Field(
@@ -55,7 +56,7 @@ class TimestepConfig(StrictModel):
 class SamplerConfig(StrictModel):
     """How noise is turned into latents."""
 
-    name: Literal["auto", "euler", "heun", "ddim", "dpmpp"] = Field(
+    name: SamplerName = Field(
         "auto", description="Solver: euler, heun (flow only), ddim, dpmpp (any objective); auto: euler or dpmpp."
     )
     steps: int = Field(25, ge=1, le=1000, description="Solver steps; heun evaluates the model twice per step.")

@@ -17,24 +17,20 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pipeline.errors import InputError
+from pipeline.diffusion.solvers import KINDS, NUM_TRAIN_STEPS
 
-NUM_TRAIN_STEPS = 1000
-KINDS = ("flow", "epsilon", "v")
 SCHEDULES = ("scaled_linear", "linear", "cosine")
 WEIGHTINGS = ("none", "min_snr")
 
 
 @dataclass(frozen=True)
 class Objective:
-    """One choice of forward process, prediction target and loss weight; plain values, comparable, JSON-able."""
+    """One choice of forward process, prediction target and loss weight: the fields of an ObjectiveConfig."""
 
     kind: str = "flow"
     schedule: str = "scaled_linear"
@@ -47,18 +43,6 @@ class Objective:
         for name, allowed in (("kind", KINDS), ("schedule", SCHEDULES), ("weighting", WEIGHTINGS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"objective {name} must be one of {allowed}, got {getattr(self, name)!r}")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Its fields as JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Objective:
-        """The objective of `as_dict` (or of an ObjectiveConfig's model_dump); InputError on an unknown field."""
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
-        if unknown:
-            raise InputError("objective has unknown fields", key="objective", value=", ".join(unknown))
-        return cls(**values)
 
     # -- the forward process --
 

@@ -20,13 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.objectives import NUM_TRAIN_STEPS, Objective
+from pipeline.diffusion.objectives import Objective
+from pipeline.diffusion.solvers import NUM_TRAIN_STEPS, solver_for
 from pipeline.diffusion.timesteps import shift_times
 
 Conditioning = Mapping[str, Tensor | None]
 StepCallback = Callable[[int, int, Tensor], None]  # step (1 when the first is done), steps, x_BCHW
-
-SAMPLERS = ("auto", "euler", "heun", "ddim", "dpmpp")
 
 
 class Predict(Protocol):
@@ -72,10 +71,10 @@ def sample(
     g = 1 gives exactly its conditional prediction.
     `callback(step, steps, x)` is called after each step. ValueError on arguments that do not fit together.
     """
-    solver = _solver_for(sampler, objective)
+    solver = solver_for(sampler, objective.kind)
     grid = time_grid(objective, steps, shift=shift)
     guided = Guided(predict, cond or {}, uncond, guidance, guidance_interval)
-    return SOLVERS[solver](guided, noise_BCHW.float(), objective, grid, callback or _nothing)
+    return _RUNS[solver.name](guided, noise_BCHW.float(), objective, grid, callback or _nothing)
 
 
 def time_grid(objective: Objective, steps: int, *, shift: float = 1.0) -> Grid:
@@ -179,22 +178,12 @@ def _dpmpp(model: Guided, x: Tensor, objective: Objective, grid: Grid, callback:
     return x
 
 
-SOLVERS: dict[str, Callable[[Guided, Tensor, Objective, Grid, StepCallback], Tensor]] = {
+_RUNS: dict[str, Callable[[Guided, Tensor, Objective, Grid, StepCallback], Tensor]] = {
     "euler": _euler,
     "heun": _heun,
     "ddim": _ddim,
     "dpmpp": _dpmpp,
 }
-
-
-def _solver_for(sampler: str, objective: Objective) -> str:
-    if sampler == "auto":
-        return "euler" if objective.kind == "flow" else "dpmpp"
-    if sampler not in SOLVERS:
-        raise ValueError(f"sampler must be one of {SAMPLERS}, got {sampler!r}")
-    if sampler in ("euler", "heun") and objective.kind != "flow":
-        raise ValueError(f"sampler {sampler} integrates a flow; for {objective.kind} use ddim or dpmpp")
-    return sampler
 
 
 def _half_log_snr(alpha: float, sigma: float) -> float:

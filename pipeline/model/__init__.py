@@ -5,12 +5,13 @@
 x is normalised latents plus noise, t in [0, 1] with 1 pure noise; label index num_classes means "no label" and is
 the model's `null_label`. Nothing is dropped inside: the trainer drops labels and text per row, by the row's id.
 
-    config    ModelConfig, a union on `kind`                     (pydantic only)
+    config    ModelConfig, a union on `kind`: sizes, and what each learns from  (pydantic only)
     build     ModelConfig + what the dataset is   ->  nn.Module  (dit.py, or adapters.py around a diffusers class)
     flops     ModelConfig + a latent's shape      ->  FLOPs of one forward, counted on shapes alone
-    export    nn.Module + ExportInfo              ->  a directory: safetensors, JSON, a model card; and back
-    foreign   a plain diffusers pipeline directory ->  nn.Module + ExportInfo
-    from_checkpoint  a training checkpoint, one EMA ->  nn.Module + ExportInfo
+    info      ModelInfo, the one description of a model: all that a sampler must know  (no torch)
+    export    nn.Module + ModelInfo               ->  a directory: safetensors, JSON, a model card
+    read      export, checkpoint or published pipeline  ->  StoredModel: ModelInfo, digest, hashes  (no torch)
+    load      the same                            ->  nn.Module + ModelInfo
 
 An export is complete when its latentloom.json is there; that file is written last, so a crash leaves a directory that
 reads as "no export" and is written over by the next attempt. A complete export is never changed. Loading runs no code

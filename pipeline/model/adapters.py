@@ -12,26 +12,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import ConfigError, InputError
+from pipeline.errors import InputError
 
 if TYPE_CHECKING:
     from pipeline.model.config import (
         DiTTransformer2DConfig,
+        PublishedConfig,
         SD3Transformer2DConfig,
+        Sides,
         UNet2DConditionConfig,
         UNet2DConfig,
     )
 
-TIME_SCALE = 1000.0
-DIFFUSERS_CLASSES = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "SD3Transformer2DModel")
+_TIME_SCALE = 1000.0
 
 
 class DiffusersAdapter(nn.Module):
     """A diffusers model as forward(x, t, labels, text, mask) -> prediction; subclasses say how it is called."""
 
-    def __init__(self, inner: nn.Module, *, null_label: int | None) -> None:
+    def __init__(self, inner: nn.Module, *, sides: Sides, null_label: int | None) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner, self.sides = inner, sides
         self.null_label = null_label  # the label index that means "no label", where the model has one
 
     @property
@@ -47,9 +48,20 @@ class DiffusersAdapter(nn.Module):
         text_BLD: Tensor | None = None,
         text_mask_BL: Tensor | None = None,
     ) -> Tensor:
-        self._check_size(*x_BCHW.shape[-2:])
         arguments = self._arguments(x_BCHW.shape[0], x_BCHW.device, labels_B, text_BLD, text_mask_BL)
-        prediction: Tensor = self.inner(x_BCHW, timestep=t_B * TIME_SCALE, return_dict=False, **arguments)[0]
+        return self._predict(x_BCHW, t_B, **arguments)
+
+    def _predict(self, x_BCHW: Tensor, t_B: Tensor, **arguments: Any) -> Tensor:
+        height, width = x_BCHW.shape[-2:]
+        if not self.sides.take(height, width):
+            raise InputError(
+                f"{type(self.inner).__name__} cannot take this latent size",
+                key="latent size",
+                value=f"{height}x{width}",
+                rule=f"it takes {self.sides.rule()}",
+                next_step="use image buckets that give such latents, or another model",
+            )
+        prediction: Tensor = self.inner(x_BCHW, timestep=t_B * _TIME_SCALE, return_dict=False, **arguments)[0]
         # Published models with a learned variance predict it in a second set of channels; no solver here uses it.
         return prediction[:, : x_BCHW.shape[1]]
 
@@ -57,21 +69,6 @@ class DiffusersAdapter(nn.Module):
         self, batch: int, device: torch.device, labels: Tensor | None, text: Tensor | None, mask: Tensor | None
     ) -> dict[str, Any]:
         raise NotImplementedError
-
-    def _size_multiple(self) -> int:
-        levels: int = len(self.config.block_out_channels)
-        return 1 << (levels - 1)
-
-    def _check_size(self, height: int, width: int) -> None:
-        multiple = self._size_multiple()
-        if height % multiple or width % multiple:
-            raise InputError(
-                f"{type(self.inner).__name__} cannot take this latent size",
-                key="latent size",
-                value=f"{height}x{width}",
-                rule=f"height and width must be multiples of {multiple}",
-                next_step="use fewer levels, or image buckets of a larger multiple",
-            )
 
     def _labels(self, batch: int, device: torch.device, labels: Tensor | None) -> Tensor:
         if labels is not None:
@@ -127,17 +124,6 @@ class DiTTransformer2D(DiffusersAdapter):
     ) -> dict[str, Any]:
         return {"class_labels": self._labels(batch, device, labels)}
 
-    def _check_size(self, height: int, width: int) -> None:
-        side = self.config.sample_size
-        if (height, width) != (side, side):
-            raise InputError(
-                "DiTTransformer2DModel takes latents of one square size",
-                key="model.sample_size",
-                value=side,
-                rule=f"the latent is {height}x{width}",
-                next_step="set model.sample_size, or use kind: dit for other shapes",
-            )
-
 
 class SD3Transformer2D(DiffusersAdapter):
     """SD3Transformer2DModel: text by joint attention, its pooled vector the mean of the real tokens."""
@@ -151,23 +137,50 @@ class SD3Transformer2D(DiffusersAdapter):
         pooled = text.sum(1) / weight.sum(1, keepdim=True).clamp(min=1.0).to(text.dtype)
         return {"encoder_hidden_states": text, "pooled_projections": pooled}
 
-    def _size_multiple(self) -> int:
-        return int(self.config.patch_size)
+
+class PublishedSD3(SD3Transformer2D):
+    """SD3Transformer2DModel as published: its pooled vector comes from the encoders, and no text is masked."""
+
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        labels_B: Tensor | None = None,
+        text_BLD: Tensor | None = None,
+        text_mask_BL: Tensor | None = None,
+        pooled_BP: Tensor | None = None,
+    ) -> Tensor:
+        if pooled_BP is None:
+            raise InputError(
+                "SD3Transformer2DModel was called without a pooled text vector",
+                key="text",
+                rule="a published model reads the pooled states of its CLIP encoders",
+            )
+        return self._predict(
+            x_BCHW, t_B, encoder_hidden_states=self._need_text(text_BLD), pooled_projections=pooled_BP
+        )
 
 
-ADAPTERS: dict[str, type[DiffusersAdapter]] = {
+_PUBLISHED: dict[str, type[DiffusersAdapter]] = {
     "UNet2DModel": UNet2D,
     "UNet2DConditionModel": UNet2DCondition,
     "DiTTransformer2DModel": DiTTransformer2D,
-    "SD3Transformer2DModel": SD3Transformer2D,
+    "SD3Transformer2DModel": PublishedSD3,
 }
+
+
+def build_published(config: PublishedConfig, num_classes: int | None) -> DiffusersAdapter:
+    """A published class from its own configuration, its weights unset."""
+    # Of these classes only DiT reserves a label for "no label"; a UNet's last class is a class.
+    null_label = num_classes if config.class_name == "DiTTransformer2DModel" else None
+    inner = _diffusers(config.class_name).from_config(config.config)
+    return _PUBLISHED[config.class_name](inner, sides=config.sides, null_label=null_label)
 
 
 def build_unet2d(
     config: UNet2DConfig, *, latent_channels: int, num_classes: int | None, text_dim: int | None
 ) -> DiffusersAdapter:
     """UNet2DModel with num_classes + 1 label embeddings, the last for "no label"."""
-    _refuse_text(config.kind, text_dim)
     down = ["AttnDownBlock2D" if attends else "DownBlock2D" for attends in config.attention]
     up = ["AttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(config.attention)]
     return UNet2D(
@@ -183,6 +196,7 @@ def build_unet2d(
             dropout=config.dropout,
             num_class_embeds=None if num_classes is None else num_classes + 1,
         ),
+        sides=config.sides,
         null_label=num_classes,
     )
 
@@ -191,7 +205,6 @@ def build_unet2d_condition(
     config: UNet2DConditionConfig, *, latent_channels: int, num_classes: int | None, text_dim: int | None
 ) -> DiffusersAdapter:
     """UNet2DConditionModel with cross-attention to text of width text_dim."""
-    width = _require_text(config.kind, text_dim)
     down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in config.attention]
     up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(config.attention)]
     inner = _diffusers("UNet2DConditionModel")(
@@ -204,19 +217,17 @@ def build_unet2d_condition(
         # diffusers reads this field as the number of heads in this class.
         attention_head_dim=config.attention_heads,
         norm_num_groups=config.norm_num_groups,
-        cross_attention_dim=width,
+        cross_attention_dim=text_dim,
         num_class_embeds=None if num_classes is None else num_classes + 1,
     )
-    return UNet2DCondition(_checkpointing(inner, config.activation_checkpointing), null_label=num_classes)
+    inner = _checkpointing(inner, config.activation_checkpointing)
+    return UNet2DCondition(inner, sides=config.sides, null_label=num_classes)
 
 
 def build_dit_transformer2d(
     config: DiTTransformer2DConfig, *, latent_channels: int, num_classes: int | None, text_dim: int | None
 ) -> DiffusersAdapter:
     """DiTTransformer2DModel without its own label dropout, its gates and output starting at zero."""
-    _refuse_text(config.kind, text_dim)
-    if num_classes is None:
-        raise _conditioning_error(config.kind, "num_classes", "needs class labels in the dataset")
     inner = _diffusers("DiTTransformer2DModel")(
         in_channels=latent_channels,
         sample_size=config.sample_size,
@@ -233,16 +244,14 @@ def build_dit_transformer2d(
         nn.init.zeros_(block.norm1.linear.bias)
     nn.init.zeros_(inner.proj_out_2.weight)
     nn.init.zeros_(inner.proj_out_2.bias)
-    return DiTTransformer2D(_checkpointing(inner, config.activation_checkpointing), null_label=num_classes)
+    inner = _checkpointing(inner, config.activation_checkpointing)
+    return DiTTransformer2D(inner, sides=config.sides, null_label=num_classes)
 
 
 def build_sd3_transformer2d(
     config: SD3Transformer2DConfig, *, latent_channels: int, num_classes: int | None, text_dim: int | None
 ) -> DiffusersAdapter:
     """SD3Transformer2DModel on text of width text_dim."""
-    width = _require_text(config.kind, text_dim)
-    if num_classes is not None:
-        raise _conditioning_error(config.kind, "num_classes", "takes text only, the dataset gives class labels")
     inner = _diffusers("SD3Transformer2DModel")(
         sample_size=config.sample_size,
         patch_size=config.patch,
@@ -251,15 +260,16 @@ def build_sd3_transformer2d(
         num_layers=config.depth,
         attention_head_dim=config.head_dim,
         num_attention_heads=config.heads,
-        joint_attention_dim=width,
+        joint_attention_dim=text_dim,
         caption_projection_dim=config.heads * config.head_dim,
-        pooled_projection_dim=width,
+        pooled_projection_dim=text_dim,
         pos_embed_max_size=config.max_size,
         qk_norm="rms_norm" if config.qk_norm else None,
     )
     nn.init.zeros_(inner.proj_out.weight)
     nn.init.zeros_(inner.proj_out.bias)
-    return SD3Transformer2D(_checkpointing(inner, config.activation_checkpointing), null_label=None)
+    inner = _checkpointing(inner, config.activation_checkpointing)
+    return SD3Transformer2D(inner, sides=config.sides, null_label=None)
 
 
 def _diffusers(class_name: str) -> Any:
@@ -273,24 +283,3 @@ def _checkpointing(inner: Any, enabled: bool) -> nn.Module:
         inner.enable_gradient_checkpointing()
     model: nn.Module = inner
     return model
-
-
-def _refuse_text(kind: str, text_dim: int | None) -> None:
-    if text_dim is not None:
-        raise _conditioning_error(kind, "text_dim", "cannot take text, the dataset gives text embeddings")
-
-
-def _require_text(kind: str, text_dim: int | None) -> int:
-    if text_dim is None:
-        raise _conditioning_error(kind, "text_dim", "needs text embeddings in the dataset")
-    return text_dim
-
-
-def _conditioning_error(kind: str, what: str, why: str) -> ConfigError:
-    return ConfigError(
-        "the model and the dataset's conditioning do not fit",
-        key="model.kind",
-        value=kind,
-        rule=f"{kind} {why} ({what})",
-        next_step="choose another model.kind, or a dataset with the conditioning it needs; dit takes any",
-    )

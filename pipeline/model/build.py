@@ -5,30 +5,41 @@ forward(x_BCHW, t_B, labels_B=None, text_BLD=None, text_mask_BL=None) -> predict
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from pipeline.errors import InputError
+from pipeline.errors import ConfigError
 from pipeline.model import adapters
 from pipeline.model.config import (
     DiTConfig,
     DiTTransformer2DConfig,
     ModelConfig,
+    PublishedConfig,
     UNet2DConditionConfig,
     UNet2DConfig,
+    kinds_for,
 )
 from pipeline.model.dit import DiT
 
-_MODEL_CONFIG: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
-
 
 def build_model(
-    model: ModelConfig, *, latent_channels: int, num_classes: int | None, text_dim: int | None
+    model: ModelConfig | PublishedConfig, *, latent_channels: int, num_classes: int | None, text_dim: int | None
 ) -> nn.Module:
     """A freshly initialised model (from torch's global generator); ConfigError where model and data do not fit."""
+    if isinstance(model, PublishedConfig):
+        return adapters.build_published(model, num_classes)
+    labels, text = num_classes is not None, text_dim is not None
+    misfit = model.misfit(labels=labels, text=text)
+    if misfit is not None:
+        name, given = ("text embeddings", text) if misfit == "text" else ("class labels", labels)
+        raise ConfigError(
+            f"The model {model.kind} {'cannot take' if given else 'needs'} {name}",
+            key="model.kind",
+            value=model.kind,
+            rule=f"the dataset gives {'them' if given else 'none'}",
+            next_step=f"choose {kinds_for(labels=labels, text=text)}, or another dataset",
+        )
     fit: dict[str, Any] = {"latent_channels": latent_channels, "num_classes": num_classes, "text_dim": text_dim}
     if isinstance(model, DiTConfig):
         return DiT(**model.model_dump(exclude={"kind"}), **fit)
@@ -39,17 +50,6 @@ def build_model(
     if isinstance(model, DiTTransformer2DConfig):
         return adapters.build_dit_transformer2d(model, **fit)
     return adapters.build_sd3_transformer2d(model, **fit)
-
-
-def model_config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
-    """The configuration of `model_dump(mode="json")`; InputError with the reasons when it is none."""
-    try:
-        return _MODEL_CONFIG.validate_python(dict(values), strict=False)
-    except ValidationError as error:
-        reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise InputError(
-            "not a model configuration", key="model", value=reasons, next_step="was it written by a newer version?"
-        ) from error
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:

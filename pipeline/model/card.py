@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from typing import Any
 
-from pipeline.diffusion.objectives import NUM_TRAIN_STEPS, Objective
+from pipeline.diffusion.config import ObjectiveConfig
+from pipeline.diffusion.solvers import NUM_TRAIN_STEPS
+from pipeline.model.info import DatasetShare, ModelInfo
 
 _BETA_SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
 
 
-def scheduler_config(objective: Objective, sampling_shift: float) -> dict[str, Any]:
+def scheduler_config(objective: ObjectiveConfig, sampling_shift: float) -> dict[str, Any]:
     """scheduler_config.json of an objective: FlowMatchEulerDiscreteScheduler for flows, else DDIMScheduler."""
     if objective.kind == "flow":
         return {
@@ -33,10 +34,10 @@ def scheduler_config(objective: Objective, sampling_shift: float) -> dict[str, A
     }
 
 
-def model_card(info: Mapping[str, Any], diffusers_class: str | None) -> str:
+def model_card(info: ModelInfo, diffusers_class: str | None) -> str:
     """README.md of an export, with the metadata block model hubs read; URIs lose any user and password."""
     head = {
-        "license": info["license"],
+        "license": info.license,
         "library_name": "diffusers" if diffusers_class else "latentloom",
         "tags": ["latent-diffusion", "latentloom"],
     }
@@ -44,24 +45,24 @@ def model_card(info: Mapping[str, Any], diffusers_class: str | None) -> str:
     rows = [
         (
             "Model",
-            f"`{info['model'].get('kind')}`" + (f" (diffusers `{diffusers_class}`)" if diffusers_class else ""),
+            f"`{info.model.kind}`" + (f" (diffusers `{diffusers_class}`)" if diffusers_class else ""),
         ),
-        ("Objective", f"`{json.dumps(info['objective'], sort_keys=True)}`"),
-        ("Weights", f"{info['ema']}, after {info['images_seen']:,} images, SHA-256 `{info['weights_sha256']}`"),
+        ("Objective", f"`{json.dumps(info.objective.model_dump(mode='json'), sort_keys=True)}`"),
+        ("Weights", f"{info.ema}, after {info.images_seen:,} images, SHA-256 `{info.weights_sha256}`"),
         *_datasets(info),
-        ("Codec", f"`{_public(str(info['codec'].get('path', '')))}`, fingerprint `{info['fingerprint_digest']}`"),
-        ("Image sizes (height x width)", ", ".join(info["buckets"]) or "not recorded"),
-        ("Classes", _count(info["num_classes"], "label index {n} means no label")),
-        ("Text", _count(info["text_dim"], "embeddings of width {n}")),
-        ("Training run", info["run_id"] or "not tracked"),
-        ("License", info["license"]),
+        ("Codec", f"`{_public(info.codec.path or '')}`, fingerprint `{info.fingerprint_digest}`"),
+        ("Image sizes (height x width)", ", ".join(info.buckets) or "not recorded"),
+        ("Classes", _count(info.num_classes, "label index {n} means no label")),
+        ("Text", _count(info.text_dim, "embeddings of width {n}")),
+        ("Training run", info.run_id or "not tracked"),
+        ("License", info.license),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return _CARD.format(
         front=front,
         table=table,
-        mean=list(info["latent_mean"]),
-        std=list(info["latent_std"]),
+        mean=list(info.latent_mean),
+        std=list(info.latent_std),
         use=_use(diffusers_class),
     )
 
@@ -88,12 +89,13 @@ Times run from 0 (data) to 1 (noise). The model works on latents normalised per 
 """
 
 
-def _datasets(info: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _datasets(info: ModelInfo) -> list[tuple[str, str]]:
     """A row for the dataset, or one for each of a mixture."""
-    mixture = info.get("mixture") or [info["dataset"]]
-    names = ["Dataset"] if len(mixture) == 1 else [f"Dataset, weight {part['weight']:g}" for part in mixture]
-    told = [f"`{_public(part.get('uri', ''))}`, digest `{part.get('digest', '')}`" for part in mixture]
-    return list(zip(names, told, strict=True))
+    alone = DatasetShare(info.dataset.get("uri", ""), info.dataset.get("digest", ""), 1.0)
+    shares = info.mixture or (alone,)
+    names = [f"Dataset, weight {share.weight:g}" for share in info.mixture] or ["Dataset"]
+    values = [f"`{_public(share.uri)}`, digest `{share.digest}`" for share in shares]
+    return list(zip(names, values, strict=True))
 
 
 def _use(diffusers_class: str | None) -> str:

@@ -125,10 +125,8 @@ def _problem(local: Path, files: Mapping[str, Any]) -> str | None:
     if present != set(files):
         return f"files {sorted(present ^ set(files))} are missing or foreign"
     for file, expected in sorted(files.items()):
-        digest = hashlib.sha256()
         with open(local / file, "rb") as stream:
-            while chunk := stream.read(8 << 20):
-                digest.update(chunk)
-        if (local / file).stat().st_size != expected["bytes"] or digest.hexdigest() != expected["sha256"]:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        if (local / file).stat().st_size != expected["bytes"] or sha256 != expected["sha256"]:
             return f"{file} does not have the recorded size and sha256"
     return None

@@ -5,14 +5,64 @@ Channels, classes and text width are not here: they come from the dataset and ar
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from pipeline.config import StrictModel
 
+Use = Literal["required", "optional", "refused"]
+# The diffusers classes that published pipelines may name: a closed list, for each has an adapter.
+PublishedClass = Literal["UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "SD3Transformer2DModel"]
 
-class DiTConfig(StrictModel):
+
+@dataclass(frozen=True)
+class Sides:
+    """Heights and widths that a network takes, in latent pixels; key: the field of its configuration that says so."""
+
+    key: str
+    multiple: int
+    most: int | None = None
+    only: int | None = None
+
+    def take(self, height: int, width: int) -> bool:
+        """Whether a latent of this size is one of them."""
+        for side in (height, width):
+            if side % self.multiple or side > (self.most or side) or side != (self.only or side):
+                return False
+        return True
+
+    def rule(self, factor: int = 1) -> str:
+        """The rule in words, for sides in units of 1/factor latent pixels."""
+        if self.only is not None:
+            return f"sides of {self.only * factor}"
+        return f"sides in multiples of {self.multiple * factor}" + (
+            "" if self.most is None else f" up to {self.most * factor}"
+        )
+
+
+class NetworkConfig(StrictModel):
+    """What each kind declares of itself: whether it learns from classes and from text, and its sizes."""
+
+    labels: ClassVar[Use] = "optional"
+    text: ClassVar[Use] = "optional"
+
+    @property
+    def sides(self) -> Sides:
+        """Of the latents that it takes."""
+        raise NotImplementedError
+
+    @classmethod
+    def misfit(cls, *, labels: bool, text: bool) -> Literal["labels", "text"] | None:
+        """The condition that it requires and is not given, or is given and refuses; None where all fit."""
+        if cls.text == ("refused" if text else "required"):
+            return "text"
+        return "labels" if cls.labels == ("refused" if labels else "required") else None
+
+
+class DiTConfig(NetworkConfig):
     """The reference diffusion transformer: class and text conditioning, any height and width."""
 
     kind: Literal["dit"] = Field("dit", description="The reference diffusion transformer.")
@@ -35,9 +85,15 @@ class DiTConfig(StrictModel):
             raise ValueError(f"hidden {self.hidden} must be a multiple of 4 * heads = {4 * self.heads}")
         return self
 
+    @property
+    def sides(self) -> Sides:
+        return Sides("patch", self.patch)
 
-class UNet2DConfig(StrictModel):
+
+class UNet2DConfig(NetworkConfig):
     """diffusers' UNet2DModel: convolutional, class conditioning."""
+
+    text: ClassVar[Use] = "refused"
 
     kind: Literal["unet2d"] = Field("unet2d", description="diffusers UNet2DModel.")
     block_out_channels: tuple[int, ...] = Field(
@@ -63,9 +119,15 @@ class UNet2DConfig(StrictModel):
             )
         return self
 
+    @property
+    def sides(self) -> Sides:
+        return _of_levels(self.block_out_channels)
 
-class UNet2DConditionConfig(StrictModel):
+
+class UNet2DConditionConfig(NetworkConfig):
     """diffusers' UNet2DConditionModel: convolutional, cross-attention to text, optionally classes too."""
+
+    text: ClassVar[Use] = "required"
 
     kind: Literal["unet2d_condition"] = Field("unet2d_condition", description="diffusers UNet2DConditionModel.")
     block_out_channels: tuple[int, ...] = Field(
@@ -91,13 +153,20 @@ class UNet2DConditionConfig(StrictModel):
         _check_levels(self.block_out_channels, self.attention, self.attention_heads, name="attention_heads")
         return self
 
+    @property
+    def sides(self) -> Sides:
+        return _of_levels(self.block_out_channels)
 
-class DiTTransformer2DConfig(StrictModel):
+
+class DiTTransformer2DConfig(NetworkConfig):
     """diffusers' DiTTransformer2DModel: square latents of one size, class conditioning only.
 
     Its per-block label dropout is switched off (labels are dropped once, outside) and adaLN-zero is initialised to
     zero; every block still holds its own label table. Prefer `dit` unless the published class is needed.
     """
+
+    labels: ClassVar[Use] = "required"
+    text: ClassVar[Use] = "refused"
 
     kind: Literal["dit_transformer2d"] = Field("dit_transformer2d", description="diffusers DiTTransformer2DModel.")
     sample_size: int = Field(..., ge=1, description="Side of the square latent; other sizes are refused.")
@@ -115,13 +184,20 @@ class DiTTransformer2DConfig(StrictModel):
             raise ValueError(f"sample_size {self.sample_size} must be a multiple of patch {self.patch}")
         return self
 
+    @property
+    def sides(self) -> Sides:
+        return Sides("sample_size", self.patch, only=self.sample_size)
 
-class SD3Transformer2DConfig(StrictModel):
+
+class SD3Transformer2DConfig(NetworkConfig):
     """diffusers' SD3Transformer2DModel: joint attention over text and latent, text conditioning only.
 
     It has no text mask: padded positions are zeroed and attended to. Its pooled text vector is the mean over the
     real tokens.
     """
+
+    labels: ClassVar[Use] = "refused"
+    text: ClassVar[Use] = "required"
 
     kind: Literal["sd3_transformer2d"] = Field("sd3_transformer2d", description="diffusers SD3Transformer2DModel.")
     sample_size: int = Field(64, ge=1, description="Side of the latent that positions are centred on.")
@@ -135,11 +211,44 @@ class SD3Transformer2DConfig(StrictModel):
         False, description="Recompute each block in the backward pass: less memory, more compute."
     )
 
+    @property
+    def sides(self) -> Sides:
+        return Sides("max_size", self.patch, most=self.max_size * self.patch)
+
+
+class PublishedConfig(NetworkConfig):
+    """The network of a published pipeline, as the config.json of its diffusers class says it."""
+
+    model_config = ConfigDict(validate_by_name=True)
+
+    kind: Literal["diffusers"] = "diffusers"
+    class_name: PublishedClass = Field(alias="class")
+    config: dict[str, Any]
+
+    @property
+    def sides(self) -> Sides:
+        if self.class_name == "DiTTransformer2DModel":
+            return Sides("sample_size", self.config["patch_size"], only=self.config["sample_size"])
+        if "patch_size" in self.config:
+            return Sides("patch_size", self.config["patch_size"])
+        return _of_levels(self.config["block_out_channels"])
+
 
 ModelConfig = Annotated[
     DiTConfig | UNet2DConfig | UNet2DConditionConfig | DiTTransformer2DConfig | SD3Transformer2DConfig,
     Field(discriminator="kind"),
 ]
+
+
+def kinds_for(*, labels: bool, text: bool) -> str:
+    """The kinds that learn from just these conditions, for a message."""
+    networks: tuple[type[NetworkConfig], ...] = get_args(get_args(ModelConfig)[0])
+    fitting = [network for network in networks if network.misfit(labels=labels, text=text) is None]
+    return ", ".join(network.model_fields["kind"].default for network in fitting)
+
+
+def _of_levels(channels: Sequence[int]) -> Sides:
+    return Sides("block_out_channels", 1 << (len(channels) - 1))
 
 
 def _check_levels(

@@ -80,7 +80,7 @@ class Run:
     def done(self, result: JobResult, *, step: int | None = 0, digest: str | None = None) -> JobResult:
         """The answer with the run's id, after its figures and what it made were recorded.
 
-        step: of its figures; None where they were recorded on the way. digest: of the content of the root as it is now.
+        step: of its figures; None where they were recorded on the way. digest: of the content of the root as it is.
         """
         result = replace(result, run_id=self.tracker.wait_run_id(RUN_ID_WAIT_S))
         if step is not None:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config import StrictModel
 from pipeline.dataflow.cluster import ClusterConfig, GpuShare
+from pipeline.diffusion.solvers import SamplerName
 from pipeline.tracking.config import TrackingConfig
 
 
@@ -110,7 +111,7 @@ class SampleOutputConfig(StrictModel):
 class SolverConfig(StrictModel):
     """How noise becomes latents."""
 
-    name: Literal["auto", "euler", "heun", "ddim", "dpmpp"] = Field(
+    name: SamplerName = Field(
         "auto",
         description="euler or heun (flow models only), ddim or dpmpp (any); auto: euler for flows, else dpmpp.",
     )

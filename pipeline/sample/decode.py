@@ -10,7 +10,7 @@ import torch
 
 from pipeline.codec.codec import Codec, load_codec
 from pipeline.dataflow.device_faults import DeviceFault, device_fault, out_of_memory
-from pipeline.sample.plan import padded
+from pipeline.diffusion.draw import padded
 
 
 class LatentDecoder:

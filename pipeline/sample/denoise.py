@@ -1,8 +1,4 @@
-"""Requests to raw latents: the diffusion model's half of sampling. Knows torch and no ray.
-
-Every batch has the same number of rows, the last one padded, and noise is keyed by request id: on a CPU a
-request's latent is bit for bit the same whatever is drawn beside it.
-"""
+"""Requests to raw latents: the diffusion model's half of sampling. Knows torch and no ray."""
 
 from __future__ import annotations
 
@@ -16,15 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.diffusion.compiled import compile_for_shapes
+from pipeline.diffusion.draw import Drawer, Embedding, Solving, Texts, padded
 from pipeline.diffusion.objectives import Objective
-from pipeline.diffusion.rng import ids_from_bytes, keyed_normal
-from pipeline.diffusion.samplers import Conditioning, sample
-from pipeline.sample.plan import padded, shape_groups
+from pipeline.sample.plan import shape_groups
 from pipeline.sample.provenance import Draw
 
 if TYPE_CHECKING:
-    from pipeline.model.export import ExportInfo
-    from pipeline.sample.prompts import Embedding
+    from pipeline.model.info import ModelInfo
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Sizes of images, with and without guidance; beyond torch's own limit of eight the rest would not be compiled.
@@ -43,8 +37,7 @@ class Schedule:
     interval: tuple[float, float]
 
 
-Embed = Callable[[Sequence[str]], Mapping[str, "Embedding"]]
-Texts = Sequence[tuple["Embedding", "Embedding"]]  # of each row: its prompt, and what guidance leads away from
+Embed = Callable[[Sequence[str]], Mapping[str, Embedding]]
 
 
 class Denoiser:
@@ -57,28 +50,35 @@ class Denoiser:
     def __init__(
         self,
         model: nn.Module,
-        info: ExportInfo,
+        info: ModelInfo,
         draw: Draw,
         *,
         embed: Embed | None = None,
         compile: bool | None = None,
     ) -> None:
         """`compile`: None does as the draw says."""
-        self.info, self.how, self._embed = info, draw, embed
-        self.device, self.dtype = torch.device(draw.device), DTYPES[draw.dtype]
-        self._objective = Objective.from_dict(info.objective)
+        self.info, self.draw, self._embed = info, draw, embed
+        device, dtype = torch.device(draw.device), DTYPES[draw.dtype]
         # Autocast casts a weight once a batch only if it asks for gradients, else at each of the solver's steps.
-        self._model = model.requires_grad_(self.dtype != torch.float32).eval().to(self.device)
+        self._model = model.requires_grad_(dtype != torch.float32).eval().to(device)
         if draw.compile if compile is None else compile:
             compile_for_shapes(self._model, _COMPILED_SHAPES)
-        shape = (1, info.latent_channels, 1, 1)
-        self._mean = torch.tensor(info.latent_mean, dtype=torch.float32, device=self.device).reshape(shape)
-        self._std = torch.tensor(info.latent_std, dtype=torch.float32, device=self.device).reshape(shape)
+        self._drawer = Drawer(
+            self._model,
+            objective=Objective(**vars(info.objective)),
+            mean_C=torch.tensor(info.latent_mean, dtype=torch.float32),
+            std_C=torch.tensor(info.latent_std, dtype=torch.float32),
+            num_classes=info.num_classes,
+            seed=draw.seed,
+            purpose=NOISE,
+            device=device,
+            dtype=dtype,
+        )
 
     @classmethod
     def load(cls, model_uri: str, draw: Draw, *, ema: str | None = None, embed: Embed | None = None) -> Denoiser:
         """The denoiser of a model as `read_model` finds it; InputError when it is missing, damaged or another."""
-        from pipeline.sample.loading import load_model  # it reads every form of model; one in memory needs none
+        from pipeline.model.load import load_model  # it reads every form of model; one in memory needs none
 
         model, info = load_model(model_uri, ema)
         return cls(model, info, draw, embed=embed)
@@ -96,7 +96,7 @@ class Denoiser:
         shapes: list[list[int]] = [[]] * requests.num_rows
         for group in shape_groups(requests):
             schedule = schedule_of(requests.slice(int(group[0]), 1))
-            for batch, num_real in padded(group, self.how.batch_size):
+            for batch, num_real in padded(group, self.draw.batch_size):
                 drawn = self.draw_batch(
                     [names[i] for i in batch],
                     [labels[i] for i in batch],
@@ -120,35 +120,10 @@ class Denoiser:
         texts: Texts | None = None,
     ) -> Tensor:
         """Raw latents, float32 [n, c, h/f, w/f] on the device, of n requests with one schedule, in one batch."""
-        shape = (self.info.latent_channels, schedule.height // self.info.factor, schedule.width // self.info.factor)
-        # Noise comes from the CPU whatever the device, so that it is the same everywhere.
-        noise = keyed_normal(self.how.seed, ids_from_bytes(names), purpose=NOISE, shape=shape)
-        return self.denoise(noise, labels, schedule, texts)
-
-    @torch.no_grad()
-    def denoise(
-        self,
-        noise_NCHW: Tensor,
-        labels: Sequence[int | None],
-        schedule: Schedule,
-        texts: Texts | None = None,
-    ) -> Tensor:
-        """Raw latents from standard normal noise of their shape."""
-        cond, uncond = self._conditioning(labels, texts)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            normalised = sample(
-                self._model,
-                noise_NCHW.to(self.device),
-                objective=self._objective,
-                sampler=self.how.sampler,
-                steps=schedule.steps,
-                cond=cond,
-                uncond=uncond,
-                guidance=schedule.guidance,
-                guidance_interval=schedule.interval,
-                shift=self.how.shift,
-            )
-        return normalised.float() * self._std + self._mean
+        factor = self.info.factor
+        shape = (self.info.latent_channels, schedule.height // factor, schedule.width // factor)
+        solving = Solving(self.draw.sampler, schedule.steps, schedule.guidance, schedule.interval, self.draw.shift)
+        return self._drawer(names, labels, texts, shape, solving)
 
     def _texts(self, requests: pa.Table) -> Texts | None:
         """The embeddings of every row; a prompt that is not given is the empty one."""
@@ -158,31 +133,6 @@ class Denoiser:
         away = [text or "" for text in requests["negative_prompt"].to_pylist()]
         found = self._embed(list(dict.fromkeys([*prompts, *away])))
         return [(found[prompt], found[other]) for prompt, other in zip(prompts, away, strict=True)]
-
-    def _conditioning(self, labels: Sequence[int | None], texts: Texts | None) -> tuple[Conditioning, Conditioning]:
-        cond: dict[str, Tensor | None] = {}
-        uncond: dict[str, Tensor | None] = {}
-        if self.info.num_classes is not None:
-            no_label = self.info.num_classes
-            known = torch.tensor(
-                [no_label if n is None else n for n in labels], dtype=torch.int64, device=self.device
-            )
-            cond["labels_B"], uncond["labels_B"] = known, torch.full_like(known, no_label)
-        if texts is not None:
-            cond |= self._text_arguments([wanted for wanted, _ in texts])
-            uncond |= self._text_arguments([away for _, away in texts])
-        return cond, uncond
-
-    def _text_arguments(self, rows: Sequence[Embedding]) -> dict[str, Tensor | None]:
-        out: dict[str, Tensor | None] = {"text_BLD": self._stacked([row.text_LD for row in rows])}
-        if rows[0].mask_L is not None:
-            out["text_mask_BL"] = self._stacked([row.mask_L for row in rows if row.mask_L is not None])
-        if rows[0].pooled_P is not None:
-            out["pooled_BP"] = self._stacked([row.pooled_P for row in rows if row.pooled_P is not None])
-        return out
-
-    def _stacked(self, arrays: Sequence[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.stack(arrays)).to(self.device)
 
 
 def schedule_of(row: pa.Table) -> Schedule:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from pipeline.diffusion.solvers import SOLVERS
 from pipeline.errors import InputError, RejectBudgetError
 from pipeline.result import JobResult
 from pipeline.runs.session import Run, open_run
@@ -48,7 +49,7 @@ def run(config: SampleJobConfig) -> JobResult:
     if anything_open:
         from pipeline.sample.passes import check_cluster
 
-        check_cluster(config, with_text=prepared.model.text is not None)
+        check_cluster(config, with_text=prepared.text is not None)
     root.probe()
     # What the first committed image fixes, see `sample.claim`: another identity that has no image yet is no conflict.
     fresh = None if root.exists(IDENTITY) else prepared.identity
@@ -70,7 +71,7 @@ def dry_run(config: SampleJobConfig) -> JobResult:
             planned_rows(planned_requests(state.plan), requests["request_id"].to_pylist()) & state.covered
         ).count()
     calls = sum(
-        _solver_calls(prepared.draw.sampler, steps) * (2 if guidance != 1.0 else 1)
+        SOLVERS[prepared.draw.sampler].evaluations(steps) * (2 if guidance != 1.0 else 1)
         for steps, guidance in zip(requests["steps"].to_pylist(), requests["guidance"].to_pylist(), strict=True)
     )
     counts = {
@@ -81,11 +82,6 @@ def dry_run(config: SampleJobConfig) -> JobResult:
         "model_evaluations": calls,
     }
     return JobResult("dry-run", counts, {"images": root.uri})
-
-
-def _solver_calls(sampler: str, steps: int) -> int:
-    """How often a solver asks the model: heun twice a step, but for its last one, which is euler's."""
-    return 2 * steps - 1 if sampler == "heun" else steps
 
 
 def _output(config: SampleJobConfig, prepared: SamplingInputs) -> Root:

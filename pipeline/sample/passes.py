@@ -101,7 +101,7 @@ class _Sampling:
         configure_ray_data()
         if config.output.format == "webdataset":
             whole_blocks()  # a unit is one tar: it must reach its write in one piece
-        self.resources = _resources(config, with_text=prepared.model.text is not None)
+        self.resources = _resources(config, with_text=prepared.text is not None)
         self.monitor = start_monitor("sample")
         self.embedder = self._start_embedder()
         meta = {"latentloom.generation": str(generation.number)}
@@ -111,7 +111,7 @@ class _Sampling:
         """The actor that all denoisers ask for embeddings; None for a model that reads no text."""
         import ray
 
-        text, gpus = self.prepared.model.text, self.resources.prompts_gpus
+        text, gpus = self.prepared.text, self.resources.prompts_gpus
         if text is None:
             return None
         draw = self._draw(gpus)
@@ -190,11 +190,13 @@ class _Sampling:
         dataset = map_on_actors(
             dataset,
             DenoiseBlocks,
-            (DenoiserSpec(prepared.model.uri, prepared.model.ema, draw, self.embedder, alone), self.monitor),
+            (DenoiserSpec(prepared.model.uri, prepared.model.info.ema, draw, self.embedder, alone), self.monitor),
             num_cpus=r.denoise_cpus,
             **actor_pool(r.denoise_actors, _TASK_RETRIES, num_gpus=r.denoise_gpus),
         )
-        codec = DecoderSpec(prepared.codec_path, prepared.codec_kind, prepared.model.codec_revision, decoding, alone)
+        codec = DecoderSpec(
+            prepared.codec_path, prepared.codec_kind, prepared.model.info.codec.revision, decoding, alone
+        )
         dataset = map_on_actors(
             dataset,
             DecodeLatents,

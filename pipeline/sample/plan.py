@@ -95,14 +95,3 @@ def unit_tables(plan: pa.Table, pending: RowSet) -> Iterator[tuple[int, pa.Table
     starts = np.flatnonzero(np.diff(units[open_rows], prepend=-1))
     for part in np.split(open_rows, starts[1:]) if len(open_rows) else []:
         yield int(units[part[0]]), plan.take(pa.array(part))
-
-
-def padded(indices: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Batches of exactly `batch_size` indices and how many of them are real; the last is filled with its first.
-
-    A fixed batch size keeps every kernel's shape, and so every bit of a row, apart from what else is drawn.
-    """
-    for start in range(0, len(indices), batch_size):
-        part = indices[start : start + batch_size]
-        filler = np.full(batch_size - len(part), part[0], dtype=part.dtype)
-        yield np.concatenate([part, filler]), len(part)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from pipeline.codec.info import CodecInfo, codec_info
+from pipeline.diffusion.solvers import solver_for
 from pipeline.errors import ConfigError, ConflictError, InputError
+from pipeline.model.info import CodecReference, ModelInfo
+from pipeline.model.read import StoredModel, read_model
 from pipeline.sample.config import FileRequests, GridRequests, SampleJobConfig
-from pipeline.sample.model import ModelFacts, read_model, resolve_sampler
 from pipeline.sample.provenance import Draw, Origin
 from pipeline.sample.request_files import file_format, map_columns, read_columns
 from pipeline.sample.requests import Defaults, RequestLimits, Requests, grid_columns, refuse_broken, validate_requests
+from pipeline.sample.text import TextSpec, text_of
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root, place_of
 from pipeline.store.ledger.identity import Identity
@@ -25,7 +27,8 @@ class SamplingInputs:
     """A validated job: what is asked, of which model and codec, and what all its images will share."""
 
     requests: Requests
-    model: ModelFacts
+    model: StoredModel
+    text: TextSpec | None
     codec: CodecInfo
     codec_path: str
     codec_kind: str
@@ -37,11 +40,13 @@ class SamplingInputs:
 def prepare(config: SampleJobConfig) -> SamplingInputs:
     """Read model, codec and requests; every problem is a PipelineError, and nothing has been written."""
     model = read_model(_model_uri(config), config.model.ema)
-    codec_path, codec_kind = _codec_path(config, model), model.codec_kind
-    codec = codec_info(codec_path, model.codec_revision, codec_kind)
-    _check_codec(model, codec, codec_path)
-    requests = load_requests(config.requests, model.limits(any_size=config.requests.any_size))
-    draw, origin = _draw(config, model), _origin(model, codec, codec_path)
+    info, text = model.info, text_of(model)
+    codec_path, codec_kind = _codec_path(config, info.codec), info.codec.kind
+    codec = codec_info(codec_path, info.codec.revision, codec_kind)
+    _check_codec(info, codec, codec_path)
+    limits = RequestLimits.of(info, takes_text=text is not None, any_size=config.requests.any_size)
+    requests = load_requests(config.requests, limits)
+    draw, origin = _draw(config, info), _origin(model, text, codec, codec_path)
     # The device is told by each image; what a dataset's images share is what the configuration decides.
     shared = {key: value for key, value in draw.as_dict().items() if key not in ("device", "dtype")}
     fingerprint = {
@@ -53,7 +58,7 @@ def prepare(config: SampleJobConfig) -> SamplingInputs:
     known = {key: value for key, value in asdict(origin).items() if value != ()}
     about = {"origin": {**known, "versions": dict(origin.versions)}}
     identity = Identity("images", fingerprint, about)
-    return SamplingInputs(requests, model, codec, codec_path, codec_kind, draw, origin, identity)
+    return SamplingInputs(requests, model, text, codec, codec_path, codec_kind, draw, origin, identity)
 
 
 def _model_uri(config: SampleJobConfig) -> str:
@@ -130,10 +135,9 @@ def _unreadable() -> tuple[type[Exception], ...]:
     return (*storage_errors(), ValueError)
 
 
-def _codec_path(config: SampleJobConfig, model: ModelFacts) -> str:
+def _codec_path(config: SampleJobConfig, reference: CodecReference) -> str:
     """Where the codec lies; a local directory by its absolute path, for workers and for later readers."""
-    told = model.info.get("codec") or {}
-    path = config.model.codec or told.get("path")
+    path = config.model.codec or reference.path
     if not path:
         raise InputError(
             "The model does not say where its codec lies",
@@ -141,11 +145,11 @@ def _codec_path(config: SampleJobConfig, model: ModelFacts) -> str:
             rule="latents become pixels by the codec they were encoded with",
             next_step="set model.codec to the codec's directory",
         )
-    return Root(str(path)).uri if Path(path).expanduser().is_dir() else str(path)
+    return Root(path).uri if Path(path).expanduser().is_dir() else path
 
 
-def _check_codec(model: ModelFacts, codec: CodecInfo, path: str) -> None:
-    wanted = (model.info.get("codec") or {}).get("weights_sha256")
+def _check_codec(info: ModelInfo, codec: CodecInfo, path: str) -> None:
+    wanted = info.codec.weights_sha256
     if wanted is not None and wanted != codec.weights_sha256:
         raise ConflictError(
             "The codec is not the one the model was trained with",
@@ -155,22 +159,32 @@ def _check_codec(model: ModelFacts, codec: CodecInfo, path: str) -> None:
             next_step="give the codec that encoded the training latents",
         )
     shape = (codec.latent_channels, codec.factor)
-    if shape != (model.info["latent_channels"], model.info["factor"]):
+    if shape != (info.latent_channels, info.factor):
         raise ConflictError(
             "Model and codec do not fit",
             key="model.codec",
             value=path,
-            rule=f"the model makes {model.info['latent_channels']} channels at 1/{model.info['factor']} of the size, "
+            rule=f"the model makes {info.latent_channels} channels at 1/{info.factor} of the size, "
             f"the codec reads {shape[0]} at 1/{shape[1]}",
             next_step="give the codec that encoded the training latents",
         )
 
 
-def _draw(config: SampleJobConfig, model: ModelFacts) -> Draw:
+def _draw(config: SampleJobConfig, info: ModelInfo) -> Draw:
+    try:
+        solver = solver_for(config.sampler.name, info.objective.kind)
+    except ValueError as error:
+        raise ConfigError(
+            f"The sampler does not fit the model: {error}",
+            key="sampler.name",
+            value=config.sampler.name,
+            rule="a solver serves the objective that the model was trained with",
+            next_step="name one that does, or leave sampler.name at auto",
+        ) from None
     return Draw(
         seed=config.seed,
-        sampler=resolve_sampler(config.sampler.name, model.objective),
-        shift=model.sampling_shift if config.sampler.shift is None else config.sampler.shift,
+        sampler=solver.name,
+        shift=info.sampling_shift if config.sampler.shift is None else config.sampler.shift,
         batch_size=config.batch_size,
         device="auto",
         threads=config.threads,
@@ -181,19 +195,19 @@ def _draw(config: SampleJobConfig, model: ModelFacts) -> Draw:
     )
 
 
-def _origin(model: ModelFacts, codec: CodecInfo, codec_path: str) -> Origin:
-    dataset: dict[str, Any] = model.info.get("dataset") or {}
+def _origin(model: StoredModel, text: TextSpec | None, codec: CodecInfo, codec_path: str) -> Origin:
+    info = model.info
     return Origin(
         model_uri=model.uri,
-        model_digest=model.digest,
-        model_run_id=model.info.get("run_id"),
-        ema=model.info.get("ema"),
-        dataset_uri=dataset.get("uri"),
-        dataset_digest=dataset.get("digest"),
+        model_digest=model.digest(None if text is None else text.digest),
+        model_run_id=info.run_id,
+        ema=info.ema,
+        dataset_uri=info.dataset.get("uri"),
+        dataset_digest=info.dataset.get("digest"),
         codec_path=codec_path,
         codec_sha256=codec.weights_sha256,
         versions=tuple((name, _version(name)) for name in ("latentloom", "torch", "diffusers")),
-        mixture=tuple((part["uri"], part["digest"], part["weight"]) for part in model.info.get("mixture", ())),
+        mixture=tuple((share.uri, share.digest, share.weight) for share in info.mixture),
     )
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.diffusion.draw import Embedding
 from pipeline.sample.text import TextSpec
 from pipeline.store.write.schema import pack_latents, to_float32
 from pipeline.text.encoder import Encoded, TextEncoder, load_encoder
@@ -22,20 +22,6 @@ from pipeline.text.files import encoder_files
 BATCH = 8
 CACHE_BYTES = 1 << 30
 SD3_LENGTH = 256  # tokens that stand for a T5 which a pipeline leaves out
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """One prompt: states float32 [l, d]; which of them count, bool [l] (None: all); pooled float32 [p] or None."""
-
-    text_LD: npt.NDArray[np.float32]
-    mask_L: npt.NDArray[np.bool_] | None
-    pooled_P: npt.NDArray[np.float32] | None
-
-    @property
-    def size_bytes(self) -> int:
-        """Its size in a cache."""
-        return self.text_LD.nbytes + (0 if self.pooled_P is None else self.pooled_P.nbytes)
 
 
 class PromptEmbedder:

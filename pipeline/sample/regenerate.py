@@ -11,13 +11,14 @@ import torch
 from pipeline.codec.info import codec_info
 from pipeline.errors import InputError
 from pipeline.media.images import read_provenance
+from pipeline.model.read import read_model
 from pipeline.sample.decode import LatentDecoder
 from pipeline.sample.denoise import Denoiser, use_threads
-from pipeline.sample.model import read_model
 from pipeline.sample.output import IMAGES, encode_rows
 from pipeline.sample.plan import PLAN_SCHEMA
 from pipeline.sample.prompts import PromptEmbedder
 from pipeline.sample.provenance import Draw, check_origin, origin_of, request_of
+from pipeline.sample.text import text_of
 
 _log = logging.getLogger(__name__)
 
@@ -32,18 +33,21 @@ def regenerate(image: bytes, *, model_uri: str | None = None, codec_path: str | 
     found = read_provenance(image)
     request, draw, origin = request_of(found), draw_here(Draw(**found["draw"])), origin_of(found)
     model_uri, codec_path = model_uri or origin.model_uri, codec_path or origin.codec_path
-    facts = read_model(model_uri, origin.ema)
-    codec = codec_info(codec_path, facts.codec_revision, facts.codec_kind)
-    here = replace(origin, model_digest=facts.digest, codec_sha256=codec.weights_sha256)
+    model = read_model(model_uri, origin.ema)
+    text, reference = text_of(model), model.info.codec
+    codec = codec_info(codec_path, reference.revision, reference.kind)
+    here = replace(
+        origin, model_digest=model.digest(None if text is None else text.digest), codec_sha256=codec.weights_sha256
+    )
     check_origin(found, here)
     use_threads(draw.threads)
     plan_row = pa.Table.from_pylist([{**request, "unit": 0, "row": 0}], schema=PLAN_SCHEMA)
-    embed = None if facts.text is None else PromptEmbedder(facts.text, device=draw.device)
-    latents = Denoiser.load(facts.uri, draw, ema=facts.ema, embed=embed)(plan_row)
+    embed = None if text is None else PromptEmbedder(text, device=draw.device)
+    latents = Denoiser.load(model.uri, draw, ema=model.info.ema, embed=embed)(plan_row)
     decoder = LatentDecoder(
         codec_path,
-        kind=facts.codec_kind,
-        revision=facts.codec_revision,
+        kind=reference.kind,
+        revision=reference.revision,
         batch_size=draw.batch_size,
         device=draw.device,
         dtype=draw.dtype,

@@ -12,11 +12,14 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from pipeline.errors import InputError
+
+if TYPE_CHECKING:
+    from pipeline.model.info import ModelInfo
 
 REQUEST_SCHEMA = pa.schema(
     [
@@ -60,6 +63,19 @@ class RequestLimits:
     any_size: bool = False
     always_labelled: bool = False
     guidable: bool = True
+
+    @classmethod
+    def of(cls, info: ModelInfo, *, takes_text: bool, any_size: bool) -> RequestLimits:
+        """Those of a model, whose text encoders may be unknown."""
+        return cls(
+            num_classes=info.num_classes,
+            takes_text=takes_text,
+            multiple=info.factor * info.model.sides.multiple,
+            sizes=info.sizes,
+            any_size=any_size,
+            always_labelled=info.always_labelled,
+            guidable=info.guidable,
+        )
 
 
 @dataclass(frozen=True)

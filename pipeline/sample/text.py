@@ -7,14 +7,15 @@ captions with, stored precision and mask included; for a published pipeline its 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
 from pipeline.errors import ConflictError, InputError
-from pipeline.model.foreign_info import PipelineDir
+from pipeline.model.info import TextReference
+from pipeline.model.published import INDEX, PublishedPipeline, refused
+from pipeline.model.read import StoredModel
 from pipeline.store.ledger.layout import canonical_json
 from pipeline.text.config import TextEncoderConfig
 from pipeline.text.files import encoder_files
@@ -35,21 +36,26 @@ class TextSpec:
     digest: str
 
 
-def text_of_export(info: Mapping[str, Any]) -> TextSpec | None:
-    """The text side of an export (`info` as stored); None when the model takes no text.
+def text_of(model: StoredModel) -> TextSpec | None:
+    """The text side of a model; None when it reads no text.
 
-    InputError when its encoder is not there, ConflictError when it is another one than the model learned from.
+    InputError when its encoders cannot be used, ConflictError when they are others than the model learned from.
     """
-    told = info.get("text")
-    if info.get("text_dim") is None or not told:
+    width = model.info.text_dim
+    if width is None:
         return None
+    if isinstance(model.place, PublishedPipeline):
+        return _of_pipeline(model.place, width)
+    return None if model.info.text is None else _of_reference(model.info.text, width)
+
+
+def _of_reference(reference: TextReference, width: int) -> TextSpec:
     try:
-        encoder = TextEncoderConfig.model_validate(told["encoder"], strict=False)
-        wanted = told["fingerprint"]
-    except (ValidationError, KeyError, TypeError) as error:
-        raise InputError(f"The export does not describe its text encoder: {error}", key="model.uri") from None
-    found = encoder_files(encoder).fingerprint(encoder)
-    if wanted not in (found, _digest(found)):
+        encoder = TextEncoderConfig.model_validate(reference.encoder, strict=False)
+    except ValidationError as error:
+        raise InputError(f"The model does not describe its text encoder: {error}", key="model.uri") from None
+    fingerprint = encoder_files(encoder).fingerprint(encoder)
+    if reference.fingerprint not in (fingerprint, _digest(fingerprint)):
         raise ConflictError(
             f"The text encoder at {encoder.path} is not the one the model learned from",
             key="model.uri",
@@ -57,19 +63,22 @@ def text_of_export(info: Mapping[str, Any]) -> TextSpec | None:
             rule="prompts are embedded by the encoder that embedded the captions",
             next_step="restore the encoder's files",
         )
-    return TextSpec((encoder,), "single", True, int(info["text_dim"]), _digest(found))
+    return TextSpec((encoder,), "single", True, width, _digest(fingerprint))
 
 
-def text_of_pipeline(found: PipelineDir) -> TextSpec | None:
-    """The text side of a pipeline directory; None when it has none. InputError when its encoders cannot be used."""
-    if not found.encoders:
-        return None
-    local = found.root.local_path()
+def _of_pipeline(pipeline: PublishedPipeline, width: int) -> TextSpec:
+    if not pipeline.encoders:
+        raise refused(
+            pipeline.root,
+            f"{INDEX}: its text encoders",
+            "a UNet2DConditionModel reads text of one encoder, SD3Transformer2DModel of two or three",
+        )
+    local = pipeline.root.local_path()
     if local is None:
         raise InputError(
             "The text encoders of a pipeline are read from local disk",
             key="model.uri",
-            value=found.root.uri,
+            value=pipeline.root.uri,
             next_step="copy the pipeline directory to every node, under one path",
         )
     encoders = tuple(
@@ -78,14 +87,14 @@ def text_of_pipeline(found: PipelineDir) -> TextSpec | None:
             path=str(local),
             subfolder=e.subfolder,
             tokenizer_subfolder=e.tokenizer_subfolder,
-            layer="penultimate" if e.layer == "penultimate" else "last",
-            pooled="projection" if e.pooled == "projection" else "none",
+            layer=e.layer,
+            pooled=e.pooled,
             max_length=e.max_length,
         )
-        for e in found.encoders
+        for e in pipeline.encoders
     )
     digest = _digest([encoder_files(e).fingerprint(e) for e in encoders])
-    return TextSpec(encoders, found.arrangement, False, int(found.info["text_dim"]), digest)
+    return TextSpec(encoders, pipeline.arrangement, False, width, digest)
 
 
 def _digest(value: Any) -> str:

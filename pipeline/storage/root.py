@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from pipeline.errors import InputError
 from pipeline.storage.errors import (
@@ -205,7 +205,7 @@ class Root:
 
         return self._retry(read)
 
-    def open(self, key: str) -> BinaryIO:
+    def open(self, key: str) -> io.BufferedReader:
         """A seekable binary file for reading; on a remote store every read of its buffer is retried by itself."""
         if self._local:
             return open(self._path(key), "rb")

@@ -17,7 +17,7 @@ The store of `output.uri` is all that starts of a job share: `checkpoints/`, `hi
 stop, what ended one), `inputs/` (the states of the datasets it began with: see `beginnings`), `done.json`.
 
 A crash, of a worker, a node or the driver, leaves the checkpoints that have their marker. The next start, Ray's or
-the same command's, takes the newest intact one, drops the history after it, and repeats the steps in between:
+the same command's, takes the newest intact one, with its history, and repeats the steps in between:
 on one kind of CPU in fp32 and the same number of ranks the final weights are bitwise those of an undisturbed run;
 on another number they agree up to the order of float sums.
 """

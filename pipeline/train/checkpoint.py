@@ -2,6 +2,7 @@
 
     tensors --DCP--> <staging>/<name>/rank-k/*.safetensors --upload--> checkpoints/<name>/*.safetensors
             --> receipt-k.json (sha256, size of each file)  --all ranks--> COMPLETE.json (meta, all receipts)
+    reports --rank 0--> history.jsonl, before the marker (see `history`)
 
 torch.distributed.checkpoint decides which rank writes what and re-cuts shards for another world size; its
 usual `.metadata` file is a pickle, so its safetensors storage is used, whose index is the files' own headers.
@@ -35,6 +36,7 @@ from pipeline.model.checkpoints import MARKER as MARKER
 from pipeline.model.checkpoints import fetch_checked, list_complete, local_copy
 from pipeline.storage.root import Root
 from pipeline.train import world
+from pipeline.train.history import COUNT, History
 from pipeline.train.retention import WorkerStart, begin, counting, mark_complete, prune
 
 _FILE_BYTES = 1 << 30
@@ -46,7 +48,8 @@ class CheckpointStore:
 
     staging: a local directory, one per node. keep_last: newest checkpoints kept; keep_every_images: besides
     those, the first checkpoint at or after each multiple is kept for good. generation, listed: of the job's start,
-    and the checkpoints that it began with; superseded: whether a newer one is there.
+    and the checkpoints that it began with; superseded: whether a newer one is there. history: of which rank 0 keeps
+    the records with each checkpoint, and which it takes up again with the one that the run goes on from.
     """
 
     def __init__(
@@ -61,8 +64,9 @@ class CheckpointStore:
         generation: int = 0,
         listed: Sequence[str] | None = None,
         superseded: Callable[[], bool] = lambda: False,
+        history: History | None = None,
     ) -> None:
-        self.root, self.staging = root, staging
+        self.root, self.staging, self.history = root, staging, history
         self.keep_last, self.keep_every_images = keep_last, keep_every_images
         self.node_leader, self.receipts_timeout_s = node_leader, receipts_timeout_s
         self.superseded = superseded
@@ -94,7 +98,8 @@ class CheckpointStore:
             dcp_save(dict(tensors), storage_writer=writer, no_dist=not world.is_distributed())
         # As it is now: the caller goes on changing it while the thread below works.
         frozen = json.loads(json.dumps(meta))
-        args = (name, mine, frozen, world.rank(), world.world_size())
+        records = self.history.cut(name) if self.history is not None and world.rank() == 0 else None
+        args = (name, mine, frozen, records, world.rank(), world.world_size())
         self._thread = threading.Thread(target=self._publish_guarded, args=args, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -112,7 +117,15 @@ class CheckpointStore:
         except BaseException as error:  # noqa: BLE001 - handed to the training thread by wait()
             self._failure.append(error)
 
-    def _publish(self, name: str, mine: Path, meta: Mapping[str, Any], rank: int, world_size: int) -> None:
+    def _publish(
+        self,
+        name: str,
+        mine: Path,
+        meta: Mapping[str, Any],
+        records: tuple[dict[str, bytes], int] | None,
+        rank: int,
+        world_size: int,
+    ) -> None:
         files = {}
         for path in sorted(mine.glob("*.safetensors")):
             data = path.read_bytes()
@@ -123,6 +136,9 @@ class CheckpointStore:
         if rank == 0:
             everything = self._collect_receipts(name, world_size)
             marker = {"meta": meta, "files": everything, "world_size": world_size, "resumed": self.resumed}
+            if self.history is not None and records is not None:
+                objects, marker[COUNT] = records
+                self.history.write(objects)
             mark_complete(self.root, name, _to_json(marker))
             self.completed_at = time.time()
             shutil.rmtree(mine.parent, ignore_errors=True)
@@ -194,7 +210,10 @@ class CheckpointStore:
                 continue
             self._read(tensors, local)
             meta: Mapping[str, Any] = marker["meta"]
-            self.resumed = int(meta["images"]) if self.resumed is None else self.resumed
+            if self.resumed is None:  # going back in a run that diverges takes nothing out of its history
+                self.resumed = int(meta["images"])
+                if self.history is not None and world.rank() == 0:
+                    self.history.go_on(name, marker)
             return meta
         if self.resumed is None and world.broadcast_json(self._lost() if world.rank() == 0 else None):
             raise ConflictError(

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from pipeline.config import StrictModel, renamed_from
 from pipeline.dataflow.cluster import ClusterConfig
 from pipeline.diffusion.config import ObjectiveConfig, SamplerConfig, TimestepConfig
+from pipeline.diffusion.solvers import solver_for
 from pipeline.model.config import ModelConfig
 from pipeline.stream.config import StreamConfig
 from pipeline.tracking.config import RegistryConfig, TrackingConfig
@@ -225,10 +226,11 @@ class TrainJobConfig(StrictModel):
             raise ValueError(f"validation.images {self.validation.images} needs stream.holdout above 0")
         if self.grid.every_images is not None and not self.train.ema:
             raise ValueError("grid.every_images needs at least one train.ema track")
-        name = self.grid.sampler.name
-        wanted = self.grid.every_images is not None
-        if wanted and name in ("euler", "heun") and self.objective.kind != "flow":
-            raise ValueError(f"grid.sampler.name {name} integrates flows, objective.kind is {self.objective.kind}")
+        if self.grid.every_images is not None:
+            try:
+                solver_for(self.grid.sampler.name, self.objective.kind)
+            except ValueError as error:
+                raise ValueError(f"grid.sampler.name: {error}") from None
         uneven = [n for n in self.train.world_sizes if self.stream.lanes % n]
         if uneven:
             raise ValueError(

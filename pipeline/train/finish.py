@@ -11,7 +11,9 @@ from torch import Tensor
 
 from pipeline.diffusion.timesteps import TimestepDensity
 from pipeline.model.build import build_model
-from pipeline.model.export import MARKER, ExportInfo, export_name, read_info, save_export
+from pipeline.model.export import export_name, save_export
+from pipeline.model.info import CodecReference, DatasetShare, ModelInfo, TextReference
+from pipeline.model.read import MARKER, RAW, read_model
 from pipeline.storage.root import Root
 from pipeline.train import world
 from pipeline.train.config import TrainJobConfig
@@ -45,7 +47,7 @@ def export_model(
             text_dim=facts.text_dim,
         )
         model.load_state_dict(weights)
-        info = export_info(config, facts, served, task, run_id=run_id, images=state.images, ema=track or "raw")
+        info = export_info(config, facts, served, task, run_id=run_id, images=state.images, ema=track or RAW)
         place = root.child(MODELS).child(export_name(state.images))
         if not _already_there(place, info):
             save_export(place, model, info)
@@ -61,22 +63,22 @@ def export_info(
     run_id: str | None,
     images: int,
     ema: str,
-) -> ExportInfo:
+) -> ModelInfo:
     """What a sampler must know about the model of a run; kept in exports and in every checkpoint."""
-    datasets = [{"uri": part.latents.uri, "digest": part.latents.digest, "weight": part.weight} for part in served]
+    shares = tuple(DatasetShare(part.latents.uri, part.latents.digest, part.weight) for part in served)
     dataset = served[0].latents
-    return ExportInfo(
-        model=config.model.model_dump(mode="json"),
-        objective=config.objective.model_dump(mode="json"),
+    return ModelInfo(
+        model=config.model,
+        objective=config.objective,
         latent_channels=facts.latent_channels,
         num_classes=facts.num_classes,
         text_dim=facts.text_dim,
         factor=facts.factor,
         latent_mean=tuple(task.mean.tolist()),
         latent_std=tuple(task.std.tolist()),
-        codec={**dataset.codec, **(facts.codec or {})},
+        codec=CodecReference(**{**dataset.codec, **(facts.codec or {})}),
         dataset={"uri": dataset.uri, "digest": dataset.digest},
-        mixture=tuple(datasets) if len(datasets) > 1 else (),
+        mixture=shares if len(shares) > 1 else (),
         fingerprint_digest=dataset.fingerprint_digest,
         run_id=run_id,
         images_seen=images,
@@ -85,7 +87,7 @@ def export_info(
         sampling_shift=sampling_shift(config, facts),
         always_labelled=facts.num_classes is not None and config.train.label_dropout == 0.0,
         guidable=is_guidable(config, facts),
-        text=None if facts.text is None else {k: facts.text[k] for k in _TEXT},
+        text=None if facts.text is None else TextReference(**{k: facts.text[k] for k in _TEXT}),
     )
 
 
@@ -105,11 +107,11 @@ def sampling_shift(config: TrainJobConfig, facts: Facts) -> float:
     return TimestepDensity(**config.timesteps.model_dump()).shift_for(math.prod(facts.latent_size))
 
 
-def _already_there(place: Root, info: ExportInfo) -> bool:
+def _already_there(place: Root, info: ModelInfo) -> bool:
     """Whether this very export was finished by an earlier start, which may not have known its run's id yet."""
     if not place.exists(MARKER):
         return False
-    found = read_info(place)
+    found = read_model(place.uri).info
     # What only advises was told otherwise, or not at all, by earlier releases.
     advice = {name: getattr(info, name) for name in ("sampling_shift", "always_labelled", "guidable")}
     if set(found.buckets) == set(info.buckets):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.codec.codec import load_codec
 from pipeline.dataflow.device_faults import out_of_memory
-from pipeline.diffusion.rng import id_from_text, ids_from_bytes, keyed_normal
-from pipeline.diffusion.samplers import sample
+from pipeline.diffusion.draw import Drawer, Embedding, Solving, Texts, padded
+from pipeline.diffusion.rng import id_from_text
 from pipeline.media.contact import contact_sheet
 from pipeline.media.images import encode_image
 from pipeline.train import world
@@ -30,7 +31,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class SampleGrid:
-    """How a grid is drawn. shape: (c, h, w) of a latent; sampler: keyword arguments of `samplers.sample`.
+    """How a grid is drawn. shape: (c, h, w) of a latent.
 
     prompts: the prompt of each picture, and their embeddings; None for a model that reads no text.
     collective: every rank draws it (sharded models need that); otherwise rank 0 alone. precision: that of training.
@@ -41,7 +42,7 @@ class SampleGrid:
     ema: str
     images: int
     shape: tuple[int, int, int]
-    sampler: dict[str, Any]
+    solving: Solving
     codec: dict[str, Any]
     show: Callable[[TrainState, bytes], None]
     collective: bool = False
@@ -55,8 +56,7 @@ class SampleGrid:
             return {}
         was_training = state.model.training
         state.model.eval()
-        bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
-        with state.ema.swapped(state.params, self.ema), bf16:
+        with state.ema.swapped(state.params, self.ema):
             latents = self._latents(state)
         state.model.train(was_training)
         if world.rank() == 0:
@@ -70,47 +70,47 @@ class SampleGrid:
                 self.show(state, sheet)
         return {}
 
-    def classes(self) -> Tensor | None:
+    def classes(self) -> list[int] | None:
         """The class of each picture: they take turns."""
-        if self.task.num_classes is None:
-            return None
-        return torch.arange(self.images, device=self.device) % self.task.num_classes
+        return None if self.task.num_classes is None else [i % self.task.num_classes for i in range(self.images)]
 
     def _latents(self, state: TrainState) -> Tensor:
-        ids = ids_from_bytes([id_from_text(f"grid {i}") for i in range(self.images)]).to(self.device)
-        noise = keyed_normal(self.task.seed, ids, purpose="grid", shape=self.shape)
-        labels, parts = self.classes(), []
-        for first in range(0, self.images, _CHUNK):
-            rows = slice(first, first + _CHUNK)
-            cond, uncond = self._conditioning(rows, labels)
-            parts.append(
-                sample(
-                    state.model,
-                    noise[rows],
-                    objective=self.task.objective,
-                    cond=cond,
-                    uncond=uncond,
-                    **self.sampler,
-                )
+        task = self.task
+        draw = Drawer(
+            state.model,
+            objective=task.objective,
+            mean_C=task.mean,
+            std_C=task.std,
+            num_classes=task.num_classes,
+            seed=task.seed,
+            purpose="grid",
+            device=self.device,
+            dtype=torch.bfloat16 if self.precision == "bf16" else torch.float32,
+        )
+        ids = [id_from_text(f"grid {i}") for i in range(self.images)]
+        labels: Sequence[int | None] = self.classes() or [None] * self.images
+        texts, parts = self._texts(), []
+        for rows, num_real in padded(np.arange(self.images), min(self.images, _CHUNK)):
+            drawn = draw(
+                [ids[i] for i in rows],
+                [labels[i] for i in rows],
+                None if texts is None else [texts[i] for i in rows],
+                self.shape,
+                self.solving,
             )
-        return self.task.raw(torch.cat(parts))
+            parts.append(drawn[:num_real])
+        return torch.cat(parts)
 
-    def _conditioning(self, rows: slice, labels: Tensor | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        cond: dict[str, Tensor] = {}
-        uncond: dict[str, Tensor] = {}
-        if labels is not None:
-            cond["labels_B"] = labels[rows]
-            uncond["labels_B"] = torch.full_like(labels[rows], self.task.num_classes or 0)
-        if self.prompts is not None and self.task.empty_text is not None:
-            names = ("text_BLD", "text_mask_BL")
-            for name, values, empty in zip(names, self.prompts[1], self.task.empty_text, strict=True):
-                cond[name] = values[rows].to(self.device)
-                uncond[name] = empty.to(self.device).expand(cond[name].shape)
-        return cond, uncond
+    def _texts(self) -> Texts | None:
+        """Each prompt, and the empty one that guidance leads away from."""
+        if self.prompts is None or self.task.empty_text is None:
+            return None
+        (away,) = _embeddings(self.task.empty_text)
+        return [(prompt, away) for prompt in _embeddings(self.prompts[1])]
 
     def _captions(self) -> list[str]:
         labels = self.classes()
-        parts = [[] if labels is None else [f"class {int(labels[i])}"] for i in range(self.images)]
+        parts = [[] if labels is None else [f"class {labels[i]}"] for i in range(self.images)]
         if self.prompts is not None:
             for part, prompt in zip(parts, self.prompts[0], strict=True):
                 part.append(prompt[:_CAPTION])
@@ -122,3 +122,7 @@ class SampleGrid:
         chunk = max(1, min(_CHUNK, _DECODED_PIXELS // (height * width)))
         pixels = torch.cat([codec.decode(latents[i : i + chunk]).cpu() for i in range(0, self.images, chunk)]).numpy()
         return contact_sheet([encode_image(p, {}) for p in pixels], self._captions())
+
+
+def _embeddings(text: Text) -> list[Embedding]:
+    return [Embedding(values, mask, None) for values, mask in zip(*(part.numpy() for part in text), strict=True)]

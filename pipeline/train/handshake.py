@@ -14,13 +14,11 @@ import numpy as np
 
 from pipeline.codec.info import codec_info
 from pipeline.errors import ConfigError, ConflictError
+from pipeline.model.config import kinds_for
 from pipeline.store.read.dataset import Dataset, LatentDataset
 from pipeline.store.read.pins import Pins
 from pipeline.train.agreement import check_mixture, check_same_encoder, check_text_uris, common_classes
 from pipeline.train.config import CodecOverride, TrainJobConfig
-
-_TEXT_ONLY = ("unet2d_condition", "sd3_transformer2d")
-_NO_TEXT = ("unet2d", "dit_transformer2d")
 
 
 @dataclass(frozen=True)
@@ -42,10 +40,15 @@ class Facts:
         return None if self.text is None else int(self.text["width"])
 
     @property
+    def latent_sizes(self) -> dict[str, tuple[int, int]]:
+        """Height and width of the latents of each bucket, the most frequent first."""
+        sides = {bucket: bucket.split("x") for bucket in self.buckets}
+        return {bucket: (int(h) // self.factor, int(w) // self.factor) for bucket, (h, w) in sides.items()}
+
+    @property
     def latent_size(self) -> tuple[int, int]:
         """Height and width of the latents of the most frequent bucket."""
-        height, width = (int(v) // self.factor for v in self.buckets[0].split("x"))
-        return height, width
+        return self.latent_sizes[self.buckets[0]]
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Facts:
@@ -125,63 +128,34 @@ def _common_text(
 
 
 def _check_model(config: TrainJobConfig, facts: Facts, uri: str) -> None:
-    model = config.model
-    if model.kind in _TEXT_ONLY and facts.text is None:
+    model, given = config.model, {"labels": facts.num_classes is not None, "text": facts.text is not None}
+    misfit = model.misfit(**given)
+    if misfit is not None:
+        if misfit == "text":
+            name, key, value = "text embeddings", "data.text_uri", config.data.text_uri
+            absent = f"and data.text_uri names none for {uri}"
+            give, leave = "run jobs.embed_text on the dataset and name what it wrote", "set data.text_uri=null"
+        else:
+            name, key, value = "classes", "train.conditional", str(config.train.conditional)
+            absent = f"rows of {uri} have no label" if config.train.conditional else "train.conditional is false"
+            give, leave = "learn from a dataset of which all rows have labels", "set train.conditional=false"
         raise ConfigError(
-            f"The model {model.kind} needs text embeddings, and data.text_uri names none for {uri}",
-            key="data.text_uri",
-            rule="a text-conditioned model learns from precomputed text embeddings",
-            next_step="run jobs.embed_text on the dataset and name what it wrote, or choose dit, unet2d or "
-            "dit_transformer2d",
+            f"The model {model.kind} "
+            + (f"cannot read {name} such as those of {uri}" if given[misfit] else f"needs {name}, {absent}"),
+            key=key,
+            value=value,
+            rule=f"for {model.kind} classes are {model.labels}, and text is {model.text}",
+            next_step=f"{leave if given[misfit] else give}, or choose {kinds_for(**given)}",
         )
-    if model.kind in _NO_TEXT and facts.text is not None:
+    wrong = [bucket for bucket, size in facts.latent_sizes.items() if not model.sides.take(*size)]
+    if wrong:
         raise ConfigError(
-            f"The model {model.kind} cannot read the text embeddings at {config.data.text_uri}",
-            key="data.text_uri",
-            value=config.data.text_uri,
-            rule="it is conditioned on classes only",
-            next_step="set data.text_uri=null, or choose dit, unet2d_condition or sd3_transformer2d",
-        )
-    if model.kind == "sd3_transformer2d" and facts.num_classes is not None:
-        raise ConfigError(
-            f"The model {model.kind} cannot read classes, and every row of {uri} has a label",
-            key="train.conditional",
-            value=config.train.conditional,
-            rule="it is conditioned on text only",
-            next_step="set train.conditional=false, or choose dit or unet2d_condition",
-        )
-    if model.kind == "dit_transformer2d":
-        side = model.sample_size * facts.factor
-        wrong = [b for b in facts.buckets if b != f"{side}x{side}"]
-        if wrong:
-            raise ConfigError(
-                f"The model takes latents of {model.sample_size}x{model.sample_size} (images of {side}x{side}), "
-                f"the dataset has buckets {', '.join(wrong)}",
-                key="model.sample_size",
-                value=model.sample_size,
-                rule="dit_transformer2d takes one square size",
-                next_step="encode at that one size, or choose dit or unet2d",
-            )
-    if model.kind == "sd3_transformer2d":
-        side = model.max_size * model.patch * facts.factor
-        wrong = [b for b in facts.buckets if max(int(v) for v in b.split("x")) > side]
-        if wrong:
-            raise ConfigError(
-                f"The model has positions for images of up to {side} pixels a side, the dataset has buckets "
-                f"{', '.join(wrong)}",
-                key="model.max_size",
-                value=model.max_size,
-                rule="max_size patches hold the longest side of every bucket",
-                next_step="set a larger model.max_size",
-            )
-    if model.kind == "dit_transformer2d" and facts.num_classes is None:
-        raise ConfigError(
-            "The model dit_transformer2d needs classes, "
-            + ("train.conditional is false" if not config.train.conditional else f"rows of {uri} have no label"),
-            key="model.kind",
-            value=model.kind,
-            rule="every row of the dataset has a label",
-            next_step="choose dit or unet2d, which also learn without classes",
+            f"The model {model.kind} takes latents with {model.sides.rule()} "
+            f"(images with {model.sides.rule(facts.factor)}), the dataset has buckets {', '.join(wrong)}",
+            key=f"model.{model.sides.key}",
+            value=getattr(model, model.sides.key),
+            rule="a model takes every bucket of its datasets",
+            next_step="change the sizes of the model, encode at sizes that it takes, or choose another model.kind",
         )
 
 

@@ -1,194 +1,141 @@
-"""The run's own record beside its checkpoints: one line of JSON per report, without seam after a resume.
+"""The run's own record: one line of JSON per report, kept with the checkpoints and so without seam after a resume.
 
-    history/starts/<generation>-<attempt>.json    one per start of rank 0: which records it keeps of those before it
-    history/<generation>-<attempt>/<n>.jsonl      what it reported since: segments of a fixed number of records
+    checkpoints/<name>/history.jsonl   what a checkpoint adds to the last full segment
+    history/<name>-<n>.jsonl           a full segment, closed by the checkpoint of that name
 
-Only the newest segment is ever replaced, as a whole and by records appended: any fsspec store can do that, a report
-costs the same on the last day of a run as on the first, and the first records of a segment never change. So a start
-keeps of each earlier segment a count of records, and what a worker of an earlier start still adds comes after it.
-The highest generation's highest attempt is current: a start of a generation that was superseded is never read.
-
-A report at a step is written before the checkpoint of that step, and a resume drops what lies after the checkpoint
-it starts from, so the records are those of a run that was never interrupted. `history.jsonl`, one file with all
-records, is how runs were recorded before: it is read, and kept by count like any segment.
+The first line of each names the full segment before it. All are written once, before the marker of their checkpoint,
+which counts the records: the records of a run are those that its newest counting checkpoint leads to. A resume goes
+on from those of its checkpoint; what was reported after it is forgotten with the steps that are repeated. Less than a
+segment is written again with each checkpoint, on the last day of a run as on the first, and goes with it; what it
+shares with others, full segments, is never removed.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import secrets
-from bisect import bisect_right
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import InputError
 from pipeline.storage.root import Root
+from pipeline.train.retention import counting, newest_start
 
 HISTORY = "history"
-ONE_FILE = "history.jsonl"
+COUNT = "history_records"  # in a checkpoint's marker
 SEGMENT_RECORDS = 256
 _STARTS = f"{HISTORY}/starts"
-_START = re.compile(rf"^{_STARTS}/(\d+)-(\d+)\.json$")
+_ONE_FILE = "history.jsonl"
 
 Record = dict[str, Any]
-Start = tuple[int, int]
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """The first `count` records of a segment; None: all there are."""
+class History:
+    """The records of a run, as rank 0 adds to them: in memory is what no full segment holds."""
 
-    key: str
-    count: int | None
+    def __init__(self, root: Root, *, segment_records: int = SEGMENT_RECORDS) -> None:
+        self.root, self.segment_records = root, segment_records
+        self._before: str | None = None  # the last full segment
+        self._num_before = 0  # records up to its end
+        self._lines: list[bytes] = []
 
-
-@dataclass(frozen=True)
-class _Head:
-    """What a start wrote down before its first report."""
-
-    kept: tuple[_Piece, ...] = ()
-    segment_records: int = SEGMENT_RECORDS
-
-
-class Journal:
-    """The writer of one start of the run."""
-
-    def __init__(self, root: Root, generation: int, *, segment_records: int = SEGMENT_RECORDS) -> None:
-        self.root, self.generation, self.segment_records = root, generation, segment_records
-        self._start: Start | None = None
-        self._segment, self._lines = 0, list[bytes]()
-
-    def rewind(self, step: int) -> None:
-        """Begin after what was recorded up to `step` steps done, by whomever; the rest is dropped."""
-        start = _newest_start(self.root)
-        kept = _until(self.root, _pieces(self.root, start, _head(self.root, start)), step)
-        told = {
-            "kept": [[piece.key, piece.count] for piece in kept],
-            "segment_records": self.segment_records,
-            # Tells two writers' claims apart where the answer to one got lost.
-            "writer": secrets.token_hex(8),
-        }
-        attempts = [attempt for generation, attempt in _starts(self.root) if generation == self.generation]
-        self._start = (self.generation, max(attempts, default=0) + 1)
-        while not self.root.put_if_absent(_start_key(self._start), json.dumps(told).encode()):
-            self._start = (self.generation, self._start[1] + 1)
-        self._segment, self._lines = 0, []
+    def go_on(self, checkpoint: str, marker: Mapping[str, Any]) -> None:
+        """Take up the records of a checkpoint; InputError when they are damaged."""
+        if COUNT in marker:
+            self._before, self._lines = _read(self.root, _tail_key(checkpoint))
+            self._num_before = int(marker[COUNT]) - len(self._lines)
+            return
+        for record in _of_earlier_releases(self.root):
+            if int(record["step"]) <= int(marker["meta"]["step"]):
+                self.append(record)
 
     def append(self, record: Record) -> None:
-        """Add one record, durably, after `rewind`; its "step" is at least that of the one before."""
-        if self._start is None:
-            raise RuntimeError("append before rewind: a start that was not claimed could follow a newer one")
-        if len(self._lines) == self.segment_records:
-            self._segment, self._lines = self._segment + 1, []
+        """Add a record, for the next checkpoint to keep."""
         self._lines.append(json.dumps(record).encode() + b"\n")
-        self.root.put(_segment_key(self._start, self._segment), b"".join(self._lines))
 
+    def cut(self, checkpoint: str) -> tuple[dict[str, bytes], int]:
+        """What a checkpoint taken now has to `write`, and the count of all records for its marker."""
+        objects: dict[str, bytes] = {}
+        size = self.segment_records
+        while len(self._lines) - len(objects) * size >= size:
+            full = self._lines[len(objects) * size :][:size]
+            key = f"{HISTORY}/{checkpoint}-{len(objects):06d}.jsonl"
+            objects[key] = _segment(self._before, full)
+            self._before, self._num_before = key, self._num_before + size
+        self._lines = self._lines[len(objects) * size :]
+        objects[_tail_key(checkpoint)] = _segment(self._before, self._lines)
+        return objects, self._num_before + len(self._lines)
 
-class Follower:
-    """A reader that reads what is new, and holds none of it."""
-
-    def __init__(self, root: Root) -> None:
-        self.root = root
-        self._start: Start | None = None
-        self._head: _Head | None = None
-        self._segment, self._seen = 0, 0
-
-    def news(self) -> list[Record]:
-        """The records since the last call; at first, and at each new start, those of the newest segment."""
-        start, found = _newest_start(self.root), list[Record]()
-        if self._head is None or start != self._start:
-            head = _head(self.root, start)
-            pieces = _pieces(self.root, start, head)
-            own = len(pieces) - len(head.kept) if start else 0
-            if pieces and not own:
-                found = _read(self.root, pieces[-1])
-            self._start, self._head, self._segment, self._seen = start, head, max(0, own - 1), 0
-        while self._start is not None:
-            try:
-                records = _read(self.root, _Piece(_segment_key(self._start, self._segment), None))
-            except FileNotFoundError:
-                break
-            found += records[self._seen :]
-            self._seen = len(records)
-            if self._seen < self._head.segment_records:
-                break
-            self._segment, self._seen = self._segment + 1, 0
-        return found
+    def write(self, objects: Mapping[str, bytes]) -> None:
+        """Write what was cut, each object once."""
+        for key, data in objects.items():
+            self.root.put_if_absent(key, data)
 
 
 def read_records(root: Root) -> list[Record]:
     """All records of a run, none when there is no history; raises InputError where a part of it is missing."""
-    start = _newest_start(root)
-    pieces = _pieces(root, start, _head(root, start))
-    return [record for piece in pieces for record in _read(root, piece)]
+    checkpoints = root.child("checkpoints")
+    complete = counting(checkpoints, newest_start(checkpoints))
+    if not complete or COUNT not in complete[-1].marker:
+        return _of_earlier_releases(root)
+    key: str | None = _tail_key(complete[-1].name)
+    segments = []
+    while key is not None:
+        key, lines = _read(root, key)
+        segments.append(lines)
+    records = [json.loads(line) for lines in reversed(segments) for line in lines]
+    if len(records) != complete[-1].marker[COUNT]:
+        raise _damaged(root, root.uri_of(HISTORY), len(records), complete[-1].marker[COUNT])
+    return records
 
 
-def _starts(root: Root) -> list[Start]:
-    matches = [_START.match(info.key) for info in root.list(_STARTS)]
-    return [(int(m.group(1)), int(m.group(2))) for m in matches if m]
+def _tail_key(checkpoint: str) -> str:
+    return f"checkpoints/{checkpoint}/history.jsonl"
 
 
-def _newest_start(root: Root) -> Start | None:
-    return max(_starts(root), default=None)
+def _segment(before: str | None, lines: list[bytes]) -> bytes:
+    return json.dumps({"before": before}).encode() + b"\n" + b"".join(lines)
 
 
-def _folder(start: Start) -> str:
-    return f"{start[0]:06d}-{start[1]:06d}"
-
-
-def _start_key(start: Start) -> str:
-    return f"{_STARTS}/{_folder(start)}.json"
-
-
-def _segment_key(start: Start, number: int) -> str:
-    return f"{HISTORY}/{_folder(start)}/{number:06d}.jsonl"
-
-
-def _head(root: Root, start: Start | None) -> _Head:
-    if start is None:
-        return _Head()
-    told = json.loads(root.read_bytes(_start_key(start)))
-    return _Head(tuple(_Piece(key, count) for key, count in told["kept"]), int(told["segment_records"]))
-
-
-def _pieces(root: Root, start: Start | None, head: _Head) -> list[_Piece]:
-    """Where the records are, in order: what the start kept, then its own segments, the last one open."""
-    if start is None:
-        return [_Piece(ONE_FILE, None)] if root.exists(ONE_FILE) else []
-    own = [_Piece(info.key, head.segment_records) for info in root.list(f"{HISTORY}/{_folder(start)}")]
-    if own:
-        own[-1] = _Piece(own[-1].key, None)
-    return [*head.kept, *own]
-
-
-def _until(root: Root, pieces: list[_Piece], step: int) -> list[_Piece]:
-    """The pieces without the records after a step; only those are read that hold some, and one more."""
-    kept = list(pieces)
-    while kept:
-        records = _read(root, kept[-1])
-        count = bisect_right(records, step, key=lambda record: int(record["step"]))
-        if count:
-            kept[-1] = _Piece(kept[-1].key, count)
-            break
-        kept.pop()
-    return kept
-
-
-def _read(root: Root, piece: _Piece) -> list[Record]:
-    """Raises FileNotFoundError for an open segment that is not there."""
+def _read(root: Root, key: str) -> tuple[str | None, list[bytes]]:
+    """The key of the segment before one, and its lines."""
     try:
-        lines = [line for line in root.read_bytes(piece.key).splitlines() if line]
+        head, *lines = root.read_bytes(key).splitlines(keepends=True)
     except FileNotFoundError:
-        if piece.count is None:
-            raise
-        lines = []
-    if piece.count is not None and len(lines) < piece.count:
-        raise InputError(
-            f"The training history is damaged: {root.uri_of(piece.key)} holds {len(lines)} of {piece.count} records",
-            key="output.uri",
-            value=root.uri,
-            rule="a segment of the history, once full or kept by a later start, never loses a record",
-            next_step="restore the object, or train into another output.uri",
-        )
-    return [json.loads(line) for line in lines[: piece.count]]
+        raise _damaged(root, root.uri_of(key), 0, None) from None
+    before: str | None = json.loads(head)["before"]
+    return before, lines
+
+
+def _of_earlier_releases(root: Root) -> list[Record]:
+    """Records kept beside the checkpoints: in one file, or in segments of which the newest start says what counts.
+
+    history/starts/<start>.json: {"kept": [[key, records that count], ...], "segment_records"}, then
+    history/<start>/<n>.jsonl, all but the last of them full.
+    """
+    starts = [match.group(1) for info in root.list(_STARTS) if (match := re.search(r"(\d+-\d+)\.json$", info.key))]
+    pieces: list[tuple[str, int | None]] = [(_ONE_FILE, None)] if root.exists(_ONE_FILE) else []
+    if starts:
+        head = json.loads(root.read_bytes(f"{_STARTS}/{max(starts)}.json"))
+        own: list[tuple[str, int | None]] = [
+            (info.key, int(head["segment_records"])) for info in root.list(f"{HISTORY}/{max(starts)}")
+        ]
+        pieces = [*((key, count) for key, count in head["kept"]), *own[:-1], *((key, None) for key, _ in own[-1:])]
+    records: list[Record] = []
+    for key, count in pieces:
+        lines = root.read_bytes(key).splitlines() if root.exists(key) else []
+        if count is not None and len(lines) < count:
+            raise _damaged(root, root.uri_of(key), len(lines), count)
+        records += [json.loads(line) for line in lines[:count] if line]
+    return records
+
+
+def _damaged(root: Root, uri: str, found: int, wanted: int | None) -> InputError:
+    return InputError(
+        f"The training history is damaged: {uri} "
+        + ("is gone" if wanted is None else f"holds {found} of {wanted} records"),
+        key="output.uri",
+        value=root.uri,
+        rule="a segment of the history never loses a record while a checkpoint leads to it",
+        next_step="restore the object, or train into another output.uri",
+    )

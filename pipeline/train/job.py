@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from pipeline.config import config_digest
-from pipeline.dataflow.cluster import WORKER_ENV, Gauges, device_of, ensure_ray
+from pipeline.dataflow.cluster import WORKER_ENV, device_of, ensure_ray
 from pipeline.errors import InputError, PipelineError, StoppedError
 from pipeline.progress import Progress
 from pipeline.result import JobResult
@@ -32,7 +32,7 @@ from pipeline.tracking.tracker import Tracker
 from pipeline.train.beginnings import Begun, counting_names, look, pinned
 from pipeline.train.config import MixConfig, TrainDataConfig, TrainJobConfig
 from pipeline.train.control import current_generation, lasting, record_failure, recorded_failure, request_stop
-from pipeline.train.history import Follower, read_records
+from pipeline.train.history import read_records
 
 DONE = "done.json"
 WEIGHT_TAG = "latentloom.weight"
@@ -204,8 +204,11 @@ def _fit(config: TrainJobConfig, root: Root, generation: int, handle: str | None
     stop = threading.Event()
     with _sigterm(stop):
         ray = ensure_ray(config.cluster)
+        from pipeline.dataflow.monitor import start_monitor
+
+        monitor = start_monitor("train")
         # Ray installs a handler of its own that ends the process; ours asks the workers for a checkpoint.
-        with _sigterm(stop), _watching(config, root, generation, stop):
+        with _sigterm(stop), _watching(config, root, generation, stop, monitor):
             from ray.train import FailureConfig, RunConfig, ScalingConfig
             from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -221,6 +224,7 @@ def _fit(config: TrainJobConfig, root: Root, generation: int, handle: str | None
                     "facts": asdict(begun.facts),
                     "inputs": begun.inputs,
                     "device": device,
+                    "monitor": monitor,
                 },
                 # Ray's own choice is NCCL wherever GPUs are reserved.
                 torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo"),
@@ -272,7 +276,7 @@ def _train_on_ray(payload: dict[str, Any]) -> dict[str, Any]:
         node_leader=ray.train.get_context().get_local_rank() == 0,
         scratch=scratch,
         preempted=lambda: ray.train.get_preemption_info() is not None,
-        publish=Gauges("train"),
+        publish=payload["monitor"].show.remote,
     )
     try:
         return run_worker(config, place)
@@ -351,21 +355,27 @@ def _sigterm(stop: threading.Event) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _watching(config: TrainJobConfig, root: Root, generation: int, stop: threading.Event) -> Iterator[None]:
+def _watching(
+    config: TrainJobConfig, root: Root, generation: int, stop: threading.Event, monitor: Any
+) -> Iterator[None]:
     """A thread that shows the progress the workers report, and hands a stop request on to them."""
+    import ray
+    from ray.exceptions import RayError
+
     end = threading.Event()
 
     def watch() -> None:
-        asked, follower = False, Follower(root)
+        asked = False
         with Progress("train", config.train.images) as progress:
             while not end.wait(_WATCH_S):
                 with contextlib.suppress(InputError, *storage_errors()):
                     if stop.is_set() and not asked:
                         request_stop(root, generation)
                         asked = True
-                    losses = [r for r in follower.news() if "loss" in r]
-                    if losses:
-                        progress.update(losses[-1]["images"], loss=losses[-1]["loss"])
+                with contextlib.suppress(RayError):  # the display waits; the workers do not
+                    figures, _ = ray.get(monitor.totals.remote(), timeout=_WATCH_S)
+                    if "loss" in figures:
+                        progress.update(int(figures["images"]), loss=figures["loss"])
 
     thread = threading.Thread(target=watch, name="train-progress", daemon=True)
     thread.start()

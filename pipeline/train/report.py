@@ -1,4 +1,4 @@
-"""Rank 0's reports: first to the run's own history, then to the tracker and to whoever watches the cluster."""
+"""Rank 0's reports: to the run's own history, to the tracker and to whoever watches the job and the cluster."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.storage.root import Root
 from pipeline.tracking.tracker import Tracker
 from pipeline.train.checkpoint import CheckpointStore
-from pipeline.train.history import Journal
+from pipeline.train.history import History
 from pipeline.train.quarantine import Quarantine
 from pipeline.train.state import TrainState
 
@@ -25,6 +25,7 @@ class Reporter:
     """
 
     root: Root
+    history: History
     tracker: Tracker
     checkpoints: CheckpointStore
     publish: Callable[[Mapping[str, float]], None] = lambda figures: None
@@ -32,11 +33,10 @@ class Reporter:
     generation: int = 0
 
     def __post_init__(self) -> None:
-        self.history, self.quarantine = Journal(self.root, self.generation), Quarantine(self.root, self.generation)
+        self.quarantine = Quarantine(self.root, self.generation)
 
     def resume(self, state: TrainState) -> None:
-        """Forget what was reported after the checkpoint the run goes on from."""
-        self.history.rewind(state.step)
+        """Forget the steps after the checkpoint the run goes on from."""
         self.quarantine.rewind(state.step)
 
     def log(self, record: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.errors import InputError
 from pipeline.model.checkpoints import Complete, fetch_checked, list_complete
-from pipeline.model.shards import read_tensors
+from pipeline.model.weights import read_tensors
 from pipeline.storage.root import Root
 from pipeline.train.ema import combine, reconstruction
 

@@ -64,12 +64,6 @@ class Task:
         shape = (1, -1, 1, 1)
         return (raw_NCHW - self.mean.to(raw_NCHW.device).view(shape)) / self.std.to(raw_NCHW.device).view(shape)
 
-    def raw(self, normalised_NCHW: Tensor) -> Tensor:
-        """Latents as the codec knows them, from normalised ones."""
-        shape = (1, -1, 1, 1)
-        device = normalised_NCHW.device
-        return normalised_NCHW * self.std.to(device).view(shape) + self.mean.to(device).view(shape)
-
     def dropped_labels(self, labels: Tensor | None, ids: Tensor, epoch: int) -> Tensor | None:
         """Labels [b] of which a keyed share is replaced by the index that means "no label"."""
         if self.num_classes is None or labels is None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from pipeline.diffusion.draw import Solving
 from pipeline.errors import ConflictError
 from pipeline.model.build import build_model, repeated_blocks
 from pipeline.model.flops import forward_flops, train_flops
@@ -27,6 +28,7 @@ from pipeline.train.ema import Track
 from pipeline.train.finish import export_info, export_model, is_guidable, sampling_shift
 from pipeline.train.grid import SampleGrid
 from pipeline.train.handshake import Facts, identity
+from pipeline.train.history import History
 from pipeline.train.inputs import (
     Served,
     batches_from,
@@ -53,7 +55,7 @@ class WorkerContext:
 
     node_leader: whether this rank fetches files for all ranks of its node; scratch: a directory they share.
     preempted: asks, on all ranks together, whether some node is about to go; None where nobody can know.
-    publish: shows rank 0's figures to whoever watches the cluster. inputs: under which name the datasets' states
+    publish: shows rank 0's figures to whoever watches the job. inputs: under which name the datasets' states
     are kept (see `beginnings`); None where they are not.
     """
 
@@ -88,6 +90,8 @@ def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
     state.about = export_info(
         config, facts, served, task, run_id=place.tracking_handle, images=0, ema="raw"
     ).to_json()
+    lead = world.rank() == 0
+    history = History(root)
     checkpoints = CheckpointStore(
         root.child("checkpoints"),
         place.scratch,
@@ -97,13 +101,13 @@ def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
         generation=place.generation,
         listed=listed_checkpoints(root, place.generation),
         superseded=lambda: is_superseded(root, place.generation),
+        history=history,
     )
-    lead = world.rank() == 0
     watch = StopWatch(root, place.generation) if lead else None
     notices = Notices(place.preempted)
     tracker = attach_tracker(config.tracking, place.tracking_handle) if lead else NoopTracker()
     uris = tuple(part.latents.uri for part in served)
-    reporter = Reporter(root, tracker, checkpoints, place.publish, uris, place.generation) if lead else None
+    reporter = Reporter(root, history, tracker, checkpoints, place.publish, uris, place.generation) if lead else None
     try:
         status = train(
             state,
@@ -259,13 +263,13 @@ def _grid(
         ema=config.train.ema[0].name,
         images=config.grid.images,
         shape=(facts.latent_channels, *facts.latent_size),
-        sampler={
-            "sampler": s.name,
-            "steps": s.steps,
-            "guidance": s.guidance if conditional and is_guidable(config, facts) else 1.0,
-            "guidance_interval": s.guidance_interval,
-            "shift": sampling_shift(config, facts) if s.shift is None else s.shift,
-        },
+        solving=Solving(
+            sampler=s.name,
+            steps=s.steps,
+            guidance=s.guidance if conditional and is_guidable(config, facts) else 1.0,
+            guidance_interval=s.guidance_interval,
+            shift=sampling_shift(config, facts) if s.shift is None else s.shift,
+        ),
         codec=facts.codec,
         show=show,
         prompts=prompts,

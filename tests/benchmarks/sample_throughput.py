@@ -44,9 +44,11 @@ def make_model(folder: Path, hidden: int, depth: int) -> Path:
     import torch
 
     from pipeline.codec.info import codec_info
+    from pipeline.diffusion.config import ObjectiveConfig
     from pipeline.model.build import build_model
     from pipeline.model.config import DiTConfig
-    from pipeline.model.export import ExportInfo, save_export
+    from pipeline.model.export import save_export
+    from pipeline.model.info import CodecReference, ModelInfo
     from tests.support.images import make_codec
 
     codec_path = make_codec(folder / "codec")
@@ -54,16 +56,16 @@ def make_model(folder: Path, hidden: int, depth: int) -> Path:
     config = DiTConfig(kind="dit", hidden=hidden, depth=depth, heads=hidden // 32, patch=2)
     torch.manual_seed(0)
     model = build_model(config, latent_channels=4, num_classes=10, text_dim=None)
-    info = ExportInfo(
-        model=config.model_dump(mode="json"),
-        objective={"kind": "flow"},
+    info = ModelInfo(
+        model=config,
+        objective=ObjectiveConfig(),
         latent_channels=4,
         num_classes=10,
         text_dim=None,
         factor=codec.factor,
         latent_mean=(0.0,) * 4,
         latent_std=(1.0,) * 4,
-        codec={**codec.as_dict(), "path": str(codec_path)},
+        codec=CodecReference(**codec.as_dict(), path=str(codec_path)),
         dataset={},
         fingerprint_digest="",
         run_id=None,

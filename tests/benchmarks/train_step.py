@@ -10,7 +10,7 @@ DiT     forward and backward of one batch, against diffusers' DiTTransformer2DMo
         as it is, and with what diffusers' does not have left out (rotary positions, normalised queries and keys);
         with `--before` also as an earlier commit had it, with `--compile` also compiled.
 kill    (--kill) a job of two workers on a local Ray; one is killed with SIGKILL: seconds until the restarted workers
-        have done a step, and the steps that were repeated.
+        have taken a checkpoint, twenty steps after the one that they go on from.
 
 The sides take turns step by step, since a machine's speed may change from one second to the next; a ratio is the
 median over the turns. First steps are left out. What the job does on threads of its own, reading some
@@ -31,16 +31,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
 from pipeline.config import merge, validate
-from pipeline.model.build import build_model, model_config_from_dict
+from pipeline.model.build import build_model
+from pipeline.model.config import ModelConfig
 from pipeline.storage.root import Root
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.train.checkpoint import list_complete
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.handshake import handshake
-from pipeline.train.history import HISTORY, read_records
 from pipeline.train.state import make_state
 from pipeline.train.worker import WorkerContext, run_worker
 from tests.benchmarks.report import panels, table, write
@@ -50,6 +51,7 @@ from tests.train.dataset import make_dataset
 CHANNELS, SIDE, CLASSES = 4, 32, 10
 JOB, BARE, DIFFUSERS = "ours: the job's loop", "bare loop", "diffusers"
 MODEL = {"kind": "dit", "hidden": 192, "depth": 4, "heads": 3, "patch": 2}
+_MODEL: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
 
 
 def settings(folder: Path, data: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -128,7 +130,7 @@ class BareLoop:
 def build(**changes: Any) -> nn.Module:
     """The model of all sides."""
     torch.manual_seed(0)
-    config = model_config_from_dict({**MODEL, **changes})
+    config = _MODEL.validate_python({**MODEL, **changes})
     return build_model(config, latent_channels=CHANNELS, num_classes=CLASSES, text_dim=None)
 
 
@@ -169,7 +171,7 @@ def diffusers_dit() -> nn.Module:
     size = {"heads": heads, "head_dim": int(MODEL["hidden"]) // heads, "depth": MODEL["depth"]}  # type: ignore[call-overload]
     config = {"kind": "dit_transformer2d", "sample_size": SIDE, "patch": MODEL["patch"], **size}
     torch.manual_seed(0)
-    return build_model(model_config_from_dict(config), latent_channels=CHANNELS, num_classes=CLASSES, text_dim=None)
+    return build_model(_MODEL.validate_python(config), latent_channels=CHANNELS, num_classes=CLASSES, text_dim=None)
 
 
 def pass_seconds(models: Mapping[str, nn.Module], args: argparse.Namespace) -> dict[str, list[float]]:
@@ -199,7 +201,7 @@ def now(device: torch.device) -> float:
 
 
 def restart_cost() -> dict[str, float]:
-    """Seconds from a worker's SIGKILL to the next step done, and how many steps were done twice."""
+    """Seconds from a worker's SIGKILL to the next checkpoint, which is twenty steps after the one gone on from."""
     from tests.train.driver import Driver
     from tests.train.job_config import job_config
 
@@ -209,32 +211,17 @@ def restart_cost() -> dict[str, float]:
         length = {"train": {"images": 16 * 2000, "num_workers": 2, "log_images": 16}}
         every = {"checkpoint": {"every_images": 16 * 20}}
         driver = Driver(job_config(folder, data, merge(length, every)), folder)
+        checkpoints = driver.root.child("checkpoints")
         try:
-            driver.wait_until(lambda: len(read_records(driver.root)) > 30, "thirty steps")
+            driver.wait_until(lambda: list_complete(checkpoints), "a checkpoint")
             worker = driver.wait_until(driver.workers, "a worker")[-1]
-            starts = num_starts(driver.root)
+            before = list_complete(checkpoints)[-1].start
             worker.kill()
             killed = time.monotonic()
-            time.sleep(2.0)  # what was under way has been written by then
-            assert num_starts(driver.root) == starts, "restarted too soon to know what was lost"
-            before = read_records(driver.root)[-1]["step"]
-            done = list_complete(driver.root.child("checkpoints"))
-            kept = done[-1].images // 16 if done else 0
-            # The restart first drops what lies after the checkpoint: only a step beyond it is a step done.
-            driver.wait_until(
-                lambda: (
-                    num_starts(driver.root) > starts and any(r["step"] > kept for r in read_records(driver.root)[-1:])
-                ),
-                "a step after the restart",
-            )
-            return {"seconds": time.monotonic() - killed, "repeated_steps": float(before - kept)}
+            driver.wait_until(lambda: list_complete(checkpoints)[-1].start > before, "a checkpoint of the restart")
+            return {"seconds": time.monotonic() - killed}
         finally:
             driver.end()
-
-
-def num_starts(root: Root) -> int:
-    """How often workers have begun or gone on with the run."""
-    return sum(1 for _ in root.list(f"{HISTORY}/starts"))
 
 
 def models_of(args: argparse.Namespace) -> dict[str, nn.Module]:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
 from pipeline.diffusion.config import ObjectiveConfig, SamplerConfig, TimestepConfig
 from pipeline.diffusion.objectives import Objective
-from pipeline.diffusion.samplers import SAMPLERS
+from pipeline.diffusion.samplers import _RUNS
+from pipeline.diffusion.solvers import SOLVERS, SamplerName
 from pipeline.diffusion.timesteps import TimestepDensity
 
 
 def test_defaults_agree_with_the_classes() -> None:
-    assert Objective.from_dict(ObjectiveConfig().model_dump()) == Objective()
+    assert Objective(**ObjectiveConfig().model_dump()) == Objective()
     assert TimestepDensity(**TimestepConfig().model_dump()) == TimestepDensity()
-    assert set(SamplerConfig.model_fields["name"].annotation.__args__) == set(SAMPLERS)  # type: ignore[union-attr]
+    assert set(get_args(SamplerName)) == {"auto", *SOLVERS}
+    assert set(_RUNS) == set(SOLVERS)
 
 
 def test_nonsense_is_refused() -> None:

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.diffusion.objectives import NUM_TRAIN_STEPS, Objective, alphas_cumprod
-from pipeline.errors import InputError
 
 KINDS = ["flow", "epsilon", "v"]
 SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
@@ -137,11 +136,7 @@ def test_min_snr_weights_are_the_known_closed_forms() -> None:
     assert Objective("flow").weight(t).tolist() == [1.0] * 4
 
 
-def test_objectives_round_trip_and_refuse_what_they_do_not_know() -> None:
-    objective = Objective("v", "cosine", weighting="min_snr", min_snr_gamma=3.0)
-    assert Objective.from_dict(objective.as_dict()) == objective
-    with pytest.raises(InputError, match=r"unknown fields[\s\S]*colour"):
-        Objective.from_dict({"kind": "flow", "colour": 1})
+def test_objectives_refuse_what_they_do_not_know() -> None:
     for arguments in ({"kind": "score"}, {"schedule": "sigmoid"}, {"weighting": "p2"}):
         with pytest.raises(ValueError, match=f"objective {next(iter(arguments))} must be one of"):
             Objective(**arguments)

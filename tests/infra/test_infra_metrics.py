@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from pipeline.dataflow.cluster import Gauges
+from pipeline.dataflow.monitor import MonitorState
 from pipeline.storage.root import Root
 from pipeline.tracking.tracker import NoopTracker
 from tests.infra.test_infra_valid import metric_names
@@ -17,6 +17,7 @@ pytestmark = pytest.mark.integration
 
 
 def test_a_report_tells_progress_checkpoint_and_queue() -> None:
+    from pipeline.train.history import History
     from pipeline.train.report import Reporter
 
     class Behind(NoopTracker):
@@ -26,7 +27,8 @@ def test_a_report_tells_progress_checkpoint_and_queue() -> None:
     told: dict[str, float] = {}
     at = time.time() - 3600
     checkpoints = cast(Any, SimpleNamespace(completed_at=at))
-    reporter = Reporter(Root("memory://infra-metrics"), Behind(), checkpoints, told.update)
+    root = Root("memory://infra-metrics")
+    reporter = Reporter(root, History(root), Behind(), checkpoints, told.update)
     reporter.resume(cast(Any, SimpleNamespace(step=0)))
     reporter.log({"step": 3, "images": 96, "loss": 0.5, "images_per_s": 12.0})
     assert told["images"] == 96
@@ -46,8 +48,9 @@ def test_gauges_have_the_names_that_rules_ask_for(monkeypatch: pytest.MonkeyPatc
             made[self.name] = value
 
     monkeypatch.setattr("ray.util.metrics.Gauge", Gauge)
-    show = Gauges("train")
-    show({"images": 64, "val/loss": 0.1, "checkpoint_time_s": 5.0})
-    show({"images": 128})
+    monitor = MonitorState("train")
+    monitor.show({"images": 64, "val/loss": 0.1, "checkpoint_time_s": 5.0})
+    monitor.show({"images": 128})
+    assert monitor.totals()[0] == {"images": 128, "val/loss": 0.1, "checkpoint_time_s": 5.0}
     assert made == {"latentloom_train_images": 128.0, "latentloom_train_checkpoint_time_s": 5.0}
     assert set(made) <= metric_names()

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.errors import ConfigError, InputError
-from pipeline.model.build import build_model, model_config_from_dict, num_parameters, repeated_blocks
+from pipeline.model.build import build_model, num_parameters, repeated_blocks
 from pipeline.model.config import (
     DiTConfig,
     DiTTransformer2DConfig,
@@ -135,13 +135,13 @@ def test_fresh_diffusers_transformers_start_at_zero() -> None:
         (SMALL["dit_transformer2d"][0], None, None, "dit_transformer2d needs class labels"),
         (SMALL["dit_transformer2d"][0], 5, 6, "dit_transformer2d cannot take text"),
         (SMALL["sd3_transformer2d"][0], None, None, "sd3_transformer2d needs text"),
-        (SMALL["sd3_transformer2d"][0], 5, 6, "sd3_transformer2d takes text only"),
+        (SMALL["sd3_transformer2d"][0], 5, 6, "sd3_transformer2d cannot take class labels"),
     ],
 )
 def test_a_model_that_does_not_fit_the_data_is_refused(
     config: ModelConfig, num_classes: int | None, text_dim: int | None, message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"model.kind = {config.kind}[\s\S]*{message}"):
+    with pytest.raises(ConfigError, match=rf"{message}[\s\S]*model.kind = {config.kind}"):
         build_model(config, latent_channels=4, num_classes=num_classes, text_dim=text_dim)
 
 
@@ -149,7 +149,7 @@ def test_a_model_that_does_not_fit_the_data_is_refused(
     ("name", "shape", "message"),
     [
         ("unet2d-class", (7, 8), "7x8[\\s\\S]*multiples of 2"),
-        ("dit_transformer2d", (8, 16), "sample_size = 8[\\s\\S]*8x16"),
+        ("dit_transformer2d", (8, 16), "8x16[\\s\\S]*sides of 8"),
         ("sd3_transformer2d", (9, 8), "9x8[\\s\\S]*multiples of 2"),
     ],
 )
@@ -189,14 +189,7 @@ def test_activation_checkpointing_changes_no_gradient(name: str) -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_configurations_survive_json(name: str) -> None:
     config = SMALL[name][0]
-    assert model_config_from_dict(config.model_dump(mode="json")) == config
-
-
-def test_what_is_no_model_configuration_is_refused() -> None:
-    with pytest.raises(InputError, match=r"not a model configuration[\s\S]*colour"):
-        model_config_from_dict({"kind": "dit", "colour": 3})
-    with pytest.raises(InputError, match="not a model configuration"):
-        model_config_from_dict({"kind": "gan"})
+    assert TypeAdapter(ModelConfig).validate_json(config.model_dump_json()) == config
 
 
 @pytest.mark.parametrize(

@@ -13,22 +13,15 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DMode
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from pipeline.diffusion.config import ObjectiveConfig
 from pipeline.diffusion.objectives import Objective
 from pipeline.errors import ConflictError, InputError
 from pipeline.model.build import build_model
 from pipeline.model.config import DiTConfig, ModelConfig, UNet2DConfig
-from pipeline.model.export import (
-    CARD_KEY,
-    FILE_KEYS,
-    MARKER,
-    WEIGHTS_KEY,
-    ExportInfo,
-    export_name,
-    find_export,
-    load_export,
-    read_info,
-    save_export,
-)
+from pipeline.model.export import export_name, save_export
+from pipeline.model.info import CodecReference, ModelInfo
+from pipeline.model.load import load_model
+from pipeline.model.read import CARD_KEY, FILE_KEYS, MARKER, WEIGHTS_KEY, read_model
 from pipeline.storage.root import Root
 
 pytestmark = pytest.mark.integration
@@ -39,22 +32,22 @@ DIT = DiTConfig(hidden=32, depth=2, heads=2)
 
 def an_export(
     config: ModelConfig = UNET, *, text_dim: int | None = None, **changes: Any
-) -> tuple[nn.Module, ExportInfo]:
+) -> tuple[nn.Module, ModelInfo]:
     torch.manual_seed(0)
     model = build_model(config, latent_channels=4, num_classes=3, text_dim=text_dim)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    info = ExportInfo(
-        model=config.model_dump(mode="json"),
-        objective=Objective().as_dict(),
+    info = ModelInfo(
+        model=config,
+        objective=ObjectiveConfig(),
         latent_channels=4,
         num_classes=3,
         text_dim=text_dim,
         factor=8,
         latent_mean=(0.1, -0.2, 0.3, 0.0),
         latent_std=(1.0, 2.0, 0.5, 4.0),
-        codec={"path": "s3://user:hidden@models/vae", "class_name": "AutoencoderKL"},
+        codec=CodecReference(path="s3://user:hidden@models/vae", class_name="AutoencoderKL"),
         dataset={"uri": "s3://data/latents", "digest": "d1ce57"},
         fingerprint_digest="f1f2f3",
         run_id="run-7",
@@ -80,7 +73,7 @@ def test_a_model_comes_back_bitwise(config: ModelConfig, text_dim: int | None, w
     uri = str(tmp_path / "export") if where == "local" else f"memory://exports/{tmp_path.name}"
     model, info = an_export(config, text_dim=text_dim)
     saved = save_export(uri, model, info)
-    loaded, read = load_export(uri)
+    loaded, read = load_model(uri)
     assert read == saved == dataclasses.replace(info, weights_sha256=saved.weights_sha256)
     assert len(saved.weights_sha256) == 64
     assert torch.equal(answer(loaded), answer(model))
@@ -102,13 +95,13 @@ def test_plain_diffusers_loads_the_model_and_the_scheduler(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", ["epsilon", "v"])
 @pytest.mark.parametrize("schedule", ["scaled_linear", "linear", "cosine"])
-def test_the_ddim_scheduler_has_our_noise_levels(kind: str, schedule: str, tmp_path: Path) -> None:
-    objective = Objective(kind, schedule)
-    model, info = an_export(objective=objective.as_dict())
+def test_the_ddim_scheduler_has_our_noise_levels(kind: Any, schedule: Any, tmp_path: Path) -> None:
+    objective = ObjectiveConfig(kind=kind, schedule=schedule)
+    model, info = an_export(objective=objective)
     save_export(tmp_path, model, info)
     scheduler = DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
     assert scheduler.config.prediction_type == ("epsilon" if kind == "epsilon" else "v_prediction")
-    alpha, _ = objective.alpha_sigma(torch.arange(1000) / 1000)
+    alpha, _ = Objective(kind, schedule).alpha_sigma(torch.arange(1000) / 1000)
     assert torch.allclose(scheduler.alphas_cumprod, alpha.square(), rtol=3e-4)
     scheduler.set_timesteps(10)
     assert scheduler.timesteps[0] == 999
@@ -149,10 +142,12 @@ def test_the_marker_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             patch.setattr(Root, "put", put)
             with pytest.raises(OSError, match="disk full"):
                 save_export(root, model, info)
-        with pytest.raises(InputError, match="no complete exported model"):
-            load_export(root)
+        with pytest.raises(
+            InputError, match=r"no readable model[\s\S]*neither it nor a directory in it holds latentloom.json"
+        ):
+            load_model(root.uri)
         save_export(root, model, info)
-        assert torch.equal(answer(load_export(root)[0]), answer(model))
+        assert torch.equal(answer(load_model(root.uri)[0]), answer(model))
 
 
 def test_the_same_export_again_is_nothing_and_another_is_a_conflict(tmp_path: Path) -> None:
@@ -163,7 +158,7 @@ def test_the_same_export_again_is_nothing_and_another_is_a_conflict(tmp_path: Pa
     assert (tmp_path / MARKER).stat().st_mtime_ns == before
     with pytest.raises(ConflictError, match="another exported model is already there"):
         save_export(tmp_path, model, dataclasses.replace(info, images_seen=5))
-    assert read_info(tmp_path) == saved
+    assert read_model(str(tmp_path)).info == saved
 
 
 def test_losing_the_race_for_the_marker_is_a_conflict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,13 +174,13 @@ def test_the_longest_trained_export_of_a_run_is_found(tmp_path: Path) -> None:
     for images in (900, 10_000):
         save_export(tmp_path / export_name(images), model, dataclasses.replace(info, images_seen=images))
     (tmp_path / export_name(50_000) / "model").mkdir(parents=True)  # begun, never finished
-    assert read_info(tmp_path).images_seen == 10_000
-    assert find_export(tmp_path / export_name(900)).uri.endswith("000000000900")
+    assert read_model(str(tmp_path)).info.images_seen == 10_000
+    assert read_model(str(tmp_path / export_name(900))).uri.endswith("000000000900")
 
 
 def test_info_survives_json_exactly() -> None:
     _, info = an_export()
-    assert ExportInfo.from_json(json.loads(json.dumps(info.to_json()))) == info
+    assert ModelInfo.from_json(json.loads(json.dumps(info.to_json()))) == info
 
 
 @pytest.mark.parametrize(
@@ -197,12 +192,16 @@ def test_info_survives_json_exactly() -> None:
         ({"latent_std": [1.0, 0.0, 1.0, 1.0]}, "latent_std must be positive"),
         ({"latent_mean": [0.0, 0.0, 0.0, float("nan")]}, "latent_mean"),
         ({"run_id": None, "dataset": None}, "dataset"),
+        ({"model": {"kind": "dit", "colour": 3}}, "colour"),
+        ({"model": {"kind": "gan"}}, "gan"),
+        ({"model": {"kind": "diffusers", "class": "AutoencoderKL", "config": {}}}, "'UNet2DModel', "),
+        ({"objective": {"kind": "score"}}, "objective.kind"),
     ],
 )
 def test_info_is_strict(change: dict[str, Any], message: str) -> None:
     _, info = an_export()
     with pytest.raises(InputError, match=rf"not a description of an exported model[\s\S]*{message}"):
-        ExportInfo.from_json(json.loads(json.dumps(info.to_json())) | change)
+        ModelInfo.from_json(json.loads(json.dumps(info.to_json())) | change)
 
 
 def rewrite(directory: Path, **changes: Any) -> None:
@@ -219,13 +218,13 @@ def saved(tmp_path: Path) -> Path:
 def test_unknown_versions_are_refused(saved: Path) -> None:
     rewrite(saved, version=2)
     with pytest.raises(InputError, match=r"unknown format[\s\S]*version 1"):
-        load_export(saved)
+        load_model(str(saved))
     (saved / MARKER).write_text("[]")
     with pytest.raises(InputError, match="unknown format"):
-        load_export(saved)
+        load_model(str(saved))
     (saved / MARKER).write_text("{")
     with pytest.raises(InputError, match="description is damaged"):
-        load_export(saved)
+        load_model(str(saved))
 
 
 @pytest.mark.parametrize("name", ["../../secrets.safetensors", "/etc/passwd", "model/pytorch_model.bin"])
@@ -234,13 +233,13 @@ def test_files_outside_the_closed_list_are_refused(saved: Path, name: str) -> No
     files = document["files"]
     rewrite(saved, files=files | {name: files[WEIGHTS_KEY]})
     with pytest.raises(InputError, match="lists other files than it may"):
-        load_export(saved)
+        load_model(str(saved))
 
 
 def test_pickled_weights_are_refused(saved: Path) -> None:
     (saved / "model" / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(InputError, match=r"pickled weights[\s\S]*diffusion_pytorch_model.bin"):
-        load_export(saved)
+        load_model(str(saved))
 
 
 def test_changed_and_missing_weights_are_refused(saved: Path) -> None:
@@ -248,11 +247,11 @@ def test_changed_and_missing_weights_are_refused(saved: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(InputError, match="not those that were exported"):
-        load_export(saved)
+    with pytest.raises(InputError, match="not those that the model is described with"):
+        load_model(str(saved))
     path.unlink()
     with pytest.raises(InputError, match="lost its weights"):
-        load_export(saved)
+        load_model(str(saved))
 
 
 def with_matching_hash(directory: Path) -> None:
@@ -270,8 +269,8 @@ def test_weights_of_another_model_or_no_weights_are_refused(saved: Path) -> None
     save_file(weights, saved / WEIGHTS_KEY)
     with_matching_hash(saved)
     with pytest.raises(InputError, match=r"do not fit the model[\s\S]*conv_in.weight"):
-        load_export(saved)
+        load_model(str(saved))
     (saved / WEIGHTS_KEY).write_bytes(b"not tensors")
     with_matching_hash(saved)
     with pytest.raises(InputError, match="unreadable weights"):
-        load_export(saved)
+        load_model(str(saved))

@@ -28,9 +28,11 @@ def make_tiny(root: Path, codec_kind: str = "auto") -> Tiny:
     from diffusers import AutoencoderKL
 
     from pipeline.codec.info import codec_info
+    from pipeline.diffusion.config import ObjectiveConfig
     from pipeline.model.build import build_model
     from pipeline.model.config import DiTConfig
-    from pipeline.model.export import ExportInfo, save_export
+    from pipeline.model.export import save_export
+    from pipeline.model.info import CodecReference, ModelInfo
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -48,16 +50,16 @@ def make_tiny(root: Path, codec_kind: str = "auto") -> Tiny:
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.08)
     codec = codec_info(str(root / "codec"))
-    info = ExportInfo(
-        model=config.model_dump(mode="json"),
-        objective={"kind": "flow"},
+    info = ModelInfo(
+        model=config,
+        objective=ObjectiveConfig(),
         latent_channels=4,
         num_classes=3,
         text_dim=None,
         factor=codec.factor,
         latent_mean=(0.1, -0.2, 0.0, 0.3),
         latent_std=(1.0, 0.5, 2.0, 1.5),
-        codec={**codec.as_dict(), "path": str(root / "codec"), "kind": codec_kind},
+        codec=CodecReference(**codec.as_dict(), path=str(root / "codec"), kind=codec_kind),
         dataset={"uri": "s3://user:secret@bucket/latents", "digest": "d" * 32},
         fingerprint_digest="f" * 32,
         run_id="0123456789abcdef0123456789abcdef",

@@ -19,12 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config import validate
 from pipeline.dataflow.device_faults import DeviceFault
+from pipeline.diffusion.config import ObjectiveConfig
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.media.images import decode_image, read_provenance
+from pipeline.model.export import save_export
+from pipeline.model.load import load_model
+from pipeline.model.read import read_model
 from pipeline.sample.config import SampleJobConfig
 from pipeline.sample.decode import LatentDecoder
 from pipeline.sample.denoise import Denoiser, Schedule
-from pipeline.sample.model import read_model, resolve_sampler
 from pipeline.sample.output import IMAGES, encode_rows, file_key
 from pipeline.sample.plan import extend_plan
 from pipeline.sample.prepare import SamplingInputs, on_device, prepare
@@ -309,13 +312,17 @@ def test_a_model_that_is_not_there_or_not_it_is_refused(tiny: Tiny, tmp_path: Pa
         read_model(str(tmp_path))
     with pytest.raises(ConfigError, match="other averaged weights than asked for"):
         read_model(tiny.model_uri, "ema_0.05")
-    assert read_model(tiny.model_uri, "ema_0.10").digest == read_model(str(Path(tiny.model_uri).parent)).digest
+    assert read_model(tiny.model_uri, "ema_0.10").digest() == read_model(str(Path(tiny.model_uri).parent)).digest()
 
 
-def test_a_sampler_must_fit_the_model() -> None:
-    assert [resolve_sampler("auto", kind) for kind in ("flow", "v")] == ["euler", "dpmpp"]
-    with pytest.raises(ConfigError, match="integrates flows"):
-        resolve_sampler("heun", "epsilon")
+def test_a_sampler_must_fit_the_model(tiny: Tiny, prepared: SamplingInputs, tmp_path: Path) -> None:
+    assert prepared.draw.sampler == "euler"
+    model, info = load_model(tiny.model_uri)
+    save_export(tmp_path, model, replace(info, objective=ObjectiveConfig(kind="epsilon")))
+    there = {"model": {"uri": str(tmp_path)}}
+    assert prepare(job(tiny, **there)).draw.sampler == "dpmpp"
+    with pytest.raises(ConfigError, match="heun serves the objective flow; for epsilon use ddim or dpmpp"):
+        prepare(job(tiny, **there, sampler={"name": "heun"}))
 
 
 def test_preparing_names_what_is_missing(tiny: Tiny, tmp_path: Path) -> None:

@@ -17,18 +17,19 @@ from pipeline.config import validate
 from pipeline.diffusion.rng import ids_from_bytes, keyed_normal
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.media.images import decode_image
-from pipeline.model.export import load_export, save_export
-from pipeline.model.foreign import load_pipeline_dir
-from pipeline.model.foreign_info import read_pipeline_dir
+from pipeline.model import load
+from pipeline.model.export import save_export
+from pipeline.model.load import load_model
+from pipeline.model.read import read_model
 from pipeline.sample.config import SampleJobConfig
 from pipeline.sample.decode import LatentDecoder
 from pipeline.sample.denoise import NOISE, Denoiser
-from pipeline.sample.model import read_model
 from pipeline.sample.output import encode_rows
 from pipeline.sample.plan import extend_plan
 from pipeline.sample.prepare import SamplingInputs, on_device, prepare
 from pipeline.sample.prompts import PromptEmbedder
 from pipeline.sample.regenerate import regenerate
+from pipeline.sample.text import text_of
 from pipeline.storage.root import Root
 from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.ema import Track
@@ -58,8 +59,8 @@ def images_of(prepared: SamplingInputs) -> tuple[list[bytes], list[bytes]]:
     """(request ids, encoded images) of all requests, in their order."""
     torch.set_num_threads(1)
     model = prepared.model
-    embed = PromptEmbedder(model.text) if model.text else None
-    denoiser = Denoiser.load(model.uri, prepared.draw, ema=model.ema, embed=embed)
+    embed = PromptEmbedder(prepared.text) if prepared.text else None
+    denoiser = Denoiser.load(model.uri, prepared.draw, ema=model.info.ema, embed=embed)
     plan = extend_plan(None, prepared.requests.table, 64)
     decoder = LatentDecoder(prepared.codec_path, batch_size=prepared.draw.batch_size)
     rows, rejects = encode_rows(decoder(denoiser(plan)), prepared.draw, prepared.origin)
@@ -84,7 +85,7 @@ def assert_same_pictures(ours: list[bytes], theirs: np.ndarray) -> None:
 def test_a_dit_pipeline_draws_its_own_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = make_dit_pipeline(tmp_path)
     prepared = ready(tmp_path, {"classes": [3, 977]}, sampler={"name": "ddim"})
-    assert (prepared.model.kind, prepared.model.num_classes) == ("pipeline", 1000)
+    assert (prepared.model.kind, prepared.model.info.num_classes) == ("pipeline", 1000)
     names, ours = images_of(prepared)
     monkeypatch.setattr("diffusers.pipelines.dit.pipeline_dit.randn_tensor", lambda **_: noise_of(names))
     theirs = pipe([3, 977], guidance_scale=3.0, num_inference_steps=4, output_type="np").images
@@ -147,13 +148,13 @@ def test_a_pipeline_that_does_not_fit_together_is_refused(tmp_path: Path, tiny: 
         other.save_pretrained(tmp_path / "other")
         ready(tmp_path / "pipe", {"prompts": PROMPTS}, model={"uri": str(tmp_path / "pipe"),
                                                              "codec": str(tmp_path / "other")})  # fmt: skip
-    before = read_model(str(tmp_path / "pipe")).digest
+    before = text_of(read_model(str(tmp_path / "pipe")))
     config = tmp_path / "pipe" / "tokenizer" / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"note": "changed"}))
-    assert read_model(str(tmp_path / "pipe")).digest != before
+    assert text_of(read_model(str(tmp_path / "pipe"))) != before
     (tmp_path / "pipe" / "text_encoder" / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"has no model\.safetensors"):
-        read_model(str(tmp_path / "pipe"))
+        text_of(read_model(str(tmp_path / "pipe")))
     with pytest.raises(InputError, match="prompt 'a'"):
         ready(tiny.model_uri, {"prompts": ["a"]})
 
@@ -164,12 +165,12 @@ def test_a_text_pipeline_whose_encoders_are_not_known_is_refused(tmp_path: Path)
     index.write_text(
         json.dumps(json.loads(index.read_text()) | {"text_encoder_2": ["transformers", "CLIPTextModel"]})
     )
-    with pytest.raises(InputError, match=r"its text encoders[\s\S]*UNet2DConditionModel reads text: of one encoder"):
-        read_model(str(tmp_path / "pipe"))
+    with pytest.raises(InputError, match=r"its text encoders[\s\S]*UNet2DConditionModel reads text of one encoder"):
+        text_of(read_model(str(tmp_path / "pipe")))
 
 
 def test_an_export_that_was_never_trained_without_a_class_is_not_guided(tiny: Tiny, tmp_path: Path) -> None:
-    model, info = load_export(tiny.model_uri)
+    model, info = load_model(tiny.model_uri)
     save_export(str(tmp_path / "model"), model, replace(info, always_labelled=True, guidable=False))
     assert ready(tmp_path / "model", {"classes": [0], "guidance": 1.0}).requests.table.num_rows == 1
     with pytest.raises(InputError, match=r"guidance 2\.0: the model was always trained with its condition"):
@@ -178,7 +179,7 @@ def test_an_export_that_was_never_trained_without_a_class_is_not_guided(tiny: Ti
 
 def write_checkpoints(tiny: Tiny, folder: Path) -> None:
     """Two checkpoints of a run whose model is the export's, its averages differing from it."""
-    model, info = load_export(tiny.model_uri)
+    model, info = load_model(tiny.model_uri)
     tracks = (Track("power", sigma_rel=0.1), Track("half", half_life_images=30.0))
     state = make_state(model, tracks=tracks, seed=1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
     state.about = info.to_json()
@@ -208,9 +209,9 @@ def test_a_checkpoint_is_drawn_from_with_the_average_named(tiny: Tiny, tmp_path:
     again = images_of(half)[1]
     assert pixels(again) != pixels(exported)
     assert half.origin.ema == "half"
-    assert len({raw.model.digest, half.model.digest, read_model(tiny.model_uri).digest}) == 3
+    assert len({raw.model.digest(), half.model.digest(), read_model(tiny.model_uri).digest()}) == 3
     # Its first track is what an export of the run would hold.
-    assert read_model(str(place)).ema == "power"
+    assert read_model(str(place)).info.ema == "power"
     older = next(p for p in place.iterdir() if "-000000000000100-" in p.name)
     assert pixels(images_of(ready(older, asked, model={"uri": str(older), "ema": "half"}))[1]) != pixels(again)
     assert regenerate(again[0]) == again[0]
@@ -233,7 +234,7 @@ def test_a_damaged_checkpoint_is_named(tiny: Tiny, tmp_path: Path) -> None:
     shard.write_bytes(bytes(data))
     prepared = ready(newest, {"classes": [0], "guidance": 1.0})
     with pytest.raises(InputError, match="does not have the recorded size and sha256"):
-        Denoiser.load(prepared.model.uri, prepared.draw, ema=prepared.model.ema)
+        Denoiser.load(prepared.model.uri, prepared.draw, ema=prepared.model.info.ema)
     document["meta"]["model"] = {}
     marker.write_text(json.dumps(document))
     with pytest.raises(InputError, match="does not say what its model is"):
@@ -250,24 +251,28 @@ def test_a_checkpoint_whose_tensors_do_not_fit_is_refused(tiny: Tiny, tmp_path: 
     document["meta"]["model"]["model"]["depth"] = 3
     marker.write_text(json.dumps(document))
     prepared = ready(newest, {"classes": [0], "guidance": 1.0})
-    with pytest.raises(InputError, match="does not fit the model it describes"):
-        Denoiser.load(prepared.model.uri, prepared.draw, ema=prepared.model.ema)
+    with pytest.raises(InputError, match="do not fit the model they are described as"):
+        Denoiser.load(prepared.model.uri, prepared.draw, ema=prepared.model.info.ema)
 
 
-def test_what_a_published_text_model_needs_is_said(tmp_path: Path) -> None:
+def test_what_a_published_text_model_needs_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_sd3_pipeline(tmp_path, with_t5=False)
-    found = read_pipeline_dir(Root(str(tmp_path / "pipe")))
-    model, _ = load_pipeline_dir(found)
+    stored = read_model(str(tmp_path / "pipe"))
+    model, _ = load_model(stored.uri)
     with pytest.raises(InputError, match="without a pooled text vector"):
         model(torch.zeros(1, 4, SIDE, SIDE), torch.ones(1), text_BLD=torch.zeros(1, 3, 80))
-    with pytest.raises(InputError, match="its weights changed while they were read"):
-        load_pipeline_dir(replace(found, info={**found.info, "weights_sha256": "0" * 64}))
+    with monkeypatch.context() as patch:  # they change while they are read
+        patch.setattr(
+            load, "read_model", lambda *_: replace(stored, info=replace(stored.info, weights_sha256="0" * 64))
+        )
+        with pytest.raises(InputError, match="not those that the model is described with"):
+            load_model(stored.uri)
     remote = Root("memory://pipelines/sd3")
     remote.upload_dir(tmp_path / "pipe")
     with pytest.raises(InputError, match="read from local disk"):
-        read_model(remote.uri)
+        text_of(read_model(remote.uri))
     # The denoiser itself may lie anywhere.
-    loaded, _ = load_pipeline_dir(remote)
+    loaded, _ = load_model(remote.uri)
     assert same_weights(loaded, model)
 
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.sample.plan import PLAN_SCHEMA, extend_plan, padded, planned_rows, shape_groups, unit_tables
+from pipeline.diffusion.draw import padded
+from pipeline.sample.plan import PLAN_SCHEMA, extend_plan, planned_rows, shape_groups, unit_tables
 from pipeline.sample.requests import Defaults, RequestLimits, validate_requests
 from pipeline.store.ledger.rowset import RowSet
 

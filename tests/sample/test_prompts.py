@@ -16,14 +16,14 @@ from pipeline.config import validate
 from pipeline.errors import ConflictError, InputError
 from pipeline.model.build import build_model
 from pipeline.model.config import UNet2DConditionConfig
-from pipeline.model.export import read_info, save_export
+from pipeline.model.export import save_export
+from pipeline.model.info import TextReference
+from pipeline.model.read import read_model
 from pipeline.sample.config import SampleJobConfig
 from pipeline.sample.denoise import Denoiser, use_threads
-from pipeline.sample.model import read_model
 from pipeline.sample.prepare import SamplingInputs, on_device, prepare
 from pipeline.sample.prompts import PromptEmbedder
-from pipeline.sample.text import text_of_export
-from pipeline.storage.root import Root
+from pipeline.sample.text import text_of
 from pipeline.text.config import TextEncoderConfig
 from pipeline.text.files import encoder_files
 from tests.sample.conftest import Tiny
@@ -43,14 +43,11 @@ def make_text_export(tiny: Tiny, folder: Path) -> Path:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     info = replace(
-        read_info(tiny.model_uri),
-        model=config.model_dump(mode="json"),
+        read_model(tiny.model_uri).info,
+        model=config,
         num_classes=None,
         text_dim=WIDTH,
-        text={
-            "encoder": encoder.model_dump(mode="json"),
-            "fingerprint": encoder_files(encoder).fingerprint(encoder),
-        },
+        text=TextReference(encoder.model_dump(mode="json"), encoder_files(encoder).fingerprint(encoder)),
     )
     save_export(folder / "export", model, info)
     return folder / "export"
@@ -79,8 +76,8 @@ class Watched:
     """An embedder that remembers what it was asked."""
 
     def __init__(self, prepared: SamplingInputs, **options: Any) -> None:
-        assert prepared.model.text is not None
-        self.embedder, self.asked = PromptEmbedder(prepared.model.text, **options), []  # type: ignore[var-annotated]
+        assert prepared.text is not None
+        self.embedder, self.asked = PromptEmbedder(prepared.text, **options), []  # type: ignore[var-annotated]
 
     def __call__(self, prompts: Sequence[str]) -> Any:
         self.asked.append(list(prompts))
@@ -146,9 +143,9 @@ def test_the_negative_prompt_is_the_unconditional_branch(export: Path) -> None:
 
 def test_an_embedding_does_not_depend_on_its_company_and_has_the_stored_precision(export: Path) -> None:
     prepared = ready(export, {"kind": "grid", "prompts": ["x"]})
-    assert prepared.model.text is not None
-    alone = PromptEmbedder(prepared.model.text)(["the blue sky"])["the blue sky"]
-    beside = PromptEmbedder(prepared.model.text)([f"{i}" for i in range(20)] + ["the blue sky"])["the blue sky"]
+    assert prepared.text is not None
+    alone = PromptEmbedder(prepared.text)(["the blue sky"])["the blue sky"]
+    beside = PromptEmbedder(prepared.text)([f"{i}" for i in range(20)] + ["the blue sky"])["the blue sky"]
     assert np.array_equal(alone.text_LD, beside.text_LD)
     assert np.array_equal(alone.text_LD, alone.text_LD.astype(np.float16).astype(np.float32))
     assert alone.text_LD.shape == (CLIP_LENGTH, WIDTH)
@@ -158,8 +155,8 @@ def test_an_embedding_does_not_depend_on_its_company_and_has_the_stored_precisio
 
 def test_a_full_cache_forgets_the_oldest_and_answers_all_the_same(export: Path) -> None:
     prepared = ready(export, {"kind": "grid", "prompts": ["x"]})
-    assert prepared.model.text is not None
-    embedder = PromptEmbedder(prepared.model.text, cache_bytes=2 * CLIP_LENGTH * WIDTH * 4)
+    assert prepared.text is not None
+    embedder = PromptEmbedder(prepared.text, cache_bytes=2 * CLIP_LENGTH * WIDTH * 4)
     many = [f"{i} {i}" for i in range(6)]
     first = embedder(many)
     assert set(first) == set(many)
@@ -172,12 +169,13 @@ def test_a_full_cache_forgets_the_oldest_and_answers_all_the_same(export: Path) 
 
 def test_the_encoder_must_be_the_one_the_model_learned_from(tiny: Tiny, tmp_path: Path) -> None:
     export = make_text_export(tiny, tmp_path)
-    digest = read_model(str(export)).digest
+    text = text_of(read_model(str(export)))
     make_clip(tmp_path / "clip", seed=7)
     with pytest.raises(ConflictError, match="not the one the model learned from"):
-        read_model(str(export))
+        text_of(read_model(str(export)))
     make_clip(tmp_path / "clip", seed=6)
-    assert read_model(str(export)).digest == digest
-    info = json.loads(Root(str(export)).read_bytes("latentloom.json"))["info"]
+    stored = read_model(str(export))
+    assert text_of(stored) == text
+    other = replace(stored.info, text=TextReference({"name": "clip"}, {}))
     with pytest.raises(InputError, match="does not describe its text encoder"):
-        text_of_export({**info, "text": {"encoder": {"name": "clip"}}})
+        text_of(replace(stored, info=other))

@@ -208,18 +208,18 @@ def test_prompts_are_embedded_once_for_all_denoisers(
 ) -> None:
     import ray
 
-    from pipeline.sample.passes import _Passes
+    from pipeline.sample.passes import _Sampling
     from tests.sample.pipelines import make_sd_pipeline
 
     make_sd_pipeline(tmp_path)
     handles: list[Any] = []
-    start_embedder = _Passes._start_embedder
+    start_embedder = _Sampling._start_embedder
 
-    def watched(self: _Passes) -> Any:
+    def watched(self: _Sampling) -> Any:
         handles.append(start_embedder(self))
         return handles[-1]
 
-    monkeypatch.setattr(_Passes, "_start_embedder", watched)
+    monkeypatch.setattr(_Sampling, "_start_embedder", watched)
     config = validate(
         SampleJobConfig,
         {

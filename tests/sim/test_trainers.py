@@ -46,11 +46,11 @@ def test_a_start_goes_on_with_the_inputs_that_it_has_looked_at(world: World, tra
 def test_the_history_has_no_hole_where_a_late_checkpoint_is_not_gone_on_from(
     world: World, trainers: Trainers
 ) -> None:
-    """V12: the newer start begins anew; after it, a checkpoint of the older one would skip what was not recorded."""
+    """V12: the newer start begins anew; after it, a checkpoint of the older one is no part of its run."""
     first = world.sim.actor("first", trainers.train)
     world.sim.until(first, "create", "run/checkpoints/*/COMPLETE.json")
     second = world.sim.actor("second", trainers.train)
-    world.sim.until(second, "put", "run/history/000002-*")
+    world.sim.until(second, "create", "run/checkpoints/000002-*/history.jsonl")
     world.sim.drain(first)
     world.sim.kill(second)
     assert world.sim.run("third", trainers.train) == "done"

@@ -16,7 +16,7 @@ from pipeline.store.ledger.generation import is_superseded
 from pipeline.store.ledger.ledger import claimed
 from pipeline.store.read.pins import Pins
 from pipeline.train.control import listed_checkpoints
-from pipeline.train.history import Journal, read_records
+from pipeline.train.history import COUNT, History, read_records
 from pipeline.train.retention import WorkerStart, begin, counting, mark_complete, newest_start, prune
 from tests.sim.world import World
 
@@ -60,23 +60,23 @@ class Trainers:
         state = pins.state(self.world.root)
         assert state is not None
         rows = hashlib.sha256(repr(state.stored.triples()).encode()).hexdigest()
-        step = resumed = self._load(start, inputs, rows)
-        journal = Journal(self.root, generation, segment_records=2)
-        journal.rewind(step)
+        history = History(self.root, segment_records=3)
+        step = resumed = self._load(start, inputs, rows, history)
         while step < last:
             step += 1
-            journal.append({"step": step, "images": step})
+            history.append({"step": step, "images": step})
             superseded = is_superseded(self.root, generation)
             if superseded or step % 2 == 0 or step == last:
-                self._save(start, step, resumed, inputs, rows)
+                self._save(start, step, resumed, inputs, rows, history)
             if superseded:
                 return "stopped"
         return "done"
 
-    def _load(self, start: WorkerStart, inputs: str, rows: str) -> int:
+    def _load(self, start: WorkerStart, inputs: str, rows: str, history: History) -> int:
         for c in reversed(counting(self.checkpoints, start)):
             if self._problem(c) is None:
                 assert (c.meta["inputs"], c.meta["rows"]) == (inputs, rows), "V12: a checkpoint of other inputs"
+                history.go_on(c.name, c.marker)
                 return c.images
         if set(start.began_with) - {c.name for c in list_complete(self.checkpoints)}:
             raise ConflictError("gone meanwhile")
@@ -92,7 +92,7 @@ class Trainers:
                 return f"{name} is another one"
         return None
 
-    def _save(self, start: WorkerStart, step: int, resumed: int, inputs: str, rows: str) -> None:
+    def _save(self, start: WorkerStart, step: int, resumed: int, inputs: str, rows: str, history: History) -> None:
         name = start.name(step, "00000000")
         files = {}
         for shard in SHARDS:
@@ -100,7 +100,9 @@ class Trainers:
             files[shard] = hashlib.sha256(data).hexdigest()
             self.checkpoints.put(f"{name}/{shard}", data)
         meta = {"images": step, "inputs": inputs, "rows": rows}
-        marker = {"meta": meta, "files": files, "resumed": resumed}
+        objects, count = history.cut(name)
+        history.write(objects)
+        marker = {"meta": meta, "files": files, "resumed": resumed, COUNT: count}
         mark_complete(self.checkpoints, name, json.dumps(marker).encode())
         prune(
             self.checkpoints,
@@ -111,8 +113,9 @@ class Trainers:
         )
 
     def check(self) -> None:
-        """I10: each marker has its shards; the history is that of one run, without hole or repeat."""
+        """I10: each marker has its shards; the history is that of one run, whole, up to the newest."""
         for complete in list_complete(self.checkpoints):
             assert self._problem(complete) is None, f"I10: {complete.name}: {self._problem(complete)}"
         steps = [record["step"] for record in read_records(self.root)]
-        assert steps == list(range(1, len(steps) + 1)), f"I10: the history tells steps {steps}"
+        counted = counting(self.checkpoints, newest_start(self.checkpoints))
+        assert steps == list(range(1, (counted[-1].images if counted else 0) + 1)), f"I10: the history tells {steps}"

@@ -19,7 +19,7 @@ def main() -> int:
     except PipelineError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    heavy = [name for name in ("ray", "torch", "mlflow", "diffusers", "pyarrow") if name in sys.modules]
+    heavy = [name for name in ("ray", "torch", "mlflow", "diffusers") if name in sys.modules]
     print(json.dumps({"result": json.loads(result.to_json("train")), "imported": heavy}))
     return 0
 

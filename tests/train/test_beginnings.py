@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.errors import ConfigError, ConflictError, InputError, StoppedError
-from pipeline.model.export import load_export
+from pipeline.model.load import load_model
 from pipeline.result import JobResult
 from pipeline.storage.root import Root
 from pipeline.store.ledger.state import read_state
@@ -44,7 +44,7 @@ def stopped_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainJobConf
 
 
 def weights(result: JobResult) -> dict[str, torch.Tensor]:
-    return load_export(result.outputs["model"])[0].state_dict()
+    return load_model(result.outputs["model"])[0].state_dict()
 
 
 def test_a_dataset_that_grows_and_is_compacted_changes_nothing_for_a_run(

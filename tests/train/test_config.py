@@ -32,7 +32,7 @@ from tests.train.job_config import job_config
         ({"grid": {"every_images": 8}, "train": {"ema": []}}, r"needs at least one train.ema track"),
         (
             {"grid": {"every_images": 8, "sampler": {"name": "heun"}}, "objective": {"kind": "v"}},
-            r"grid.sampler.name heun integrates flows, objective.kind is v",
+            r"grid.sampler.name: heun serves the objective flow; for v use ddim or dpmpp",
         ),
     ],
 )

@@ -21,7 +21,6 @@ from pipeline.train.control import (
     recorded_failure,
     request_stop,
 )
-from pipeline.train.history import Journal, read_records
 from tests.support.training import new_start
 
 
@@ -89,17 +88,6 @@ def test_a_failure_keeps_its_kind_and_words_and_the_first_one_stays(root: Root) 
     error = recorded_failure(root, 1)
     assert isinstance(error, ConflictError)
     assert (error.what, error.key, error.value, error.rule, error.next_step) == ("one", "a.b", "3", "r", "n")
-
-
-def test_a_rewound_journal_has_no_seam(root: Root) -> None:
-    journal = Journal(root, 1)
-    journal.rewind(0)
-    for step in (3, 6, 9):
-        journal.append({"step": step})
-    resumed = Journal(root, 2)
-    resumed.rewind(6)
-    resumed.append({"step": 9, "again": True})
-    assert read_records(root) == [{"step": 3}, {"step": 6}, {"step": 9, "again": True}]
 
 
 def test_a_notice_is_news_once_and_asked_for_only_so_often() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.diffusion.draw import Solving
 from pipeline.train import grid as module
 from pipeline.train import world
 from pipeline.train.grid import SampleGrid
@@ -47,7 +48,7 @@ def make_grid(shown: list[tuple[int, bytes]], **changes: Any) -> SampleGrid:
         ema="power",
         images=20,
         shape=(CHANNELS, 4, 4),
-        sampler={"sampler": "euler", "steps": 3, "guidance": 2.0},
+        solving=Solving("euler", 3, 2.0),
         codec={"path": "unused"},
         show=show,
     )
@@ -69,7 +70,7 @@ def test_a_grid_is_the_same_picture_of_the_same_weights(tmp_path: Path, decoded:
     assert Image.open(io.BytesIO(shown[0][1])).format == "PNG"
     classes = grid.classes()
     assert classes is not None
-    assert classes.tolist()[:5] == [0, 1, 2, 0, 1]
+    assert classes[:5] == [0, 1, 2, 0, 1]
 
 
 def test_a_grid_shows_the_average_and_leaves_the_weights(tmp_path: Path, decoded: list[torch.Tensor]) -> None:
@@ -85,8 +86,7 @@ def test_a_grid_shows_the_average_and_leaves_the_weights(tmp_path: Path, decoded
 
 def test_an_unconditional_grid_has_no_classes(tmp_path: Path, decoded: list[torch.Tensor]) -> None:
     state, _, _ = new_run(tmp_path)
-    sampler = {"sampler": "euler", "steps": 2, "guidance": 1.0}
-    grid = make_grid([], task=make_task(num_classes=None), sampler=sampler)
+    grid = make_grid([], task=make_task(num_classes=None), solving=Solving("euler", 2))
     assert grid.classes() is None
     grid.run(state)
     assert len(torch.cat(decoded)) == 20

@@ -69,7 +69,14 @@ def _with_model(tmp_path: Path, uri: str, model: dict[str, Any]) -> Any:
 
 def test_a_fixed_size_model_on_another_size_is_refused(uri: str, tmp_path: Path) -> None:
     config = _with_model(tmp_path, uri, {"kind": "dit_transformer2d", "sample_size": 16})
-    with pytest.raises(ConfigError, match=r"latents of 16x16 \(images of 64x64\), the dataset has buckets 32x32"):
+    with pytest.raises(ConfigError, match=r"sides of 16 \(images with sides of 64\), the dataset has buckets 32x32"):
+        handshake(config, LatentDataset.open(uri))
+
+
+def test_a_model_that_halves_the_latent_too_often_is_refused(uri: str, tmp_path: Path) -> None:
+    levels = {"block_out_channels": (32,) * 5, "attention": (False,) * 5, "norm_num_groups": 8}
+    config = _with_model(tmp_path, uri, {"kind": "unet2d", **levels})
+    with pytest.raises(ConfigError, match=r"sides in multiples of 16 .*64\), .* buckets 32x32[\s\S]*block_out_ch"):
         handshake(config, LatentDataset.open(uri))
 
 
@@ -78,7 +85,7 @@ def test_a_model_without_positions_for_the_largest_bucket_is_refused(tmp_path: P
     config = _with_model(tmp_path, uri, {"kind": "sd3_transformer2d", "max_size": 3})
     facts = handshake(job_config(tmp_path, uri), LatentDataset.open(uri))
     text = {"width": 8, "max_length": 4}
-    with pytest.raises(ConfigError, match=r"up to 24 pixels a side, the dataset has buckets 32x32"):
+    with pytest.raises(ConfigError, match=r"up to 24\), the dataset has buckets 32x32"):
         _check_model(config, replace(facts, text=text, num_classes=None), uri)
     fits = _with_model(tmp_path, uri, {"kind": "sd3_transformer2d", "max_size": 4})
     _check_model(fits, replace(facts, text=text, num_classes=None), uri)
@@ -87,7 +94,9 @@ def test_a_model_without_positions_for_the_largest_bucket_is_refused(tmp_path: P
 def test_a_class_model_without_classes_is_refused(tmp_path: Path) -> None:
     bare = make_dataset(tmp_path / "bare", classes=None)
     config = _with_model(tmp_path, bare, {"kind": "dit_transformer2d", "sample_size": 8})
-    with pytest.raises(ConfigError, match=r"dit_transformer2d needs classes, rows of .* have no label"):
+    with pytest.raises(
+        ConfigError, match=r"dit_transformer2d needs classes, rows of .* have no label[\s\S]*dit, unet2d$"
+    ):
         handshake(config, LatentDataset.open(bare))
 
 

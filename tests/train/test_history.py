@@ -1,4 +1,4 @@
-"""The run's record: a plain list to who reads it, whatever was interrupted, at a price that does not grow."""
+"""The run's record: what the newest checkpoint leads to, at a price that does not grow; also of earlier releases."""
 
 from __future__ import annotations
 
@@ -13,17 +13,11 @@ from hypothesis import strategies as st
 
 from pipeline.errors import InputError
 from pipeline.storage.root import Root
-from pipeline.train.history import HISTORY, ONE_FILE, SEGMENT_RECORDS, Follower, Journal, read_records
+from pipeline.train.history import COUNT, HISTORY, SEGMENT_RECORDS, History, read_records
+from tests.train.earlier_history import write_segments
 
 OPERATIONS = st.lists(
-    st.one_of(
-        st.tuples(st.just("append"), st.integers(0, 2)),
-        st.tuples(st.just("append late"), st.integers(0, 2)),
-        st.tuples(st.just("restart"), st.integers(0, 30)),
-        st.tuples(st.just("new generation"), st.integers(0, 30)),
-        st.tuples(st.just("late restart"), st.integers(0, 30)),
-    ),
-    max_size=25,
+    st.tuples(st.sampled_from(("append", "checkpoint", "resume", "lose")), st.integers(0, 5)), max_size=40
 )
 
 
@@ -32,32 +26,30 @@ def root(tmp_path: Path) -> Root:
     return Root(str(tmp_path))
 
 
-@pytest.fixture
-def traffic(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
-    """Bytes of each object put and read."""
-    seen: dict[str, list[int]] = {"put": [], "read": []}
-    put, read = Root.put, Root.read_bytes
+class Run:
+    """Checkpoints of a run without tensors: a marker each, once what it names is written."""
 
-    def counted_put(self: Root, key: str, data: bytes) -> None:
-        if key.startswith(f"{HISTORY}/"):  # a claim elsewhere in this process may still have its heartbeat
-            seen["put"].append(len(data))
-        put(self, key, data)
+    def __init__(self, root: Root, segment_records: int = SEGMENT_RECORDS) -> None:
+        self.root, self.segment_records = root, segment_records
+        self.history, self.taken = History(root, segment_records=segment_records), list[str]()
 
-    def counted_read(self: Root, key: str) -> bytes:
-        data = read(self, key)
-        seen["read"].append(len(data))
-        return data
+    def checkpoint(self, step: int) -> str:
+        name = f"{step:015d}-{len(self.taken):08x}"
+        objects, count = self.history.cut(name)
+        self.history.write(objects)
+        marker = {"meta": {"images": step, "step": step}, "files": {}, COUNT: count}
+        self.root.put(f"checkpoints/{name}/COMPLETE.json", json.dumps(marker).encode())
+        self.taken.append(name)
+        return name
 
-    monkeypatch.setattr(Root, "put", counted_put)
-    monkeypatch.setattr(Root, "read_bytes", counted_read)
-    return seen
+    def resume(self, name: str) -> None:
+        self.history = History(self.root, segment_records=self.segment_records)
+        self.history.go_on(name, json.loads(self.root.read_bytes(f"checkpoints/{name}/COMPLETE.json")))
 
-
-def begun(root: Root, generation: int = 1, segment_records: int = SEGMENT_RECORDS, step: int = 10**9) -> Journal:
-    """A journal that goes on after what is there, up to a step."""
-    journal = Journal(root, generation, segment_records=segment_records)
-    journal.rewind(step)
-    return journal
+    def remove(self, name: str) -> None:
+        """As retention does it."""
+        for info in list(self.root.list(f"checkpoints/{name}")):
+            self.root.delete(info.key)
 
 
 def report(step: int) -> dict[str, Any]:
@@ -66,97 +58,111 @@ def report(step: int) -> dict[str, Any]:
 
 
 @pytest.mark.integration
-@settings(max_examples=50)
-@given(old=st.lists(st.integers(0, 2), max_size=8), size=st.integers(1, 4), operations=OPERATIONS)
-def test_any_appends_and_rewinds_read_like_a_plain_list(
-    old: list[int], size: int, operations: list[tuple[str, int]]
+@settings(max_examples=50, deadline=None)
+@given(size=st.integers(1, 4), operations=OPERATIONS)
+def test_what_a_checkpoint_leads_to_is_what_was_reported_before_it(
+    size: int, operations: list[tuple[str, int]]
 ) -> None:
-    """Also from a run recorded in one file, and with writers of earlier starts that go on, or begin again, late."""
-    root = Root(f"memory://history-{uuid.uuid4()}")
-    expected: list[dict[str, int]] = []
-    for number, gain in enumerate(old):
-        expected.append({"step": (expected[-1]["step"] if expected else 0) + gain, "number": -number})
-    if old:
-        root.put(ONE_FILE, b"".join(json.dumps(r).encode() + b"\n" for r in expected))
-    generation, current = 1, begun(root, 1, size)
-    earlier: list[Journal] = []
-    follower = Follower(root)
-    for number, (what, value) in enumerate(operations):
-        record = {"step": (expected[-1]["step"] if expected else 0) + value, "number": number}
+    """Whichever earlier checkpoint a start goes on from, and whichever others retention has removed."""
+    run = Run(Root(f"memory://history-{uuid.uuid4()}"), size)
+    reported: list[dict[str, Any]] = []
+    kept: dict[str, list[dict[str, Any]]] = {}
+    for step, (what, value) in enumerate(operations):
         if what == "append":
-            current.append(record)
-            expected.append(record)
-            assert follower.news()[-1] == record
-        elif what == "append late" and earlier:
-            earlier[-1].append({**record, "late": 1})
-        elif what == "late restart" and generation > 1:
-            late = begun(root, generation - 1, size, value)
-            late.append({**record, "late": 2})
-        elif what in ("restart", "new generation"):
-            earlier.append(current)
-            generation += what == "new generation"
-            current = begun(root, generation, size + number % 2, value)
-            expected = [r for r in expected if r["step"] <= value]
-        assert read_records(root) == expected
+            for number in range(value):
+                reported.append({"step": step, "number": number})
+                run.history.append(reported[-1])
+        elif what == "checkpoint":
+            name = run.checkpoint(step)
+            kept[name] = list(reported)
+            assert read_records(run.root) == reported
+        elif what == "resume" and kept:
+            name = sorted(kept)[-1 - value % len(kept)]
+            run.resume(name)
+            reported = list(kept[name])
+        elif what == "lose" and len(kept) > 1:
+            name = sorted(kept)[value % (len(kept) - 1)]
+            run.remove(name)
+            del kept[name]
+    for name, records in kept.items():
+        run.resume(name)
+        run.checkpoint(10**6 + len(run.taken))
+        assert read_records(run.root) == records
 
 
-def test_a_follower_gets_every_record_once(root: Root) -> None:
-    journal, follower, got = begun(root, 1, 4), Follower(root), []
-    assert follower.news() == []
-    for step in range(40):
-        journal.append({"step": step})
-        if step % 7 == 0:
-            got += follower.news()
-    got += follower.news()
-    assert [r["step"] for r in got] == list(range(40))
-    assert follower.news() == []
+def test_a_checkpoint_costs_the_same_however_long_the_run(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written with it, and read by who goes on from it: less than a segment, and what is new."""
+    sizes: list[int] = []
+    create, read = Root.put_if_absent, Root.read_bytes
 
+    def counted_create(self: Root, key: str, data: bytes) -> bool:
+        sizes.append(len(data))
+        return create(self, key, data)
 
-def test_a_follower_that_comes_late_begins_with_the_newest_segment(root: Root) -> None:
-    journal = begun(root, 1, 4)
-    for step in range(10):
-        journal.append({"step": step})
-    assert [r["step"] for r in Follower(root).news()] == [8, 9]
-    Journal(root, 2).rewind(5)
-    assert [r["step"] for r in Follower(root).news()] == [4, 5]
+    def counted_read(self: Root, key: str) -> bytes:
+        data = read(self, key)
+        sizes.append(len(data))
+        return data
 
-
-@pytest.mark.integration
-def test_a_report_costs_the_same_however_long_the_run(root: Root, traffic: dict[str, list[int]]) -> None:
-    """Written by the run and read by who watches it, each second: less than a segment, and a listing of starts."""
-    journal, follower = begun(root), Follower(root)
-    record_bytes = len(json.dumps(report(10**6))) + 1
+    monkeypatch.setattr(Root, "put_if_absent", counted_create)
+    monkeypatch.setattr(Root, "read_bytes", counted_read)
+    record_bytes, run = len(json.dumps(report(10**6))) + 1, Run(root)
     for step in range(8 * SEGMENT_RECORDS):
-        journal.append(report(step))
+        run.history.append(report(step))
         if step % 50 == 0:
-            traffic["read"].clear()
-            assert follower.news()[-1]["step"] == step
-            assert sum(traffic["read"]) <= 2 * SEGMENT_RECORDS * record_bytes
-    assert max(traffic["put"]) <= SEGMENT_RECORDS * record_bytes
-    assert len(traffic["put"]) == 8 * SEGMENT_RECORDS
-
-
-def test_a_restart_reads_no_more_of_the_history_than_it_drops(root: Root, traffic: dict[str, list[int]]) -> None:
-    journal = begun(root, 1, 8)
-    for step in range(800):
-        journal.append(report(step))
-    traffic["read"].clear()
-    resumed = Journal(root, 2, segment_records=8)
-    resumed.rewind(795)
-    assert len(traffic["read"]) <= 3  # the start, and the segment with step 795
-    assert [r["step"] for r in read_records(root)] == list(range(796))
+            sizes.clear()
+            run.resume(run.checkpoint(step))
+            assert sum(sizes) <= (3 * SEGMENT_RECORDS + 50) * record_bytes
+    assert len(list(root.list(HISTORY))) == 7
+    assert [r["step"] for r in read_records(root)] == list(range(step // 50 * 50 + 1))
 
 
 def test_a_damaged_history_is_refused(root: Root, tmp_path: Path) -> None:
-    journal = begun(root, 1, 2)
+    run = Run(root, 2)
     for step in range(5):
-        journal.append({"step": step})
-    (first, second, _) = sorted(tmp_path.glob("history/*/*.jsonl"))
-    second.write_text('{"step": 2}\n')
-    with pytest.raises(InputError, match=r"history is damaged: .*000001\.jsonl holds 1 of 2 records"):
+        run.history.append({"step": step})
+    name = run.checkpoint(5)
+    second = max(tmp_path.glob("history/*"))
+    whole = second.read_text()
+    second.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    with pytest.raises(InputError, match=r"history is damaged: .*history holds 4 of 5 records"):
         read_records(root)
-    second.write_text('{"step": 2}\n{"step": 3}\n')
-    Journal(root, 2).rewind(3)
+    second.unlink()
+    with pytest.raises(InputError, match=r"history is damaged: .*000001\.jsonl is gone"):
+        read_records(root)
+    second.write_text(whole)
+    (tmp_path / "checkpoints" / name / "history.jsonl").unlink()
+    with pytest.raises(InputError, match=r"history is damaged: .*history\.jsonl is gone"):
+        run.resume(name)
+
+
+OLD = [{"step": step, "images": step * 16} for step in range(12)]
+
+
+@pytest.mark.parametrize("written", ["one file", "segments", "segments of a second start"])
+def test_a_run_of_an_earlier_release_is_read_and_gone_on_with(root: Root, written: str) -> None:
+    lines = b"".join(json.dumps(record).encode() + b"\n" for record in OLD)
+    if written == "one file":
+        root.put("history.jsonl", lines)
+    else:
+        write_segments(root, OLD, starts=1 if written == "segments" else 2)
+    run = Run(root, 4)
+    name = "000000000000009-00000000"
+    marker = {"meta": {"images": 9, "step": 9}, "files": {}}
+    root.put(f"checkpoints/{name}/COMPLETE.json", json.dumps(marker).encode())
+    assert read_records(root) == OLD  # nobody has gone on with it
+    run.resume(name)
+    run.history.append({"step": 10, "again": True})
+    run.checkpoint(10)
+    assert read_records(root) == [*OLD[:10], {"step": 10, "again": True}]
+
+
+def test_a_damaged_history_of_an_earlier_release_is_refused(root: Root, tmp_path: Path) -> None:
+    write_segments(root, OLD, starts=2)
+    first = min(tmp_path.glob("history/000001-000001/*"))
+    first.write_text(first.read_text().splitlines()[0] + "\n")
+    with pytest.raises(InputError, match=r"history is damaged: .*000000\.jsonl holds 1 of 4 records"):
+        read_records(root)
     first.unlink()
-    with pytest.raises(InputError, match=r"history is damaged: .*000000\.jsonl holds 0 of 2 records"):
+    with pytest.raises(InputError, match=r"history is damaged: .*000000\.jsonl holds 0 of 4 records"):
         read_records(root)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pipeline.config import merge, validate
-from pipeline.model.export import load_export
+from pipeline.model.load import load_model
 from pipeline.storage.root import Root
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.train.checkpoint import list_complete
@@ -84,7 +84,7 @@ def metric_points(folder: Path) -> list[tuple[str, str, int]]:
 
 
 def weights(config: TrainJobConfig) -> dict[str, torch.Tensor]:
-    return load_export(config.output.uri + "/model")[0].state_dict()
+    return load_model(config.output.uri + "/model")[0].state_dict()
 
 
 def test_a_killed_worker_costs_time_and_nothing_else(
@@ -127,7 +127,7 @@ def test_sigterm_checkpoints_and_exits_75_and_the_same_command_finishes(
     rare = {"checkpoint": {"every_images": 1_000_000}, **tracked(tmp_path)}
     config = job_config(tmp_path, data_uri, merge(LENGTH, rare))
     driver = drive(config, tmp_path)
-    driver.wait_until(lambda: read_records(driver.root), "the first figures")
+    driver.wait_until(lambda: "loss" in driver.said(), "the first figures")
     driver.process.send_signal(signal.SIGTERM)
     code, _ = driver.answer()
     assert code == 75, driver.said()
@@ -142,7 +142,7 @@ def test_sigterm_checkpoints_and_exits_75_and_the_same_command_finishes(
     found = weights(config)
     for key, value in undisturbed.items():
         assert torch.equal(found[key], value), key
-    assert load_export(config.output.uri + "/model")[1].run_id == answer["result"]["mlflow_run_id"]
+    assert load_model(config.output.uri + "/model")[1].run_id == answer["result"]["mlflow_run_id"]
     points = metric_points(tmp_path)
     assert len(set(points)) == len(points)
     assert {run for run, _, _ in points} == {answer["result"]["mlflow_run_id"]}

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
-from pipeline.model.build import build_model, model_config_from_dict, repeated_blocks
+from pipeline.model.build import build_model, repeated_blocks
+from pipeline.model.config import ModelConfig
 from pipeline.train import world
 from pipeline.train.parallel import wrap
 from tests.train.helpers import on_ranks, write_json
@@ -35,7 +37,7 @@ TEXT: dict[str, dict[str, Any]] = {
 
 def _model(kind: str, settings: dict[str, Any], *, text: bool) -> nn.Module:
     torch.manual_seed(3)
-    config = model_config_from_dict({"kind": kind, **settings})
+    config = TypeAdapter(ModelConfig).validate_json(json.dumps({"kind": kind, **settings}))
     model = build_model(config, latent_channels=4, num_classes=None if text else 10, text_dim=24 if text else None)
     with torch.no_grad():
         for parameter in model.parameters():  # adaLN-zero begins as a network that hears of no time

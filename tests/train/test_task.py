@@ -37,9 +37,8 @@ def test_the_flow_loss_of_a_zero_prediction_is_the_targets_mean_square() -> None
     torch.testing.assert_close(task.losses(zero, x0, noise, t, labels), expected)
 
 
-def test_normalisation_and_its_inverse() -> None:
-    task, (latents, ids, _) = make_task(), batch()
-    torch.testing.assert_close(task.raw(task.clean(latents, ids, 0)), latents)
+def test_latents_are_normalised_by_channel() -> None:
+    task, (_, ids, _) = make_task(), batch()
     assert torch.equal(task.clean(torch.ones(1, 2, 4, 4), ids[:1], 0), torch.zeros(1, 2, 4, 4))
 
 

@@ -11,8 +11,9 @@ import torch
 
 from pipeline.config import validate
 from pipeline.errors import ConfigError, ConflictError, InputError, StoppedError
-from pipeline.model.export import load_export, read_info
-from pipeline.sample.text import text_of_export
+from pipeline.model.load import load_model
+from pipeline.model.read import read_model
+from pipeline.sample.text import text_of
 from pipeline.storage.root import Root
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.stream.loader import LatentStream
@@ -89,13 +90,13 @@ def test_a_text_model_learns_validates_and_says_what_sampling_needs(
     plain = config_of(tmp_path, uris, held).model_dump(mode="json")
     config = validate(TrainJobConfig, {**plain, "model": model})
     start(config, tmp_path)
-    trained, info = load_export(config.output.uri + "/model")
+    trained, info = load_model(config.output.uri + "/model")
     assert info.text_dim == WIDTH
     assert info.text is not None
-    assert (info.text["width"], info.text["max_length"]) == (WIDTH, CLIP_LENGTH)
-    spec = text_of_export(read_info(config.output.uri + "/model").to_json())
+    assert (info.text.width, info.text.max_length) == (WIDTH, CLIP_LENGTH)
+    spec = text_of(read_model(config.output.uri + "/model"))
     assert spec is not None
-    assert spec.encoders[0].path == info.text["encoder"]["path"]
+    assert spec.encoders[0].path == info.text.encoder["path"]
     # What is asked matters to what is answered.
     text = TextEmbeddings.open(uris[1])
     values, mask = embedded(text, [CAPTIONS[0], CAPTIONS[1]])
@@ -149,7 +150,7 @@ def test_text_that_does_not_fit_is_refused(uris: tuple[str, str], tmp_path: Path
     plain = config_of(tmp_path, uris).model_dump(mode="json")
     small = {"kind": "unet2d", "block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 8}
     config = validate(TrainJobConfig, {**plain, "model": small})
-    with pytest.raises(ConfigError, match=r"unet2d cannot read the text embeddings"):
+    with pytest.raises(ConfigError, match=r"unet2d cannot read text embeddings"):
         handshake(config, LatentDataset.open(uris[0]))
     config = validate(TrainJobConfig, {**plain, "model": {"kind": "sd3_transformer2d"}})
     with pytest.raises(ConfigError, match=r"sd3_transformer2d cannot read classes"):
@@ -166,7 +167,7 @@ def test_a_mixture_learns_from_the_text_of_each_dataset(uris: tuple[str, str], t
 
     config = mixed(more)
     start(config, tmp_path)
-    info = read_info(config.output.uri + "/model")
+    info = read_model(config.output.uri + "/model").info
     assert (info.text_dim, len(info.mixture)) == (WIDTH, 2)
     served = open_served(config)
     stream = open_stream(config, served, Root(config.output.uri))

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 
 from pipeline.config import validate
 from pipeline.errors import ConfigError, ConflictError
-from pipeline.model.export import load_export, read_info
+from pipeline.model.info import DatasetShare
+from pipeline.model.load import load_model
+from pipeline.model.read import read_model
 from pipeline.runs import session
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import note_run
@@ -94,19 +96,19 @@ def test_a_stopped_and_resumed_run_on_a_mixture_is_the_undisturbed_one(
 
     assert timeless(broken) == timeless(whole)
     assert {"epoch", "epoch_mix0"} <= {key for record in timeless(whole) for key in record}
-    weights = [load_export(str(p / "run" / "model"))[0].state_dict() for p in (whole, broken)]
+    weights = [load_model(str(p / "run" / "model"))[0].state_dict() for p in (whole, broken)]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
 def test_the_export_names_every_dataset_and_normalises_as_they_are_served(uris: Uris, tmp_path: Path) -> None:
     config = mixed(tmp_path, uris, changes={"train": {"images": 64}})
     start(config, tmp_path)
-    info = read_info(config.output.uri + "/model")
+    info = read_model(config.output.uri + "/model").info
     one, two = (LatentDataset.open(uri) for uri in uris)
     assert info.dataset == {"uri": one.uri, "digest": one.digest}
     assert info.mixture == (
-        {"uri": one.uri, "digest": one.digest, "weight": 3.0},
-        {"uri": two.uri, "digest": two.digest, "weight": 1.0},
+        DatasetShare(one.uri, one.digest, 3.0),
+        DatasetShare(two.uri, two.digest, 1.0),
     )
     assert info.num_classes == 5
     np.testing.assert_allclose(info.latent_mean, (3 * one.channel_mean + two.channel_mean) / 4, rtol=1e-6)
@@ -202,7 +204,7 @@ def test_one_dataset_is_served_and_resumed_as_if_there_were_no_mixtures(uris: Ur
         "shuffle": True,
     }
     start(job_config(tmp_path, uris[0], {"train": {"images": 64}}), tmp_path)
-    info = read_info(config.output.uri + "/model")
+    info = read_model(config.output.uri + "/model").info
     assert "mixture" not in info.to_json()
     (card,) = Path(config.output.uri).glob("model/*/README.md")
     assert f"| Dataset | `{uris[0]}`, digest `{info.dataset['digest']}` |" in card.read_text()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,18 @@ import pytest
 import torch
 
 from pipeline.errors import ConfigError, ConflictError
-from pipeline.model.export import load_export, read_info
+from pipeline.model.load import load_model
+from pipeline.model.read import read_model
 from pipeline.storage.root import Root
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.control import request_stop
 from pipeline.train.handshake import handshake
-from pipeline.train.history import read_records
+from pipeline.train.history import COUNT, read_records
 from pipeline.train.worker import WorkerContext, run_worker
 from tests.support.training import new_start
 from tests.train.dataset import make_dataset
+from tests.train.earlier_history import write_segments
 from tests.train.helpers import stopped_after
 from tests.train.job_config import job_config
 
@@ -50,13 +51,13 @@ def test_a_run_learns_validates_and_exports_its_average(data_uri: str, tmp_path:
     assert [r["images"] for r in checks] == [128, 256, 384, 512, 640, 768, 896, 960]
     assert checks[-1]["val/loss"] < checks[0]["val/loss"]
     assert checks[-1]["val/ema/loss"] != checks[-1]["val/loss"]
-    model, info = load_export(config.output.uri + "/model")
+    model, info = load_model(config.output.uri + "/model")
     assert (info.images_seen, info.ema, info.num_classes, info.latent_channels) == (960, "ema", 3, 4)
     assert info.dataset["digest"] == LatentDataset.open(data_uri).digest
     assert model(torch.zeros(1, 4, 8, 8), torch.ones(1), torch.tensor([3])).shape == (1, 4, 8, 8)
 
 
-@pytest.mark.parametrize("recorded", ["in segments", "in one file"])
+@pytest.mark.parametrize("recorded", ["with its checkpoint", "in segments", "in one file"])
 def test_stop_and_resume_leave_the_history_and_export_of_an_undisturbed_run(
     data_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: str
 ) -> None:
@@ -65,13 +66,8 @@ def test_stop_and_resume_leave_the_history_and_export_of_an_undisturbed_run(
     config = job_config(broken, data_uri, VALIDATED)
     with stopped_after(monkeypatch, 7):
         assert start(config, broken) == {"status": "stopped", "step": 7, "images": 112}
-    # As if a worker had gone on for a while after its last checkpoint, and was then killed.
-    (segment,) = Path(config.output.uri).glob("history/*/*.jsonl")
-    with segment.open("a") as file:
-        file.write(json.dumps({"step": 9, "images": 144, "loss": 1.0}) + "\n")
-    if recorded == "in one file":
-        segment.rename(Path(config.output.uri) / "history.jsonl")
-        shutil.rmtree(Path(config.output.uri) / "history")
+    if recorded != "with its checkpoint":
+        as_of_an_earlier_release(Root(config.output.uri), recorded)
     assert start(config, broken)["status"] == "done"
 
     def timeless(path: Path) -> list[dict[str, Any]]:
@@ -79,18 +75,34 @@ def test_stop_and_resume_leave_the_history_and_export_of_an_undisturbed_run(
         return [{k: v for k, v in r.items() if k not in clock} for r in read_records(Root(str(path / "run")))]
 
     assert timeless(broken) == timeless(whole)
-    weights = [load_export(str(p / "run" / "model"))[0].state_dict() for p in (whole, broken)]
+    weights = [load_model(str(p / "run" / "model"))[0].state_dict() for p in (whole, broken)]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+def as_of_an_earlier_release(root: Root, recorded: str) -> None:
+    """A run whose worker had gone on for a while after its last checkpoint, and was then killed."""
+    records = [*read_records(root), {"step": 9, "images": 144, "loss": 1.0}]
+    for info in list(root.list("checkpoints")):
+        if info.key.endswith("COMPLETE.json"):
+            marker = json.loads(root.read_bytes(info.key))
+            del marker[COUNT]
+            root.put(info.key, json.dumps(marker).encode())
+        elif info.key.endswith("history.jsonl"):
+            root.delete(info.key)
+    if recorded == "in segments":
+        write_segments(root, records, starts=1)
+    else:
+        root.put("history.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode())
 
 
 def test_an_export_says_how_it_is_to_be_sampled(data_uri: str, tmp_path: Path) -> None:
     changes = {"train": {"images": 32, "label_dropout": 0.0}, "timesteps": {"shift": 2.0, "shift_base_pixels": 16}}
     start(job_config(tmp_path / "a", data_uri, changes), tmp_path)
-    info = read_info(str(tmp_path / "a" / "run" / "model"))
+    info = read_model(str(tmp_path / "a" / "run" / "model")).info
     assert (info.always_labelled, info.guidable) == (True, False)
     assert (info.sampling_shift, info.buckets) == (4.0, ("32x32",))
     start(job_config(tmp_path / "b", data_uri, {"train": {"images": 32}, "objective": {"kind": "v"}}), tmp_path)
-    info = read_info(str(tmp_path / "b" / "run" / "model"))
+    info = read_model(str(tmp_path / "b" / "run" / "model")).info
     assert (info.always_labelled, info.guidable, info.sampling_shift) == (False, True, 1.0)
 
 
@@ -140,5 +152,5 @@ def test_stored_posteriors_and_unconditional_models_train(tmp_path: Path) -> Non
     uri = make_dataset(tmp_path / "moments", classes=None, posterior="moments")
     config = job_config(tmp_path, uri, {"train": {"images": 64}})
     assert start(config, tmp_path)["status"] == "done"
-    _, info = load_export(config.output.uri + "/model")
+    _, info = load_model(config.output.uri + "/model")
     assert (info.num_classes, info.latent_channels, info.guidable) == (None, 4, True)

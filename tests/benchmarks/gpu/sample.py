@@ -43,9 +43,9 @@ HEADS = {
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a Denoiser reads of an export's description."""
+    """What a Denoiser reads of a ModelInfo."""
 
-    objective: dict[str, Any]
+    objective: Objective
     latent_channels: int
     num_classes: int
     factor: int
@@ -90,7 +90,7 @@ def measure(
     decoder = LatentDecoder(folder, batch_size=batch, device=str(bench.device), dtype=bench.dtype)
     factor = decoder.codec.info.factor
     ends = ((0.0,) * size.channels, (1.0,) * size.channels)
-    about = ModelFacts(Objective("flow").as_dict(), size.channels, size.classes, factor, *ends)
+    about: Any = ModelFacts(Objective("flow"), size.channels, size.classes, factor, *ends)
     denoiser = Denoiser(model, about, draw, compile=compiled)
     requests = make_requests(scale, size, side, batch)
     vae = AutoencoderKL.from_pretrained(folder, torch_dtype=bench.torch_dtype, low_cpu_mem_usage=False)

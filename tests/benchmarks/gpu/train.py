@@ -131,6 +131,7 @@ def make_diffusers_dit(size: Dit) -> nn.Module:
         head_dim=size.hidden // size.heads,
         depth=size.depth,
         activation_checkpointing=False,
+        sides=SimpleNamespace(take=lambda *_: True),
     )
     return build_dit_transformer2d(config, latent_channels=size.channels, num_classes=size.classes, text_dim=None)
 

@@ -11,19 +11,19 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
+from pipeline.diffusion.solvers import NUM_TRAIN_STEPS
 from pipeline.errors import InputError
+from pipeline.model.config import PublishedClass
 from pipeline.storage.root import Root, check_key
 
 INDEX = "model_index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-CLASSES = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "SD3Transformer2DModel")
-NUM_TRAIN_STEPS = 1000
+CLASSES: tuple[str, ...] = get_args(PublishedClass)
 _FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 _SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
 _KINDS = {"epsilon": "epsilon", "v_prediction": "v"}
-_CHUNK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class PipelineTextEncoder:
     name: str
     subfolder: str
     tokenizer_subfolder: str
-    layer: str = "last"
-    pooled: str = "none"
+    layer: Literal["last", "penultimate"] = "last"
+    pooled: Literal["none", "projection"] = "none"
     max_length: int | None = None
 
 
 @dataclass(frozen=True)
-class PipelineDir:
-    """A pipeline directory: its denoiser, `info` as the fields of an ExportInfo, and its text encoders.
+class PublishedPipeline:
+    """A pipeline directory: the folder of its denoiser, `info` as the fields of a ModelInfo, and its text encoders.
 
     `arrangement` says how encoders become what the model reads: "single" is the one encoder's hidden states, "sd3"
     the layout of Esser et al. 2024, appendix B.3 (CLIP states side by side and padded to the width of T5, then T5's).
@@ -48,10 +48,7 @@ class PipelineDir:
 
     root: Root
     component: str
-    class_name: str
-    config: dict[str, Any]
-    info: dict[str, Any]
-    null_label: int | None
+    info: Mapping[str, Any]
     weight_names: tuple[str, ...]
     encoders: tuple[PipelineTextEncoder, ...]
     arrangement: str
@@ -62,7 +59,7 @@ def is_pipeline_dir(root: Root) -> bool:
     return root.exists(INDEX)
 
 
-def read_pipeline_dir(root: Root) -> PipelineDir:
+def read_pipeline_dir(root: Root) -> PublishedPipeline:
     """Everything a sampler must know of a pipeline directory; hashes the denoiser's weights. InputError."""
     index = _json(root, INDEX)
     component, class_name = _denoiser(index, root)
@@ -76,13 +73,16 @@ def read_pipeline_dir(root: Root) -> PipelineDir:
     names = _weight_names(root.child(component))
     num_classes = config.get("num_embeds_ada_norm" if class_name == "DiTTransformer2DModel" else "num_class_embeds")
     # Of these classes only DiT reserves a label for "no label"; a UNet's last class is a class.
-    null_label = num_classes if class_name == "DiTTransformer2DModel" else None
-    always_labelled = num_classes is not None and null_label is None
+    always_labelled = num_classes is not None and class_name != "DiTTransformer2DModel"
     channels = int(config["in_channels"])
     mean, std = _normalisation(vae, channels)
     factor = 2 ** (len(vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or ()) - 1)
     info = {
-        "model": {"kind": "diffusers", "class": class_name, "config": _public(config)},
+        "model": {
+            "kind": "diffusers",
+            "class": class_name,
+            "config": {k: v for k, v in config.items() if k[:1] != "_"},
+        },
         "objective": objective,
         "latent_channels": channels,
         "num_classes": num_classes,
@@ -103,7 +103,7 @@ def read_pipeline_dir(root: Root) -> PipelineDir:
         "weights_sha256": _combined(root.child(component), names),
     }
     encoders, arrangement = _encoders(index, class_name)
-    return PipelineDir(root, component, class_name, config, info, null_label, names, encoders, arrangement)
+    return PublishedPipeline(root, component, info, names, encoders, arrangement)
 
 
 def refused(root: Root, what: str, rule: str) -> InputError:
@@ -199,22 +199,15 @@ def _weight_names(component: Root) -> tuple[str, ...]:
 
 
 def _combined(component: Root, names: tuple[str, ...]) -> str:
-    """One hash over the weight files; a single file's own sha256 when there is one."""
+    """The SHA-256 of each weight file, with commas between."""
     digests = []
     for name in names:
-        digest = hashlib.sha256()
         try:
             with component.open(check_key(name)) as file:
-                while chunk := file.read(_CHUNK_BYTES):
-                    digest.update(chunk)
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
         except FileNotFoundError as error:
             raise refused(component, name, "the file is missing") from error
-        digests.append(digest.hexdigest())
-    return digests[0] if len(digests) == 1 else ",".join(digests)
-
-
-def _public(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if not key.startswith("_")}
+    return ",".join(digests)
 
 
 def _json(root: Root, key: str) -> dict[str, Any]:

@@ -1,0 +1,165 @@
+"""A model where it lies, whichever form it has: what it says of itself, without reading its weights. No torch.
+
+A model is an export, a training checkpoint with one of its averages, or a plain diffusers pipeline directory; or a
+directory of exports or of checkpoints, which stands for the one trained longest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline.errors import ConfigError, InputError
+from pipeline.model import checkpoints, published
+from pipeline.model.checkpoints import CheckpointPlace, find_checkpoint
+from pipeline.model.info import ModelInfo
+from pipeline.model.published import PublishedPipeline, read_pipeline_dir
+from pipeline.storage.errors import describe, storage_errors
+from pipeline.storage.root import Root
+from pipeline.store.ledger.layout import canonical_json
+
+FORMAT = "latentloom-export"
+VERSION = 1
+MARKER = "latentloom.json"
+WEIGHTS_KEY = "model/diffusion_pytorch_model.safetensors"
+SCHEDULER_KEY = "scheduler/scheduler_config.json"
+CARD_KEY = "README.md"
+FILE_KEYS = ("model/config.json", WEIGHTS_KEY, SCHEDULER_KEY, CARD_KEY)
+RAW = "raw"  # the weights as trained, no average of them
+# What changes an image, of all that a model tells about itself.
+_IDENTITY = ("model", "objective", "num_classes", "latent_channels", "factor", "latent_mean", "latent_std")
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model where it lies.
+
+    uri: exactly this model, also where a directory of them was named. files: SHA-256 of what holds its weights, by
+    name. identity: as it is stored, what else decides its images. place: of a checkpoint or a published pipeline.
+    """
+
+    uri: str
+    kind: Literal["export", "checkpoint", "pipeline"]
+    info: ModelInfo
+    files: Mapping[str, str]
+    identity: Mapping[str, Any]
+    place: CheckpointPlace | PublishedPipeline | None = None
+
+    def digest(self, text_digest: str | None = None) -> str:
+        """Of all that decides its images; text_digest: of its text encoders, where it reads text."""
+        body: dict[str, Any] = {"weights": self.files, "identity": self.identity}
+        if text_digest is not None:
+            body["text"] = text_digest
+        return hashlib.blake2b(canonical_json(body), digest_size=16).hexdigest()
+
+
+def read_model(uri: str, ema: str | None = None) -> StoredModel:
+    """The model at `uri`; reads no weights, except to hash those that nothing else names.
+
+    ema: the average whose weights are meant; a checkpoint holds several, the others one each. InputError when there
+    is no model, ConfigError when it does not hold that average.
+    """
+    unreadable: tuple[type[Exception], ...] = (*storage_errors(), ValueError, KeyError, TypeError, AttributeError)
+    try:
+        model = _read(Root(uri), ema)
+    except unreadable as error:
+        raise InputError(
+            f"There is no readable model at {uri}: {describe(error)}",
+            key="model.uri",
+            value=uri,
+            rule=f"a model is an export ({MARKER}), a checkpoint ({checkpoints.MARKER}), a diffusers pipeline "
+            f"({published.INDEX}), or a directory of the first two",
+            next_step="name the export directory that jobs.train printed, or train one",
+        ) from None
+    if ema is not None and model.info.ema != ema:
+        raise ConfigError(
+            "The model holds other averaged weights than asked for",
+            key="model.ema",
+            value=ema,
+            rule=f"this {model.kind} holds {model.info.ema!r}",
+            next_step="leave model.ema out, or name a checkpoint of the run and one of its tracks",
+        )
+    return model
+
+
+def _read(root: Root, ema: str | None) -> StoredModel:
+    if published.is_pipeline_dir(root):
+        pipeline = read_pipeline_dir(root)
+        files = {"pipeline": pipeline.info["weights_sha256"]}
+        return _stored(root.uri, "pipeline", pipeline.info, files, pipeline)
+    place = find_checkpoint(root)
+    return _read_export(root) if place is None else _read_checkpoint(place, ema)
+
+
+def _stored(
+    uri: str,
+    kind: Literal["export", "checkpoint", "pipeline"],
+    info: Mapping[str, Any],
+    files: Mapping[str, str],
+    place: CheckpointPlace | PublishedPipeline | None = None,
+) -> StoredModel:
+    # Out of what is stored, not of what was understood: a field that is added one day renames no older model.
+    identity = {key: info[key] for key in _IDENTITY}
+    return StoredModel(uri, kind, ModelInfo.from_json(info), files, identity, place)
+
+
+def _read_export(root: Root) -> StoredModel:
+    if not root.exists(MARKER):
+        complete = [name for name in root.list_dirs() if root.exists(f"{name}/{MARKER}")]
+        if not complete:
+            raise FileNotFoundError(f"neither it nor a directory in it holds {MARKER}")
+        root = root.child(max(complete))  # their names sort by progress
+    try:
+        document = json.loads(root.read_bytes(MARKER))
+    except ValueError as error:
+        raise InputError(
+            "the export's description is damaged", key=MARKER, value=root.uri, rule=str(error)
+        ) from error
+    found = (document.get("format"), document.get("version")) if isinstance(document, dict) else None
+    if found != (FORMAT, VERSION):
+        raise InputError(
+            "an export of an unknown format",
+            key=MARKER,
+            value=found,
+            rule=f"format {FORMAT!r}, version {VERSION}",
+            next_step="use the version of latentloom that wrote it, or export again",
+        )
+    files = document["files"]
+    if set(files) != set(FILE_KEYS):
+        # A closed list of names: nothing in the document can point outside the directory.
+        raise InputError(
+            "an export lists other files than it may",
+            key=f"{MARKER}: files",
+            value=sorted(files),
+            rule=f"exactly {', '.join(FILE_KEYS)}",
+        )
+    weights = {key: file["sha256"] for key, file in files.items() if key.startswith("model/")}
+    return _stored(root.uri, "export", document["info"], weights)
+
+
+def _read_checkpoint(place: CheckpointPlace, ema: str | None) -> StoredModel:
+    meta = place.complete.meta
+    if not meta.get("model"):
+        raise InputError(
+            "This checkpoint does not say what its model is",
+            key="model.uri",
+            value=place.uri,
+            rule="checkpoints describe their model since this version",
+            next_step="sample from an export of the run, or go on training for one more checkpoint",
+        )
+    tracks = [track["name"] for track in meta["ema_tracks"]]
+    name = ema or (tracks[0] if tracks else RAW)
+    if name not in (*tracks, RAW):
+        raise ConfigError(
+            "The checkpoint holds no such average",
+            key="model.ema",
+            value=name,
+            rule=f"it holds {', '.join([*tracks, RAW])}",
+            next_step="name one of these; raw is the weights as trained",
+        )
+    info = {**meta["model"], "images_seen": place.complete.images, "ema": name}
+    shards = {file: recorded["sha256"] for file, recorded in place.complete.marker["files"].items()}
+    return _stored(place.uri, "checkpoint", info, {**shards, "ema": name}, place)
