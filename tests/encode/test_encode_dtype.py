@@ -79,7 +79,7 @@ def test_a_dataset_keeps_the_arithmetic_it_began_with(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(job, "ensure_ray", no_ray)
     # The same command where there are GPUs.
-    assert encode_here(monkeypatch, **settings, encode__actor_gpus=1).status == "unchanged"
+    assert encode_here(monkeypatch, **settings, encode__num_gpus=1).status == "unchanged"
     assert resolved(tmp_path / "latents", "encode.num_gpus=1") == "float32"
     with pytest.raises(ConflictError, match="codec_dtype: float32 there, bfloat16 here"):
         encode_here(monkeypatch, **settings, codec__dtype="bfloat16")
