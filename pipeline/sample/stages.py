@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,16 +17,120 @@ import pyarrow.compute as pc
 
 from pipeline.dataflow.device_faults import ends_with_its_device
 from pipeline.dataflow.stage import Reports, answer, held, one_by_one
+from pipeline.errors import ConfigError
 from pipeline.sample.output import IMAGES, encode_rows
 from pipeline.sample.plan import PLAN_SCHEMA
 from pipeline.sample.provenance import Draw, Origin
-from pipeline.sample.shortage import batch_fits, networks_fit
-from pipeline.sample.tars import pack_units
 from pipeline.sample.text import TextSpec
 from pipeline.storage.root import Root
 from pipeline.store.plan.plan import EntrySpan, Work, read_entries
+from pipeline.store.read.external import place_in
 from pipeline.store.write.schema import REJECTS
 from pipeline.store.write.writer import Committer
+
+# --------------------------------------------------------------------------------------------------------------
+# What is said when a stage of sampling runs out of memory: a wrong configuration, not a fault of the program.
+
+
+def batch_fits(draw: Draw, doing: str) -> AbstractContextManager[None]:
+    """ConfigError naming batch_size when memory runs out inside; every other error passes.
+
+    Raised inside an actor's call it reaches the driver as what it is, and no task is tried again.
+    """
+    return _shortage_named(
+        f"{doing} ran out of memory on the device {draw.device!r}",
+        key="batch_size",
+        value=draw.batch_size,
+        rule="a batch of the largest size asked for fits the memory that the stages share",
+        next_step="lower batch_size; an output that holds images already keeps the batch_size they were drawn "
+        "with, so name a new output.uri in that case",
+    )
+
+
+def networks_fit(draw: Draw, doing: str) -> AbstractContextManager[None]:
+    """ConfigError naming model.dtype when memory runs out inside, whatever the batch; every other error passes."""
+    return _shortage_named(
+        f"{doing} ran out of memory on the device {draw.device!r}",
+        key="model.dtype",
+        value=draw.dtype,
+        rule="model, codec and text encoders fit the memory that the stages share",
+        next_step="run fewer stages on one device (denoise, decode and prompts have actors and num_gpus; "
+        "prompts.num_gpus=0 embeds on the CPU), or take a device with more memory",
+    )
+
+
+@contextmanager
+def _shortage_named(what: str, **told: Any) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not _is_shortage(error):
+            raise
+        raise ConfigError(f"{what}: {_told(error)}", **told) from error
+
+
+def _is_shortage(error: Exception) -> bool:
+    from pipeline.dataflow.device_faults import out_of_memory  # needs torch, which the driver does without
+
+    return out_of_memory(error)
+
+
+def _told(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+# -- Images as WebDataset shards: one tar per unit of requests, its name and bytes a function of its rows alone
+#
+# Members follow WebDataset's convention, one key per sample: <request id>.png (or .jpg, .webp), .json with the
+# provenance, .txt with the prompt and .cls with the label where there are any. Times and owners are zero: equal rows
+# give an equal tar whoever wrote it, and putting it again changes nothing.
+
+
+SHARDS_DIR = "shards"
+_SUFFIXES = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
+
+PutIfAbsent = Callable[[str, bytes], bool]
+
+
+def pack_units(rows: pa.Table, put: PutIfAbsent) -> pa.Table:
+    """Put the images of `rows` (the schema IMAGES) as one tar per unit; the rows with their places for the bytes."""
+    packed = [
+        _pack_unit(unit, rows.filter(pc.equal(rows["unit"], unit)).sort_by("row"), put)
+        for unit in sorted(set(rows["unit"].to_pylist()))
+    ]
+    return pa.concat_tables(packed) if packed else rows
+
+
+def _pack_unit(unit: int, rows: pa.Table, put: PutIfAbsent) -> pa.Table:
+    out = io.BytesIO()
+    spans: list[tuple[int, int]] = []
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for row in rows.select(["key", "image", "media_type", "label", "prompt", "provenance"]).to_pylist():
+            _add(tar, f"{row['key']}.{_SUFFIXES[row['media_type']]}", row["image"])
+            spans.append((out.tell() - _padded(len(row["image"])), len(row["image"])))
+            _add(tar, f"{row['key']}.json", row["provenance"].encode())
+            if row["prompt"] is not None:
+                _add(tar, f"{row['key']}.txt", row["prompt"].encode())
+            if row["label"] is not None:
+                _add(tar, f"{row['key']}.cls", str(row["label"]).encode())
+    data = out.getvalue()
+    key = f"{SHARDS_DIR}/{unit:08d}-{hashlib.sha256(data).hexdigest()[:16]}.tar"
+    put(key, data)
+    places = [place_in(key, start, length) for start, length in spans]
+    at_image, at_file = (rows.schema.get_field_index(name) for name in ("image", "file"))
+    rows = rows.set_column(at_image, rows.schema.field(at_image), pa.array([b""] * len(rows), pa.large_binary()))
+    return rows.set_column(at_file, rows.schema.field(at_file), pa.array(places, pa.string()))
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = len(data), 0o644
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _padded(size: int) -> int:
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
 
 # The stages, as the monitor knows them.
 DENOISER, DECODER, EMBEDDER = "denoiser", "decoder", "embedder of prompts"
@@ -63,8 +171,7 @@ class EmbedPrompts:
     """An actor that all denoisers ask: prompts in, their embeddings out, each distinct one computed once."""
 
     def __init__(self, spec: TextSpec, draw: Draw, cache_bytes: int, monitor: Any) -> None:
-        from pipeline.sample.denoise import use_threads
-        from pipeline.sample.prompts import PromptEmbedder
+        from pipeline.sample.denoise import PromptEmbedder, use_threads
 
         use_threads(draw.threads)
         self._draw, self._reports = draw, Reports(monitor, EMBEDDER)

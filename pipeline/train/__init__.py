@@ -1,20 +1,20 @@
 """From a latent dataset to a trained, exported model: one readable loop, and the machinery that keeps it honest.
 
-    dataset --handshake-->  facts: channels, classes, codec         refused before anything starts, naming both
-    datasets --agreement-->  one codec, one kind of condition       of several (data.mix), served by weight
+    dataset --checks---->  facts: channels, classes, codec         refused before anything starts, naming both
+    datasets --checks---->  one codec, one kind of condition       of several (data.mix), served by weight
     captions' embeddings --stream, task--> text [b, l, d], mask     the empty prompt for a keyed share (data.text_uri)
     stream  --task------->  x0, noise, t  [b, c, h, w], [b]          draws keyed by (seed, sample id, epoch)
     model   --loop------->  loss, one update per global batch        guard, clip, AdamW, EMA; counted in images
     state   --checkpoint->  shards, receipts, COMPLETE.json          DCP safetensors and JSON, no pickle
-    state   --validate, grid-->  fixed questions, fixed seeds        raw and averaged weights, any number of ranks
-    EMA     --finish----->  <output>/model/<images>                  what sampling loads; written last
+    state   --hooks-->  fixed questions, fixed seeds        raw and averaged weights, any number of ranks
+    EMA     --export----->  <output>/model/<images>                  what sampling loads; written last
 
-`loop`, `task`, `state`, `ema`, `checkpoint`, `validate`, `parallel` know torch only. `worker` joins them to the
+`loop`, `task`, `state`, `ema`, `checkpoint`, `hooks`, `parallel` know torch only. `worker` joins them to the
 dataset, the stream and the tracker on one rank; `job` starts workers with Ray Train and watches them.
 
 The store of `output.uri` is all that starts of a job share: `checkpoints/`, `history/`, `quarantine/`
 (samples of skipped steps), `generations/` (the claims of its starts: see `runs`), `control/` (which of them should
-stop, what ended one), `inputs/` (the states of the datasets it began with: see `beginnings`), `done.json`.
+stop, what ended one), `inputs/` (the states of the datasets it began with: see `pinned_inputs`), `done.json`.
 
 A crash, of a worker, a node or the driver, leaves the checkpoints that have their marker. The next start, Ray's or
 the same command's, takes the newest intact one, with its history, and repeats the steps in between:

@@ -35,7 +35,7 @@ from pipeline.errors import ConflictError, InputError
 from pipeline.model.checkpoints import MARKER as MARKER
 from pipeline.model.checkpoints import fetch_checked, list_complete, local_copy
 from pipeline.storage.root import Root
-from pipeline.train import world
+from pipeline.train import collectives
 from pipeline.train.history import COUNT, History
 from pipeline.train.retention import WorkerStart, begin, counting, mark_complete, prune
 
@@ -70,8 +70,8 @@ class CheckpointStore:
         self.keep_last, self.keep_every_images = keep_last, keep_every_images
         self.node_leader, self.receipts_timeout_s = node_leader, receipts_timeout_s
         self.superseded = superseded
-        mine = asdict(begin(root, generation, listed)) if world.rank() == 0 else None
-        told = world.broadcast_json([mine, secrets.token_hex(4)])
+        mine = asdict(begin(root, generation, listed)) if collectives.rank() == 0 else None
+        told = collectives.broadcast_json([mine, secrets.token_hex(4)])
         self.start = WorkerStart(told[0]["generation"], told[0]["attempt"], tuple(told[0]["began_with"]))
         self.token: str = told[1]
         self.resumed: int | None = None  # at how many images this start began
@@ -89,17 +89,17 @@ class CheckpointStore:
         """
         self.wait()
         name = self.start.name(int(meta["images"]), self.token)
-        mine = self.staging / name / f"rank-{world.rank():05d}"
+        mine = self.staging / name / f"rank-{collectives.rank():05d}"
         writer = HuggingFaceStorageWriter(
             str(mine), fqn_to_index_mapping=_file_of_tensor(tensors), save_distributed=True
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            dcp_save(dict(tensors), storage_writer=writer, no_dist=not world.is_distributed())
+            dcp_save(dict(tensors), storage_writer=writer, no_dist=not collectives.is_distributed())
         # As it is now: the caller goes on changing it while the thread below works.
         frozen = json.loads(json.dumps(meta))
-        records = self.history.cut(name) if self.history is not None and world.rank() == 0 else None
-        args = (name, mine, frozen, records, world.rank(), world.world_size())
+        records = self.history.cut(name) if self.history is not None and collectives.rank() == 0 else None
+        args = (name, mine, frozen, records, collectives.rank(), collectives.world_size())
         self._thread = threading.Thread(target=self._publish_guarded, args=args, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -190,32 +190,32 @@ class CheckpointStore:
         raising. A corrupt checkpoint (a missing, foreign, short or altered file) is skipped with a warning for the
         one before it. Any world size may load.
         """
-        found: list[dict[str, Any]] = world.broadcast_json(
+        found: list[dict[str, Any]] = collectives.broadcast_json(
             [
                 {"name": c.name, "marker": dict(c.marker)}
                 for c in reversed(counting(self.root, self.start))
                 if not_after is None or c.images <= not_after
             ]
-            if world.rank() == 0
+            if collectives.rank() == 0
             else None
         )
         for candidate in found:
             name, marker = candidate["name"], candidate["marker"]
             check(marker["meta"])
             local, problem = self._fetch(name, marker["files"])
-            problems = [p for p in world.gather_json(problem) if p is not None]
+            problems = [p for p in collectives.gather_json(problem) if p is not None]
             if problems:
-                if world.rank() == 0:
+                if collectives.rank() == 0:
                     _log.warning("checkpoint %s is corrupt and skipped: %s", self.root.uri_of(name), problems[0])
                 continue
             self._read(tensors, local)
             meta: Mapping[str, Any] = marker["meta"]
             if self.resumed is None:  # going back in a run that diverges takes nothing out of its history
                 self.resumed = int(meta["images"])
-                if self.history is not None and world.rank() == 0:
+                if self.history is not None and collectives.rank() == 0:
                     self.history.go_on(name, marker)
             return meta
-        if self.resumed is None and world.broadcast_json(self._lost() if world.rank() == 0 else None):
+        if self.resumed is None and collectives.broadcast_json(self._lost() if collectives.rank() == 0 else None):
             raise ConflictError(
                 f"The checkpoints that this start began with are gone from {self.root.uri}",
                 key="output.uri",
@@ -240,9 +240,9 @@ class CheckpointStore:
             dcp_load(
                 dict(tensors),
                 storage_reader=HuggingFaceStorageReader(str(local)),
-                no_dist=not world.is_distributed(),
+                no_dist=not collectives.is_distributed(),
             )
-        world.barrier()
+        collectives.barrier()
         if self.node_leader and local.is_relative_to(self.staging):
             shutil.rmtree(local)
 

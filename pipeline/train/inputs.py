@@ -22,12 +22,12 @@ from pipeline.stream.data import Batch
 from pipeline.stream.loader import LatentStream
 from pipeline.stream.mixture import BLOCK, MixtureStream, Part, apportion, naming, open_mixture, shares_of
 from pipeline.text.dataset import TextEmbeddings
-from pipeline.train import world
+from pipeline.train import collectives
+from pipeline.train.checks import Facts
 from pipeline.train.config import TrainJobConfig
-from pipeline.train.handshake import Facts
+from pipeline.train.hooks import Chunk
 from pipeline.train.loop import BatchLike
 from pipeline.train.task import Task, Text, on_device
-from pipeline.train.validate import Chunk
 
 CACHE = "cache"  # below output.uri: what was counted once about the dataset
 _CPU = torch.device("cpu")
@@ -109,8 +109,8 @@ def open_stream(config: TrainJobConfig, served: Sequence[Served], root: Root) ->
     settings = {
         "seed": config.train.seed,
         "batch_size": config.train.batch_size,
-        "rank": world.rank(),
-        "world_size": world.world_size(),
+        "rank": collectives.rank(),
+        "world_size": collectives.world_size(),
         "captions": False,
         "sizes": False,
         "cache": root.child(CACHE),

@@ -29,10 +29,10 @@ from pipeline.store.ledger.generation import last_run
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.tracking.config import resolve_paths
 from pipeline.tracking.tracker import Tracker
-from pipeline.train.beginnings import Begun, counting_names, look, pinned
 from pipeline.train.config import MixConfig, TrainDataConfig, TrainJobConfig
 from pipeline.train.control import current_generation, lasting, record_failure, recorded_failure, request_stop
 from pipeline.train.history import read_records
+from pipeline.train.pinned_inputs import Begun, counting_names, look, pinned
 
 DONE = "done.json"
 WEIGHT_TAG = "latentloom.weight"
@@ -255,17 +255,17 @@ def _train_on_ray(payload: dict[str, Any]) -> dict[str, Any]:
     import ray.train.torch
 
     from pipeline.config import validate
-    from pipeline.train import world
-    from pipeline.train.handshake import Facts
+    from pipeline.train import collectives
+    from pipeline.train.checks import Facts
     from pipeline.train.worker import WorkerContext, run_worker
 
     config = validate(TrainJobConfig, payload["config"])
     root, generation = Root(config.output.uri), int(payload["generation"])
     # A restart after an error that would only come again: end cleanly, the driver reads the error.
-    if world.broadcast_json(recorded_failure(root, generation) is not None):
+    if collectives.broadcast_json(recorded_failure(root, generation) is not None):
         return {"status": "failed", "step": 0, "images": 0}
     # One name for all ranks of this start on a node, another for every restart.
-    token = world.broadcast_json(secrets.token_hex(8))
+    token = collectives.broadcast_json(secrets.token_hex(8))
     scratch = Path(tempfile.gettempdir()) / f"latentloom-train-{token}"
     place = WorkerContext(
         device=str(ray.train.torch.get_device()) if payload["device"] == "cuda" else "cpu",

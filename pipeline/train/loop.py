@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,12 +21,113 @@ from torch import Tensor, nn
 
 from pipeline.diffusion.rng import ids_from_words
 from pipeline.errors import PipelineError
-from pipeline.train import world
+from pipeline.train import collectives
 from pipeline.train.checkpoint import CheckpointStore
-from pipeline.train.meter import Meter
-from pipeline.train.schedule import learning_rate
 from pipeline.train.state import TrainState
 from pipeline.train.task import Forward, Task, on_device
+
+# -- The learning rate as a pure function of images seen, so that no scheduler object needs to be saved --------
+
+
+def learning_rate(
+    images: int,
+    *,
+    peak: float,
+    warmup_images: int,
+    decay_images: int,
+    total_images: int,
+    final_ratio: float = 0.0,
+    shape: str = "cosine",
+) -> float:
+    """The rate of the step that brings the count of images to `images`.
+
+    Linear from 0 to `peak` over the first `warmup_images`, flat, then from `peak` to `peak * final_ratio` over
+    the last `decay_images` of `total_images`: "cosine" (half a period) or "linear". Raises ValueError for
+    another shape.
+    """
+    if shape not in ("cosine", "linear"):
+        raise ValueError(f"decay shape {shape!r}: there are cosine and linear")
+    rate = peak
+    if warmup_images > 0:
+        rate *= min(1.0, images / warmup_images)
+    into_decay = images - (total_images - decay_images)
+    if decay_images > 0 and into_decay > 0:
+        share = min(1.0, into_decay / decay_images)
+        left = 1.0 - share if shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * share))
+        rate *= final_ratio + (1.0 - final_ratio) * left
+    return rate
+
+
+# -- How fast a run goes and what it waits for: images/s, share of time spent waiting for data, MFU, memory ----
+
+
+# Dense bf16 tensor-core peaks without sparsity, FLOP/s, from the makers' data sheets; matched by prefix.
+_PEAK_FLOPS = {
+    "NVIDIA H200 NVL": 835.5e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA H100 NVL": 835.5e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989.4e12,
+    "NVIDIA A100": 311.9e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L40": 181.05e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA A10G": 70e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The bf16 peak of a known device in FLOP/s, None of any other and of a part of one (MIG)."""
+    if " MIG " in device_name:
+        return None
+    matches = [name for name in _PEAK_FLOPS if device_name.startswith(name)]
+    return _PEAK_FLOPS[max(matches, key=len)] if matches else None
+
+
+class Meter:
+    """Time since the last reading, split into waiting for data and the rest; hooks and checkpoints are left out.
+
+    flops_per_image (forward and backward) and peak (FLOP/s of one device times ranks) give MFU where both are known.
+    """
+
+    def __init__(self, flops_per_image: float | None = None, peak: float | None = None) -> None:
+        self.flops_per_image, self.peak = flops_per_image, peak
+        self._reset()
+
+    def _reset(self) -> None:
+        self._start = time.perf_counter()
+        self._images, self._wait_s, self._paused_s = 0, 0.0, 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time inside counts as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._wait_s += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside does not count."""
+        start = time.perf_counter()
+        yield
+        self._paused_s += time.perf_counter() - start
+
+    def step(self, images: int) -> None:
+        """One step over `images` images is done."""
+        self._images += images
+
+    def figures(self) -> dict[str, float]:
+        """The figures since the last call."""
+        elapsed = max(1e-9, time.perf_counter() - self._start - self._paused_s)
+        rate = self._images / elapsed
+        out = {"images_per_s": rate, "data_wait_share": self._wait_s / elapsed}
+        if self.flops_per_image and self.peak:
+            out["mfu"] = rate * self.flops_per_image / self.peak
+        if torch.cuda.is_available():
+            out["memory_bytes"] = float(torch.cuda.max_memory_allocated())
+        self._reset()
+        return out
+
 
 NUM_BINS = 4
 _CPU = torch.device("cpu")
@@ -148,7 +250,7 @@ def train(
 
         # One small reduction: everything that every rank must decide alike is decided on its result.
         sums[0], sums[-1] = float(call.should_stop()), float(call.poll_due())
-        sums = world.total(sums)
+        sums = collectives.total(sums)
         stop = bool(sums[0] > 0)
         leaving = bool(sums[-1] > 0) and call.preempted()
         loss = float(sums[1]) / settings.batch_size
@@ -176,7 +278,7 @@ def train(
             with meter.paused():
                 checkpoints.save(state.tensors(), state.meta())
     checkpoints.wait()
-    world.barrier()
+    collectives.barrier()
     return "done" if state.images >= settings.images else "stopped"
 
 
@@ -190,7 +292,7 @@ def _backward(state: TrainState, engine: Engine, task: Task, batch: BatchLike, s
     ids = ids_from_words(batch.sample_ids).to(device)
     labels = None if batch.labels is None else torch.from_numpy(batch.labels).to(device)
     # The count of micro-batches depends on the largest share, so that ranks with uneven shares stay in step.
-    largest_share = -(-settings.batch_size // world.world_size())
+    largest_share = -(-settings.batch_size // collectives.world_size())
     num_micro = -(-largest_share // settings.micro_batch)
     sums = torch.zeros(3 + 2 * NUM_BINS, dtype=torch.float64, device=device)
     for i, rows in enumerate(torch.arange(len(latents)).tensor_split(num_micro)):
@@ -205,7 +307,7 @@ def _backward(state: TrainState, engine: Engine, task: Task, batch: BatchLike, s
                     engine.forward, latents[part], ids[part], micro_labels, batch.epoch, micro_text
                 )
             # Ranks are averaged, samples of the global batch are meant: undo the one, do the other.
-            scale = counts * world.world_size() / settings.batch_size
+            scale = counts * collectives.world_size() / settings.batch_size
             (losses.sum() * scale).backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             values = losses.detach().double() * counts
@@ -247,7 +349,7 @@ def _skip(state: TrainState, batch: BatchLike, loss: float, norm: float, on_skip
     """Leave weights and averages as they are, and say which samples were in the batch."""
     state.skipped_steps += 1
     state.skipped_in_a_row += 1
-    names = world.gather_json([bytes(row.astype("<u8").tobytes()).hex() for row in batch.sample_ids])
+    names = collectives.gather_json([bytes(row.astype("<u8").tobytes()).hex() for row in batch.sample_ids])
     ids = [name for share in names for name in share]
     told = {"step": state.step, "images": state.images, "loss": loss, "grad_norm": norm, "sample_ids": ids}
     on_skip({**told, "dataset": batch.dataset})
@@ -260,7 +362,7 @@ def _roll_back(state: TrainState, checkpoints: CheckpointStore, loss: float, nor
     with PipelineError, after too many times, or when there is no checkpoint.
     """
     checkpoints.wait()
-    world.barrier()
+    collectives.barrier()
     back = None
     if state.rollbacks < settings.max_rollbacks:
         # One taken between the skipped steps would hold the very weights that are to be given up.
@@ -316,4 +418,4 @@ def _crossed(before: int, after: int, every: int) -> bool:
 
 def _step_seed(state: TrainState) -> int:
     """For a model that draws its own dropout: a function of run, step and rank, hence the same after a resume."""
-    return (state.seed * 1_000_003 + state.step * 8_191 + world.rank()) % (1 << 63)
+    return (state.seed * 1_000_003 + state.step * 8_191 + collectives.rank()) % (1 << 63)

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.train import world
+from pipeline.train import collectives
 from pipeline.train.loop import Engine
 
 
@@ -42,7 +42,7 @@ def wrap(
             module.compile()
     if strategy == "fsdp2":
         return _sharded(model, device, precision, blocks)
-    if world.world_size() == 1:
+    if collectives.world_size() == 1:
         return Engine(forward=model, device=device)
     # Every rank computes its buffers alike: they are not sent around before each forward pass. Before torch 2.13 the
     # argument that says so had another name.
@@ -58,9 +58,9 @@ def wrap(
 
 
 def _sharded(model: nn.Module, device: torch.device, precision: str, blocks: Sequence[nn.Module]) -> Engine:
-    if not world.is_distributed():
+    if not collectives.is_distributed():
         raise ValueError("strategy 'fsdp2' needs a process group")
-    mesh = init_device_mesh(device.type, (world.world_size(),))
+    mesh = init_device_mesh(device.type, (collectives.world_size(),))
     policy = MixedPrecisionPolicy()
     if precision == "bf16":
         # Inputs are autocast's to cast: times and rotations in bfloat16 would be other times and places.

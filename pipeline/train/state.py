@@ -39,7 +39,7 @@ class TrainState:
     window: dict[str, list[float]] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)  # what a sampler must know, for those who draw from here
-    inputs: str | None = None  # where the states of the datasets are kept, see `beginnings`
+    inputs: str | None = None  # where the states of the datasets are kept, see `pinned_inputs`
 
     @property
     def params(self) -> dict[str, Tensor]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 
 from pipeline.diffusion.draw import Solving
@@ -19,16 +24,15 @@ from pipeline.store.ledger.generation import is_superseded
 from pipeline.stream.loader import LatentStream
 from pipeline.stream.mixture import MixtureStream
 from pipeline.tracking.tracker import NoopTracker, Tracker, attach_tracker
-from pipeline.train import world
-from pipeline.train.beginnings import pins_of
+from pipeline.train import collectives
 from pipeline.train.checkpoint import CheckpointStore
+from pipeline.train.checks import Facts, identity
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.control import Notices, StopWatch, listed_checkpoints
 from pipeline.train.ema import Track
-from pipeline.train.finish import export_info, export_model, is_guidable, sampling_shift
-from pipeline.train.grid import SampleGrid
-from pipeline.train.handshake import Facts, identity
+from pipeline.train.export import export_info, export_model, is_guidable, sampling_shift
 from pipeline.train.history import History
+from pipeline.train.hooks import SampleGrid, Validation
 from pipeline.train.inputs import (
     Served,
     batches_from,
@@ -38,13 +42,130 @@ from pipeline.train.inputs import (
     open_stream,
     validation_chunks,
 )
-from pipeline.train.loop import Callbacks, Engine, Hook, Settings, train
-from pipeline.train.meter import Meter, peak_flops
+from pipeline.train.loop import Callbacks, Engine, Hook, Meter, Settings, peak_flops, train
 from pipeline.train.parallel import wrap
-from pipeline.train.report import Reporter
+from pipeline.train.pinned_inputs import pins_of
 from pipeline.train.state import TrainState, make_state
 from pipeline.train.task import Task, Text
-from pipeline.train.validate import Validation
+
+# -- Samples of skipped steps, as Parquet that anybody can read: one row for each sample and step --------------
+#
+#     sample_id binary(16) | step int64, counted from 0 | images int64, after the step | loss, grad_norm float64
+#     dataset string, the URI of the sample's dataset: only where the run learns from several
+#
+# One object a start of the job, `quarantine/<generation>.parquet`, replaced as a whole at every skip; the
+# newest start's holds all rows that count. It begins with those of the start before it, without the steps that it is
+# about to repeat: a start that was superseded writes where nobody looks any more.
+
+
+QUARANTINE = "quarantine"
+_BEFORE = "quarantine.parquet"  # the one object of earlier releases
+SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.binary(16), False),
+        pa.field("step", pa.int64(), False),
+        pa.field("images", pa.int64(), False),
+        pa.field("loss", pa.float64(), False),
+        pa.field("grad_norm", pa.float64(), False),
+    ]
+)
+MIXED = SCHEMA.append(pa.field("dataset", pa.string(), False))
+
+
+class Quarantine:
+    """The quarantine of one start of a run."""
+
+    def __init__(self, root: Root, generation: int = 0) -> None:
+        self.root, self.key = root, f"{QUARANTINE}/{generation:06d}.parquet"
+        self.rows = read_quarantine(root)
+
+    def rewind(self, step: int) -> None:
+        """Drop what was recorded at `step` and later."""
+        kept = self.rows.filter(pc.less(self.rows["step"], step))
+        if len(self.rows):
+            self._put(kept)
+
+    def add(self, skipped: Mapping[str, Any]) -> None:
+        """The samples of one skipped step: step, images, loss, grad_norm, sample_ids in hex, of several a dataset."""
+        ids = [bytes.fromhex(name) for name in skipped["sample_ids"]]
+        schema = MIXED if "dataset" in skipped else SCHEMA
+        shared = {name: [skipped[name]] * len(ids) for name in schema.names if name != "sample_id"}
+        new = pa.table({"sample_id": ids, **shared}, schema=schema)
+        self._put(pa.concat_tables([self.rows, new]) if len(self.rows) else new)
+
+    def _put(self, rows: pa.Table) -> None:
+        self.rows = rows
+        sink = io.BytesIO()
+        pq.write_table(rows, sink, compression="zstd", write_page_checksum=True)
+        self.root.put(self.key, sink.getvalue())
+
+
+def read_quarantine(root: Root) -> pa.Table:
+    """All samples of skipped steps, as the newest start knows them; an empty table when no step was skipped."""
+    newest = max((info.key for info in root.list(QUARANTINE)), default=_BEFORE)
+    try:
+        data = root.read_bytes(newest)
+    except FileNotFoundError:
+        return SCHEMA.empty_table()
+    return pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+
+
+# -- Rank 0's reports: to the run's own history, to the tracker and to whoever watches the job and the cluster -
+
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Reporter:
+    """What the loop tells, put where it can be found after a crash.
+
+    datasets: their URIs, in the run's order; generation: of the start that reports.
+    """
+
+    root: Root
+    history: History
+    tracker: Tracker
+    checkpoints: CheckpointStore
+    publish: Callable[[Mapping[str, float]], None] = lambda figures: None
+    datasets: tuple[str, ...] = ()
+    generation: int = 0
+
+    def __post_init__(self) -> None:
+        self.quarantine = Quarantine(self.root, self.generation)
+
+    def resume(self, state: TrainState) -> None:
+        """Forget the steps after the checkpoint the run goes on from."""
+        self.quarantine.rewind(state.step)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """One report; its place on the tracker's axis is the count of images."""
+        self.history.append(record)
+        figures = {k: float(v) for k, v in record.items() if k not in ("step", "images")}
+        if figures:
+            self.tracker.log_metrics(figures, step=int(record["images"]))
+        told = {
+            "images": float(record["images"]),
+            "checkpoint_time_s": self.checkpoints.completed_at,
+            "tracking_unsent_bytes": float(self.tracker.num_unsent_bytes()),
+        }
+        self.publish({**figures, **told})
+
+    def skip(self, record: dict[str, Any]) -> None:
+        """A skipped step, with the ids of its samples and, of several datasets, the one they are of."""
+        told, place = {key: value for key, value in record.items() if key != "dataset"}, ""
+        if len(self.datasets) > 1:
+            told["dataset"] = self.datasets[record["dataset"]]
+            place = f" ({told['dataset']})"
+        self.quarantine.add(told)
+        _log.warning(
+            "step %d%s is skipped: loss %s, gradient norm %s",
+            record["step"],
+            place,
+            record["loss"],
+            record["grad_norm"],
+        )
+
 
 _RUN_ID_WAIT_S = 30.0
 
@@ -56,7 +177,7 @@ class WorkerContext:
     node_leader: whether this rank fetches files for all ranks of its node; scratch: a directory they share.
     preempted: asks, on all ranks together, whether some node is about to go; None where nobody can know.
     publish: shows rank 0's figures to whoever watches the job. inputs: under which name the datasets' states
-    are kept (see `beginnings`); None where they are not.
+    are kept (see `pinned_inputs`); None where they are not.
     """
 
     device: str
@@ -90,7 +211,7 @@ def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
     state.about = export_info(
         config, facts, served, task, run_id=place.tracking_handle, images=0, ema="raw"
     ).to_json()
-    lead = world.rank() == 0
+    lead = collectives.rank() == 0
     history = History(root)
     checkpoints = CheckpointStore(
         root.child("checkpoints"),
@@ -206,7 +327,7 @@ def _meter(config: TrainJobConfig, facts: Facts, device: torch.device) -> Meter:
         text_dim=facts.text_dim,
         text_length=0 if facts.text is None else int(facts.text["max_length"]),
     )
-    return Meter(train_flops(forward), peak * world.world_size())
+    return Meter(train_flops(forward), peak * collectives.world_size())
 
 
 def _hooks(

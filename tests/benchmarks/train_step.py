@@ -40,8 +40,8 @@ from pipeline.model.config import ModelConfig
 from pipeline.storage.root import Root
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.train.checkpoint import list_complete
+from pipeline.train.checks import handshake
 from pipeline.train.config import TrainJobConfig
-from pipeline.train.handshake import handshake
 from pipeline.train.state import make_state
 from pipeline.train.worker import WorkerContext, run_worker
 from tests.benchmarks.report import panels, table, write

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConflictError
-from pipeline.sample.claim import check_identity, settle_identity
+from pipeline.sample.job import check_identity, settle_identity
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import Generation, claim_next
 from pipeline.store.ledger.identity import Identity, claim_identity, read_identity

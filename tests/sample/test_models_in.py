@@ -23,11 +23,10 @@ from pipeline.model.load import load_model
 from pipeline.model.read import read_model
 from pipeline.sample.config import SampleJobConfig
 from pipeline.sample.decode import LatentDecoder
-from pipeline.sample.denoise import NOISE, Denoiser
+from pipeline.sample.denoise import NOISE, Denoiser, PromptEmbedder
 from pipeline.sample.output import encode_rows
 from pipeline.sample.plan import extend_plan
 from pipeline.sample.prepare import SamplingInputs, on_device, prepare
-from pipeline.sample.prompts import PromptEmbedder
 from pipeline.sample.regenerate import regenerate
 from pipeline.sample.text import text_of
 from pipeline.storage.root import Root

@@ -17,11 +17,10 @@ import pytest
 
 from pipeline.media.images import read_provenance
 from pipeline.sample.denoise import Denoiser, use_threads
-from pipeline.sample.planning import freeze_requests
+from pipeline.sample.plan import freeze_requests
 from pipeline.sample.prepare import SamplingInputs, on_device, prepare
 from pipeline.sample.showing import show
-from pipeline.sample.stages import FINISHED, CommitImages, DecodeLatents, DecoderSpec, EncodeImages
-from pipeline.sample.tars import pack_units
+from pipeline.sample.stages import FINISHED, CommitImages, DecodeLatents, DecoderSpec, EncodeImages, pack_units
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import claim_next
 from pipeline.store.ledger.identity import claim_identity

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from pipeline.sample.claim import settle_identity
+from pipeline.sample.job import settle_identity
 from pipeline.sample.output import IMAGES, file_key
-from pipeline.sample.planning import RequestEntry
-from pipeline.sample.tars import pack_units
+from pipeline.sample.plan import RequestEntry
+from pipeline.sample.stages import pack_units
 from pipeline.storage.root import Root
 from pipeline.store.ledger.identity import Identity, claim_identity
 from pipeline.store.ledger.layout import IDENTITY

@@ -27,7 +27,7 @@ PLAYED = {
     "store/write/writer.py: write_shard: put_if_absent": "World.encode, World.compact, Samplers.sample",
     "store/maintain/verify.py: collect_garbage: delete": "World.gc",
     # Sampling.
-    "sample/claim.py: settle_identity: put_if_absent": "Samplers.sample",
+    "sample/job.py: settle_identity: put_if_absent": "Samplers.sample",
     "sample/stages.py: EncodeImages.__call__: put_if_absent": "Samplers.sample",
     "sample/stages.py: CommitImages.__call__: put_if_absent": "Samplers.sample with tars",
     "sample/showing.py: show: put": "contact sheet and gallery: shown to people, read by nothing",
@@ -42,7 +42,7 @@ PLAYED = {
     "train/control.py: record_failure: put_if_absent": "a key of one start, the first failure stays",
     "train/history.py: History.write: put_if_absent": "Trainers._save: objects of one checkpoint",
     "train/job.py: run: put": "done.json: the result of one configuration, the same whoever reaches it",
-    "train/quarantine.py: Quarantine._put: put": "Quarantine: a key of one start, test_quarantine",
+    "train/worker.py: Quarantine._put: put": "Quarantine: a key of one start, test_quarantine",
     "train/worker.py: _grid.show: put": "a grid of one count of images: shown to people",
 }
 

@@ -9,8 +9,8 @@ import pytest
 
 from pipeline.storage.root import Root
 from pipeline.train import job
-from pipeline.train.beginnings import Begun
 from pipeline.train.config import TrainJobConfig
+from pipeline.train.pinned_inputs import Begun
 from pipeline.train.worker import WorkerContext, run_worker
 
 

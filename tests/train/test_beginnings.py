@@ -16,9 +16,9 @@ from pipeline.storage.root import Root
 from pipeline.store.ledger.state import read_state
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.train import job
-from pipeline.train.beginnings import Begun, look, pinned, pins_of
+from pipeline.train.checks import handshake
 from pipeline.train.config import TrainJobConfig
-from pipeline.train.handshake import handshake
+from pipeline.train.pinned_inputs import Begun, look, pinned, pins_of
 from pipeline.train.worker import WorkerContext, run_worker
 from tests.support.maintain import compact
 from tests.support.training import new_start

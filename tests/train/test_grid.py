@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from pipeline.diffusion.draw import Solving
-from pipeline.train import grid as module
-from pipeline.train import world
-from pipeline.train.grid import SampleGrid
+from pipeline.train import collectives
+from pipeline.train import hooks as module
+from pipeline.train.hooks import SampleGrid
 from pipeline.train.state import TrainState
 from tests.train.helpers import CHANNELS, make_task, new_run, on_ranks
 
@@ -128,9 +128,9 @@ def _sharded_in_bf16(folder: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         blank = torch.zeros(16, 16, 16, 3, dtype=torch.uint8)
         use_codec(patch, lambda latents: (seen.append(latents), blank[: len(latents)])[1])
-        state, _, _ = new_run(path / f"{world.rank()}", strategy="fsdp2", precision="bf16")
+        state, _, _ = new_run(path / f"{collectives.rank()}", strategy="fsdp2", precision="bf16")
         make_grid([], collective=True, precision="bf16").run(state)
-    if world.rank() == 0:
+    if collectives.rank() == 0:
         torch.save(torch.cat(seen), path / "latents.pt")
 
 

@@ -11,8 +11,8 @@ import pytest
 from pipeline.codec.info import CodecInfo
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.store.read.dataset import LatentDataset
-from pipeline.train import handshake as module
-from pipeline.train.handshake import Facts, _check_model, handshake
+from pipeline.train import checks as module
+from pipeline.train.checks import Facts, _check_model, handshake
 from tests.train.dataset import make_dataset
 from tests.train.job_config import job_config
 

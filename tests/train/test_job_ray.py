@@ -17,10 +17,10 @@ from pipeline.model.load import load_model
 from pipeline.storage.root import Root
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.train.checkpoint import list_complete
+from pipeline.train.checks import handshake
 from pipeline.train.config import TrainJobConfig
-from pipeline.train.handshake import handshake
 from pipeline.train.history import read_records
-from pipeline.train.quarantine import read_quarantine
+from pipeline.train.worker import read_quarantine
 from tests.support.training import new_start
 from tests.train.dataset import make_dataset
 from tests.train.driver import Driver

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ConflictError, PipelineError
-from pipeline.train import world
+from pipeline.train import collectives
 from pipeline.train.checkpoint import list_complete
 from pipeline.train.loop import Callbacks, Hook, train
 from tests.train.helpers import (
@@ -285,13 +285,13 @@ def _train_on_ranks(root: str, images: int, strategy: str, batch_size: int, opti
         state,
         engine,
         make_task(),
-        fake_stream(world.rank(), world.world_size()),
+        fake_stream(collectives.rank(), collectives.world_size()),
         make_settings(images=images, micro_batch=2),
         store,
         callbacks=Callbacks(log=records.append),
     )
     whole = snapshot(state)
-    if world.rank() == 0:
+    if collectives.rank() == 0:
         torch.save(whole, path / "final.pt")
         (path / "records.json").write_text(json.dumps(records))
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.train import meter
-from pipeline.train.meter import Meter, peak_flops
+from pipeline.train import loop as meter
+from pipeline.train.loop import Meter, peak_flops
 
 
 class Clock:

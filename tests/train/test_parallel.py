@@ -13,7 +13,7 @@ from torch import nn
 
 from pipeline.model.build import build_model, repeated_blocks
 from pipeline.model.config import ModelConfig
-from pipeline.train import world
+from pipeline.train import collectives
 from pipeline.train.parallel import wrap
 from tests.train.helpers import on_ranks, write_json
 
@@ -46,7 +46,7 @@ def _model(kind: str, settings: dict[str, Any], *, text: bool) -> nn.Module:
 
 
 def _inputs(*, text: bool) -> list[Any]:
-    generator = torch.Generator().manual_seed(world.rank())
+    generator = torch.Generator().manual_seed(collectives.rank())
     x = torch.randn(8, 4, 16, 16, generator=generator)
     t = torch.linspace(0.9901, 0.9999, 8)  # bfloat16 knows two or three numbers in there
     if not text:
@@ -73,7 +73,7 @@ def _compare(folder: str) -> None:
             assert all(gradient.dtype == torch.float32 for gradient in gradients)
             each = [float((one.detach().float() - exact).norm() / exact.norm()) for one in found]
             errors[f"{kind} {'text' if text else 'classes'}"] = each
-    write_json(Path(folder) / f"{world.rank()}.json", errors)
+    write_json(Path(folder) / f"{collectives.rank()}.json", errors)
 
 
 @pytest.mark.integration

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline.storage.root import Root
-from pipeline.train.quarantine import QUARANTINE, Quarantine, read_quarantine
+from pipeline.train.worker import QUARANTINE, Quarantine, read_quarantine
 
 
 def skipped(step: int) -> dict[str, Any]:

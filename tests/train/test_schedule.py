@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.train.schedule import learning_rate
+from pipeline.train.loop import learning_rate
 
 
 def rate(images: int, shape: str = "linear") -> float:

@@ -9,12 +9,11 @@ import torch
 
 from pipeline.errors import InputError
 from pipeline.storage.root import Root
-from pipeline.train import world
+from pipeline.train import collectives
 from pipeline.train.checkpoint import CheckpointStore, list_complete
-from pipeline.train.ema import Track
+from pipeline.train.ema import Track, read_track, rebuild
 from pipeline.train.loop import train
 from pipeline.train.parallel import wrap
-from pipeline.train.snapshots import read_track, rebuild
 from pipeline.train.state import make_state
 from tests.train.helpers import TinyNet, fake_stream, make_settings, make_task, on_ranks, plain
 
@@ -28,10 +27,10 @@ def _run(root: str, strategy: str, tracks: tuple[Track, ...] = TRACKS) -> None:
     engine = wrap(model, device=torch.device("cpu"), strategy=strategy)
     state = make_state(model, tracks=tracks, seed=11, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
     store = CheckpointStore(Root(str(path / "checkpoints")), path / "staging", keep_last=100)
-    stream = fake_stream(world.rank(), world.world_size())
+    stream = fake_stream(collectives.rank(), collectives.world_size())
     train(state, engine, make_task(), stream, make_settings(images=600, checkpoint_images=60), store)
     truth = {k: plain(v) for k, v in state.ema.averages[tracks[-1].name].items()}
-    if world.rank() == 0:
+    if collectives.rank() == 0:
         torch.save(truth, path / "truth.pt")
 
 

@@ -21,8 +21,8 @@ from pipeline.text.config import EmbedTextJobConfig
 from pipeline.text.dataset import TextEmbeddings
 from pipeline.text.job import run as embed
 from pipeline.train import job
+from pipeline.train.checks import handshake
 from pipeline.train.config import TrainJobConfig
-from pipeline.train.handshake import handshake
 from pipeline.train.inputs import embedded, grid_prompts, make_task, open_served, open_stream, validation_chunks
 from pipeline.train.worker import WorkerContext, run_worker
 from tests.support.training import new_start

@@ -29,15 +29,13 @@ from pipeline.store.read.dataset import LatentDataset
 from pipeline.stream.data import Batch, widened
 from pipeline.stream.split import held_out
 from pipeline.tracking.tracker import NoopTracker
-from pipeline.train import job, world
-from pipeline.train.agreement import check_same_encoder
-from pipeline.train.beginnings import look
+from pipeline.train import collectives, job
+from pipeline.train.checks import Facts, check_same_encoder, handshake
 from pipeline.train.config import TrainJobConfig
-from pipeline.train.handshake import Facts, handshake
 from pipeline.train.history import read_records
 from pipeline.train.inputs import Served, make_task, open_served, open_stream, pooled_statistics, validation_chunks
-from pipeline.train.quarantine import read_quarantine
-from pipeline.train.worker import WorkerContext, run_worker
+from pipeline.train.pinned_inputs import look
+from pipeline.train.worker import WorkerContext, read_quarantine, run_worker
 from tests.support.training import new_start
 from tests.train.dataset import make_dataset
 from tests.train.helpers import stopped_after
@@ -144,7 +142,7 @@ def test_skipped_samples_are_named_with_their_dataset(
     uris: Uris, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     changes = {"train": {"images": 160, "guard_norm": 1e-9, "max_skipped_in_a_row": 100}}
-    with caplog.at_level(logging.WARNING, logger="pipeline.train.report"):
+    with caplog.at_level(logging.WARNING, logger="pipeline.train.worker"):
         start(mixed(tmp_path, uris, changes=changes), tmp_path)
     rows = read_quarantine(Root(str(tmp_path / "run"))).to_pylist()
     assert len(rows) == 160
@@ -174,10 +172,10 @@ def test_two_workers_are_served_the_batches_of_one(
 ) -> None:
     config = mixed(tmp_path, uris, changes=VALIDATED)
     alone = first_batches(config, 24)
-    monkeypatch.setattr(world, "world_size", lambda: 2)
+    monkeypatch.setattr(collectives, "world_size", lambda: 2)
     shares = []
     for rank in range(2):
-        monkeypatch.setattr(world, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)
         shares.append(first_batches(config, 24))
     for batch, *halves in zip(alone, *shares, strict=True):
         assert {(half.step, half.dataset, half.epoch) for half in halves} == {
@@ -238,8 +236,8 @@ def test_held_out_samples_are_asked_in_proportion(
     owners = [[at for at in (0, 1) if {row.tobytes() for row in words} <= known[at]] for words in ids]
     assert owners == [[0], [0], [0], [1]]
     assert all(held_out(words, 0.25).all() for words in ids)
-    monkeypatch.setattr(world, "world_size", lambda: 2)
-    monkeypatch.setattr(world, "rank", lambda: 1)
+    monkeypatch.setattr(collectives, "world_size", lambda: 2)
+    monkeypatch.setattr(collectives, "rank", lambda: 1)
     again = validation_chunks(config, open_served(config), Root(config.output.uri))
     assert all(torch.equal(a.latents, b.latents) for a, b in zip(chunks, again, strict=True))
 

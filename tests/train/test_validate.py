@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pipeline.diffusion.rng import ids_from_words
-from pipeline.train import world
-from pipeline.train.validate import Chunk, Validation
+from pipeline.train import collectives
+from pipeline.train.hooks import Chunk, Validation
 from tests.train.helpers import make_task, new_run, on_ranks, samples
 
 CHUNK = 5
@@ -56,7 +56,7 @@ def test_a_sample_is_asked_the_same_in_any_company(tmp_path: Path) -> None:
 
 def _measure_on_ranks(root: str, strategy: str) -> None:
     figures = measure(Path(root), strategy=strategy)
-    if world.rank() == 0:
+    if collectives.rank() == 0:
         (Path(root) / "figures.json").write_text(json.dumps(figures))
 
 

@@ -14,9 +14,9 @@ from pipeline.model.load import load_model
 from pipeline.model.read import read_model
 from pipeline.storage.root import Root
 from pipeline.store.read.dataset import LatentDataset
+from pipeline.train.checks import handshake
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.control import request_stop
-from pipeline.train.handshake import handshake
 from pipeline.train.history import COUNT, read_records
 from pipeline.train.worker import WorkerContext, run_worker
 from tests.support.training import new_start

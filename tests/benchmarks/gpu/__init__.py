@@ -17,7 +17,7 @@ may not last long, take one area at a time; compiling is a large part of the tim
 
 A figure is the median of rounds after a warm-up; sides that are compared take turns; the clock is read when the
 device has done its work. Shares of the peak are of a large matmul measured in the same run and, for devices whose
-data sheet pipeline/train/meter.py knows, of that, too. The device-busy share is the time in which at least one kernel
+data sheet pipeline/train/loop.py knows, of that, too. The device-busy share is the time in which at least one kernel
 ran (by the profiler, copies left out, in one more round) over the median time of a round without the profiler. A
 batch that does not fit the memory is halved, and a note says so.
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from pipeline.dataflow.device_faults import out_of_memory
-from pipeline.train.meter import peak_flops
+from pipeline.train.loop import peak_flops
 
 T = TypeVar("T")
 Span = tuple[float, float]
@@ -216,7 +216,7 @@ def facts(bench: Bench, size: int) -> dict[str, Any]:
         "nvidia_smi": nvidia_smi(f"GPU-{card.uuid}"),
         "datasheet_peak_flops": bench.datasheet,
         "datasheet_source": bench.datasheet
-        and f"the maker's data sheet for {card.name}, bf16 without sparsity, as listed in pipeline/train/meter.py",
+        and f"the maker's data sheet for {card.name}, bf16 without sparsity, as listed in pipeline/train/loop.py",
     }
 
 

@@ -15,9 +15,9 @@ from pipeline.model.export import export_name, save_export
 from pipeline.model.info import CodecReference, DatasetShare, ModelInfo, TextReference
 from pipeline.model.read import MARKER, RAW, read_model
 from pipeline.storage.root import Root
-from pipeline.train import world
+from pipeline.train import collectives
+from pipeline.train.checks import Facts
 from pipeline.train.config import TrainJobConfig
-from pipeline.train.handshake import Facts
 from pipeline.train.inputs import Served
 from pipeline.train.state import TrainState
 from pipeline.train.task import Task
@@ -39,7 +39,7 @@ def export_model(
     """Write the first EMA track (the raw weights when there is none) to <output>/model/<images>; a collective."""
     track = state.ema.tracks[0].name if state.ema.tracks else None
     weights = whole_weights(state, track)
-    if world.rank() == 0:
+    if collectives.rank() == 0:
         model = build_model(
             config.model,
             latent_channels=facts.latent_channels,
@@ -51,7 +51,7 @@ def export_model(
         place = root.child(MODELS).child(export_name(state.images))
         if not _already_there(place, info):
             save_export(place, model, info)
-    world.barrier()
+    collectives.barrier()
 
 
 def export_info(

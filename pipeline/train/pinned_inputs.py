@@ -20,8 +20,8 @@ from pipeline.storage.root import Root
 from pipeline.store.ledger.state import State, read_state
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.read.pins import Pins, lost_files
+from pipeline.train.checks import Facts, handshake
 from pipeline.train.config import TrainJobConfig
-from pipeline.train.handshake import Facts, handshake
 from pipeline.train.retention import counting, newest_start
 
 INPUTS = "inputs"  # below output.uri
