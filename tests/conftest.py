@@ -42,7 +42,7 @@ def shared_data() -> Path:
 def local_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's `get` for what answers at once (`tests.support.monitor`); processes that cannot start do not wait."""
     monkeypatch.setattr("ray.get", lambda answer, timeout=None: answer)
-    monkeypatch.setattr("pipeline.dataflow.stage._PAUSE_S", 0.0)
+    monkeypatch.setattr("pipeline.dataflow.monitor._PAUSE_S", 0.0)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -75,7 +75,7 @@ def load_codec(
     """Open the codec at `path` on `device`; InputError names what is missing, broken or refused."""
     options = {"compile": compile, "channels_last": channels_last}
     if kind != "auto":
-        from pipeline.codec.plugin import find_plugin
+        from pipeline.codec.info import find_plugin
 
         plugin = find_plugin(kind)
         info = plugin.read_info(path, revision)

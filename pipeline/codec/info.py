@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import hashlib
 import importlib.util
 import json
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from pipeline.codec.files import codec_root, read_tensor, weight_files
 from pipeline.errors import ConfigError, InputError
@@ -17,7 +19,9 @@ from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root
 
 if TYPE_CHECKING:
+    from pipeline.codec.codec import Codec
     from pipeline.codec.config import CodecConfig
+
 
 # diffusers class -> (module that defines it, config key whose length gives the factor, has a posterior)
 DIFFUSERS_CLASSES = {
@@ -96,8 +100,6 @@ def gpu_dtype(info: CodecInfo, *, bfloat16: bool) -> str:
 def codec_info(path: str, revision: str | None = None, kind: str = "auto") -> CodecInfo:
     """Like `read_codec_info`, from plain values. Reads every weight byte once, in chunks."""
     if kind != "auto":
-        from pipeline.codec.plugin import find_plugin
-
         return find_plugin(kind).read_info(path, revision)
     try:
         return diffusers_info(codec_root(path, revision), path)
@@ -243,3 +245,73 @@ def class_defaults(class_name: str) -> dict[str, Any]:
     names = [a.arg for a in init.args.args]
     with_default = zip(names[len(names) - len(init.args.defaults) :], init.args.defaults, strict=True)
     return {name: ast.literal_eval(default) for name, default in with_default}
+
+
+# -- Third-party codecs: a Python entry point of the group `latentloom.codecs`, chosen by `codec.kind` ---------
+#
+# A package offers its codec in its own metadata:
+#
+#     [project.entry-points."latentloom.codecs"]
+#     mycodec = "mypackage.codec:plugin"
+#
+# where `plugin` is any object with the two methods of `CodecPlugin`: `read_info`, which should import no torch
+# so that a dry run stays quick, and `load`, which returns a `pipeline.codec.codec.Codec`. Nothing in the
+# pipeline changes: `codec.kind=mycodec` selects it, `codec.path` and `codec.revision` are handed to it as
+# written. `weights_sha256` of its info must change when its weights do: the fingerprint rests on it.
+
+
+GROUP = "latentloom.codecs"
+
+
+class CodecPlugin(Protocol):
+    """What an entry point of the group must provide."""
+
+    def read_info(self, path: str, revision: str | None) -> CodecInfo:
+        """Identity and shape of the codec at `path`; InputError when it cannot be read."""
+        ...
+
+    def load(
+        self,
+        path: str,
+        revision: str | None,
+        info: CodecInfo,
+        *,
+        device: str,
+        dtype: str,
+        compile: bool,
+        channels_last: bool,
+    ) -> Codec:
+        """The codec on `device`, in arithmetic `dtype` ("float32", "bfloat16" or "float16")."""
+        ...
+
+
+def find_plugin(kind: str) -> CodecPlugin:
+    """The plug-in called `kind`; ConfigError when there is none, InputError when it cannot be imported."""
+    found = {point.name: point for point in entry_points(group=GROUP)}
+    if kind not in found:
+        near = difflib.get_close_matches(kind, [*found, "auto"], n=1)
+        raise ConfigError(
+            "There is no such codec plug-in",
+            key="codec.kind",
+            value=kind,
+            rule=f"auto, or an installed entry point of {GROUP}: {', '.join(sorted(found)) or 'there is none'}",
+            next_step=f"did you mean {near[0]}?" if near else "install the package that offers it, or use auto",
+        )
+    try:
+        plugin = found[kind].load()
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"The codec plug-in cannot be imported: {error}",
+            key="codec.kind",
+            value=kind,
+            next_step=f"repair {found[kind].value}",
+        ) from error
+    missing = [name for name in ("read_info", "load") if not callable(getattr(plugin, name, None))]
+    if missing:
+        raise InputError(
+            f"The codec plug-in {found[kind].value} lacks the method {' and '.join(missing)}",
+            key="codec.kind",
+            value=kind,
+            rule="a plug-in has read_info(path, revision) and load(path, revision, info, ...)",
+        )
+    return cast(CodecPlugin, plugin)

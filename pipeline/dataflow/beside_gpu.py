@@ -95,7 +95,7 @@ def _run_there(folder: str, work: Callable[..., T], *arguments: Any) -> T:
 def _answer(reference: Any) -> Any:
     import ray
 
-    from pipeline.dataflow.executions import known_cause
+    from pipeline.dataflow.passes import known_cause
 
     try:
         return ray.get(reference)

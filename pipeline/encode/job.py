@@ -36,7 +36,7 @@ from pipeline.store.ledger.ledger import claimed
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State, read_state
 from pipeline.store.maintain.dedup import deduplicate, is_due, marked, released
-from pipeline.store.plan.plan import DiffReport
+from pipeline.store.plan import DiffReport
 from pipeline.store.read.dataset import LatentDataset
 
 _log = logging.getLogger(__name__)

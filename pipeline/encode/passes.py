@@ -9,9 +9,8 @@ from functools import partial
 
 from pipeline.codec.info import CodecInfo
 from pipeline.dataflow.cluster import Gauges, device_of, ensure_ray, shutdown_ray
-from pipeline.dataflow.executions import LedgerSink, UnitSource, configure_ray_data
 from pipeline.dataflow.monitor import Watch, start_monitor
-from pipeline.dataflow.passes import Passes
+from pipeline.dataflow.passes import LedgerSink, Passes, UnitSource, configure_ray_data
 from pipeline.dataflow.resources import (
     Kind,
     actor_pool,
@@ -43,9 +42,8 @@ from pipeline.store.ledger.ledger import visible_records
 from pipeline.store.ledger.record import CommitRecord
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State, fold
-from pipeline.store.plan.plan import Work, read_plan
-from pipeline.store.write.schema import LATENTS, REJECTS
-from pipeline.store.write.writer import Committer
+from pipeline.store.plan import Work, read_plan
+from pipeline.store.writer import LATENTS, REJECTS, Committer
 from pipeline.tracking.tracker import Tracker
 
 # Repeats by Ray of a block whose actor died, before the pass ends and this module looks for the guilty unit.

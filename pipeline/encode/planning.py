@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.storage.root import Root
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State
-from pipeline.store.plan.plan import (
+from pipeline.store.plan import (
     DiffReport,
     EntryLike,
     Plan,

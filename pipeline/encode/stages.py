@@ -38,8 +38,8 @@ from pipeline.source.reading.listing import Entry
 from pipeline.source.reading.readers import read_unit
 from pipeline.source.reading.rows import EndOfUnit, SourceRow
 from pipeline.storage.root import Root
-from pipeline.store.plan.plan import EntrySpan, Work, read_entries
-from pipeline.store.write.writer import Committer
+from pipeline.store.plan import EntrySpan, Work, read_entries
+from pipeline.store.writer import Committer
 
 # -- Decoding beside the device: rows of compressed bytes to pixels, in order, on threads that run ahead -------
 
@@ -191,7 +191,7 @@ class EncodeBlocks:
     def __init__(self, spec: EncoderSpec, monitor: Any) -> None:
         import torch
 
-        from pipeline.dataflow.stage import Reports
+        from pipeline.dataflow.monitor import Reports
 
         torch.set_num_threads(spec.threads)
         self._reports = Reports(monitor, ENCODER)
@@ -275,7 +275,7 @@ class DecodeImages:
     monitor: Any
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        from pipeline.dataflow.stage import Reports
+        from pipeline.dataflow.monitor import Reports
 
         decoder = ImageDecoder(self.image, self.source_uri, self.threads, 2 * self.threads)
         reports = Reports(self.monitor, "decode task")

@@ -17,8 +17,7 @@ from pipeline.runs.session import Run, open_run
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root
 from pipeline.tracking.config import PromoteJobConfig, resolve_paths
-from pipeline.tracking.lineage import LineageStep, walk
-from pipeline.tracking.registry import ModelVersion, Registry, opened
+from pipeline.tracking.queries import LineageStep, ModelVersion, Registry, opened, walk
 from pipeline.tracking.tracker import Tracker
 
 EVALUATION = "evaluation.json"

@@ -12,8 +12,7 @@ import numpy.typing as npt
 from pipeline.errors import InputError
 from pipeline.media.contact import caption
 from pipeline.media.images import decode_image
-from pipeline.store.read.dataset import Dataset
-from pipeline.store.read.external import read_outside
+from pipeline.store.read.dataset import Dataset, read_outside
 
 COLUMNS = (
     "sample_id",

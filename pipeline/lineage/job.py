@@ -28,7 +28,7 @@ from pipeline.store.ledger.layout import IDENTITY
 from pipeline.store.ledger.state import read_state
 from pipeline.store.read.dataset import Dataset
 from pipeline.tracking.config import LineageJobConfig
-from pipeline.tracking.lineage import LineageStep, NoSuchRun, descend, runs_of_dataset, walk
+from pipeline.tracking.queries import LineageStep, NoSuchRun, descend, runs_of_dataset, walk
 
 _log = logging.getLogger(__name__)
 _RUN = re.compile(r"(key:)?[0-9a-f]{32}")

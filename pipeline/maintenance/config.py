@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from pipeline.config import StrictModel
-from pipeline.store.config import DatasetConfig
+from pipeline.store.read.dataset import DatasetConfig
 from pipeline.tracking.config import TrackingConfig
 
 

@@ -28,9 +28,9 @@ from pipeline.maintenance.config import DecodeCheckConfig
 from pipeline.source.config import ImageConfig, SourceConfig
 from pipeline.store.ledger.generation import last_recipe
 from pipeline.store.ledger.rowset import RowSet
-from pipeline.store.plan.plan import Work
+from pipeline.store.plan import Work
 from pipeline.store.read.dataset import LatentDataset
-from pipeline.store.write.schema import latents_from
+from pipeline.store.writer import latents_from
 
 _COLUMNS = ["sample_id", "unit", "row", "variant", "key", "bucket", "latent", "latent_shape", "content_sha256"]
 _PIXEL_MAX = 255.0

@@ -8,9 +8,8 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.dataflow.cluster import device_of, ensure_ray, shutdown_ray
-from pipeline.dataflow.executions import LedgerSink, UnitSource, configure_ray_data, whole_blocks
 from pipeline.dataflow.monitor import Watch, start_monitor
-from pipeline.dataflow.passes import Passes
+from pipeline.dataflow.passes import LedgerSink, Passes, UnitSource, configure_ray_data, whole_blocks
 from pipeline.dataflow.resources import (
     Kind,
     actor_pool,
@@ -44,9 +43,8 @@ from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import Generation
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State, read_state
-from pipeline.store.plan.plan import Work, read_entries, read_plan
-from pipeline.store.write.schema import REJECTS
-from pipeline.store.write.writer import Committer
+from pipeline.store.plan import Work, read_entries, read_plan
+from pipeline.store.writer import REJECTS, Committer
 
 READ_CPUS = 0.1
 WRITE_CPUS = 0.1

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from pipeline.sample.requests import FIELDS, REQUEST_SCHEMA
 from pipeline.store.ledger.rowset import RowSet
-from pipeline.store.plan.plan import Plan, append_version
+from pipeline.store.plan import Plan, append_version
 
 PLAN_SCHEMA = pa.schema(
     [pa.field("unit", pa.int64(), nullable=False), pa.field("row", pa.int64(), nullable=False), *REQUEST_SCHEMA]

@@ -65,7 +65,7 @@ def _model_uri(config: SampleJobConfig) -> str:
     """Where the model lies; a name in the registry stands for the version it means now."""
     if not config.model.uri.startswith(REGISTERED):
         return config.model.uri
-    from pipeline.tracking.registry import resolve
+    from pipeline.tracking.queries import resolve
 
     return resolve(config.model.uri, resolve_paths(config.tracking).uri).uri
 

@@ -11,8 +11,7 @@ import pyarrow as pa
 from pipeline.media.contact import caption, choose, contact_sheet
 from pipeline.media.gallery import GalleryPicture, gallery_html
 from pipeline.media.images import thumbnail
-from pipeline.store.read.dataset import Dataset
-from pipeline.store.read.external import read_outside
+from pipeline.store.read.dataset import Dataset, read_outside
 
 CONTACT_KEY = "contact.png"
 GALLERY_KEY = "gallery.html"

@@ -16,17 +16,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataflow.device_faults import ends_with_its_device
-from pipeline.dataflow.stage import Reports, answer, held, one_by_one
+from pipeline.dataflow.monitor import Reports, answer, held, one_by_one
 from pipeline.errors import ConfigError
 from pipeline.sample.output import IMAGES, encode_rows
 from pipeline.sample.plan import PLAN_SCHEMA
 from pipeline.sample.provenance import Draw, Origin
 from pipeline.sample.text import TextSpec
 from pipeline.storage.root import Root
-from pipeline.store.plan.plan import EntrySpan, Work, read_entries
-from pipeline.store.read.external import place_in
-from pipeline.store.write.schema import REJECTS
-from pipeline.store.write.writer import Committer
+from pipeline.store.plan import EntrySpan, Work, read_entries
+from pipeline.store.read.dataset import place_in
+from pipeline.store.writer import REJECTS, Committer
 
 # --------------------------------------------------------------------------------------------------------------
 # What is said when a stage of sampling runs out of memory: a wrong configuration, not a fault of the program.
@@ -248,8 +247,7 @@ class DecodeLatents:
     """An actor: a block with raw latents in, the same with pixels (or a reason) out."""
 
     def __init__(self, spec: DecoderSpec, monitor: Any) -> None:
-        from pipeline.sample.decode import LatentDecoder
-        from pipeline.sample.denoise import use_threads
+        from pipeline.sample.denoise import LatentDecoder, use_threads
 
         use_threads(spec.draw.threads)
         self._reports, self._draw, self._alone = Reports(monitor, DECODER), spec.draw, spec.alone

@@ -44,8 +44,9 @@ from pipeline.storage.remote import (
     put_whole,
     read_if_match,
     read_whole,
+    refuse_or_warn,
+    single_writer,
 )
-from pipeline.storage.writers import refuse_or_warn, single_writer
 
 # -- What may be the name of an object below its root ----------------------------------------------------------
 

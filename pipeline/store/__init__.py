@@ -10,7 +10,7 @@ A root holds `dataset.json` (identity and fingerprint), `plan/` (what must be do
 `rejects/` (Parquet that anybody can read). Only commit records make rows visible; a commit *landed*, *did not
 land*, or is *unknown* until the record is read back. Rows are addressed by (unit, row); coverage is a set of
 such addresses, so that a crash costs the gaps and nothing else. Files are named by their content.
-ledger   who may write and what is done      plan   what is to be done      write, read   rows to files, and back
+ledger   who may write and what is done      plan   what is to be done      writer, read   rows to files, and back
 maintain   verify, compact, dedup
 The package knows neither ray nor torch. `FORMAT.md` is the specification.
 """

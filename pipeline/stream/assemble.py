@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.store.read.pages import Bytes, gather
+from pipeline.store.read.row_groups import Bytes, gather
 from pipeline.stream.data import Batch, TextRows
 from pipeline.stream.order import Order, Window
 from pipeline.stream.reader import Shape, WindowRows

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError, ConflictError
 from pipeline.stream.assemble import batches
-from pipeline.stream.data import Batch, LatentRows, TextRows, layout_of
+from pipeline.stream.data import RULE, Batch, LatentRows, TextRows, layout_of, split_rows
 from pipeline.stream.order import Order, OrderSpec
 from pipeline.stream.reader import Channel, WindowReader
-from pipeline.stream.split import RULE, split_rows
 
 if TYPE_CHECKING:
     from pipeline.storage.root import Root

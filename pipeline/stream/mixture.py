@@ -16,10 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.stream.data import Batch, LatentRows, TextRows, layout_of
+from pipeline.stream.data import Batch, LatentRows, TextRows, layout_of, split_rows
 from pipeline.stream.loader import LatentStream, check_state, make_state
 from pipeline.stream.order import least_window_bytes, random_bits
-from pipeline.stream.split import split_rows
 
 if TYPE_CHECKING:
     from pipeline.storage.root import Root

@@ -18,10 +18,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.store.read.pages import MAX_PART_BYTES, Bytes, FixedRows
-from pipeline.stream.data import LatentRows, binary_rows, integers
+from pipeline.store.read.row_groups import MAX_PART_BYTES, Bytes, FixedRows
+from pipeline.stream.data import SIDE_COLUMNS, LatentRows, binary_rows, held_out, id_words, image_words, integers
 from pipeline.stream.order import Piece, Window
-from pipeline.stream.split import SIDE_COLUMNS, held_out, id_words, image_words
 
 SIZE_COLUMNS = ("original_height", "original_width", "crop_top", "crop_left", "crop_height", "crop_width")
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config import StrictModel
 from pipeline.dataflow.cluster import ClusterConfig
-from pipeline.store.config import DatasetConfig
+from pipeline.store.read.dataset import DatasetConfig
 from pipeline.tracking.config import TrackingConfig
 
 # No part may begin with a dot: a subfolder cannot lead out of its directory.

@@ -31,12 +31,11 @@ from pipeline.store.ledger.generation import Generation, last_run
 from pipeline.store.ledger.identity import Identity, check_same, read_identity
 from pipeline.store.ledger.layout import IDENTITY
 from pipeline.store.ledger.state import State, read_state
-from pipeline.store.plan.plan import PlannedEntry, Work, append_version, read_entries, read_plan, work_of
+from pipeline.store.plan import PlannedEntry, Work, append_version, read_entries, read_plan, work_of
 from pipeline.store.read.dataset import Dataset, LatentDataset
-from pipeline.store.write.schema import ADDRESS, pack_latents
-from pipeline.store.write.writer import Committer
-from pipeline.text.captions import HashSet, in_units, new_captions, planned_hashes
+from pipeline.store.writer import ADDRESS, Committer, pack_latents
 from pipeline.text.config import EmbedTextJobConfig, TextEncoderConfig
+from pipeline.text.dataset import HashSet, in_units, new_captions, planned_hashes
 from pipeline.text.files import EncoderFiles, encoder_files
 
 # -- From the gaps of a plan to committed embeddings, one unit a commit ----------------------------------------

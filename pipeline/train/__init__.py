@@ -9,7 +9,7 @@
     state   --hooks-->  fixed questions, fixed seeds        raw and averaged weights, any number of ranks
     EMA     --export----->  <output>/model/<images>                  what sampling loads; written last
 
-`loop`, `task`, `state`, `ema`, `checkpoint`, `hooks`, `parallel` know torch only. `worker` joins them to the
+`loop`, `task`, `state`, `checkpoint`, `hooks` know torch only. `worker` joins them to the
 dataset, the stream and the tracker on one rank; `job` starts workers with Ray Train and watches them.
 
 The store of `output.uri` is all that starts of a job share: `checkpoints/`, `history/`, `quarantine/`

@@ -27,7 +27,7 @@ from pipeline.store.ledger.ledger import collect, commit
 from pipeline.store.ledger.record import CommitRecord, FileInfo
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import read_state
-from pipeline.store.plan.plan import DiffReport, append_version, diff, read_plan
+from pipeline.store.plan import DiffReport, append_version, diff, read_plan
 from pipeline.store.read.row_groups import RowGroupInfo, RowGroups
 from tests.benchmarks import report
 

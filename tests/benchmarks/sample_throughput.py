@@ -97,8 +97,7 @@ def bare(prepared: SamplingInputs, threads: int) -> float:
     """Images per second of the plain loop, its first batch left out."""
     import torch
 
-    from pipeline.sample.decode import LatentDecoder
-    from pipeline.sample.denoise import Denoiser, schedule_of, use_threads
+    from pipeline.sample.denoise import Denoiser, LatentDecoder, schedule_of, use_threads
 
     use_threads(threads)
     table_ = prepared.requests.table

@@ -43,7 +43,7 @@ import pyarrow.parquet as pq
 from pipeline.storage.root import Root
 from pipeline.store.ledger.ledger import commit, visible_records
 from pipeline.store.ledger.rowset import RowSet
-from pipeline.store.plan.plan import append_version, read_plan
+from pipeline.store.plan import append_version, read_plan
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.read.row_groups import RowGroups
 from pipeline.stream.loader import LatentStream

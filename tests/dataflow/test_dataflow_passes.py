@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError, StoppedError
 from pipeline.storage.root import Root
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State, read_state
-from pipeline.store.plan.plan import Work
+from pipeline.store.plan import Work
 from tests.support.monitor import LocalMonitor
 from tests.support.rows import claim, committer, latent_rows, planned_root, rejected_rows
 

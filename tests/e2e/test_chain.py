@@ -83,7 +83,7 @@ def test_photographs_become_a_model_and_images(base: Path, shared_data: Path) ->
     assert sampled["counts"]["images"] == 4
     assert (base / "samples" / "contact.png").stat().st_size > 0
     # The chain: sample run -> training run -> encode run -> source.
-    from pipeline.tracking.lineage import walk
+    from pipeline.tracking.queries import walk
 
     steps = walk(sampled["mlflow_run_id"], f"sqlite:///{base}/mlflow.db")
     assert [s.run_id for s in steps][:3] == [a["mlflow_run_id"] for a in (sampled, trained, encoded)]

@@ -27,9 +27,9 @@ from pipeline.store.ledger.generation import Generation, claim_next, last_run, l
 from pipeline.store.ledger.state import read_state
 from pipeline.store.maintain import dedup
 from pipeline.store.maintain.verify import verify
-from pipeline.store.plan.plan import read_entries, read_plan
+from pipeline.store.plan import read_entries, read_plan
 from pipeline.store.read.dataset import LatentDataset
-from pipeline.store.write.schema import LATENTS
+from pipeline.store.writer import LATENTS
 from pipeline.tracking.tracker import NoopTracker
 from tests.support.images import make_codec, make_images
 from tests.support.jobs import run

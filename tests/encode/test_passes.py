@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ray import cloudpickle
 
-from pipeline.dataflow.executions import UnitSource
+from pipeline.dataflow.passes import UnitSource
 from pipeline.encode.passes import Shares
 from pipeline.encode.planning import known_entries, planned_rows
 from pipeline.encode.stages import UnitReader
@@ -16,7 +16,7 @@ from pipeline.source.config import FolderSource
 from pipeline.storage.root import Root
 from pipeline.store.ledger.rowset import MAX_ROWS
 from pipeline.store.ledger.state import read_state
-from pipeline.store.plan.plan import DiffReport, EntrySpan, Work, append_version, read_plan
+from pipeline.store.plan import DiffReport, EntrySpan, Work, append_version, read_plan
 from tests.support.rows import Listed, planned_root
 
 

@@ -21,9 +21,8 @@ from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import claim_next, note_run
 from pipeline.store.ledger.identity import Identity, claim_identity
 from pipeline.store.ledger.ledger import collect
-from pipeline.store.plan.plan import append_version, read_plan
-from pipeline.store.write.schema import REJECTS
-from pipeline.store.write.writer import Committer
+from pipeline.store.plan import append_version, read_plan
+from pipeline.store.writer import REJECTS, Committer
 from tests.support import draws
 
 NUM_CLASSES = 12

@@ -18,7 +18,7 @@ import pytest
 from pipeline.storage.root import Root
 from pipeline.store.ledger.state import read_state
 from pipeline.store.maintain.verify import verify
-from pipeline.store.plan.plan import read_entries
+from pipeline.store.plan import read_entries
 from tests.faults.encode_world import arguments, check
 from tests.support.jobs import run, start
 from tests.support.site import site_environment

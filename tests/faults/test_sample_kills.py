@@ -11,8 +11,7 @@ import pytest
 
 from pipeline.storage.root import Root
 from pipeline.store.maintain.verify import verify
-from pipeline.store.read.dataset import Dataset
-from pipeline.store.read.external import read_outside
+from pipeline.store.read.dataset import Dataset, read_outside
 from tests.sample.conftest import Tiny, make_tiny
 from tests.support.jobs import run, start
 from tests.support.kills import Struck, disturb

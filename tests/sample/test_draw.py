@@ -26,13 +26,12 @@ from pipeline.model.export import save_export
 from pipeline.model.load import load_model
 from pipeline.model.read import read_model
 from pipeline.sample.config import SampleJobConfig
-from pipeline.sample.decode import LatentDecoder
-from pipeline.sample.denoise import Denoiser, Schedule
+from pipeline.sample.denoise import Denoiser, LatentDecoder, Schedule
 from pipeline.sample.output import IMAGES, encode_rows, file_key
 from pipeline.sample.plan import extend_plan
 from pipeline.sample.prepare import SamplingInputs, on_device, prepare
 from pipeline.sample.regenerate import regenerate
-from pipeline.store.write.schema import REJECTS
+from pipeline.store.writer import REJECTS
 from tests.sample.conftest import Tiny
 
 pytestmark = pytest.mark.integration

@@ -12,8 +12,9 @@ import ray
 import torch
 
 from pipeline.dataflow.device_faults import DEVICE_GONE
-from pipeline.dataflow.executions import run_execution
-from pipeline.sample import decode, denoise
+from pipeline.dataflow.passes import run_execution
+from pipeline.sample import denoise
+from pipeline.sample import denoise as decode
 from pipeline.sample import denoise as prompts
 from pipeline.sample.stages import DecodeLatents, DecoderSpec, DenoiseBlocks, DenoiserSpec, EmbedPrompts
 from tests.sample.test_shortage import latents

@@ -22,8 +22,7 @@ from pipeline.model.export import save_export
 from pipeline.model.load import load_model
 from pipeline.model.read import read_model
 from pipeline.sample.config import SampleJobConfig
-from pipeline.sample.decode import LatentDecoder
-from pipeline.sample.denoise import NOISE, Denoiser, PromptEmbedder
+from pipeline.sample.denoise import NOISE, Denoiser, LatentDecoder, PromptEmbedder
 from pipeline.sample.output import encode_rows
 from pipeline.sample.plan import extend_plan
 from pipeline.sample.prepare import SamplingInputs, on_device, prepare
@@ -31,8 +30,7 @@ from pipeline.sample.regenerate import regenerate
 from pipeline.sample.text import text_of
 from pipeline.storage.root import Root
 from pipeline.train.checkpoint import CheckpointStore
-from pipeline.train.ema import Track
-from pipeline.train.state import make_state
+from pipeline.train.state import Track, make_state
 from tests.sample.conftest import Tiny
 from tests.sample.pipelines import SIDE, make_dit_pipeline, make_sd3_pipeline, make_sd_pipeline
 

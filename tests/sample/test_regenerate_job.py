@@ -16,8 +16,7 @@ from PIL import Image
 from pipeline.errors import ConflictError, InputError
 from pipeline.media.images import decode_image, encode_image, read_provenance
 from pipeline.sample.config import RegenerateJobConfig
-from pipeline.sample.decode import LatentDecoder
-from pipeline.sample.denoise import Denoiser, use_threads
+from pipeline.sample.denoise import Denoiser, LatentDecoder, use_threads
 from pipeline.sample.output import encode_rows
 from pipeline.sample.plan import extend_plan
 from pipeline.sample.prepare import on_device, prepare

@@ -13,8 +13,9 @@ import torch
 
 from pipeline.dataflow.device_faults import out_of_memory
 from pipeline.errors import ConfigError
-from pipeline.sample import decode, denoise
-from pipeline.sample.decode import LatentDecoder
+from pipeline.sample import denoise
+from pipeline.sample import denoise as decode
+from pipeline.sample.denoise import LatentDecoder
 from pipeline.sample.stages import DecodeLatents, DecoderSpec, DenoiseBlocks, DenoiserSpec
 from tests.support.draws import DRAW
 from tests.support.monitor import LocalMonitor

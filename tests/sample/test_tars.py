@@ -26,10 +26,9 @@ from pipeline.store.ledger.generation import claim_next
 from pipeline.store.ledger.identity import claim_identity
 from pipeline.store.ledger.ledger import collect
 from pipeline.store.maintain.verify import verify
-from pipeline.store.plan.plan import read_plan
-from pipeline.store.read.dataset import Dataset
-from pipeline.store.read.external import place_in, problems_outside, read_outside
-from pipeline.store.write.writer import Committer
+from pipeline.store.plan import read_plan
+from pipeline.store.read.dataset import Dataset, place_in, problems_outside, read_outside
+from pipeline.store.writer import Committer
 from tests.sample.conftest import Tiny
 from tests.sample.test_draw import job
 from tests.support.maintain import collect_garbage

@@ -8,7 +8,7 @@ from collections import Counter
 
 from pipeline.store.ledger.ledger import visible_records
 from pipeline.store.maintain.verify import verify
-from pipeline.store.plan.plan import read_entries
+from pipeline.store.plan import read_entries
 from pipeline.store.read.dataset import LatentDataset
 from tests.sim.world import DATA, Seen, World
 

@@ -17,10 +17,9 @@ from pipeline.store.ledger.layout import IDENTITY
 from pipeline.store.ledger.ledger import claimed
 from pipeline.store.ledger.state import read_state
 from pipeline.store.maintain.verify import verify
-from pipeline.store.plan.plan import append_version, read_entries, work_of
+from pipeline.store.plan import append_version, read_entries, work_of
 from pipeline.store.read.dataset import Dataset
-from pipeline.store.write.schema import REJECTS
-from pipeline.store.write.writer import Committer
+from pipeline.store.writer import REJECTS, Committer
 from tests.sim.world import World
 
 REQUESTS = ("00", "01", "02")

@@ -11,8 +11,7 @@ from pipeline.store.ledger.generation import latest_number
 from pipeline.store.ledger.ledger import claimed
 from pipeline.store.ledger.state import read_state
 from pipeline.store.read.dataset import LatentDataset
-from pipeline.store.write.schema import LATENTS, REJECTS
-from pipeline.store.write.writer import Committer
+from pipeline.store.writer import LATENTS, REJECTS, Committer
 from tests.sim import oracles
 from tests.sim.samplers import Samplers
 from tests.sim.world import DATA, World

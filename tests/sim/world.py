@@ -30,10 +30,9 @@ from pipeline.store.ledger.identity import Identity, claim_identity
 from pipeline.store.ledger.ledger import claimed
 from pipeline.store.ledger.state import read_state
 from pipeline.store.maintain.dedup import is_due, marked, released
-from pipeline.store.plan.plan import Plan, read_entries, work_of
+from pipeline.store.plan import Plan, read_entries, work_of
 from pipeline.store.read.dataset import Dataset, LatentDataset
-from pipeline.store.write.schema import LATENTS, REJECTS, pack_latents
-from pipeline.store.write.writer import Committer
+from pipeline.store.writer import LATENTS, REJECTS, Committer, pack_latents
 from tests.sim.scheduler import Sim
 from tests.sim.storage import Store, Stored, activate, read_if_match
 from tests.support.maintain import collect_garbage, compact, deduplicate

@@ -24,7 +24,7 @@ from pipeline.store.ledger.ledger import collect, commit, visible_records
 from pipeline.store.ledger.record import CommitRecord, FileInfo, parse_record
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import fold, read_state
-from pipeline.store.plan.plan import Plan, PlanVersion, append_version, read_plan
+from pipeline.store.plan import Plan, PlanVersion, append_version, read_plan
 from pipeline.store.read.dataset import LatentDataset
 from tests.support.rows import IDENTITY, Listed, claim, committer, latent, latent_rows, planned_root, rejected_rows
 

@@ -11,7 +11,7 @@ from pipeline.errors import ConflictError, InputError
 from pipeline.storage.root import Root
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import read_state
-from pipeline.store.plan.plan import DiffReport, append_version, read_plan
+from pipeline.store.plan import DiffReport, append_version, read_plan
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.read.pins import Pins, lost_files
 from tests.support.maintain import compact

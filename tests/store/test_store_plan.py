@@ -17,7 +17,7 @@ from pipeline.errors import ConflictError
 from pipeline.storage.root import Root
 from pipeline.store.ledger.rowset import MAX_ROWS, RowSet
 from pipeline.store.ledger.state import fold
-from pipeline.store.plan.plan import (
+from pipeline.store.plan import (
     DiffReport,
     Plan,
     append_version,

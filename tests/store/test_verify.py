@@ -23,9 +23,9 @@ from pipeline.store.ledger.ledger import collect
 from pipeline.store.ledger.state import read_state
 from pipeline.store.maintain.compact import CompactReport, shard_spans
 from pipeline.store.maintain.verify import verify
-from pipeline.store.plan.plan import DiffReport, append_version, read_plan
+from pipeline.store.plan import DiffReport, append_version, read_plan
 from pipeline.store.read.dataset import Dataset, LatentDataset
-from pipeline.store.write.writer import ROW_BYTES, Committer
+from pipeline.store.writer import ROW_BYTES, Committer
 from tests.support.maintain import collect_garbage, compact
 from tests.support.rows import Listed, claim, committer, latent_rows, planned_root, rejected_rows, sample_id
 

@@ -10,8 +10,8 @@ import pytest
 
 from pipeline.errors import ConflictError, InputError
 from pipeline.storage.root import Root
+from pipeline.stream.data import SIDE_COLUMNS, held_out, held_out_counts, id_words, image_words
 from pipeline.stream.loader import LatentStream
-from pipeline.stream.split import SIDE_COLUMNS, held_out, held_out_counts, id_words, image_words
 from tests.stream.latent_rows import MemoryRows, content, sample_id
 
 GROUPS = [("64x64", 60), ("64x96", 70), ("64x64", 50)]

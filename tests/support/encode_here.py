@@ -19,8 +19,8 @@ from pipeline.result import JobResult
 from pipeline.storage.root import Root
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State, read_state
-from pipeline.store.plan.plan import work_of
-from pipeline.store.write.writer import Committer
+from pipeline.store.plan import work_of
+from pipeline.store.writer import Committer
 
 
 def encode_here(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> JobResult:

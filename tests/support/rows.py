@@ -13,9 +13,8 @@ from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import Generation, claim_next
 from pipeline.store.ledger.identity import Identity, claim_identity
 from pipeline.store.ledger.ledger import collect
-from pipeline.store.plan.plan import append_version, read_plan
-from pipeline.store.write.schema import LATENTS, REJECTS, pack_latents
-from pipeline.store.write.writer import Committer
+from pipeline.store.plan import append_version, read_plan
+from pipeline.store.writer import LATENTS, REJECTS, Committer, pack_latents
 
 SHAPE = (2, 3, 4)
 IDENTITY = Identity(

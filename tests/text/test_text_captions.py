@@ -13,8 +13,8 @@ from text_builders import make_latents
 from pipeline.errors import InputError
 from pipeline.storage.root import Root
 from pipeline.store.read.dataset import LatentDataset
-from pipeline.text import captions
-from pipeline.text.captions import HashSet, as_hashes, caption_hash, contains, in_units, new_captions
+from pipeline.text import dataset as captions
+from pipeline.text.dataset import HashSet, as_hashes, caption_hash, contains, in_units, new_captions
 
 # Zero bytes at either end are what a careless comparison of byte strings loses.
 DIGESTS = st.one_of(

@@ -18,10 +18,9 @@ from pipeline.errors import ConflictError, InputError
 from pipeline.storage.root import Root
 from pipeline.store.ledger.identity import Identity, claim_identity
 from pipeline.store.ledger.state import read_state
-from pipeline.store.plan.plan import append_version, read_plan
+from pipeline.store.plan import append_version, read_plan
 from pipeline.store.read.dataset import Dataset
-from pipeline.text.captions import PlannedCaption, caption_hash, in_units
-from pipeline.text.dataset import TextEmbeddings
+from pipeline.text.dataset import PlannedCaption, TextEmbeddings, caption_hash, in_units
 from pipeline.text.job import embed_gaps
 from tests.support.rows import claim, planned_root
 

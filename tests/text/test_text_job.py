@@ -22,9 +22,8 @@ from pipeline.store.ledger.generation import claim_next
 from pipeline.store.maintain.verify import verify
 from pipeline.store.read.dataset import Dataset, LatentDataset
 from pipeline.text import job
-from pipeline.text.captions import caption_hash
 from pipeline.text.config import EmbedTextJobConfig
-from pipeline.text.dataset import TextEmbeddings
+from pipeline.text.dataset import TextEmbeddings, caption_hash
 from pipeline.text.encoder import TextEncoder
 from tests.support.jobs import REPOSITORY, environment
 from tests.support.jobs import run as run_job
@@ -241,7 +240,7 @@ def test_a_commit_that_breaks_off_is_repeated_or_found(
     config: EmbedTextJobConfig, latents: str, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """Whether or not the record landed, nobody was told; the next run sees what is there."""
-    import pipeline.store.write.writer as writer
+    import pipeline.store.writer as writer
 
     real = writer.commit
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from pipeline.storage.root import Root
 from pipeline.store.ledger.identity import claim_identity
-from pipeline.store.plan.plan import append_version, read_plan
+from pipeline.store.plan import append_version, read_plan
 from pipeline.text.config import EmbedTextJobConfig
 from tests.support.rows import IDENTITY, Listed, claim, committer, latent_rows
 

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.lineage import descend, runs_of_dataset, walk
+from pipeline.tracking.queries import descend, runs_of_dataset, walk
 from pipeline.tracking.tracker import open_tracker
 
 pytestmark = pytest.mark.integration

@@ -13,8 +13,7 @@ from pipeline.errors import ConfigError, InputError
 from pipeline.evaluate.figures import Figure, Record
 from pipeline.evaluate.promotion import EVALUATION, plan, read_evaluation, run
 from pipeline.tracking.config import PromoteJobConfig, TrackingConfig
-from pipeline.tracking.lineage import walk
-from pipeline.tracking.registry import resolve
+from pipeline.tracking.queries import resolve, walk
 from pipeline.tracking.store import MlflowStore
 from pipeline.tracking.tracker import open_tracker
 

@@ -11,7 +11,7 @@ from pipeline.errors import InputError
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.delivery import replay
 from pipeline.tracking.journal import Header, journals
-from pipeline.tracking.registry import opened, resolve
+from pipeline.tracking.queries import opened, resolve
 from pipeline.tracking.store import MlflowStore
 from pipeline.tracking.tracker import open_tracker
 from tests.support.processes import free_port

@@ -11,8 +11,7 @@ from pipeline.tracking import tracker as tracker_module
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.delivery import replay
 from pipeline.tracking.journal import journals
-from pipeline.tracking.lineage import descend, walk
-from pipeline.tracking.registry import opened, resolve
+from pipeline.tracking.queries import descend, opened, resolve, walk
 from pipeline.tracking.store import MlflowStore
 from pipeline.tracking.tracker import Tracker, open_tracker
 from tests.support.fault_proxy import FaultProxy

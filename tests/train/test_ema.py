@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.train.ema import Ema, Track, combine, gamma_of, reconstruction, sigma_of
+from pipeline.train.state import Ema, Track, combine, gamma_of, reconstruction, sigma_of
 
 
 @given(st.floats(0.01, 0.28))

@@ -26,8 +26,7 @@ from pipeline.runs import session
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import note_run
 from pipeline.store.read.dataset import LatentDataset
-from pipeline.stream.data import Batch, widened
-from pipeline.stream.split import held_out
+from pipeline.stream.data import Batch, held_out, widened
 from pipeline.tracking.tracker import NoopTracker
 from pipeline.train import collectives, job
 from pipeline.train.checks import Facts, check_same_encoder, handshake

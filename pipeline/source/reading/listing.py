@@ -19,9 +19,8 @@ from typing import Protocol
 
 from pipeline.errors import ConfigError, InputError
 from pipeline.source.config import FolderSource, ParquetSource, SourceConfig, WebDatasetSource
-from pipeline.source.reading.fields import canonical, parse_object
-from pipeline.source.reading.metadata import NAMES, FolderMetadata
-from pipeline.source.reading.remote import map_ahead
+from pipeline.source.reading.metadata import NAMES, FolderMetadata, canonical, parse_object
+from pipeline.source.reading.rows import map_ahead
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import KeyRefused, ObjectInfo, Root
 

@@ -17,8 +17,16 @@ from pipeline.source.reading import parquet_child as table_child
 from pipeline.source.reading import parquet_file as tables
 from pipeline.source.reading.listing import Entry
 from pipeline.source.reading.parquet_file import Item, Span, TableError
-from pipeline.source.reading.remote import Failure, failure_of, fetch, map_ahead, open_ranges
-from pipeline.source.reading.rows import EndOfUnit, Ranges, SourceRow
+from pipeline.source.reading.rows import (
+    EndOfUnit,
+    Failure,
+    Ranges,
+    SourceRow,
+    failure_of,
+    fetch,
+    map_ahead,
+    open_ranges,
+)
 from pipeline.source.reasons import Reason
 from pipeline.storage.errors import ObjectChanged
 from pipeline.storage.remote import RangedFile

@@ -25,8 +25,7 @@ from pipeline.source.config import ParquetSource
 from pipeline.source.pixels.child_process import Child, Pool, alarms, limited_pipes, read_exactly, read_header, send
 from pipeline.source.reading import parquet_file as tables
 from pipeline.source.reading.parquet_file import Item, Span, TableError
-from pipeline.source.reading.remote import ReadRange
-from pipeline.source.reading.rows import SourceRow
+from pipeline.source.reading.rows import ReadRange, SourceRow
 from pipeline.source.reasons import Reason
 from pipeline.storage.remote import RangedFile
 

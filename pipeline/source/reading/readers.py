@@ -12,11 +12,9 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 from pipeline.source.config import FolderSource, ParquetSource, SourceConfig, WebDatasetSource
-from pipeline.source.reading.fields import canonical, parse_object
 from pipeline.source.reading.listing import Entry, source_root
-from pipeline.source.reading.metadata import FILTERED
-from pipeline.source.reading.remote import Failure, fetch, map_ahead
-from pipeline.source.reading.rows import EndOfUnit, Ranges, SourceRow
+from pipeline.source.reading.metadata import FILTERED, canonical, parse_object
+from pipeline.source.reading.rows import EndOfUnit, Failure, Ranges, SourceRow, fetch, map_ahead
 from pipeline.source.reasons import Reason
 from pipeline.storage.errors import ObjectChanged
 from pipeline.storage.root import Root

@@ -19,7 +19,7 @@ from pipeline.store.ledger.generation import at_one_generation
 from pipeline.store.ledger.ledger import visible_records
 from pipeline.store.ledger.record import CommitRecord, FileInfo
 from pipeline.store.ledger.rowset import MAX_ROWS, RowSet
-from pipeline.store.plan.plan import Plan, read_plan
+from pipeline.store.plan import Plan, read_plan
 
 
 @dataclass(frozen=True)

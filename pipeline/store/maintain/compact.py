@@ -22,7 +22,7 @@ from pipeline.store.ledger.identity import read_identity
 from pipeline.store.ledger.rowset import RowSet, address, unit_of
 from pipeline.store.ledger.state import State, read_state
 from pipeline.store.read.dataset import Dataset
-from pipeline.store.write.writer import ROW_BYTES, Committer
+from pipeline.store.writer import ROW_BYTES, Committer
 
 # Where rows are small, as where pictures lie in files of their own: texts of 16 KiB each still fit 32-bit offsets.
 _MAX_ROWS = 1 << 16

@@ -31,8 +31,8 @@ from pipeline.store.ledger.ledger import parsed, visible_records
 from pipeline.store.ledger.record import CommitRecord, FileInfo
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State, fold, read_state
-from pipeline.store.plan.plan import Plan, read_plan
-from pipeline.store.read.external import COLUMNS, problems_outside
+from pipeline.store.plan import Plan, read_plan
+from pipeline.store.read.dataset import COLUMNS, problems_outside
 
 Level = Literal["ledger", "files", "checksums"]
 _DELETES = 32  # at a time, and between two looks for a run that has taken over

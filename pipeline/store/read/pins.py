@@ -22,7 +22,7 @@ from pipeline.store.ledger.bundles import read_bundle, write_bundle
 from pipeline.store.ledger.generation import at_one_generation, visible_headers
 from pipeline.store.ledger.ledger import parsed, visible_named
 from pipeline.store.ledger.state import State, fold
-from pipeline.store.plan.plan import Plan, plan_of, read_plan
+from pipeline.store.plan import Plan, plan_of, read_plan
 
 VERSION = 1
 _READERS = 16

@@ -17,8 +17,7 @@ from torch import nn
 from pipeline.codec.flops import decode_flops
 from pipeline.diffusion.objectives import Objective
 from pipeline.diffusion.rng import id_from_text
-from pipeline.sample.decode import LatentDecoder
-from pipeline.sample.denoise import Denoiser
+from pipeline.sample.denoise import Denoiser, LatentDecoder
 from pipeline.sample.provenance import Draw
 from pipeline.sample.requests import REQUEST_SCHEMA
 from tests.benchmarks.gpu.device import Bench, Kernels, fitting, medians

@@ -3,7 +3,9 @@
 A plan grows by versions. Each version is a header, created once, that names immutable Parquet parts: the
 version's *units* (number, rows, where its entries lie) and its *entries* (one object of the source, or one span
 of rows of it, each). A version may also *retire* rows whose source changed; their replacement is then planned in
-new units of that version. Nothing is ever renumbered.
+new units of that version. Nothing is ever renumbered, and a crash before the header leaves parts that nothing names.
+
+    listing --diff--> new and changed entries, retired rows --append_version--> parts and a header --work_of--> units
 """
 
 from __future__ import annotations
