@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from pipeline.codec.files import codec_root, local_directory
-from pipeline.codec.info import CodecInfo, diffusers_info, gpu_dtype
+from pipeline.codec.info import CodecInfo, diffusers_info, find_plugin, gpu_dtype
 from pipeline.errors import InputError
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root
@@ -75,8 +75,6 @@ def load_codec(
     """Open the codec at `path` on `device`; InputError names what is missing, broken or refused."""
     options = {"compile": compile, "channels_last": channels_last}
     if kind != "auto":
-        from pipeline.codec.info import find_plugin
-
         plugin = find_plugin(kind)
         info = plugin.read_info(path, revision)
         arithmetic = resolve_dtype(dtype, device, info)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 from pipeline.dataflow.cluster import ClusterConfig, device_of, ensure_ray, shutdown_ray
+from pipeline.dataflow.device_faults import cuda_problem, device_fault, driver_version, stopped_by, unusable_cuda
 from pipeline.errors import StoppedError
 
 _log = logging.getLogger(__name__)
@@ -79,7 +80,6 @@ class _Loaded:
 
 def _run_there(folder: str, work: Callable[..., T], *arguments: Any) -> T:
     """Run on the worker, in the driver's folder where that is shared: a configuration may name places from there."""
-    from pipeline.dataflow.device_faults import device_fault, stopped_by
 
     if os.path.isdir(folder):
         os.chdir(folder)
@@ -115,7 +115,6 @@ def _answer(reference: Any) -> Any:
 
 def own_device(device: str, cluster: ClusterConfig) -> str:
     """What this process computes on, "cuda" or "cpu"; ConfigError when it is to be CUDA, and that does not work."""
-    from pipeline.dataflow.device_faults import cuda_problem, driver_version, unusable_cuda
 
     if device == "cpu" or cluster.device == "cpu":
         return "cpu"

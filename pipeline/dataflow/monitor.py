@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.dataflow.cluster import Gauges, LocalRaylets
-from pipeline.dataflow.device_faults import device_fault, ends_with_its_device, stopped_by
+from pipeline.dataflow.device_faults import device_fault, ends_with_its_device, out_of_memory, stopped_by
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.progress import Progress
 from pipeline.store.ledger.rowset import RowSet
@@ -301,7 +301,6 @@ def answer(reference: Any) -> Any:
 
 def _of_this_device(error: Exception, stage: str) -> PipelineError | None:
     """What an error at the start means where it may be the fault of this device alone; else None."""
-    from pipeline.dataflow.device_faults import out_of_memory
 
     if isinstance(error, PipelineError):
         return error if error.__cause__ is not None and out_of_memory(error.__cause__) else None

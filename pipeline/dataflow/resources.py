@@ -12,6 +12,7 @@ from ray.data import ActorPoolStrategy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.dataflow.cluster import CPU_WORKER_ENV, ClusterConfig
+from pipeline.dataflow.device_faults import cuda_problem, device_fault, stopped_by, unusable_cuda
 from pipeline.errors import ConfigError, PipelineError, StoppedError
 
 _log = logging.getLogger(__name__)
@@ -188,7 +189,6 @@ def check_devices(cluster: ClusterConfig, try_start: Callable[[], None] = lambda
 
 
 def _try_device(cluster: ClusterConfig, node: str, try_start: Callable[[], None]) -> PipelineError | None:
-    from pipeline.dataflow.device_faults import cuda_problem, device_fault, stopped_by, unusable_cuda
 
     problem = cuda_problem() if cluster.device != "cpu" else None
     if problem is not None:

@@ -10,6 +10,7 @@ from pipeline.codec.config import CodecConfig
 from pipeline.config import StrictModel, renamed_from
 from pipeline.dataflow.cluster import ClusterConfig, GpuShare
 from pipeline.source.config import ImageConfig, SourceConfig
+from pipeline.source.reasons import Reason
 from pipeline.tracking.config import TrackingConfig
 
 
@@ -127,7 +128,6 @@ class EncodeJobConfig(StrictModel):
 
     @model_validator(mode="after")
     def _reasons_exist(self) -> EncodeJobConfig:
-        from pipeline.source.reasons import Reason
 
         unknown = [r for r in self.encode.retry_rejects if r not in set(Reason)]
         if unknown:

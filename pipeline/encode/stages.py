@@ -17,7 +17,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.codec.codec import load_codec
 from pipeline.codec.config import CodecConfig
+from pipeline.dataflow.device_faults import out_of_memory
 from pipeline.encode.rows import (
     Decoded,
     Item,
@@ -34,9 +36,8 @@ from pipeline.encode.rows import (
 from pipeline.errors import ConfigError
 from pipeline.source.config import ImageConfig, SourceConfig
 from pipeline.source.pixels.prepare import PreparedImage, Reject, prepare
-from pipeline.source.reading.listing import Entry
 from pipeline.source.reading.readers import read_unit
-from pipeline.source.reading.rows import EndOfUnit, SourceRow
+from pipeline.source.reading.rows import EndOfUnit, Entry, SourceRow
 from pipeline.storage.root import Root
 from pipeline.store.plan import EntrySpan, Work, read_entries
 from pipeline.store.writer import Committer
@@ -229,8 +230,6 @@ def try_encoder(spec: EncoderSpec) -> None:
 
 def load_encoder(spec: EncoderSpec) -> Any:
     """The `Encoder` that a spec describes; ConfigError when the codec does not fit its device."""
-    from pipeline.codec.codec import load_codec
-    from pipeline.dataflow.device_faults import out_of_memory
     from pipeline.encode.encoder import Encoder
 
     try:

@@ -13,9 +13,9 @@ from functools import lru_cache
 from itertools import pairwise
 
 from pipeline.source.config import SourceConfig
-from pipeline.source.reading.listing import Entry, list_entries
+from pipeline.source.reading.listing import list_entries
 from pipeline.source.reading.readers import read_unit
-from pipeline.source.reading.rows import EndOfUnit
+from pipeline.source.reading.rows import EndOfUnit, Entry
 
 _NO_ROW = 1 << 62  # rows from here on: none, but a reader says how many there were
 _MOST_RANGES = 256

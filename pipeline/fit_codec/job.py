@@ -23,6 +23,7 @@ from pipeline.errors import ConflictError, InputError
 from pipeline.progress import Progress
 from pipeline.result import JobResult
 from pipeline.runs.session import open_run
+from pipeline.source.reading.listing import list_entries
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root
 from pipeline.store.ledger.identity import Identity, check_same
@@ -47,7 +48,6 @@ def run(config: FitCodecJobConfig) -> JobResult:
 
 def dry_run(config: FitCodecJobConfig) -> JobResult:
     """What `run` would do: images found and the arithmetic it takes. Reads the listing, writes nothing."""
-    from pipeline.source.reading.listing import list_entries
 
     identity = FitIdentity(source=config.source, image=config.image, fit=config.fit)
     root = Root(config.output.uri)

@@ -19,6 +19,7 @@ from pipeline.dataflow.device_faults import DeviceFault, device_fault, out_of_me
 from pipeline.diffusion.compiled import compile_for_shapes
 from pipeline.diffusion.draw import Drawer, Embedding, Solving, Texts, padded
 from pipeline.diffusion.objectives import Objective
+from pipeline.model.load import load_model
 from pipeline.sample.plan import shape_groups
 from pipeline.sample.provenance import Draw
 from pipeline.sample.text import TextSpec
@@ -169,7 +170,6 @@ class Denoiser:
     @classmethod
     def load(cls, model_uri: str, draw: Draw, *, ema: str | None = None, embed: Embed | None = None) -> Denoiser:
         """The denoiser of a model as `read_model` finds it; InputError when it is missing, damaged or another."""
-        from pipeline.model.load import load_model  # it reads every form of model; one in memory needs none
 
         model, info = load_model(model_uri, ema)
         return cls(model, info, draw, embed=embed)

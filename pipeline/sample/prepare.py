@@ -20,6 +20,7 @@ from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root, place_of
 from pipeline.store.ledger.identity import Identity
 from pipeline.tracking.config import REGISTERED, resolve_paths
+from pipeline.tracking.queries import resolve
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,6 @@ def _model_uri(config: SampleJobConfig) -> str:
     """Where the model lies; a name in the registry stands for the version it means now."""
     if not config.model.uri.startswith(REGISTERED):
         return config.model.uri
-    from pipeline.tracking.queries import resolve
 
     return resolve(config.model.uri, resolve_paths(config.tracking).uri).uri
 

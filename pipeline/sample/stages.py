@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dataflow.device_faults import ends_with_its_device
+from pipeline.dataflow.device_faults import ends_with_its_device, out_of_memory
 from pipeline.dataflow.monitor import Reports, answer, held, one_by_one
 from pipeline.errors import ConfigError
 from pipeline.sample.output import IMAGES, encode_rows
@@ -69,7 +69,6 @@ def _shortage_named(what: str, **told: Any) -> Iterator[None]:
 
 
 def _is_shortage(error: Exception) -> bool:
-    from pipeline.dataflow.device_faults import out_of_memory  # needs torch, which the driver does without
 
     return out_of_memory(error)
 

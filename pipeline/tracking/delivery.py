@@ -19,10 +19,12 @@ from pipeline.tracking.store import (
     ATTEMPT_TAG,
     MAX_PAIRS_PER_CALL,
     MAX_POINTS_PER_CALL,
+    MlflowStore,
     Point,
     RunMissing,
     RunState,
     StoreRefused,
+    TrackingUnavailable,
 )
 from pipeline.tracking.uris import check_access, check_uri, masked_uri, store_identity
 
@@ -255,7 +257,6 @@ def replay(journal_dir: str | Path, uri: str, *, any_server: bool = False) -> Re
     Journals of running processes are left alone. `any_server` also takes journals written for another address: for
     a server that has moved.
     """
-    from pipeline.tracking.store import MlflowStore, TrackingUnavailable
 
     check_uri(uri)
     check_access(uri)
@@ -324,7 +325,6 @@ def _owners_first(paths: list[Path]) -> Iterator[Path]:
 def _replay_one(
     path: Path, store: Store, server: str | None, wanted: Callable[[Header, str | None], bool] | None
 ) -> ReplayReport:
-    from pipeline.tracking.store import RunMissing
 
     journal = JournalReader(path)
     header = journal.header()

@@ -30,6 +30,7 @@ from pipeline.tracking.config import TrackingConfig, resolve_paths
 from pipeline.tracking.delivery import Store
 from pipeline.tracking.flusher import Flusher
 from pipeline.tracking.journal import Header, JournalWriter, now_ms
+from pipeline.tracking.store import MlflowStore
 from pipeline.tracking.uris import Redactor, check_access, check_uri, store_identity
 
 # --------------------------------------------------------------------------------------------------------------
@@ -195,7 +196,6 @@ class JournalTracker:
         uri = tracking.uri
 
         def make_store() -> Store:
-            from pipeline.tracking.store import MlflowStore  # seconds: in the flusher's thread
 
             return MlflowStore(uri)
 

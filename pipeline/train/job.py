@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from pipeline.config import config_digest
+from pipeline.config import config_digest, validate
 from pipeline.dataflow.cluster import WORKER_ENV, device_of, ensure_ray
 from pipeline.errors import InputError, PipelineError, StoppedError
 from pipeline.progress import Progress
@@ -29,6 +29,7 @@ from pipeline.store.ledger.generation import last_run
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.tracking.config import resolve_paths
 from pipeline.tracking.tracker import Tracker
+from pipeline.train.checks import Facts
 from pipeline.train.config import MixConfig, TrainDataConfig, TrainJobConfig
 from pipeline.train.control import current_generation, lasting, record_failure, recorded_failure, request_stop
 from pipeline.train.history import read_records
@@ -254,9 +255,7 @@ def _train_on_ray(payload: dict[str, Any]) -> dict[str, Any]:
     import ray.train
     import ray.train.torch
 
-    from pipeline.config import validate
     from pipeline.train import collectives
-    from pipeline.train.checks import Facts
     from pipeline.train.worker import WorkerContext, run_worker
 
     config = validate(TrainJobConfig, payload["config"])

@@ -84,7 +84,7 @@ def test_a_codec_that_does_not_start_on_this_device_is_told_to_the_monitor_and_e
     def load_codec(*_: Any, **__: Any) -> Any:
         raise error
 
-    monkeypatch.setattr("pipeline.codec.codec.load_codec", load_codec)
+    monkeypatch.setattr("pipeline.encode.stages.load_codec", load_codec)
     monitor = LocalMonitor(encoder=2)
     for _ in range(2):
         with pytest.raises(PipelineError, match=told):

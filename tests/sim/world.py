@@ -20,9 +20,9 @@ import pyarrow as pa
 
 from pipeline.encode.planning import update_plan
 from pipeline.source.config import FolderSource
-from pipeline.source.reading.listing import Entry, list_entries
+from pipeline.source.reading.listing import list_entries
 from pipeline.source.reading.readers import read_unit
-from pipeline.source.reading.rows import SourceRow
+from pipeline.source.reading.rows import Entry, SourceRow
 from pipeline.storage.remote import RangedFile
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import Generation

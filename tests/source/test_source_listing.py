@@ -20,7 +20,6 @@ from pipeline.errors import ConfigError, InputError
 from pipeline.source.config import FolderSource, ParquetSource, WebDatasetSource
 from pipeline.source.reading import listing, parquet
 from pipeline.source.reading.listing import (
-    Entry,
     _check_order,
     check_apart,
     expand_braces,
@@ -28,6 +27,7 @@ from pipeline.source.reading.listing import (
     list_entries,
     source_root,
 )
+from pipeline.source.reading.rows import Entry
 from pipeline.storage.root import Root
 
 
@@ -358,7 +358,7 @@ def _etags(monkeypatch: pytest.MonkeyPatch, changed: dict[str, str], opened: lis
         return layout(root, info, source)
 
     monkeypatch.setattr(listing, "matching", matching)
-    monkeypatch.setattr(parquet, "spans", spans)
+    monkeypatch.setattr(listing, "spans", spans)
 
 
 def test_parquet_files_that_are_known_are_not_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,9 +22,9 @@ from source_images import encode, gradient, write
 from pipeline.errors import InputError
 from pipeline.source.config import FolderSource, ImageConfig, ParquetSource, SourceConfig, WebDatasetSource
 from pipeline.source.pixels.prepare import PreparedImage, prepare
-from pipeline.source.reading.listing import Entry, list_entries
+from pipeline.source.reading.listing import list_entries
 from pipeline.source.reading.readers import read_unit
-from pipeline.source.reading.rows import EndOfUnit, SourceRow
+from pipeline.source.reading.rows import EndOfUnit, Entry, SourceRow
 from pipeline.source.reasons import Reason
 from pipeline.storage import root as storage
 from pipeline.storage.root import Root

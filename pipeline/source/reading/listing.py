@@ -20,7 +20,8 @@ from typing import Protocol
 from pipeline.errors import ConfigError, InputError
 from pipeline.source.config import FolderSource, ParquetSource, SourceConfig, WebDatasetSource
 from pipeline.source.reading.metadata import NAMES, FolderMetadata, canonical, parse_object
-from pipeline.source.reading.rows import map_ahead
+from pipeline.source.reading.parquet import spans
+from pipeline.source.reading.rows import Entry, map_ahead
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import KeyRefused, ObjectInfo, Root
 
@@ -195,23 +196,6 @@ _FOOTERS = 4  # files opened at a time while listing; each may have a process of
 Span = tuple[int, int | None, int]  # first row, row after the last, stored bytes
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One object of a source, or a range of rows of one: what a unit of work is made of.
-
-    key: relative to `source_root(source).uri`; rows row_start..row_stop (None: unknown before reading);
-    meta: for folder sources the canonical JSON of caption, label, extra and what the filter says, None without any.
-    """
-
-    key: str
-    size_bytes: int
-    etag: str | None
-    mtime_ns: int | None
-    row_start: int
-    row_stop: int | None
-    meta: str | None
-
-
 class KnownEntry(Protocol):
     """What an earlier listing has to remember of an entry."""
 
@@ -355,7 +339,6 @@ def _tars(place: SourceLocation) -> Iterator[Entry]:
 
 
 def _parquets(place: SourceLocation, source: ParquetSource, known: Iterable[KnownEntry]) -> Iterator[Entry]:
-    from pipeline.source.reading.parquet import spans
 
     earlier = _Earlier(known)
     first = True

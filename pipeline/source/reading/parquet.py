@@ -15,10 +15,10 @@ from pipeline.errors import PipelineError
 from pipeline.source.config import ParquetSource
 from pipeline.source.reading import parquet_child as table_child
 from pipeline.source.reading import parquet_file as tables
-from pipeline.source.reading.listing import Entry
 from pipeline.source.reading.parquet_file import Item, Span, TableError
 from pipeline.source.reading.rows import (
     EndOfUnit,
+    Entry,
     Failure,
     Ranges,
     SourceRow,

@@ -12,9 +12,11 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 from pipeline.source.config import FolderSource, ParquetSource, SourceConfig, WebDatasetSource
-from pipeline.source.reading.listing import Entry, source_root
+from pipeline.source.reading.listing import source_root
 from pipeline.source.reading.metadata import FILTERED, canonical, parse_object
-from pipeline.source.reading.rows import EndOfUnit, Failure, Ranges, SourceRow, fetch, map_ahead
+from pipeline.source.reading.parquet import read_parquets
+from pipeline.source.reading.rows import EndOfUnit, Entry, Failure, Ranges, SourceRow, fetch, map_ahead
+from pipeline.source.reading.webdataset import read_tars
 from pipeline.source.reasons import Reason
 from pipeline.storage.errors import ObjectChanged
 from pipeline.storage.root import Root
@@ -30,12 +32,9 @@ def read_unit(
     if isinstance(source, FolderSource):
         yield from _read_folder(root, source, entries, wanted)
     elif isinstance(source, WebDatasetSource):
-        from pipeline.source.reading.webdataset import read_tars
-
         yield from read_tars(root, source, entries, wanted)
     else:
         assert isinstance(source, ParquetSource)
-        from pipeline.source.reading.parquet import read_parquets
 
         yield from read_parquets(root, source, entries, wanted)
 

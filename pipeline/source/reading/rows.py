@@ -1,4 +1,4 @@
-"""What the readers hand on."""
+"""What is listed and what the readers hand on."""
 
 from __future__ import annotations
 
@@ -16,6 +16,23 @@ from pipeline.source.reasons import Reason
 from pipeline.storage.errors import describe
 from pipeline.storage.remote import RangedFile
 from pipeline.storage.root import Root, Version
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One object of a source, or a range of rows of one: what a unit of work is made of.
+
+    key: relative to `source_root(source).uri`; rows row_start..row_stop (None: unknown before reading);
+    meta: for folder sources the canonical JSON of caption, label, extra and what the filter says, None without any.
+    """
+
+    key: str
+    size_bytes: int
+    etag: str | None
+    mtime_ns: int | None
+    row_start: int
+    row_stop: int | None
+    meta: str | None
 
 
 @dataclass

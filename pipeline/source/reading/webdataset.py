@@ -20,7 +20,6 @@ from typing import Any, BinaryIO, cast
 from pipeline.errors import PipelineError
 from pipeline.source.config import WebDatasetSource
 from pipeline.source.reading.filters import keeps
-from pipeline.source.reading.listing import Entry
 from pipeline.source.reading.metadata import (
     MAX_TEXT_BYTES,
     canonical,
@@ -30,7 +29,7 @@ from pipeline.source.reading.metadata import (
     parse_object,
     pick_extra,
 )
-from pipeline.source.reading.rows import EndOfUnit, Failure, Ranges, SourceRow, failure_of, open_file
+from pipeline.source.reading.rows import EndOfUnit, Entry, Failure, Ranges, SourceRow, failure_of, open_file
 from pipeline.source.reasons import Reason
 from pipeline.storage.errors import ObjectChanged
 from pipeline.storage.root import Root
