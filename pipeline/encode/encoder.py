@@ -18,7 +18,7 @@ from pipeline.dataflow.device_faults import DeviceFault, device_fault, out_of_me
 from pipeline.encode.rows import Decoded, EncodedImage, Item, Outcome, Rejected
 from pipeline.errors import ConfigError
 from pipeline.source.reasons import Reason
-from pipeline.store.writer import pack_latents
+from pipeline.store.schema import pack_latents
 
 # -- One device's traffic: pixels up on a stream of their own, latents down without stopping what is queued ----
 

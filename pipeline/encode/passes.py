@@ -43,7 +43,8 @@ from pipeline.store.ledger.record import CommitRecord
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State, fold
 from pipeline.store.plan import Work, read_plan
-from pipeline.store.writer import LATENTS, REJECTS, Committer
+from pipeline.store.schema import LATENTS, REJECTS
+from pipeline.store.writer import Committer
 from pipeline.tracking.tracker import Tracker
 
 # Repeats by Ray of a block whose actor died, before the pass ends and this module looks for the guilty unit.

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.source.reading.rows import EndOfUnit, SourceRow
-from pipeline.store.writer import LATENTS, REJECTS
+from pipeline.store.schema import LATENTS, REJECTS
 
 # -- What becomes of a source row: pixels that will be a latent, the latent, or the reason why there is none ---
 

@@ -30,7 +30,7 @@ from pipeline.store.ledger.generation import last_recipe
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.plan import Work
 from pipeline.store.read.dataset import LatentDataset
-from pipeline.store.writer import latents_from
+from pipeline.store.schema import latents_from
 
 _COLUMNS = ["sample_id", "unit", "row", "variant", "key", "bucket", "latent", "latent_shape", "content_sha256"]
 _PIXEL_MAX = 255.0

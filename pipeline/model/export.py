@@ -25,7 +25,7 @@ from torch import nn
 from pipeline.diffusion.config import ObjectiveConfig
 from pipeline.diffusion.solvers import NUM_TRAIN_STEPS
 from pipeline.errors import ConflictError
-from pipeline.model.build import DiffusersAdapter
+from pipeline.model.adapters import DiffusersAdapter
 from pipeline.model.info import DatasetShare, ModelInfo
 from pipeline.model.load import file_sha256
 from pipeline.model.read import CARD_KEY, FILE_KEYS, FORMAT, MARKER, SCHEDULER_KEY, VERSION, WEIGHTS_KEY

@@ -14,8 +14,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.model.build import build_model
-
 if TYPE_CHECKING:
     from pipeline.model.config import ModelConfig
 
@@ -31,6 +29,7 @@ def forward_flops(
     text_length: int = 77,
 ) -> int:
     """FLOPs of one forward pass on one latent [latent_channels, height, width]."""
+    from pipeline.model.build import build_model  # it reads configurations; who counts a module has none
 
     return module_flops(
         lambda: build_model(model, latent_channels=latent_channels, num_classes=num_classes, text_dim=text_dim),

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
-from pipeline.model.build import DiffusersAdapter, build_model
+from pipeline.model.adapters import DiffusersAdapter
+from pipeline.model.build import build_model
 from pipeline.model.checkpoints import CheckpointPlace, fetch_checked
 from pipeline.model.info import ModelInfo
 from pipeline.model.published import PublishedPipeline

@@ -19,7 +19,7 @@ import pyarrow as pa
 from pipeline.media.images import FORMATS, SUFFIXES, encode_image
 from pipeline.sample.provenance import Draw, Origin, provenance
 from pipeline.sample.requests import FIELDS, REQUEST_SCHEMA
-from pipeline.store.writer import ADDRESS, REJECTS
+from pipeline.store.schema import ADDRESS, REJECTS
 
 IMAGES = pa.schema(
     [

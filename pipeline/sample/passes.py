@@ -44,7 +44,8 @@ from pipeline.store.ledger.generation import Generation
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State, read_state
 from pipeline.store.plan import Work, read_entries, read_plan
-from pipeline.store.writer import REJECTS, Committer
+from pipeline.store.schema import REJECTS
+from pipeline.store.writer import Committer
 
 READ_CPUS = 0.1
 WRITE_CPUS = 0.1

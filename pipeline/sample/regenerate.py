@@ -12,9 +12,10 @@ from pipeline.codec.info import codec_info
 from pipeline.errors import InputError
 from pipeline.media.images import read_provenance
 from pipeline.model.read import read_model
-from pipeline.sample.denoise import Denoiser, LatentDecoder, PromptEmbedder, use_threads
+from pipeline.sample.denoise import Denoiser, LatentDecoder, use_threads
 from pipeline.sample.output import IMAGES, encode_rows
 from pipeline.sample.plan import PLAN_SCHEMA
+from pipeline.sample.prompts import PromptEmbedder
 from pipeline.sample.provenance import Draw, check_origin, origin_of, request_of
 from pipeline.sample.text import text_of
 

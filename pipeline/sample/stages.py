@@ -25,7 +25,8 @@ from pipeline.sample.text import TextSpec
 from pipeline.storage.root import Root
 from pipeline.store.plan import EntrySpan, Work, read_entries
 from pipeline.store.read.dataset import place_in
-from pipeline.store.writer import REJECTS, Committer
+from pipeline.store.schema import REJECTS
+from pipeline.store.writer import Committer
 
 # --------------------------------------------------------------------------------------------------------------
 # What is said when a stage of sampling runs out of memory: a wrong configuration, not a fault of the program.
@@ -169,7 +170,8 @@ class EmbedPrompts:
     """An actor that all denoisers ask: prompts in, their embeddings out, each distinct one computed once."""
 
     def __init__(self, spec: TextSpec, draw: Draw, cache_bytes: int, monitor: Any) -> None:
-        from pipeline.sample.denoise import PromptEmbedder, use_threads
+        from pipeline.sample.denoise import use_threads
+        from pipeline.sample.prompts import PromptEmbedder
 
         use_threads(draw.threads)
         self._draw, self._reports = draw, Reports(monitor, EMBEDDER)

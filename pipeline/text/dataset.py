@@ -20,7 +20,7 @@ from pipeline.storage.errors import storage_errors
 from pipeline.store.plan import Plan
 from pipeline.store.read.dataset import Dataset, LatentDataset
 from pipeline.store.read.pins import Pins
-from pipeline.store.writer import to_float32
+from pipeline.store.schema import to_float32
 
 # -- Which captions there are, and which of them are new: distinct by hash, in order of first occurrence -------
 

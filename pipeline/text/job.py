@@ -33,7 +33,8 @@ from pipeline.store.ledger.layout import IDENTITY
 from pipeline.store.ledger.state import State, read_state
 from pipeline.store.plan import PlannedEntry, Work, append_version, read_entries, read_plan, work_of
 from pipeline.store.read.dataset import Dataset, LatentDataset
-from pipeline.store.writer import ADDRESS, Committer, pack_latents
+from pipeline.store.schema import ADDRESS, pack_latents
+from pipeline.store.writer import Committer
 from pipeline.text.config import EmbedTextJobConfig, TextEncoderConfig
 from pipeline.text.dataset import HashSet, in_units, new_captions, planned_hashes
 from pipeline.text.files import EncoderFiles, encoder_files

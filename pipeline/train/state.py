@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConflictError, InputError
 from pipeline.model.checkpoints import Complete, fetch_checked, list_complete
-from pipeline.model.load import read_tensors
 from pipeline.storage.root import Root
 
 # -- Averages of the weights: named tracks, each one dict of float32 tensors under the parameters' own names ---
@@ -181,6 +180,8 @@ def rebuild(checkpoints: Root, sigma_rel: float, images: int | None = None) -> d
 
 def read_track(checkpoints: Root, complete: Complete, track: str) -> dict[str, Tensor]:
     """One EMA track of a checkpoint, whole tensors by parameter name; InputError when a file is damaged."""
+    from pipeline.model.load import read_tensors  # safetensors, which a training step does without
+
     with tempfile.TemporaryDirectory(prefix="latentloom-") as scratch:
         local, problem = fetch_checked(checkpoints, complete.name, complete.marker["files"], Path(scratch))
         if problem is not None:

@@ -29,7 +29,7 @@ from pipeline.store.maintain import dedup
 from pipeline.store.maintain.verify import verify
 from pipeline.store.plan import read_entries, read_plan
 from pipeline.store.read.dataset import LatentDataset
-from pipeline.store.writer import LATENTS
+from pipeline.store.schema import LATENTS
 from pipeline.tracking.tracker import NoopTracker
 from tests.support.images import make_codec, make_images
 from tests.support.jobs import run

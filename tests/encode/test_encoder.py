@@ -21,7 +21,7 @@ from pipeline.encode.rows import Decoded, Item, Rejected, UnitEnd, encoded_table
 from pipeline.encode.stages import ImageDecoder
 from pipeline.errors import ConfigError
 from pipeline.source.config import ImageConfig
-from pipeline.store.writer import latents_from
+from pipeline.store.schema import latents_from
 
 POISON, HUGE, NAN = 251, 252, 253
 

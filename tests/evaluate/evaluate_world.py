@@ -22,7 +22,8 @@ from pipeline.store.ledger.generation import claim_next, note_run
 from pipeline.store.ledger.identity import Identity, claim_identity
 from pipeline.store.ledger.ledger import collect
 from pipeline.store.plan import append_version, read_plan
-from pipeline.store.writer import REJECTS, Committer
+from pipeline.store.schema import REJECTS
+from pipeline.store.writer import Committer
 from tests.support import draws
 
 NUM_CLASSES = 12

@@ -31,7 +31,7 @@ from pipeline.sample.output import IMAGES, encode_rows, file_key
 from pipeline.sample.plan import extend_plan
 from pipeline.sample.prepare import SamplingInputs, on_device, prepare
 from pipeline.sample.regenerate import regenerate
-from pipeline.store.writer import REJECTS
+from pipeline.store.schema import REJECTS
 from tests.sample.conftest import Tiny
 
 pytestmark = pytest.mark.integration

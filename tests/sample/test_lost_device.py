@@ -13,9 +13,7 @@ import torch
 
 from pipeline.dataflow.device_faults import DEVICE_GONE
 from pipeline.dataflow.passes import run_execution
-from pipeline.sample import denoise
-from pipeline.sample import denoise as decode
-from pipeline.sample import denoise as prompts
+from pipeline.sample import denoise, prompts
 from pipeline.sample.stages import DecodeLatents, DecoderSpec, DenoiseBlocks, DenoiserSpec, EmbedPrompts
 from tests.sample.test_shortage import latents
 from tests.support.draws import DRAW
@@ -35,7 +33,7 @@ def ending(monkeypatch: pytest.MonkeyPatch, local_ray: None) -> None:
 
 
 def decoder(patch: pytest.MonkeyPatch, work: Callable[..., Any]) -> Callable[[], Any]:
-    patch.setattr(decode, "load_codec", lambda *_, **__: SimpleNamespace(decode=work))
+    patch.setattr(denoise, "load_codec", lambda *_, **__: SimpleNamespace(decode=work))
     return lambda: DecodeLatents(DecoderSpec("nowhere", "auto", None, DRAW), LocalMonitor())(latents())
 
 

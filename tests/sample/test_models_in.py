@@ -22,10 +22,11 @@ from pipeline.model.export import save_export
 from pipeline.model.load import load_model
 from pipeline.model.read import read_model
 from pipeline.sample.config import SampleJobConfig
-from pipeline.sample.denoise import NOISE, Denoiser, LatentDecoder, PromptEmbedder
+from pipeline.sample.denoise import NOISE, Denoiser, LatentDecoder
 from pipeline.sample.output import encode_rows
 from pipeline.sample.plan import extend_plan
 from pipeline.sample.prepare import SamplingInputs, on_device, prepare
+from pipeline.sample.prompts import PromptEmbedder
 from pipeline.sample.regenerate import regenerate
 from pipeline.sample.text import text_of
 from pipeline.storage.root import Root

@@ -14,7 +14,6 @@ import torch
 from pipeline.dataflow.device_faults import out_of_memory
 from pipeline.errors import ConfigError
 from pipeline.sample import denoise
-from pipeline.sample import denoise as decode
 from pipeline.sample.denoise import LatentDecoder
 from pipeline.sample.stages import DecodeLatents, DecoderSpec, DenoiseBlocks, DenoiserSpec
 from tests.support.draws import DRAW
@@ -56,7 +55,7 @@ def test_a_decoder_without_memory_rejects_no_image(error: Exception, monkeypatch
     def exhausted(latents_NCHW: torch.Tensor) -> torch.Tensor:
         raise error
 
-    monkeypatch.setattr(decode, "load_codec", lambda *_, **__: SimpleNamespace(decode=exhausted))
+    monkeypatch.setattr(denoise, "load_codec", lambda *_, **__: SimpleNamespace(decode=exhausted))
     with pytest.raises(type(error)):
         LatentDecoder("nowhere", batch_size=4)(latents())
     blocks = DecodeLatents(DecoderSpec("nowhere", "auto", None, DRAW), LocalMonitor())

@@ -19,7 +19,8 @@ from pipeline.store.ledger.state import read_state
 from pipeline.store.maintain.verify import verify
 from pipeline.store.plan import append_version, read_entries, work_of
 from pipeline.store.read.dataset import Dataset
-from pipeline.store.writer import REJECTS, Committer
+from pipeline.store.schema import REJECTS
+from pipeline.store.writer import Committer
 from tests.sim.world import World
 
 REQUESTS = ("00", "01", "02")

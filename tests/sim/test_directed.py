@@ -11,7 +11,8 @@ from pipeline.store.ledger.generation import latest_number
 from pipeline.store.ledger.ledger import claimed
 from pipeline.store.ledger.state import read_state
 from pipeline.store.read.dataset import LatentDataset
-from pipeline.store.writer import LATENTS, REJECTS, Committer
+from pipeline.store.schema import LATENTS, REJECTS
+from pipeline.store.writer import Committer
 from tests.sim import oracles
 from tests.sim.samplers import Samplers
 from tests.sim.world import DATA, World

@@ -32,7 +32,8 @@ from pipeline.store.ledger.state import read_state
 from pipeline.store.maintain.dedup import is_due, marked, released
 from pipeline.store.plan import Plan, read_entries, work_of
 from pipeline.store.read.dataset import Dataset, LatentDataset
-from pipeline.store.writer import LATENTS, REJECTS, Committer, pack_latents
+from pipeline.store.schema import LATENTS, REJECTS, pack_latents
+from pipeline.store.writer import Committer
 from tests.sim.scheduler import Sim
 from tests.sim.storage import Store, Stored, activate, read_if_match
 from tests.support.maintain import collect_garbage, compact, deduplicate

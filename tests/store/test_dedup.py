@@ -27,7 +27,7 @@ from pipeline.store.maintain.dedup import REASON, first_of_each, is_due, marked,
 from pipeline.store.maintain.verify import verify
 from pipeline.store.plan import append_version, read_plan
 from pipeline.store.read.dataset import LatentDataset
-from pipeline.store.writer import LATENTS
+from pipeline.store.schema import LATENTS
 from tests.support.maintain import collect_garbage, compact, deduplicate
 from tests.support.rows import IDENTITY, Listed, claim, committer, latent_rows, planned_root, rejected_rows
 

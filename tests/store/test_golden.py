@@ -15,7 +15,7 @@ from pipeline.storage.root import Root
 from pipeline.store.ledger.state import read_state
 from pipeline.store.maintain.verify import verify
 from pipeline.store.read.dataset import LatentDataset
-from pipeline.store.writer import latents_from
+from pipeline.store.schema import latents_from
 from tests.support.rows import claim, committer, latent_rows
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dataset_v1"

@@ -14,7 +14,8 @@ from pipeline.store.ledger.generation import Generation, claim_next
 from pipeline.store.ledger.identity import Identity, claim_identity
 from pipeline.store.ledger.ledger import collect
 from pipeline.store.plan import append_version, read_plan
-from pipeline.store.writer import LATENTS, REJECTS, Committer, pack_latents
+from pipeline.store.schema import LATENTS, REJECTS, pack_latents
+from pipeline.store.writer import Committer
 
 SHAPE = (2, 3, 4)
 IDENTITY = Identity(

@@ -15,7 +15,8 @@ from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import claim_next
 from pipeline.store.ledger.identity import Identity, claim_identity
 from pipeline.store.ledger.ledger import collect
-from pipeline.store.writer import LATENTS, REJECTS, Committer, pack_latents
+from pipeline.store.schema import LATENTS, REJECTS, pack_latents
+from pipeline.store.writer import Committer
 
 
 @dataclass(frozen=True)

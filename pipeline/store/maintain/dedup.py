@@ -27,7 +27,8 @@ from pipeline.store.ledger.identity import read_identity
 from pipeline.store.ledger.rowset import Int64s, RowSet
 from pipeline.store.ledger.state import State, VisibleFile, read_state
 from pipeline.store.read.dataset import Dataset
-from pipeline.store.writer import LATENTS, REJECTS, Committer
+from pipeline.store.schema import LATENTS, REJECTS
+from pipeline.store.writer import Committer
 
 REASON = "duplicate_content"
 MARK = "deduplicated"  # in a closing note: the digest of the rows among which no two are equal

@@ -15,7 +15,7 @@ from torch import nn
 
 from pipeline.diffusion.objectives import Objective
 from pipeline.diffusion.timesteps import TimestepDensity
-from pipeline.model.build import build_dit_transformer2d
+from pipeline.model.adapters import build_dit_transformer2d
 from pipeline.model.dit import DiT
 from pipeline.model.flops import module_flops, train_flops
 from pipeline.stream.data import Batch

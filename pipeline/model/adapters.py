@@ -1,0 +1,285 @@
+"""diffusers' models behind the one calling convention of this package; diffusers is imported when one is built.
+
+Each adapter holds the diffusers model as `inner`, unchanged, so that what is exported is what diffusers loads.
+Times in [0, 1] become the 1000-step scale these classes embed. Label index num_classes is "no label". Text models
+take the embeddings of the empty prompt as their unconditional text: they have no token of their own for it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import InputError
+
+if TYPE_CHECKING:
+    from pipeline.model.config import (
+        DiTTransformer2DConfig,
+        PublishedConfig,
+        SD3Transformer2DConfig,
+        Sides,
+        UNet2DConditionConfig,
+        UNet2DConfig,
+    )
+
+_TIME_SCALE = 1000.0
+
+
+class DiffusersAdapter(nn.Module):
+    """A diffusers model as forward(x, t, labels, text, mask) -> prediction; subclasses say how it is called."""
+
+    def __init__(self, inner: nn.Module, *, sides: Sides, null_label: int | None) -> None:
+        super().__init__()
+        self.inner, self.sides = inner, sides
+        self.null_label = null_label  # the label index that means "no label", where the model has one
+
+    @property
+    def config(self) -> Any:
+        """The diffusers configuration of the model."""
+        return getattr(self.inner, "config")  # noqa: B009 - diffusers is untyped
+
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        labels_B: Tensor | None = None,
+        text_BLD: Tensor | None = None,
+        text_mask_BL: Tensor | None = None,
+    ) -> Tensor:
+        arguments = self._arguments(x_BCHW.shape[0], x_BCHW.device, labels_B, text_BLD, text_mask_BL)
+        return self._predict(x_BCHW, t_B, **arguments)
+
+    def _predict(self, x_BCHW: Tensor, t_B: Tensor, **arguments: Any) -> Tensor:
+        height, width = x_BCHW.shape[-2:]
+        if not self.sides.take(height, width):
+            raise InputError(
+                f"{type(self.inner).__name__} cannot take this latent size",
+                key="latent size",
+                value=f"{height}x{width}",
+                rule=f"it takes {self.sides.rule()}",
+                next_step="use image buckets that give such latents, or another model",
+            )
+        prediction: Tensor = self.inner(x_BCHW, timestep=t_B * _TIME_SCALE, return_dict=False, **arguments)[0]
+        # Published models with a learned variance predict it in a second set of channels; no solver here uses it.
+        return prediction[:, : x_BCHW.shape[1]]
+
+    def _arguments(
+        self, batch: int, device: torch.device, labels: Tensor | None, text: Tensor | None, mask: Tensor | None
+    ) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _labels(self, batch: int, device: torch.device, labels: Tensor | None) -> Tensor:
+        if labels is not None:
+            return labels
+        if self.null_label is None:
+            raise InputError(
+                f"{type(self.inner).__name__} was called without labels",
+                key="labels",
+                rule="this model was trained without an unconditional label: every row needs a class",
+                next_step="give every request a class, and guidance 1",
+            )
+        return torch.full((batch,), self.null_label, device=device)
+
+    def _need_text(self, text: Tensor | None) -> Tensor:
+        if text is None:
+            raise InputError(
+                f"{type(self.inner).__name__} was called without text",
+                key="text",
+                rule="every call needs text embeddings [b, l, d]",
+                next_step="pass the embeddings of the empty prompt for unconditional rows",
+            )
+        return text
+
+
+class UNet2D(DiffusersAdapter):
+    """UNet2DModel: classes or nothing."""
+
+    def _arguments(
+        self, batch: int, device: torch.device, labels: Tensor | None, text: Tensor | None, mask: Tensor | None
+    ) -> dict[str, Any]:
+        if self.config.num_class_embeds is None:
+            return {}
+        return {"class_labels": self._labels(batch, device, labels)}
+
+
+class UNet2DCondition(DiffusersAdapter):
+    """UNet2DConditionModel: text by masked cross-attention, classes where it was built with them."""
+
+    def _arguments(
+        self, batch: int, device: torch.device, labels: Tensor | None, text: Tensor | None, mask: Tensor | None
+    ) -> dict[str, Any]:
+        arguments = {"encoder_hidden_states": self._need_text(text), "encoder_attention_mask": mask}
+        if self.config.num_class_embeds is not None:
+            arguments["class_labels"] = self._labels(batch, device, labels)
+        return arguments
+
+
+class DiTTransformer2D(DiffusersAdapter):
+    """DiTTransformer2DModel: classes, square latents of its own size."""
+
+    def _arguments(
+        self, batch: int, device: torch.device, labels: Tensor | None, text: Tensor | None, mask: Tensor | None
+    ) -> dict[str, Any]:
+        return {"class_labels": self._labels(batch, device, labels)}
+
+
+class SD3Transformer2D(DiffusersAdapter):
+    """SD3Transformer2DModel: text by joint attention, its pooled vector the mean of the real tokens."""
+
+    def _arguments(
+        self, batch: int, device: torch.device, labels: Tensor | None, text: Tensor | None, mask: Tensor | None
+    ) -> dict[str, Any]:
+        text = self._need_text(text)
+        weight = torch.ones(text.shape[:2], device=device) if mask is None else mask.float()
+        text = torch.where(weight[..., None] > 0, text, 0.0)
+        pooled = text.sum(1) / weight.sum(1, keepdim=True).clamp(min=1.0).to(text.dtype)
+        return {"encoder_hidden_states": text, "pooled_projections": pooled}
+
+
+class PublishedSD3(SD3Transformer2D):
+    """SD3Transformer2DModel as published: its pooled vector comes from the encoders, and no text is masked."""
+
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        labels_B: Tensor | None = None,
+        text_BLD: Tensor | None = None,
+        text_mask_BL: Tensor | None = None,
+        pooled_BP: Tensor | None = None,
+    ) -> Tensor:
+        if pooled_BP is None:
+            raise InputError(
+                "SD3Transformer2DModel was called without a pooled text vector",
+                key="text",
+                rule="a published model reads the pooled states of its CLIP encoders",
+            )
+        return self._predict(
+            x_BCHW, t_B, encoder_hidden_states=self._need_text(text_BLD), pooled_projections=pooled_BP
+        )
+
+
+_PUBLISHED: dict[str, type[DiffusersAdapter]] = {
+    "UNet2DModel": UNet2D,
+    "UNet2DConditionModel": UNet2DCondition,
+    "DiTTransformer2DModel": DiTTransformer2D,
+    "SD3Transformer2DModel": PublishedSD3,
+}
+
+
+def build_published(config: PublishedConfig, num_classes: int | None) -> DiffusersAdapter:
+    """A published class from its own configuration, its weights unset."""
+    # Of these classes only DiT reserves a label for "no label"; a UNet's last class is a class.
+    null_label = num_classes if config.class_name == "DiTTransformer2DModel" else None
+    inner = _diffusers(config.class_name).from_config(config.config)
+    return _PUBLISHED[config.class_name](inner, sides=config.sides, null_label=null_label)
+
+
+def build_unet2d(
+    config: UNet2DConfig, *, latent_channels: int, num_classes: int | None, text_dim: int | None
+) -> DiffusersAdapter:
+    """UNet2DModel with num_classes + 1 label embeddings, the last for "no label"."""
+    down = ["AttnDownBlock2D" if attends else "DownBlock2D" for attends in config.attention]
+    up = ["AttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(config.attention)]
+    return UNet2D(
+        _diffusers("UNet2DModel")(
+            in_channels=latent_channels,
+            out_channels=latent_channels,
+            block_out_channels=list(config.block_out_channels),
+            layers_per_block=config.layers_per_block,
+            down_block_types=down,
+            up_block_types=up,
+            attention_head_dim=config.attention_head_dim,
+            norm_num_groups=config.norm_num_groups,
+            dropout=config.dropout,
+            num_class_embeds=None if num_classes is None else num_classes + 1,
+        ),
+        sides=config.sides,
+        null_label=num_classes,
+    )
+
+
+def build_unet2d_condition(
+    config: UNet2DConditionConfig, *, latent_channels: int, num_classes: int | None, text_dim: int | None
+) -> DiffusersAdapter:
+    """UNet2DConditionModel with cross-attention to text of width text_dim."""
+    down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in config.attention]
+    up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(config.attention)]
+    inner = _diffusers("UNet2DConditionModel")(
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=list(config.block_out_channels),
+        layers_per_block=config.layers_per_block,
+        down_block_types=down,
+        up_block_types=up,
+        # diffusers reads this field as the number of heads in this class.
+        attention_head_dim=config.attention_heads,
+        norm_num_groups=config.norm_num_groups,
+        cross_attention_dim=text_dim,
+        num_class_embeds=None if num_classes is None else num_classes + 1,
+    )
+    inner = _checkpointing(inner, config.activation_checkpointing)
+    return UNet2DCondition(inner, sides=config.sides, null_label=num_classes)
+
+
+def build_dit_transformer2d(
+    config: DiTTransformer2DConfig, *, latent_channels: int, num_classes: int | None, text_dim: int | None
+) -> DiffusersAdapter:
+    """DiTTransformer2DModel without its own label dropout, its gates and output starting at zero."""
+    inner = _diffusers("DiTTransformer2DModel")(
+        in_channels=latent_channels,
+        sample_size=config.sample_size,
+        patch_size=config.patch,
+        num_attention_heads=config.heads,
+        attention_head_dim=config.head_dim,
+        num_layers=config.depth,
+        num_embeds_ada_norm=num_classes,
+    )
+    for block in inner.transformer_blocks:
+        # Each block would draw its own mask, so that no image is ever unconditional in all of them.
+        block.norm1.emb.class_embedder.dropout_prob = 0.0
+        nn.init.zeros_(block.norm1.linear.weight)
+        nn.init.zeros_(block.norm1.linear.bias)
+    nn.init.zeros_(inner.proj_out_2.weight)
+    nn.init.zeros_(inner.proj_out_2.bias)
+    inner = _checkpointing(inner, config.activation_checkpointing)
+    return DiTTransformer2D(inner, sides=config.sides, null_label=num_classes)
+
+
+def build_sd3_transformer2d(
+    config: SD3Transformer2DConfig, *, latent_channels: int, num_classes: int | None, text_dim: int | None
+) -> DiffusersAdapter:
+    """SD3Transformer2DModel on text of width text_dim."""
+    inner = _diffusers("SD3Transformer2DModel")(
+        sample_size=config.sample_size,
+        patch_size=config.patch,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        num_layers=config.depth,
+        attention_head_dim=config.head_dim,
+        num_attention_heads=config.heads,
+        joint_attention_dim=text_dim,
+        caption_projection_dim=config.heads * config.head_dim,
+        pooled_projection_dim=text_dim,
+        pos_embed_max_size=config.max_size,
+        qk_norm="rms_norm" if config.qk_norm else None,
+    )
+    nn.init.zeros_(inner.proj_out.weight)
+    nn.init.zeros_(inner.proj_out.bias)
+    inner = _checkpointing(inner, config.activation_checkpointing)
+    return SD3Transformer2D(inner, sides=config.sides, null_label=None)
+
+
+def _diffusers(class_name: str) -> Any:
+    import diffusers
+
+    return getattr(diffusers, class_name)
+
+
+def _checkpointing(inner: Any, enabled: bool) -> nn.Module:
+    if enabled:
+        inner.enable_gradient_checkpointing()
+    model: nn.Module = inner
+    return model
