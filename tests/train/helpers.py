@@ -22,9 +22,9 @@ from pipeline.diffusion.timesteps import TimestepDensity
 from pipeline.storage.root import Root
 from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.loop import Settings
+from pipeline.train.parallel import wrap
 from pipeline.train.state import Track, TrainState, make_state
 from pipeline.train.task import Task
-from pipeline.train.worker import wrap
 
 NUM_SAMPLES = 37
 CHANNELS = 2

@@ -14,7 +14,7 @@ from torch import nn
 from pipeline.model.build import build_model, repeated_blocks
 from pipeline.model.config import ModelConfig
 from pipeline.train import collectives
-from pipeline.train.worker import wrap
+from pipeline.train.parallel import wrap
 from tests.train.helpers import on_ranks, write_json
 
 SIZE: dict[str, Any] = {"heads": 2, "depth": 2}

@@ -12,8 +12,8 @@ from pipeline.storage.root import Root
 from pipeline.train import collectives
 from pipeline.train.checkpoint import CheckpointStore, list_complete
 from pipeline.train.loop import train
+from pipeline.train.parallel import wrap
 from pipeline.train.state import Track, make_state, read_track, rebuild
-from pipeline.train.worker import wrap
 from tests.train.helpers import TinyNet, fake_stream, make_settings, make_task, on_ranks, plain
 
 TRACKS = (Track("a", 0.05), Track("b", 0.10), Track("wanted", 0.075))

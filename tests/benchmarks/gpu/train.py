@@ -20,9 +20,9 @@ from pipeline.model.dit import DiT
 from pipeline.model.flops import module_flops, train_flops
 from pipeline.stream.data import Batch
 from pipeline.train.loop import Callbacks, Settings, train
+from pipeline.train.parallel import wrap
 from pipeline.train.state import Track, make_state
 from pipeline.train.task import Task
-from pipeline.train.worker import wrap
 from tests.benchmarks.gpu.device import Bench, Kernels, fitting, medians
 from tests.benchmarks.gpu.shapes import Dit, Scale
 
