@@ -7,10 +7,14 @@ argument; what reaches a person at a terminal is one of these.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 if TYPE_CHECKING:
     from pipeline.result import JobResult
+
+T = TypeVar("T")
 
 
 class PipelineError(Exception):
@@ -43,6 +47,13 @@ class PipelineError(Exception):
         self.result = result
         return self
 
+    def but(self, **changes: Any) -> Self:
+        """The same error with other parts: what, key, value, rule, next_step."""
+        parts = {name: getattr(self, name) for name in ("what", "key", "value", "rule", "next_step")} | changes
+        error = type(self)(parts.pop("what"), **parts)
+        error.result = self.result
+        return error
+
     def __reduce__(self) -> tuple[object, ...]:
         # Ray carries exceptions between processes; the keyword-only constructor needs help to survive it.
         arguments = (type(self), self.what, self.key, self.value, self.rule, self.next_step)
@@ -58,6 +69,30 @@ def _rebuild(
     next_step: str | None,
 ) -> PipelineError:
     return cls(what, key=key, value=value, rule=rule, next_step=next_step)
+
+
+@contextlib.contextmanager
+def argument_keys(keys: str | Mapping[str, str]) -> Iterator[None]:
+    """Errors of leaves name their own arguments; those of the block name the configuration's keys instead.
+
+    keys: the section that holds them all, or the key of each; an error about anything else stays as it is.
+    """
+    try:
+        yield
+    except PipelineError as error:
+        argument = error.key
+        if argument is None or "." in argument:
+            raise
+        key = f"{keys}.{argument}" if isinstance(keys, str) else keys.get(argument)
+        if key is None:
+            raise
+        raise error.but(key=key) from error
+
+
+def keyed(items: Iterable[T], keys: str | Mapping[str, str]) -> Iterator[T]:
+    """The items of a leaf that works while they are asked for, under `argument_keys`."""
+    with argument_keys(keys):
+        yield from items
 
 
 class ConfigError(PipelineError):

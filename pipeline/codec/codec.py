@@ -84,7 +84,7 @@ def load_codec(
     try:
         directory = local_directory(codec_root(path, revision))
     except storage_errors() as error:
-        raise InputError(f"The codec cannot be read: {describe(error)}", key="codec.path", value=path) from error
+        raise InputError(f"The codec cannot be read: {describe(error)}", key="path", value=path) from error
     # Hash what is loaded, not what the remote held a moment ago.
     info = diffusers_info(Root(str(directory)), path)
     return DiffusersCodec.load(directory, info, device=device, dtype=resolve_dtype(dtype, device, info), **options)

@@ -57,7 +57,7 @@ class DiffusersCodec:
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             raise InputError(
                 f"The codec cannot be loaded: {str(error).strip().splitlines()[0]}",
-                key="codec.path",
+                key="path",
                 value=directory,
                 rule=f"config.json and weights must belong to one {info.class_name}",
                 next_step="save the codec again with save_pretrained",
@@ -67,7 +67,7 @@ class DiffusersCodec:
             # diffusers would go on with random values for what is missing.
             raise InputError(
                 f"The codec's weights do not fit its config.json: {len(odd)} tensors differ, such as {odd[0]}",
-                key="codec.path",
+                key="path",
                 value=directory,
                 rule=f"config.json and weights must belong to one {info.class_name}",
                 next_step="copy both files from the same codec",

@@ -36,7 +36,7 @@ def codec_root(path: str, revision: str | None = None) -> Root:
             return candidate
     raise InputError(
         "The codec directory holds no config.json",
-        key="codec.path",
+        key="path",
         value=path,
         rule=_LAYOUT,
         next_step="name a directory written by diffusers' save_pretrained or by jobs.fit_codec",
@@ -50,15 +50,15 @@ def _root(path: str, revision: str | None) -> Root:
     if local.is_dir():
         return Root(str(local))
     if local.exists():
-        raise InputError("The codec path is a file", key="codec.path", value=path, rule=_LAYOUT)
+        raise InputError("The codec path is a file", key="path", value=path, rule=_LAYOUT)
     if revision is not None and _HUB_ID.fullmatch(path):
         return Root(str(_hub_snapshot(path, revision)))
     raise InputError(
         "There is no such codec directory",
-        key="codec.path",
+        key="path",
         value=path,
         rule=_LAYOUT,
-        next_step="correct the path; to take it from the hub, pin it with codec.revision=<commit or tag>",
+        next_step="correct the path; to take it from the hub, pin it with revision=<commit or tag>",
     )
 
 
@@ -72,7 +72,7 @@ def _hub_snapshot(repo: str, revision: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"The hub does not give this codec: {type(error).__name__}: {str(error).splitlines()[0]}",
-            key="codec.path",
+            key="path",
             value=f"{repo} at revision {revision}",
             rule="a hub id must exist at its revision and be reachable or cached",
             next_step="check id, revision, network and HF_TOKEN, or download it and give the directory",
@@ -154,15 +154,15 @@ def _names(root: Root, path: str) -> list[str]:
     if any(name.endswith(_PICKLE) for name in found):
         raise InputError(
             "The codec's weights are pickled, and unpickling runs code from the file",
-            key="codec.path",
+            key="path",
             value=path,
             rule=f"weights are read from {WEIGHTS} only",
             next_step="where you trust the file, convert it once: AutoencoderKL.from_pretrained(path)"
-            ".save_pretrained(new_path), then set codec.path=new_path",
+            ".save_pretrained(new_path), then name new_path",
         )
     raise InputError(
         f"The codec directory is incomplete: it holds {', '.join(found)} and no weights",
-        key="codec.path",
+        key="path",
         value=path,
         rule=f"weights are read from {WEIGHTS}",
         next_step="copy the missing file, or rename the variant to be used",
@@ -173,13 +173,13 @@ def _shards(root: Root, path: str) -> list[str]:
     try:
         names = sorted(set(json.loads(root.read_bytes(INDEX))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"The index {INDEX} cannot be read: {error!r}", key="codec.path", value=path) from error
+        raise InputError(f"The index {INDEX} cannot be read: {error!r}", key="path", value=path) from error
     # A name with a slash would lead out of the directory.
     missing = [n for n in names if "/" in n or "\\" in n or not n.endswith(".safetensors") or not root.exists(n)]
     if missing or not names:
         raise InputError(
             f"The index {INDEX} names files that are not there: {', '.join(missing) or 'none at all'}",
-            key="codec.path",
+            key="path",
             value=path,
             next_step="copy the missing files",
         )
@@ -216,7 +216,7 @@ def _header(root: Root, name: str, size: int, path: str) -> tuple[dict[str, Any]
 def _broken(name: str, why: str, path: str) -> NoReturn:
     raise InputError(
         f"The weight file {name} is broken: {why}",
-        key="codec.path",
+        key="path",
         value=path,
         rule="a safetensors file is as long as its header says",
         next_step="copy or download it again",
@@ -233,7 +233,7 @@ def read_tensor(root: Root, names: list[str], tensor: str, path: str) -> npt.NDA
             (length,) = struct.unpack("<Q", root.read_range(name, 0, 8))
             data = root.read_range(name, 8 + length + start, stop - start)
             return _as_float64(data, entry["dtype"], name, path).reshape(entry["shape"])
-    raise InputError(f"The weights hold no tensor {tensor}", key="codec.path", value=path)
+    raise InputError(f"The weights hold no tensor {tensor}", key="path", value=path)
 
 
 def _as_float64(data: bytes, dtype: str, name: str, path: str) -> npt.NDArray[np.float64]:

@@ -106,7 +106,7 @@ def codec_info(path: str, revision: str | None = None, kind: str = "auto") -> Co
     except storage_errors() as error:
         raise InputError(
             f"The codec cannot be read: {describe(error)}",
-            key="codec.path",
+            key="path",
             value=path,
             next_step="check the URI, the permissions and the credentials",
         ) from error
@@ -119,7 +119,7 @@ def diffusers_info(root: Root, path: str) -> CodecInfo:
     if class_name not in DIFFUSERS_CLASSES:
         raise InputError(
             f"The codec's config.json declares the class {class_name!r}",
-            key="codec.path",
+            key="path",
             value=path,
             rule=f"known classes are {', '.join(DIFFUSERS_CLASSES)}",
             next_step="use one of these, or plug the codec in through the entry point group latentloom.codecs",
@@ -146,7 +146,7 @@ def diffusers_info(root: Root, path: str) -> CodecInfo:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"The codec's config.json cannot be understood: {error!r}", key="codec.path", value=path
+            f"The codec's config.json cannot be understood: {error!r}", key="path", value=path
         ) from error
 
 
@@ -169,9 +169,9 @@ def check_posterior(info: CodecInfo, posterior: str) -> None:
     if posterior != "mode" and not info.has_posterior:
         raise ConfigError(
             f"{info.class_name} has no posterior: one image has one latent",
-            key="codec.posterior",
+            key="posterior",
             value=posterior,
-            next_step="set codec.posterior=mode",
+            next_step="set posterior=mode",
         )
 
 
@@ -183,10 +183,10 @@ def check_dtype(info: CodecInfo, dtype: str) -> None:
     if dtype == "float16" and info.config.get("force_upcast"):
         raise ConfigError(
             "The codec may overflow in float16: its config.json says force_upcast",
-            key="codec.dtype",
+            key="dtype",
             value=dtype,
             rule="such a codec is computed in bfloat16 or float32",
-            next_step="set codec.dtype=auto, bfloat16 or float32; diffusers writes the key for every AutoencoderKL "
+            next_step="set dtype=auto, bfloat16 or float32; diffusers writes the key for every AutoencoderKL "
             'that does not deny it, so a codec known to be sound may say "force_upcast": false in its config.json',
         )
 
@@ -197,12 +197,12 @@ def _read_config(root: Root, path: str) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(
             f"The codec's config.json is no valid JSON: {error}",
-            key="codec.path",
+            key="path",
             value=path,
             next_step="save the codec again with save_pretrained",
         ) from error
     if not isinstance(data, dict):
-        raise InputError("The codec's config.json holds no JSON object", key="codec.path", value=path)
+        raise InputError("The codec's config.json holds no JSON object", key="path", value=path)
     return data
 
 
@@ -292,7 +292,7 @@ def find_plugin(kind: str) -> CodecPlugin:
         near = difflib.get_close_matches(kind, [*found, "auto"], n=1)
         raise ConfigError(
             "There is no such codec plug-in",
-            key="codec.kind",
+            key="kind",
             value=kind,
             rule=f"auto, or an installed entry point of {GROUP}: {', '.join(sorted(found)) or 'there is none'}",
             next_step=f"did you mean {near[0]}?" if near else "install the package that offers it, or use auto",
@@ -302,7 +302,7 @@ def find_plugin(kind: str) -> CodecPlugin:
     except (ImportError, AttributeError) as error:
         raise InputError(
             f"The codec plug-in cannot be imported: {error}",
-            key="codec.kind",
+            key="kind",
             value=kind,
             next_step=f"repair {found[kind].value}",
         ) from error
@@ -310,7 +310,7 @@ def find_plugin(kind: str) -> CodecPlugin:
     if missing:
         raise InputError(
             f"The codec plug-in {found[kind].value} lacks the method {' and '.join(missing)}",
-            key="codec.kind",
+            key="kind",
             value=kind,
             rule="a plug-in has read_info(path, revision) and load(path, revision, info, ...)",
         )

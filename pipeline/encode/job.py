@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any
 
-from pipeline.codec.info import CodecInfo, check_dtype, check_posterior, codec_info, fitted_by, gpu_dtype
+from pipeline.codec.info import CodecInfo, check_dtype, check_posterior, fitted_by, gpu_dtype, read_codec_info
 from pipeline.dataflow.cluster import ensure_ray
 from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.planning import known_entries, update_plan
@@ -23,7 +23,7 @@ from pipeline.encode.summary import (
     source_note,
     with_dtype,
 )
-from pipeline.errors import ConfigError, ConflictError
+from pipeline.errors import ConfigError, ConflictError, argument_keys, keyed
 from pipeline.progress import Progress
 from pipeline.result import JobResult
 from pipeline.runs.session import Run, open_run
@@ -59,7 +59,7 @@ def run(config: EncodeJobConfig) -> JobResult:
         plan, report = update_plan(
             root,
             # Under the claim: a listing of before it could retire what a run in between has planned.
-            list_entries(config.source, known_entries(root, config.source.kind)),
+            keyed(list_entries(config.source, known_entries(root, config.source.kind)), "source"),
             source=source_note(config),
             generation=run.generation.number,
             unit_rows=config.encode.unit_rows,
@@ -82,9 +82,10 @@ def run(config: EncodeJobConfig) -> JobResult:
 
 def _check(config: EncodeJobConfig) -> tuple[Root, CodecInfo]:
     """Everything that can be wrong before anything is written."""
-    info = codec_info(config.codec.path, config.codec.revision, config.codec.kind)
-    check_posterior(info, config.codec.posterior)
-    check_dtype(info, config.codec.dtype)
+    with argument_keys("codec"):
+        info = read_codec_info(config.codec)
+        check_posterior(info, config.codec.posterior)
+        check_dtype(info, config.codec.dtype)
     if config.image.multiple_of % info.factor:
         raise ConfigError(
             f"The codec shrinks images by {info.factor}, and image.multiple_of is {config.image.multiple_of}",
@@ -94,15 +95,17 @@ def _check(config: EncodeJobConfig) -> tuple[Root, CodecInfo]:
             next_step=f"set image.multiple_of={info.factor} (and a resolution that is a multiple of it)",
         )
     root = Root(config.output.uri)
-    check_apart(config.source, root)
     exists = root.kind() == "directory" and root.exists(IDENTITY)
-    source_root(config.source)  # a missing source fails here, and an empty one before anything is written
-    if not exists:
-        next(list_entries(config.source))
+    with argument_keys("source"):
+        check_apart(config.source, root)
+        source_root(config.source)  # a missing source fails here, and an empty one before anything is written
+        if not exists:
+            next(list_entries(config.source))
     if exists:
         recorded = read_identity(root, "output.uri")
         rehearsal = _is_rehearsal(config, recorded.fingerprint)
-        check_same(root, recorded, _identity(adopted(config, recorded.fingerprint), info, rehearsal=rehearsal))
+        with argument_keys({"root": "output.uri"}):
+            check_same(root, recorded, _identity(adopted(config, recorded.fingerprint), info, rehearsal=rehearsal))
         check_same_reading(config, root)
     root.probe()
     return root, info

@@ -33,7 +33,7 @@ from pipeline.encode.rows import (
     raw_table,
     split_outcomes,
 )
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, argument_keys, keyed
 from pipeline.source.config import ImageConfig, SourceConfig
 from pipeline.source.pixels.prepare import PreparedImage, Reject, prepare
 from pipeline.source.reading.readers import read_unit
@@ -156,7 +156,7 @@ class UnitReader:
             entries = [replace(e, etag=None, mtime_ns=None) for e in entries]
         block: list[SourceRow | EndOfUnit] = []
         size = 0
-        for item in read_unit(self.source, entries, work.ranges):
+        for item in keyed(read_unit(self.source, entries, work.ranges), "source"):
             block.append(item)
             size += len(item.image or b"") if isinstance(item, SourceRow) else 0
             if len(block) >= self.block_rows or size >= _BLOCK_BYTES:
@@ -233,15 +233,16 @@ def load_encoder(spec: EncoderSpec) -> Any:
     from pipeline.encode.encoder import Encoder
 
     try:
-        codec = load_codec(
-            spec.codec.path,
-            revision=spec.codec.revision,
-            kind=spec.codec.kind,
-            device=spec.device,
-            dtype=spec.codec.dtype,
-            compile=spec.codec.compile,
-            channels_last=spec.codec.channels_last,
-        )
+        with argument_keys("codec"):
+            codec = load_codec(
+                spec.codec.path,
+                revision=spec.codec.revision,
+                kind=spec.codec.kind,
+                device=spec.device,
+                dtype=spec.codec.dtype,
+                compile=spec.codec.compile,
+                channels_last=spec.codec.channels_last,
+            )
     except Exception as error:
         if not out_of_memory(error):
             raise

@@ -11,9 +11,9 @@ from typing import Any, get_args
 
 from pipeline.codec.config import CodecConfig
 from pipeline.codec.flops import encode_flops
-from pipeline.codec.info import CodecInfo, check_posterior, codec_info
+from pipeline.codec.info import CodecInfo, check_posterior, read_codec_info
 from pipeline.encode.config import EncodeJobConfig
-from pipeline.errors import ConfigError, ConflictError, RejectBudgetError
+from pipeline.errors import ConfigError, ConflictError, RejectBudgetError, argument_keys, keyed
 from pipeline.result import JobResult
 from pipeline.source.config import ImageConfig
 from pipeline.source.pixels.prepare import policy_fingerprint
@@ -239,8 +239,9 @@ class _Count:
 
 def dry_run(config: EncodeJobConfig) -> JobResult:
     """Count the source and reckon cost and sizes; raises the same errors as the job would."""
-    info = codec_info(config.codec.path, config.codec.revision, config.codec.kind)
-    check_posterior(info, config.codec.posterior)
+    with argument_keys("codec"):
+        info = read_codec_info(config.codec)
+        check_posterior(info, config.codec.posterior)
     count = _count(config)
     figures: dict[str, float] = {}
     lines = [_source_line(config, count), *_output_lines(config, info, count.all_images, figures)]
@@ -264,7 +265,9 @@ def dry_run(config: EncodeJobConfig) -> JobResult:
 
 def _count(config: EncodeJobConfig) -> _Count:
     count = _Count()
-    for unit in group_units(list_entries(config.source), config.encode.unit_rows, config.encode.unit_bytes):
+    for unit in group_units(
+        keyed(list_entries(config.source), "source"), config.encode.unit_rows, config.encode.unit_bytes
+    ):
         count.units += 1
         for entry in unit:
             count.objects += 1

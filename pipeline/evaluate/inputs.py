@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.codec.info import CodecInfo, read_codec_info
-from pipeline.errors import ConfigError, ConflictError, InputError
+from pipeline.errors import ConfigError, ConflictError, InputError, argument_keys
 from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.evaluate.reference import ReferenceSummary, summarize
 from pipeline.evaluate.samples import open_samples
@@ -50,15 +50,13 @@ def inspect(config: EvaluateJobConfig) -> Inputs:
     output = Root(config.output.uri)
     check_output(output)
     samples = open_samples(config.samples.uri) if config.samples else None
-    latents = LatentDataset.open(config.data.uri) if config.data else None
-    codec = read_codec_info(config.codec) if config.codec else None
+    latents = LatentDataset.open(config.data.uri, "data.uri") if config.data else None
+    with argument_keys("codec"):
+        codec = read_codec_info(config.codec) if config.codec else None
     if codec is not None:
         _check_codec(config, codec, latents)
-    try:
+    with argument_keys("reference"):
         reference = summarize(config.reference)
-    except InputError as error:
-        key = (error.key or "").replace("source.", "reference.", 1) or None
-        raise InputError(error.what, key=key, value=error.value, rule=error.rule, next_step=error.next_step) from None
     history, history_sha256 = _history(config)
     settings = config.model_dump(mode="json", exclude={"output", "tracking", "reference_cache", "cluster"})
     judge = {name: settings[name] for name in ("reference", "image", "classifier", "quality")}

@@ -19,7 +19,7 @@ from pipeline.codec.config import FitCodecJobConfig, FitConfig, FitIdentity
 from pipeline.codec.flops import decode_flops, encode_flops
 from pipeline.codec.info import FITTED, CodecInfo, codec_info
 from pipeline.config import config_digest
-from pipeline.errors import ConflictError, InputError
+from pipeline.errors import ConflictError, InputError, argument_keys, keyed
 from pipeline.progress import Progress
 from pipeline.result import JobResult
 from pipeline.runs.session import open_run
@@ -52,7 +52,7 @@ def dry_run(config: FitCodecJobConfig) -> JobResult:
     identity = FitIdentity(source=config.source, image=config.image, fit=config.fit)
     root = Root(config.output.uri)
     finished = _look(root, identity)
-    entries = sum(1 for _ in list_entries(config.source))
+    entries = sum(1 for _ in keyed(list_entries(config.source), "source"))
     side = config.image.resolutions[0]
     info = planned_info(config.fit)
     forward = (encode_flops(info, side, side) or 0) + (decode_flops(info, side, side) or 0)
@@ -111,7 +111,8 @@ def _look(root: Root, identity: FitIdentity) -> dict[str, Any] | None:
 
 def _same_identity(root: Root, claim: dict[str, Any], identity: FitIdentity) -> None:
     if claim.get("config_digest") != config_digest(identity):
-        check_same(root, Identity("codec", claim.get("config") or {}, {}), _identity(identity))
+        with argument_keys({"root": "output.uri"}):
+            check_same(root, Identity("codec", claim.get("config") or {}, {}), _identity(identity))
 
 
 def _identity(identity: FitIdentity) -> Identity:
@@ -163,7 +164,8 @@ def _fit(config: FitCodecJobConfig, identity: FitIdentity, root: Root) -> JobRes
     """Choose images, claim the output, fit, upload, mark complete."""
     from pipeline.fit_codec.fit import collect_images
 
-    images = collect_images(config.source, config.image, config.fit.images, config.fit.holdout, config.fit.seed)
+    with argument_keys("source"):
+        images = collect_images(config.source, config.image, config.fit.images, config.fit.holdout, config.fit.seed)
     root.probe()
     _claim(root, identity)
     with open_run(config, "fit_codec", root) as run:

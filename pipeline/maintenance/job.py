@@ -32,7 +32,7 @@ def run_verify(config: VerifyJobConfig) -> JobResult:
     """
     root = Root(config.data.uri)
     dataset = _open(root)
-    with open_run(config, "verify") as run:
+    with open_run(config, "verify", key="data.uri") as run:
         _track(run, dataset, {"level": config.level, "gc": config.gc})
         began = time.monotonic()
         with Progress("verify", None, unit="files") as progress:
@@ -87,7 +87,10 @@ def run_compact(config: CompactJobConfig) -> JobResult:
     )
     if not todo:
         return JobResult("unchanged", counts, outputs, last_run(root, job="compact").get("run_id"))
-    with open_run(config, "compact", root) as run, Progress("compact", None, unit="shards") as progress:
+    with (
+        open_run(config, "compact", root, key="data.uri") as run,
+        Progress("compact", None, unit="shards") as progress,
+    ):
         assert run.generation is not None
         sizes = {"shard_bytes": config.shard_bytes, "row_group_bytes": config.row_group_bytes}
         _track(run, dataset, sizes)
@@ -115,7 +118,7 @@ def plan_compact(config: CompactJobConfig) -> JobResult:
 
 
 def _open(root: Root) -> Dataset:
-    return Dataset(root, read_identity(root), read_state(root))
+    return Dataset(root, read_identity(root, "data.uri"), read_state(root))
 
 
 def _track(run: Run, dataset: Dataset, params: Mapping[str, object]) -> None:

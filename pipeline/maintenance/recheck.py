@@ -23,7 +23,7 @@ from pipeline.encode.encoder import Encoder
 from pipeline.encode.rows import Decoded, EncodedImage, Item
 from pipeline.encode.stages import ImageDecoder, UnitReader
 from pipeline.encode.summary import largest_bucket
-from pipeline.errors import InputError
+from pipeline.errors import InputError, argument_keys
 from pipeline.maintenance.config import DecodeCheckConfig
 from pipeline.source.config import ImageConfig, SourceConfig
 from pipeline.store.ledger.generation import last_recipe
@@ -72,7 +72,7 @@ def recheck(uri: str, config: DecodeCheckConfig) -> Recheck:
     A row whose image is gone or has other bytes now is counted, not judged. InputError when the dataset does not
     say how it was made, or the codec is another one.
     """
-    dataset = LatentDataset.open(uri)
+    dataset = LatentDataset.open(uri, "data.uri")
     recipe = _recipe(dataset, config)
     codec = _codec(dataset, config)
     found = Recheck()
@@ -134,13 +134,14 @@ def _device(config: DecodeCheckConfig) -> str:
 
 def _codec(dataset: LatentDataset, config: DecodeCheckConfig) -> Codec:
     about, made = dataset.codec, dataset.fingerprint["codec"]
-    codec = load_codec(
-        config.codec_path or about["path"],
-        revision=None if config.codec_path else about["revision"],
-        kind=about["kind"],
-        device=_device(config),
-        dtype=dataset.fingerprint["codec_dtype"],
-    )
+    with argument_keys({"path": "decode.codec_path"}):
+        codec = load_codec(
+            config.codec_path or about["path"],
+            revision=None if config.codec_path else about["revision"],
+            kind=about["kind"],
+            device=_device(config),
+            dtype=dataset.fingerprint["codec_dtype"],
+        )
     if codec.info.weights_sha256 != made["weights_sha256"]:
         raise InputError(
             f"The codec has other weights ({str(codec.info.weights_sha256)[:12]}…) than the dataset's "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from pipeline.config import StrictModel, config_digest, dump_yaml
-from pipeline.errors import PipelineError, StoppedError
+from pipeline.errors import PipelineError, StoppedError, argument_keys
 from pipeline.result import JobResult
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import Generation, last_run, note_run
@@ -103,13 +103,15 @@ def open_run(
     identity: Identity | None = None,
     note: Callable[[], Mapping[str, Any]] = dict,
     after: int = 0,
+    key: str = "output.uri",
 ) -> Iterator[Run]:
     """A run of a job on its root, whose generation it claims; without one, of a job that only reads.
 
-    identity: what the root is, claimed first. note, after: see `claim_next`. ConflictError when the root is something
-    else, or another run is alive there or takes over. What a PipelineError tells as its result is recorded, too.
+    identity: what the root is, claimed first. note, after: see `claim_next`. key: the root's in the configuration.
+    ConflictError when the root is something else, or another run is alive there or takes over. What a PipelineError
+    tells as its result is recorded, too.
     """
-    with contextlib.ExitStack() as stack:
+    with argument_keys({"root": key}), contextlib.ExitStack() as stack:
         if root is not None and identity is not None:
             claim_identity(root, identity)
         generation = None if root is None else stack.enter_context(claimed(root, job, note=note, after=after))

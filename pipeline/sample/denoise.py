@@ -17,6 +17,7 @@ from pipeline.dataflow.device_faults import DeviceFault, device_fault, out_of_me
 from pipeline.diffusion.compiled import compile_for_shapes
 from pipeline.diffusion.draw import Drawer, Embedding, Solving, Texts, padded
 from pipeline.diffusion.objectives import Objective
+from pipeline.errors import argument_keys
 from pipeline.sample.plan import shape_groups
 from pipeline.sample.provenance import Draw
 
@@ -168,7 +169,8 @@ class LatentDecoder:
         kind: str = "auto",
         revision: str | None = None,
     ) -> None:
-        self.codec: Codec = load_codec(codec_path, revision=revision, kind=kind, device=device, dtype=dtype)
+        with argument_keys("codec"):
+            self.codec: Codec = load_codec(codec_path, revision=revision, kind=kind, device=device, dtype=dtype)
         self.batch_size = batch_size
 
     def __call__(self, table: pa.Table) -> pa.Table:

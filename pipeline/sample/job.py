@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.diffusion.solvers import SOLVERS
-from pipeline.errors import InputError, RejectBudgetError
+from pipeline.errors import InputError, RejectBudgetError, argument_keys
 from pipeline.result import JobResult
 from pipeline.runs.session import Run, open_run
 from pipeline.sample.config import SampleJobConfig
@@ -147,7 +147,8 @@ def _output(config: SampleJobConfig, prepared: SamplingInputs) -> Root:
             next_step="name a directory",
         )
     if kind == "directory" and root.exists(IDENTITY):
-        check_identity(root, prepared.identity)
+        with argument_keys({"root": "output.uri"}):
+            check_identity(root, prepared.identity)
     return root
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.codec.info import CodecInfo, codec_info
 from pipeline.diffusion.solvers import solver_for
-from pipeline.errors import ConfigError, ConflictError, InputError
+from pipeline.errors import ConfigError, ConflictError, InputError, argument_keys
 from pipeline.model.info import CodecReference, ModelInfo
 from pipeline.model.read import StoredModel, read_model
 from pipeline.sample.config import FileRequests, GridRequests, SampleJobConfig
@@ -43,7 +43,8 @@ def prepare(config: SampleJobConfig) -> SamplingInputs:
     model = read_model(_model_uri(config), config.model.ema)
     info, text = model.info, text_of(model)
     codec_path, codec_kind = _codec_path(config, info.codec), info.codec.kind
-    codec = codec_info(codec_path, info.codec.revision, codec_kind)
+    with argument_keys("codec"):
+        codec = codec_info(codec_path, info.codec.revision, codec_kind)
     _check_codec(info, codec, codec_path)
     limits = RequestLimits.of(info, takes_text=text is not None, any_size=config.requests.any_size)
     requests = load_requests(config.requests, limits)

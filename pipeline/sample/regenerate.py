@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 
 from pipeline.codec.info import codec_info
-from pipeline.errors import InputError
+from pipeline.errors import InputError, argument_keys
 from pipeline.media.images import read_provenance
 from pipeline.model.read import read_model
 from pipeline.sample.denoise import Denoiser, LatentDecoder, use_threads
@@ -34,7 +34,8 @@ def regenerate(image: bytes, *, model_uri: str | None = None, codec_path: str | 
     model_uri, codec_path = model_uri or origin.model_uri, codec_path or origin.codec_path
     model = read_model(model_uri, origin.ema)
     text, reference = text_of(model), model.info.codec
-    codec = codec_info(codec_path, reference.revision, reference.kind)
+    with argument_keys({"path": "codec"}):
+        codec = codec_info(codec_path, reference.revision, reference.kind)
     here = replace(
         origin, model_digest=model.digest(None if text is None else text.digest), codec_sha256=codec.weights_sha256
     )

@@ -248,7 +248,7 @@ def append_version(
     if not plan.root.put_if_absent(key, body) and plan.root.read_bytes(key) != body:
         raise ConflictError(
             f"Another run froze version {version.number} of the plan of {plan.root.uri}",
-            key="output.uri",
+            key="root",
             value=plan.root.uri,
             rule="one run plans a dataset at a time",
             next_step="let the other run finish; run this command again",

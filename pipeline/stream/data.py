@@ -280,9 +280,7 @@ def split_rows(
         raise ValueError(f"split is {split!r}; it is 'train' or 'holdout'")
     if share == 0.0:
         if split == "holdout":
-            raise InputError(
-                "no rows are held out", key="stream.holdout", value=share, next_step="set a share above 0"
-            )
+            raise InputError("no rows are held out", key="share", value=share, next_step="set a share above 0")
         return None
     counts = held_out_counts(dataset, share, cache=cache, threads=threads)
     if split == "holdout":

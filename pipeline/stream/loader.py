@@ -38,7 +38,7 @@ def check_state(state: Mapping[str, Any], identity: Mapping[str, Any]) -> int:
     if version != VERSION:
         raise ConflictError(
             "the stream's state has another version",
-            key="stream.version",
+            key="version",
             value=version,
             rule=f"this release reads version {VERSION}",
             next_step="resume with the release that wrote it, or start a new run",
@@ -56,7 +56,7 @@ def check_state(state: Mapping[str, Any], identity: Mapping[str, Any]) -> int:
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise ConflictError(
             "the stream's state has no usable step",
-            key="stream.step",
+            key="step",
             value=step,
             rule="a whole number from 0 on",
             next_step=_NEXT,
@@ -186,10 +186,10 @@ def _check_world(rank: int, world_size: int, lanes: int) -> None:
     if world_size < 1 or lanes % world_size:
         raise ConfigError(
             f"{world_size} workers cannot share {lanes} lanes evenly",
-            key="train.num_workers",
+            key="world_size",
             value=world_size,
-            rule=f"the number of workers must divide stream.lanes={lanes}",
-            next_step=f"use a divisor of {lanes}, or, for a new run, a multiple of {world_size} as stream.lanes",
+            rule=f"the number of workers must divide lanes={lanes}",
+            next_step=f"use a divisor of {lanes}, or, for a new run, a multiple of {world_size} as lanes",
         )
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank}; it is at least 0 and below world_size={world_size}")

@@ -138,9 +138,7 @@ def naming(name: str | None) -> Iterator[None]:
     except PipelineError as error:
         if name is None:
             raise
-        raise type(error)(
-            f"{name}: {error.what}", key=error.key, value=error.value, rule=error.rule, next_step=error.next_step
-        ) from error
+        raise error.but(what=f"{name}: {error.what}") from error
 
 
 def apportion(weights: Sequence[float], total: int) -> NDArray[np.int64]:
@@ -158,7 +156,7 @@ def shares_of(weights: Sequence[float], streams: int) -> NDArray[np.int64]:
     if len(given) != streams or not streams or not np.isfinite(given).all() or (given <= 0).any():
         raise ConfigError(
             "the datasets cannot be mixed by these weights",
-            key="data.mix",
+            key="weights",
             value=list(weights),
             rule=f"one positive number for each of the {streams} datasets",
         )
@@ -166,7 +164,7 @@ def shares_of(weights: Sequence[float], streams: int) -> NDArray[np.int64]:
     if (shares == 0).any():
         raise ConfigError(
             "a dataset's weight is too small to be served",
-            key="data.mix",
+            key="weights",
             value=list(weights),
             rule=f"at least 1/{BLOCK} of their sum each",
             next_step="raise the weight, or leave the dataset out",
@@ -180,7 +178,7 @@ def _divided(window_bytes: int, least: Sequence[int], weights: Sequence[float]) 
     if spare < 0:
         raise ConfigError(
             "the shuffling windows do not fit their memory",
-            key="stream.window_bytes",
+            key="window_bytes",
             value=window_bytes,
             rule=f"the {len(least)} datasets need at least {' + '.join(map(str, least))} bytes: for each lane and "
             "bucket 2 windows of at least the largest row group",

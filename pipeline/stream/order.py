@@ -143,9 +143,9 @@ class Order:
         if spec.batch_size % spec.lanes:
             raise ConfigError(
                 "the global batch cannot be cut evenly into lanes",
-                key="stream.lanes",
+                key="lanes",
                 value=spec.lanes,
-                rule=f"lanes must divide train.batch_size={spec.batch_size}",
+                rule=f"lanes must divide batch_size={spec.batch_size}",
                 next_step=f"use a divisor, such as {_divisor_near(spec.batch_size, spec.lanes)}",
             )
         self.slot = spec.batch_size // spec.lanes
@@ -157,7 +157,7 @@ class Order:
             largest = int(self.bucket_rows.max(initial=0))
             raise ConfigError(
                 "the data do not fill a single batch",
-                key="train.batch_size",
+                key="batch_size",
                 value=spec.batch_size,
                 rule=f"some bucket must hold a whole batch of rows; the largest here holds {largest}",
                 next_step="use a smaller batch, or more data",
@@ -175,7 +175,7 @@ class Order:
         if spare < 0:
             raise ConfigError(
                 "the shuffling windows do not fit their memory",
-                key="stream.window_bytes",
+                key="window_bytes",
                 value=spec.window_bytes,
                 rule=f"{spec.lanes} lanes x {count} buckets x 2 windows of at least the largest row group",
                 next_step=f"allow {2 * spec.lanes * sum(largest)} bytes (all workers together), or use fewer lanes",

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.dataflow.beside_gpu import own_device, reserved_function, reserved_gpu
-from pipeline.errors import InputError
+from pipeline.errors import InputError, argument_keys
 from pipeline.progress import Progress
 from pipeline.result import JobResult
 from pipeline.runs.session import Run, open_run
@@ -196,11 +196,12 @@ def dry_run(config: EmbedTextJobConfig) -> JobResult:
 
 def _check(config: EmbedTextJobConfig) -> list[_Task]:
     """Everything that can be wrong before anything is written."""
-    latents = LatentDataset.open(config.data.uri)
+    latents = LatentDataset.open(config.data.uri, "data.uri")
     tasks = [_Task(config, e, encoder_files(e), Root(config.uri_of(e)), latents) for e in config.encoders]
     for task in tasks:
         if task.root.kind() == "directory" and task.root.exists(IDENTITY):
-            check_same(task.root, read_identity(task.root, "output.uri"), task.identity())
+            with argument_keys({"root": "output.uri"}):
+                check_same(task.root, read_identity(task.root), task.identity())
     return tasks
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.codec.info import codec_info
-from pipeline.errors import ConfigError, ConflictError
+from pipeline.errors import ConfigError, ConflictError, argument_keys
 from pipeline.model.config import kinds_for
 from pipeline.store.ledger.identity import differences
 from pipeline.store.read.dataset import Dataset, LatentDataset
@@ -37,7 +37,8 @@ Datasets = Mapping[str, LatentDataset]  # by the key of their sections, see `Dat
 
 def check_mixture(config: TrainJobConfig, datasets: Datasets) -> None:
     """ConfigError or ConflictError when weights cannot be served, a dataset comes twice or latents differ."""
-    shares_of([part.weight for part in config.data.parts.values()], len(datasets))
+    with argument_keys({"weights": "data.mix"}):
+        shares_of([part.weight for part in config.data.parts.values()], len(datasets))
     for (key, one), (other_key, other) in combinations(datasets.items(), 2):
         if one.digest == other.digest:
             raise ConfigError(
@@ -317,7 +318,8 @@ def locate_codec(override: CodecOverride, made_by: dict[str, Any]) -> dict[str, 
     else:
         path, place = override.path, {"revision": override.revision, "kind": override.kind}
         theirs = made_by.get("weights_sha256")
-        ours = codec_info(override.path, override.revision, override.kind).weights_sha256
+        with argument_keys("codec"):
+            ours = codec_info(override.path, override.revision, override.kind).weights_sha256
         if theirs != ours:
             raise ConflictError(
                 f"The codec at {override.path} (weights {ours}) did not make these latents (weights {theirs})",

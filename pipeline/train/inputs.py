@@ -14,7 +14,7 @@ import torch
 from pipeline.diffusion.objectives import Objective
 from pipeline.diffusion.rng import ids_from_words
 from pipeline.diffusion.timesteps import TimestepDensity
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, argument_keys
 from pipeline.storage.root import Root
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.read.pins import Pins
@@ -31,6 +31,15 @@ from pipeline.train.task import Task, Text, on_device
 
 CACHE = "cache"  # below output.uri: what was counted once about the dataset
 _CPU = torch.device("cpu")
+
+# Where a stream's arguments come from.
+STREAM_KEYS = {
+    "batch_size": "train.batch_size",
+    "world_size": "train.num_workers",
+    "weights": "data.mix",
+    "share": "stream.holdout",
+    **{name: f"stream.{name}" for name in ("lanes", "window_bytes")},
+}
 
 
 @dataclass(frozen=True)
@@ -116,10 +125,11 @@ def open_stream(config: TrainJobConfig, served: Sequence[Served], root: Root) ->
         "cache": root.child(CACHE),
         **config.stream.model_dump(),
     }
-    if len(served) == 1:
-        return LatentStream(served[0].latents, text=served[0].text, **settings)
-    parts = [Part(part.latents.uri, part.latents, part.weight, part.text) for part in served]
-    return open_mixture(parts, **settings)
+    with argument_keys(STREAM_KEYS):
+        if len(served) == 1:
+            return LatentStream(served[0].latents, text=served[0].text, **settings)
+        parts = [Part(part.latents.uri, part.latents, part.weight, part.text) for part in served]
+        return open_mixture(parts, **settings)
 
 
 def batches_from(stream: LatentStream | MixtureStream, step: int) -> Iterator[BatchLike]:
@@ -153,15 +163,13 @@ def _held_out(config: TrainJobConfig, part: Served, root: Root, count: int) -> l
 def _in_chunks(config: TrainJobConfig) -> Iterator[None]:
     """Errors about the batch of a stream say that it is a chunk of the validation."""
     try:
-        yield
+        with argument_keys({**STREAM_KEYS, "batch_size": "validation.chunk"}):
+            yield
     except ConfigError as error:
-        if error.key != "train.batch_size":
+        if error.key != "validation.chunk":
             raise
-        raise ConfigError(
-            "the held-out rows do not fill one chunk of the validation",
-            key="validation.chunk",
-            value=config.validation.chunk,
-            rule=error.rule,
+        raise error.but(
+            what="the held-out rows do not fill one chunk of the validation",
             next_step=f"use a smaller chunk, or hold out more than stream.holdout={config.stream.holdout}",
         ) from None
 

@@ -28,7 +28,7 @@ from pipeline.codec.info import (
 from pipeline.errors import ConfigError, InputError
 from pipeline.storage.root import Root
 
-MISSING_NEXT = "pin it with codec.revision"
+MISSING_NEXT = "pin it with revision"
 
 
 @pytest.fixture(scope="module")

@@ -139,9 +139,7 @@ def test_auto_dtype(
 
 def test_float16_of_a_codec_that_says_it_overflows(sd: Path, tmp_path: Path) -> None:
     """save_pretrained writes force_upcast; the error names the key and both ways out, and they work."""
-    with pytest.raises(
-        ConfigError, match=r"(?s)force_upcast.*codec\.dtype = float16.*auto, bfloat16.*: false in its"
-    ):
+    with pytest.raises(ConfigError, match=r"(?s)force_upcast.*dtype = float16.*auto, bfloat16.*: false in its"):
         load_codec(str(sd), dtype="float16")
     with pytest.raises(ConfigError, match="force_upcast"):
         check_dtype(codec_info(str(sd)), "float16")

@@ -11,7 +11,7 @@ import pytest
 from pydantic import Field
 
 from pipeline.config import StrictModel, load_config
-from pipeline.errors import ConflictError, InputError, PipelineError, StoppedError
+from pipeline.errors import ConfigError, ConflictError, InputError, PipelineError, StoppedError
 from pipeline.maintenance.config import CompactJobConfig, VerifyJobConfig
 from pipeline.maintenance.job import run_compact, run_verify
 from pipeline.result import JobResult
@@ -211,3 +211,20 @@ def test_compaction_that_finds_nothing_to_do_claims_nothing(tmp_path: Path) -> N
     assert run_compact(config).status == "unchanged"
     assert latest_number(Root(data)) == claims
     assert json.loads(Root(data).read_bytes(f"generations/{claims:08d}/closed.json"))["status"] == "done"
+
+
+def test_a_leaf_names_its_own_argument_and_a_job_its_key(tmp_path: Path) -> None:
+    """In a notebook there is no train.batch_size; on a command line there is no batch_size."""
+    from pipeline.store.read.dataset import LatentDataset
+    from pipeline.stream.loader import LatentStream
+    from pipeline.train.inputs import open_served, open_stream
+
+    data = make_dataset(tmp_path / "data")
+    with pytest.raises(ConfigError, match=r"key:   batch_size = 4096") as caught:
+        LatentStream(LatentDataset.open(data), seed=0, batch_size=4096, lanes=1, window_bytes=1 << 30)
+    assert "train." not in str(caught.value)
+    config = job_config(tmp_path, data, {"train": {"batch_size": 4096}})
+    with pytest.raises(ConfigError, match=r"key:   train\.batch_size = 4096"):
+        open_stream(config, open_served(config), Root(config.output.uri))
+    with pytest.raises(InputError, match=r"key:   uri = "):
+        LatentDataset.open(str(tmp_path / "nowhere"))

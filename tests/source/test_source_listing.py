@@ -258,7 +258,7 @@ def test_what_is_no_pattern_is_refused_by_name(tmp_path, pattern):
     with pytest.raises(InputError, match=r"\[.*\].*is no pattern: bad character range"):
         list(list_entries(WebDatasetSource(uri=f"{tmp_path}/{pattern}")))
     write(tmp_path / "a.jpg", "x")
-    with pytest.raises(InputError, match=r"source\.exclude"):
+    with pytest.raises(InputError, match="key:   exclude"):
         list(list_entries(FolderSource(uri=str(tmp_path), exclude=(pattern,))))
 
 
@@ -277,7 +277,7 @@ def test_an_output_inside_its_source_is_refused(tmp_path):
     write(tmp_path / "in/a.jpg", "x")
     output = Root(str(tmp_path / "in/latents"))
     folder = FolderSource(uri=str(tmp_path / "in"))
-    with pytest.raises(ConfigError, match=r"lies inside the source[\s\S]*output\.uri[\s\S]*source\.exclude"):
+    with pytest.raises(ConfigError, match=r"lies inside the source[\s\S]*output\.uri[\s\S]*exclude="):
         check_apart(folder, output)
     with pytest.raises(ConfigError):
         check_apart(folder, Root(str(tmp_path / "in")))

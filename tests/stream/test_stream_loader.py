@@ -352,7 +352,7 @@ def test_a_bucket_smaller_than_a_batch_is_named(caplog: pytest.LogCaptureFixture
 
 def test_workers_that_cannot_share_the_lanes_are_refused() -> None:
     dataset = MemoryRows(GROUPS)
-    with pytest.raises(ConfigError, match=r"must divide stream.lanes=8[\s\S]*a multiple of 3"):
+    with pytest.raises(ConfigError, match=r"must divide lanes=8[\s\S]*a multiple of 3"):
         stream_of(dataset, world_size=3)
     with pytest.raises(ConfigError, match="0 workers"):
         stream_of(dataset, world_size=0)

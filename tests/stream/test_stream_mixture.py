@@ -111,7 +111,7 @@ def test_the_memory_is_that_of_all_datasets_together() -> None:
     rich = [stream.order.spec.window_bytes for stream in opened(sum(least) + 10 * BLOCK).streams]
     assert sum(rich) <= sum(least) + 10 * BLOCK
     assert [given - need for given, need in zip(rich, least, strict=True)] == [7170, 2050, 1020]
-    rule = r"stream.window_bytes = \d+[\s\S]*at least 12808 \+ 19208 \+ 25608 bytes[\s\S]*allow 57624 bytes"
+    rule = r"window_bytes = \d+[\s\S]*at least 12808 \+ 19208 \+ 25608 bytes[\s\S]*allow 57624 bytes"
     with pytest.raises(ConfigError, match=rule):
         opened(sum(least) - 1)
 

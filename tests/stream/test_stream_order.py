@@ -154,7 +154,7 @@ def test_a_million_row_groups_are_ordered_at_once() -> None:
 
 def test_numbers_that_do_not_fit_together_are_refused() -> None:
     layout = plain_layout([("64x64", 10), ("64x96", 11)])
-    with pytest.raises(ConfigError, match=r"lanes must divide train.batch_size=10[\s\S]*such as 5"):
+    with pytest.raises(ConfigError, match=r"lanes must divide batch_size=10[\s\S]*such as 5"):
         Order(layout, OrderSpec(seed=1, batch_size=10, lanes=8, window_bytes=1 << 20))
     with pytest.raises(ConfigError, match="the largest here holds 11"):
         Order(layout, OrderSpec(seed=1, batch_size=12, lanes=4, window_bytes=1 << 20))

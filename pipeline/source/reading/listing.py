@@ -52,7 +52,7 @@ def locate(uri: str, *, patterns_allowed: bool) -> SourceLocation:
     if kind == "missing":
         raise InputError(
             f"There is no source at {whole.uri}",
-            key="source.uri",
+            key="uri",
             value=uri,
             rule="the source must exist before the job starts",
             next_step="check the path, or the bucket and prefix",
@@ -62,10 +62,10 @@ def locate(uri: str, *, patterns_allowed: bool) -> SourceLocation:
     if not patterns_allowed:
         raise InputError(
             f"The source {whole.uri} is a file",
-            key="source.uri",
+            key="uri",
             value=uri,
             rule="a folder source is a directory of image files",
-            next_step="give its directory, or set source.kind to webdataset or parquet",
+            next_step="give its directory, or set kind to webdataset or parquet",
         )
     parent, _, name = whole.uri.rpartition("/")
     return SourceLocation(Root(parent or "/"), (_escape(name),))
@@ -77,7 +77,7 @@ def matching(place: SourceLocation, suffixes: tuple[str, ...]) -> Iterator[Objec
         yield from (i for i in place.root.list() if i.key.lower().endswith(suffixes) and not is_hidden(i.key))
         return
     if any(_is_glob(p) for p in place.patterns):
-        accept = compiled(place.patterns, "source.uri")
+        accept = compiled(place.patterns, "uri")
         yield from (i for i in place.root.list() if accept.fullmatch(i.key))
         return
     for key in sorted({_unescape(p) for p in place.patterns}):
@@ -86,7 +86,7 @@ def matching(place: SourceLocation, suffixes: tuple[str, ...]) -> Iterator[Objec
         except (FileNotFoundError, ValueError):
             raise InputError(
                 f"There is no {place.root.uri}/{key}",
-                key="source.uri",
+                key="uri",
                 rule="every file that a brace pattern names must exist",
                 next_step="correct the range, or use a glob (*) to take what is there",
             ) from None
@@ -107,7 +107,7 @@ def expand_braces(pattern: str) -> list[str]:
             if len(expanded) > _MAX_BRACES:
                 raise InputError(
                     f"The pattern {pattern} names more than {_MAX_BRACES} files",
-                    key="source.uri",
+                    key="uri",
                     next_step="use a glob (*) or the directory",
                 )
         out = expanded
@@ -183,7 +183,7 @@ def _kind(root: Root) -> str:
     except storage_errors() as error:
         raise InputError(
             f"The source {root.uri} cannot be read: {describe(error)}",
-            key="source.uri",
+            key="uri",
             value=root.uri,
             rule="the source must be readable by this process",
             next_step="check the URI, the endpoint and the credentials",
@@ -238,14 +238,14 @@ def list_entries(source: SourceConfig, known: Iterable[KnownEntry] = ()) -> Iter
     except storage_errors() as error:
         raise InputError(
             f"The source {place.root.uri} cannot be listed: {describe(error)}",
-            key="source.uri",
+            key="uri",
             value=source.uri,
             next_step="check the store and the credentials, then run the same command again",
         ) from None
     except KeyRefused as error:
         raise InputError(
             f"The source {place.root.uri} holds a file that cannot be read by its name: {error}",
-            key="source.uri",
+            key="uri",
             value=source.uri,
             rule="names have no backslash, no NUL and no empty part",
             next_step="rename the file, or leave it out by a pattern",
@@ -253,7 +253,7 @@ def list_entries(source: SourceConfig, known: Iterable[KnownEntry] = ()) -> Iter
     if last is None:
         raise InputError(
             f"The source {place.root.uri} is empty",
-            key="source.uri",
+            key="uri",
             value=source.uri,
             rule=f"a {source.kind} source holds at least one {'file' if source.kind == 'folder' else 'shard'}",
             next_step="check the path and the pattern; hidden files (.name) are not counted",
@@ -270,9 +270,9 @@ def check_apart(source: SourceConfig, output: Root) -> None:
         return
     written = f"{inside}/data/0{_PARQUET_SUFFIXES[0]}".lstrip("/")
     if isinstance(source, FolderSource):
-        taken = not (source.exclude and compiled(source.exclude, "source.exclude").fullmatch(written))
+        taken = not (source.exclude and compiled(source.exclude, "exclude").fullmatch(written))
     else:
-        taken = place.patterns is None or bool(compiled(place.patterns, "source.uri").fullmatch(written))
+        taken = place.patterns is None or bool(compiled(place.patterns, "uri").fullmatch(written))
     if taken and not is_hidden(written):
         raise ConfigError(
             "The output lies inside the source: every run would find files of the run before it",
@@ -280,7 +280,7 @@ def check_apart(source: SourceConfig, output: Root) -> None:
             value=output.uri,
             rule=f"what is written is no part of the source {place.root.uri}",
             next_step="name an output elsewhere"
-            + (f", or leave it out by source.exclude=['{inside}/**']" if source.kind == "folder" and inside else ""),
+            + (f", or leave it out by exclude=['{inside}/**']" if source.kind == "folder" and inside else ""),
         )
 
 
@@ -299,7 +299,7 @@ def _place(source: SourceConfig) -> SourceLocation:
 
 def _folder(root: Root, source: FolderSource) -> Iterator[Entry]:
     metadata = FolderMetadata(root, source)
-    excluded = compiled(source.exclude, "source.exclude") if source.exclude else None
+    excluded = compiled(source.exclude, "exclude") if source.exclude else None
     for info in root.list():
         name = info.key.rpartition("/")[2]
         record = metadata.record_of(info.key)
@@ -318,10 +318,10 @@ def _with_directory_label(record: str | None, key: str, source: FolderSource) ->
     if directory not in source.classes:
         raise InputError(
             f"{key} lies in a directory that is no class",
-            key="source.classes",
+            key="classes",
             value=list(source.classes)[:20],
             rule="with label_from: directory every image's own directory is one of the classes",
-            next_step=f"add {directory!r} to source.classes, or exclude the files",
+            next_step=f"add {directory!r} to classes, or exclude the files",
         )
     fields = parse_object(record) if record is not None else {}
     return canonical({"caption": None, "extra": {}, **fields, "label": source.classes.index(directory)})
@@ -389,14 +389,14 @@ def _check_order(last: tuple[str, int] | None, entry: Entry, root: Root) -> None
     except UnicodeEncodeError:
         raise InputError(
             f"The name of {entry.key!r} in {root.uri} is not UTF-8",
-            key="source.uri",
+            key="uri",
             rule="keys are text",
             next_step="rename the file",
         ) from None
     if last is not None and (entry.key, entry.row_start) <= last:
         raise InputError(
             f"The listing of {root.uri} is out of order: {entry.key!r} after {last[0]!r}",
-            key="source.uri",
+            key="uri",
             rule="a source does not change while it is listed",
             next_step="run the same command again when nothing writes there",
         )

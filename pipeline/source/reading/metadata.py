@@ -206,7 +206,7 @@ class FolderMetadata:
         if len(present) > 1:
             raise InputError(
                 f"{self._root.uri_of(path.rstrip('/'))} holds both {NAMES[0]} and {NAMES[1]}",
-                key="source.uri",
+                key="uri",
                 value=self._source.uri,
                 rule="one metadata file per directory",
                 next_step="keep one of the two",
@@ -221,7 +221,7 @@ class FolderMetadata:
         if size > limit:
             raise InputError(
                 f"{where} has {size} bytes",
-                key="source.max_metadata_bytes",
+                key="max_metadata_bytes",
                 value=limit,
                 rule="a metadata file is held in memory while its directory is listed",
                 next_step="split it over the directories it speaks of, use Parquet or tar shards, or raise the limit",
@@ -304,7 +304,7 @@ def _file_name(record: dict[str, Any]) -> str:
 def _error(where: str, line: int, problem: str, next_step: str) -> InputError:
     return InputError(
         f"{where}, line {line}: {problem}",
-        key="source.uri",
+        key="uri",
         rule="each line names one existing file, with text captions and integer labels",
         next_step=next_step,
     )

@@ -205,7 +205,7 @@ def _columns(schema: Any, source: ParquetSource, where: str) -> list[str]:
         if name not in names:
             raise InputError(
                 f"{where} has no column {name!r}",
-                key=f"source.{key}",
+                key=key,
                 value=name,
                 rule=f"its columns are {', '.join(schema.names)[:400]}",
                 next_step="correct the name",
@@ -214,7 +214,7 @@ def _columns(schema: Any, source: ParquetSource, where: str) -> list[str]:
     if not (_is_bytes(kind) or _is_text(kind) or _is_struct(kind) or pa.types.is_null(kind)):
         raise InputError(
             f"Column {source.image!r} of {where} holds {kind}, which is no image",
-            key="source.image",
+            key="image",
             value=source.image,
             rule="an image column is binary, a struct of bytes and path, or text with URIs",
             next_step="name another column",
@@ -235,7 +235,7 @@ def _check_filter(schema: Any, source: ParquetSource, where: str) -> None:
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise InputError(
             f"The filter does not fit the columns of {where}: {' '.join(str(error).split())[:200]}",
-            key="source.filter",
+            key="filter",
             value=source.filter,
             rule=f"they are {', '.join(f'{f.name}: {f.type}' for f in used)[:400]}",
             next_step="compare numbers with numbers and text with text",

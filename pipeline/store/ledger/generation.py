@@ -109,7 +109,7 @@ def fenced(root: Root, number: int) -> ConflictError:
     """The error of a run that finds a newer generation than its own."""
     return ConflictError(
         f"Another run has taken over {root.uri}: generation {number} is no longer the newest",
-        key="output.uri",
+        key="root",
         value=root.uri,
         rule="one run writes an output at a time; everything committed so far is kept",
         next_step="let the other run finish; start this command again afterwards if anything is left to do",
@@ -245,7 +245,7 @@ def claim_next(
     if not root.put_if_absent(f"{place}/{_CLAIM}", body) and root.read_bytes(f"{place}/{_CLAIM}") != body:
         raise ConflictError(
             f"Another run claimed {root.uri} at the same moment",
-            key="output.uri",
+            key="root",
             value=root.uri,
             rule="one run writes an output at a time",
             next_step="let the other run finish",
@@ -270,7 +270,7 @@ def _wait_for_silence(root: Root, number: int, patience_s: float) -> None:
         if _heartbeat(root, number) != first:
             raise ConflictError(
                 f"Another run is writing {root.uri}: process {owner.get('pid')} on {owner.get('host')}",
-                key="output.uri",
+                key="root",
                 value=root.uri,
                 rule="one run writes an output at a time",
                 next_step="let it finish, or stop it and start this command again",

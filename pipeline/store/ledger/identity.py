@@ -51,7 +51,7 @@ def fingerprint_digest(fingerprint: Mapping[str, Any]) -> str:
     return hashlib.blake2b(layout.canonical_json(fingerprint), digest_size=16).hexdigest()
 
 
-def read_identity(root: Root, key: str = "data.uri") -> Identity:
+def read_identity(root: Root, key: str = "root") -> Identity:
     """The identity of an existing dataset; InputError, naming `key`, when there is none or it is not ours."""
     created = _read(root, layout.IDENTITY, key)
     if created.kind != "images":
@@ -59,7 +59,7 @@ def read_identity(root: Root, key: str = "data.uri") -> Identity:
     return at_one_generation(root, lambda number: identity_at(root, number, key))
 
 
-def identity_at(root: Root, number: int, key: str = "data.uri") -> Identity:
+def identity_at(root: Root, number: int, key: str = "root") -> Identity:
     """The identity that generation `number` sees: read after some records, the one they were committed under."""
     return _read(root, identity_key(root, number), key)
 
@@ -93,7 +93,7 @@ def claim_identity(root: Root, identity: Identity) -> Identity:
     """Create the identity, or accept the one that is there; ConflictError with the differences otherwise."""
     if root.put_if_absent(layout.IDENTITY, identity.to_bytes()):
         return identity
-    existing = read_identity(root, "output.uri")
+    existing = read_identity(root)
     check_same(root, existing, identity)
     return existing
 
@@ -103,19 +103,19 @@ def check_same(root: Root, existing: Identity, wanted: Identity) -> None:
     if existing.kind != wanted.kind:
         raise ConflictError(
             f"{root.uri} holds {existing.kind}, and this job writes {wanted.kind}",
-            key="output.uri",
+            key="root",
             value=root.uri,
-            next_step="choose another output.uri",
+            next_step="choose another place",
         )
     changes = list(differences(existing.fingerprint, wanted.fingerprint))
     if changes:
         shown = "\n".join(f"    {name}: {old} there, {new} here" for name, old, new in changes[:20])
         raise ConflictError(
             f"{root.uri} was made with another fingerprint; the differing fields are\n{shown}",
-            key="output.uri",
+            key="root",
             value=root.uri,
             rule="what lies in one place shares one fingerprint",
-            next_step="restore the named settings, or choose another output.uri",
+            next_step="restore the named settings, or choose another place",
         )
 
 

@@ -191,7 +191,7 @@ class Dataset:
         self.num_rows = int(self.row_groups.rows.sum())
 
     @classmethod
-    def open_kind(cls, uri: str, kind: str, key: str = "data.uri", pins: Pins | None = None) -> Any:
+    def open_kind(cls, uri: str, kind: str, key: str = "uri", pins: Pins | None = None) -> Any:
         """Open the dataset at `uri`; InputError when there is none or it holds rows of another kind.
 
         pins: where its state may be kept; what is visible now is taken when it is not.
@@ -328,7 +328,7 @@ class LatentDataset(Dataset):
     """A dataset of latents."""
 
     @classmethod
-    def open(cls, uri: str, key: str = "data.uri", pins: Pins | None = None) -> LatentDataset:
+    def open(cls, uri: str, key: str = "uri", pins: Pins | None = None) -> LatentDataset:
         """Open the latents at `uri`; InputError, naming `key`, when there are none. pins: see `open_kind`."""
         dataset: LatentDataset = cls.open_kind(uri, "latents", key, pins)
         return dataset
