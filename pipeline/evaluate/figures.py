@@ -128,7 +128,7 @@ def missed_thresholds(figures: Sequence[Figure], thresholds: ThresholdsConfig) -
 
 def figures_of(measured: Measured, neighbours: int) -> tuple[tuple[Figure, ...], dict[str, str]]:
     """(figures, name -> why it is absent)."""
-    absent = dict(measured.absent)
+    absent = dict(measured.absent)  # the first reason stands: of a pass that could not be run at all
     out: list[Figure] = []
     _add_sample_figures(measured, neighbours, out, absent)
     if measured.trip is not None:

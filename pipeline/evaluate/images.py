@@ -75,7 +75,7 @@ def summarize(source: SourceConfig) -> ReferenceSummary:
     state, entries, rows = hashlib.blake2b(digest_size=16), 0, 0
     unknown = False
     for entry in list_entries(source):
-        version = entry.etag or entry.mtime_ns
+        version = entry.etag or entry.mtime_ns  # what tells a replaced object without reading it
         state.update(
             canonical_json([entry.key, entry.size_bytes, version, entry.row_start, entry.row_stop, entry.meta])
         )

@@ -84,9 +84,11 @@ def inspect(config: EvaluateJobConfig) -> Inputs:
     try:
         reference = summarize(config.reference)
     except InputError as error:
+        # Listing names the section that the encode job has.
         key = (error.key or "").replace("source.", "reference.", 1) or None
         raise InputError(error.what, key=key, value=error.value, rule=error.rule, next_step=error.next_step) from None
     history, history_sha256 = _history(config)
+    # Where things go and on what they run decides no figure, so it is no part of what names an evaluation.
     settings = config.model_dump(mode="json", exclude={"output", "tracking", "reference_cache", "cluster"})
     fit = {name: settings[name] for name in ("reference", "image", "classifier", "quality")}
     classifier_key = _digest([VERSION, reference.digest, fit, config.classifier_resolution])

@@ -77,6 +77,7 @@ def _evaluate(config: EvaluateJobConfig, inputs: Inputs, output: Root, run: Run)
         run_id=run_id,
         files={REPORT: hashlib.sha256(page).hexdigest()},
     )
+    # The record comes last and names the report's hash: a run that died in between has not evaluated anything.
     output.put(REPORT, page)
     output.put_if_absent(f"evaluations/{record.key}.json", record.to_bytes())
     output.put(RECORD, record.to_bytes())
