@@ -230,7 +230,7 @@ def share_bars(rows: Sequence[tuple[str, int, int]], *, label: str) -> Markup:
     names, shares = [name for name, _, _ in shown], [hits / n for _, hits, n in shown]
     with _chart(0.5 + 0.21 * len(shown)) as canvas:
         axes = canvas.add_subplot(xlim=(0, 1))
-        axes.barh(range(len(shown)), 1, color=_INK, alpha=0.08)
+        axes.barh(range(len(shown)), 1, height=0.55, color=_INK, alpha=0.08)
         bars = axes.barh(range(len(shown)), shares, height=0.55)
         for bar, (_, hits, n) in zip(bars, shown, strict=True):
             axes.text(1.01, bar.get_y() + 0.275, f"{hits / n:.0%} of {n}", va="center", transform=axes.transData)
