@@ -350,7 +350,7 @@ def _device_lines(config: EncodeJobConfig, flops: float, figures: dict[str, floa
 
 
 def _flops_per_image(config: EncodeJobConfig, info: CodecInfo) -> float | None:
-    """FLOPs of all variants of one image (a bucket table counts with its mean); None where no formula is known."""
+    """FLOPs of all variants of one image (a bucket table counts with its mean); None for a plug-in's codec."""
     total = 0.0
     for resolution in config.image.resolutions:
         sizes = bucket_sizes(config.image, resolution)

@@ -1,5 +1,4 @@
-"""A small convolutional classifier, fitted on real images only: the judge of samples, and their feature
-space.
+"""A small convolutional classifier, fitted on real images only: the judge of samples, and their feature space.
 
 It never sees a sample or a reconstruction while it is fitted. A part of the real images, chosen by hash of
 their keys, is kept aside to say how good the judge itself is.
@@ -23,7 +22,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from pipeline.errors import InputError
-from pipeline.evaluate.intervals import Estimate, wilson
+from pipeline.evaluate.statistics import Estimate, Features, wilson
 
 FORMAT = "latentloom.classifier.v1"
 SCALED_BY = 1024  # images that the unit of the features is taken from
@@ -102,12 +101,8 @@ class Classifier:
     fitted_on: int
     digest: str
 
-    def judge(self, images_NHWC: Images) -> tuple[Labels, npt.NDArray[np.float32]]:
-        """Predicted label values [n] and features [n, d] float32 of a batch uint8 [n,h,w,3]."""
-        return self.look(images_NHWC)[:2]
-
     @torch.inference_mode()
-    def look(self, images_NHWC: Images) -> tuple[Labels, npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    def predict(self, images_NHWC: Images) -> tuple[Labels, Features, Features]:
         """Predicted label values [n], features [n, d] and class probabilities [n, k] of a batch uint8 [n,h,w,3]."""
         device = next(self.net.parameters()).device
         features_ND = self.net.features(torch.from_numpy(np.ascontiguousarray(images_NHWC)).to(device))
@@ -139,8 +134,9 @@ def fit_classifier(
     classes = tuple(int(label) for label in np.unique(labels_N))
     unseen = sorted(set(classes) - {int(label) for label in np.unique(labels_N[~held_out_N])})
     if len(classes) < 2 or unseen or not held_out_N.any():
+        cause = f": every image of class {unseen[0]} falls into the part kept aside" if unseen else ""
         raise InputError(
-            f"A classifier cannot be fitted on {len(keys)} images of {len(classes)} classes{_why(unseen)}",
+            f"A classifier cannot be fitted on {len(keys)} images of {len(classes)} classes{cause}",
             key="classifier.holdout",
             value=settings.holdout,
             rule="two classes or more, each with images to fit on, and some images kept aside",
@@ -156,14 +152,10 @@ def fit_classifier(
     digest = _digest(net, classes, settings.width)
     fitted = Classifier(net, classes, wilson(0, 1), int((~held_out_N).sum()), digest)
     hits = sum(
-        int((fitted.judge(images_NHWC[rows])[0] == labels_N[rows]).sum())
+        int((fitted.predict(images_NHWC[rows])[0] == labels_N[rows]).sum())
         for rows in np.array_split(np.flatnonzero(held_out_N), math.ceil(held_out_N.sum() / 256))
     )
     return Classifier(net, classes, wilson(hits, int(held_out_N.sum())), fitted.fitted_on, digest)
-
-
-def _why(unseen: Sequence[int]) -> str:
-    return f": every image of class {unseen[0]} falls into the part kept aside" if unseen else ""
 
 
 def _fit(
@@ -184,9 +176,15 @@ def _fit(
         rows, order = order[: settings.batch_size], order[settings.batch_size :]
         batch = torch.from_numpy(images_NHWC[rows]).to(device)
         shift = settings.shift * batch.shape[1] // settings.resolution
-        moved = _move(batch, *(int(v) for v in rng.integers(-shift, shift + 1, 2)))
+        down, right = rng.integers(-shift, shift + 1, 2)
+        # Moved by whole pixels; what comes in from outside repeats the edge.
+        from_row = (torch.arange(batch.shape[1], device=device) - down).clamp(0, batch.shape[1] - 1)
+        from_column = (torch.arange(batch.shape[2], device=device) - right).clamp(0, batch.shape[2] - 1)
+        moved = batch[:, from_row][:, :, from_column]
+        progress = step / settings.steps  # the rate goes up over the first tenth, then half a cosine down to nothing
+        rate = 0.05 + 9.5 * progress if progress < 0.1 else 0.5 * (1 + math.cos(math.pi * (progress - 0.1) / 0.9))
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * _one_cycle(step / settings.steps)
+            group["lr"] = settings.learning_rate * rate
         loss = functional.cross_entropy(net(moved), torch.from_numpy(index_N[rows]).to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -203,21 +201,6 @@ def _scale_features(net: ConvNet, images_NHWC: Images) -> None:
     root_mean_square = torch.cat(parts).square().mean().sqrt().clamp_min(1e-6)
     net.scale.div_(root_mean_square)
     net.head.weight.mul_(root_mean_square)
-
-
-def _one_cycle(progress: float) -> float:
-    """Linear up over the first tenth, then half a cosine down to nothing."""
-    if progress < 0.1:
-        return 0.05 + 0.95 * progress / 0.1
-    return 0.5 * (1 + math.cos(math.pi * (progress - 0.1) / 0.9))
-
-
-def _move(images_NHWC: torch.Tensor, down: int, right: int) -> torch.Tensor:
-    """A batch moved by whole pixels; what comes in from outside repeats the edge."""
-    h, w = images_NHWC.shape[1:3]
-    rows = (torch.arange(h, device=images_NHWC.device) - down).clamp(0, h - 1)
-    columns = (torch.arange(w, device=images_NHWC.device) - right).clamp(0, w - 1)
-    return images_NHWC[:, rows][:, :, columns]
 
 
 def _digest(net: ConvNet, classes: Sequence[int], width: int) -> str:

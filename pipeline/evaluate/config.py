@@ -117,7 +117,7 @@ class ClipConfig(StrictModel):
 
 
 class LpipsConfig(StrictModel):
-    """The network whose eyes judge the codec's round trip."""
+    """The network that compares images with their round trips."""
 
     net: Literal["alex", "vgg"] = Field("alex", description="The backbone: AlexNet or VGG16.")
     backbone: str = Field(..., min_length=1, description="torchvision's state dict of it: .safetensors or .pth.")

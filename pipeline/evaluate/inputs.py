@@ -10,8 +10,7 @@ from typing import Any
 from pipeline.codec.info import CodecInfo, read_codec_info
 from pipeline.errors import ConfigError, ConflictError, InputError, argument_keys
 from pipeline.evaluate.config import EvaluateJobConfig
-from pipeline.evaluate.reference import ReferenceSummary, summarize
-from pipeline.evaluate.samples import open_samples
+from pipeline.evaluate.images import ReferenceSummary, open_samples, summarize
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import last_run
@@ -19,7 +18,7 @@ from pipeline.store.ledger.layout import IDENTITY, canonical_json
 from pipeline.store.read.dataset import Dataset, LatentDataset
 from pipeline.train.history import HISTORY, read_records
 
-WINDOW = 11  # pixels, the side of SSIM's window (fidelity.WINDOW, which needs torch)
+SSIM_WINDOW = 11  # pixels, the side of its window
 VERSION = 2  # raised when a figure changes its meaning, so that recorded evaluations are taken again
 
 
@@ -34,7 +33,7 @@ class Inputs:
     history: tuple[dict[str, Any], ...]
     history_sha256: str | None
     key: str  # names inputs and settings together
-    judge_key: str  # names what the classifier depends on
+    classifier_key: str  # names what the classifier depends on
     space_key: str  # names what the reference's statistics depend on, apart from the feature space
     files: dict[str, str]  # sha256 of the files of networks from outside, by configuration key
 
@@ -43,6 +42,34 @@ class Inputs:
         """Tracking runs that made the inputs, by job."""
         runs = {"sample": run_of(self.samples), "encode": run_of(self.latents)}
         return {job: run for job, run in runs.items() if run}
+
+    def origins(self, config: EvaluateJobConfig) -> dict[str, dict[str, Any]]:
+        """Uri, digest and run of everything that was read."""
+        out: dict[str, dict[str, Any]] = {
+            "reference": {
+                "uri": config.reference.uri,
+                "digest": self.reference.digest,
+                "rows": self.reference.rows,
+            }
+        }
+        if config.codec and self.codec:
+            out["codec"] = {
+                "path": config.codec.path,
+                "class": self.codec.class_name,
+                "weights_sha256": self.codec.weights_sha256,
+            }
+        for name, dataset in (("latents", self.latents), ("samples", self.samples)):
+            if dataset is not None:
+                out[name] = {
+                    "uri": dataset.uri,
+                    "digest": dataset.digest,
+                    "fingerprint": dataset.fingerprint_digest,
+                    "rows": dataset.num_rows,
+                    "run_id": run_of(dataset),
+                }
+        if config.train:
+            out["training"] = {"uri": config.train.uri, "history_sha256": self.history_sha256}
+        return out
 
 
 def inspect(config: EvaluateJobConfig) -> Inputs:
@@ -58,16 +85,18 @@ def inspect(config: EvaluateJobConfig) -> Inputs:
     with argument_keys("reference"):
         reference = summarize(config.reference)
     history, history_sha256 = _history(config)
+    # Where things go and on what they run decides no figure, so it is no part of what names an evaluation.
     settings = config.model_dump(mode="json", exclude={"output", "tracking", "reference_cache", "cluster"})
-    judge = {name: settings[name] for name in ("reference", "image", "classifier", "quality")}
-    judge_key = _digest([VERSION, reference.digest, judge, config.classifier_resolution])
-    seen = {name: settings[name] for name in ("reference", "image", "quality")}
-    seen |= {name: settings["extractor"][name] for name in ("resolution", "values")}  # its digest is of weights alone
-    space_key = _digest([VERSION, reference.digest, seen])
+    fit = {name: settings[name] for name in ("reference", "image", "classifier", "quality")}
+    classifier_key = _digest([VERSION, reference.digest, fit, config.classifier_resolution])
+    space = {name: settings[name] for name in ("reference", "image", "quality")}
+    # How images enter the feature network: its digest is of weights alone.
+    space |= {name: settings["extractor"][name] for name in ("resolution", "values")}
+    space_key = _digest([VERSION, reference.digest, space])
     files = _network_files(config)
     key = _digest(
         [
-            judge_key,
+            classifier_key,
             settings,
             samples.digest if samples else None,
             latents.digest if latents else None,
@@ -76,7 +105,7 @@ def inspect(config: EvaluateJobConfig) -> Inputs:
             files,
         ]
     )
-    return Inputs(reference, samples, codec, latents, history, history_sha256, key, judge_key, space_key, files)
+    return Inputs(reference, samples, codec, latents, history, history_sha256, key, classifier_key, space_key, files)
 
 
 def _network_files(config: EvaluateJobConfig) -> dict[str, str]:
@@ -86,21 +115,22 @@ def _network_files(config: EvaluateJobConfig) -> dict[str, str]:
         paths |= {"lpips.backbone": config.lpips.backbone, "lpips.linear": config.lpips.linear}
     if config.clip is not None:
         paths["clip.path"] = str(Path(config.clip.path) / "model.safetensors")
-    return {key: _file_sha256(key, path) for key, path in paths.items() if path is not None}
-
-
-def _file_sha256(key: str, path: str) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(
-            f"A file of the evaluation cannot be read: {error.strerror}",
-            key=key,
-            value=path,
-            rule="networks from outside are read from local files",
-            next_step="correct the path, or copy the file",
-        ) from None
+    digests = {}
+    for key, path in paths.items():
+        if path is None:
+            continue
+        try:
+            with open(path, "rb") as file:
+                digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise InputError(
+                f"A file of the evaluation cannot be read: {error.strerror}",
+                key=key,
+                value=path,
+                rule="networks from outside are read from local files",
+                next_step="correct the path, or copy the file",
+            ) from None
+    return digests
 
 
 def check_output(output: Root) -> None:
@@ -140,12 +170,12 @@ def _check_codec(config: EvaluateJobConfig, codec: CodecInfo, latents: LatentDat
             rule=f"a multiple of the codec's factor {codec.factor}",
             next_step="use the image section of the encode job",
         )
-    if min(config.image.resolutions) < WINDOW:
+    if min(config.image.resolutions) < SSIM_WINDOW:
         raise ConfigError(
             "Images are too small for SSIM",
             key="image.resolution",
             value=config.image.resolution,
-            rule=f"at least {WINDOW} pixels, the side of its window",
+            rule=f"at least {SSIM_WINDOW} pixels, the side of its window",
             next_step="evaluate at the resolution the latents were encoded at",
         )
     if latents is not None and latents.codec["weights_sha256"] != codec.weights_sha256:

@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.dataflow.beside_gpu import own_device, reserved_gpu, run_reserved
 from pipeline.errors import InputError
 from pipeline.evaluate.config import EvaluateJobConfig
-from pipeline.evaluate.figures import Record
+from pipeline.evaluate.figures import Record, missed_thresholds
 from pipeline.evaluate.inputs import Inputs, inspect
 from pipeline.result import JobResult
 from pipeline.runs.session import RUN_ID_WAIT_S, Run, open_run
@@ -31,11 +31,11 @@ def run(config: EvaluateJobConfig) -> JobResult:
     inputs = inspect(config)
     record = _recorded(output, inputs.key)
     if record is not None:
-        return _judged(config, record, _answer(config, record, "unchanged"))
+        return accepted(config, record, _result(config, record, "unchanged"))
     with open_run(config, "evaluate", output) as run:
         record = _evaluate(config, inputs, output, run)
-        result = run.done(_answer(config, record, "done"))
-    return _judged(config, record, result)
+        result = run.done(_result(config, record, "done"))
+    return accepted(config, record, result)
 
 
 def dry_run(config: EvaluateJobConfig) -> JobResult:
@@ -51,39 +51,42 @@ def dry_run(config: EvaluateJobConfig) -> JobResult:
 
 
 def _evaluate(config: EvaluateJobConfig, inputs: Inputs, output: Root, run: Run) -> Record:
-    """Measure, name the figures, write.
-
-    The classifier, the report, and last the record that refers to them.
-    """
-    from pipeline.evaluate.measuring import evaluate, evaluate_again_inspected
+    """Measure, name the figures, write: the classifier, the report, and last the record that refers to them."""
+    # Only here: a run that finds its inputs evaluated loads neither torch nor anything that draws.
+    from pipeline.evaluate.passes import evaluate, evaluate_again_inspected
     from pipeline.evaluate.report import render_report
-    from pipeline.evaluate.results import missed_thresholds, origins_of
 
     tracker = _track(config, inputs, run)
     with reserved_gpu(config.device, config.cluster) as device:
         if device is None:
-            found = evaluate(config, inputs, output.uri, own_device(config.device, config.cluster))
+            findings = evaluate(config, inputs, output.uri, own_device(config.device, config.cluster))
         else:
-            found = run_reserved(evaluate_again_inspected, config, inputs.key, output.uri, device)
+            findings = run_reserved(evaluate_again_inspected, config, inputs.key, output.uri, device)
     run_id = tracker.wait_run_id(RUN_ID_WAIT_S)
-    origins = origins_of(config, inputs)
-    itself = {"this evaluation": {"key": inputs.key, "run_id": run_id}}
-    page = render_report(replace(found.content, provenance=origins | itself), config.output.max_bytes).encode()
+    origins = inputs.origins(config)
+    provenance = origins | {"this evaluation": {"key": inputs.key, "run_id": run_id}}
+    page = render_report(replace(findings.content, provenance=provenance), config.output.max_bytes).encode()
     record = Record(
         key=inputs.key,
-        figures=found.figures,
-        contract=found.contract,
+        figures=findings.figures,
+        contract=findings.contract,
         inputs=origins,
-        absent=found.absent,
-        missed=missed_thresholds(found.figures, config.thresholds),
-        counts=found.counts,
+        absent=findings.absent,
+        missed=missed_thresholds(findings.figures, config.thresholds),
+        counts=findings.counts,
         run_id=run_id,
         files={REPORT: hashlib.sha256(page).hexdigest()},
     )
+    # The record comes last and names the report's hash: a run that died in between has not evaluated anything.
     output.put(REPORT, page)
     output.put_if_absent(f"evaluations/{record.key}.json", record.to_bytes())
     output.put(RECORD, record.to_bytes())
-    _log_results(record, page, tracker)
+    tracker.set_tags({"latentloom.passed": "no" if record.missed else "yes"})
+    tracker.log_text(record.to_bytes().decode(), RECORD)
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder, REPORT)
+        local.write_bytes(page)
+        tracker.log_file(local, REPORT)
     return record
 
 
@@ -97,32 +100,28 @@ def _recorded(output: Root, key: str) -> Record | None:
     return None
 
 
-def _answer(config: EvaluateJobConfig, record: Record, status: str) -> JobResult:
+def _result(config: EvaluateJobConfig, record: Record, status: str) -> JobResult:
     return JobResult(status, record.counts, _outputs(config), record.run_id, figures=record.flat())
 
 
-def _judged(config: EvaluateJobConfig, record: Record, result: JobResult) -> JobResult:
-    """The result, when it reaches what was asked."""
-    if record.missed:
-        raise _not_reached(config, record).with_result(result)
-    return result
+def _outputs(config: EvaluateJobConfig) -> dict[str, str]:
+    root = Root(config.output.uri)
+    return {"report": root.uri_of(REPORT), "evaluation": root.uri_of(RECORD)}
 
 
-def _not_reached(config: EvaluateJobConfig, record: Record) -> InputError:
+def accepted(config: EvaluateJobConfig, record: Record, result: JobResult) -> JobResult:
+    """The result, when the figures reach what was asked; else InputError that carries it."""
+    if not record.missed:
+        return result
     names = [line.partition(" ")[0] for line in record.missed]
-    return InputError(
+    raise InputError(
         "The figures do not reach what was asked:\n" + "\n".join(f"  - {line}" for line in record.missed),
         key=", ".join(f"thresholds.{name}" for name in names),
         value=", ".join(f"{getattr(config.thresholds, name):g}" for name in names),
         rule="every threshold is reached; an absent figure reaches none",
         next_step=f"the whole evaluation is in {Root(config.output.uri).uri_of(REPORT)}: train longer or better, or "
         "ask for less",
-    )
-
-
-def _outputs(config: EvaluateJobConfig) -> dict[str, str]:
-    root = Root(config.output.uri)
-    return {"report": root.uri_of(REPORT), "evaluation": root.uri_of(RECORD)}
+    ).with_result(result)
 
 
 def _track(config: EvaluateJobConfig, inputs: Inputs, run: Run) -> Tracker:
@@ -145,12 +144,3 @@ def _track(config: EvaluateJobConfig, inputs: Inputs, run: Run) -> Tracker:
     if inputs.latents is not None:
         tracker.log_input("latents", inputs.latents.digest, inputs.latents.uri, "input")
     return tracker
-
-
-def _log_results(record: Record, page: bytes, tracker: Tracker) -> None:
-    tracker.set_tags({"latentloom.passed": "no" if record.missed else "yes"})
-    tracker.log_text(record.to_bytes().decode(), RECORD)
-    with tempfile.TemporaryDirectory() as folder:
-        local = Path(folder, REPORT)
-        local.write_bytes(page)
-        tracker.log_file(local, REPORT)

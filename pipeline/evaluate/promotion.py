@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 
 from pipeline.errors import InputError
 from pipeline.evaluate.figures import Record
 from pipeline.result import JobResult
-from pipeline.runs.session import Run, open_run
+from pipeline.runs.session import open_run
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root
 from pipeline.tracking.config import PromoteJobConfig, resolve_paths
 from pipeline.tracking.queries import LineageStep, ModelVersion, Registry, opened, walk
-from pipeline.tracking.tracker import Tracker
 
 EVALUATION = "evaluation.json"
 EVALUATION_TAG = "latentloom.evaluation"
@@ -29,20 +29,49 @@ def run(config: PromoteJobConfig) -> JobResult:
     """Move the alias; InputError (exit code 3), with nothing moved, naming each threshold that is missed."""
     config = config.model_copy(update={"tracking": resolve_paths(config.tracking)})
     record = read_evaluation(config.evaluation.uri)
+    alias = config.model.alias
     with opened(config.tracking.uri) as registry:
-        version = _judged_version(config, record, registry)
+        version = _evaluated_version(config, record, registry)
         missed = missed_figures(record, config)
-        held = [v for v in registry.versions(version.name) if config.model.alias in v.aliases]
-        if not missed and held and held[0].version == version.version:
-            return _result("unchanged", config, version, held, record, None)
+        holders = [v for v in registry.versions(version.name) if alias in v.aliases]
+        result = JobResult(
+            "done",
+            {"version": version.version, "thresholds": len(config.at_least) + len(config.at_most)},
+            {"model": f"models:/{version.name}@{alias}", "export": version.uri},
+            figures=record.flat(),
+            details={
+                "previous_version": holders[0].version if holders else None,
+                "training_run": version.run_id,
+            },
+        )
+        if not missed and holders and holders[0].version == version.version:
+            return replace(result, status="unchanged")
         with open_run(config, "promote") as run:
-            _track(config, record, version, run).set_tags({"latentloom.promoted": "no" if missed else "yes"})
+            tracker = run.track(
+                f"promote {version.name}@{alias}",
+                parents={"train": version.run_id, **({"evaluate": record.run_id} if record.run_id else {})},
+                params={
+                    "model": version.name,
+                    "version": version.version,
+                    "alias": alias,
+                    "evaluation.uri": config.evaluation.uri,
+                    **{f"at_least.{k}": v for k, v in config.at_least.items()},
+                    **{f"at_most.{k}": v for k, v in config.at_most.items()},
+                },
+            )
+            tracker.set_tags({"latentloom.promoted": "no" if missed else "yes"})
             if missed:
-                told = _result("not reached", config, version, held, record, None)
-                raise _not_reached(config, version, missed).with_result(told)
-            registry.point(version, config.model.alias, {EVALUATION_TAG: record.key})
-            _log.info("%s@%s is version %d now", version.name, config.model.alias, version.version)
-            return run.done(_result("done", config, version, held, record, None))
+                lines = "\n".join(f"  - {line}" for line in missed)
+                raise InputError(
+                    f"Version {version.version} of {version.name} is not promoted to {alias}:\n{lines}",
+                    key="at_least, at_most",
+                    rule="every threshold is reached, judged by "
+                    + ("the unfavourable end of its interval" if config.cautious else "the value itself"),
+                    next_step="train longer or better, or ask for less; the alias stays where it was",
+                ).with_result(replace(result, status="not reached"))
+            registry.point(version, alias, {EVALUATION_TAG: record.key})
+            _log.info("%s@%s is version %d now", version.name, alias, version.version)
+            return run.done(result)
 
 
 def plan(config: PromoteJobConfig) -> JobResult:
@@ -58,12 +87,12 @@ def read_evaluation(uri: str) -> Record:
     root = Root(uri)
     try:
         record = Record.from_bytes(root.read_bytes(EVALUATION))
-        why = "it is no evaluation of this version"
+        cause = "it is no evaluation of this version"
     except storage_errors() as error:
-        record, why = None, describe(error)
+        record, cause = None, describe(error)
     if record is None:
         raise InputError(
-            f"There is no readable evaluation at {root.uri}: {why}",
+            f"There is no readable evaluation at {root.uri}: {cause}",
             key="evaluation.uri",
             value=uri,
             rule=f"the output of the evaluate job, which holds {EVALUATION}",
@@ -92,7 +121,7 @@ def missed_figures(record: Record, config: PromoteJobConfig) -> list[str]:
     return missed
 
 
-def _judged_version(config: PromoteJobConfig, record: Record, registry: Registry) -> ModelVersion:
+def _evaluated_version(config: PromoteJobConfig, record: Record, registry: Registry) -> ModelVersion:
     """The version whose training run the evaluated samples come from."""
     name, uri = config.model.name, config.tracking.uri
     sampled = (record.inputs.get("samples") or {}).get("run_id")
@@ -107,8 +136,8 @@ def _judged_version(config: PromoteJobConfig, record: Record, registry: Registry
     behind: list[LineageStep] = walk(str(sampled), uri)
     trained = {step.run_id for step in behind if step.found and step.job == "train"}
     versions = registry.versions(name)
-    found = [v for v in versions if v.run_id in trained and config.model.version in (None, v.version)]
-    if not found:
+    candidates = [v for v in versions if v.run_id in trained and config.model.version in (None, v.version)]
+    if not candidates:
         known = ", ".join(f"{v.version} (run {v.run_id})" for v in versions) or "none"
         raise InputError(
             f"The evaluation is about no such version of the registered model {name!r}",
@@ -118,48 +147,4 @@ def _judged_version(config: PromoteJobConfig, record: Record, registry: Registry
             f"registered versions: {known}",
             next_step="train with registry.name set, sample and evaluate that model, then promote it",
         )
-    return found[-1]
-
-
-def _track(config: PromoteJobConfig, record: Record, version: ModelVersion, run: Run) -> Tracker:
-    return run.track(
-        f"promote {version.name}@{config.model.alias}",
-        parents={"train": version.run_id, **({"evaluate": record.run_id} if record.run_id else {})},
-        params={
-            "model": version.name,
-            "version": version.version,
-            "alias": config.model.alias,
-            "evaluation.uri": config.evaluation.uri,
-            **{f"at_least.{k}": v for k, v in config.at_least.items()},
-            **{f"at_most.{k}": v for k, v in config.at_most.items()},
-        },
-    )
-
-
-def _not_reached(config: PromoteJobConfig, version: ModelVersion, missed: list[str]) -> InputError:
-    lines = "\n".join(f"  - {line}" for line in missed)
-    return InputError(
-        f"Version {version.version} of {version.name} is not promoted to {config.model.alias}:\n{lines}",
-        key="at_least, at_most",
-        rule="every threshold is reached, judged by "
-        + ("the unfavourable end of its interval" if config.cautious else "the value itself"),
-        next_step="train longer or better, or ask for less; the alias stays where it was",
-    )
-
-
-def _result(
-    status: str,
-    config: PromoteJobConfig,
-    version: ModelVersion,
-    held: list[ModelVersion],
-    record: Record,
-    run_id: str | None,
-) -> JobResult:
-    return JobResult(
-        status,
-        {"version": version.version, "thresholds": len(config.at_least) + len(config.at_most)},
-        {"model": f"models:/{version.name}@{config.model.alias}", "export": version.uri},
-        run_id,
-        figures=record.flat(),
-        details={"previous_version": held[0].version if held else None, "training_run": version.run_id},
-    )
+    return candidates[-1]

@@ -68,7 +68,10 @@ def dry_run(config: FitCodecJobConfig) -> JobResult:
 
 def planned_info(fit: FitConfig) -> CodecInfo:
     """The shape of the codec that a recipe gives, before it exists (no weights, hence no hash)."""
+    depth = len(fit.block_out_channels)
     config = {
+        "down_block_types": ["DownEncoderBlock2D"] * depth,
+        "up_block_types": ["UpDecoderBlock2D"] * depth,
         "block_out_channels": list(fit.block_out_channels),
         "layers_per_block": fit.layers_per_block,
         "latent_channels": fit.latent_channels,

@@ -1,4 +1,4 @@
-"""Pixels to PNG, JPEG or WebP bytes that carry their own provenance, back again, and pictures in a grid.
+"""Pixels to PNG, JPEG or WebP bytes that carry their own provenance, back again, and contact sheets of a few of them.
 
 The provenance is one JSON object in ASCII: in PNG a tEXt chunk named "latentloom", in JPEG and WebP the EXIF
 field UserComment (Exif 2.32, section 4.6.5: eight bytes of character code, then the text). The same pixels and
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
 from pipeline.errors import InputError
@@ -21,6 +23,7 @@ KEYWORD = "latentloom"
 FORMATS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 MAX_EXIF_BYTES = 60_000  # a JPEG segment holds 65,533 bytes, EXIF headers included
+INLINE_SIDE = 192  # pixels of a picture inside a page; smaller ones keep their size and are scaled by the page
 _ASCII = b"ASCII\0\0\0"
 
 
@@ -63,7 +66,13 @@ def read_provenance(data: bytes) -> dict[str, Any]:
     """The provenance inside an image's bytes; InputError when it is no image or carries none."""
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
-            text = _text_of(image)
+            if image.format == "PNG":
+                image.load()  # text chunks may follow the pixels
+                text = str(image.info.get(KEYWORD, ""))
+            else:
+                comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+                raw = comment.encode("latin-1", "replace") if isinstance(comment, str) else bytes(comment)
+                text = raw.removeprefix(_ASCII).decode("ascii", "replace")
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"These bytes are no readable PNG, JPEG or WebP: {error}") from None
     try:
@@ -79,15 +88,6 @@ def read_provenance(data: bytes) -> dict[str, Any]:
     return provenance
 
 
-def _text_of(image: Image.Image) -> str:
-    if image.format == "PNG":
-        image.load()  # text chunks may follow the pixels
-        return str(image.info.get(KEYWORD, ""))
-    comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
-    raw = comment.encode("latin-1", "replace") if isinstance(comment, str) else bytes(comment)
-    return raw.removeprefix(_ASCII).decode("ascii", "replace")
-
-
 def decode_image(data: bytes) -> np.ndarray:
     """Pixels of an encoded image, uint8 [h, w, 3] RGB."""
     with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
@@ -99,6 +99,17 @@ def thumbnail(data: bytes, side: int) -> bytes:
     out = io.BytesIO()
     _fitted(data, side).save(out, "PNG")
     return out.getvalue()
+
+
+def inline_bytes(pixels_HWC: np.ndarray) -> tuple[bytes, str]:
+    """(bytes, media type) of a picture inside a page: PNG up to 64 pixels a side, else JPEG up to INLINE_SIDE."""
+    image, out = Image.fromarray(pixels_HWC), io.BytesIO()
+    if max(image.size) <= 64:
+        image.save(out, "PNG", optimize=True)
+        return out.getvalue(), FORMATS["png"]
+    image.thumbnail((INLINE_SIDE, INLINE_SIDE), Image.Resampling.LANCZOS)
+    image.save(out, "JPEG", quality=88)
+    return out.getvalue(), FORMATS["jpeg"]
 
 
 def _fitted(data: bytes, side: int) -> Image.Image:
@@ -113,32 +124,62 @@ def _fitted(data: bytes, side: int) -> Image.Image:
     return image
 
 
-def draw_grid(images: Sequence[bytes], labels: Sequence[str], *, columns: int, tile: int) -> bytes:
-    """PNG bytes of encoded images in rows of `columns` tiles of tile x tile pixels, each over its label."""
-    if len(images) != len(labels) or not images or columns < 1:
-        raise ValueError(f"a grid needs one label an image: {len(images)} images, {len(labels)} labels")
+def contact_sheet(images: Sequence[bytes], captions: Sequence[str], *, tile: int = 128) -> bytes:
+    """PNG bytes of a nearly square grid of encoded images, each tile x tile pixels over one line of its caption."""
+    if len(images) != len(captions) or not images:
+        raise ValueError(
+            f"a contact sheet needs one caption an image: {len(images)} images, {len(captions)} captions"
+        )
     font = ImageFont.load_default(size=12)
-    gap, line = 6, 18
+    gap, line, columns = 6, 18, math.ceil(math.sqrt(len(images)))
     num_rows = -(-len(images) // columns)
     size = (columns * (tile + gap) + gap, num_rows * (tile + line + gap) + gap)
     sheet = Image.new("RGB", size, (250, 250, 250))
     draw = ImageDraw.Draw(sheet)
-    for i, (data, label) in enumerate(zip(images, labels, strict=True)):
-        left = gap + (i % columns) * (tile + gap)
-        top = gap + (i // columns) * (tile + line + gap)
+    for i, (data, caption) in enumerate(zip(images, captions, strict=True)):
+        left, top = gap + (i % columns) * (tile + gap), gap + (i // columns) * (tile + line + gap)
         image = _fitted(data, tile)
         sheet.paste(image, (left + (tile - image.width) // 2, top + (tile - image.height) // 2))
-        draw.text((left, top + tile + 2), _fit(draw, font, label, tile), fill=(40, 40, 40), font=font)
+        text = whole = " ".join(caption[:200].split())
+        while text and draw.textlength(text if text == whole else text + "…", font=font) > tile:
+            text = text[:-1]
+        draw.text((left, top + tile + 2), text if text == whole else text + "…", fill=(40, 40, 40), font=font)
     out = io.BytesIO()
     sheet.save(out, "PNG")
     return out.getvalue()
 
 
-def _fit(draw: ImageDraw.ImageDraw, font: Any, label: str, width: int) -> str:
-    """The longest beginning of a label, on one line, that is no wider than `width` pixels."""
-    text = " ".join(label[:200].split())
-    if draw.textlength(text, font=font) <= width:
-        return text
-    while text and draw.textlength(text + "…", font=font) > width:
-        text = text[:-1]
-    return text + "…"
+def choose(requests: pa.Table, count: int) -> list[bytes]:
+    """At most `count` request ids, spread evenly over the conditions (labels or prompts), condition by condition.
+
+    The choice depends only on the requests: every condition gets its share, within a condition the first by id. With
+    more conditions than `count`, an evenly spaced part of them is shown with one image each.
+    """
+    if count < 1:
+        raise ValueError(f"count {count}: at least one image is shown")
+    by_condition: dict[tuple[bool, int, str], list[bytes]] = {}
+    columns = (requests[name].to_pylist() for name in ("request_id", "label", "prompt"))
+    for request_id, label, prompt in zip(*columns, strict=True):
+        key = (label is None, -1 if label is None else label, prompt or "")
+        by_condition.setdefault(key, []).append(request_id)
+    keys = sorted(by_condition)
+    if len(keys) > count:
+        keys = [keys[i * len(keys) // count] for i in range(count)]
+    queues = {key: sorted(by_condition[key]) for key in keys}
+    taken = dict.fromkeys(keys, 0)
+    left = min(count, sum(len(queue) for queue in queues.values()))
+    while left:
+        for key in keys:
+            if left and taken[key] < len(queues[key]):
+                taken[key] += 1
+                left -= 1
+    return [request_id for key in keys for request_id in queues[key][: taken[key]]]
+
+
+def caption_of(request: Mapping[str, Any]) -> str:
+    """One line that tells a sample from its neighbours."""
+    if request["prompt"] is not None:
+        condition = str(request["prompt"])
+    else:
+        condition = "unconditional" if request["label"] is None else f"class {request['label']}"
+    return f"{condition} · seed {request['seed']}"

@@ -8,9 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.media.contact import caption, choose, contact_sheet
-from pipeline.media.gallery import GalleryPicture, gallery_html
-from pipeline.media.images import thumbnail
+from pipeline.media.images import FORMATS, caption_of, choose, contact_sheet, thumbnail
+from pipeline.media.pages import PagePicture, render_page
 from pipeline.store.read.dataset import Dataset, read_outside
 
 CONTACT_KEY = "contact.png"
@@ -26,27 +25,29 @@ def show(uri: str, plan: pa.Table, wanted: Iterable[bytes], count: int, facts: d
     """
     dataset: Dataset = Dataset.open_kind(uri, "images", "output.uri")
     names = set(wanted)
-    there = dataset.state.covered
+    written = dataset.state.covered
     for rejected in dataset.state.rejects.values():
-        there = there - rejected
-    visible = pa.array(there.contains(plan["unit"].to_numpy(), plan["row"].to_numpy()))
-    candidates = plan.filter(visible)
+        written = written - rejected
+    candidates = plan.filter(pa.array(written.contains(plan["unit"].to_numpy(), plan["row"].to_numpy())))
     candidates = candidates.filter(pa.array([n in names for n in candidates["request_id"].to_pylist()], pa.bool_()))
     if candidates.num_rows == 0 or count == 0:
         return {}
-    chosen = choose(candidates, count)
-    rows = _read(dataset, candidates, chosen)
+    rows = _read(dataset, candidates, choose(candidates, count))
     images = [row["image"] or read_outside(dataset.root, row["file"]) for row in rows]
-    captions = [caption(row) for row in rows]
+    captions = [caption_of(row) for row in rows]
     pictures = [
-        GalleryPicture(
-            thumbnail(image, THUMBNAIL), "image/png", text, json.dumps(json.loads(row["provenance"]), indent=1)
+        PagePicture(
+            thumbnail(image, THUMBNAIL),
+            FORMATS["png"],
+            caption,
+            details=json.dumps(json.loads(row["provenance"]), indent=1),
         )
-        for image, text, row in zip(images, captions, rows, strict=True)
+        for image, caption, row in zip(images, captions, rows, strict=True)
     ]
     note = f"{len(pictures)} of {candidates.num_rows:,} images, chosen by request id."
+    page = render_page("gallery.html", title="Samples", facts=facts, pictures=pictures, note=note)
     dataset.root.put(CONTACT_KEY, contact_sheet(images, captions))
-    dataset.root.put(GALLERY_KEY, gallery_html("Samples", facts, pictures, note).encode())
+    dataset.root.put(GALLERY_KEY, page.encode())
     return {"contact": dataset.root.uri_of(CONTACT_KEY), "gallery": dataset.root.uri_of(GALLERY_KEY)}
 
 

@@ -1,4 +1,4 @@
-"""Analytic FLOPs against torch's own counter, and against published sizes."""
+"""FLOPs counted on shapes alone against those of a real run, and against published sizes."""
 
 from __future__ import annotations
 

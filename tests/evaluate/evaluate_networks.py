@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pipeline.evaluate.lpips import WIDTHS
+from pipeline.evaluate.metrics import WIDTHS
 from tests.text.text_builders import make_clip
 
 _ALEX = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
@@ -38,7 +38,7 @@ def linear_weights(net: str, seed: int = 1) -> dict[str, torch.Tensor]:
     }
 
 
-def make_whole_clip(folder: Path, seed: int = 3) -> tuple[Any, Any]:
+def make_whole_clip(folder: Path, seed: int = 4) -> tuple[Any, Any]:
     """A CLIPModel for 8x8 images with its tokenizer; both as transformers loads them."""
     from transformers import AutoTokenizer, CLIPModel
 

@@ -29,7 +29,7 @@ def test_default_settings_judge_shapes_almost_perfectly() -> None:
     judge = fit_classifier(images, labels, keys_of(3000), FitSettings(32))
     assert judge.holdout.value > 0.98
     fresh, truth = real_images(360, seed=77)
-    seen, features = judge.judge(fresh)
+    seen, features, _ = judge.predict(fresh)
     assert (seen == truth).mean() > 0.98
     assert features.shape == (360, 96)
     assert features.dtype == np.float32
@@ -40,7 +40,7 @@ def test_same_arguments_same_classifier_other_seed_another() -> None:
     one, two = (fit_classifier(images, labels, keys_of(96), QUICK) for _ in range(2))
     other = fit_classifier(images, labels, keys_of(96), FitSettings(16, 8, 12, 16, seed=1))
     assert one.digest == two.digest != other.digest
-    np.testing.assert_array_equal(one.judge(images)[1], two.judge(images)[1])
+    np.testing.assert_array_equal(one.predict(images)[1], two.predict(images)[1])
 
 
 def test_held_out_images_are_never_fitted_on() -> None:
@@ -58,15 +58,15 @@ def test_held_out_images_are_never_fitted_on() -> None:
 def test_judgement_does_not_depend_on_the_batch() -> None:
     images, labels = real_images(96)
     judge = fit_classifier(images, labels, keys_of(96), QUICK)
-    alone = np.concatenate([judge.judge(images[i : i + 1])[1] for i in range(8)])
-    np.testing.assert_allclose(judge.judge(images)[1][:8], alone, rtol=1e-4, atol=1e-5)
+    alone = np.concatenate([judge.predict(images[i : i + 1])[1] for i in range(8)])
+    np.testing.assert_allclose(judge.predict(images)[1][:8], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_labels_may_be_any_integers() -> None:
     images, labels = real_images(96)
     judge = fit_classifier(images, labels * 1000 + 7, keys_of(96), QUICK)
     assert judge.classes == tuple(c * 1000 + 7 for c in range(12))
-    assert set(judge.judge(images)[0]) <= set(judge.classes)
+    assert set(judge.predict(images)[0]) <= set(judge.classes)
 
 
 def test_one_class_is_no_task() -> None:
@@ -89,7 +89,7 @@ def test_saved_and_loaded_it_judges_the_same() -> None:
     again = from_bytes(to_bytes(judge, "key"), "key")
     assert again is not None
     assert (again.digest, again.classes, again.holdout) == (judge.digest, judge.classes, judge.holdout)
-    np.testing.assert_array_equal(again.judge(images)[1], judge.judge(images)[1])
+    np.testing.assert_array_equal(again.predict(images)[1], judge.predict(images)[1])
 
 
 def test_files_of_another_fit_torn_or_tampered_are_not_used() -> None:
@@ -108,7 +108,7 @@ def test_features_have_unit_mean_square() -> None:
     images, labels = real_images(96)
     judge = fit_classifier(images, labels, keys_of(96), QUICK)
     kept = np.array([not is_held_out(key, QUICK.holdout) for key in keys_of(96)])
-    _, features = judge.judge(images[kept])
+    _, features, _ = judge.predict(images[kept])
     assert np.square(features).mean() == pytest.approx(1.0, rel=1e-4)
 
 

@@ -16,8 +16,14 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, InputError
 from pipeline.evaluate.config import ExtractorConfig
-from pipeline.evaluate.extractor import IMAGENET_MEAN, IMAGENET_STD, Extractor, load_extractor, with_features
-from pipeline.evaluate.weights import load_state_dict
+from pipeline.evaluate.networks import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Extractor,
+    load_extractor,
+    load_state_dict,
+    with_features,
+)
 
 
 class Net(nn.Module):

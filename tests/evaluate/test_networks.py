@@ -1,19 +1,21 @@
-"""CLIP score and LPIPS against their definitions, with random weights in the real layouts."""
+"""LPIPS against torchmetrics, CLIP score against transformers, with random weights in the real layouts."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from evaluate_networks import linear_weights, make_whole_clip, random_backbone
-from torch import nn
+from torchmetrics.functional.image import lpips
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from pipeline.errors import InputError
-from pipeline.evaluate.clip import MEAN, STD, ClipScorer
-from pipeline.evaluate.lpips import SCALE, SHIFT, TAPS, Lpips
+from pipeline.evaluate.metrics import ClipScorer, Lpips, backbone_of
 
 
 def images(n: int = 2, h: int = 40, w: int = 48, seed: int = 0) -> torch.Tensor:
@@ -21,47 +23,23 @@ def images(n: int = 2, h: int = 40, w: int = 48, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("net", ["alex", "vgg"])
-def test_lpips_is_the_papers_sum_over_layers_and_places(net: str) -> None:
-    backbone, linear = random_backbone(net), linear_weights(net)
+def test_lpips_is_that_of_torchmetrics_with_the_published_linear_weights(
+    net: Literal["alex", "vgg"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Theirs takes its backbone from torchvision; it gets one of the same layers and weights."""
+    weights = random_backbone(net)
+    features = backbone_of(net)
+    features.load_state_dict({k.removeprefix("features."): v for k, v in weights.items() if "features." in k})
+    monkeypatch.setattr(lpips, "_get_tv_model_features", lambda *_: features)
+    theirs = lpips._LPIPS(net=net)
+    linear = {k: v for k, v in theirs.state_dict().items() if k.startswith("lin") and k[3].isdigit()}
     x, y = images(seed=1), images(seed=2)
-    got = Lpips(net, backbone, linear)(x, y)
-    # Equation 1 written out: one layer, one place at a time, from features computed without our network.
-    expected = np.zeros(2)
-    for layer, (fx, fy) in enumerate(zip(features_of(net, backbone, x), features_of(net, backbone, y), strict=True)):
-        w_C = linear[f"lin{layer}.model.1.weight"].flatten().numpy().astype(np.float64)
-        for image in range(2):
-            _, height, width = fx[image].shape
-            places = []
-            for row in range(height):
-                for column in range(width):
-                    a, b = fx[image][:, row, column], fy[image][:, row, column]
-                    a, b = a / (np.sqrt((a**2).sum()) + 1e-10), b / (np.sqrt((b**2).sum()) + 1e-10)
-                    places.append((w_C * (a - b) ** 2).sum())
-            expected[image] += np.mean(places)
-    np.testing.assert_allclose(got, expected, rtol=1e-4)
-    assert (got > 0).all()
-
-
-def features_of(net: str, backbone: dict[str, torch.Tensor], images_NHWC: torch.Tensor) -> list[np.ndarray]:
-    """Taps of torchvision's layout walked by the names in its state dict."""
-    pools = {"alex": {2: (3, 2), 5: (3, 2)}, "vgg": {4: (2, 2), 9: (2, 2), 16: (2, 2), 23: (2, 2)}}[net]
-    x = images_NHWC.permute(0, 3, 1, 2).double() / 127.5 - 1
-    x = (x - torch.tensor(SHIFT).view(1, 3, 1, 1)) / torch.tensor(SCALE).view(1, 3, 1, 1)
-    out = []
-    for index in range(TAPS[net][-1] + 1):
-        name = f"features.{index}"
-        if f"{name}.weight" in backbone:
-            stride = 4 if (net, index) == ("alex", 0) else 1
-            padding = {("alex", 0): 2, ("alex", 3): 2}.get((net, index), 1)
-            weight, bias = backbone[f"{name}.weight"].double(), backbone[f"{name}.bias"].double()
-            x = nn.functional.conv2d(x, weight, bias, stride=stride, padding=padding)
-        elif index in pools:
-            x = nn.functional.max_pool2d(x, *pools[index])
-        else:
-            x = x.clamp_min(0)
-        if index in TAPS[net]:
-            out.append(x.numpy())
-    return out
+    with torch.no_grad():
+        expected = theirs(*(v.permute(0, 3, 1, 2).float() / 127.5 - 1 for v in (x, y))).flatten()
+    distances = Lpips(net, weights, linear)(x, y)
+    # They add 1e-8 inside the root of the norm, the release 1e-10 outside.
+    np.testing.assert_allclose(distances, expected.numpy(), rtol=1e-4)
+    assert (distances > 0.01).all()
 
 
 def test_lpips_of_equal_images_is_nothing_and_grows_with_noise() -> None:
@@ -94,9 +72,10 @@ def test_clip_score_is_the_cosine_of_transformers_own_features(tmp_path: Path) -
     model, tokenizer = make_whole_clip(tmp_path)
     pictures = images(2, 8, 8).numpy()
     scores = ClipScorer(str(tmp_path))(pictures, PROMPTS)
+    assert (scores > 0).all()
     tokens = tokenizer(PROMPTS, padding=True, return_tensors="pt")
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
-    pixels = (pixels - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
+    pixels = (pixels - torch.tensor(OPENAI_CLIP_MEAN).view(3, 1, 1)) / torch.tensor(OPENAI_CLIP_STD).view(3, 1, 1)
     with torch.no_grad():
         out = model(**tokens, pixel_values=pixels)
     # logits_per_image is cos times the model's own scale.
@@ -106,23 +85,18 @@ def test_clip_score_is_the_cosine_of_transformers_own_features(tmp_path: Path) -
     np.testing.assert_allclose(ClipScorer(str(tmp_path))(pictures[1:], PROMPTS[1:])[0], scores[1], rtol=1e-5)
 
 
-@pytest.mark.parametrize(("size", "box"), [((24, 36), (2, 0, 10, 8)), ((36, 24), (0, 2, 8, 10))])
-def test_clip_images_are_resized_and_cropped_as_its_processor_does(
-    tmp_path: Path, size: tuple[int, int], box: tuple[int, int, int, int]
-) -> None:
-    from PIL import Image
-
+def test_clip_images_are_prepared_as_its_directory_says(tmp_path: Path) -> None:
     make_whole_clip(tmp_path)
-    scorer = ClipScorer(str(tmp_path))
-    coarse = images(1, size[0] // 4, size[1] // 4).permute(0, 3, 1, 2).float()
-    picture = nn.functional.interpolate(coarse, size, mode="bilinear").round().to(torch.uint8).permute(0, 2, 3, 1)
-    mine = scorer._pixels(picture)[0]
-    small = (12, 8) if size[1] > size[0] else (8, 12)
-    theirs = Image.fromarray(picture[0].numpy()).resize(small, Image.Resampling.BICUBIC).crop(box)
-    values = torch.from_numpy(np.asarray(theirs).copy()).permute(2, 0, 1).float() / 255
-    expected = (values - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    assert mine.shape == (3, 8, 8)
-    assert (mine - expected).abs().max() < 2 / 255 / min(STD)
+    wide, prompts = images(4, 24, 60).numpy(), PROMPTS * 2
+    scores = ClipScorer(str(tmp_path))(wide, prompts)
+    assert (scores > 0).all()
+    # The short side becomes the model's, the middle is cut out: what lies left and right of it does not count.
+    cut = wide.copy()
+    cut[:, :, :12], cut[:, :, 48:] = 0, 255
+    np.testing.assert_allclose(ClipScorer(str(tmp_path))(cut, prompts), scores)
+    own = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3, "image_processor_type": "CLIPImageProcessor"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(own))
+    assert abs(ClipScorer(str(tmp_path))(wide, prompts) - scores).max() > 1e-3
 
 
 def test_a_directory_that_is_no_clip_is_refused(tmp_path: Path) -> None:
@@ -130,9 +104,9 @@ def test_a_directory_that_is_no_clip_is_refused(tmp_path: Path) -> None:
         ClipScorer(str(tmp_path))
     make_whole_clip(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text("{")
-    with pytest.raises(InputError, match="is no JSON"):
+    with pytest.raises(InputError, match=r"preprocessor_config\.json"):
         ClipScorer(str(tmp_path))
-    (tmp_path / "preprocessor_config.json").write_text("[]")
+    (tmp_path / "preprocessor_config.json").unlink()
     weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
     weights.pop("visual_projection.weight")
     safetensors.torch.save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})

@@ -10,12 +10,11 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.evaluate.config import EvaluateJobConfig
-from pipeline.evaluate.eyes import Eyes
-from pipeline.evaluate.figures import Record
-from pipeline.evaluate.job import _answer, _judged
-from pipeline.evaluate.measure import Judged
-from pipeline.evaluate.results import Measured, figures_of
-from pipeline.evaluate.stats import FeatureStats
+from pipeline.evaluate.figures import Record, figures_of
+from pipeline.evaluate.job import accepted
+from pipeline.evaluate.passes import Measured, Networks, SampleResults
+from pipeline.evaluate.statistics import FeatureStats
+from pipeline.result import JobResult
 
 
 def stats_of(n: int, dims: int, seed: int) -> FeatureStats:
@@ -26,7 +25,9 @@ def stats_of(n: int, dims: int, seed: int) -> FeatureStats:
 
 def figures(n: int, dims: int, neighbours: int = 3) -> tuple[set[str], dict[str, str]]:
     extractor: Any = SimpleNamespace(name="timm dino", digest="d" * 64)
-    measured = Measured(Eyes(extractor=extractor), stats_of(n, dims, 1), samples=Judged(stats_of(n, dims, 2)))
+    measured = Measured(
+        Networks(extractor=extractor), stats_of(n, dims, 1), samples=SampleResults(stats_of(n, dims, 2))
+    )
     found, absent = figures_of(measured, neighbours)
     return {figure.name for figure in found}, absent
 
@@ -66,7 +67,7 @@ def test_a_missed_threshold_is_exit_code_3_and_names_what_was_asked() -> None:
     missed = ("accuracy is 0.5, asked is at least 0.99", "kid is absent, asked is at most 0.5")
     record = Record("k", (), {}, {}, {}, missed, {"samples": 3}, "run", {})
     with pytest.raises(InputError, match=r"accuracy is 0\.5, asked is at least 0\.99\n  - kid is absent") as caught:
-        _judged(config, record, _answer(config, record, "done"))
+        accepted(config, record, JobResult("done", record.counts))
     error = caught.value
     assert error.exit_code == 3
     assert (error.key, error.value) == ("thresholds.accuracy, thresholds.kid", "0.99, 0.5")

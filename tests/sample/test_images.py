@@ -15,9 +15,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.errors import InputError
-from pipeline.media.contact import caption, choose, contact_sheet
-from pipeline.media.gallery import GalleryPicture, gallery_html
-from pipeline.media.images import decode_image, draw_grid, encode_image, read_provenance, thumbnail
+from pipeline.media.images import (
+    caption_of,
+    choose,
+    contact_sheet,
+    decode_image,
+    encode_image,
+    read_provenance,
+    thumbnail,
+)
+from pipeline.media.pages import PagePicture, render_page
 
 KINDS = ("png", "jpeg", "webp")
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
@@ -97,15 +104,15 @@ def test_a_sheet_has_a_tile_for_each_image() -> None:
     assert sheet.shape == (2 * (48 + 18 + 6) + 6, 3 * (48 + 6) + 6, 3)
     assert decode_image(thumbnail(image, 100)).shape == (64, 96, 3)
     assert decode_image(thumbnail(image, 12)).shape == (8, 12, 3)
-    with pytest.raises(ValueError, match="one label an image"):
-        draw_grid([image], [], columns=1, tile=8)
+    with pytest.raises(ValueError, match="one caption an image"):
+        contact_sheet([image], [])
 
 
 def test_a_caption_tells_what_was_asked() -> None:
     base = {"label": None, "prompt": None, "seed": 4}
-    assert caption(base) == "unconditional · seed 4"
-    assert caption({**base, "label": 2}) == "class 2 · seed 4"
-    assert caption({**base, "prompt": "a cat"}) == "a cat · seed 4"
+    assert caption_of(base) == "unconditional · seed 4"
+    assert caption_of({**base, "label": 2}) == "class 2 · seed 4"
+    assert caption_of({**base, "prompt": "a cat"}) == "a cat · seed 4"
 
 
 class Tags(HTMLParser):
@@ -119,11 +126,16 @@ class Tags(HTMLParser):
         self.seen.append((tag, dict(attrs)))
 
 
+def gallery(title: str, facts: dict[str, str], picture: PagePicture, note: str) -> str:
+    return render_page("gallery.html", title=title, facts=facts, pictures=[picture], note=note)
+
+
 @given(st.text(max_size=60))
 @settings(max_examples=60, deadline=None)
 def test_no_text_becomes_markup(text: str) -> None:
     hostile = f"{text}\"'><script src=//x></script><img src=x onerror=y>"
-    page = gallery_html(hostile, {hostile: hostile}, [GalleryPicture(b"png", "image/png", hostile, hostile)], hostile)
+    picture = PagePicture(b"png", "image/png", hostile, details=hostile)
+    page = gallery(hostile, {hostile: hostile}, picture, hostile)
     tags = Tags()
     tags.feed(page)
     assert {t for t, _ in tags.seen}.isdisjoint({"script", "link", "iframe", "object"})
@@ -134,7 +146,7 @@ def test_no_text_becomes_markup(text: str) -> None:
 
 
 def test_the_page_needs_no_network() -> None:
-    page = gallery_html("t", {}, [GalleryPicture(b"x", "image/png", "c")])
+    page = gallery("t", {}, PagePicture(b"x", "image/png", "c"), "")
     assert not re.search(r"(src|href)\s*=\s*[\"'](?!data:)", page)
     assert "url(" not in page
     assert "default-src 'none'" in page

@@ -107,7 +107,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
         tracker.opened = options
         return tracker
 
-    monkeypatch.setattr(sample_job, "open_tracker", opening)
+    monkeypatch.setattr("pipeline.runs.session.open_tracker", opening)
     return tracker
 
 

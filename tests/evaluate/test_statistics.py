@@ -3,11 +3,14 @@
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
 
-from pipeline.evaluate.quality import frechet, frechet_between, kid, precision_recall
-from pipeline.evaluate.stats import FeatureStats, Moments
+from pipeline.evaluate.statistics import FeatureStats, Moments, frechet, frechet_between, kid, precision_recall
 
 LIMIT = 2_000
 
@@ -36,6 +39,32 @@ def test_statistics_do_not_depend_on_batches_or_order(seed: int, cuts: list[int]
     np.testing.assert_array_equal(merged.features_MD, whole.features_MD)
     np.testing.assert_allclose(merged.moments().mean_D, features.astype(np.float64).mean(0), rtol=1e-12)
     np.testing.assert_allclose(merged.moments().covariance(), np.cov(features.T.astype(np.float64)), atol=1e-9)
+
+
+class Given(nn.Module):
+    """Hands on the feature vectors that come in place of images."""
+
+    num_features = 6
+
+    def forward(self, features_ND: torch.Tensor) -> torch.Tensor:
+        return features_ND
+
+
+def test_frechet_distance_and_kid_are_those_of_torchmetrics_on_the_same_features() -> None:
+    mixing = gaussian(6, 6, seed=3)
+    real, drawn = gaussian(300, 6, seed=1) @ mixing, gaussian(200, 6, seed=2, mean=0.3) @ mixing
+    fid = FrechetInceptionDistance(feature=Given(), input_img_size=(6,)).set_dtype(torch.float64)
+    with pytest.warns(UserWarning, match="save all extracted features"):
+        kernel = KernelInceptionDistance(feature=Given(), subsets=1, subset_size=200)
+    for features, is_real in ((real, True), (drawn, False)):
+        rows = torch.from_numpy(features[:200].astype(np.float32))
+        kernel.update(rows, real=is_real)
+        for part in torch.from_numpy(features.astype(np.float32)).split(64):
+            fid.update(part, real=is_real)
+    ours = frechet(stats_of(real), stats_of(drawn, seed=9))
+    assert ours.value == pytest.approx(float(fid.compute()), rel=1e-5)
+    ours = kid(stats_of(real[:200]), stats_of(drawn, seed=9))
+    assert ours.value == pytest.approx(float(kernel.compute()[0]), rel=1e-4)
 
 
 def test_statistics_survive_being_written_as_arrays() -> None:
