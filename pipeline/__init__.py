@@ -11,8 +11,9 @@ The journey, with the shape at each arrow::
     images         --evaluate--> figures with their contract, a report
 
 Every arrow is one job, one MLflow run, and can be killed at any moment: run the same command again and it
-goes on. Imports point one way: jobs -> {encode, train, fit_codec, sample, evaluate, text, lineage} -> {dataflow,
-media} -> {codec, stream, model} -> diffusion -> {source, store} -> tracking -> storage -> {config, errors}.
+goes on. Imports point one way: jobs -> {encode, train, fit_codec, sample, evaluate, text, lineage, maintenance} ->
+{runs, dataflow, media} -> {codec, stream, model} -> diffusion -> {source, store} -> tracking -> storage -> {config,
+errors}.
 
 The words, as all modules use them:
 
@@ -21,6 +22,7 @@ The words, as all modules use them:
     variant      one of several stored rows of one source row (mirrored, another resolution)
     bucket       height and width in pixels; a batch and a row group have one
     plan         what is to be done: frozen versions, each adding units and retiring rows
+    run          one job at work on its output: a generation, and an MLflow run that its successor goes on with
     generation   who may write: numbered, claimed by one run, which fences off all older ones
     claim        a generation's first object; lists what is visible from before
     commit       one record, created only if absent, that makes files visible and rows settled
