@@ -56,18 +56,18 @@ def write_shapes(
     root = Root(uri)
     marker = {"version": _VERSION, "count": count, "seed": seed, "size": size}
     try:
-        found = json.loads(root.read_bytes(_MARKER))
+        present = json.loads(root.read_bytes(_MARKER))
     except FileNotFoundError:
-        found = None
-    if found is not None and found != marker:
+        present = None
+    if present is not None and present != marker:
         raise ConflictError(
-            f"{root.uri} holds shapes made with {found}",
+            f"{root.uri} holds shapes made with {present}",
             key="uri",
             value=uri,
             rule=f"asked for {marker}",
             next_step="choose another place, or the same parameters",
         )
-    if found is not None:
+    if present is not None:
         return ShapesReport(count, 0, skipped=True)
     lines = [
         json.dumps(
