@@ -6,7 +6,6 @@ norms, activations and resizing are left out (well under 1 %).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from pipeline.codec.info import CodecInfo
@@ -106,9 +105,13 @@ def _tiny_decode(c: Config, height: int, width: int) -> int:
     return total
 
 
-def _dc_block(kind: str, channels: int, cells: int, head_dim: int, kernels: Sequence[int]) -> int:
+def _dc_stage(c: Config, side: str, i: int, cells: int) -> int:
+    kinds = c[f"{side}_block_types"]
+    kind = kinds if isinstance(kinds, str) else kinds[i]
+    channels, count = c[f"{side}_block_out_channels"][i], c[f"{side}_layers_per_block"][i]
+    kernels, head_dim = c[f"{side}_qkv_multiscales"][i], c["attention_head_dim"]
     if kind == "ResBlock":
-        return 2 * _conv(channels, channels, cells)
+        return int(count * 2 * _conv(channels, channels, cells))
     heads = channels // head_dim
     inner, scales = heads * head_dim, 1 + len(kernels)
     total = 3 * _conv(channels, inner, cells, 1) + _conv(inner * scales, channels, cells, 1)
@@ -121,15 +124,7 @@ def _dc_block(kind: str, channels: int, cells: int, head_dim: int, kernels: Sequ
         total += scales * heads * 2 * 2 * head_dim * cells * cells
     hidden = 4 * channels  # the gated convolutional feed-forward
     total += _conv(channels, 2 * hidden, cells, 1) + _conv(2 * hidden, 2 * hidden, cells, 3, groups=2 * hidden)
-    return total + _conv(hidden, channels, cells, 1)
-
-
-def _dc_stage(c: Config, side: str, i: int, cells: int) -> int:
-    kinds = c[f"{side}_block_types"]
-    kind = kinds if isinstance(kinds, str) else kinds[i]
-    channels, count = c[f"{side}_block_out_channels"][i], c[f"{side}_layers_per_block"][i]
-    kernels = c[f"{side}_qkv_multiscales"][i]
-    return int(count * _dc_block(kind, channels, cells, c["attention_head_dim"], kernels))
+    return int(count * (total + _conv(hidden, channels, cells, 1)))
 
 
 def _dc_resample(c_in: int, c_out: int, cells_in: int, cells_out: int, *, shuffled: bool) -> int:
