@@ -146,28 +146,25 @@ def weight_files(root: Root, path: str) -> list[WeightFile]:
 def _names(root: Root, path: str) -> list[str]:
     if root.exists(WEIGHTS):
         return [WEIGHTS]
-    if root.exists(INDEX):
-        return _shards(root, path)
-    files = sorted(o.key for o in root.list() if "/" not in o.key)
-    if any(name.endswith(_PICKLE) for name in files):
+    if not root.exists(INDEX):
+        files = sorted(o.key for o in root.list() if "/" not in o.key)
+        if any(name.endswith(_PICKLE) for name in files):
+            raise InputError(
+                "The codec's weights are pickled, and unpickling runs code from the file",
+                key="path",
+                value=path,
+                rule=f"weights are read from {WEIGHTS} only",
+                next_step="where you trust the file, convert it once: AutoencoderKL.from_pretrained(path)"
+                ".save_pretrained(new_path), then name new_path",
+            )
         raise InputError(
-            "The codec's weights are pickled, and unpickling runs code from the file",
+            f"The codec directory is incomplete: it holds {', '.join(files)} and no weights",
             key="path",
             value=path,
-            rule=f"weights are read from {WEIGHTS} only",
-            next_step="where you trust the file, convert it once: AutoencoderKL.from_pretrained(path)"
-            ".save_pretrained(new_path), then name new_path",
+            rule=f"weights are read from {WEIGHTS}",
+            next_step="copy the missing file, or rename the variant to be used",
         )
-    raise InputError(
-        f"The codec directory is incomplete: it holds {', '.join(files)} and no weights",
-        key="path",
-        value=path,
-        rule=f"weights are read from {WEIGHTS}",
-        next_step="copy the missing file, or rename the variant to be used",
-    )
-
-
-def _shards(root: Root, path: str) -> list[str]:
+    # The shards of the index.
     try:
         names = sorted(set(json.loads(root.read_bytes(INDEX))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:

@@ -148,22 +148,19 @@ def _build(node: ast.AST) -> Any:
     assert isinstance(node, ast.Compare)
     before, out = node.left, None
     for comparison, after in zip(node.ops, node.comparators, strict=True):
-        term = _compare(before, comparison, after)
+        if isinstance(comparison, ast.Is | ast.IsNot):
+            null = _build(before).is_null()
+            term = null if isinstance(comparison, ast.Is) else ~null
+        elif isinstance(comparison, ast.In | ast.NotIn):
+            assert isinstance(after, ast.List | ast.Tuple)
+            field = _build(before)
+            inside = field.isin([ast.literal_eval(e) for e in after.elts])
+            term = inside if isinstance(comparison, ast.In) else ~inside & field.is_valid()
+        else:
+            term = _call(_COMPARE[type(comparison)], _build(before), _build(after))
         out = term if out is None else out & term
         before = after
     return out
-
-
-def _compare(left: ast.expr, operator: ast.cmpop, right: ast.expr) -> Any:
-    if isinstance(operator, ast.Is | ast.IsNot):
-        null = _build(left).is_null()
-        return null if isinstance(operator, ast.Is) else ~null
-    if isinstance(operator, ast.In | ast.NotIn):
-        assert isinstance(right, ast.List | ast.Tuple)
-        field = _build(left)
-        inside = field.isin([ast.literal_eval(e) for e in right.elts])
-        return inside if isinstance(operator, ast.In) else ~inside & field.is_valid()
-    return _call(_COMPARE[type(operator)], _build(left), _build(right))
 
 
 def _call(function: str, *operands: Any) -> Any:

@@ -50,8 +50,18 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
 
     A number too large for a double is an infinity, too: written again it would be none of JSON's.
     """
+
+    def refuse(name: str) -> Any:
+        raise ValueError(f"{name} is no JSON number")
+
+    def finite(digits: str) -> float:
+        number = float(digits)
+        if math.isinf(number):
+            raise ValueError(f"{digits[:40]} is too large a number")
+        return number
+
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(text, parse_constant=refuse, parse_float=finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
@@ -132,17 +142,6 @@ def _known(label: int, classes: Sequence[str]) -> int:
     if classes and label >= len(classes):
         raise ValueError(f"the label {label} is beyond the {len(classes)} classes")
     return label
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):
-        raise ValueError(f"{text[:40]} is too large a number")
-    return value
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
 
 
 NAMES = ("metadata.csv", "metadata.jsonl")
