@@ -66,9 +66,34 @@ def load_config(model: type[M], files: Sequence[str], overrides: Sequence[str] =
     """Read, merge and validate; raises ConfigError that lists every problem."""
     merged: dict[str, Any] = {}
     for name in files:
-        merged = merge(merged, _read_yaml(name))
+        path = Path(name)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            siblings = sorted(path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+            near = difflib.get_close_matches(path.name, [p.name for p in siblings], n=1)
+            hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+            raise ConfigError(
+                f"There is no configuration file {name}{hint}",
+                rule="arguments are YAML files, then key=value overrides",
+                next_step="name an existing file, or write key=value to set a single key",
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"The configuration file {name} cannot be read: {error}") from None
+        merged = merge(merged, _mapping(text, f"file {name}"))
     for override in overrides:
-        merged = merge(merged, _parse_override(override))
+        key, equals, value = override.partition("=")
+        parts = key.split(".")
+        if not equals or not all(parts):
+            raise ConfigError(
+                f"The override {override!r} cannot be understood",
+                rule="an override is dotted.key=value",
+                next_step="for example train.batch_size=64",
+            )
+        nested: Any = _mapping(f"value: {value}", f"override {override!r}").get("value") if value else ""
+        for part in reversed(parts):
+            nested = {part: nested}
+        merged = merge(merged, nested)
     return validate(model, merged)
 
 
@@ -79,9 +104,9 @@ def validate(model: type[M], data: Mapping[str, Any]) -> M:
         # JSON mode: strict about types, yet a YAML list may fill a tuple.
         return model.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        found = [_describe(model, detail, data) for detail in error.errors()]
+        described = [_describe(model, detail, data) for detail in error.errors()]
         # A value that fits no member of a plain union is one problem, though every member complains.
-        problems = list(dict(reversed(found)).values())[::-1]
+        problems = list(dict(reversed(described)).values())[::-1]
         count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError(
             f"The configuration has {count}:\n" + "\n".join(f"  - {p}" for p in problems),
@@ -138,27 +163,6 @@ def config_digest(model: StrictModel) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _read_yaml(name: str) -> dict[str, Any]:
-    path = Path(name)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in _siblings(path)], n=1)
-        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
-        raise ConfigError(
-            f"There is no configuration file {name}{hint}",
-            rule="arguments are YAML files, then key=value overrides",
-            next_step="name an existing file, or write key=value to set a single key",
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The configuration file {name} cannot be read: {error}") from None
-    return _mapping(text, f"file {name}")
-
-
-def _siblings(path: Path) -> list[Path]:
-    return sorted(path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-
-
 def _mapping(text: str, origin: str) -> dict[str, Any]:
     try:
         data = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
@@ -177,30 +181,13 @@ def _mapping(text: str, origin: str) -> dict[str, Any]:
     return data
 
 
-def _parse_override(text: str) -> dict[str, Any]:
-    key, equals, value = text.partition("=")
-    parts = key.split(".")
-    if not equals or not all(parts):
-        raise ConfigError(
-            f"The override {text!r} cannot be understood",
-            rule="an override is dotted.key=value",
-            next_step="for example train.batch_size=64",
-        )
-    nested: Any = _mapping(f"value: {value}", f"override {text!r}").get("value") if value else ""
-    for part in reversed(parts):
-        nested = {part: nested}
-    return typing.cast(dict[str, Any], nested)
-
-
 def _describe(model: type[BaseModel], detail: ErrorDetails, data: Mapping[str, Any]) -> tuple[str, str]:
     """(the key as the user wrote it, the whole message)."""
     # pydantic names the chosen member of a tagged union inside `loc`; a user never wrote it.
     loc = [str(p) for p in _user_loc(detail["loc"], data)]
     key = ".".join(loc)
     if detail["type"] == "extra_forbidden":
-        now, near = _renamed(model, key), _did_you_mean(model, loc)
-        hint = f"; it is called {now} now" if now else f"; did you mean {near}?" if near else ""
-        return key, f"{key} = {_clip(detail['input'])}: there is no such key{hint}"
+        return key, f"{key} = {_clip(detail['input'])}: there is no such key{_hint(model, loc)}"
     if detail["type"] == "missing":
         return key, f"{key}: this key is required and has no default"
     rule = detail["msg"].removeprefix("Value error, ")
@@ -237,27 +224,24 @@ def renamed_from(name: str) -> dict[str, JsonValue]:
     return {"renamed_from": name}
 
 
-def _renamed(model: type[BaseModel], old: str) -> str | None:
+def _hint(model: type[BaseModel], loc: Sequence[str]) -> str:
+    """Which key an unknown one stands for: its new name, else the nearest among its neighbours, else in the tree."""
+    known = []
     for key, _, info in field_tree(model):
+        known.append(key)
         section, _, _ = key.rpartition(".")
         extra = info.json_schema_extra
-        if isinstance(extra, dict) and ".".join((section, str(extra.get("renamed_from")))).lstrip(".") == old:
-            return key
-    return None
-
-
-def _did_you_mean(model: type[BaseModel], loc: Sequence[str]) -> str | None:
-    """The known key nearest to the unknown one: among its neighbours first, then anywhere in the tree."""
-    known = [name for name, _, _ in field_tree(model)]
+        if isinstance(extra, dict) and f"{section}.{extra.get('renamed_from')}".lstrip(".") == ".".join(loc):
+            return f"; it is called {key} now"
     prefix = ".".join(loc[:-1])
     near_by = [k for k in known if k.rpartition(".")[0] == prefix]
     last = {k.rpartition(".")[2]: k for k in near_by}
     match = difflib.get_close_matches(loc[-1], list(last), n=1)
     if match:
-        return last[match[0]]
+        return f"; did you mean {last[match[0]]}?"
     anywhere = {k.rpartition(".")[2]: k for k in known}
     match = difflib.get_close_matches(loc[-1], list(anywhere), n=1, cutoff=0.75)
-    return anywhere[match[0]] if match else None
+    return f"; did you mean {anywhere[match[0]]}?" if match else ""
 
 
 def field_tree(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, FieldInfo]]:
@@ -280,12 +264,12 @@ def _tree(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, Field
 
 def _union_tree(members: Sequence[type[BaseModel]], prefix: str) -> Iterator[tuple[str, str, FieldInfo, str]]:
     """The keys of a tagged union: the tag with all its values first, then each other key once."""
-    found: dict[str, tuple[str, FieldInfo, list[str]]] = {}
+    keys: dict[str, tuple[str, FieldInfo, list[str]]] = {}
     for member in members:
         tag = _type_text(member.model_fields["kind"].annotation) if "kind" in member.model_fields else member.__name__
         for key, kind, info, _ in _tree(member, prefix):
-            found.setdefault(key, (kind, info, []))[2].append(tag)
-    for key, (kind, info, tags) in found.items():
+            keys.setdefault(key, (kind, info, []))[2].append(tag)
+    for key, (kind, info, tags) in keys.items():
         if key == prefix + "kind":
             yield key, " | ".join(tags), info, ""
         else:
@@ -324,26 +308,17 @@ def help_text(model: type[BaseModel]) -> str:
     lines: list[str] = []
     for key, kind, info, condition in _tree(model, ""):
         indent = "  " * key.count(".")
-        notes = [
-            "" if kind == "section" else kind,
-            _default_text(kind, info),
-            f"only {condition}" if condition else "",
-        ]
+        default = ""
+        if info.is_required():
+            default = "required"
+        elif not (kind == "section" or info.default is PydanticUndefined or isinstance(info.default, BaseModel)):
+            plain = info.default
+            if isinstance(plain, tuple):
+                plain = [v.model_dump() if isinstance(v, BaseModel) else v for v in plain]
+            default = f"default {_clip(plain)}"
+        notes = ["" if kind == "section" else kind, default, f"only {condition}" if condition else ""]
         shown = "; ".join(n for n in notes if n)
         lines.append(f"{indent}{key}" + (f"  ({shown})" if shown else ""))
         if info.description:
             lines.append(f"{indent}    {info.description}")
     return "\n".join(lines)
-
-
-def _default_text(kind: str, info: FieldInfo) -> str:
-    if info.is_required():
-        return "required"
-    if kind == "section" or info.default is PydanticUndefined or isinstance(info.default, BaseModel):
-        return ""
-    plain = (
-        [v.model_dump() if isinstance(v, BaseModel) else v for v in info.default]
-        if (isinstance(info.default, tuple))
-        else info.default
-    )
-    return f"default {_clip(plain)}"

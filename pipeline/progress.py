@@ -46,7 +46,7 @@ class Progress:
         self._began_s = clock()
         self._first: tuple[float, int] | None = None  # when the first update came, and what was done by then
         self._next_s = self._began_s
-        self._terminal = _is_terminal(self._stream)
+        self._terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._interval_s = TERMINAL_INTERVAL_S if self._terminal else FIRST_LOG_INTERVAL_S
         self._closed = self._mute = False
         self._lock = threading.Lock()
@@ -62,7 +62,8 @@ class Progress:
                 return
             self._next_s = now_s + self._interval_s
             if self._terminal:
-                self._rewrite(self._running_line(now_s))
+                width = max(shutil.get_terminal_size().columns - 1, 20)
+                self._write(f"\r{self._running_line(now_s)[:width]}\x1b[K")
             else:
                 self._interval_s = min(self._interval_s * LOG_INTERVAL_GROWTH, LAST_LOG_INTERVAL_S)
                 self._write(self._running_line(now_s) + "\n")
@@ -84,19 +85,11 @@ class Progress:
     ) -> None:
         self.close()
 
-    def _rate(self, now_s: float) -> float | None:
-        """Units a second since the first update, so that starting up is no part of it; None before anything moved."""
+    def _running_line(self, now_s: float) -> str:
+        # Since the first update, so that starting up is no part of it.
         since_s, before = self._first or (now_s, self._done)
         elapsed_s, moved = now_s - since_s, self._done - before
-        return moved / elapsed_s if elapsed_s > 0 and moved > 0 else None
-
-    def _mean_rate(self, now_s: float) -> float | None:
-        """Units a second of this run as a whole; None when nothing moved."""
-        elapsed_s, moved = now_s - self._began_s, self._done - self._start
-        return moved / elapsed_s if elapsed_s > 0 and moved > 0 else None
-
-    def _running_line(self, now_s: float) -> str:
-        rate = self._rate(now_s)
+        rate = moved / elapsed_s if elapsed_s > 0 and moved > 0 else None
         parts = [self._name, self._counted()]
         parts.append(f"{_number(rate)} {self._unit}/s" if rate else f"- {self._unit}/s")
         if self._total is not None:
@@ -105,12 +98,12 @@ class Progress:
         return "  ".join([*parts, *self._extras()])
 
     def _final_line(self, now_s: float) -> str:
-        rate = self._mean_rate(now_s)
         complete = self._total is None or self._done >= self._total
         parts = [self._name, self._counted() if complete else f"stopped at {self._counted()}"]
-        parts.append(f"in {_duration(now_s - self._began_s)}")
-        if rate:
-            parts.append(f"{_number(rate)} {self._unit}/s")
+        elapsed_s, moved = now_s - self._began_s, self._done - self._start
+        parts.append(f"in {_duration(elapsed_s)}")
+        if elapsed_s > 0 and moved > 0:
+            parts.append(f"{_number(moved / elapsed_s)} {self._unit}/s")
         return "  ".join([*parts, *self._extras()])
 
     def _counted(self) -> str:
@@ -122,10 +115,6 @@ class Progress:
     def _extras(self) -> list[str]:
         return [f"{name} {_number(value)}" for name, value in self._figures.items()]
 
-    def _rewrite(self, line: str) -> None:
-        width = shutil.get_terminal_size().columns
-        self._write(f"\r{line[: max(width - 1, 20)]}\x1b[K")
-
     def _write(self, text: str) -> None:
         if self._mute:
             return
@@ -134,10 +123,6 @@ class Progress:
             self._stream.flush()
         except (OSError, ValueError):  # a closed pipe or file: nobody looks any more, the work goes on
             self._mute = True
-
-
-def _is_terminal(stream: TextIO) -> bool:
-    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def _number(value: Figure) -> str:

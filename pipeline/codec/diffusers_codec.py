@@ -79,8 +79,18 @@ class DiffusersCodec:
         self, images_NHWC: torch.Tensor, *, posterior: str = "mode", seeds: Sequence[int] | None = None
     ) -> torch.Tensor:
         """uint8 [n,h,w,3] -> raw latents float32 [n,c,h/f,w/f]; see the protocol."""
-        self._check(images_NHWC, posterior, seeds)
-        encoded = self._vae.encode(self._normalised(images_NHWC), return_dict=False)[0]
+        if images_NHWC.dtype != torch.uint8 or images_NHWC.ndim != 4 or images_NHWC.shape[3] != 3:
+            raise ValueError(f"images must be uint8 [n,h,w,3], not {images_NHWC.dtype} {list(images_NHWC.shape)}")
+        self.info.latent_shape(images_NHWC.shape[1], images_NHWC.shape[2])
+        check_posterior(self.info, posterior)
+        if posterior == "sample" and (seeds is None or len(seeds) != len(images_NHWC)):
+            raise ValueError(f"posterior=sample needs one seed for each of the {len(images_NHWC)} images")
+
+        # Bytes cross to the device; there they become [-1, 1]. NHWC seen as NCHW *is* channels-last.
+        pixels = images_NHWC.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        # In float32: bfloat16 would round twice, and half a grey level is lost near white and black already.
+        pixels = pixels.to(torch.float32, memory_format=self._layout).div_(127.5).sub_(1).to(self.dtype)
+        encoded = self._vae.encode(pixels, return_dict=False)[0]
         if not self.info.has_posterior:
             return _dense(encoded)
         if posterior == "mode":
@@ -88,8 +98,10 @@ class DiffusersCodec:
         mean, logvar = _dense(encoded.mean), _dense(encoded.logvar)
         if posterior == "moments":
             return torch.cat([mean, logvar], dim=1)
-        assert seeds is not None  # _check has seen to it
-        return mean + torch.exp(0.5 * logvar) * _noise(seeds, mean)
+        # One standard normal draw per seed, made on the CPU so that a GPU stores the same sample.
+        assert seeds is not None
+        draws = [torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return mean + torch.exp(0.5 * logvar) * torch.stack(draws).to(mean.device, non_blocking=True)
 
     @torch.inference_mode()
     def decode(self, latents_NCHW: torch.Tensor) -> torch.Tensor:
@@ -100,26 +112,6 @@ class DiffusersCodec:
         pixels: torch.Tensor = self._vae.decode(latents, return_dict=False)[0].float()
         return pixels.add(1).mul(127.5).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
-    def _normalised(self, images_NHWC: torch.Tensor) -> torch.Tensor:
-        """uint8 bytes cross to the device; there they become [-1, 1]. NHWC seen as NCHW *is* channels-last."""
-        pixels = images_NHWC.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-        # In float32: bfloat16 would round twice, and half a grey level is lost near white and black already.
-        return pixels.to(torch.float32, memory_format=self._layout).div_(127.5).sub_(1).to(self.dtype)
-
-    def _check(self, images: torch.Tensor, posterior: str, seeds: Sequence[int] | None) -> None:
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise ValueError(f"images must be uint8 [n,h,w,3], not {images.dtype} {list(images.shape)}")
-        self.info.latent_shape(images.shape[1], images.shape[2])
-        check_posterior(self.info, posterior)
-        if posterior == "sample" and (seeds is None or len(seeds) != len(images)):
-            raise ValueError(f"posterior=sample needs one seed for each of the {len(images)} images")
-
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float().contiguous()
-
-
-def _noise(seeds: Sequence[int], like_NCHW: torch.Tensor) -> torch.Tensor:
-    """One standard normal draw per seed, made on the CPU so that a GPU stores the same sample."""
-    draws = [torch.randn(like_NCHW.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(draws).to(like_NCHW.device, non_blocking=True)

@@ -30,7 +30,22 @@ def codec_root(path: str, revision: str | None = None) -> Root:
     A hub id is downloaded (or found in the hub cache) at its revision. Raises InputError for a missing
     directory, an unpinned or unreachable hub id, or a directory without config.json.
     """
-    root = _root(path, revision)
+    if "://" in path:
+        root = Root(path)
+    elif (local := Path(path).expanduser()).is_dir():
+        root = Root(str(local))
+    elif local.exists():
+        raise InputError("The codec path is a file", key="path", value=path, rule=_LAYOUT)
+    elif revision is not None and _HUB_ID.fullmatch(path):
+        root = Root(str(_hub_snapshot(path, revision)))
+    else:
+        raise InputError(
+            "There is no such codec directory",
+            key="path",
+            value=path,
+            rule=_LAYOUT,
+            next_step="correct the path; to take it from the hub, pin it with revision=<commit or tag>",
+        )
     for candidate in (root, root.child("vae")):
         if candidate.exists("config.json"):
             return candidate
@@ -40,25 +55,6 @@ def codec_root(path: str, revision: str | None = None) -> Root:
         value=path,
         rule=_LAYOUT,
         next_step="name a directory written by diffusers' save_pretrained or by jobs.fit_codec",
-    )
-
-
-def _root(path: str, revision: str | None) -> Root:
-    if "://" in path:
-        return Root(path)
-    local = Path(path).expanduser()
-    if local.is_dir():
-        return Root(str(local))
-    if local.exists():
-        raise InputError("The codec path is a file", key="path", value=path, rule=_LAYOUT)
-    if revision is not None and _HUB_ID.fullmatch(path):
-        return Root(str(_hub_snapshot(path, revision)))
-    raise InputError(
-        "There is no such codec directory",
-        key="path",
-        value=path,
-        rule=_LAYOUT,
-        next_step="correct the path; to take it from the hub, pin it with revision=<commit or tag>",
     )
 
 
@@ -91,16 +87,17 @@ def local_directory(root: Root) -> Path:
     objects = [o for o in root.list() if "/" not in o.key]
     stamp = "\n".join(f"{o.key} {o.size_bytes} {o.etag} {o.mtime_ns}" for o in objects)
     name = hashlib.blake2b(f"{root.uri}\n{stamp}".encode(), digest_size=16).hexdigest()
-    cache = _cache_directory()
+    base = os.environ.get("LATENTLOOM_CACHE")
+    cache = (Path(base) if base else Path.home() / ".cache" / "latentloom") / "codecs"
     target = cache / name
     if target.is_dir():
         return target
     cache.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{name}.partial-", dir=cache))
     try:
-        for o in objects:
-            if o.key == "config.json" or ".safetensors" in o.key:
-                _copy(root, o.key, partial / o.key)
+        for key in (o.key for o in objects if o.key == "config.json" or ".safetensors" in o.key):
+            with root.open(key) as source, (partial / key).open("wb") as sink:
+                shutil.copyfileobj(source, sink, 8 << 20)
         try:
             partial.rename(target)
         except OSError:
@@ -109,16 +106,6 @@ def local_directory(root: Root) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
-
-
-def _copy(root: Root, key: str, target: Path) -> None:
-    with root.open(key) as source, target.open("wb") as sink:
-        shutil.copyfileobj(source, sink, 8 << 20)
-
-
-def _cache_directory() -> Path:
-    base = os.environ.get("LATENTLOOM_CACHE")
-    return (Path(base) if base else Path.home() / ".cache" / "latentloom") / "codecs"
 
 
 # -- Weight files of a codec: which they are, their hashes, single small tensors. Safetensors only, no torch ---
@@ -142,34 +129,42 @@ class WeightFile:
 
 def weight_files(root: Root, path: str) -> list[WeightFile]:
     """The weight files at `root`, checked for completeness and hashed; InputError says what is wrong."""
-    return [_hash(root, name, path) for name in _names(root, path)]
+    files = []
+    for name in _names(root, path):
+        size = root.info(name).size_bytes
+        _, end = _header(root, name, size, path)
+        if end != size:
+            _broken(name, f"it has {size} bytes, its header describes {end}", path)
+        digest = hashlib.sha256()
+        with root.open(name) as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                digest.update(chunk)
+        files.append(WeightFile(name, size, digest.hexdigest()))
+    return files
 
 
 def _names(root: Root, path: str) -> list[str]:
     if root.exists(WEIGHTS):
         return [WEIGHTS]
-    if root.exists(INDEX):
-        return _shards(root, path)
-    found = sorted(o.key for o in root.list() if "/" not in o.key)
-    if any(name.endswith(_PICKLE) for name in found):
+    if not root.exists(INDEX):
+        files = sorted(o.key for o in root.list() if "/" not in o.key)
+        if any(name.endswith(_PICKLE) for name in files):
+            raise InputError(
+                "The codec's weights are pickled, and unpickling runs code from the file",
+                key="path",
+                value=path,
+                rule=f"weights are read from {WEIGHTS} only",
+                next_step="where you trust the file, convert it once: AutoencoderKL.from_pretrained(path)"
+                ".save_pretrained(new_path), then name new_path",
+            )
         raise InputError(
-            "The codec's weights are pickled, and unpickling runs code from the file",
+            f"The codec directory is incomplete: it holds {', '.join(files)} and no weights",
             key="path",
             value=path,
-            rule=f"weights are read from {WEIGHTS} only",
-            next_step="where you trust the file, convert it once: AutoencoderKL.from_pretrained(path)"
-            ".save_pretrained(new_path), then name new_path",
+            rule=f"weights are read from {WEIGHTS}",
+            next_step="copy the missing file, or rename the variant to be used",
         )
-    raise InputError(
-        f"The codec directory is incomplete: it holds {', '.join(found)} and no weights",
-        key="path",
-        value=path,
-        rule=f"weights are read from {WEIGHTS}",
-        next_step="copy the missing file, or rename the variant to be used",
-    )
-
-
-def _shards(root: Root, path: str) -> list[str]:
+    # The shards of the index.
     try:
         names = sorted(set(json.loads(root.read_bytes(INDEX))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
@@ -184,18 +179,6 @@ def _shards(root: Root, path: str) -> list[str]:
             next_step="copy the missing files",
         )
     return names
-
-
-def _hash(root: Root, name: str, path: str) -> WeightFile:
-    size = root.info(name).size_bytes
-    _, end = _header(root, name, size, path)
-    if end != size:
-        _broken(name, f"it has {size} bytes, its header describes {end}", path)
-    digest = hashlib.sha256()
-    with root.open(name) as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return WeightFile(name, size, digest.hexdigest())
 
 
 def _header(root: Root, name: str, size: int, path: str) -> tuple[dict[str, Any], int]:
@@ -227,18 +210,17 @@ def read_tensor(root: Root, names: list[str], tensor: str, path: str) -> npt.NDA
     """One small floating-point tensor out of the weight files, by ranged reads."""
     for name in names:
         header, _ = _header(root, name, root.info(name).size_bytes, path)
-        if tensor in header:
-            entry = header[tensor]
-            start, stop = entry["data_offsets"]
-            (length,) = struct.unpack("<Q", root.read_range(name, 0, 8))
-            data = root.read_range(name, 8 + length + start, stop - start)
-            return _as_float64(data, entry["dtype"], name, path).reshape(entry["shape"])
+        if tensor not in header:
+            continue
+        entry = header[tensor]
+        start, stop = entry["data_offsets"]
+        (length,) = struct.unpack("<Q", root.read_range(name, 0, 8))
+        data, dtype = root.read_range(name, 8 + length + start, stop - start), entry["dtype"]
+        if dtype == "BF16":  # the upper half of a float32
+            values = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+        elif dtype in ("F16", "F32", "F64"):
+            values = np.frombuffer(data, "<f" + str(int(dtype[1:]) // 8))
+        else:
+            _broken(name, f"statistics of type {dtype}", path)
+        return values.astype(np.float64).reshape(entry["shape"])
     raise InputError(f"The weights hold no tensor {tensor}", key="path", value=path)
-
-
-def _as_float64(data: bytes, dtype: str, name: str, path: str) -> npt.NDArray[np.float64]:
-    if dtype == "BF16":  # the upper half of a float32
-        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
-    if dtype in ("F16", "F32", "F64"):
-        return np.frombuffer(data, "<f" + str(int(dtype[1:]) // 8)).astype(np.float64)
-    _broken(name, f"statistics of type {dtype}", path)

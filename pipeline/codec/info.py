@@ -128,6 +128,9 @@ def diffusers_info(root: Root, path: str) -> CodecInfo:
     config = {k: v for k, v in raw.items() if not k.startswith("_")}
     resolved = {**class_defaults(class_name), **config}
     _, factor_key, has_posterior = DIFFUSERS_CLASSES[class_name]
+    # Of several files the hash is that of the list that sha256sum prints.
+    listing = "".join(f"{f.sha256}  {f.name}\n" for f in files)
+    sha256 = files[0].sha256 if len(files) == 1 else hashlib.sha256(listing.encode()).hexdigest()
     mean, std = resolved.get("latents_mean"), resolved.get("latents_std")
     if class_name == "AutoencoderKLFlux2":
         mean, std = _flux2_statistics(root, [f.name for f in files], resolved, path)
@@ -135,7 +138,7 @@ def diffusers_info(root: Root, path: str) -> CodecInfo:
         return CodecInfo(
             class_name=class_name,
             config=config,
-            weights_sha256=_combined_hash([(f.name, f.sha256) for f in files]),
+            weights_sha256=sha256,
             latent_channels=int(resolved["latent_channels"]),
             factor=int(2 ** (len(resolved[factor_key]) - 1)),
             scaling_factor=float(resolved.get("scaling_factor") or 1.0),
@@ -204,12 +207,6 @@ def _read_config(root: Root, path: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InputError("The codec's config.json holds no JSON object", key="path", value=path)
     return data
-
-
-def _combined_hash(hashes: list[tuple[str, str]]) -> str:
-    if len(hashes) == 1:
-        return hashes[0][1]
-    return hashlib.sha256("".join(f"{sha}  {name}\n" for name, sha in hashes).encode()).hexdigest()
 
 
 def _flux2_statistics(
@@ -287,29 +284,29 @@ class CodecPlugin(Protocol):
 
 def find_plugin(kind: str) -> CodecPlugin:
     """The plug-in called `kind`; ConfigError when there is none, InputError when it cannot be imported."""
-    found = {point.name: point for point in entry_points(group=GROUP)}
-    if kind not in found:
-        near = difflib.get_close_matches(kind, [*found, "auto"], n=1)
+    plugins = {point.name: point for point in entry_points(group=GROUP)}
+    if kind not in plugins:
+        near = difflib.get_close_matches(kind, [*plugins, "auto"], n=1)
         raise ConfigError(
             "There is no such codec plug-in",
             key="kind",
             value=kind,
-            rule=f"auto, or an installed entry point of {GROUP}: {', '.join(sorted(found)) or 'there is none'}",
+            rule=f"auto, or an installed entry point of {GROUP}: {', '.join(sorted(plugins)) or 'there is none'}",
             next_step=f"did you mean {near[0]}?" if near else "install the package that offers it, or use auto",
         )
     try:
-        plugin = found[kind].load()
+        plugin = plugins[kind].load()
     except (ImportError, AttributeError) as error:
         raise InputError(
             f"The codec plug-in cannot be imported: {error}",
             key="kind",
             value=kind,
-            next_step=f"repair {found[kind].value}",
+            next_step=f"repair {plugins[kind].value}",
         ) from error
     missing = [name for name in ("read_info", "load") if not callable(getattr(plugin, name, None))]
     if missing:
         raise InputError(
-            f"The codec plug-in {found[kind].value} lacks the method {' and '.join(missing)}",
+            f"The codec plug-in {plugins[kind].value} lacks the method {' and '.join(missing)}",
             key="kind",
             value=kind,
             rule="a plug-in has read_info(path, revision) and load(path, revision, info, ...)",

@@ -80,7 +80,6 @@ class _Loaded:
 
 def _run_there(folder: str, work: Callable[..., T], *arguments: Any) -> T:
     """Run on the worker, in the driver's folder where that is shared: a configuration may name places from there."""
-
     if os.path.isdir(folder):
         os.chdir(folder)
     try:
@@ -115,7 +114,6 @@ def _answer(reference: Any) -> Any:
 
 def own_device(device: str, cluster: ClusterConfig) -> str:
     """What this process computes on, "cuda" or "cpu"; ConfigError when it is to be CUDA, and that does not work."""
-
     if device == "cpu" or cluster.device == "cpu":
         return "cpu"
     problem = cuda_problem()

@@ -156,7 +156,7 @@ def await_resources(wanted: dict[str, int], offered: Callable[[], dict[str, floa
     Raises StoppedError when of some resource nothing came: a later start may find the cloud less busy.
     """
     give_up = time.monotonic() + timeout_s
-    told = False
+    announced = False
     while True:
         have = offered()
         missing = {name: n for name, n in wanted.items() if have.get(name, 0.0) < n}
@@ -165,9 +165,9 @@ def await_resources(wanted: dict[str, int], offered: Callable[[], dict[str, floa
         shown = ", ".join(f"{have.get(name, 0.0):g} of {n} {name}s" for name, n in missing.items())
         if time.monotonic() >= give_up:
             break
-        if not told:
+        if not announced:
             _log.info("waiting for the cluster to grow: %s are there", shown)
-            told = True
+            announced = True
         time.sleep(min(1.0, timeout_s))
     if any(have.get(name, 0.0) < 1 for name in missing):
         raise StoppedError(

@@ -63,7 +63,6 @@ def device_fault(error: BaseException) -> str | None:
     torch = sys.modules.get("torch")
     if torch is None:
         return None  # who has not loaded it has no device
-
     seen: set[int] = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
@@ -71,17 +70,15 @@ def device_fault(error: BaseException) -> str | None:
         if out_of_memory(cause):
             return None
         accelerator = getattr(torch, "AcceleratorError", ())  # from 2.8 on
-        if isinstance(cause, (DeviceFault, accelerator)) or _is_worded_so(cause):
+        text = str(cause).lower() if isinstance(cause, RuntimeError | AssertionError) else ""
+        if (
+            isinstance(cause, (DeviceFault, accelerator))
+            or type(cause).__module__.startswith(_COMPILERS)
+            or any(words in text for words in _FAULTS)
+        ):
             return f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
         cause = cause.__cause__ or cause.__context__
     return None
-
-
-def _is_worded_so(error: BaseException) -> bool:
-    if type(error).__module__.startswith(_COMPILERS):
-        return True
-    text = str(error).lower() if isinstance(error, RuntimeError | AssertionError) else ""
-    return any(words in text for words in _FAULTS)
 
 
 def stopped_by(fault: str, doing: str) -> PipelineError:
@@ -125,24 +122,25 @@ def ends_with_its_device(who: str, tell: Callable[[str], None] = lambda fault: N
 
 def cuda_problem() -> str | None:
     """Why this process cannot compute on CUDA, with the versions that have to fit; None when it can."""
-
     import torch
 
     try:
         torch.ones(1, device="cuda").add_(1).item()
     except Exception as error:  # noqa: BLE001 - AssertionError, RuntimeError and AcceleratorError, by version
-        return f"driver {driver_version() or 'none'}, torch.version.cuda {torch.version.cuda}: {_first_line(error)}"
+        lines = str(error).strip().splitlines()
+        cause = f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
+        return f"driver {driver_version() or 'none'}, torch.version.cuda {torch.version.cuda}: {cause}"
     return None
 
 
 def driver_version() -> str | None:
     """The version of this machine's NVIDIA driver, None where none is loaded."""
     try:
-        said = Path("/proc/driver/nvidia/version").read_text(errors="replace")
+        text = Path("/proc/driver/nvidia/version").read_text(errors="replace")
     except OSError:
         return None
-    found = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", said)
-    return found.group(1) if found else None
+    version = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", text)
+    return version.group(1) if version else None
 
 
 def unusable_cuda(problem: str, where: str, key: str = "cluster.device", value: str = "auto") -> ConfigError:
@@ -156,11 +154,6 @@ def unusable_cuda(problem: str, where: str, key: str = "cluster.device", value: 
         next_step="install a driver and a torch that fit each other; cluster.device=cpu rehearses the same run on "
         "CPUs; to use no GPU at all, reserve none",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
 
 
 # -- Which errors mean that memory ran out: the one answer that encoding and sampling share --------------------

@@ -129,9 +129,9 @@ class MonitorState:
 
     def deaths(self) -> tuple[list[list[Rows]], list[str]]:
         """(rows that processes started on and never came back from, faults they ended with); forgets both."""
-        found = list(self._open.values()), self._faults
+        deaths = list(self._open.values()), self._faults
         self._open, self._faults = {}, []
-        return found
+        return deaths
 
 
 def start_monitor(job: str) -> Any:
@@ -173,7 +173,11 @@ class Watch:
         began = time.monotonic()
         while not self._stop.wait(_POLL_S):
             if self._raylets is not None and not self._raylets.all_live():
-                return self._end(_raylet_lost())
+                lost = StoppedError(
+                    "Ray's node process on this machine died (killed, or out of memory); what was committed is kept",
+                    next_step="see that the machine has room, then run the same command again",
+                )
+                return self._end(lost)
             try:
                 totals, hopeless = ray.get(self.monitor.totals.remote(), timeout=5)
             except RayError:
@@ -193,13 +197,6 @@ class Watch:
         """Interrupt the main thread: Ray itself would let it wait for ever."""
         self.ended_by = error
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-
-
-def _raylet_lost() -> StoppedError:
-    return StoppedError(
-        "Ray's node process on this machine died (killed, or out of memory); what was committed is kept",
-        next_step="see that the machine has room, then run the same command again",
-    )
 
 
 # -- What a process of a stage does around its work: it says what it is busy with, and why it cannot go on -----
@@ -230,7 +227,12 @@ class Reports:
         try:
             loaded = load()
         except Exception as error:
-            failure = _of_this_device(error, self._stage)
+            # Another device may do: this one does not work, or has too little memory left.
+            failure: PipelineError | None = None
+            if isinstance(error, PipelineError):
+                failure = error if error.__cause__ is not None and out_of_memory(error.__cause__) else None
+            elif (fault := device_fault(error)) is not None:
+                failure = stopped_by(fault, f"Starting the {self._stage}")
             if failure is not None:
                 self._monitor.cannot_start.remote(self._stage, self._process, failure)
                 time.sleep(_PAUSE_S)
@@ -297,12 +299,3 @@ def one_by_one(work: Callable[[pa.Table], pa.Table], block: pa.Table) -> pa.Tabl
 def answer(reference: Any) -> Any:
     """What another actor answers, once it has; raises what it raised."""
     return ray.get(reference)
-
-
-def _of_this_device(error: Exception, stage: str) -> PipelineError | None:
-    """What an error at the start means where it may be the fault of this device alone; else None."""
-
-    if isinstance(error, PipelineError):
-        return error if error.__cause__ is not None and out_of_memory(error.__cause__) else None
-    fault = device_fault(error)
-    return None if fault is None else stopped_by(fault, f"Starting the {stage}")

@@ -64,7 +64,9 @@ def run_execution(execute: Callable[[], None]) -> RayError | None:
         known = known_cause(error)
         if known is not None:
             raise known from None
-        if _is_user_error(error):
+        # Where code raised, repeating it cannot help; a process that it asked and that died is a dying process.
+        asked_in_vain = any(isinstance(cause, ray.exceptions.RayActorError) for cause in _causes(error))
+        if isinstance(error, ray.exceptions.RayTaskError) and not asked_in_vain:
             raise
         return error
     return None
@@ -100,12 +102,6 @@ def refused(error: BaseException) -> PipelineError:
         rule="what was committed before stays; nothing half-written is visible",
         next_step="see to the store, then run the same command again",
     )
-
-
-def _is_user_error(error: RayError) -> bool:
-    """Whether code raised, rather than a process dying, be it one that the code asked: repeating it cannot help."""
-    asked_in_vain = any(isinstance(cause, ray.exceptions.RayActorError) for cause in _causes(error))
-    return isinstance(error, ray.exceptions.RayTaskError) and not asked_in_vain
 
 
 # -- How units of work enter Ray Data, and how rows leave it: one read task a unit, one commit a write task ----
@@ -209,16 +205,31 @@ class Passes:
         while gaps:
             failures = [f for work in work_of(gaps, self.units_per_execution) if (f := self._once(work, state))]
             self.generation.check()
-            faults = self._judge(failures)
+            faults = self._classify_failures(failures)
             if not failures:
                 self.on_clean_pass()
-            state, left = self.look()
-            stalled = stalled + 1 if left == gaps else 0
-            gaps = left
+            state, open_rows = self.look()
+            stalled = stalled + 1 if open_rows == gaps else 0
+            gaps = open_rows
             if faults and stalled >= _FAULTY_PASSES:
                 raise stopped_by(faults[-1], self.doing)
             if stalled > (self.crash_limit if failures else 1):
-                raise _no_progress(stalled, gaps, failures)
+                # An open end counts as endless.
+                count = gaps.count()
+                left = f"{count:,} rows are left" if count < 1 << 30 else "some rows are left"
+                if not failures:
+                    raise StoppedError(
+                        f"The source has changed; {left}",
+                        rule="what is read is the version that the listing showed; what was committed is kept",
+                        next_step="see the messages above, then run the same command again: it lists anew",
+                    )
+                raise StoppedError(
+                    f"Workers died {stalled} times without progress; {left}; the last time: "
+                    f"{' '.join(str(failures[-1]).split())[:800]}",
+                    rule="what was committed is kept",
+                    next_step="mend what ends the workers (memory, disk, the device, a plug-in), then run the same "
+                    "command again",
+                ) from failures[-1]
         return state
 
     def _once(self, work: list[Work], state: State) -> Exception | None:
@@ -239,7 +250,7 @@ class Passes:
         ray.get(self.monitor.expect.remote(dict(self.actors)))
         self.execute(work, state, alone)
 
-    def _judge(self, failures: list[Exception]) -> list[str]:
+    def _classify_failures(self, failures: list[Exception]) -> list[str]:
         """After a pass: units that workers died on run row by row from now on, rows they die on are quarantined.
 
         What a worker died on again and again is left open by several processes; what a bystander was busy with when
@@ -263,22 +274,3 @@ class Passes:
             self.quarantine(guilty)
             _log.warning("%d row(s) quarantined: the process died on each of them alone, again", len(guilty))
         return list(faults)
-
-
-def _no_progress(stalled: int, gaps: RowSet, failures: list[Exception]) -> StoppedError:
-    count = gaps.count()
-    left = f"{count:,} rows are left" if count < 1 << 30 else "some rows are left"
-    if not failures:
-        return StoppedError(
-            f"The source has changed; {left}",
-            rule="what is read is the version that the listing showed; what was committed is kept",
-            next_step="see the messages above, then run the same command again: it lists anew",
-        )
-    error = StoppedError(
-        f"Workers died {stalled} times without progress; {left}; the last time: "
-        f"{' '.join(str(failures[-1]).split())[:800]}",
-        rule="what was committed is kept",
-        next_step="mend what ends the workers (memory, disk, the device, a plug-in), then run the same command again",
-    )
-    error.__cause__ = failures[-1]
-    return error

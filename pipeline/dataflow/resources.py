@@ -181,7 +181,17 @@ def check_devices(cluster: ClusterConfig, try_start: Callable[[], None] = lambda
     answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_S) if asked else ([], [])
     for reference in silent:
         ray.cancel(reference, force=True)
-    failures = {asked[reference]: error for reference in answered if (error := _failure_of(reference)) is not None}
+    failures: dict[str, PipelineError] = {}
+    for reference in answered:
+        try:
+            failure: PipelineError | None = ray.get(reference)
+        except ray.exceptions.WorkerCrashedError as crash:
+            failure = StoppedError(
+                f"The process that tried its GPU died: {' '.join(str(crash).split())[:300]}",
+                next_step="see the node's kernel log and Ray's worker logs, then run the same command again",
+            )
+        if failure is not None:
+            failures[asked[reference]] = failure
     if failures and len(failures) == len(asked):
         raise next(iter(failures.values()))
     for name, error in failures.items():
@@ -189,7 +199,6 @@ def check_devices(cluster: ClusterConfig, try_start: Callable[[], None] = lambda
 
 
 def _try_device(cluster: ClusterConfig, node: str, try_start: Callable[[], None]) -> PipelineError | None:
-
     problem = cuda_problem() if cluster.device != "cpu" else None
     if problem is not None:
         return unusable_cuda(problem, f"node {node}", value=cluster.device)
@@ -203,14 +212,3 @@ def _try_device(cluster: ClusterConfig, node: str, try_start: Callable[[], None]
             raise
         return stopped_by(fault, "A first try")
     return None
-
-
-def _failure_of(reference: Any) -> PipelineError | None:
-    try:
-        error: PipelineError | None = ray.get(reference)
-    except ray.exceptions.WorkerCrashedError as crash:
-        return StoppedError(
-            f"The process that tried its GPU died: {' '.join(str(crash).split())[:300]}",
-            next_step="see the node's kernel log and Ray's worker logs, then run the same command again",
-        )
-    return error

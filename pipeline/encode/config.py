@@ -128,7 +128,6 @@ class EncodeJobConfig(StrictModel):
 
     @model_validator(mode="after")
     def _reasons_exist(self) -> EncodeJobConfig:
-
         unknown = [r for r in self.encode.retry_rejects if r not in set(Reason)]
         if unknown:
             raise ValueError(f"encode.retry_rejects: {unknown} are no reasons; choose from {sorted(Reason)}")

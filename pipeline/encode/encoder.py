@@ -179,7 +179,12 @@ class Encoder:
         call.done.sort(key=lambda outcome: outcome.place)
         with self._state:
             self.usage.rejected += sum(isinstance(outcome, Rejected) for outcome in call.done)
-        return _one_outcome_a_row(call.done)
+        # A source row has one outcome: where a variant was rejected, that alone.
+        rejected: dict[tuple[int, int], Rejected] = {}
+        for outcome in call.done:
+            if isinstance(outcome, Rejected):
+                rejected.setdefault(outcome.place[:2], outcome)
+        return [o for o in call.done if rejected.get(o.place[:2], o) is o]
 
     def unreported(self) -> Usage:
         """What was used since this was asked last, by all calls together."""
@@ -206,17 +211,15 @@ class Encoder:
             with self._changing():
                 self.usage.wait_s += time.perf_counter() - asked
                 if isinstance(item, Decoded):
-                    self._add(call, item, _size(item))
+                    size = _size(item)
+                    call.open += 1
+                    queue = self._queues.setdefault(size, [])
+                    queue.append((call, item))
+                    if len(queue) >= self._limit(size):
+                        self._submit(self._queues.pop(size))
                 else:
                     call.done.append(item)
             asked = time.perf_counter()
-
-    def _add(self, call: _Call, item: Decoded, size: Size) -> None:
-        call.open += 1
-        queue = self._queues.setdefault(size, [])
-        queue.append((call, item))
-        if len(queue) >= self._limit(size):
-            self._submit(self._queues.pop(size))
 
     def _finish(self, call: _Call) -> None:
         """Wait for the call's latents: for its batches to fill up, as long as other calls hand in items."""
@@ -295,7 +298,8 @@ class Encoder:
         """
         limit = self._limit(size)
         try:
-            latents = self._encode(_known_content((limit, *size, 3)), [0] * limit)()
+            # Grey images: nothing that a codec could have trouble with.
+            latents = self._encode(torch.full((limit, *size, 3), 127, dtype=torch.uint8), [0] * limit)()
         except Exception as error:
             if not out_of_memory(error):
                 raise DeviceFault(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}") from error
@@ -307,8 +311,17 @@ class Encoder:
                     f"the codec gives latents that are not finite for known content of {size[0]}x{size[1]} pixels: "
                     "its device, its weights or its arithmetic (codec.dtype) is at fault"
                 )
-            if np.abs(latents).max() > self._largest_value:
-                raise _dtype_is_too_narrow(self.latent_dtype, float(np.abs(latents).max()))
+            largest = float(np.abs(latents).max())
+            if largest > self._largest_value:
+                raise ConfigError(
+                    f"The codec gives latents of up to {largest:g} for a grey image, "
+                    f"which {self.latent_dtype} cannot hold",
+                    key="encode.latent_dtype",
+                    value=self.latent_dtype,
+                    rule="every stored value is finite",
+                    next_step="set encode.latent_dtype=bfloat16, or see whether this codec is what codec.path should "
+                    "name",
+                )
             return
         self._halve(size)
         self.check_itself(size)
@@ -347,7 +360,19 @@ class Encoder:
             # What was queued without complaint fails when it is waited for: no image can be named.
             raise DeviceFault(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}") from error
         self.usage.device_s += time.perf_counter() - began
-        self._deliver(running.owned, self._outcomes([item for _, item in running.owned], latents_NCHW))
+        items = [item for _, item in running.owned]
+        within: npt.NDArray[np.bool_] = np.abs(latents_NCHW) <= self._largest_value  # false for NaN, too
+        sound = np.asarray(within.reshape(len(items), -1).all(axis=1))
+        if not sound.all():
+            self.check_itself(_size(items[0]))
+        packed = pack_latents(np.where(sound[:, None, None, None], latents_NCHW, 0.0), self.latent_dtype)
+        outcomes = [
+            EncodedImage(item, data, latents_NCHW.shape[1:])
+            if ok
+            else self._failed(item, Reason.BAD_LATENT, f"the latent is not finite in {self.latent_dtype}")
+            for item, data, ok in zip(items, packed, sound, strict=True)
+        ]
+        self._deliver(running.owned, outcomes)
 
     def _deliver(self, owned: list[Owned], outcomes: Sequence[EncodedImage | Rejected]) -> None:
         stored: dict[_Call, int] = {}
@@ -361,41 +386,14 @@ class Encoder:
                 call.on_batch(count)
         self._state.notify_all()
 
-    def _outcomes(self, items: list[Decoded], latents_NCHW: npt.NDArray[np.float32]) -> list[EncodedImage | Rejected]:
-        within: npt.NDArray[np.bool_] = np.abs(latents_NCHW) <= self._largest_value  # false for NaN, too
-        sound = np.asarray(within.reshape(len(items), -1).all(axis=1))
-        if not sound.all():
-            self.check_itself(_size(items[0]))
-        packed = pack_latents(np.where(sound[:, None, None, None], latents_NCHW, 0.0), self.latent_dtype)
-        return [
-            EncodedImage(item, data, latents_NCHW.shape[1:])
-            if ok
-            else self._failed(item, Reason.BAD_LATENT, f"the latent is not finite in {self.latent_dtype}")
-            for item, data, ok in zip(items, packed, sound, strict=True)
-        ]
-
     def _failed(self, item: Decoded, reason: Reason, message: str) -> Rejected:
         unit, row, key = (item.values[name] for name in ("unit", "row", "key"))
         return Rejected(unit, row, key, f"{self.source_uri}/{key}", "rejected", str(reason), message)
 
 
-def _known_content(shape: tuple[int, ...]) -> torch.Tensor:
-    """Grey images: nothing that a codec could have trouble with."""
-    return torch.full(shape, 127, dtype=torch.uint8)
-
-
 def _size(item: Decoded) -> Size:
     height, width, _ = item.pixels.shape
     return height, width
-
-
-def _one_outcome_a_row(outcomes: list[Outcome]) -> list[Outcome]:
-    """Where a variant of a source row was rejected, that alone: a row has one outcome."""
-    rejected: dict[tuple[int, int], Rejected] = {}
-    for outcome in outcomes:
-        if isinstance(outcome, Rejected):
-            rejected.setdefault(outcome.place[:2], outcome)
-    return [o for o in outcomes if rejected.get(o.place[:2], o) is o]
 
 
 def _one_is_too_large(size: Size, error: Exception) -> ConfigError:
@@ -407,14 +405,4 @@ def _one_is_too_large(size: Size, error: Exception) -> ConfigError:
         rule="the codec must hold a batch of one image of the largest bucket",
         next_step="lower image.resolution, set codec.dtype=bfloat16, or use devices with more memory or fewer actors "
         "on each",
-    )
-
-
-def _dtype_is_too_narrow(latent_dtype: str, value: float) -> ConfigError:
-    return ConfigError(
-        f"The codec gives latents of up to {value:g} for a grey image, which {latent_dtype} cannot hold",
-        key="encode.latent_dtype",
-        value=latent_dtype,
-        rule="every stored value is finite",
-        next_step="set encode.latent_dtype=bfloat16, or see whether this codec is what codec.path should name",
     )

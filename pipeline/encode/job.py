@@ -67,7 +67,10 @@ def run(config: EncodeJobConfig) -> JobResult:
             drop_removed=config.encode.on_removed == "drop",
             before_freezing=(lambda: None) if later else ready,
         )
-        _say_plan(report, plan.number)
+        changes = [f"{report.new:,} new", f"{report.changed:,} changed", f"{report.unchanged:,} unchanged"]
+        if report.removed:
+            changes.append(f"{report.removed:,} removed (for example {', '.join(report.removed_examples[:3])})")
+        _log.info("plan v%d: %s source objects", plan.number, ", ".join(changes))
         state = read_state(root)
         retry = state.retryable(config.encode.retry_rejects) | released(root, state)
         exact = config.encode.dedup == "exact"
@@ -125,7 +128,13 @@ def _with_known_dtype(config: EncodeJobConfig, root: Root, info: CodecInfo) -> E
         else:
             _log.info("codec.dtype=auto: %s, as the dataset says", known.codec.dtype)
         return known
-    dtype = gpu_dtype(info, bfloat16=not _old_gpus(config)) if _on_gpus(config) else "float32"
+    dtype = "float32"
+    if _on_gpus(config):
+        # A GPU of before Ampere only emulates bfloat16; of those that are still to come nothing is known.
+        awaited = config.cluster.request_gpus and os.environ.get("RAY_ADDRESS")
+        offered = {} if awaited else ensure_ray(config.cluster).cluster_resources()
+        old = any(f"accelerator_type:{name}" in offered for name in _BEFORE_AMPERE)
+        dtype = gpu_dtype(info, bfloat16=not old)
     _log.info("codec.dtype=auto: %s, for all of this dataset", dtype)
     return with_dtype(config, dtype)
 
@@ -138,14 +147,6 @@ def _on_gpus(config: EncodeJobConfig) -> bool:
         return True  # the job waits for them, later: they need not idle while the source is listed
     # Nothing has been planned yet: there is work, and it needs Ray anyhow.
     return bool(ensure_ray(config.cluster).cluster_resources().get("GPU", 0.0))
-
-
-def _old_gpus(config: EncodeJobConfig) -> bool:
-    """Whether a GPU of the cluster only emulates bfloat16; of those still to come nothing is known."""
-    if config.cluster.request_gpus and os.environ.get("RAY_ADDRESS"):
-        return False
-    names = ensure_ray(config.cluster).cluster_resources()
-    return any(f"accelerator_type:{name}" in names for name in _BEFORE_AMPERE)
 
 
 def _is_rehearsal(config: EncodeJobConfig, known: Mapping[str, Any] | None) -> bool:
@@ -176,13 +177,6 @@ def _check_cluster(config: EncodeJobConfig, rehearsal: bool) -> None:
 def _identity(config: EncodeJobConfig, info: CodecInfo, *, rehearsal: bool) -> Identity:
     fingerprint, about = fingerprint_of(config, info, rehearsal=rehearsal)
     return Identity("latents", fingerprint, about)
-
-
-def _say_plan(report: DiffReport, version: int) -> None:
-    parts = [f"{report.new:,} new", f"{report.changed:,} changed", f"{report.unchanged:,} unchanged"]
-    if report.removed:
-        parts.append(f"{report.removed:,} removed (for example {', '.join(report.removed_examples[:3])})")
-    _log.info("plan v%d: %s source objects", version, ", ".join(parts))
 
 
 def _encode(

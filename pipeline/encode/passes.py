@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -39,7 +38,6 @@ from pipeline.source.reasons import Reason
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import Generation
 from pipeline.store.ledger.ledger import visible_records
-from pipeline.store.ledger.record import CommitRecord
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State, fold
 from pipeline.store.plan import Work, read_plan
@@ -111,13 +109,15 @@ class _Encoding:
 
     def run(self) -> State:
         """Executions until no planned row is open and none to retry has only what an earlier run made of it."""
-        state, _ = self._look()
+        import ray
+
+        state, _ = self._state_and_gaps()
         total, done = planned_rows(state), (state.covered - self.retry).count()
         progress = Progress("encode", total, start=done)
         passes = Passes(
             monitor=self.monitor,
             generation=self.generation,
-            look=self._look,
+            look=self._state_and_gaps,
             execute=self._execute,
             quarantine=self._quarantine,
             actors={ENCODER: self.resources.actors},
@@ -126,14 +126,18 @@ class _Encoding:
             doing="Encoding",
             on_clean_pass=self._retried,
         )
-        with Watch(self.monitor, progress, done, self._shares(), self._log_totals, total=total):
+        encode, actors, cpus = self.config.encode, self.resources.actors, ray.cluster_resources().get("CPU", 1.0)
+        decode = cpus if encode.decode == "tasks" else actors * encode.decode_threads
+        shares = Shares({"read": cpus, "decode": decode, "device": actors, "write": encode.writers})
+        with Watch(self.monitor, progress, done, shares, self._log_totals, total=total):
             return passes.run()
 
-    def _look(self) -> tuple[State, RowSet]:
+    def _state_and_gaps(self) -> tuple[State, RowSet]:
         """The state now, and what this run still has to settle."""
         records = visible_records(self.root)
         state = fold(read_plan(self.root), records)
-        return state, state.gaps(self.retry - _settled_by(self.generation.number, records))
+        mine = [record.covered for _, record in records if record.generation == self.generation.number]
+        return state, state.gaps(self.retry - RowSet.union_all(mine))
 
     def _retried(self) -> None:
         """All of it was tried: what a source no longer yields stays what an earlier run made of it."""
@@ -143,7 +147,6 @@ class _Encoding:
         import ray.data
 
         batch_rows = 1 if alone else None
-
         encode, image = self.config.encode, self.config.image
         spans = {w.unit: state.plan.locate(w.unit) for w in work}
         reader = UnitReader(self.root, for_workers(self.config).source, spans, monitor=self.monitor)
@@ -161,26 +164,18 @@ class _Encoding:
                 **repeats,
             )
         # Alone with a row under suspicion: whoever dies then has died of it.
-        r, calls = self.resources, 1 if alone else _CALLS
+        resources, calls = self.resources, 1 if alone else _CALLS
         dataset = map_on_actors(
             dataset,
             EncodeBlocks,
-            (_spec(self.config, r, calls), self.monitor),
-            num_cpus=r.num_cpus,
-            **actor_pool(r.actors, _TASK_RETRIES, batch_rows, calls, num_gpus=r.num_gpus),
+            (_spec(self.config, resources, calls), self.monitor),
+            num_cpus=resources.num_cpus,
+            **actor_pool(resources.actors, _TASK_RETRIES, batch_rows, calls, num_gpus=resources.num_gpus),
         )
         commit = CommitRows(self.committer, self.monitor)
         sink = LedgerSink("CommitLatents", commit, rows_per_write(self.config, self.info))
         writing = {"num_cpus": encode.write_cpus, **repeats}
         dataset.write_datasink(sink, ray_remote_args=writing, concurrency=encode.writers)
-
-    def _shares(self) -> Shares:
-        import ray
-
-        encode, actors = self.config.encode, self.resources.actors
-        cpus = ray.cluster_resources().get("CPU", 1.0)
-        decode = cpus if encode.decode == "tasks" else actors * encode.decode_threads
-        return Shares({"read": cpus, "decode": decode, "device": actors, "write": encode.writers})
 
     def _quarantine(self, rows: list[tuple[int, int]]) -> None:
         import pyarrow as pa
@@ -207,11 +202,6 @@ class _Encoding:
             self.tracker.log_metrics({f"progress/{k}": v for k, v in totals.items()}, step=int(totals["rows"]))
 
 
-def _settled_by(generation: int, records: Sequence[tuple[str, CommitRecord]]) -> RowSet:
-    """The rows that some records of one generation cover."""
-    return RowSet.union_all([record.covered for _, record in records if record.generation == generation])
-
-
 class Shares:
     """How busy each stage was over the last seconds, as a share of what it may use: the highest is what limits.
 
@@ -236,18 +226,16 @@ class Shares:
         if totals and self._then is None:
             self._then = elapsed_s, dict.fromkeys(totals, 0.0)
         if self._then is not None and elapsed_s - self._then[0] >= _SHARES_S:
-            self._look(totals, elapsed_s - self._then[0], self._then[1])
+            seconds, before = elapsed_s - self._then[0], self._then[1]
+            shares = {
+                stage: min(1.0, (totals.get(f"{stage}_s", 0.0) - before.get(f"{stage}_s", 0.0)) / seconds / capacity)
+                for stage, capacity in self._capacity.items()
+            }
+            for stage, share in shares.items():
+                self._gauge.set(share, tags={"stage": stage})
+            self._shown = {"busy": " ".join(f"{stage} {100 * share:.0f}%" for stage, share in shares.items())}
             self._then = elapsed_s, totals
         return {"rejected": int(totals.get("rejected", 0)), **self._shown}
-
-    def _look(self, now: dict[str, float], seconds: float, before: dict[str, float]) -> None:
-        shares = {
-            stage: min(1.0, (now.get(f"{stage}_s", 0.0) - before.get(f"{stage}_s", 0.0)) / seconds / capacity)
-            for stage, capacity in self._capacity.items()
-        }
-        for stage, share in shares.items():
-            self._gauge.set(share, tags={"stage": stage})
-        self._shown = {"busy": " ".join(f"{stage} {100 * share:.0f}%" for stage, share in shares.items())}
 
 
 @dataclass(frozen=True)
@@ -287,7 +275,14 @@ def _resources(config: EncodeJobConfig) -> EncodeResources:
     num_gpus = encode.num_gpus if encode.num_gpus is not None else (1.0 if gpus else 0.0)
     actors = encode.actors or (max(1, int(gpus / num_gpus)) if num_gpus else max(1, int(cpus)))
     spare = encode.read_cpus + encode.write_cpus + (encode.decode_cpus if encode.decode == "tasks" else 0.0)
-    num_cpus = encode.num_cpus or _actor_cpus(cpus, spare, actors)
+    num_cpus = encode.num_cpus
+    if num_cpus is None:
+        # However actors spread, reads and writes find room on every node: else the nodes that are left when others
+        # are lost may hold nothing but actors that wait for reads.
+        nodes = [offer.get("CPU", 0.0) for offer in node_offers()]
+        on_any = [(have - spare) / max(1, int(have)) for have in nodes if have > spare]
+        share: float = min(1.0, (cpus - spare) / actors, *on_any)
+        num_cpus = max(0.1, round(share - 5e-5, 4))
     demands = {f"{actors} encoder actors": actors * num_cpus, "reads and writes": spare}
     kinds = [
         Kind("an encoder actor (encode.num_cpus, encode.num_gpus)", num_cpus, num_gpus),
@@ -303,14 +298,3 @@ def _resources(config: EncodeJobConfig) -> EncodeResources:
     check_together({f"{actors} encoder actors": actors * num_gpus}, "encode.num_gpus", "GPU")
     check_gpus([(kinds[0], actors)], node_offers(), "encode.num_gpus")
     return EncodeResources(actors, num_cpus, num_gpus, encode.threads_per_actor or max(1, round(num_cpus)))
-
-
-def _actor_cpus(cpus: float, spare: float, actors: int) -> float:
-    """What an actor reserves, so that however actors spread, reads and writes find room on every node.
-
-    Else the nodes that are left when others are lost may hold nothing but actors that wait for reads.
-    """
-    nodes = [offer.get("CPU", 0.0) for offer in node_offers()]
-    on_any = [(have - spare) / max(1, int(have)) for have in nodes if have > spare]
-    share: float = min(1.0, (cpus - spare) / actors, *on_any)
-    return max(0.1, round(share - 5e-5, 4))

@@ -125,14 +125,15 @@ _MESSAGE_CHARS = 500
 
 def raw_table(unit: int, items: Sequence[SourceRow | EndOfUnit]) -> pa.Table:
     """One block of what a reader yielded for a unit."""
-    return pa.Table.from_pylist([_raw_row(unit, item) for item in items], schema=RAW)
-
-
-def _raw_row(unit: int, item: SourceRow | EndOfUnit) -> dict[str, Any]:
-    if isinstance(item, EndOfUnit):
-        return {"unit": unit, "row": -1, "source": "", "key": "", "status": "end", "unit_rows": item.rows}
-    values = {name: getattr(item, name) for name in _ROW_FIELDS}
-    return {"unit": unit, **values, "reason": item.reason and str(item.reason), "message": item.message}
+    rows: list[dict[str, Any]] = []
+    for item in items:
+        if isinstance(item, EndOfUnit):
+            values = {"row": -1, "source": "", "key": "", "status": "end", "unit_rows": item.rows}
+        else:
+            values = {name: getattr(item, name) for name in _ROW_FIELDS}
+            values |= {"reason": item.reason and str(item.reason), "message": item.message}
+        rows.append({"unit": unit, **values})
+    return pa.Table.from_pylist(rows, schema=RAW)
 
 
 def raw_item(values: dict[str, Any]) -> SourceRow | EndOfUnit:
@@ -163,8 +164,8 @@ def items_of(table: pa.Table) -> Iterator[Item]:
             shaped = np.frombuffer(pixels, np.uint8).reshape(size[0], size[1], 3)
             yield Decoded({name: values[name] for name in LATENTS.names}, variants, shaped)
         else:
-            told = {name: values[name] for name in ("unit", "row", "key", "uri", "reason", "message")}
-            yield Rejected(**told, status=outcome)
+            fields = {name: values[name] for name in ("unit", "row", "key", "uri", "reason", "message")}
+            yield Rejected(**fields, status=outcome)
 
 
 def lines(table: pa.Table) -> Iterator[dict[str, Any]]:
@@ -177,8 +178,8 @@ def _line(item: Item | Outcome) -> dict[str, Any]:
     if isinstance(item, UnitEnd):
         return {"unit": item.unit, "row": -1, "key": "", "outcome": "end", "variants": 0, "unit_rows": item.rows}
     if isinstance(item, Rejected):
-        told = {name: getattr(item, name) for name in ("unit", "row", "key", "uri", "reason")}
-        return {**told, "message": item.message[:_MESSAGE_CHARS], "outcome": item.status, "variants": 0}
+        fields = {name: getattr(item, name) for name in ("unit", "row", "key", "uri", "reason")}
+        return {**fields, "message": item.message[:_MESSAGE_CHARS], "outcome": item.status, "variants": 0}
     if isinstance(item, EncodedImage):
         latent = {"latent": item.latent, "latent_shape": list(item.shape)}
         return {**item.decoded.values, **latent, "outcome": "stored", "variants": item.decoded.variants}

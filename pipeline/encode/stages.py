@@ -62,13 +62,13 @@ class ImageDecoder:
         """
         rows = lines(raw)
         return self._decoded(
-            rows, deque(self._pool.submit(self._timed, values) for values in islice(rows, self._ahead))
+            rows, deque(self._pool.submit(self._decode, values) for values in islice(rows, self._ahead))
         )
 
     def _decoded(self, rows: Iterator[dict[str, Any]], waiting: deque[Future[list[Item]]]) -> Iterator[Item]:
         while waiting:
             yield from waiting.popleft().result()
-            waiting.extend(self._pool.submit(self._timed, values) for values in islice(rows, 1))
+            waiting.extend(self._pool.submit(self._decode, values) for values in islice(rows, 1))
 
     def unreported_s(self) -> float:
         """Seconds of work since this was asked last."""
@@ -80,42 +80,39 @@ class ImageDecoder:
         """End the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _timed(self, values: dict[str, Any]) -> list[Item]:
+    def _decode(self, values: dict[str, Any]) -> list[Item]:
         began = time.perf_counter()
         try:
-            return self._decode(values)
+            item = raw_item(values)
+            if isinstance(item, EndOfUnit):
+                return [UnitEnd(values["unit"], item.rows)]
+            prepared = prepare(item, self._image)
+            if isinstance(prepared, Reject):
+                uri = f"{self._source_uri}/{item.key}"
+                cause = (prepared.status, str(prepared.reason), prepared.message)
+                return [Rejected(values["unit"], item.row, item.key, uri, *cause)]
+            kept = {name: values[name] for name in ("unit", "row", "key", "caption", "label", "extra")}
+            return [Decoded({**kept, **_columns(image)}, len(prepared), image.pixels) for image in prepared]
         finally:
             with self._lock:
                 self.busy_s += time.perf_counter() - began
 
-    def _decode(self, values: dict[str, Any]) -> list[Item]:
-        item = raw_item(values)
-        if isinstance(item, EndOfUnit):
-            return [UnitEnd(values["unit"], item.rows)]
-        prepared = prepare(item, self._image)
-        if isinstance(prepared, Reject):
-            uri = f"{self._source_uri}/{item.key}"
-            why = (prepared.status, str(prepared.reason), prepared.message)
-            return [Rejected(values["unit"], item.row, item.key, uri, *why)]
-        told = {name: values[name] for name in ("unit", "row", "key", "caption", "label", "extra")}
-        return [Decoded({**told, **_described(p)}, len(prepared), p.pixels) for p in prepared]
 
-
-def _described(p: PreparedImage) -> dict[str, Any]:
-    top, left, height, width = p.crop
+def _columns(image: PreparedImage) -> dict[str, Any]:
+    top, left, height, width = image.crop
     return {
-        "sample_id": p.sample_id,
-        "variant": p.variant,
-        "bucket": f"{p.bucket[0]}x{p.bucket[1]}",
-        "original_height": p.original[0],
-        "original_width": p.original[1],
+        "sample_id": image.sample_id,
+        "variant": image.variant,
+        "bucket": f"{image.bucket[0]}x{image.bucket[1]}",
+        "original_height": image.original[0],
+        "original_width": image.original[1],
         "crop_top": top,
         "crop_left": left,
         "crop_height": height,
         "crop_width": width,
-        "flipped": p.flipped,
-        "content_sha256": p.content_sha256,
-        "phash": p.phash,
+        "flipped": image.flipped,
+        "content_sha256": image.content_sha256,
+        "phash": image.phash,
     }
 
 

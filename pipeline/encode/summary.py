@@ -244,7 +244,16 @@ def dry_run(config: EncodeJobConfig) -> JobResult:
         check_posterior(info, config.codec.posterior)
     count = _count(config)
     figures: dict[str, float] = {}
-    lines = [_source_line(config, count), *_output_lines(config, info, count.all_images, figures)]
+    source = (
+        f"source     {count.objects:,} objects, {count.size_bytes / 1e9:,.3f} GB, {count.all_images:,} images in "
+        f"{count.units:,} units of work"
+    )
+    if count.tars:
+        source += (
+            f", {count.tar_images:,} of them guessed in {count.tars:,} files of unknown length at "
+            f"{config.estimate.tar_image_bytes:,} bytes each (estimate.tar_image_bytes)"
+        )
+    lines = [source, *_output_lines(config, info, count.all_images, figures)]
     each = _flops_per_image(config, info)
     if each is None:
         lines.append(f"VAE work   unknown for a {info.class_name}")
@@ -278,17 +287,6 @@ def _count(config: EncodeJobConfig) -> _Count:
             else:
                 count.images += entry.row_stop - entry.row_start
     return count
-
-
-def _source_line(config: EncodeJobConfig, count: _Count) -> str:
-    guessed = (
-        f", {count.tar_images:,} of them guessed in {count.tars:,} files of unknown length at "
-        f"{config.estimate.tar_image_bytes:,} bytes each (estimate.tar_image_bytes)"
-    )
-    return (
-        f"source     {count.objects:,} objects, {count.size_bytes / 1e9:,.3f} GB, {count.all_images:,} images in "
-        f"{count.units:,} units of work" + (guessed if count.tars else "")
-    )
 
 
 def _output_lines(config: EncodeJobConfig, info: CodecInfo, images: int, figures: dict[str, float]) -> list[str]:

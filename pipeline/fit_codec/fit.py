@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -54,31 +55,29 @@ def collect_images(source: SourceConfig, image: ImageConfig, count: int, holdout
     wanted, side = count + holdout, image.resolutions[0]
     pixels = np.empty((wanted, side, side, 3), np.uint8)
     rejects: Counter[str] = Counter()
+
+    def rank(entry: Entry) -> bytes:
+        text = f"{seed}\0{entry.key}\0{entry.row_start}"
+        return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).digest()
+
     # Twice as many entries as images: some may be rejected.
-    entries = heapq.nsmallest(2 * wanted, list_entries(source), key=lambda e: _rank(seed, e))
-    found = 0
-    for array in _decoded(source, image, entries, rejects):
-        pixels[found] = array
-        found += 1
-        if found == wanted:
-            break
-    if found < _MIN_IMAGES:
+    entries = heapq.nsmallest(2 * wanted, list_entries(source), key=rank)
+    decoded = 0
+    for array in itertools.islice(_decoded(source, image, entries, rejects), wanted):
+        pixels[decoded] = array
+        decoded += 1
+    if decoded < _MIN_IMAGES:
         reasons = ", ".join(f"{n} {reason}" for reason, n in rejects.most_common()) or "nothing rejected"
         raise InputError(
-            f"The source gives {found} usable images ({reasons})",
+            f"The source gives {decoded} usable images ({reasons})",
             key="source.uri",
             value=source.uri,
             rule=f"fitting a codec needs at least {_MIN_IMAGES}",
             next_step="name a source with more images, or relax the limits under image",
         )
-    aside = min(holdout, found // _MIN_IMAGES)
-    digest = hashlib.blake2b(pixels[:found].data, digest_size=16).hexdigest()
-    return FitImages(pixels[aside:found], pixels[:aside], dict(rejects), digest)
-
-
-def _rank(seed: int, entry: Entry) -> bytes:
-    text = f"{seed}\0{entry.key}\0{entry.row_start}"
-    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).digest()
+    aside = min(holdout, decoded // _MIN_IMAGES)
+    digest = hashlib.blake2b(pixels[:decoded].data, digest_size=16).hexdigest()
+    return FitImages(pixels[aside:decoded], pixels[:aside], dict(rejects), digest)
 
 
 def _decoded(

@@ -40,7 +40,7 @@ def run(config: FitCodecJobConfig) -> JobResult:
     """Fit and save the codec, or report that this configuration did so before; see the errors of each step."""
     identity = FitIdentity(source=config.source, image=config.image, fit=config.fit)
     root = Root(config.output.uri)
-    finished = _look(root, identity)
+    finished = _finished_fit(root, identity)
     if finished is not None:
         return _result("unchanged", root, finished)
     return _fit(config, identity, root)
@@ -48,10 +48,9 @@ def run(config: FitCodecJobConfig) -> JobResult:
 
 def dry_run(config: FitCodecJobConfig) -> JobResult:
     """What `run` would do: images found and the arithmetic it takes. Reads the listing, writes nothing."""
-
     identity = FitIdentity(source=config.source, image=config.image, fit=config.fit)
     root = Root(config.output.uri)
-    finished = _look(root, identity)
+    finished = _finished_fit(root, identity)
     entries = sum(1 for _ in keyed(list_entries(config.source), "source"))
     side = config.image.resolutions[0]
     info = planned_info(config.fit)
@@ -84,7 +83,7 @@ def planned_info(fit: FitConfig) -> CodecInfo:
 # -- the output ------------------------------------------------------------------------------------------------
 
 
-def _look(root: Root, identity: FitIdentity) -> dict[str, Any] | None:
+def _finished_fit(root: Root, identity: FitIdentity) -> dict[str, Any] | None:
     """The record of a finished fit of this identity, or None when it may be fitted here.
 
     Raises ConflictError when the output belongs to something else, InputError when it cannot be used.
@@ -107,32 +106,25 @@ def _look(root: Root, identity: FitIdentity) -> dict[str, Any] | None:
     if claim is None:
         return None
     _same_identity(root, claim, identity)
-    if complete is not None:
-        _intact(root, complete)
+    if complete is None:
+        return None
+    actual, recorded = codec_info(root.uri).weights_sha256, complete["weights_sha256"]
+    if actual != recorded:
+        raise InputError(
+            f"The weights of the finished codec have changed: {actual[:16]} is not {recorded[:16]}",
+            key="output.uri",
+            value=root.uri,
+            rule="a fitted codec never changes",
+            next_step="restore the file, or fit into another output.uri",
+        )
     return complete
 
 
 def _same_identity(root: Root, claim: dict[str, Any], identity: FitIdentity) -> None:
     if claim.get("config_digest") != config_digest(identity):
         with argument_keys({"root": "output.uri"}):
-            check_same(root, Identity("codec", claim.get("config") or {}, {}), _identity(identity))
-
-
-def _identity(identity: FitIdentity) -> Identity:
-    return Identity("codec", identity.model_dump(mode="json"), {})
-
-
-def _intact(root: Root, complete: dict[str, Any]) -> None:
-    """InputError unless the finished codec still holds the weights that were recorded."""
-    found = codec_info(root.uri).weights_sha256
-    if found != complete["weights_sha256"]:
-        raise InputError(
-            f"The weights of the finished codec have changed: {found[:16]} is not {complete['weights_sha256'][:16]}",
-            key="output.uri",
-            value=root.uri,
-            rule="a fitted codec never changes",
-            next_step="restore the file, or fit into another output.uri",
-        )
+            recorded = Identity("codec", claim.get("config") or {}, {})
+            check_same(root, recorded, Identity("codec", identity.model_dump(mode="json"), {}))
 
 
 def _read_json(root: Root, key: str) -> dict[str, Any] | None:
@@ -170,9 +162,12 @@ def _fit(config: FitCodecJobConfig, identity: FitIdentity, root: Root) -> JobRes
     with argument_keys("source"):
         images = collect_images(config.source, config.image, config.fit.images, config.fit.holdout, config.fit.seed)
     root.probe()
-    _claim(root, identity)
+    claim = {"config_digest": config_digest(identity), "config": identity.model_dump(mode="json")}
+    if not root.put_if_absent(CLAIM, _json_bytes(claim)):
+        # Our own earlier attempt, or another process just now: then it must be the same fit.
+        _same_identity(root, _read_json(root, CLAIM) or {}, identity)
     with open_run(config, "fit_codec", root) as run:
-        finished = _look(root, identity)
+        finished = _finished_fit(root, identity)
         if finished is not None:  # by a run that ended between the first look and the claim
             return _result("unchanged", root, finished)
         name = root.uri.rstrip("/").rpartition("/")[2]
@@ -184,13 +179,6 @@ def _fit(config: FitCodecJobConfig, identity: FitIdentity, root: Root) -> JobRes
         record |= {"config_digest": config_digest(identity), "run_id": result.run_id}
         root.put(FITTED, _json_bytes(record))
         return result
-
-
-def _claim(root: Root, identity: FitIdentity) -> None:
-    claim = {"config_digest": config_digest(identity), "config": identity.model_dump(mode="json")}
-    if not root.put_if_absent(CLAIM, _json_bytes(claim)):
-        # Our own earlier attempt, or another process just now: then it must be the same fit.
-        _same_identity(root, _read_json(root, CLAIM) or {}, identity)
 
 
 def _fit_and_upload(config: FitCodecJobConfig, root: Root, images: FitImages, tracker: Tracker) -> dict[str, Any]:

@@ -56,7 +56,14 @@ def run_verify(config: VerifyJobConfig) -> JobResult:
         rates = {"bytes_per_s": report.bytes_read / max(time.monotonic() - began, 1e-9)}
         result = JobResult("done", counts, {"dataset": config.data.uri}, None, rates, figures)
         if not report.sound:
-            raise _not_sound(config, report).with_result(result)
+            shown = "\n".join(f"    {p['kind']}: {p['where']}: {p['detail']}" for p in report.problems[:20])
+            raise InputError(
+                f"{config.data.uri} is not sound: {len(report.problems)} problem(s)\n{shown}",
+                key="data.uri",
+                value=config.data.uri,
+                next_step="an unfinished dataset: run its job again; damage: restore the named objects, or encode "
+                "into a new root",
+            ).with_result(result)
         if config.gc and has_garbage(root, config.gc_grace_s):
             try:
                 with claimed(root, "gc") as generation:
@@ -135,24 +142,13 @@ def _compare(config: VerifyJobConfig, report: VerifyReport) -> dict[str, float]:
     """What level=decode finds, added to the report; its figures."""
     from pipeline.maintenance.recheck import recheck
 
-    found = recheck(config.data.uri, config.decode)
+    comparison = recheck(config.data.uri, config.decode)
     counts = {
-        "compared": found.compared,
-        "identical": found.identical,
-        "source_gone": found.source_gone,
-        "source_changed": found.source_changed,
+        "compared": comparison.compared,
+        "identical": comparison.identical,
+        "source_gone": comparison.source_gone,
+        "source_changed": comparison.source_changed,
     }
-    report.decode = {**counts, **found.figures()}
-    report.problems += found.problems
+    report.decode = {**counts, **comparison.figures()}
+    report.problems += comparison.problems
     return {k: float(v) for k, v in report.decode.items()}
-
-
-def _not_sound(config: VerifyJobConfig, report: VerifyReport) -> InputError:
-    shown = "\n".join(f"    {p['kind']}: {p['where']}: {p['detail']}" for p in report.problems[:20])
-    return InputError(
-        f"{config.data.uri} is not sound: {len(report.problems)} problem(s)\n{shown}",
-        key="data.uri",
-        value=config.data.uri,
-        next_step="an unfinished dataset: run its job again; damage: restore the named objects, or encode into a "
-        "new root",
-    )

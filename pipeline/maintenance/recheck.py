@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.codec.codec import Codec, load_codec
 from pipeline.encode.encoder import Encoder
-from pipeline.encode.rows import Decoded, EncodedImage, Item
+from pipeline.encode.rows import Decoded, EncodedImage
 from pipeline.encode.stages import ImageDecoder, UnitReader
 from pipeline.encode.summary import largest_bucket
 from pipeline.errors import InputError, argument_keys
@@ -75,7 +75,7 @@ def recheck(uri: str, config: DecodeCheckConfig) -> Recheck:
     dataset = LatentDataset.open(uri, "data.uri")
     recipe = _recipe(dataset, config)
     codec = _codec(dataset, config)
-    found = Recheck()
+    result = Recheck()
     rows = _sampled(dataset, config.sample, config.seed)
     items = _items(dataset, recipe, rows)
     encoder = Encoder(
@@ -91,17 +91,17 @@ def recheck(uri: str, config: DecodeCheckConfig) -> Recheck:
     for row in rows:
         item = items.get(row["sample_id"])
         if item is None:
-            found.source_gone += 1
+            result.source_gone += 1
         elif item.values["content_sha256"] != row["content_sha256"]:
-            found.source_changed += 1
+            result.source_changed += 1
         else:
             wanted[row["sample_id"]] = item
     outcomes = encoder.encode(wanted.values())
     again = {o.decoded.values["sample_id"]: o for o in outcomes if isinstance(o, EncodedImage)}
     for row in rows:
         if row["sample_id"] in wanted:
-            _compare(found, dataset, config, codec, row, wanted[row["sample_id"]], again.get(row["sample_id"]))
-    return found
+            _compare(result, dataset, config, codec, row, wanted[row["sample_id"]], again.get(row["sample_id"]))
+    return result
 
 
 def _recipe(dataset: LatentDataset, config: DecodeCheckConfig) -> _Recipe:
@@ -176,26 +176,23 @@ def _items(dataset: LatentDataset, recipe: _Recipe, rows: list[dict[str, Any]]) 
     reader = UnitReader(dataset.root, recipe.source, {unit: plan.locate(unit) for unit in by_unit}, any_version=True)
     decoder = ImageDecoder(recipe.image, recipe.source.uri, threads=2, ahead=4)
     ids = {row["sample_id"] for row in rows}
+    items: dict[bytes, Decoded] = {}
     try:
-        return {
-            item.values["sample_id"]: item
-            for unit, numbers in by_unit.items()
-            for item in _unit_items(reader, decoder, unit, numbers)
-            if isinstance(item, Decoded) and item.values["sample_id"] in ids
-        }
+        for unit, numbers in by_unit.items():
+            places = np.unique(np.array(numbers, np.int64))
+            wanted = RowSet.from_rows(np.full_like(places, unit), places)
+            work = Work(unit, tuple((start, stop) for _, start, stop in wanted.triples()))
+            for item in (item for block in reader(work) for item in decoder.items(block)):
+                # A unit's rows have other variants, too.
+                if isinstance(item, Decoded) and item.values["sample_id"] in ids:
+                    items[item.values["sample_id"]] = item
     finally:
         decoder.close()
-
-
-def _unit_items(reader: UnitReader, decoder: ImageDecoder, unit: int, numbers: list[int]) -> Iterator[Item]:
-    where = np.unique(np.array(numbers, np.int64))
-    wanted = RowSet.from_rows(np.full_like(where, unit), where)
-    for block in reader(Work(unit, tuple((start, stop) for _, start, stop in wanted.triples()))):
-        yield from decoder.items(block)
+    return items
 
 
 def _compare(
-    found: Recheck,
+    result: Recheck,
     dataset: LatentDataset,
     config: DecodeCheckConfig,
     codec: Codec,
@@ -205,36 +202,34 @@ def _compare(
 ) -> None:
     where = f"{row['key']} (unit {row['unit']}, row {row['row']})"
     stored = _latent(row["latent"], row["latent_shape"], dataset.latent_dtype)
-    found.compared += 1
-    psnr = _psnr_db(codec, stored, dataset.posterior, item.pixels)
-    found.psnr_db.append(psnr)
+    result.compared += 1
+    # Decoded, against the exact crop.
+    channels = stored.shape[0] // 2 if dataset.posterior == "moments" else stored.shape[0]
+    decoded = codec.decode(torch.from_numpy(stored[None, :channels].copy()))[0].cpu().numpy()
+    mean_square = float(np.mean((decoded.astype(np.float64) - item.pixels) ** 2))
+    psnr = float(10 * np.log10(_PIXEL_MAX**2 / mean_square)) if mean_square else float("inf")
+    result.psnr_db.append(psnr)
     if config.min_psnr_db is not None and psnr < config.min_psnr_db:
         detail = f"decodes to {psnr:.2f} dB of its image, at least {config.min_psnr_db:g} is asked for"
-        found.problems.append({"kind": "fidelity", "where": where, "detail": detail})
+        result.problems.append({"kind": "fidelity", "where": where, "detail": detail})
+    # Encoded again, against the stored one.
     if again is None:
-        found.problems.append({"kind": "re-encode", "where": where, "detail": "the codec refuses the image now"})
-        found.error.append(float("inf"))
+        result.problems.append({"kind": "re-encode", "where": where, "detail": "the codec refuses the image now"})
+        result.error.append(float("inf"))
         return
     fresh = _latent(again.latent, again.shape, dataset.latent_dtype)
     error = _relative_error(stored, fresh)
-    found.error.append(error)
-    found.identical += int(row["latent"] == again.latent)
+    result.error.append(error)
+    result.identical += int(row["latent"] == again.latent)
     if not error <= config.tolerance:
         detail = f"differs by {error:.2g} of its own size from encoding its image again; {config.tolerance:g} allowed"
-        found.problems.append({"kind": "re-encode", "where": where, "detail": detail})
+        result.problems.append({"kind": "re-encode", "where": where, "detail": detail})
 
 
 def _latent(data: bytes, shape: Sequence[int], dtype: str) -> npt.NDArray[np.float32]:
     channels, height, width = shape
     latent: npt.NDArray[np.float32] = latents_from(pa.array([data], pa.binary()), (channels, height, width), dtype)[0]
     return latent
-
-
-def _psnr_db(codec: Codec, stored: npt.NDArray[np.float32], posterior: str, pixels: npt.NDArray[np.uint8]) -> float:
-    channels = stored.shape[0] // 2 if posterior == "moments" else stored.shape[0]
-    decoded = codec.decode(torch.from_numpy(stored[None, :channels].copy()))[0].cpu().numpy()
-    error = float(np.mean((decoded.astype(np.float64) - pixels) ** 2))
-    return float(10 * np.log10(_PIXEL_MAX**2 / error)) if error else float("inf")
 
 
 def _relative_error(stored: npt.NDArray[np.float32], fresh: npt.NDArray[np.float32]) -> float:

@@ -56,18 +56,18 @@ def write_shapes(
     root = Root(uri)
     marker = {"version": _VERSION, "count": count, "seed": seed, "size": size}
     try:
-        found = json.loads(root.read_bytes(_MARKER))
+        present = json.loads(root.read_bytes(_MARKER))
     except FileNotFoundError:
-        found = None
-    if found is not None and found != marker:
+        present = None
+    if present is not None and present != marker:
         raise ConflictError(
-            f"{root.uri} holds shapes made with {found}",
+            f"{root.uri} holds shapes made with {present}",
             key="uri",
             value=uri,
             rule=f"asked for {marker}",
             next_step="choose another place, or the same parameters",
         )
-    if found is not None:
+    if present is not None:
         return ShapesReport(count, 0, skipped=True)
     lines = [
         json.dumps(
@@ -75,7 +75,18 @@ def write_shapes(
         )
         for i in range(count)
     ]
-    _write_images(root, count, seed, size, progress)
+
+    def write(index: int) -> int:
+        sink = io.BytesIO()
+        Image.fromarray(draw_shape(seed, index, size)).save(sink, "PNG")
+        _put(root, _name(index), sink.getvalue())
+        return index
+
+    with ThreadPoolExecutor(_UPLOADS) as pool:
+        # Only uploads wait for anything that others could use meanwhile.
+        for index in (pool.map if root.local_path() is None else map)(write, range(count)):
+            if progress is not None:
+                progress(index + 1)
     _put(root, _METADATA, ("\n".join(lines) + "\n").encode())
     root.put(_MARKER, json.dumps(marker).encode())
     return ShapesReport(count, count, skipped=False)
@@ -111,25 +122,6 @@ def _draw(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fi
         arm = 0.30 * r
         pen.rectangle((x - r, y - arm, x + r, y + arm), fill=fill)
         pen.rectangle((x - arm, y - r, x + arm, y + r), fill=fill)
-
-
-def _write_images(root: Root, count: int, seed: int, size: int, progress: Callable[[int], None] | None) -> None:
-    def write(index: int) -> int:
-        sink = io.BytesIO()
-        Image.fromarray(draw_shape(seed, index, size)).save(sink, "PNG")
-        _put(root, _name(index), sink.getvalue())
-        return index
-
-    if root.local_path() is not None:
-        done = map(write, range(count))
-        for index in done:
-            if progress is not None:
-                progress(index + 1)
-        return
-    with ThreadPoolExecutor(_UPLOADS) as pool:
-        for index in pool.map(write, range(count)):
-            if progress is not None:
-                progress(index + 1)
 
 
 def _put(root: Root, key: str, data: bytes) -> None:

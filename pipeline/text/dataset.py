@@ -230,8 +230,10 @@ class TextEmbeddings:
                 rule="they are stored only where the encoder's pooled says so",
                 next_step="embed with pooled: pooler or projection under another encoder name",
             )
-        found: dict[int, Floats] = {i: self._values(table["pooled"], row) for table, i, row in self._places(captions)}
-        return np.stack([found[i] for i in range(len(captions))]) if found else np.zeros((0, 0), np.float32)
+        pooled: dict[int, Floats] = {}
+        for table, i, row in self._places(captions):
+            pooled[i] = to_float32(np.frombuffer(table["pooled"][row].as_buffer(), np.uint8), self._dtype)
+        return np.stack([pooled[i] for i in range(len(captions))]) if pooled else np.zeros((0, 0), np.float32)
 
     def missing(self, captions: Sequence[str | None]) -> list[str]:
         """The distinct captions among some that have no embedding, in order."""
@@ -265,9 +267,6 @@ class TextEmbeddings:
             for i in np.flatnonzero(groups == group).tolist():
                 yield table, i, int(self._rows[at[i]])
 
-    def _values(self, column: pa.ChunkedArray, row: int) -> Floats:
-        return to_float32(np.frombuffer(column[row].as_buffer(), np.uint8), self._dtype)
-
     def _row_group(self, group: int) -> pa.Table:
         with self._lock:
             if group in self._cache:
@@ -285,18 +284,19 @@ class TextEmbeddings:
 
     def _read_index(self) -> tuple[npt.NDArray[np.bytes_], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """(hashes ascending, row group of each, row in it)."""
+
+        def hashes_of(group: int) -> Hashes:
+            return as_hashes(self._read(group, ["sample_id"])["sample_id"].to_pylist())
+
         count = len(self._dataset.row_groups)
         with ThreadPoolExecutor(_READERS) as pool:
-            parts = list(pool.map(self._group_hashes, range(count)))
+            parts = list(pool.map(hashes_of, range(count)))
         hashes = np.concatenate([as_hashes([]), *parts])
         lengths = [len(p) for p in parts]
         groups = np.repeat(np.arange(count, dtype=np.int32), lengths)
         rows = np.concatenate([np.zeros(0, np.int32), *(np.arange(n, dtype=np.int32) for n in lengths)])
         order = np.argsort(hashes, kind="stable")
         return hashes[order], groups[order], rows[order]
-
-    def _group_hashes(self, group: int) -> npt.NDArray[np.bytes_]:
-        return as_hashes(self._read(group, ["sample_id"])["sample_id"].to_pylist())
 
     def _read(self, group: int, columns: list[str]) -> pa.Table:
         try:

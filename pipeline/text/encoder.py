@@ -78,28 +78,17 @@ class TextEncoder:
         )
         hidden_NLD = states.hidden_states[-2] if self._layer == "penultimate" else states.last_hidden_state
         tokens = mask_NL[:count].sum(dim=1).to(torch.int32).numpy()
-        return Encoded(
-            tokens,
-            self._truncated(captions, tokens),
-            hidden_NLD[:count].float().cpu().numpy(),
-            self._pooled_states(states, count),
-        )
-
-    def _pooled_states(self, states: Any, count: int) -> npt.NDArray[np.float32] | None:
-        if self._pooled == "none":
-            return None
-        pooled_NP = states.text_embeds if self._pooled == "projection" else states.pooler_output
-        array: npt.NDArray[np.float32] = pooled_NP[:count].float().cpu().numpy()
-        return array
-
-    def _truncated(self, captions: Sequence[str], tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
-        """Which captions were cut: only those that fill the length can have been."""
-        cut = np.zeros(len(captions), np.bool_)
+        # Only captions that fill the length can have been cut: these are counted again, whole.
+        truncated = np.zeros(count, np.bool_)
         full: list[int] = np.flatnonzero(tokens == self._max_length).tolist()
         if full:
             longer = self._tokenizer([captions[i] for i in full], truncation=False, verbose=False)["input_ids"]
-            cut[full] = [len(ids) > self._max_length for ids in longer]
-        return cut
+            truncated[full] = [len(ids) > self._max_length for ids in longer]
+        pooled_NP: npt.NDArray[np.float32] | None = None
+        if self._pooled != "none":
+            pooled = states.text_embeds if self._pooled == "projection" else states.pooler_output
+            pooled_NP = pooled[:count].float().cpu().numpy()
+        return Encoded(tokens, truncated, hidden_NLD[:count].float().cpu().numpy(), pooled_NP)
 
 
 def load_encoder(

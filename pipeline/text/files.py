@@ -85,10 +85,19 @@ def encoder_files(encoder: TextEncoderConfig) -> EncoderFiles:
     width = text.get("d_model" if kind == "t5" else "hidden_size")
     if not isinstance(width, int):
         raise _refusal(f"config.json of {encoder.name} does not say how wide an embedding is", encoder)
+    if kind == "t5" and encoder.pooled != "none":
+        raise ConfigError(
+            f"The encoder {encoder.name} is a T5, which pools nothing",
+            key="encoders.pooled",
+            value=encoder.pooled,
+            rule="only CLIP has a pooled state",
+            next_step="set pooled: none",
+        )
+    clip_class = "CLIPTextModelWithProjection" if encoder.pooled == "projection" else "CLIPTextModel"
     return EncoderFiles(
         model_dir,
         tokenizer_dir,
-        _class_name(kind, encoder),
+        "T5EncoderModel" if kind == "t5" else clip_class,
         width,
         _max_length(encoder, None if kind == "t5" else text.get("max_position_embeddings")),
         config,
@@ -105,16 +114,13 @@ def _directory(encoder: TextEncoderConfig) -> Path:
     local = Path(encoder.path).expanduser()
     if local.is_dir():
         return local.absolute()
-    if encoder.revision is not None and not local.exists() and _HUB_ID.fullmatch(encoder.path):
-        return _hub_snapshot(encoder)
-    raise _refusal(
-        f"There is no directory of the encoder {encoder.name}",
-        encoder,
-        next_step="correct the path; to take it from the hub, pin it with revision: <commit or tag>",
-    )
-
-
-def _hub_snapshot(encoder: TextEncoderConfig) -> Path:
+    if encoder.revision is None or local.exists() or not _HUB_ID.fullmatch(encoder.path):
+        raise _refusal(
+            f"There is no directory of the encoder {encoder.name}",
+            encoder,
+            next_step="correct the path; to take it from the hub, pin it with revision: <commit or tag>",
+        )
+    # From the hub, or its cache.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -149,20 +155,6 @@ def _without_notes(config: dict[str, Any]) -> dict[str, Any]:
     return {k: _without_notes(v) if isinstance(v, dict) else v for k, v in config.items() if k not in _NOTES}
 
 
-def _class_name(kind: str, encoder: TextEncoderConfig) -> str:
-    if kind == "t5":
-        if encoder.pooled != "none":
-            raise ConfigError(
-                f"The encoder {encoder.name} is a T5, which pools nothing",
-                key="encoders.pooled",
-                value=encoder.pooled,
-                rule="only CLIP has a pooled state",
-                next_step="set pooled: none",
-            )
-        return "T5EncoderModel"
-    return "CLIPTextModelWithProjection" if encoder.pooled == "projection" else "CLIPTextModel"
-
-
 def _max_length(encoder: TextEncoderConfig, most: int | None) -> int:
     length = encoder.max_length or most
     if length is None or (most is not None and length > most):
@@ -179,19 +171,13 @@ def _max_length(encoder: TextEncoderConfig, most: int | None) -> int:
 
 def _hash_weights(folder: Path, encoder: TextEncoderConfig) -> str:
     """One hash over the weight files; a single file's own sha256 when there is one."""
-    names = _weight_names(folder, encoder)
-    hashes = [_sha256(folder / name) for name in names]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-
-
-def _weight_names(folder: Path, encoder: TextEncoderConfig) -> list[str]:
     if (folder / WEIGHTS).is_file():
-        return [WEIGHTS]
+        return _sha256(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
-        found = sorted(p.name for p in folder.iterdir())
-        pickled = any(name.endswith(_PICKLE) for name in found)
+        files = sorted(p.name for p in folder.iterdir())
+        pickled = any(name.endswith(_PICKLE) for name in files)
         raise _refusal(
-            f"The encoder {encoder.name} has no {WEIGHTS}; there is {', '.join(found)}",
+            f"The encoder {encoder.name} has no {WEIGHTS}; there is {', '.join(files)}",
             encoder,
             "weights are read from safetensors only" + (": unpickling runs code from the file" if pickled else ""),
             "where you trust the files, load and save_pretrained() them once; or copy the missing file",
@@ -204,7 +190,8 @@ def _weight_names(folder: Path, encoder: TextEncoderConfig) -> list[str]:
     bad = [n for n in names if "/" in n or "\\" in n or not n.endswith(".safetensors") or not (folder / n).is_file()]
     if bad or not names:
         raise _refusal(f"The index {INDEX} names files that are not there: {', '.join(bad) or 'none'}", encoder)
-    return names
+    hashes = [_sha256(folder / name) for name in names]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def _hash_tokenizer(folder: Path, encoder: TextEncoderConfig) -> dict[str, str]:

@@ -31,7 +31,7 @@ from pipeline.store.ledger.generation import Generation, last_run
 from pipeline.store.ledger.identity import Identity, check_same, read_identity
 from pipeline.store.ledger.layout import IDENTITY
 from pipeline.store.ledger.state import State, read_state
-from pipeline.store.plan import PlannedEntry, Work, append_version, read_entries, read_plan, work_of
+from pipeline.store.plan import PlannedEntry, append_version, read_entries, read_plan, work_of
 from pipeline.store.read.dataset import Dataset, LatentDataset
 from pipeline.store.schema import ADDRESS, pack_latents
 from pipeline.store.writer import Committer
@@ -91,14 +91,13 @@ def embed_gaps(
     for works in work_of(state.gaps(), 1 << 16):
         for work in works:
             generation.check()
-            entries = _gaps_of(work, read_entries(root, state.plan.locate(work.unit)))
+            planned = read_entries(root, state.plan.locate(work.unit))
+            entries = [
+                e for e in planned if any(a <= e.first_row and (b is None or e.first_row < b) for a, b in work.ranges)
+            ]
             rows = embed_entries(entries, encode, embedding_dtype)
             committer.commit(rows, None, {})
             on_unit(len(rows), int(np.sum(rows["tokens"].to_numpy())), int(np.sum(rows["truncated"].to_numpy())))
-
-
-def _gaps_of(work: Work, entries: Sequence[PlannedEntry]) -> list[PlannedEntry]:
-    return [e for e in entries if any(a <= e.first_row and (b is None or e.first_row < b) for a, b in work.ranges)]
 
 
 def embed_entries(entries: Sequence[PlannedEntry], encode: Encode, embedding_dtype: str) -> pa.Table:
@@ -178,7 +177,16 @@ def run(config: EmbedTextJobConfig) -> JobResult:
     """Embed what has no embedding yet; "unchanged", without torch, when nothing is left for any encoder."""
     tasks = _check(config)
     results = [_embed_one(task) for task in tasks]
-    return _combine(tasks, results)
+    # One answer: each encoder's counts and rates under its name; the run is the last one that did work.
+    named = list(zip((t.encoder.name for t in tasks), results, strict=True))
+    worked = [r for r in results if r.status == "done"]
+    return JobResult(
+        "done" if worked else "unchanged",
+        {f"{name}.{k}": v for name, r in named for k, v in r.counts.items()},
+        dict(itertools.chain.from_iterable(r.outputs.items() for r in results)),
+        (worked or results)[-1].run_id,
+        {f"{name}.{k}": v for name, r in named for k, v in r.rates.items()},
+    )
 
 
 def dry_run(config: EmbedTextJobConfig) -> JobResult:
@@ -214,8 +222,15 @@ def _embed_one(task: _Task) -> JobResult:
     root.probe()
     with open_run(task.config, "embed_text", root, identity=task.identity()) as run:
         assert run.generation is not None
-        new = _plan(task, run.generation)
-        state = read_state(root)
+        state, new = read_state(root), 0
+        # Nothing is read when some version has seen the latents as they are: plans only ever grow.
+        if not _has_seen(state, task):
+            known = HashSet(planned_hashes(state.plan))
+            units = in_units(new_captions(task.latents, known), task.config.embed.unit_captions)
+            # A version without units remembers that these latents hold nothing new.
+            number = run.generation.number
+            plan = append_version(state.plan, units, source=task.source(), generation=number)
+            new, state = plan.versions[-1].num_rows, read_state(root)
         gaps = state.gaps().count()
         _log.info("%s: %d new captions, %d to embed", task.encoder.name, new, gaps)
         if not gaps:
@@ -227,18 +242,6 @@ def _embed_one(task: _Task) -> JobResult:
 def _has_seen(state: State, task: _Task) -> bool:
     """Whether some version of the plan has read the latents as they are now; plans only ever grow."""
     return any(v.source.get("digest") == task.latents.digest for v in state.plan.versions)
-
-
-def _plan(task: _Task, generation: Generation) -> int:
-    """Freeze the captions that no version holds; returns how many. Nothing is read when this state was seen."""
-    state = read_state(task.root)
-    if _has_seen(state, task):
-        return 0
-    known = HashSet(planned_hashes(state.plan))
-    units = in_units(new_captions(task.latents, known), task.config.embed.unit_captions)
-    # A version without units remembers that these latents hold nothing new.
-    plan = append_version(state.plan, units, source=task.source(), generation=generation.number)
-    return plan.versions[-1].num_rows
 
 
 def _embed(task: _Task, run: Run, generation: Generation, state: State) -> JobResult:
@@ -266,7 +269,6 @@ def _embed(task: _Task, run: Run, generation: Generation, state: State) -> JobRe
 
 
 def _fill_gaps(task: _Task, generation: Generation, state: State) -> dict[str, int]:
-
     encoder = task.encoder
     totals = dict.fromkeys(("embedded", "tokens", "truncated"), 0)
     start = state.num_stored
@@ -326,16 +328,3 @@ def _result(
 ) -> JobResult:
     counts = {"captions": state.num_stored, **(totals or dict.fromkeys(("embedded", "tokens", "truncated"), 0))}
     return JobResult(status, counts, {task.encoder.name: task.root.uri}, run_id, rates or {})
-
-
-def _combine(tasks: list[_Task], results: list[JobResult]) -> JobResult:
-    """One answer: each encoder's counts and rates under its name; the run is the last one that did work."""
-    named = list(zip((t.encoder.name for t in tasks), results, strict=True))
-    worked = [r for r in results if r.status == "done"]
-    return JobResult(
-        "done" if worked else "unchanged",
-        {f"{name}.{k}": v for name, r in named for k, v in r.counts.items()},
-        dict(itertools.chain.from_iterable(r.outputs.items() for r in results)),
-        (worked or results)[-1].run_id,
-        {f"{name}.{k}": v for name, r in named for k, v in r.rates.items()},
-    )

@@ -235,7 +235,7 @@ def test_a_crash_before_the_marker_is_fitted_again(
 
 def test_another_process_claims_first(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Both looked at an empty place; the other one was quicker.
-    monkeypatch.setattr(job, "_look", lambda root, identity: None)
+    monkeypatch.setattr(job, "_finished_fit", lambda root, identity: None)
     (tmp_path / "codec").mkdir()
     (tmp_path / "codec" / job.CLAIM).write_text('{"config_digest": "other", "config": {}}')
     with pytest.raises(ConflictError, match="another fingerprint"):

@@ -56,7 +56,7 @@ def run(
     passes = Passes(
         monitor=monitor,
         generation=generation,
-        look=encoding._look,
+        look=encoding._state_and_gaps,
         execute=once,
         quarantine=quarantine,
         actors={"encoder": 1},

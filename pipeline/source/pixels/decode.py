@@ -90,42 +90,48 @@ def sniff(data: bytes) -> Format | None:
         return "tiff"
     if head[4:8] == b"ftyp":
         # The major brand, then the compatible ones: HEIC shares the container and is not AVIF.
-        brands = (head[8:12], *(head[at : at + 4] for at in range(16, min(len(head), _box_size(head)), 4)))
+        brands = (
+            head[8:12],
+            *(head[at : at + 4] for at in range(16, min(len(head), int.from_bytes(head[:4], "big")), 4)),
+        )
         return "avif" if any(brand in _AVIF_BRANDS for brand in brands) else None
     if head.startswith((b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")):
         return "jpeg2000"
     return "ppm" if _PPM.match(head) else None
 
 
-def is_risky(data: bytes, found: Format) -> bool:
+def is_risky(data: bytes, kind: Format) -> bool:
     """Whether decoding these bytes may be slow or fragile, so that it belongs into a killable process.
 
     AVIF, JPEG 2000 and TIFF decoders are large and can take long over few bytes; Pillow's PPM and
     run-length BMP decoders are Python loops; a JPEG of very many scans costs scans x pixels.
     """
-    if found in _RISKY_FORMATS:
+    if kind in _RISKY_FORMATS:
         return True
-    if found == "jpeg":
+    if kind == "jpeg":
         return data.count(b"\xff\xda") > _RISKY_JPEG_SCANS
-    if found == "bmp" and data[30:34] in (b"\1\0\0\0", b"\2\0\0\0"):
+    if kind == "bmp" and data[30:34] in (b"\1\0\0\0", b"\2\0\0\0"):
         return True
     return len(data) > _RISKY_BYTES
 
 
 def open_image(data: bytes, limits: DecodeLimits) -> ImageFile.ImageFile:
     """Read the header and check it against the limits; no pixel is decoded yet."""
-    found = sniff(data)
+    kind = sniff(data)
     if not data:
         raise DecodeError(Reason.EMPTY, "the file is empty")
-    if found is None:
+    if kind is None:
         raise DecodeError(Reason.UNSUPPORTED_FORMAT, f"no known image format begins with {data[:8].hex(' ')}")
-    if found not in limits.formats:
-        raise DecodeError(Reason.UNSUPPORTED_FORMAT, f"{found} is not among the configured formats")
+    if kind not in limits.formats:
+        raise DecodeError(Reason.UNSUPPORTED_FORMAT, f"{kind} is not among the configured formats")
     _quiet_pillow()
     try:
-        image = Image.open(io.BytesIO(data), formats=[_PLUGINS[found]])
+        image = Image.open(io.BytesIO(data), formats=[_PLUGINS[kind]])
+    except UnidentifiedImageError:
+        # Pillow's message prints the address of a buffer, which is nothing to keep.
+        raise DecodeError(Reason.CORRUPT, f"the {kind} header cannot be read") from None
     except Exception as error:  # noqa: BLE001 - hostile bytes raise anything; every case becomes a reason
-        raise _header_error(found, error) from None
+        raise _data_error(error) from None
     _check_size(image, limits)
     return image
 
@@ -172,17 +178,9 @@ def _check_size(image: ImageFile.ImageFile, limits: DecodeLimits) -> None:
         raise DecodeError(Reason.EXTREME_ASPECT, f"{width} x {height} pixels, over max_aspect {limits.max_aspect:g}")
 
 
-def _header_error(found: Format, error: Exception) -> DecodeError:
-    if isinstance(error, Image.DecompressionBombError):
-        return DecodeError(Reason.TOO_MANY_PIXELS, _one_line(error))
-    if isinstance(error, UnidentifiedImageError):
-        # Pillow's message prints the address of a buffer, which is nothing to keep.
-        return DecodeError(Reason.CORRUPT, f"the {found} header cannot be read")
-    return _data_error(error)
-
-
 def _data_error(error: Exception) -> DecodeError:
-    text = _one_line(error)
+    words = re.sub(r"0x[0-9a-f]{6,}", "0x..", " ".join(str(error).split()))  # an address is nothing to keep
+    text = f"{type(error).__name__}: {words[:200]}" if words else type(error).__name__
     low = text.lower()
     if isinstance(error, MemoryError):
         return DecodeError(Reason.DECODE_MEMORY, text)
@@ -191,18 +189,9 @@ def _data_error(error: Exception) -> DecodeError:
     if isinstance(error, NotImplementedError) or "unsupported" in low or "not supported" in low:
         return DecodeError(Reason.UNSUPPORTED_CODING, text)
     ended = isinstance(error, EOFError | struct.error)
-    if ended or any(word in low for word in ("truncated", "reached eof", "not enough", "unexpected end")):
+    if ended or any(sign in low for sign in ("truncated", "reached eof", "not enough", "unexpected end")):
         return DecodeError(Reason.TRUNCATED, text)
     return DecodeError(Reason.CORRUPT, text)
-
-
-def _one_line(error: Exception) -> str:
-    text = re.sub(r"0x[0-9a-f]{6,}", "0x..", " ".join(str(error).split()))
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
-
-
-def _box_size(head: bytes) -> int:
-    return int.from_bytes(head[:4], "big")
 
 
 def _quiet_pillow() -> None:

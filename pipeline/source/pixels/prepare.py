@@ -15,7 +15,7 @@ from PIL import features
 
 from pipeline.source.config import ImageConfig
 from pipeline.source.pixels.decode import DecodeError, is_risky, sniff
-from pipeline.source.pixels.render import DRAFT_MARGIN, Rendering, Size, bucket_sizes, render
+from pipeline.source.pixels.render import DRAFT_MARGIN, Size, bucket_sizes, render
 from pipeline.source.pixels.sandbox import render_isolated
 from pipeline.source.reading.rows import SourceRow, sample_id
 from pipeline.source.reasons import Reason
@@ -68,47 +68,33 @@ def prepare(row: SourceRow, image: ImageConfig) -> list[PreparedImage] | Reject:
     if row.image is None:
         return Reject.of(Reason.NO_IMAGE, "the row holds no image")
     identity = sample_id(row.source, row.key)
+    kind = sniff(row.image)
+    risky = image.isolate == "risky" and kind in image.formats and kind is not None and is_risky(row.image, kind)
+    draw = render_isolated if risky or image.isolate == "all" else render
     try:
-        rendering = _render(row.image, identity, row.exif_orientation, image)
+        rendering = draw(row.image, identity, row.exif_orientation, image)
     except DecodeError as error:
         return Reject.of(error.reason, error.message)
     digest = hashlib.sha256(row.image).digest()
-    return [
-        p
-        for flipped in ((False, True) if image.flip else (False,))
-        for p in _variants(row, rendering, flipped, image, digest)
-    ]
-
-
-def _variants(
-    row: SourceRow, rendering: Rendering, flipped: bool, image: ImageConfig, digest: bytes
-) -> list[PreparedImage]:
     out = []
-    for output in rendering.outputs:
-        at = output.placement
-        variant = output.resolution_index * (2 if image.flip else 1) + flipped
-        out.append(
-            PreparedImage(
-                pixels=np.ascontiguousarray(output.pixels[:, ::-1]) if flipped else output.pixels,
-                bucket=at.bucket,
-                variant=variant,
-                flipped=flipped,
-                original=output.original,
-                crop=(at.top, at.left, at.height, at.width),
-                sample_id=sample_id(row.source, row.key, variant),
-                content_sha256=digest,
-                phash=rendering.phash,
+    for flipped in (False, True) if image.flip else (False,):
+        for output in rendering.outputs:
+            at = output.placement
+            variant = output.resolution_index * (2 if image.flip else 1) + flipped
+            out.append(
+                PreparedImage(
+                    pixels=np.ascontiguousarray(output.pixels[:, ::-1]) if flipped else output.pixels,
+                    bucket=at.bucket,
+                    variant=variant,
+                    flipped=flipped,
+                    original=output.original,
+                    crop=(at.top, at.left, at.height, at.width),
+                    sample_id=sample_id(row.source, row.key, variant),
+                    content_sha256=digest,
+                    phash=rendering.phash,
+                )
             )
-        )
     return out
-
-
-def _render(data: bytes, identity: bytes, hint: int | None, image: ImageConfig) -> Rendering:
-    found = sniff(data)
-    risky = image.isolate == "risky" and found in image.formats and found is not None and is_risky(data, found)
-    if risky or image.isolate == "all":
-        return render_isolated(data, identity, hint, image)
-    return render(data, identity, hint, image)
 
 
 def policy_fingerprint(image: ImageConfig) -> dict[str, Any]:

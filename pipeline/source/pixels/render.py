@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageCms, ImageFile
+from PIL import Image, ImageCms
 
 from pipeline.source.config import BudgetBuckets, ImageConfig, TableBuckets
 from pipeline.source.pixels.decode import (
@@ -159,8 +159,16 @@ def simplify(image: Image.Image, bits: int | None = None) -> Image.Image:
     floats in [0, 1] are scaled by 255 and floats in [0, 255] taken as they are.
     """
     mode = image.mode
-    if mode.startswith("I") or mode == "F":
-        return Image.fromarray(_eight_bits(np.asarray(image), mode, bits), "L")
+    if mode == "F":
+        values = np.asarray(image)
+        if not np.isfinite(values).all() or values.min() < 0 or values.max() > 255:
+            raise DecodeError(Reason.VALUE_RANGE, "float samples must lie in [0, 1] or [0, 255]")
+        scaled = values * 255.0 if values.max() <= 1.0 else values
+        return Image.fromarray(np.rint(scaled).astype(np.uint8), "L")
+    if mode.startswith("I"):
+        shift = max(0, (bits if bits is not None else 16) - 8)
+        narrowed = np.clip(np.asarray(image).astype(np.int64) >> shift, 0, 255)
+        return Image.fromarray(narrowed.astype(np.uint8), "L")
     if mode in ("1", "L", "RGB", "P") and image.has_transparency_data:
         return image.convert("LA" if mode in ("1", "L") else "RGBA")
     if mode in ("1", "P"):
@@ -188,19 +196,6 @@ def to_srgb(image: Image.Image, profile: bytes | None, matte: tuple[int, int, in
     return behind
 
 
-def _eight_bits(values: np.ndarray, mode: str, bits: int | None) -> np.ndarray:
-    """uint8 [h, w] from any integer or float samples [h, w]."""
-    if mode == "F":
-        if not np.isfinite(values).all() or values.min() < 0 or values.max() > 255:
-            raise DecodeError(Reason.VALUE_RANGE, "float samples must lie in [0, 1] or [0, 255]")
-        scaled = values * 255.0 if values.max() <= 1.0 else values
-        rounded: np.ndarray = np.rint(scaled).astype(np.uint8)
-        return rounded
-    shift = max(0, (bits if bits is not None else 16) - 8)
-    narrowed: np.ndarray = np.clip(values.astype(np.int64) >> shift, 0, 255).astype(np.uint8)
-    return narrowed
-
-
 @lru_cache(maxsize=16)
 def _to_srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """The transform to sRGB, or None when none is needed: no profile, a broken or foreign one, or sRGB itself."""
@@ -219,20 +214,17 @@ def _to_srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform 
         transform = ImageCms.buildTransform(source, srgb, mode, "RGB", intent, flags)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None  # a profile that lcms cannot use says nothing about the pixels
-    return None if _is_identity(transform, mode) else transform
-
-
-def _is_identity(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
-    """Whether a transform moves no colour of a 9 x 9 x 9 cube by more than one step (an sRGB profile does not)."""
-    if mode == "CMYK":
-        return False
-    levels = np.linspace(0, 255, 9).round().astype(np.uint8)
-    cube = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(27, 27, 3)
-    probe = Image.fromarray(cube, "RGB") if mode == "RGB" else Image.fromarray(cube[..., 0], "L")
-    moved = ImageCms.applyTransform(probe, transform)
-    assert moved is not None
-    distance = np.abs(np.asarray(moved).astype(int) - np.asarray(probe.convert("RGB")).astype(int))
-    return int(distance.max()) <= 1
+    if mode != "CMYK":
+        # A profile that moves no colour of a 9 x 9 x 9 cube by more than one step is sRGB: there is nothing to do.
+        levels = np.linspace(0, 255, 9).round().astype(np.uint8)
+        cube = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(27, 27, 3)
+        probe = Image.fromarray(cube, "RGB") if mode == "RGB" else Image.fromarray(cube[..., 0], "L")
+        moved = ImageCms.applyTransform(probe, transform)
+        assert moved is not None
+        distance = np.abs(np.asarray(moved).astype(int) - np.asarray(probe.convert("RGB")).astype(int))
+        if int(distance.max()) <= 1:
+            return None
+    return transform
 
 
 # A JPEG is shrunk while decoding only while this many decoded pixels are left per output pixel and direction.
@@ -285,12 +277,12 @@ def render(data: bytes, sample_id: bytes, orientation_hint: int | None, image: I
     except DecodeError:
         raise
     except MemoryError as error:
-        raise DecodeError(Reason.DECODE_MEMORY, _told(error)) from None
+        raise DecodeError(Reason.DECODE_MEMORY, _one_line(error)) from None
     except Exception as error:  # noqa: BLE001 - of damaged files decoders raise anything, assertions among it
-        raise DecodeError(Reason.CORRUPT, _told(error)) from None
+        raise DecodeError(Reason.CORRUPT, _one_line(error)) from None
 
 
-def _told(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:200]
 
 
@@ -303,7 +295,10 @@ def _render(data: bytes, sample_id: bytes, orientation_hint: int | None, image: 
         turn = orientation(opened, orientation_hint)
         original = oriented(stored_height, stored_width, turn)
         placements = _placements(original, sample_id, image)
-        scale = _draft_scale([p for _, p in placements]) if image.draft else 1
+        if image.draft:
+            # The largest scale that leaves DRAFT_MARGIN decoded pixels per output pixel everywhere.
+            spare = min(min(p.height / p.bucket[0], p.width / p.bucket[1]) for _, p in placements)
+            scale = next(s for s in (8, 4, 2, 1) if s == 1 or spare >= s * DRAFT_MARGIN)
         load_image(opened, limits, scale=scale)
     else:
         load_image(opened, limits)
@@ -312,11 +307,23 @@ def _render(data: bytes, sample_id: bytes, orientation_hint: int | None, image: 
         profile = opened.info.get("icc_profile")
         original = oriented(stored_height, stored_width, turn)
         placements = _placements(original, sample_id, image)
-    flat = simplify(opened, _sample_bits(opened))
+    # A TIFF says how many bits its wide integers have; of other formats Pillow has scaled them to 16.
+    tags = getattr(opened, "tag_v2", None)
+    bits = tags.get(258) if tags is not None else None
+    flat = simplify(opened, int(bits[0]) if isinstance(bits, tuple) and bits else None)
     outputs = []
     for index, placement in placements:
-        pixels = _cut(flat, placement, (stored_height, stored_width), scale, turn, profile, image.matte)
-        outputs.append(Rendered(index, pixels, placement, original))
+        # The crop is resampled as it is stored, then brought to sRGB, then turned upright.
+        crop = (placement.top, placement.left, placement.height, placement.width)
+        left, top, right, bottom = unoriented_box(crop, stored_height, stored_width, turn)
+        box = (left / scale, top / scale, min(right / scale, flat.width), min(bottom / scale, flat.height))
+        height, width = oriented(*placement.bucket, turn)
+        # Pillow copies where nothing is to be resampled.
+        small = flat.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=_REDUCING_GAP)
+        small = to_srgb(small, profile, image.matte)
+        if turn in _TURNS:
+            small = small.transpose(_TURNS[turn])
+        outputs.append(Rendered(index, np.array(small, dtype=np.uint8), placement, original))
     return Rendering(tuple(outputs), _phash(flat, turn) if image.phash else None)
 
 
@@ -335,41 +342,6 @@ def _placements(original: Size, sample_id: bytes, image: ImageConfig) -> list[tu
         message = f"{width} x {height} pixels would be enlarged {needed:.3g} times, over max_upscale"
         raise DecodeError(Reason.UPSCALE_LIMIT, f"{message} {image.max_upscale:g}")
     return kept
-
-
-def _draft_scale(placements: Sequence[Placement]) -> int:
-    """The largest of 8, 4, 2, 1 that leaves DRAFT_MARGIN decoded pixels per output pixel everywhere."""
-    spare = min(min(p.height / p.bucket[0], p.width / p.bucket[1]) for p in placements)
-    return next(s for s in (8, 4, 2, 1) if s == 1 or spare >= s * DRAFT_MARGIN)
-
-
-def _cut(
-    flat: Image.Image,
-    placement: Placement,
-    stored: Size,
-    scale: int,
-    turn: int,
-    profile: bytes | None,
-    matte: tuple[int, int, int],
-) -> np.ndarray:
-    """One output, uint8 [h, w, 3]: the crop resampled with Lanczos as stored, then to sRGB, then turned upright."""
-    crop = (placement.top, placement.left, placement.height, placement.width)
-    left, top, right, bottom = unoriented_box(crop, *stored, turn)
-    box = (left / scale, top / scale, min(right / scale, flat.width), min(bottom / scale, flat.height))
-    height, width = oriented(*placement.bucket, turn)
-    # Pillow copies where nothing is to be resampled.
-    small = flat.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=_REDUCING_GAP)
-    small = to_srgb(small, profile, matte)
-    if turn in _TURNS:
-        small = small.transpose(_TURNS[turn])
-    return np.array(small, dtype=np.uint8)
-
-
-def _sample_bits(image: ImageFile.ImageFile) -> int | None:
-    """Bits per sample of a wide integer image; None where Pillow has already scaled it to 16."""
-    tags = getattr(image, "tag_v2", None)
-    bits = tags.get(258) if tags is not None else None
-    return int(bits[0]) if isinstance(bits, tuple) and bits else None
 
 
 def _phash(flat: Image.Image, turn: int) -> int:

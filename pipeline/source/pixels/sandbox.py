@@ -57,20 +57,22 @@ class _Decoder(Child):
             answer = self.receive_header(deadline)
             pixels = [self.receive(size, deadline) for size in answer["sizes"]]
         except (EOFError, BrokenPipeError):
-            raise self._post_mortem(image.decode_cpu_s) from None
+            code, cpu_s = self.exit_code(), image.decode_cpu_s
+            if code in (-signal.SIGPROF, -signal.SIGALRM):  # its own alarms
+                limit = f"{cpu_s:g} CPU seconds" if code == -signal.SIGPROF else f"{cpu_s * _WALL_PER_CPU:g} seconds"
+                raise DecodeError(Reason.DECODE_TIMEOUT, f"decoding took more than {limit}") from None
+            end = f"signal {-code}" if code < 0 else f"exit code {code}"
+            raise DecodeError(Reason.DECODER_CRASHED, f"the decoding process ended by {end}") from None
         if "reason" in answer:
             raise DecodeError(Reason(answer["reason"]), answer["message"])
-        outputs = tuple(_unpack(o, p) for o, p in zip(answer["outputs"], pixels, strict=True))
-        return Rendering(outputs, answer["phash"])
-
-    def _post_mortem(self, cpu_s: float) -> DecodeError:
-        code = self.exit_code()
-        if code == -signal.SIGPROF:
-            return DecodeError(Reason.DECODE_TIMEOUT, f"decoding took more than {cpu_s:g} CPU seconds")
-        if code == -signal.SIGALRM:
-            return DecodeError(Reason.DECODE_TIMEOUT, f"decoding took more than {cpu_s * _WALL_PER_CPU:g} seconds")
-        what = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return DecodeError(Reason.DECODER_CRASHED, f"the decoding process ended by {what}")
+        outputs = []
+        for output, raw in zip(answer["outputs"], pixels, strict=True):
+            bucket, top, left, height, width = output["placement"]
+            array = np.frombuffer(raw, np.uint8).reshape(*bucket, 3)
+            placement = Placement((bucket[0], bucket[1]), top, left, height, width)
+            original = (output["original"][0], output["original"][1])
+            outputs.append(Rendered(output["index"], array, placement, original))
+        return Rendering(tuple(outputs), answer["phash"])
 
 
 children: Pool[_Decoder] = Pool(lambda memory_mb: _Decoder("pipeline.source.pixels.sandbox", memory_mb))
@@ -80,13 +82,6 @@ children: Pool[_Decoder] = Pool(lambda memory_mb: _Decoder("pipeline.source.pixe
 def close_children() -> None:
     """End every idle child; the next isolated image starts a new one."""
     children.close()
-
-
-def _unpack(output: dict[str, Any], pixels: bytes) -> Rendered:
-    bucket, top, left, height, width = output["placement"]
-    array = np.frombuffer(pixels, np.uint8).reshape(*bucket, 3)
-    placement = Placement((bucket[0], bucket[1]), top, left, height, width)
-    return Rendered(output["index"], array, placement, (output["original"][0], output["original"][1]))
 
 
 # -- in the child --------------------------------------------------------------------------------------------
@@ -99,12 +94,12 @@ def _config(text: str) -> ImageConfig:
 
 def _answer(header: dict[str, Any], data: bytes) -> tuple[dict[str, Any], list[bytes]]:
     try:
-        done = render(data, bytes.fromhex(header["sample_id"]), header["hint"], _config(header["image"]))
+        rendering = render(data, bytes.fromhex(header["sample_id"]), header["hint"], _config(header["image"]))
     except DecodeError as error:
         return {"reason": error.reason.value, "message": error.message, "sizes": []}, []
     except MemoryError:
         return {"reason": Reason.DECODE_MEMORY.value, "message": "out of memory", "sizes": []}, []
-    blobs = [o.pixels.tobytes() for o in done.outputs]
+    blobs = [o.pixels.tobytes() for o in rendering.outputs]
     outputs = [
         {
             "index": o.resolution_index,
@@ -117,9 +112,9 @@ def _answer(header: dict[str, Any], data: bytes) -> tuple[dict[str, Any], list[b
             ],
             "original": o.original,
         }
-        for o in done.outputs
+        for o in rendering.outputs
     ]
-    return {"outputs": outputs, "phash": done.phash, "sizes": [len(b) for b in blobs]}, blobs
+    return {"outputs": outputs, "phash": rendering.phash, "sizes": [len(b) for b in blobs]}, blobs
 
 
 def _serve(memory_mb: int) -> None:

@@ -38,7 +38,8 @@ def parse_filter(text: str) -> ast.expr:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"filter is no expression: {error}") from None
     _check(tree, 0)
-    if not _is_condition(tree):
+    denial = isinstance(tree, ast.UnaryOp) and isinstance(tree.op, ast.Not)
+    if not (denial or isinstance(tree, ast.Compare | ast.BoolOp | ast.Name | ast.Call)):
         raise ValueError("filter must be a condition, e.g. aesthetic > 5")
     return tree
 
@@ -77,12 +78,6 @@ def column_of(node: ast.AST) -> str | None:
     ):
         return node.args[0].value
     return None
-
-
-def _is_condition(node: ast.AST) -> bool:
-    return isinstance(node, ast.Compare | ast.BoolOp | ast.Name | ast.Call) or (
-        isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
-    )
 
 
 def is_literal(node: ast.AST) -> bool:
@@ -153,22 +148,19 @@ def _build(node: ast.AST) -> Any:
     assert isinstance(node, ast.Compare)
     before, out = node.left, None
     for comparison, after in zip(node.ops, node.comparators, strict=True):
-        term = _compare(before, comparison, after)
+        if isinstance(comparison, ast.Is | ast.IsNot):
+            null = _build(before).is_null()
+            term = null if isinstance(comparison, ast.Is) else ~null
+        elif isinstance(comparison, ast.In | ast.NotIn):
+            assert isinstance(after, ast.List | ast.Tuple)
+            field = _build(before)
+            inside = field.isin([ast.literal_eval(e) for e in after.elts])
+            term = inside if isinstance(comparison, ast.In) else ~inside & field.is_valid()
+        else:
+            term = _call(_COMPARE[type(comparison)], _build(before), _build(after))
         out = term if out is None else out & term
         before = after
     return out
-
-
-def _compare(left: ast.expr, operator: ast.cmpop, right: ast.expr) -> Any:
-    if isinstance(operator, ast.Is | ast.IsNot):
-        null = _build(left).is_null()
-        return null if isinstance(operator, ast.Is) else ~null
-    if isinstance(operator, ast.In | ast.NotIn):
-        assert isinstance(right, ast.List | ast.Tuple)
-        field = _build(left)
-        inside = field.isin([ast.literal_eval(e) for e in right.elts])
-        return inside if isinstance(operator, ast.In) else ~inside & field.is_valid()
-    return _call(_COMPARE[type(operator)], _build(left), _build(right))
 
 
 def _call(function: str, *operands: Any) -> Any:
@@ -225,7 +217,9 @@ def _value(node: ast.AST, record: Mapping[str, Any]) -> Any:
     if is_literal(node):
         return ast.literal_eval(node)
     if isinstance(node, ast.BoolOp):
-        return _kleene(node, [_truth(_value(v, record)) for v in node.values])
+        truths = [_truth(_value(v, record)) for v in node.values]
+        decisive = isinstance(node.op, ast.Or)
+        return decisive if decisive in truths else None if None in truths else not decisive
     if isinstance(node, ast.UnaryOp):
         inner = _value(node.operand, record)
         if isinstance(node.op, ast.Not):
@@ -233,31 +227,21 @@ def _value(node: ast.AST, record: Mapping[str, Any]) -> Any:
             return None if truth is None else not truth
         return None if inner is None else -_number(inner)
     if isinstance(node, ast.BinOp):
-        return _calculated(node.op, _value(node.left, record), _value(node.right, record))
+        left, right = _value(node.left, record), _value(node.right, record)
+        if left is None or right is None:
+            return None
+        a, b = _number(left), _number(right)
+        if not isinstance(node.op, ast.Div):
+            return _OPERATIONS[type(node.op)](a, b)
+        if b == 0:  # as floating-point numbers are divided
+            return math.nan if a == 0 or math.isnan(a) else math.copysign(math.inf, a) * math.copysign(1.0, b)
+        return a / b
     assert isinstance(node, ast.Compare)
     terms, left = [], _value(node.left, record)
     for op, right in zip(node.ops, node.comparators, strict=True):
         terms.append(_compared(left, op, right, record))
         left = _value(right, record) if type(op) in _COMPARISONS else None
     return False if False in terms else None if None in terms else True
-
-
-def _kleene(node: ast.BoolOp, truths: list[bool | None]) -> bool | None:
-    decisive = isinstance(node.op, ast.Or)
-    if decisive in truths:
-        return decisive
-    return None if None in truths else not decisive
-
-
-def _calculated(op: ast.operator, left: Any, right: Any) -> Any:
-    if left is None or right is None:
-        return None
-    a, b = _number(left), _number(right)
-    if not isinstance(op, ast.Div):
-        return _OPERATIONS[type(op)](a, b)
-    if b == 0:  # as floating-point numbers are divided
-        return math.nan if a == 0 or math.isnan(a) else math.copysign(math.inf, a) * math.copysign(1.0, b)
-    return a / b
 
 
 def _compared(left: Any, op: ast.cmpop, right: ast.expr, record: Mapping[str, Any]) -> bool | None:
@@ -291,7 +275,7 @@ def _alike(left: Any, right: Any) -> tuple[Any, Any]:
             return left, right
     if _is_number(left) and _is_number(right):
         return left, right
-    raise ValueError(f"the filter compares {_told(left)} with {_told(right)}")
+    raise ValueError(f"the filter compares {_shown(left)} with {_shown(right)}")
 
 
 def _as(cell: Cell, like: Any) -> Any:
@@ -305,7 +289,7 @@ def _truth(value: Any) -> bool | None:
         return value
     if isinstance(value, Cell) and value.strip().lower() in _BOOLEANS:
         return _BOOLEANS[value.strip().lower()]
-    raise ValueError(f"the filter needs true or false where it finds {_told(value)}")
+    raise ValueError(f"the filter needs true or false where it finds {_shown(value)}")
 
 
 def _number(value: Any) -> Any:
@@ -316,7 +300,7 @@ def _number(value: Any) -> Any:
             except ValueError:
                 continue
     if not _is_number(value) or (isinstance(value, int) and abs(value) > _MAX_WHOLE):
-        raise ValueError(f"the filter needs a number where it finds {_told(value)}")
+        raise ValueError(f"the filter needs a number where it finds {_shown(value)}")
     return value
 
 
@@ -324,5 +308,5 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _told(value: Any) -> str:
+def _shown(value: Any) -> str:
     return f"{str(value)[:60]!r} ({'text' if isinstance(value, str) else type(value).__name__})"

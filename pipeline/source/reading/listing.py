@@ -68,7 +68,8 @@ def locate(uri: str, *, patterns_allowed: bool) -> SourceLocation:
             next_step="give its directory, or set kind to webdataset or parquet",
         )
     parent, _, name = whole.uri.rpartition("/")
-    return SourceLocation(Root(parent or "/"), (_escape(name),))
+    # As a pattern that matches itself alone: what is special in it stands in [ ].
+    return SourceLocation(Root(parent or "/"), (re.sub(r"([*?\[])", r"[\1]", name),))
 
 
 def matching(place: SourceLocation, suffixes: tuple[str, ...]) -> Iterator[ObjectInfo]:
@@ -76,11 +77,12 @@ def matching(place: SourceLocation, suffixes: tuple[str, ...]) -> Iterator[Objec
     if place.patterns is None:
         yield from (i for i in place.root.list() if i.key.lower().endswith(suffixes) and not is_hidden(i.key))
         return
-    if any(_is_glob(p) for p in place.patterns):
+    # [*], [?] and [[] are single characters: a pattern with no more than those names one object.
+    if any(re.search(r"[*?]|\[(?![*?\[]\])", p) for p in place.patterns):
         accept = compiled(place.patterns, "uri")
         yield from (i for i in place.root.list() if accept.fullmatch(i.key))
         return
-    for key in sorted({_unescape(p) for p in place.patterns}):
+    for key in sorted({re.sub(r"\[([*?\[])\]", r"\1", p) for p in place.patterns}):
         try:
             yield place.root.info(key)
         except (FileNotFoundError, ValueError):
@@ -165,18 +167,6 @@ def glob_regex(pattern: str) -> str:
     return out
 
 
-def _is_glob(pattern: str) -> bool:
-    return re.search(r"[*?]|\[(?![*?\[]\])", pattern) is not None
-
-
-def _escape(name: str) -> str:
-    return re.sub(r"([*?\[])", r"[\1]", name)
-
-
-def _unescape(pattern: str) -> str:
-    return re.sub(r"\[([*?\[])\]", r"\1", pattern)
-
-
 def _kind(root: Root) -> str:
     try:
         return root.kind()
@@ -226,7 +216,8 @@ def list_entries(source: SourceConfig, known: Iterable[KnownEntry] = ()) -> Iter
     if isinstance(source, FolderSource):
         entries = _folder(place.root, source)
     elif isinstance(source, WebDatasetSource):
-        entries = _tars(place)
+        tars = matching(place, _TAR_SUFFIXES)
+        entries = (Entry(i.key, i.size_bytes, i.etag, i.mtime_ns, 0, None, None) for i in tars)
     else:
         entries = _parquets(place, source, known)
     last: tuple[str, int] | None = None
@@ -265,9 +256,12 @@ def check_apart(source: SourceConfig, output: Root) -> None:
     if isinstance(source, WebDatasetSource):
         return  # nothing that is written ends in .tar
     place = _place(source)
-    inside = _below(place.root, output)
-    if inside is None:
+    # Local places by their real paths: a link may lead from one into the other.
+    outer, inner = (os.path.realpath(r.uri) if r.local_path() is not None else r.uri for r in (place.root, output))
+    below = outer.rstrip("/") + "/"
+    if inner != outer and not inner.startswith(below):
         return
+    inside = inner[len(below) :] if inner != outer else ""  # the output's key below the source
     written = f"{inside}/data/0{_PARQUET_SUFFIXES[0]}".lstrip("/")
     if isinstance(source, FolderSource):
         taken = not (source.exclude and compiled(source.exclude, "exclude").fullmatch(written))
@@ -284,15 +278,6 @@ def check_apart(source: SourceConfig, output: Root) -> None:
         )
 
 
-def _below(outer: Root, inner: Root) -> str | None:
-    """The key of one place below another, "" for the same; None where it lies elsewhere."""
-    here, there = (os.path.realpath(r.uri) if r.local_path() is not None else r.uri for r in (outer, inner))
-    if here == there:
-        return ""
-    below = here.rstrip("/") + "/"
-    return there[len(below) :] if there.startswith(below) else None
-
-
 def _place(source: SourceConfig) -> SourceLocation:
     return locate(source.uri, patterns_allowed=not isinstance(source, FolderSource))
 
@@ -300,46 +285,34 @@ def _place(source: SourceConfig) -> SourceLocation:
 def _folder(root: Root, source: FolderSource) -> Iterator[Entry]:
     metadata = FolderMetadata(root, source)
     excluded = compiled(source.exclude, "exclude") if source.exclude else None
+    local = root.local_path()
     for info in root.list():
-        name = info.key.rpartition("/")[2]
+        directory, _, name = info.key.rpartition("/")
         record = metadata.record_of(info.key)
-        if name in NAMES or is_hidden(info.key) or not _is_regular(root, info.key):
+        if name in NAMES or is_hidden(info.key):
+            continue
+        # A local pipe, socket or device could be read for ever.
+        if local is not None and not stat.S_ISREG((local / info.key).stat().st_mode):
             continue
         if excluded is not None and excluded.fullmatch(info.key):
             continue
         if source.label_from == "directory":
-            record = _with_directory_label(record, info.key, source)
+            label = directory.rpartition("/")[2]
+            if label not in source.classes:
+                raise InputError(
+                    f"{info.key} lies in a directory that is no class",
+                    key="classes",
+                    value=list(source.classes)[:20],
+                    rule="with label_from: directory every image's own directory is one of the classes",
+                    next_step=f"add {label!r} to classes, or exclude the files",
+                )
+            fields = parse_object(record) if record is not None else {}
+            record = canonical({"caption": None, "extra": {}, **fields, "label": source.classes.index(label)})
         yield Entry(info.key, info.size_bytes, info.etag, info.mtime_ns, 0, 1, record)
     metadata.finish()
 
 
-def _with_directory_label(record: str | None, key: str, source: FolderSource) -> str:
-    directory = key.rpartition("/")[0].rpartition("/")[2]
-    if directory not in source.classes:
-        raise InputError(
-            f"{key} lies in a directory that is no class",
-            key="classes",
-            value=list(source.classes)[:20],
-            rule="with label_from: directory every image's own directory is one of the classes",
-            next_step=f"add {directory!r} to classes, or exclude the files",
-        )
-    fields = parse_object(record) if record is not None else {}
-    return canonical({"caption": None, "extra": {}, **fields, "label": source.classes.index(directory)})
-
-
-def _is_regular(root: Root, key: str) -> bool:
-    """False for a local pipe, socket or device, which could be read for ever."""
-    path = root.local_path()
-    return path is None or stat.S_ISREG((path / key).stat().st_mode)
-
-
-def _tars(place: SourceLocation) -> Iterator[Entry]:
-    for info in matching(place, _TAR_SUFFIXES):
-        yield Entry(info.key, info.size_bytes, info.etag, info.mtime_ns, 0, None, None)
-
-
 def _parquets(place: SourceLocation, source: ParquetSource, known: Iterable[KnownEntry]) -> Iterator[Entry]:
-
     earlier = _Earlier(known)
     first = True
 
@@ -355,8 +328,8 @@ def _parquets(place: SourceLocation, source: ParquetSource, known: Iterable[Know
             yield info, None if first else planned
             first = False
 
-    for info, found in map_ahead(spans_of, files(), min(source.read_ahead, _FOOTERS)):
-        for start, stop, size in found:
+    for info, runs in map_ahead(spans_of, files(), min(source.read_ahead, _FOOTERS)):
+        for start, stop, size in runs:
             yield Entry(info.key, size, info.etag, info.mtime_ns, start, stop, None)
 
 

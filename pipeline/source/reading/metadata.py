@@ -50,8 +50,18 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
 
     A number too large for a double is an infinity, too: written again it would be none of JSON's.
     """
+
+    def refuse(name: str) -> Any:
+        raise ValueError(f"{name} is no JSON number")
+
+    def finite(digits: str) -> float:
+        number = float(digits)
+        if math.isinf(number):
+            raise ValueError(f"{digits[:40]} is too large a number")
+        return number
+
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(text, parse_constant=refuse, parse_float=finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
@@ -134,17 +144,6 @@ def _known(label: int, classes: Sequence[str]) -> int:
     return label
 
 
-def _finite(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):
-        raise ValueError(f"{text[:40]} is too large a number")
-    return value
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
-
-
 NAMES = ("metadata.csv", "metadata.jsonl")
 FILTERED = "filtered"  # a key of an entry's metadata: the filter does not keep the row
 
@@ -167,27 +166,25 @@ class FolderMetadata:
 
     def record_of(self, key: str) -> str | None:
         """The canonical JSON of a file's caption, label, extra fields and mark; None when no metadata name it."""
-        self._enter(key)
+        while self._open and not key.startswith(self._open[-1].path):
+            self._leave()
+        innermost = self._open[-1].path if self._open else None
+        parts = key.split("/")
+        for depth in range(len(parts)):
+            path = "".join(part + "/" for part in parts[:depth])
+            if innermost is None or len(path) > len(innermost):
+                self._open.append(self._read(path))
+        # The nearest directory wins.
         for directory in reversed(self._open):
-            found = directory.records.pop(key[len(directory.path) :], None)
-            if found is not None:
-                return found[1]
+            line_and_record = directory.records.pop(key[len(directory.path) :], None)
+            if line_and_record is not None:
+                return line_and_record[1]
         return self._unnamed
 
     def finish(self) -> None:
         """Check the directories that are still open."""
         while self._open:
             self._leave()
-
-    def _enter(self, key: str) -> None:
-        while self._open and not key.startswith(self._open[-1].path):
-            self._leave()
-        path = self._open[-1].path if self._open else None
-        parts = key.split("/")
-        for depth in range(len(parts)):
-            prefix = "".join(part + "/" for part in parts[:depth])
-            if path is None or len(prefix) > len(path):
-                self._open.append(self._read(prefix))
 
     def _leave(self) -> None:
         directory = self._open.pop()
@@ -231,22 +228,26 @@ class FolderMetadata:
         except UnicodeDecodeError as error:
             line = error.object[: error.start].count(b"\n") + 1
             raise _error(where, line, "the text is not UTF-8", "save the file as UTF-8") from None
-        records: dict[str, tuple[int, str]] = {}
-        for line, name, meta in self._lines(where, text, csv_file=key.endswith(".csv")):
-            if name in records:
-                raise _error(where, line, f"{name} was already named in line {records[name][0]}", "keep one line")
-            records[name] = (line, meta)
-        return records
-
-    def _lines(self, where: str, text: str, *, csv_file: bool) -> Iterator[tuple[int, str, str]]:
+        csv_file = key.endswith(".csv")
         needed = filter_columns(self._source.filter) if self._source.filter else set()
+        records: dict[str, tuple[int, str]] = {}
         for line, parsed in _csv_records(text, needed) if csv_file else _json_records(text):
             try:
                 if isinstance(parsed, ValueError):
                     raise parsed
-                yield line, _file_name(parsed), self._meta(parsed, text_only=csv_file)
+                name = parsed.get("file_name")
+                if not isinstance(name, str) or not name:
+                    raise ValueError("file_name is missing")
+                path = posixpath.normpath(name)
+                if path.startswith(("/", "../")) or path in (".", ".."):
+                    raise ValueError(f"file_name {name!r} must lie below the metadata's directory")
+                meta = self._meta(parsed, text_only=csv_file)
             except ValueError as error:
                 raise _error(where, line, str(error), "correct or remove the line") from None
+            if path in records:
+                raise _error(where, line, f"{path} was already named in line {records[path][0]}", "keep one line")
+            records[path] = (line, meta)
+        return records
 
     def _meta(self, record: dict[str, Any], *, text_only: bool) -> str:
         source = self._source
@@ -289,16 +290,6 @@ def _csv_records(text: str, needed: set[str]) -> Iterator[tuple[int, dict[str, A
                 yield reader.line_num, dict(record)
     except csv.Error as error:
         yield reader.line_num + 1, ValueError(str(error))  # the counter stands at the last good line
-
-
-def _file_name(record: dict[str, Any]) -> str:
-    name = record.get("file_name")
-    if not isinstance(name, str) or not name:
-        raise ValueError("file_name is missing")
-    normal = posixpath.normpath(name)
-    if normal.startswith(("/", "../")) or normal in (".", ".."):
-        raise ValueError(f"file_name {name!r} must lie below the metadata's directory")
-    return normal
 
 
 def _error(where: str, line: int, problem: str, next_step: str) -> InputError:

@@ -44,18 +44,16 @@ class UriReader:
 
     def read(self, uri: str) -> bytes | Failure:
         """The object's bytes, or why they were not read."""
-        place = self._place(uri)
+        prefix = next((prefix for prefix in self._roots if uri.startswith(prefix)), None)
+        place = None
+        if prefix is not None:
+            place = self._checked(self._roots[prefix], uri[len(prefix) :])
+        elif not (uri.startswith(("/", "~")) or "://" in uri):
+            place = self._checked(self._root, uri)
         if place is None:
             rule = "URIs lie below the source (relative) or below source.uri_prefixes (absolute)"
             return Failure(Reason.URI_REFUSED, f"{uri[:200]}: {rule}")
         return fetch(*place, self._max_bytes)
-
-    def _place(self, uri: str) -> tuple[Root, str] | None:
-        for prefix, root in self._roots.items():
-            if uri.startswith(prefix):
-                return self._checked(root, uri[len(prefix) :])
-        absolute = uri.startswith(("/", "~")) or "://" in uri
-        return None if absolute else self._checked(self._root, uri)
 
     @staticmethod
     def _checked(root: Root, key: str) -> tuple[Root, str] | None:
@@ -94,17 +92,26 @@ def read_parquets(
     root: Root, source: ParquetSource, entries: Sequence[Entry], wanted: Ranges
 ) -> Iterator[SourceRow | EndOfUnit]:
     """Rows of the spans one after the other; a damaged file of unknown length is one rejected row."""
-    uris, base, unknown = UriReader(root, source.uri_prefixes, source.max_bytes), 0, False
+    uris = UriReader(root, source.uri_prefixes, source.max_bytes)
+
+    def resolved(item: Item) -> SourceRow:
+        if isinstance(item, SourceRow):
+            return item
+        row, uri = item
+        data = uris.read(uri)
+        if isinstance(data, Failure):
+            return SourceRow.without_image(row.row, row.key, data.reason, data.message, row.source)
+        row.image = data
+        return row
+
+    base, unknown = 0, False
     for entry in entries:
         unknown = unknown or entry.row_stop is None
         length = 1 if entry.row_stop is None else entry.row_stop - entry.row_start
         if wanted.meets(base, base + length):
             window = source.read_ahead if source.uri_prefixes or root.local_path() is None else 1
-            rows = _read_span(root, source, entry, base, wanted)
             try:
-                yield from map_ahead(
-                    lambda item: item if isinstance(item, SourceRow) else _resolve(item, uris), rows, window
-                )
+                yield from map_ahead(resolved, _read_span(root, source, entry, base, wanted), window)
             except ObjectChanged as error:
                 _log.warning("%s", error)
                 return
@@ -159,12 +166,3 @@ def _rows(root: Root, source: ParquetSource, entry: Entry, base: int, wanted: Ra
             return
         with RangedFile(read, size, whole=False) as file:
             yield from tables.rows(file, source, where, span)
-
-
-def _resolve(item: tuple[SourceRow, str], uris: UriReader) -> SourceRow:
-    row, uri = item
-    data = uris.read(uri)
-    if isinstance(data, Failure):
-        return SourceRow.without_image(row.row, row.key, data.reason, data.message, row.source)
-    row.image = data
-    return row

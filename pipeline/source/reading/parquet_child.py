@@ -14,9 +14,9 @@ import atexit
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, fields
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 
@@ -39,10 +39,10 @@ _ROW_FIELDS = tuple(f.name for f in fields(SourceRow) if f.name != "image")
 
 def layout(read: ReadRange, size_bytes: int, source: ParquetSource, where: str) -> list[tuple[int, int]]:
     """As `tables.layout`, in a child; also raises TableError for a timeout, a crash or too much memory."""
-    found: list[tuple[int, int]] = []
+    groups: list[tuple[int, int]] = []
     for message, _ in _run(read, source, {"size": size_bytes, "where": where, "span": None}):
-        found = [(rows, size) for rows, size in message["groups"]]
-    return found
+        groups = [(rows, size) for rows, size in message["groups"]]
+    return groups
 
 
 def rows(read: ReadRange, size_bytes: int, source: ParquetSource, where: str, span: Span) -> Iterator[Item]:
@@ -74,7 +74,11 @@ def _run(read: ReadRange, source: ParquetSource, task: dict[str, Any]) -> Iterat
                 if kind == "damaged":
                     raise TableError(Reason(message["reason"]), message["message"])
     except (EOFError, BrokenPipeError):
-        raise _post_mortem(child) from None
+        code = child.exit_code()
+        if code == -signal.SIGPROF:  # its own alarm
+            raise TableError(Reason.DECODE_TIMEOUT, f"no row came in {_CPU_S:g} CPU seconds") from None
+        end = f"signal {-code}" if code < 0 else f"exit code {code}"
+        raise TableError(Reason.DECODER_CRASHED, f"the process that read the file ended by {end}") from None
     finally:
         if finished:
             children.give_back(child)
@@ -93,14 +97,6 @@ def _answer(child: Child, read: ReadRange, message: dict[str, Any]) -> Exception
     return None
 
 
-def _post_mortem(child: Child) -> TableError:
-    code = child.exit_code()
-    if code == -signal.SIGPROF:
-        return TableError(Reason.DECODE_TIMEOUT, f"no row came in {_CPU_S:g} CPU seconds")
-    what = f"signal {-code}" if code < 0 else f"exit code {code}"
-    return TableError(Reason.DECODER_CRASHED, f"the process that read the file ended by {what}")
-
-
 children: Pool[Child] = Pool(lambda memory_mb: Child("pipeline.source.reading.parquet_child", memory_mb))
 
 
@@ -113,22 +109,6 @@ def close_children() -> None:
 # -- in the child --------------------------------------------------------------------------------------------
 
 
-def _asker(source: IO[bytes], sink: IO[bytes]) -> Callable[[int, int], bytes]:
-    def read(start: int, length: int) -> bytes:
-        out = bytearray()
-        while length > len(out):
-            send(sink, {"kind": "read", "start": start + len(out), "length": length - len(out)}, [])
-            size = read_header(source)["size"]
-            if size < 0:
-                raise OSError("the parent could not read these bytes")
-            if not size:
-                break
-            out += read_exactly(source, size)
-        return bytes(out)
-
-    return read
-
-
 def _messages(task: dict[str, Any], read: ReadRange) -> Iterator[Message]:
     source = ParquetSource.model_validate_json(task["source"])
     with RangedFile(read, task["size"], whole=False) as file:
@@ -139,7 +119,7 @@ def _messages(task: dict[str, Any], read: ReadRange) -> Iterator[Message]:
                 span = task["span"]
                 span["ranges"] = tuple(tuple(pair) for pair in span["ranges"])
                 for item in tables.rows(file, source, task["where"], Span(**span)):
-                    yield _told(item)
+                    yield _row_message(item)
             yield {"kind": "end"}, None
         except InputError as error:
             about = {"key": error.key, "value": error.value, "rule": error.rule, "next_step": error.next_step}
@@ -152,18 +132,30 @@ def _messages(task: dict[str, Any], read: ReadRange) -> Iterator[Message]:
             yield {"kind": "failed"}, None
 
 
-def _told(item: Item) -> Message:
+def _row_message(item: Item) -> Message:
     row, uri = item if isinstance(item, tuple) else (item, None)
     size = None if row.image is None else len(row.image)
-    told = {name: getattr(row, name) for name in _ROW_FIELDS}
-    return {"kind": "row", "row": told, "uri": uri, "size": size}, row.image
+    values = {name: getattr(row, name) for name in _ROW_FIELDS}
+    return {"kind": "row", "row": values, "uri": uri, "size": size}, row.image
 
 
 def _serve(memory_mb: int) -> None:
     """Answer tasks from standard input until it closes."""
     source, sink = limited_pipes(memory_mb)
     pa.set_memory_pool(pa.system_memory_pool())  # others reserve address space, which is limited here
-    read = _asker(source, sink)
+
+    def read(start: int, length: int) -> bytes:
+        out = bytearray()
+        while length > len(out):
+            send(sink, {"kind": "read", "start": start + len(out), "length": length - len(out)}, [])
+            size = read_header(source)["size"]
+            if size < 0:
+                raise OSError("the parent could not read these bytes")
+            if not size:
+                break
+            out += read_exactly(source, size)
+        return bytes(out)
+
     while True:
         try:
             task = read_header(source)

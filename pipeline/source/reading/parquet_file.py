@@ -100,18 +100,18 @@ def _one_line(error: Exception) -> str:
 def _groups(parquet: Any, size_bytes: int) -> list[tuple[int, int]]:
     """Rows and stored bytes of each row group; TableError when the footer claims what the file cannot hold."""
     footer = parquet.metadata
-    found = [(footer.row_group(g).num_rows, _stored_bytes(footer.row_group(g))) for g in range(footer.num_row_groups)]
-    claimed, stored = sum(n for n, _ in found), sum(size for _, size in found)
-    least = min((min(pair) for pair in found), default=0)
+    groups: list[tuple[int, int]] = []
+    for number in range(footer.num_row_groups):
+        group = footer.row_group(number)
+        sizes = [group.column(c).total_compressed_size for c in range(group.num_columns)]
+        # A negative size must not hide behind the others: it alone stands for the group.
+        groups.append((group.num_rows, min(sizes) if any(size < 0 for size in sizes) else sum(sizes)))
+    claimed, stored = sum(n for n, _ in groups), sum(size for _, size in groups)
+    least = min((min(pair) for pair in groups), default=0)
     if least < 0 or stored > size_bytes or claimed > max(_FREE_ROWS, size_bytes):
         message = f"the footer claims {claimed} rows in {stored} bytes, the file has {size_bytes} bytes"
         raise TableError(Reason.CORRUPT_CONTAINER, message)
-    return found
-
-
-def _stored_bytes(group: Any) -> int:
-    sizes = [group.column(c).total_compressed_size for c in range(group.num_columns)]
-    return min(sizes) if any(s < 0 for s in sizes) else sum(sizes)
+    return groups
 
 
 def _group(
@@ -127,7 +127,12 @@ def _group(
     at = file_rows.start
     try:
         for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
-            kept = _kept(batch, source.filter)
+            kept: set[int] | None = None
+            if source.filter is not None:
+                names = [name for name in batch.schema.names if name in filter_columns(source.filter)]
+                numbers = pa.array(range(batch.num_rows))
+                table = pa.Table.from_batches([batch.select(names)]).append_column("#", numbers)
+                kept = set(table.filter(to_arrow(source.filter)).column("#").to_pylist())
             for index in range(min(batch.num_rows, file_rows.stop - at)):
                 if at < span.row_stop and span.row_of(at) in wanted:
                     keep = kept is None or index in kept
@@ -146,14 +151,6 @@ def _group(
             yield SourceRow.without_image(span.row_of(lost), key, problem.reason, problem.message, source.name)
 
 
-def _kept(batch: Any, text: str | None) -> set[int] | None:
-    if text is None:
-        return None
-    names = [name for name in batch.schema.names if name in filter_columns(text)]
-    table = pa.Table.from_batches([batch.select(names)]).append_column("#", pa.array(range(batch.num_rows)))
-    return set(table.filter(to_arrow(text)).column("#").to_pylist())
-
-
 def _to_row(batch: Any, index: int, source: ParquetSource, row: int, key: str, kept: bool) -> Item:
     def without(reason: Reason, message: str) -> SourceRow:
         return SourceRow.without_image(row, key, reason, message, source.name)
@@ -166,7 +163,12 @@ def _to_row(batch: Any, index: int, source: ParquetSource, row: int, key: str, k
             return without(Reason.SOURCE_STATUS, f"{source.status} is {status!r:.100}")
         if not kept:
             return without(Reason.ROW_FILTER, f"not kept by {source.filter}")
-        out = _with_texts(record, source, row, key)
+        caption = parse_caption(record.get(source.caption)) if source.caption else None
+        label = parse_label(record.get(source.label), source.classes) if source.label else None
+        used = (source.image, source.caption, source.label)
+        extra = {k: v for k, v in pick_extra(record, source.extra, used).items() if not isinstance(v, bytes)}
+        out = SourceRow(row, key, None, caption, label, canonical(extra) if extra else None, source=source.name)
+        out.exif_orientation = orientation_of(record.get(source.exif)) if source.exif else None
         image = batch.column(source.image)[index].as_py()
     except (ValueError, OverflowError) as error:  # text that is no UTF-8, times beyond the calendar, ...
         return without(Reason.BAD_METADATA, str(error))
@@ -179,16 +181,6 @@ def _to_row(batch: Any, index: int, source: ParquetSource, row: int, key: str, k
     if len(image) > source.max_bytes:
         return without(Reason.TOO_MANY_BYTES, f"{len(image)} bytes, over source.max_bytes {source.max_bytes}")
     out.image = image
-    return out
-
-
-def _with_texts(record: dict[str, Any], source: ParquetSource, row: int, key: str) -> SourceRow:
-    caption = parse_caption(record.get(source.caption)) if source.caption else None
-    label = parse_label(record.get(source.label), source.classes) if source.label else None
-    used = (source.image, source.caption, source.label)
-    extra = {k: v for k, v in pick_extra(record, source.extra, used).items() if not isinstance(v, bytes)}
-    out = SourceRow(row, key, None, caption, label, canonical(extra) if extra else None, source=source.name)
-    out.exif_orientation = orientation_of(record.get(source.exif)) if source.exif else None
     return out
 
 
@@ -211,7 +203,11 @@ def _columns(schema: Any, source: ParquetSource, where: str) -> list[str]:
                 next_step="correct the name",
             )
     kind = schema.field(source.image).type
-    if not (_is_bytes(kind) or _is_text(kind) or _is_struct(kind) or pa.types.is_null(kind)):
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    is_struct = (
+        pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and _is_bytes(kind.field("bytes").type)
+    )
+    if not (_is_bytes(kind) or is_text or is_struct or pa.types.is_null(kind)):
         raise InputError(
             f"Column {source.image!r} of {where} holds {kind}, which is no image",
             key="image",
@@ -244,13 +240,3 @@ def _check_filter(schema: Any, source: ParquetSource, where: str) -> None:
 
 def _is_bytes(kind: Any) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
-
-
-def _is_text(kind: Any) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def _is_struct(kind: Any) -> bool:
-    return bool(
-        pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and _is_bytes(kind.field("bytes").type)
-    )

@@ -81,8 +81,11 @@ class Member:
 
 def members(file: BinaryIO) -> Iterator[Member]:
     """The regular members in order; TarError where the archive cannot be followed any further."""
-    stream, packed = _unpacked(file)
-    stored = _size(file)
+    magic = file.read(2)
+    stored = file.seek(0, 2)
+    file.seek(0)
+    packed = magic == b"\x1f\x8b"
+    stream = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if packed else file
     end = max(_FREE_BYTES, _MAX_RATIO * stored) if packed else stored
     name: str | None = None
     size: int | None = None
@@ -91,7 +94,11 @@ def members(file: BinaryIO) -> Iterator[Member]:
         if header is None:
             return
         if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
-            body = _extended(stream, header)
+            if header.size > _MAX_EXTENDED_BYTES:
+                raise TarError(f"an extended header of {header.size} bytes, over {_MAX_EXTENDED_BYTES}")
+            body = _read(stream, header.size + -header.size % _BLOCK)[: header.size]
+            if len(body) < header.size:
+                raise TarError("the archive ends inside an extended header")
             _check_end(stream, 0, end, packed=packed)
             if header.type == tarfile.GNUTYPE_LONGNAME:
                 name = body.rstrip(b"\0").decode("utf-8", "surrogateescape")
@@ -116,19 +123,6 @@ def _check_end(stream: BinaryIO, ahead: int, end: int, *, packed: bool) -> None:
         raise TarError(f"the archive {problem}")
 
 
-def _size(file: BinaryIO) -> int:
-    at = file.tell()
-    end = file.seek(0, 2)
-    file.seek(at)
-    return end
-
-
-def _unpacked(file: BinaryIO) -> tuple[BinaryIO, bool]:
-    magic = file.read(2)
-    file.seek(0)
-    return (cast(BinaryIO, gzip.GzipFile(fileobj=file)), True) if magic == b"\x1f\x8b" else (file, False)
-
-
 def _read(stream: BinaryIO, size: int) -> bytes:
     try:
         return stream.read(size)
@@ -151,15 +145,6 @@ def _header(block: bytes) -> tarfile.TarInfo | None:
     if header.size < 0:
         raise TarError(f"{header.name} has a negative size")
     return header
-
-
-def _extended(stream: BinaryIO, header: tarfile.TarInfo) -> bytes:
-    if header.size > _MAX_EXTENDED_BYTES:
-        raise TarError(f"an extended header of {header.size} bytes, over {_MAX_EXTENDED_BYTES}")
-    body = _read(stream, header.size + -header.size % _BLOCK)[: header.size]
-    if len(body) < header.size:
-        raise TarError("the archive ends inside an extended header")
-    return body
 
 
 def _pax(body: bytes, name: str | None, size: int | None) -> tuple[str | None, int | None]:
@@ -270,7 +255,9 @@ def _samples(file: BinaryIO, source: WebDatasetSource, row: int, wanted: Ranges)
     seen: set[int] = set()
     try:
         for member in members(file):
-            base, extension = _split(member.name)
+            directory, slash, last = member.name.removeprefix("./").rpartition("/")
+            stem, _, extension = last.partition(".")
+            base, extension = directory + slash + stem, extension.lower()
             if not base or base.endswith("/"):
                 continue
             if current is None or current.base != base:
@@ -293,13 +280,6 @@ def _samples(file: BinaryIO, source: WebDatasetSource, row: int, wanted: Ranges)
         raise _Cut(row, failure_of(error)) from None
     if current is not None:
         yield current
-
-
-def _split(name: str) -> tuple[str, str]:
-    name = name.removeprefix("./")
-    directory, slash, last = name.rpartition("/")
-    base, _, extension = last.partition(".")
-    return directory + slash + base, extension.lower()
 
 
 def _collect(sample: _Sample, member: Member, extension: str, source: WebDatasetSource) -> None:
@@ -355,7 +335,13 @@ def _to_row(sample: _Sample, source: WebDatasetSource, entry: Entry) -> SourceRo
             return without(Reason.NO_IMAGE, f"no member ends in one of {', '.join(source.images)}")
         if sample.image in sample.failures:
             return without(sample.failures[sample.image].reason, sample.failures[sample.image].message)
-        return _with_texts(sample, source, key, texts)
+        caption = parse_caption(texts.fields.get(source.caption)) if source.caption else None
+        label = parse_label(texts.fields.get(source.label), source.classes) if source.label else None
+        extra = pick_extra(texts.record, source.extra, (source.caption, source.label))
+        image, packed = sample.parts[sample.image], canonical(extra) if extra else None
+        row = SourceRow(sample.row, key, image, caption, label, packed, source=source.name)
+        row.exif_orientation = orientation_of(texts.record.get("exif"))
+        return row
     except (ValueError, UnicodeError) as error:
         return without(Reason.BAD_METADATA, str(error))
 
@@ -378,17 +364,6 @@ class _Texts:
             fields[source.label] = parse_label(sample.parts["cls"].decode("utf-8-sig").strip(), source.classes)
         status = record.get("status")
         return _Texts(fields, record, status if isinstance(status, str) else None)
-
-
-def _with_texts(sample: _Sample, source: WebDatasetSource, key: str, texts: _Texts) -> SourceRow:
-    assert sample.image is not None
-    caption = parse_caption(texts.fields.get(source.caption)) if source.caption else None
-    label = parse_label(texts.fields.get(source.label), source.classes) if source.label else None
-    extra = pick_extra(texts.record, source.extra, (source.caption, source.label))
-    image, packed = sample.parts[sample.image], canonical(extra) if extra else None
-    row = SourceRow(sample.row, key, image, caption, label, packed, source=source.name)
-    row.exif_orientation = orientation_of(texts.record.get("exif"))
-    return row
 
 
 def _is_text(name: str) -> bool:
