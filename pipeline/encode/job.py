@@ -12,15 +12,16 @@ from typing import Any
 from pipeline.codec.info import CodecInfo, check_dtype, check_posterior, fitted_by, gpu_dtype, read_codec_info
 from pipeline.dataflow.cluster import ensure_ray
 from pipeline.encode.config import EncodeJobConfig
-from pipeline.encode.planning import known_entries, update_plan
-from pipeline.encode.summary import (
+from pipeline.encode.plan import (
     REHEARSED,
     adopted,
     check_same_reading,
     fingerprint_of,
     finish,
+    known_entries,
     recipe,
     source_note,
+    update_plan,
     with_dtype,
 )
 from pipeline.errors import ConfigError, ConflictError, argument_keys, keyed

@@ -22,7 +22,7 @@ from pipeline.dataflow.resources import (
     node_offers,
 )
 from pipeline.encode.config import EncodeJobConfig
-from pipeline.encode.planning import planned_rows
+from pipeline.encode.plan import for_workers, largest_bucket, planned_rows, rows_per_write
 from pipeline.encode.stages import (
     ENCODER,
     CommitRows,
@@ -32,7 +32,6 @@ from pipeline.encode.stages import (
     UnitReader,
     try_encoder,
 )
-from pipeline.encode.summary import for_workers, largest_bucket, rows_per_write
 from pipeline.progress import Progress
 from pipeline.source.reasons import Reason
 from pipeline.storage.root import Root

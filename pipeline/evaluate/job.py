@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.dataflow.beside_gpu import own_device, reserved_gpu, run_reserved
+from pipeline.dataflow.cluster import own_device, reserved_gpu, run_reserved
 from pipeline.errors import InputError
 from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.evaluate.figures import Record, missed_thresholds

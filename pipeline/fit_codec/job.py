@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.codec.config import FitCodecJobConfig, FitConfig, FitIdentity
-from pipeline.codec.flops import decode_flops, encode_flops
-from pipeline.codec.info import FITTED, CodecInfo, codec_info
+from pipeline.codec.info import FITTED, CodecInfo, codec_info, decode_flops, encode_flops
 from pipeline.config import config_digest
 from pipeline.errors import ConflictError, InputError, argument_keys, keyed
 from pipeline.progress import Progress

@@ -20,9 +20,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.codec.codec import Codec, load_codec
 from pipeline.encode.encoder import Encoder
+from pipeline.encode.plan import largest_bucket
 from pipeline.encode.rows import Decoded, EncodedImage
 from pipeline.encode.stages import ImageDecoder, UnitReader
-from pipeline.encode.summary import largest_bucket
 from pipeline.errors import InputError, argument_keys
 from pipeline.maintenance.config import DecodeCheckConfig
 from pipeline.source.config import ImageConfig, SourceConfig

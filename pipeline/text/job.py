@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.dataflow.beside_gpu import own_device, reserved_function, reserved_gpu
+from pipeline.dataflow.cluster import own_device, reserved_function, reserved_gpu
 from pipeline.errors import InputError, argument_keys
 from pipeline.progress import Progress
 from pipeline.result import JobResult

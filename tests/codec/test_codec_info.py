@@ -108,7 +108,7 @@ def test_defaults_read_from_source_are_the_real_ones(name: str) -> None:
 
 def test_needs_no_torch(sd: Path) -> None:
     code = (
-        "import sys; from pipeline.codec.info import codec_info; import pipeline.codec.flops;"
+        "import sys; from pipeline.codec.info import codec_info; import pipeline.codec.info;"
         "import pipeline.fit_codec.job, pipeline.codec.codec;"
         f"print(codec_info({str(sd)!r}).factor);"
         "heavy = {'torch', 'diffusers', 'mlflow', 'ray', 'PIL'} &"

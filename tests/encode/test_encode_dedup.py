@@ -19,7 +19,7 @@ from pipeline.codec.info import CodecInfo
 from pipeline.config import load_config
 from pipeline.encode import job
 from pipeline.encode.config import EncodeJobConfig
-from pipeline.encode.summary import fingerprint_of
+from pipeline.encode.plan import fingerprint_of
 from pipeline.errors import StoppedError
 from pipeline.result import JobResult
 from pipeline.storage.root import Root

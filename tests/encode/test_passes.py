@@ -10,7 +10,7 @@ from ray import cloudpickle
 
 from pipeline.dataflow.passes import UnitSource
 from pipeline.encode.passes import Shares
-from pipeline.encode.planning import known_entries, planned_rows
+from pipeline.encode.plan import known_entries, planned_rows
 from pipeline.encode.stages import UnitReader
 from pipeline.source.config import FolderSource
 from pipeline.storage.root import Root

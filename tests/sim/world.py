@@ -18,7 +18,7 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 
-from pipeline.encode.planning import update_plan
+from pipeline.encode.plan import update_plan
 from pipeline.source.config import FolderSource
 from pipeline.source.reading.listing import list_entries
 from pipeline.source.reading.readers import read_unit

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.encode.planning import update_plan
+from pipeline.encode.plan import update_plan
 from pipeline.errors import ConflictError
 from pipeline.storage.root import Root
 from pipeline.store.ledger.rowset import MAX_ROWS, RowSet

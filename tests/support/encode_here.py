@@ -12,9 +12,9 @@ from pipeline.config import load_config
 from pipeline.encode import job
 from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.encoder import Encoder
+from pipeline.encode.plan import largest_bucket
 from pipeline.encode.rows import encoded_table
 from pipeline.encode.stages import CommitRows, ImageDecoder, UnitReader
-from pipeline.encode.summary import largest_bucket
 from pipeline.result import JobResult
 from pipeline.storage.root import Root
 from pipeline.store.ledger.rowset import RowSet

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipeline.encode.planning import update_plan
+from pipeline.encode.plan import update_plan
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import claim_next
 from pipeline.store.ledger.identity import Identity, claim_identity

@@ -12,8 +12,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from pipeline.codec.diffusers_codec import DiffusersCodec
-from pipeline.codec.flops import encode_flops
-from pipeline.codec.info import CodecInfo
+from pipeline.codec.info import CodecInfo, encode_flops
 from pipeline.encode.encoder import Encoder
 from pipeline.encode.rows import Decoded
 from tests.benchmarks.gpu.device import Bench, Kernels, fitting, medians

@@ -1,17 +1,18 @@
-"""Facts about an encode job that need neither Ray nor torch: fingerprint, notes, the final counts."""
+"""What an encode job is about, without Ray or torch: fingerprint, reading, plan versions, estimate, final counts."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
+
 from pipeline.codec.config import CodecConfig
-from pipeline.codec.flops import encode_flops
-from pipeline.codec.info import CodecInfo, check_posterior, read_codec_info
+from pipeline.codec.info import CodecInfo, check_posterior, encode_flops, read_codec_info
 from pipeline.encode.config import EncodeJobConfig
 from pipeline.errors import ConfigError, ConflictError, RejectBudgetError, argument_keys, keyed
 from pipeline.result import JobResult
@@ -22,8 +23,19 @@ from pipeline.source.reading.listing import list_entries
 from pipeline.source.reasons import ENCODING
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import last_recipe
+from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State
-from pipeline.store.plan import DiffReport, group_units
+from pipeline.store.plan import (
+    DiffReport,
+    EntryLike,
+    Plan,
+    PlannedEntry,
+    append_version,
+    diff,
+    group_units,
+    live_entries,
+    read_plan,
+)
 from pipeline.tracking.uris import without_credentials
 
 REHEARSED = "computed_on"
@@ -372,3 +384,60 @@ def _gpus(config: EncodeJobConfig) -> dict[str, float]:
             next_step="give the dense half-precision peak in estimate.peak_tflops",
         )
     return peaks
+
+
+# -- From a listing of the source to frozen plan versions ------------------------------------------------------
+
+
+def known_entries(root: Root, kind: str) -> Iterable[PlannedEntry]:
+    """The live entries of a root's plan in the order of a listing; none unless all come from sources of this kind.
+
+    For another kind the same object may stand for other rows.
+    """
+    plan = read_plan(root)
+    return live_entries(plan) if all(version.source.get("kind") == kind for version in plan.versions) else ()
+
+
+def planned_rows(state: State) -> int | None:
+    """Rows that a run leaves settled in the end; None while the length of some unit is unknown."""
+    units, lengths = state.plan.unit_lengths()
+    known, retired = lengths.copy(), state.plan.retired
+    for i in np.flatnonzero(lengths < 0):
+        unit = int(units[i])
+        known[i] = state.unit_rows.get(unit, 0 if retired.of_unit(unit) else -1)
+    if (known < 0).any():
+        return None
+    return (RowSet.from_arrays(units, np.zeros_like(units), known) - retired).count() or None
+
+
+def update_plan(
+    root: Root,
+    listing: Iterable[EntryLike],
+    *,
+    source: dict[str, Any],
+    generation: int,
+    unit_rows: int,
+    unit_bytes: int,
+    drop_removed: bool,
+    before_freezing: Callable[[], None] = lambda: None,
+) -> tuple[Plan, DiffReport]:
+    """Diff the source with the plan in one streaming pass and freeze what is new or changed.
+
+    `before_freezing` is called when units are to be added, before anything is written.
+    """
+    plan = read_plan(root)
+    report = DiffReport()
+    units = group_units(diff(plan, listing, report, drop_removed=drop_removed), unit_rows, unit_bytes)
+    first = next(units, None)
+    if first is None and not report.anything:
+        return plan, report
+    if first is not None:
+        before_freezing()
+
+    def all_units() -> Iterator[list[EntryLike]]:
+        if first is not None:
+            yield first
+            yield from units
+
+    # `append_version` reads the report once the units, and with them the diff, are exhausted.
+    return append_version(plan, all_units(), report=report, source=source, generation=generation), report
