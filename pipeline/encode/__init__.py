@@ -7,10 +7,10 @@ Flow, with what travels at each arrow and what a crash leaves::
     bytes --encoder actors: decode threads, VAE in batches of one shape--> latents + (unit, row)   (nothing)
     latents --write tasks: one fragment, one commit record--> visible rows                   (at most orphan files)
 
-`plan` says what all rows share and turns a listing into plan versions. `stages` are what runs on workers: reading, decoding beside the
-device, committing. `rows` says what becomes of a row, in Python and in the Arrow blocks between stages; `encoder`
-makes latents in batches that fill up across blocks: plain classes that know no Ray. `passes` describes the Ray Data
-execution and repeats it over the gaps until none are left or nothing moves; `job` plans and tracks. Ray repeats,
-splits and reorders what it likes: rows carry their address, fragments are named by content, and only the ledger
-decides what is visible.
+`plan` says what all rows share and turns a listing into plan versions. `stages` are what runs on workers: reading,
+decoding beside the device, committing. `rows` says what becomes of a row, in Python and in the Arrow blocks between
+stages; `encoder` makes latents in batches that fill up across blocks: plain classes that know no Ray. `passes`
+describes the Ray Data execution and repeats it over the gaps until none are left or nothing moves; `job` plans and
+tracks. Ray repeats, splits and reorders what it likes: rows carry their address, fragments are named by content, and
+only the ledger decides what is visible.
 """
