@@ -71,9 +71,8 @@ class CheckpointStore:
         self.node_leader, self.receipts_timeout_s = node_leader, receipts_timeout_s
         self.superseded = superseded
         mine = asdict(begin(root, generation, listed)) if collectives.rank() == 0 else None
-        told = collectives.broadcast_json([mine, secrets.token_hex(4)])
-        self.start = WorkerStart(told[0]["generation"], told[0]["attempt"], tuple(told[0]["began_with"]))
-        self.token: str = told[1]
+        start, self.token = collectives.broadcast_json([mine, secrets.token_hex(4)])
+        self.start = WorkerStart(start["generation"], start["attempt"], tuple(start["began_with"]))
         self.resumed: int | None = None  # at how many images this start began
         # When the newest checkpoint of this start was complete (rank 0 only); until there is one, when it started.
         self.completed_at = time.time()
@@ -190,7 +189,7 @@ class CheckpointStore:
         raising. A corrupt checkpoint (a missing, foreign, short or altered file) is skipped with a warning for the
         one before it. Any world size may load.
         """
-        found: list[dict[str, Any]] = collectives.broadcast_json(
+        candidates: list[dict[str, Any]] = collectives.broadcast_json(
             [
                 {"name": c.name, "marker": dict(c.marker)}
                 for c in reversed(counting(self.root, self.start))
@@ -199,10 +198,15 @@ class CheckpointStore:
             if collectives.rank() == 0
             else None
         )
-        for candidate in found:
+        for candidate in candidates:
             name, marker = candidate["name"], candidate["marker"]
             check(marker["meta"])
-            local, problem = self._fetch(name, marker["files"])
+            # One rank of each node fetches, for all of them.
+            staged, problem = self.staging / "restore", None
+            if self.node_leader:
+                local, problem = fetch_checked(self.root, name, marker["files"], staged)
+            else:
+                local = local_copy(self.root, name, staged)
             problems = [p for p in collectives.gather_json(problem) if p is not None]
             if problems:
                 if collectives.rank() == 0:
@@ -215,7 +219,11 @@ class CheckpointStore:
                 if self.history is not None and collectives.rank() == 0:
                     self.history.go_on(name, marker)
             return meta
-        if self.resumed is None and collectives.broadcast_json(self._lost() if collectives.rank() == 0 else None):
+        # No checkpoint at all: a first start, or one whose checkpoints were removed while it began.
+        lost = None
+        if self.resumed is None and collectives.rank() == 0:
+            lost = bool(set(self.start.began_with) - {c.name for c in list_complete(self.root)})
+        if self.resumed is None and collectives.broadcast_json(lost):
             raise ConflictError(
                 f"The checkpoints that this start began with are gone from {self.root.uri}",
                 key="output.uri",
@@ -225,14 +233,6 @@ class CheckpointStore:
             )
         self.resumed = 0 if self.resumed is None else self.resumed
         return None
-
-    def _lost(self) -> bool:
-        return bool(set(self.start.began_with) - {c.name for c in list_complete(self.root)})
-
-    def _fetch(self, name: str, files: Mapping[str, Any]) -> tuple[Path, str | None]:
-        if self.node_leader:
-            return fetch_checked(self.root, name, files, self.staging / "restore")
-        return local_copy(self.root, name, self.staging / "restore"), None
 
     def _read(self, tensors: Mapping[str, Tensor], local: Path) -> None:
         with warnings.catch_warnings():
