@@ -286,10 +286,14 @@ def _heartbeat(root: Root, number: int) -> int:
 
 def owner_identity() -> dict[str, Any]:
     """What names this process beyond its machine: host, boot, pid namespace, pid and its start time."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
     return {
         "host": socket.gethostname(),
         "boot": _read_text("/proc/sys/kernel/random/boot_id"),
-        "namespace": _pid_namespace(),
+        "namespace": namespace,
         "pid": os.getpid(),
         "started": _start_time(os.getpid()),
     }
@@ -307,13 +311,6 @@ def _read_text(path: str) -> str:
     try:
         with open(path, encoding="ascii") as file:
             return file.read().strip()
-    except OSError:
-        return ""
-
-
-def _pid_namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
 
