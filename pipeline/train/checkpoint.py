@@ -99,7 +99,7 @@ class CheckpointStore:
         frozen = json.loads(json.dumps(meta))
         records = self.history.cut(name) if self.history is not None and collectives.rank() == 0 else None
         args = (name, mine, frozen, records, collectives.rank(), collectives.world_size())
-        self._thread = threading.Thread(target=self._publish_guarded, args=args, name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._publish, args=args, name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -110,12 +110,6 @@ class CheckpointStore:
         if self._failure:
             raise self._failure.pop()
 
-    def _publish_guarded(self, *args: Any) -> None:
-        try:
-            self._publish(*args)
-        except BaseException as error:  # noqa: BLE001 - handed to the training thread by wait()
-            self._failure.append(error)
-
     def _publish(
         self,
         name: str,
@@ -125,23 +119,26 @@ class CheckpointStore:
         rank: int,
         world_size: int,
     ) -> None:
-        files = {}
-        for path in sorted(mine.glob("*.safetensors")):
-            data = path.read_bytes()
-            files[path.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            self.root.put(f"{name}/{path.name}", data)
-        self.root.put(f"{name}/receipt-{rank:05d}.json", _to_json({"files": files}))
-        shutil.rmtree(mine, ignore_errors=True)
-        if rank == 0:
-            everything = self._collect_receipts(name, world_size)
-            marker = {"meta": meta, "files": everything, "world_size": world_size, "resumed": self.resumed}
-            if self.history is not None and records is not None:
-                objects, marker[COUNT] = records
-                self.history.write(objects)
-            mark_complete(self.root, name, _to_json(marker))
-            self.completed_at = time.time()
-            shutil.rmtree(mine.parent, ignore_errors=True)
-            self.prune()
+        try:
+            files = {}
+            for path in sorted(mine.glob("*.safetensors")):
+                data = path.read_bytes()
+                files[path.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+                self.root.put(f"{name}/{path.name}", data)
+            self.root.put(f"{name}/receipt-{rank:05d}.json", _to_json({"files": files}))
+            shutil.rmtree(mine, ignore_errors=True)
+            if rank == 0:
+                everything = self._collect_receipts(name, world_size)
+                marker = {"meta": meta, "files": everything, "world_size": world_size, "resumed": self.resumed}
+                if self.history is not None and records is not None:
+                    objects, marker[COUNT] = records
+                    self.history.write(objects)
+                mark_complete(self.root, name, _to_json(marker))
+                self.completed_at = time.time()
+                shutil.rmtree(mine.parent, ignore_errors=True)
+                self.prune()
+        except BaseException as error:  # noqa: BLE001 - handed to the training thread by wait()
+            self._failure.append(error)
 
     def _collect_receipts(self, name: str, world_size: int) -> dict[str, Any]:
         files: dict[str, Any] = {}
