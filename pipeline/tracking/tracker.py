@@ -268,8 +268,8 @@ class JournalTracker:
     def log_input(
         self, name: str, digest: str, source: str, context: str, tags: Mapping[str, str] | None = None
     ) -> None:
-        told = {"name": name, "digest": digest, "source": self._redact(source), "context": context}
-        self._journal.append({"kind": "input", **told, **({"tags": self._clean_tags(tags)} if tags else {})})
+        record = {"name": name, "digest": digest, "source": self._redact(source), "context": context}
+        self._journal.append({"kind": "input", **record, **({"tags": self._clean_tags(tags)} if tags else {})})
 
     def register_model(self, name: str, uri: str, tags: Mapping[str, str]) -> None:
         record = {"kind": "model", "name": name, "uri": self._redact(uri), "tags": self._clean_tags(tags)}

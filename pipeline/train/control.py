@@ -45,7 +45,7 @@ def request_stop(root: Root, generation: int) -> None:
 
 def record_failure(root: Root, generation: int, error: PipelineError) -> None:
     """Leave an error where the driver, and a restarted worker, find it; the first one stays."""
-    told = {
+    failure = {
         "type": type(error).__name__,
         "what": error.what,
         "key": error.key,
@@ -53,7 +53,7 @@ def record_failure(root: Root, generation: int, error: PipelineError) -> None:
         "rule": error.rule,
         "next_step": error.next_step,
     }
-    root.put_if_absent(f"control/failure-{generation:06d}.json", json.dumps(told).encode())
+    root.put_if_absent(f"control/failure-{generation:06d}.json", json.dumps(failure).encode())
 
 
 def lasting(error: Exception) -> PipelineError | None:
