@@ -50,9 +50,26 @@ class Job:
 
 def main(job: Job, argv: Sequence[str] | None = None) -> NoReturn:
     """Run a job from the command line and exit with its code."""
-    arguments = _parser(job).parse_args(argv)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m jobs.{job.name}",
+        usage=f"python -m jobs.{job.name} CONFIG.yaml... [key=value ...] [--dry-run | --print-config | --help]",
+        description=job.summary,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("arguments", nargs="*")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--print-config", action="store_true")
+    parser.add_argument("-h", "--help", action=_Help, job=job)
+    arguments = parser.parse_args(argv)
     sys.path.insert(0, os.getcwd())
-    _show_messages()
+    # The pipeline's own messages go to standard error, as plain lines.
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Discreet("%(message)s"))
+    logger = logging.getLogger("pipeline")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
     with _answer_channel() as answer:
         if arguments.dry_run or arguments.print_config:
             code, line = _run(job, arguments)
@@ -61,16 +78,6 @@ def main(job: Job, argv: Sequence[str] | None = None) -> NoReturn:
         if line:
             print(line, file=answer, flush=True)
     sys.exit(code)
-
-
-def _show_messages() -> None:
-    """The pipeline's own messages as plain lines on standard error."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Discreet("%(message)s"))
-    logger = logging.getLogger("pipeline")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
 
 
 class _Discreet(logging.Formatter):
@@ -86,21 +93,6 @@ def _redacted(text: str) -> str:
 
 def _say(job: Job, text: object) -> None:
     print(_redacted(f"\n{job.name}: {text}"), file=sys.stderr, flush=True)
-
-
-def _parser(job: Job) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m jobs.{job.name}",
-        usage=f"python -m jobs.{job.name} CONFIG.yaml... [key=value ...] [--dry-run | --print-config | --help]",
-        description=job.summary,
-        add_help=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("arguments", nargs="*")
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--print-config", action="store_true")
-    parser.add_argument("-h", "--help", action=_Help, job=job)
-    return parser
 
 
 class _Help(argparse.Action):

@@ -34,13 +34,25 @@ def supervised(work: Callable[[], Ending], on_death: Callable[[str], Ending]) ->
         me, worker = os.getpid(), os.fork()
         if worker == 0:
             _work(me, work, note)
-        status = _wait(worker)
+
+        def forward(signum: int, frame: FrameType | None) -> None:
+            os.kill(worker, signum)
+
+        previous = signal.signal(signal.SIGTERM, forward), signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            status = os.waitpid(worker, 0)[1]
+        finally:
+            signal.signal(signal.SIGTERM, previous[0])
+            signal.signal(signal.SIGINT, previous[1])
         note.seek(0)
-        said = note.read()
-    if said:
-        code, line = json.loads(said)
+        ending = note.read()
+    if ending:
+        code, line = json.loads(ending)
         return code, line
-    return on_death(_cause(status))
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        return on_death(f"it was killed by {signal.Signals(-code).name}")
+    return on_death(f"it ended with status {code} and said nothing")
 
 
 def _work(parent: int, work: Callable[[], Ending], note: BinaryIO) -> NoReturn:
@@ -52,22 +64,3 @@ def _work(parent: int, work: Callable[[], Ending], note: BinaryIO) -> NoReturn:
     note.write(json.dumps([code, line]).encode())
     note.flush()
     sys.exit(code)
-
-
-def _wait(worker: int) -> int:
-    def forward(signum: int, frame: FrameType | None) -> None:
-        os.kill(worker, signum)
-
-    previous = signal.signal(signal.SIGTERM, forward), signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        return os.waitpid(worker, 0)[1]
-    finally:
-        signal.signal(signal.SIGTERM, previous[0])
-        signal.signal(signal.SIGINT, previous[1])
-
-
-def _cause(status: int) -> str:
-    code = os.waitstatus_to_exitcode(status)
-    if code < 0:
-        return f"it was killed by {signal.Signals(-code).name}"
-    return f"it ended with status {code} and said nothing"

@@ -91,32 +91,23 @@ def _run(job: str) -> Done:
         print("\nquickstart: interrupted; the same command goes on where it stopped", file=sys.stderr)
         sys.exit(75)
     seconds = time.monotonic() - began
-    answer = _last_object(out)
-    if process.returncode != 0 or answer is None:
-        _give_up(job, command, process.returncode or 1)
+    # The answer is the JSON object on the last line.
+    try:
+        answer = json.loads(out.strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        answer = None
+    if process.returncode != 0 or not isinstance(answer, dict):
+        code = process.returncode or 1
+        print(
+            f"\nquickstart: {job} stopped with exit code {code} (its message is above).\n"
+            f"To run this stage alone:      {command}\n"
+            f"To go on with all of it:      python -m jobs.quickstart",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.exit(code if code > 0 else 1)
     print(f"      {answer.get('status', 'done')} in {seconds:.0f} s", flush=True)
     return Done(answer, seconds)
-
-
-def _last_object(out: str) -> dict[str, Any] | None:
-    """The JSON object on the last line, None when there is none."""
-    lines = out.strip().splitlines()
-    try:
-        answer = json.loads(lines[-1]) if lines else None
-    except ValueError:
-        return None
-    return answer if isinstance(answer, dict) else None
-
-
-def _give_up(job: str, command: str, code: int) -> NoReturn:
-    print(
-        f"\nquickstart: {job} stopped with exit code {code} (its message is above).\n"
-        f"To run this stage alone:      {command}\n"
-        f"To go on with all of it:      python -m jobs.quickstart",
-        file=sys.stderr,
-        flush=True,
-    )
-    sys.exit(code if code > 0 else 1)
 
 
 def _finish(done: dict[str, Done], seconds: dict[str, float]) -> int:
@@ -128,14 +119,14 @@ def _finish(done: dict[str, Done], seconds: dict[str, float]) -> int:
     tracking = load_config(EvaluateJobConfig, [str(CONFIGS / "evaluate.yaml")]).tracking
     samples, report = (done[job].answer.get("outputs", {}) for job in ("sample", "evaluate"))
     print("\nstage         seconds  status")
-    for stage, taken in seconds.items():
-        print(f"{stage:12}  {taken:7.1f}  {done[stage].answer.get('status', '') if stage in done else 'done'}")
+    for stage, stage_s in seconds.items():
+        print(f"{stage:12}  {stage_s:7.1f}  {done[stage].answer.get('status', '') if stage in done else 'done'}")
     print(f"\nContact sheet  {samples.get('contact', f'{PLACE}/samples')}")
     print(f"Report         {report['report']}")
     print(f"MLflow         {mlflow_ui_command(tracking.uri)}")
     figures = done["evaluate"].answer.get("figures", {})
     accuracy, psnr_db = figures.get("accuracy"), figures.get("psnr_db")
-    by_stage = " ".join(f"{stage}={taken:.0f}s" for stage, taken in seconds.items())
+    by_stage = " ".join(f"{stage}={stage_s:.0f}s" for stage, stage_s in seconds.items())
     print(
         f"\nfigures: accuracy={_shown(accuracy)} psnr_db={_shown(psnr_db)} "
         f"total={sum(seconds.values()):.0f}s {by_stage}",

@@ -95,7 +95,14 @@ def find_start(name: str) -> LineageStart:
     try:
         kind = root.kind()
         if kind == "directory" and root.exists(IDENTITY):
-            return _of_dataset(root)
+            identity = read_identity(root, "start")
+            dataset = Dataset(root, identity, read_state(root))
+            facts = {
+                "kind": identity.kind,
+                "fingerprint_digest": identity.fingerprint_digest,
+                "rows": dataset.num_rows,
+            }
+            return LineageStart("dataset", root.uri, tuple(noted_runs(root)), dataset.digest, facts)
         if kind == "file":
             return _of_image(root)
     except storage_errors() as error:
@@ -110,25 +117,18 @@ def find_start(name: str) -> LineageStart:
     )
 
 
-def _of_dataset(root: Root) -> LineageStart:
-    identity = read_identity(root, "start")
-    dataset = Dataset(root, identity, read_state(root))
-    facts = {"kind": identity.kind, "fingerprint_digest": identity.fingerprint_digest, "rows": dataset.num_rows}
-    return LineageStart("dataset", root.uri, tuple(noted_runs(root)), dataset.digest, facts)
-
-
 def _of_image(root: Root) -> LineageStart:
     parent, _, name = root.uri.rpartition("/")
-    found = read_provenance(Root(parent or "/").read_range(name, 0, _MAX_IMAGE_BYTES))
-    if found.get("format") != FORMAT:
+    recorded = read_provenance(Root(parent or "/").read_range(name, 0, _MAX_IMAGE_BYTES))
+    if recorded.get("format") != FORMAT:
         raise InputError(
-            f"The provenance of {root.uri} has the format {found.get('format')!r}",
+            f"The provenance of {root.uri} has the format {recorded.get('format')!r}",
             key="start",
             rule=f"known is {FORMAT!r}",
             next_step="upgrade latentloom",
         )
-    origin = origin_of(found)
-    facts = {"request_id": found["request_id"], "request": found["request"], **asdict(origin)}
+    origin = origin_of(recorded)
+    facts = {"request_id": recorded["request_id"], "request": recorded["request"], **asdict(origin)}
     runs = (origin.model_run_id,) if origin.model_run_id else ()
     # Without the run of the model, whoever made its training data is the nearest that is known.
     return LineageStart("image", root.uri, runs, None if runs else origin.dataset_digest, facts)
@@ -160,8 +160,8 @@ def _merged(steps: Iterable[LineageStep]) -> list[LineageStep]:
 def _sources(back: list[LineageStep]) -> list[dict[str, str]]:
     """What nobody on the way made: inputs that are no run's output."""
     made = {d.digest for s in back for d in s.outputs}
-    found = [d for s in back for d in s.inputs if d.digest not in made]
-    return list({d.digest: {"uri": d.source, "digest": d.digest, "context": d.context} for d in found}.values())
+    inputs = [d for s in back for d in s.inputs if d.digest not in made]
+    return list({d.digest: {"uri": d.source, "digest": d.digest, "context": d.context} for d in inputs}.values())
 
 
 def _text(start: LineageStart, back: list[LineageStep], forward: list[LineageStep]) -> Iterator[str]:

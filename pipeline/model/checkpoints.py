@@ -61,7 +61,7 @@ def place_in_run(name: str) -> tuple[int, int, int] | None:
 
 def list_complete(root: Root) -> list[Complete]:
     """Checkpoints with a readable marker, oldest first; a torn marker is warned about and left out."""
-    found = []
+    complete = []
     places = [(place, name) for name in root.list_dirs() if (place := place_in_run(name)) is not None]
     for place, name in sorted(places):
         try:
@@ -69,7 +69,7 @@ def list_complete(root: Root) -> list[Complete]:
             if "removed" in marker:
                 continue  # before it was complete
             if all(_SHARD.match(file) for file in marker["files"]) and int(marker["meta"]["images"]) >= 0:
-                found.append(Complete(name, place[2], marker))
+                complete.append(Complete(name, place[2], marker))
                 continue
             problem = "its marker names files that are no shards"
         except FileNotFoundError:
@@ -77,7 +77,7 @@ def list_complete(root: Root) -> list[Complete]:
         except (ValueError, KeyError, TypeError) as error:
             problem = f"its marker cannot be read ({error})"
         _log.warning("checkpoint %s is skipped: %s", root.uri_of(name), problem)
-    return found
+    return complete
 
 
 @dataclass(frozen=True)
@@ -110,23 +110,18 @@ def fetch_checked(root: Root, name: str, files: Mapping[str, Any], scratch: Path
     if local.is_relative_to(scratch):
         shutil.rmtree(local, ignore_errors=True)
         root.download_dir(name, local)
-    return local, _problem(local, files)
+    present = {p.name for p in local.glob("*.safetensors")}
+    if present != set(files):
+        return local, f"files {sorted(present ^ set(files))} are missing or foreign"
+    for file, expected in sorted(files.items()):
+        with open(local / file, "rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        if (local / file).stat().st_size != expected["bytes"] or sha256 != expected["sha256"]:
+            return local, f"{file} does not have the recorded size and sha256"
+    return local, None
 
 
 def local_copy(root: Root, name: str, scratch: Path) -> Path:
     """Where a checkpoint's files are on this machine: in place, or below `scratch` once fetched."""
     in_place = root.local_path(name)
     return in_place if in_place is not None else scratch / name
-
-
-def _problem(local: Path, files: Mapping[str, Any]) -> str | None:
-    """What distinguishes a directory from what its marker records: None when nothing does."""
-    present = {p.name for p in local.glob("*.safetensors")}
-    if present != set(files):
-        return f"files {sorted(present ^ set(files))} are missing or foreign"
-    for file, expected in sorted(files.items()):
-        with open(local / file, "rb") as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-        if (local / file).stat().st_size != expected["bytes"] or sha256 != expected["sha256"]:
-            return f"{file} does not have the recorded size and sha256"
-    return None

@@ -72,7 +72,15 @@ class DiT(nn.Module):
         text_mask_BL: Tensor | None = None,
     ) -> Tensor:
         batch, _, height, width = x_BCHW.shape
-        rows, columns = self._grid(height, width)
+        if height % self.patch or width % self.patch:
+            raise InputError(
+                "the latent cannot be cut into whole patches",
+                key="model.patch",
+                value=self.patch,
+                rule=f"patch must divide the latent's height and width, {height}x{width}",
+                next_step="choose another patch, or image buckets that are multiples of codec factor x patch",
+            )
+        rows, columns = height // self.patch, width // self.patch
         x_BLD = self.embed_patch(_patchify(x_BCHW, self.patch))
         rotary = None
         if self.position == "rope":
@@ -97,17 +105,6 @@ class DiT(nn.Module):
         shift, scale = self.final_modulation(condition_BD)[:, None].chunk(2, dim=-1)
         x_BLD = self.final(_modulate(self.final_norm(x_BLD), shift, scale))
         return _unpatchify(x_BLD, rows, columns, self.patch)
-
-    def _grid(self, height: int, width: int) -> tuple[int, int]:
-        if height % self.patch or width % self.patch:
-            raise InputError(
-                "the latent cannot be cut into whole patches",
-                key="model.patch",
-                value=self.patch,
-                rule=f"patch must divide the latent's height and width, {height}x{width}",
-                next_step="choose another patch, or image buckets that are multiples of codec factor x patch",
-            )
-        return height // self.patch, width // self.patch
 
     def _initialise(self) -> None:
         # Peebles and Xie 2023: Xavier everywhere, then zero where a block or the output must start as the identity.

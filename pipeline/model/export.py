@@ -65,6 +65,15 @@ def model_card(info: ModelInfo, diffusers_class: str | None) -> str:
         "library_name": "diffusers" if diffusers_class else "latentloom",
         "tags": ["latent-diffusion", "latentloom"],
     }
+    # A row for the dataset, or one for each of a mixture.
+    alone = DatasetShare(info.dataset.get("uri", ""), info.dataset.get("digest", ""), 1.0)
+    datasets = [
+        (
+            f"Dataset, weight {share.weight:g}" if info.mixture else "Dataset",
+            f"`{_public(share.uri)}`, digest `{share.digest}`",
+        )
+        for share in info.mixture or (alone,)
+    ]
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
     rows = [
         (
@@ -73,7 +82,7 @@ def model_card(info: ModelInfo, diffusers_class: str | None) -> str:
         ),
         ("Objective", f"`{json.dumps(info.objective.model_dump(mode='json'), sort_keys=True)}`"),
         ("Weights", f"{info.ema}, after {info.images_seen:,} images, SHA-256 `{info.weights_sha256}`"),
-        *_datasets(info),
+        *datasets,
         ("Codec", f"`{_public(info.codec.path or '')}`, fingerprint `{info.fingerprint_digest}`"),
         ("Image sizes (height x width)", ", ".join(info.buckets) or "not recorded"),
         ("Classes", _count(info.num_classes, "label index {n} means no label")),
@@ -87,7 +96,7 @@ def model_card(info: ModelInfo, diffusers_class: str | None) -> str:
         table=table,
         mean=list(info.latent_mean),
         std=list(info.latent_std),
-        use=_use(diffusers_class),
+        use=_USE.format(name=diffusers_class) if diffusers_class else "",
     )
 
 
@@ -112,25 +121,12 @@ Times run from 0 (data) to 1 (noise). The model works on latents normalised per 
 - std: `{std}`
 """
 
-
-def _datasets(info: ModelInfo) -> list[tuple[str, str]]:
-    """A row for the dataset, or one for each of a mixture."""
-    alone = DatasetShare(info.dataset.get("uri", ""), info.dataset.get("digest", ""), 1.0)
-    shares = info.mixture or (alone,)
-    names = [f"Dataset, weight {share.weight:g}" for share in info.mixture] or ["Dataset"]
-    values = [f"`{_public(share.uri)}`, digest `{share.digest}`" for share in shares]
-    return list(zip(names, values, strict=True))
-
-
-def _use(diffusers_class: str | None) -> str:
-    if diffusers_class is None:
-        return ""
-    return f"""
+_USE = """
 With plain diffusers (timesteps are 1000 times the time):
 
 ```python
-from diffusers import {diffusers_class}
-model = {diffusers_class}.from_pretrained("THIS_DIRECTORY", subfolder="model")
+from diffusers import {name}
+model = {name}.from_pretrained("THIS_DIRECTORY", subfolder="model")
 ```
 """
 
@@ -156,10 +152,21 @@ def save_export(destination: str | Path | Root, model: nn.Module, info: ModelInf
     root = destination if isinstance(destination, Root) else Root(str(destination))
     with tempfile.TemporaryDirectory(prefix="latentloom-export-") as scratch:
         local = Path(scratch)
-        _write_model(local / "model", model, info)
-        info = replace(info, weights_sha256=file_sha256(local / WEIGHTS_KEY))
+        weights = local / WEIGHTS_KEY
+        weights.parent.mkdir(parents=True)
+        diffusers_class = None
+        if isinstance(model, DiffusersAdapter):
+            inner: Any = model.inner
+            diffusers_class = type(inner).__name__
+            inner.save_pretrained(weights.parent, safe_serialization=True, max_shard_size="100TB")
+        else:
+            description = {"_class_name": "latentloom.DiT", **info.model.model_dump(mode="json")}
+            shape = {name: getattr(info, name) for name in ("latent_channels", "num_classes", "text_dim")}
+            _write_json(weights.parent / "config.json", description | shape)
+            tensors = {name: value.detach().contiguous().cpu() for name, value in model.state_dict().items()}
+            save_file(tensors, weights)
+        info = replace(info, weights_sha256=file_sha256(weights))
         _write_json(local / SCHEDULER_KEY, scheduler_config(info.objective, info.sampling_shift))
-        diffusers_class = type(model.inner).__name__ if isinstance(model, DiffusersAdapter) else None
         (local / CARD_KEY).write_text(model_card(info, diffusers_class))
         files = {
             key: {"sha256": file_sha256(local / key), "size_bytes": (local / key).stat().st_size} for key in FILE_KEYS
@@ -185,19 +192,6 @@ def _same_or_conflict(root: Root, marker: bytes, info: ModelInfo) -> ModelInfo:
         rule="a complete export is never overwritten",
         next_step="choose another directory (one per number of images seen)",
     )
-
-
-def _write_model(directory: Path, model: nn.Module, info: ModelInfo) -> None:
-    directory.mkdir(parents=True)
-    if isinstance(model, DiffusersAdapter):
-        inner: Any = model.inner
-        inner.save_pretrained(directory, safe_serialization=True, max_shard_size="100TB")
-        return
-    told = info.model.model_dump(mode="json")
-    description = {"_class_name": "latentloom.DiT", **told, "latent_channels": info.latent_channels}
-    _write_json(directory / "config.json", description | {"num_classes": info.num_classes, "text_dim": info.text_dim})
-    weights = {name: value.detach().contiguous().cpu() for name, value in model.state_dict().items()}
-    save_file(weights, directory / Path(WEIGHTS_KEY).name)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -38,15 +38,15 @@ def read_file(root: Root, key: str, sha256: str, scratch: Path) -> dict[str, Ten
             with root.open(key) as source, open(path, "wb") as sink:
                 while chunk := source.read(8 << 20):
                     sink.write(chunk)
-        found = file_sha256(path)
+        present = file_sha256(path)
     except FileNotFoundError as error:
         raise InputError("the model lost its weights", key="model.uri", value=root.uri_of(key)) from error
-    if found != sha256:
+    if present != sha256:
         raise InputError(
             "the weights are not those that the model is described with",
             key="model.uri",
             value=root.uri_of(key),
-            rule=f"SHA-256 {sha256}, found {found}",
+            rule=f"SHA-256 {sha256}, found {present}",
             next_step="restore the file, or export the model again",
         )
     try:
@@ -73,17 +73,17 @@ def read_tensors(files: Sequence[Path], prefix: str) -> dict[str, Tensor]:
                     at = offsets.get(key, {}).get("saved_offsets")
                     value = file.get_tensor(key)
                     pieces.setdefault(key.removeprefix(prefix), []).append((at or [0] * value.ndim, value))
-    return {key: _join(parts) for key, parts in pieces.items()}
-
-
-def _join(parts: list[tuple[list[int], Tensor]]) -> Tensor:
-    if len(parts) == 1:
-        return parts[0][1]
-    shape = [max(at[d] + v.shape[d] for at, v in parts) for d in range(parts[0][1].ndim)]
-    whole = torch.empty(shape, dtype=parts[0][1].dtype)
-    for at, value in parts:
-        whole[tuple(slice(a, a + n) for a, n in zip(at, value.shape, strict=True))] = value
-    return whole
+    tensors = {}
+    for key, parts in pieces.items():
+        first = parts[0][1]
+        if len(parts) == 1:
+            tensors[key] = first
+            continue
+        shape = [max(at[d] + value.shape[d] for at, value in parts) for d in range(first.ndim)]
+        tensors[key] = torch.empty(shape, dtype=first.dtype)
+        for at, value in parts:
+            tensors[key][tuple(slice(a, a + n) for a, n in zip(at, value.shape, strict=True))] = value
+    return tensors
 
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -124,7 +124,21 @@ def _weights(stored: StoredModel, scratch: Path) -> dict[str, Tensor]:
         ]
         return {name: tensor for part in parts for name, tensor in part.items()}
     if isinstance(stored.place, CheckpointPlace):
-        return _of_checkpoint(stored.place, stored.info.ema, scratch)
+        place, ema = stored.place, stored.info.ema
+        names = place.complete.marker["files"]
+        local, problem = fetch_checked(place.root, place.complete.name, names, scratch)
+        if problem is not None:
+            raise InputError(
+                f"The checkpoint is corrupt: {problem}",
+                key="model.uri",
+                value=place.uri,
+                rule="every file has the size and sha256 that its marker records",
+                next_step="name another checkpoint of this run, or one of its exports",
+            )
+        files = [local / name for name in sorted(names)]
+        # Parameters of the average, buffers of the model.
+        weights = read_tensors(files, "model/")
+        return weights if ema == RAW else weights | read_tensors(files, f"ema/{ema}/")
     root = Root(stored.uri)
     pickles = [entry.key for entry in root.list("model") if entry.key.endswith(_PICKLE_SUFFIXES)]
     if pickles:
@@ -136,20 +150,3 @@ def _weights(stored: StoredModel, scratch: Path) -> dict[str, Tensor]:
             next_step="remove the file, or export the model again",
         )
     return read_file(root, WEIGHTS_KEY, stored.files[WEIGHTS_KEY], scratch)
-
-
-def _of_checkpoint(place: CheckpointPlace, ema: str, scratch: Path) -> dict[str, Tensor]:
-    """Parameters of the average, buffers of the model."""
-    names = place.complete.marker["files"]
-    local, problem = fetch_checked(place.root, place.complete.name, names, scratch)
-    if problem is not None:
-        raise InputError(
-            f"The checkpoint is corrupt: {problem}",
-            key="model.uri",
-            value=place.uri,
-            rule="every file has the size and sha256 that its marker records",
-            next_step="name another checkpoint of this run, or one of its exports",
-        )
-    files = [local / name for name in sorted(names)]
-    weights = read_tensors(files, "model/")
-    return weights if ema == RAW else weights | read_tensors(files, f"ema/{ema}/")

@@ -24,6 +24,7 @@ CLASSES: tuple[str, ...] = get_args(PublishedClass)
 _FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 _SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
 _KINDS = {"epsilon": "epsilon", "v_prediction": "v"}
+_CLASS_SCALES = {"AutoencoderKL": 0.18215}
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,17 @@ def read_pipeline_dir(root: Root) -> PublishedPipeline:
             raise refused(root, f"{component}: {name} {config[name]}", rule)
     objective, shift = _objective(_json(root, "scheduler/scheduler_config.json"), root)
     vae = _json(root, "vae/config.json")
-    names = _weight_names(root.child(component))
+    names, digests = _weights(root.child(component))
     num_classes = config.get("num_embeds_ada_norm" if class_name == "DiTTransformer2DModel" else "num_class_embeds")
     # Of these classes only DiT reserves a label for "no label"; a UNet's last class is a class.
     always_labelled = num_classes is not None and class_name != "DiTTransformer2DModel"
     channels = int(config["in_channels"])
     mean, std = _normalisation(vae, channels)
     factor = 2 ** (len(vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or ()) - 1)
+    buckets: tuple[str, ...] = ()
+    if size := config.get("sample_size"):
+        height, width = size if isinstance(size, list) else (size, size)
+        buckets = (f"{height * factor}x{width * factor}",)
     info = {
         "model": {
             "kind": "diffusers",
@@ -96,11 +101,11 @@ def read_pipeline_dir(root: Root) -> PublishedPipeline:
         "run_id": None,
         "images_seen": 0,
         "ema": "unknown",
-        "buckets": _buckets(config, factor),
+        "buckets": buckets,
         "sampling_shift": shift,
         "always_labelled": always_labelled,
         "guidable": not always_labelled,
-        "weights_sha256": _combined(root.child(component), names),
+        "weights_sha256": ",".join(digests),
     }
     encoders, arrangement = _encoders(index, class_name)
     return PublishedPipeline(root, component, info, names, encoders, arrangement)
@@ -144,9 +149,6 @@ def _objective(scheduler: dict[str, Any], root: Root) -> tuple[dict[str, Any], f
     return {"kind": kind, "schedule": schedule, **betas}, 1.0
 
 
-_CLASS_SCALES = {"AutoencoderKL": 0.18215}
-
-
 def _normalisation(vae: dict[str, Any], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     # diffusers: for_model = (raw - shift) * scale, or (raw - mean) * scale / std where channels have their own.
     # The published configurations of the first ones leave the scale to the class.
@@ -154,14 +156,6 @@ def _normalisation(vae: dict[str, Any], channels: int) -> tuple[tuple[float, ...
     mean = vae.get("latents_mean") or [vae.get("shift_factor") or 0.0] * channels
     std = vae.get("latents_std") or [1.0] * channels
     return tuple(float(m) for m in mean), tuple(float(s) / scale for s in std)
-
-
-def _buckets(config: Mapping[str, Any], factor: int) -> tuple[str, ...]:
-    size = config.get("sample_size")
-    if not size:
-        return ()
-    height, width = size if isinstance(size, list) else (size, size)
-    return (f"{height * factor}x{width * factor}",)
 
 
 def _encoders(index: Mapping[str, Any], class_name: str) -> tuple[tuple[PipelineTextEncoder, ...], str]:
@@ -187,27 +181,22 @@ def _encoders(index: Mapping[str, Any], class_name: str) -> tuple[tuple[Pipeline
     return (), "none"
 
 
-def _weight_names(component: Root) -> tuple[str, ...]:
+def _weights(component: Root) -> tuple[tuple[str, ...], list[str]]:
+    """The names of the weight files, and the SHA-256 of each."""
     names = [WEIGHTS]
     if not component.exists(WEIGHTS):
         index = _json(component, f"{WEIGHTS}.index.json")
         names = sorted({str(name) for name in dict(index.get("weight_map", {})).values()})
+    digests = []
     for name in names:
         if not name.endswith(".safetensors") or "/" in name:
             raise refused(component, name, "weights must be safetensors files beside their index")
-    return tuple(names)
-
-
-def _combined(component: Root, names: tuple[str, ...]) -> str:
-    """The SHA-256 of each weight file, with commas between."""
-    digests = []
-    for name in names:
         try:
             with component.open(check_key(name)) as file:
                 digests.append(hashlib.file_digest(file, "sha256").hexdigest())
         except FileNotFoundError as error:
             raise refused(component, name, "the file is missing") from error
-    return ",".join(digests)
+    return tuple(names), digests
 
 
 def _json(root: Root, key: str) -> dict[str, Any]:

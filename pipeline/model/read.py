@@ -64,7 +64,14 @@ def read_model(uri: str, ema: str | None = None) -> StoredModel:
     """
     unreadable: tuple[type[Exception], ...] = (*storage_errors(), ValueError, KeyError, TypeError, AttributeError)
     try:
-        model = _read(Root(uri), ema)
+        root = Root(uri)
+        if published.is_pipeline_dir(root):
+            pipeline = read_pipeline_dir(root)
+            files = {"pipeline": pipeline.info["weights_sha256"]}
+            model = _stored(root.uri, "pipeline", pipeline.info, files, pipeline)
+        else:
+            place = find_checkpoint(root)
+            model = _read_export(root) if place is None else _read_checkpoint(place, ema)
     except unreadable as error:
         raise InputError(
             f"There is no readable model at {uri}: {describe(error)}",
@@ -83,15 +90,6 @@ def read_model(uri: str, ema: str | None = None) -> StoredModel:
             next_step="leave model.ema out, or name a checkpoint of the run and one of its tracks",
         )
     return model
-
-
-def _read(root: Root, ema: str | None) -> StoredModel:
-    if published.is_pipeline_dir(root):
-        pipeline = read_pipeline_dir(root)
-        files = {"pipeline": pipeline.info["weights_sha256"]}
-        return _stored(root.uri, "pipeline", pipeline.info, files, pipeline)
-    place = find_checkpoint(root)
-    return _read_export(root) if place is None else _read_checkpoint(place, ema)
 
 
 def _stored(
@@ -118,12 +116,12 @@ def _read_export(root: Root) -> StoredModel:
         raise InputError(
             "the export's description is damaged", key=MARKER, value=root.uri, rule=str(error)
         ) from error
-    found = (document.get("format"), document.get("version")) if isinstance(document, dict) else None
-    if found != (FORMAT, VERSION):
+    version = (document.get("format"), document.get("version")) if isinstance(document, dict) else None
+    if version != (FORMAT, VERSION):
         raise InputError(
             "an export of an unknown format",
             key=MARKER,
-            value=found,
+            value=version,
             rule=f"format {FORMAT!r}, version {VERSION}",
             next_step="use the version of latentloom that wrote it, or export again",
         )

@@ -96,7 +96,12 @@ class Denoiser:
         """
         names = requests["request_id"].to_pylist()
         labels = requests["label"].to_pylist()
-        texts = self._texts(requests)
+        texts: Texts | None = None
+        if self._embed is not None:  # a prompt that is not given is the empty one
+            prompts = [text or "" for text in requests["prompt"].to_pylist()]
+            away = [text or "" for text in requests["negative_prompt"].to_pylist()]
+            embedded = self._embed(list(dict.fromkeys([*prompts, *away])))
+            texts = [(embedded[prompt], embedded[other]) for prompt, other in zip(prompts, away, strict=True)]
         latents: list[bytes | None] = [None] * requests.num_rows
         shapes: list[list[int]] = [[]] * requests.num_rows
         for group in shape_groups(requests):
@@ -129,15 +134,6 @@ class Denoiser:
         shape = (self.info.latent_channels, schedule.height // factor, schedule.width // factor)
         solving = Solving(self.draw.sampler, schedule.steps, schedule.guidance, schedule.interval, self.draw.shift)
         return self._drawer(names, labels, texts, shape, solving)
-
-    def _texts(self, requests: pa.Table) -> Texts | None:
-        """The embeddings of every row; a prompt that is not given is the empty one."""
-        if self._embed is None:
-            return None
-        prompts = [text or "" for text in requests["prompt"].to_pylist()]
-        away = [text or "" for text in requests["negative_prompt"].to_pylist()]
-        found = self._embed(list(dict.fromkeys([*prompts, *away])))
-        return [(found[prompt], found[other]) for prompt, other in zip(prompts, away, strict=True)]
 
 
 def schedule_of(row: pa.Table) -> Schedule:
@@ -208,7 +204,11 @@ class LatentDecoder:
             if out_of_memory(error) or device_fault(error) is not None:
                 raise  # no fault of a row: a smaller batch_size helps, or a new process
             if num_real == 1:
-                self._check_itself(len(batch), shape)
+                # Latents of zeros, the mean of most codecs, can be decoded in this shape, or no row is to blame.
+                try:
+                    self.decode([bytes(4 * math.prod(shape))] * len(batch), shape)
+                except Exception as fault:
+                    raise DeviceFault(f"{type(fault).__name__}: {' '.join(str(fault).split())[:500]}") from fault
                 reasons[batch[0]] = "decode_failed"
                 return
             for index in batch[:num_real]:
@@ -217,13 +217,6 @@ class LatentDecoder:
             return
         for index, image_HWC in zip(batch[:num_real], decoded_NHWC, strict=False):
             pixels[index] = image_HWC.tobytes()
-
-    def _check_itself(self, rows: int, shape: tuple[int, ...]) -> None:
-        """DeviceFault unless latents of zeros, the mean of most codecs, can be decoded in this shape."""
-        try:
-            self.decode([bytes(4 * math.prod(shape))] * rows, shape)
-        except Exception as error:
-            raise DeviceFault(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}") from error
 
     @torch.no_grad()
     def decode(self, latents: list[bytes], shape: tuple[int, ...]) -> np.ndarray:

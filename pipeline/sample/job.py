@@ -64,22 +64,17 @@ def settle_identity(root: Root, wanted: Identity, generation: Generation) -> Non
 def _replaceable(root: Root, wanted: Identity, number: int) -> bool:
     """Whether a generation sees another identity and no row; ConflictError when there are rows, or of other kind."""
     records = visible_records(root, number)
-    found = identity_at(root, number, "output.uri")
-    wanted = _as_recorded(found, wanted)
-    if found.kind == wanted.kind and found.fingerprint_digest == wanted.fingerprint_digest:
-        return False
-    if found.kind != wanted.kind or records:
-        check_same(root, found, wanted)
-    return True
-
-
-def _as_recorded(found: Identity, wanted: Identity) -> Identity:
-    """The identity as it was told when `found` was written: compilation was no part of it at first."""
+    recorded = identity_at(root, number, "output.uri")
+    # Compilation was no part of an identity at first: it is compared only with one that tells it.
     draw = wanted.fingerprint.get("draw", {})
-    if "compile" not in draw or "compile" in found.fingerprint.get("draw", {}):
-        return wanted
-    told = {key: value for key, value in draw.items() if key != "compile"}
-    return Identity(wanted.kind, {**wanted.fingerprint, "draw": told}, wanted.about)
+    if "compile" in draw and "compile" not in recorded.fingerprint.get("draw", {}):
+        older = {key: value for key, value in draw.items() if key != "compile"}
+        wanted = Identity(wanted.kind, {**wanted.fingerprint, "draw": older}, wanted.about)
+    if recorded.kind == wanted.kind and recorded.fingerprint_digest == wanted.fingerprint_digest:
+        return False
+    if recorded.kind != wanted.kind or records:
+        check_same(root, recorded, wanted)
+    return True
 
 
 def run(config: SampleJobConfig) -> JobResult:

@@ -71,41 +71,31 @@ def encode_rows(
         except (ValueError, OSError) as error:
             rejects.append(_reject(request, "image_encoding", f"{REASONS['image_encoding']}: {error}"))
             continue
-        rows.append(_row(request, data, story, draw, origin, put_file))
+        name, file = request["request_id"].hex(), None
+        if put_file is not None:
+            file = file_key(name, draw.image, data)
+            put_file(file, data)
+        rows.append(
+            {
+                **{key: request[key] for key in ("unit", "row", *FIELDS, "extra")},
+                "sample_id": request["request_id"],
+                "key": name,
+                "variant": 0,
+                "bucket": f"{request['height']}x{request['width']}",
+                "image": b"" if file else data,
+                "file": file,
+                "media_type": FORMATS[draw.image],
+                "content_sha256": hashlib.sha256(data).digest(),
+                "run_seed": draw.seed,
+                "sampler": draw.sampler,
+                "model_digest": origin.model_digest,
+                "model_run_id": origin.model_run_id,
+                "dataset_digest": origin.dataset_digest,
+                "codec_sha256": origin.codec_sha256,
+                "provenance": json.dumps(story, sort_keys=True, separators=(",", ":")),
+            }
+        )
     return pa.Table.from_pylist(rows, schema=IMAGES), pa.Table.from_pylist(rejects, schema=REJECTS)
-
-
-def _row(
-    request: Mapping[str, Any],
-    data: bytes,
-    story: Mapping[str, Any],
-    draw: Draw,
-    origin: Origin,
-    put_file: PutFile | None,
-) -> dict[str, Any]:
-    name = request["request_id"].hex()
-    file = None
-    if put_file is not None:
-        file = file_key(name, draw.image, data)
-        put_file(file, data)
-    return {
-        **{key: request[key] for key in ("unit", "row", *FIELDS, "extra")},
-        "sample_id": request["request_id"],
-        "key": name,
-        "variant": 0,
-        "bucket": f"{request['height']}x{request['width']}",
-        "image": b"" if file else data,
-        "file": file,
-        "media_type": FORMATS[draw.image],
-        "content_sha256": hashlib.sha256(data).digest(),
-        "run_seed": draw.seed,
-        "sampler": draw.sampler,
-        "model_digest": origin.model_digest,
-        "model_run_id": origin.model_run_id,
-        "dataset_digest": origin.dataset_digest,
-        "codec_sha256": origin.codec_sha256,
-        "provenance": json.dumps(story, sort_keys=True, separators=(",", ":")),
-    }
 
 
 def _reject(request: Mapping[str, Any], reason: str, message: str) -> dict[str, Any]:

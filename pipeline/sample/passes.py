@@ -129,13 +129,13 @@ class _Sampling:
 
     def run(self) -> None:
         """Executions until every wanted request is settled; StoppedError when workers die without any progress."""
-        state, _ = self._look()
+        state, _ = self._read_open()
         done = (self.wanted & state.covered).count()
         progress = Progress("sample", self.wanted.count(), start=done)
         passes = Passes(
             monitor=self.monitor,
             generation=self.generation,
-            look=self._look,
+            look=self._read_open,
             execute=self._execute,
             quarantine=self._quarantine,
             actors={DENOISER: self.resources.denoise_actors, DECODER: self.resources.decode_actors},
@@ -149,7 +149,7 @@ class _Sampling:
             passes.run()
             progress.update(self.wanted.count())
 
-    def _look(self) -> tuple[State, RowSet]:
+    def _read_open(self) -> tuple[State, RowSet]:
         """The state now, and which of the wanted requests are open."""
         state = read_state(self.root)
         return state, self.wanted - state.covered

@@ -59,7 +59,11 @@ def extend_plan(planned: pa.Table | None, requests: pa.Table, unit_requests: int
     units: list[np.ndarray] = []
     rows: list[np.ndarray] = []
     for group in shape_groups(new):
-        group = _prompts_together(new, group)
+        # Equal prompts side by side, each where it is asked for first.
+        chosen = new.select(["prompt", "negative_prompt"]).take(pa.array(group)).to_pylist()
+        pairs = [(row["prompt"], row["negative_prompt"]) for row in chosen]
+        rank = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
+        group = group[np.argsort([rank[pair] for pair in pairs], kind="stable")]
         for start in range(0, len(group), unit_requests):
             part = group[start : start + unit_requests]
             order.append(part)
@@ -71,14 +75,6 @@ def extend_plan(planned: pa.Table | None, requests: pa.Table, unit_requests: int
     table = new.take(pa.array(np.concatenate(order)))
     columns = [pa.array(np.concatenate(units)), pa.array(np.concatenate(rows)), *table.columns]
     return pa.table(columns, schema=PLAN_SCHEMA)
-
-
-def _prompts_together(requests: pa.Table, group: np.ndarray) -> np.ndarray:
-    """A group's row indices with equal prompts side by side, each prompt where it is asked for first."""
-    chosen = requests.select(["prompt", "negative_prompt"]).take(pa.array(group)).to_pylist()
-    pairs = [(row["prompt"], row["negative_prompt"]) for row in chosen]
-    rank = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
-    return group[np.argsort([rank[pair] for pair in pairs], kind="stable")]
 
 
 def planned_rows(plan: pa.Table, wanted: Iterable[bytes] | None = None) -> RowSet:
@@ -140,15 +136,19 @@ def freeze_requests(
     fresh = extend_plan(planned, requests, unit_requests)
     if fresh.num_rows == 0:
         return plan, planned
-    plan = append_version(plan, _units(fresh), source=source, generation=generation)
+    units = (
+        [
+            RequestEntry(
+                row["request_id"].hex(),
+                json.dumps(
+                    {key: row[key] for key in (*FIELDS, "extra") if row[key] is not None},
+                    sort_keys=True,
+                    separators=(",", ":"),
+                ),
+            )
+            for row in table.to_pylist()
+        ]
+        for _, table in unit_tables(fresh, planned_rows(fresh))
+    )
+    plan = append_version(plan, units, source=source, generation=generation)
     return plan, pa.concat_tables([planned, fresh])
-
-
-def _units(fresh: pa.Table) -> Iterator[list[RequestEntry]]:
-    for _, table in unit_tables(fresh, planned_rows(fresh)):
-        yield [RequestEntry(row["request_id"].hex(), _meta(row)) for row in table.to_pylist()]
-
-
-def _meta(row: dict[str, Any]) -> str:
-    content = {key: row[key] for key in (*FIELDS, "extra") if row[key] is not None}
-    return json.dumps(content, sort_keys=True, separators=(",", ":"))

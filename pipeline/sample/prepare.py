@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.codec.info import CodecInfo, codec_info
 from pipeline.diffusion.solvers import solver_for
 from pipeline.errors import ConfigError, ConflictError, InputError, argument_keys
-from pipeline.model.info import CodecReference, ModelInfo
+from pipeline.model.info import ModelInfo
 from pipeline.model.read import StoredModel, read_model
 from pipeline.sample.config import FileRequests, GridRequests, SampleJobConfig
 from pipeline.sample.provenance import Draw, Origin
@@ -40,9 +40,23 @@ class SamplingInputs:
 
 def prepare(config: SampleJobConfig) -> SamplingInputs:
     """Read model, codec and requests; every problem is a PipelineError, and nothing has been written."""
-    model = read_model(_model_uri(config), config.model.ema)
+    # The model; a name in the registry stands for the version it means now.
+    model_uri = config.model.uri
+    if model_uri.startswith(REGISTERED):
+        model_uri = resolve(model_uri, resolve_paths(config.tracking).uri).uri
+    model = read_model(model_uri, config.model.ema)
     info, text = model.info, text_of(model)
-    codec_path, codec_kind = _codec_path(config, info.codec), info.codec.kind
+    # The codec; a local directory by its absolute path, for workers and for later readers.
+    codec_path, codec_kind = config.model.codec or info.codec.path, info.codec.kind
+    if not codec_path:
+        raise InputError(
+            "The model does not say where its codec lies",
+            key="model.codec",
+            rule="latents become pixels by the codec they were encoded with",
+            next_step="set model.codec to the codec's directory",
+        )
+    if Path(codec_path).expanduser().is_dir():
+        codec_path = Root(codec_path).uri
     with argument_keys("codec"):
         codec = codec_info(codec_path, info.codec.revision, codec_kind)
     _check_codec(info, codec, codec_path)
@@ -61,14 +75,6 @@ def prepare(config: SampleJobConfig) -> SamplingInputs:
     about = {"origin": {**known, "versions": dict(origin.versions)}}
     identity = Identity("images", fingerprint, about)
     return SamplingInputs(requests, model, text, codec, codec_path, codec_kind, draw, origin, identity)
-
-
-def _model_uri(config: SampleJobConfig) -> str:
-    """Where the model lies; a name in the registry stands for the version it means now."""
-    if not config.model.uri.startswith(REGISTERED):
-        return config.model.uri
-
-    return resolve(config.model.uri, resolve_paths(config.tracking).uri).uri
 
 
 def on_device(draw: Draw, device: str) -> Draw:
@@ -120,33 +126,17 @@ def load_requests(config: GridRequests | FileRequests, limits: RequestLimits) ->
 
 
 def _read_file(uri: str) -> bytes:
+    unreadable: tuple[type[Exception], ...] = (*storage_errors(), ValueError)
     try:
         root, name = place_of(uri)
         return root.read_bytes(name)
-    except _unreadable() as error:
+    except unreadable as error:
         raise InputError(
             f"The request file cannot be read: {describe(error)}",
             key="requests.uri",
             value=uri,
             next_step="correct the path, or write the requests as a grid",
         ) from None
-
-
-def _unreadable() -> tuple[type[Exception], ...]:
-    return (*storage_errors(), ValueError)
-
-
-def _codec_path(config: SampleJobConfig, reference: CodecReference) -> str:
-    """Where the codec lies; a local directory by its absolute path, for workers and for later readers."""
-    path = config.model.codec or reference.path
-    if not path:
-        raise InputError(
-            "The model does not say where its codec lies",
-            key="model.codec",
-            rule="latents become pixels by the codec they were encoded with",
-            next_step="set model.codec to the codec's directory",
-        )
-    return Root(path).uri if Path(path).expanduser().is_dir() else path
 
 
 def _check_codec(info: ModelInfo, codec: CodecInfo, path: str) -> None:
@@ -197,7 +187,12 @@ def _draw(config: SampleJobConfig, info: ModelInfo) -> Draw:
 
 
 def _origin(model: StoredModel, text: TextSpec | None, codec: CodecInfo, codec_path: str) -> Origin:
-    info = model.info
+    info, versions = model.info, {}
+    for name in ("latentloom", "torch", "diffusers"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "unknown"
     return Origin(
         model_uri=model.uri,
         model_digest=model.digest(None if text is None else text.digest),
@@ -207,13 +202,6 @@ def _origin(model: StoredModel, text: TextSpec | None, codec: CodecInfo, codec_p
         dataset_digest=info.dataset.get("digest"),
         codec_path=codec_path,
         codec_sha256=codec.weights_sha256,
-        versions=tuple((name, _version(name)) for name in ("latentloom", "torch", "diffusers")),
+        versions=tuple(versions.items()),
         mixture=tuple((share.uri, share.digest, share.weight) for share in info.mixture),
     )
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "unknown"

@@ -29,8 +29,8 @@ def regenerate(image: bytes, *, model_uri: str | None = None, codec_path: str | 
     `model_uri` and `codec_path` say where model and codec lie now, if no longer where the image names them.
     ConflictError when they are other ones; InputError when the image tells too little or can no longer be drawn.
     """
-    found = read_provenance(image)
-    request, draw, origin = request_of(found), draw_here(Draw(**found["draw"])), origin_of(found)
+    story = read_provenance(image)
+    request, draw, origin = request_of(story), draw_here(Draw(**story["draw"])), origin_of(story)
     model_uri, codec_path = model_uri or origin.model_uri, codec_path or origin.codec_path
     model = read_model(model_uri, origin.ema)
     text, reference = text_of(model), model.info.codec
@@ -39,7 +39,7 @@ def regenerate(image: bytes, *, model_uri: str | None = None, codec_path: str | 
     here = replace(
         origin, model_digest=model.digest(None if text is None else text.digest), codec_sha256=codec.weights_sha256
     )
-    check_origin(found, here)
+    check_origin(story, here)
     use_threads(draw.threads)
     plan_row = pa.Table.from_pylist([{**request, "unit": 0, "row": 0}], schema=PLAN_SCHEMA)
     embed = None if text is None else PromptEmbedder(text, device=draw.device)
@@ -57,7 +57,7 @@ def regenerate(image: bytes, *, model_uri: str | None = None, codec_path: str | 
         raise InputError(
             f"The image cannot be drawn again: {rejects['message'][0].as_py()}",
             key="request_id",
-            value=found["request_id"],
+            value=story["request_id"],
         )
     assert rows.schema == IMAGES
     data: bytes = rows["image"][0].as_py()

@@ -37,8 +37,8 @@ class Difference:
 
     def figures(self) -> dict[str, float]:
         """As a job's answer tells it."""
-        told = {"largest_difference": float(self.largest), "mean_difference": self.mean}
-        return told if self.psnr_db is None else {**told, "psnr_db": self.psnr_db}
+        figures = {"largest_difference": float(self.largest), "mean_difference": self.mean}
+        return figures if self.psnr_db is None else {**figures, "psnr_db": self.psnr_db}
 
 
 def difference(one_HWC: np.ndarray, other_HWC: np.ndarray) -> Difference:
@@ -55,7 +55,7 @@ def run(config: RegenerateJobConfig) -> JobResult:
     "identical": the same bytes; "within tolerance": pixels as near as another device or version brings them;
     "differs": neither. The figures tell the difference, the details which device drew then and now.
     """
-    data, told = _read(config)
+    data, provenance = _read(config)
     from pipeline.media.images import decode_image, read_provenance
     from pipeline.sample.regenerate import regenerate
 
@@ -70,16 +70,16 @@ def run(config: RegenerateJobConfig) -> JobResult:
     same, apart = again == data, difference(decode_image(data), decode_image(again))
     status = "identical" if same else "within tolerance" if apart.tolerable else "differs"
     counts = {"images": 1, "identical": int(same), "within_tolerance": int(same or apart.tolerable)}
-    devices = {"device_then": told["draw"]["device"], "device_now": read_provenance(again)["draw"]["device"]}
+    devices = {"device_then": provenance["draw"]["device"], "device_now": read_provenance(again)["draw"]["device"]}
     outputs = {"image": config.output, "sha256": hashlib.sha256(again).hexdigest()}
     return JobResult(status, counts, outputs, figures=apart.figures(), details=devices)
 
 
 def dry_run(config: RegenerateJobConfig) -> JobResult:
     """What the image says about itself; writes nothing."""
-    _, told = _read(config)
-    outputs = {"model": str(told["model"]["uri"]), "codec": str(told["codec"]["path"])}
-    return JobResult("dry-run", {"images": 1}, {"request": str(told["request_id"]), **outputs})
+    _, provenance = _read(config)
+    outputs = {"model": str(provenance["model"]["uri"]), "codec": str(provenance["codec"]["path"])}
+    return JobResult("dry-run", {"images": 1}, {"request": str(provenance["request_id"]), **outputs})
 
 
 def _read(config: RegenerateJobConfig) -> tuple[bytes, dict[str, Any]]:

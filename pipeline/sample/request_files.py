@@ -127,34 +127,28 @@ def map_columns(
             rule=f"fields are {', '.join(FIELDS)}; the file has {', '.join(columns) or 'no column'}",
             next_step=f"correct {', '.join([*unknown, *missing])}",
         )
-    taken = set(mapping.values())
-    sources = {name: name for name in FIELDS if name in columns and name not in taken} | dict(mapping)
+    mapped_columns = set(mapping.values())
+    sources = {name: name for name in FIELDS if name in columns and name not in mapped_columns} | dict(mapping)
     left_over = [name for name in columns if name not in sources.values()]
     if left_over and other == "refuse":
+        free = [field for field in FIELDS if field not in sources]
+        near = difflib.get_close_matches(left_over[0].lower(), [*free, "class", "text", "caption"], n=1)
+        meant = {"class": "label", "text": "prompt", "caption": "prompt"}.get(near[0], near[0]) if near else "prompt"
         raise ConfigError(
             f"The request file {origin} has columns that are no field of a request: {', '.join(left_over)}",
             key="requests.other_columns",
             value=other,
             rule=f"fields are {', '.join(FIELDS)}",
-            next_step=_remedy(left_over[0], [f for f in FIELDS if f not in sources]),
+            next_step=f"map them (requests.columns.{meant}={left_over[0]}), "
+            "or say requests.other_columns=keep or drop",
         )
     mapped: dict[str, Sequence[Any]] = {field: columns[source] for field, source in sources.items()}
     if left_over and other == "keep":
-        mapped["extra"] = _as_json({name: columns[name] for name in left_over})
+        # Canonical JSON; what JSON cannot hold becomes its text.
+        extra: list[str | None] = []
+        for cells in zip(*(columns[name] for name in left_over), strict=True):
+            row = {name: cell for name, cell in zip(left_over, cells, strict=True) if cell is not None}
+            text = json.dumps(row, sort_keys=True, separators=(",", ":"), default=str)
+            extra.append(text if row else None)
+        mapped["extra"] = extra
     return mapped
-
-
-def _remedy(column: str, free: Sequence[str]) -> str:
-    near = difflib.get_close_matches(column.lower(), [*free, "class", "text", "caption"], n=1)
-    field = {"class": "label", "text": "prompt", "caption": "prompt"}.get(near[0], near[0]) if near else "prompt"
-    return f"map them (requests.columns.{field}={column}), or say requests.other_columns=keep or drop"
-
-
-def _as_json(columns: Mapping[str, Sequence[Any]]) -> list[str | None]:
-    """The carried-along cells of each row as canonical JSON; what JSON cannot hold becomes its text."""
-    out: list[str | None] = []
-    for cells in zip(*columns.values(), strict=True):
-        row = {name: cell for name, cell in zip(columns, cells, strict=True) if cell is not None}
-        text = json.dumps(row, sort_keys=True, separators=(",", ":"), default=str)
-        out.append(text if row else None)
-    return out

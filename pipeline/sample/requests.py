@@ -215,7 +215,20 @@ _Fault = tuple[tuple[str, ...], str]
 def _faults(request: Mapping[str, Any], limits: RequestLimits) -> Iterator[_Fault]:
     """Every rule that one completed request breaks."""
     yield from _condition_faults(request, limits)
-    yield from _size_faults(request, limits)
+    size, sound = (request["height"], request["width"]), True
+    for key, side in zip(("height", "width"), size, strict=True):
+        if side is None:
+            sound = False
+            yield (key,), f"{key} is not set and the model names no size"
+        elif not 0 < side <= MAX_SIDE or side % limits.multiple:
+            sound = False
+            yield (key,), f"{key} {side}: a multiple of {limits.multiple} up to {MAX_SIDE}"
+    if sound and limits.sizes and size not in limits.sizes and not limits.any_size:
+        trained = ", ".join(f"{h}x{w}" for h, w in limits.sizes[:8])
+        yield (
+            ("height", "width"),
+            f"size {size[0]}x{size[1]}: the model was trained on {trained} (requests.any_size allows it)",
+        )
     if not 0 <= request["seed"] < 2**63:
         yield ("seed",), f"seed {request['seed']}: a seed is from 0 to 2^63 - 1"
     if not 1 <= request["steps"] <= MAX_STEPS:
@@ -227,9 +240,9 @@ def _faults(request: Mapping[str, Any], limits: RequestLimits) -> Iterator[_Faul
         about = ("guidance_low", "guidance_high", "guidance")
         yield about, f"guidance interval [{low}, {high}]: 0 <= low < high <= 1 (1 is pure noise)"
     for key in ("prompt", "negative_prompt", "extra"):
-        size = len(json.dumps(request[key])) if request[key] is not None else 0
-        if size > MAX_TEXT_BYTES:
-            yield (key,), f"{key} takes {size} bytes as JSON: at most {MAX_TEXT_BYTES}"
+        size_bytes = len(json.dumps(request[key])) if request[key] is not None else 0
+        if size_bytes > MAX_TEXT_BYTES:
+            yield (key,), f"{key} takes {size_bytes} bytes as JSON: at most {MAX_TEXT_BYTES}"
 
 
 def _condition_faults(request: Mapping[str, Any], limits: RequestLimits) -> Iterator[_Fault]:
@@ -249,24 +262,6 @@ def _condition_faults(request: Mapping[str, Any], limits: RequestLimits) -> Iter
     elif label is None and prompt is None and guidance != 1.0:
         about = ("label", "prompt", "guidance")
         yield about, f"guidance {guidance} without a label or prompt: there is nothing to guide towards"
-
-
-def _size_faults(request: Mapping[str, Any], limits: RequestLimits) -> Iterator[_Fault]:
-    size = (request["height"], request["width"])
-    sound = True
-    for key, side in zip(("height", "width"), size, strict=True):
-        if side is None:
-            sound = False
-            yield (key,), f"{key} is not set and the model names no size"
-        elif not 0 < side <= MAX_SIDE or side % limits.multiple:
-            sound = False
-            yield (key,), f"{key} {side}: a multiple of {limits.multiple} up to {MAX_SIDE}"
-    if sound and limits.sizes and size not in limits.sizes and not limits.any_size:
-        trained = ", ".join(f"{h}x{w}" for h, w in limits.sizes[:8])
-        yield (
-            ("height", "width"),
-            f"size {size[0]}x{size[1]}: the model was trained on {trained} (requests.any_size allows it)",
-        )
 
 
 def _typed(name: str, values: Sequence[Any], problems: _Problems) -> list[Any]:
@@ -298,11 +293,8 @@ def _whole(value: Any) -> int:
     if number != math.floor(number):
         raise ValueError("not a whole number")
     # A float cannot hold every seed, so what is written as whole digits is read as such.
-    return int(value) if isinstance(value, int | str) and not _has_point(value) else int(number)
-
-
-def _has_point(value: int | str) -> bool:
-    return isinstance(value, str) and not value.strip().lstrip("+-").isdigit()
+    digits = value.strip().lstrip("+-").isdigit() if isinstance(value, str) else isinstance(value, int)
+    return int(value) if digits else int(number)
 
 
 def _number(value: Any) -> float:

@@ -60,22 +60,14 @@ def networks_fit(draw: Draw, doing: str) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _shortage_named(what: str, **told: Any) -> Iterator[None]:
+def _shortage_named(what: str, **remedy: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_shortage(error):
+        if not out_of_memory(error):
             raise
-        raise ConfigError(f"{what}: {_told(error)}", **told) from error
-
-
-def _is_shortage(error: Exception) -> bool:
-
-    return out_of_memory(error)
-
-
-def _told(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        cause = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConfigError(f"{what}: {cause}", **remedy) from error
 
 
 # -- Images as WebDataset shards: one tar per unit of requests, its name and bytes a function of its rows alone
@@ -93,42 +85,37 @@ PutIfAbsent = Callable[[str, bytes], bool]
 
 def pack_units(rows: pa.Table, put: PutIfAbsent) -> pa.Table:
     """Put the images of `rows` (the schema IMAGES) as one tar per unit; the rows with their places for the bytes."""
-    packed = [
-        _pack_unit(unit, rows.filter(pc.equal(rows["unit"], unit)).sort_by("row"), put)
-        for unit in sorted(set(rows["unit"].to_pylist()))
-    ]
-    return pa.concat_tables(packed) if packed else rows
-
-
-def _pack_unit(unit: int, rows: pa.Table, put: PutIfAbsent) -> pa.Table:
-    out = io.BytesIO()
-    spans: list[tuple[int, int]] = []
-    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for row in rows.select(["key", "image", "media_type", "label", "prompt", "provenance"]).to_pylist():
-            _add(tar, f"{row['key']}.{_SUFFIXES[row['media_type']]}", row["image"])
-            spans.append((out.tell() - _padded(len(row["image"])), len(row["image"])))
-            _add(tar, f"{row['key']}.json", row["provenance"].encode())
-            if row["prompt"] is not None:
-                _add(tar, f"{row['key']}.txt", row["prompt"].encode())
-            if row["label"] is not None:
-                _add(tar, f"{row['key']}.cls", str(row["label"]).encode())
-    data = out.getvalue()
-    key = f"{SHARDS_DIR}/{unit:08d}-{hashlib.sha256(data).hexdigest()[:16]}.tar"
-    put(key, data)
-    places = [place_in(key, start, length) for start, length in spans]
     at_image, at_file = (rows.schema.get_field_index(name) for name in ("image", "file"))
-    rows = rows.set_column(at_image, rows.schema.field(at_image), pa.array([b""] * len(rows), pa.large_binary()))
-    return rows.set_column(at_file, rows.schema.field(at_file), pa.array(places, pa.string()))
+    packed = []
+    for unit in sorted(set(rows["unit"].to_pylist())):
+        mine = rows.filter(pc.equal(rows["unit"], unit)).sort_by("row")
+        out = io.BytesIO()
+        spans: list[tuple[int, int]] = []
+        with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for row in mine.select(["key", "image", "media_type", "label", "prompt", "provenance"]).to_pylist():
+                _add(tar, f"{row['key']}.{_SUFFIXES[row['media_type']]}", row["image"])
+                size_bytes = len(row["image"])
+                in_blocks = -(-size_bytes // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                spans.append((out.tell() - in_blocks, size_bytes))
+                _add(tar, f"{row['key']}.json", row["provenance"].encode())
+                if row["prompt"] is not None:
+                    _add(tar, f"{row['key']}.txt", row["prompt"].encode())
+                if row["label"] is not None:
+                    _add(tar, f"{row['key']}.cls", str(row["label"]).encode())
+        data = out.getvalue()
+        key = f"{SHARDS_DIR}/{unit:08d}-{hashlib.sha256(data).hexdigest()[:16]}.tar"
+        put(key, data)
+        places = [place_in(key, start, length) for start, length in spans]
+        no_bytes = pa.array([b""] * len(mine), pa.large_binary())
+        mine = mine.set_column(at_image, mine.schema.field(at_image), no_bytes)
+        packed.append(mine.set_column(at_file, mine.schema.field(at_file), pa.array(places, pa.string())))
+    return pa.concat_tables(packed) if packed else rows
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size, member.mode = len(data), 0o644
     tar.addfile(member, io.BytesIO(data))
-
-
-def _padded(size: int) -> int:
-    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 # The stages, as the monitor knows them.

@@ -13,7 +13,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.errors import ConflictError, InputError
-from pipeline.model.info import TextReference
 from pipeline.model.published import INDEX, PublishedPipeline, refused
 from pipeline.model.read import StoredModel
 from pipeline.store.ledger.layout import canonical_json
@@ -46,10 +45,9 @@ def text_of(model: StoredModel) -> TextSpec | None:
         return None
     if isinstance(model.place, PublishedPipeline):
         return _of_pipeline(model.place, width)
-    return None if model.info.text is None else _of_reference(model.info.text, width)
-
-
-def _of_reference(reference: TextReference, width: int) -> TextSpec:
+    reference = model.info.text
+    if reference is None:
+        return None
     try:
         encoder = TextEncoderConfig.model_validate(reference.encoder, strict=False)
     except ValidationError as error:

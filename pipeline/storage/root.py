@@ -227,10 +227,10 @@ class Root:
     def info(self, key: str) -> ObjectInfo:
         """Size and version of an object; FileNotFoundError when it is absent or a directory."""
         if self._local:
-            found = _local_info(self._path(key), key)
+            info = _local_info(self._path(key), key)
             if not os.path.isfile(self._path(key)):
                 raise FileNotFoundError(self.uri_of(key))
-            return found
+            return info
         detail = self._retry(lambda: self.fs.info(self._path(key)))
         if detail["type"] == "directory":
             raise FileNotFoundError(self.uri_of(key))
@@ -290,14 +290,14 @@ class Root:
             details = self._retry(lambda: self.fs.ls(base, detail=True))
         except (FileNotFoundError, NotADirectoryError):
             return
-        found = []
+        entries = []
         for detail in details:
             name = detail["name"].rstrip("/")[len(base) :].lstrip("/")
             if not name and detail["type"] == "directory":
                 raise KeyRefused(f"below {self.uri_of(prefix)} are keys with an empty part, as in a//b")
             if name and "/" not in name:
-                found.append((name + "/" if detail["type"] == "directory" else name, detail))
-        for name, detail in sorted(found, key=itemgetter(0)):
+                entries.append((name + "/" if detail["type"] == "directory" else name, detail))
+        for name, detail in sorted(entries, key=itemgetter(0)):
             yield name, functools.partial(_object_info, detail)
 
     # -- writing -------------------------------------------------------------------------------------------
@@ -383,9 +383,9 @@ class Root:
         """
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                found = call()
+                answer = call()
                 note_answer(self.uri)
-                return found
+                return answer
             except Exception as error:
                 if not is_transient(error):
                     note_answer(self.uri)

@@ -167,7 +167,11 @@ class Plan:
         """The units of all versions, ascending by number, with the index of their version."""
         tables = []
         for i, version in enumerate(self.versions):
-            table = self._read(version.units_part, UNIT_SCHEMA)
+            key = version.units_part
+            if key not in self._tables:
+                with self.root.open(key) as file:
+                    self._tables[key] = pq.read_table(file, schema=UNIT_SCHEMA, page_checksum_verification=True)
+            table = self._tables[key]
             tables.append(table.append_column("version", pa.array(np.full(len(table), i, np.int32))))
         if not tables:
             return UNIT_SCHEMA.append(pa.field("version", pa.int32())).empty_table()
@@ -197,12 +201,6 @@ class Plan:
                     for row in batch.to_pylist():
                         yield PlannedEntry(**row)
 
-    def _read(self, key: str, schema: pa.Schema) -> pa.Table:
-        if key not in self._tables:
-            with self.root.open(key) as file:
-                self._tables[key] = pq.read_table(file, schema=schema, page_checksum_verification=True)
-        return self._tables[key]
-
 
 def read_plan(root: Root, number: int | None = None) -> Plan:
     """The plan of a root as generation `number` sees it, by default the newest; empty when none was made."""
@@ -213,7 +211,14 @@ def read_plan(root: Root, number: int | None = None) -> Plan:
 
 def plan_of(root: Root, headers: Iterable[str]) -> Plan:
     """The plan whose versions have some headers, in their order."""
-    return Plan(root, tuple(_parse_version(json.loads(root.read_bytes(key))) for key in headers))
+    versions = []
+    for key in headers:
+        body = json.loads(root.read_bytes(key))
+        fields = {name: body[name] for name in PlanVersion.__dataclass_fields__}
+        fields["entry_parts"] = tuple(fields["entry_parts"])
+        fields["retired"] = tuple((t[0], t[1], t[2]) for t in fields["retired"])
+        versions.append(PlanVersion(**fields))
+    return Plan(root, tuple(versions))
 
 
 def append_version(
@@ -255,13 +260,6 @@ def append_version(
         )
     check_newest(plan.root, generation)
     return Plan(plan.root, (*plan.versions, version), plan._tables)
-
-
-def _parse_version(body: dict[str, Any]) -> PlanVersion:
-    fields = {k: body[k] for k in PlanVersion.__dataclass_fields__}
-    fields["entry_parts"] = tuple(fields["entry_parts"])
-    fields["retired"] = tuple((t[0], t[1], t[2]) for t in fields["retired"])
-    return PlanVersion(**fields)
 
 
 class _PartWriter:
@@ -413,12 +411,10 @@ def live_entries(plan: Plan) -> Iterator[PlannedEntry]:
     """The live entries of all versions in key order: each version was planned in key order."""
     runs = [plan.iter_entries(version) for version in plan.versions]
     for entry in heapq.merge(*runs, key=lambda e: (e.key, e.row_start)):
-        if not plan.retired or not _is_retired(plan, entry):
+        if not plan.retired or not any(
+            start <= entry.first_row < stop for start, stop in plan.retired.of_unit(entry.unit)
+        ):
             yield entry
-
-
-def _is_retired(plan: Plan, entry: PlannedEntry) -> bool:
-    return any(start <= entry.first_row < stop for start, stop in plan.retired.of_unit(entry.unit))
 
 
 def _rows_of(entry: PlannedEntry) -> tuple[int, int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -45,27 +45,22 @@ def batches(
     `threads` copy large latents, this one among them; the others end with the iteration.
     """
     with ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="latent-copier") as pool:
-        yield from _batches(order, lanes, start_step, dtype, submit, text, _Copiers(pool, threads))
-
-
-def _batches(
-    order: Order, lanes: range, start_step: int, dtype: str, submit: Submit, text: TextRows | None, copiers: _Copiers
-) -> Iterator[list[Batch]]:
-    epoch, before = order.served_before(start_step)
-    feeds = {}
-    buckets = np.flatnonzero(order.batches).tolist()
-    room = _ALL_CHUNKS_BYTES // max(1, len(buckets))
-    for bucket in buckets:
-        row = int(before[bucket]) * order.slot
-        cursors = [_LaneCursor(order, bucket, lane, epoch, row, submit) for lane in lanes]
-        feeds[bucket] = _Feed(order.layout.buckets[bucket], order.slot, cursors, dtype, text, copiers, room)
-    packet: list[Batch] = []
-    for step, epoch, bucket in order.steps_from(start_step):
-        feed = feeds[bucket]
-        if packet and not feed.ready:
-            yield packet  # before the wait for the next ones
-            packet = []
-        packet.append(feed.batch(step, epoch))
+        copiers = _Copiers(pool, threads)
+        epoch, before = order.served_before(start_step)
+        feeds = {}
+        buckets = np.flatnonzero(order.batches).tolist()
+        room = _ALL_CHUNKS_BYTES // max(1, len(buckets))
+        for bucket in buckets:
+            row = int(before[bucket]) * order.slot
+            cursors = [_LaneCursor(order, bucket, lane, epoch, row, submit) for lane in lanes]
+            feeds[bucket] = _Feed(order.layout.buckets[bucket], order.slot, cursors, dtype, text, copiers, room)
+        packet: list[Batch] = []
+        for step, epoch, bucket in order.steps_from(start_step):
+            feed = feeds[bucket]
+            if packet and not feed.ready:
+                yield packet  # before the wait for the next ones
+                packet = []
+            packet.append(feed.batch(step, epoch))
 
 
 class _Copiers:
@@ -112,27 +107,24 @@ class _Feed:
     def batch(self, step: int, epoch: int) -> Batch:
         """The next batch, as that of a step."""
         if self._chunk is None or not self.ready:
-            self._chunk = self._prepare()
+            first = self._cursors[0].peek()
+            shape = first.shape
+            del first  # or it would outlive its window's turn
+            text_bytes = 0 if self._text is None else self._text.row_bytes
+            wide = 2 * math.prod(shape)
+            batch_bytes = (wide + text_bytes) * self._slot * len(self._cursors)
+            room = min(_CHUNK_BYTES * self._copiers.share(wide), self._room)
+            # The first batch is not kept waiting for others, and a resume not made to read far ahead.
+            self._chunk = None
+            self._count = max(1, min(2 * self._count, _CHUNK_BATCHES, room // batch_bytes))
+            self._at = 0
+            chunk = _Chunk(self._bucket, shape, self._dtype, self._count, len(self._cursors), self._slot)
+            for cursor in self._cursors:
+                chunk.fill(cursor)
+            chunk.finish(self._text, self._copiers)
+            self._chunk = chunk
         self._at += 1
         return self._chunk.batch(self._at - 1, step, epoch)
-
-    def _prepare(self) -> _Chunk:
-        first = self._cursors[0].peek()
-        shape = first.shape
-        del first  # or it would outlive its window's turn
-        text_bytes = 0 if self._text is None else self._text.row_bytes
-        wide = 2 * math.prod(shape)
-        batch_bytes = (wide + text_bytes) * self._slot * len(self._cursors)
-        room = min(_CHUNK_BYTES * self._copiers.share(wide), self._room)
-        # The first batch is not kept waiting for others, and a resume not made to read far ahead.
-        self._chunk = None
-        self._count = max(1, min(2 * self._count, _CHUNK_BATCHES, room // batch_bytes))
-        self._at = 0
-        chunk = _Chunk(self._bucket, shape, self._dtype, self._count, len(self._cursors), self._slot)
-        for cursor in self._cursors:
-            chunk.fill(cursor)
-        chunk.finish(self._text, self._copiers)
-        return chunk
 
 
 class _LaneCursor:
@@ -202,7 +194,10 @@ class _Chunk:
             if rows.captions is not None:
                 captions = [*(captions or ()), *rows.captions.slice(begin, end - begin).to_pylist()]
             if end == len(rows.labels):
-                rows = _last_of(rows, begin, self._wide)
+                # Copies the rest, so that the window can go while a batch still lacks rows.
+                rest = gather(rows.memory, rows.part[begin:], rows.start[begin:], self._wide)
+                start = (np.arange(len(rows.start), dtype=np.int64) - begin) * self._wide
+                rows = replace(rows, memory=(rest.reshape(-1),), part=np.zeros_like(rows.part), start=start)
             own = slice(begin, end)
             part = rows.part[own] + np.int32(len(self._memory))
             sizes = None if rows.sizes is None else rows.sizes[own]
@@ -222,16 +217,17 @@ class _Chunk:
         for at in np.flatnonzero((tags < 0).all(axis=1)).tolist():
             labels[at] = None
         sizes = [None] * count if extents is None else list(extents)
-        told: list[list[str] | None] = [None] * count
-        found: list[Any] = [None] * count
+        captions: list[list[str] | None] = [None] * count
+        embeddings: list[Any] = [None] * count
         if self._captions:
             for at in range(count):
-                captions = self._batch_captions(at)
+                own = slice(at * self._slot, (at + 1) * self._slot)
+                asked = list(chain.from_iterable(lane[own] for lane in self._captions))
                 if text is not None:
-                    found[at] = text.lookup_stored(captions)
-                if any(caption is not None for caption in captions):
-                    told[at] = [caption or "" for caption in captions]
-        self._parts = list(zip(latents, list(sample_ids), labels, told, sizes, found, strict=True))
+                    embeddings[at] = text.lookup_stored(asked)
+                if any(caption is not None for caption in asked):
+                    captions[at] = [caption or "" for caption in asked]
+        self._parts = list(zip(latents, list(sample_ids), labels, captions, sizes, embeddings, strict=True))
 
     def _by_batch(self, stretches: tuple[Any, ...]) -> Any:
         """Values lane after lane as [batches, rows of all lanes, ...]; None where they are."""
@@ -246,16 +242,5 @@ class _Chunk:
         stored = gather(self._memory, part[begin:end].ravel(), start[begin:end].ravel(), self._wide)
         return list(stored.view(self._dtype).reshape(end - begin, -1, *self._shape))
 
-    def _batch_captions(self, index: int) -> Sequence[str | None]:
-        begin = index * self._slot
-        return list(chain.from_iterable(lane[begin : begin + self._slot] for lane in self._captions))
-
     def batch(self, index: int, step: int, epoch: int) -> Batch:
         return Batch(step, epoch, self._bucket, *self._parts[index])
-
-
-def _last_of(rows: WindowRows, begin: int, wide: int) -> WindowRows:
-    """Copies the latents from `begin` on, the others are lost: for a window to go while a batch still lacks rows."""
-    latents = gather(rows.memory, rows.part[begin:], rows.start[begin:], wide)
-    start = (np.arange(len(rows.start), dtype=np.int64) - begin) * wide
-    return replace(rows, memory=(latents.reshape(-1),), part=np.zeros_like(rows.part), start=start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 from collections.abc import Sequence
@@ -247,9 +248,14 @@ def held_out_counts(
     key = f"heldout-{name}.npy"
     limits = row_counts(dataset.row_groups)
     if cache is not None and cache.exists(key):
-        cached = _parse(cache.read_bytes(key))
-        if cached is not None and cached.shape == limits.shape and ((cached >= 0) & (cached <= limits)).all():
-            return cached
+        data = cache.read_bytes(key)
+        cached: Any = None
+        with contextlib.suppress(ValueError, EOFError, OSError):
+            cached = np.load(io.BytesIO(data), allow_pickle=False)
+        if isinstance(cached, np.ndarray) and cached.dtype == np.int64 and cached.shape == limits.shape:
+            kept: NDArray[np.int64] = cached
+            if ((kept >= 0) & (kept <= limits)).all():
+                return kept
 
     def count(row_group: int) -> int:
         images = image_words(dataset.read(row_group, SIDE_COLUMNS, verify=False))
@@ -262,14 +268,6 @@ def held_out_counts(
         np.save(buffer, counts, allow_pickle=False)
         cache.put(key, buffer.getvalue())
     return counts
-
-
-def _parse(data: bytes) -> NDArray[np.int64] | None:
-    try:
-        counts = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError):
-        return None
-    return counts if isinstance(counts, np.ndarray) and counts.dtype == np.int64 else None
 
 
 def split_rows(

@@ -232,9 +232,9 @@ class _Run:
         self._producer.join()
 
     def _produce(self, stream: LatentStream, start_step: int) -> None:
-        how = stream._dataset.latent_dtype, self._reader.submit, stream._text, stream._threads
+        settings = stream._dataset.latent_dtype, self._reader.submit, stream._text, stream._threads
         try:
-            for packet in batches(stream.order, stream._lanes, start_step, *how):
+            for packet in batches(stream.order, stream._lanes, start_step, *settings):
                 if not self._channel.put(packet):
                     break
             self._outcome.set_result(None)

@@ -58,10 +58,21 @@ def open_mixture(
         with naming(part.name):
             layout = layout_of(part.dataset, split_rows(part.dataset, holdout, "train", cache=cache, threads=threads))
             least.append(least_window_bytes(layout, batch_size, lanes))
+    spare = window_bytes - sum(least)
+    if spare < 0:
+        raise ConfigError(
+            "the shuffling windows do not fit their memory",
+            key="window_bytes",
+            value=window_bytes,
+            rule=f"the {len(least)} datasets need at least {' + '.join(map(str, least))} bytes: for each lane and "
+            "bucket 2 windows of at least the largest row group",
+            next_step=f"allow {sum(least)} bytes (all workers and datasets together), or use fewer lanes",
+        )
     settings |= {"seed": seed, "batch_size": batch_size, "lanes": lanes, "holdout": holdout, "cache": cache}
     settings["threads"] = threads
     streams = []
-    for part, size_bytes in zip(parts, _divided(window_bytes, least, weights), strict=True):
+    for part, need, share in zip(parts, least, shares_of(weights, len(least)).tolist(), strict=True):
+        size_bytes = need + spare * share // BLOCK
         with naming(part.name):
             streams.append(LatentStream(part.dataset, window_bytes=size_bytes, text=part.text, **settings))
     return MixtureStream(streams, weights, seed=seed, names=[part.name for part in parts])
@@ -170,19 +181,3 @@ def shares_of(weights: Sequence[float], streams: int) -> NDArray[np.int64]:
             next_step="raise the weight, or leave the dataset out",
         )
     return shares
-
-
-def _divided(window_bytes: int, least: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """Each dataset's part of the memory; ConfigError when it is less than they need together."""
-    spare = window_bytes - sum(least)
-    if spare < 0:
-        raise ConfigError(
-            "the shuffling windows do not fit their memory",
-            key="window_bytes",
-            value=window_bytes,
-            rule=f"the {len(least)} datasets need at least {' + '.join(map(str, least))} bytes: for each lane and "
-            "bucket 2 windows of at least the largest row group",
-            next_step=f"allow {sum(least)} bytes (all workers and datasets together), or use fewer lanes",
-        )
-    shares = shares_of(weights, len(least)).tolist()
-    return [need + spare * share // BLOCK for need, share in zip(least, shares, strict=True)]

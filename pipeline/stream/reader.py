@@ -77,7 +77,15 @@ class WindowReader:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, window: Window) -> WindowRows:
-        shape = self._shape(window)
+        # The latent shape of the window's bucket, read once: all its rows share it.
+        if window.bucket not in self._shapes:
+            group = window.pieces[0].row_group
+            table = self._dataset.read(group, ["latent_shape"], verify=self._verify)
+            stored = table.column("latent_shape")[0].as_py()
+            if stored is None or len(stored) != 3 or min(stored) < 1:
+                raise self._unusable(group, f"its latent shape is {stored}, not [c, h, w]")
+            self._shapes[window.bucket] = (stored[0], stored[1], stored[2])
+        shape = self._shapes[window.bucket]
         wide = 2 * math.prod(shape)
         parts: list[_Part] = []
         for piece in window.pieces:
@@ -90,7 +98,16 @@ class WindowReader:
     def _read_piece(self, piece: Piece, wide: int) -> _Part:
         table = self._dataset.read(piece.row_group, self._columns, verify=self._verify)
         ids = id_words(binary_rows(table.column("sample_id"), 16))
-        chosen = self._choose(piece, table)
+        # The piece's rows among all rows of its row group.
+        expected = self._dataset.row_groups[piece.row_group].num_rows
+        if len(table) != expected:
+            raise self._unusable(piece.row_group, f"it gave {len(table)} rows where the manifest has {expected}")
+        chosen: slice | NDArray[np.int64] = slice(piece.start, piece.stop)
+        if self._side is not None:
+            share, held = self._side
+            chosen = np.flatnonzero(held_out(image_words(table), share) == held)[piece.start : piece.stop]
+            if len(chosen) != piece.stop - piece.start:
+                raise self._unusable(piece.row_group, "its held-out rows are not those counted before")
         latents = self._dataset.read_fixed(piece.row_group, "latent", verify=self._verify)
         if len(latents) != len(ids):
             raise ValueError(f"it gave {len(latents)} latents for {len(ids)} rows")
@@ -99,7 +116,10 @@ class WindowReader:
             raise ValueError(f"a value is {latents.width} bytes long, not {wide}")
         if len(latents.data) > MAX_PART_BYTES:
             raise ValueError(f"its latents take {len(latents.data)} bytes, of at most {MAX_PART_BYTES}")
-        _bring_in(latents)
+        if len(latents):
+            # Touch every memory page, so that the disk is waited for here and in the order of the file.
+            begin, end = int(latents.starts[0]), int(latents.starts[-1]) + latents.width
+            latents.data[begin:end:_PAGE_BYTES].max()
         sizes = None
         if self._sizes:
             sizes = np.empty((count, len(SIZE_COLUMNS)), dtype=np.int32)
@@ -111,30 +131,6 @@ class WindowReader:
             whole = isinstance(chosen, slice)
             captions = column.slice(piece.start, count) if whole else column.take(pa.array(chosen))
         return _Part(latents, ids[chosen], integers(table.column("label"))[chosen], sizes, captions)
-
-    def _choose(self, piece: Piece, table: pa.Table) -> slice | NDArray[np.int64]:
-        """The piece's rows among all rows of its row group."""
-        expected = self._dataset.row_groups[piece.row_group].num_rows
-        if len(table) != expected:
-            raise self._unusable(piece.row_group, f"it gave {len(table)} rows where the manifest has {expected}")
-        if self._side is None:
-            return slice(piece.start, piece.stop)
-        share, held = self._side
-        chosen = np.flatnonzero(held_out(image_words(table), share) == held)[piece.start : piece.stop]
-        if len(chosen) != piece.stop - piece.start:
-            raise self._unusable(piece.row_group, "its held-out rows are not those counted before")
-        return chosen
-
-    def _shape(self, window: Window) -> Shape:
-        """The latent shape of the window's bucket, read once: all its rows share it."""
-        if window.bucket not in self._shapes:
-            group = window.pieces[0].row_group
-            table = self._dataset.read(group, ["latent_shape"], verify=self._verify)
-            shape = table.column("latent_shape")[0].as_py()
-            if shape is None or len(shape) != 3 or min(shape) < 1:
-                raise self._unusable(group, f"its latent shape is {shape}, not [c, h, w]")
-            self._shapes[window.bucket] = (shape[0], shape[1], shape[2])
-        return self._shapes[window.bucket]
 
     def _unusable(self, row_group: int, problem: str) -> InputError:
         info = self._dataset.row_groups[row_group]
@@ -181,12 +177,6 @@ def _joined(shape: Shape, parts: list[_Part], order: NDArray[np.int64] | None) -
         joined([part.sizes for part in parts]),
         captions,
     )
-
-
-def _bring_in(latents: FixedRows) -> None:
-    """Touch every memory page of the latents, so that the disk is waited for here and in the order of the file."""
-    if len(latents):
-        latents.data[int(latents.starts[0]) : int(latents.starts[-1]) + latents.width : _PAGE_BYTES].max()
 
 
 class Channel(Generic[T]):

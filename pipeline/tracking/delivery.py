@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from pipeline.errors import InputError
 from pipeline.tracking.journal import Header, JournalReader, Record, adopt, gate, journals
@@ -100,26 +100,24 @@ class Delivery:
                 raise RunMissing("the run to attach to has not been made yet")
             run = self._store.create_run(self.header)
         elif self.header.role == "owner":
-            self._claim(run)
+            # The newest attempt decides a run's status; a live one is the newest, whatever the clocks say.
+            holder, attempt = run.tags.get(ATTEMPT_TAG, ""), self.header.attempt
+            if holder != attempt and (self._live or attempt >= holder):
+                self._store.log_batch(run.run_id, [], {}, {ATTEMPT_TAG: attempt, **self.header.tags})
+            if self._live and run.status != "RUNNING":
+                self._store.set_status(run.run_id, "RUNNING")
         self._run = run
         self._journal.confirm(self._journal.confirmed.offset, run_id=run.run_id)
-
-    def _claim(self, run: RunState) -> None:
-        """The newest attempt decides a run's status; a live one is the newest, whatever the clocks say."""
-        holder = run.tags.get(ATTEMPT_TAG, "")
-        if not self._live and self.header.attempt < holder:
-            return
-        if holder != self.header.attempt:
-            self._store.log_batch(run.run_id, [], {}, {ATTEMPT_TAG: self.header.attempt, **self.header.tags})
-        if self._live and run.status != "RUNNING":
-            self._store.set_status(run.run_id, "RUNNING")
 
     def send_next(self) -> bool:
         """Send what fits one round; False when the journal holds no further complete record."""
         batch, end = _Batch(), self._journal.confirmed.offset
         for end_of_line, record in self._journal.pending():
             if record is not None and record["kind"] in _BATCHED:
-                _add_if_sound(batch, record)
+                try:
+                    batch.add(record)
+                except (KeyError, TypeError, ValueError) as error:
+                    _log.warning("a tracking record of kind %s is unusable: %s", record["kind"], error)
                 end = end_of_line
                 if batch.full():
                     break
@@ -187,41 +185,31 @@ class Delivery:
         return point.step in self._delivered_steps[point.key]
 
     def _send_single(self, record: Record) -> int:
+        kind = record["kind"]
         try:
-            self._perform(record)
+            if kind == "artifact":
+                local = self._journal.local_file(record["file"])
+                if not local.is_file():
+                    raise FileNotFoundError(f"{record['file']} is gone from the journal's folder")
+                self._store.log_artifact(self.run_id, local, record["folder"])
+            elif kind == "input":
+                name, digest, source, context = (str(record[k]) for k in ("name", "digest", "source", "context"))
+                self._store.log_input(self.run_id, name, digest, source, context, record.get("tags"))
+            elif kind == "model":
+                self._store.register_model(self.run_id, str(record["name"]), str(record["uri"]), dict(record["tags"]))
+            elif kind == "status":
+                self._ended = True
+                if self._still_ours():
+                    self._store.set_status(self.run_id, record["status"], int(record["t"]))
+            else:
+                raise ValueError(f"unknown kind {kind!r}")
         except StoreRefused as error:
-            _log.warning("the tracking store refuses a record of kind %s: %s", record["kind"], error)
+            _log.warning("the tracking store refuses a record of kind %s: %s", kind, error)
             return 1
         except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
-            _log.warning("a tracking record of kind %s is unusable: %s", record["kind"], error)
+            _log.warning("a tracking record of kind %s is unusable: %s", kind, error)
             return 1
         return 0
-
-    def _perform(self, record: Record) -> None:
-        kind = record["kind"]
-        if kind == "artifact":
-            local = self._journal.local_file(record["file"])
-            if not local.is_file():
-                raise FileNotFoundError(f"{record['file']} is gone from the journal's folder")
-            self._store.log_artifact(self.run_id, local, record["folder"])
-        elif kind == "input":
-            name, digest, source, context = (str(record[k]) for k in ("name", "digest", "source", "context"))
-            self._store.log_input(self.run_id, name, digest, source, context, record.get("tags"))
-        elif kind == "model":
-            self._store.register_model(self.run_id, str(record["name"]), str(record["uri"]), dict(record["tags"]))
-        elif kind == "status":
-            self._ended = True
-            if self._still_ours():
-                self._store.set_status(self.run_id, record["status"], int(record["t"]))
-        else:
-            raise ValueError(f"unknown kind {kind!r}")
-
-
-def _add_if_sound(batch: _Batch, record: dict[str, Any]) -> None:
-    try:
-        batch.add(record)
-    except (KeyError, TypeError, ValueError) as error:
-        _log.warning("a tracking record of kind %s is unusable: %s", record["kind"], error)
 
 
 def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -295,7 +283,8 @@ def replay_orphans(
 ) -> ReplayReport:
     """Send the orphans for `server` (None: for any) that `wanted` picks, oldest first; the caller holds the gate."""
     report = ReplayReport()
-    for path in _owners_first(journals(folder)):
+    # An owner's journal may have to make the run that the attached ones wait for.
+    for path in sorted(journals(folder), key=lambda path: "-owner-" not in path.name):
         with adopt(path) as mine:
             report.add(_replay_one(path, store, server, wanted) if mine else ReplayReport(in_use=1))
     return report
@@ -314,12 +303,6 @@ def is_held(folder: Path, mine: Path, wanted: Callable[[Header, str | None], boo
             if header is not None and wanted(header, journal.confirmed.run_id):
                 return True
     return False
-
-
-def _owners_first(paths: list[Path]) -> Iterator[Path]:
-    """An owner's journal may have to make the run that the attached ones wait for."""
-    yield from (p for p in paths if "-owner-" in p.name)
-    yield from (p for p in paths if "-owner-" not in p.name)
 
 
 def _replay_one(

@@ -83,7 +83,9 @@ class Flusher:
         while attempts_left:
             closing = self._closing.is_set()
             wait_s = self._round()
-            if closing and not self._is_others_turn and not self._awaits_owner():
+            # All that is missing may be the run, which its owner is about to make: a short job ends before that.
+            awaits_owner = self._is_early and time.monotonic() < self._closing_until
+            if closing and not self._is_others_turn and not awaits_owner:
                 attempts_left = 0 if self.last_error is None else attempts_left - 1
             if time.monotonic() - synced >= FSYNC_EVERY_S:
                 self._writer.sync()
@@ -92,13 +94,7 @@ class Flusher:
                 self._closing.wait(wait_s)
             elif attempts_left:
                 time.sleep(min(wait_s, FIRST_BACKOFF_S))
-        self._let_go()
-
-    def _awaits_owner(self) -> bool:
-        """Whether all that is missing is the run, which its owner is about to make: a short job ends before that."""
-        return self._is_early and time.monotonic() < self._closing_until
-
-    def _let_go(self) -> None:
+        # Let go of the journal.
         self._writer.sync()
         self._unsent = self._journal.num_unsent_bytes()
         if self._unsent == 0 and self._delivery is not None:
@@ -118,7 +114,15 @@ class Flusher:
                 pass
             self._replay_others(self._store)
         except Exception as error:  # noqa: BLE001 - whatever the store does must not end this thread
-            return self._note_failure(error)
+            self._is_others_turn = False
+            self._is_early = self._delivery is None and self._is_made_by_owner and isinstance(error, RunMissing)
+            text = f"{type(error).__name__}: {error}"
+            if self.last_error is None:
+                _log.warning("tracking records wait in %s: %s", self._writer.path, text)
+            self.last_error = text
+            rest_s = self._backoff_s * random.uniform(0.5, 1.0)
+            self._backoff_s = min(2 * self._backoff_s, LONGEST_BACKOFF_S)
+            return rest_s
         if self.last_error is not None:
             _log.info("the tracking store answers again")
         self._is_early = False
@@ -156,17 +160,6 @@ class Flusher:
             if mine:
                 replay_orphans(self._writer.path.parent, store, self._delivery.header.server)
                 self._others_replayed = True
-
-    def _note_failure(self, error: Exception) -> float:
-        self._is_others_turn = False
-        self._is_early = self._delivery is None and self._is_made_by_owner and isinstance(error, RunMissing)
-        text = f"{type(error).__name__}: {error}"
-        if self.last_error is None:
-            _log.warning("tracking records wait in %s: %s", self._writer.path, text)
-        self.last_error = text
-        rest_s = self._backoff_s * random.uniform(0.5, 1.0)
-        self._backoff_s = min(2 * self._backoff_s, LONGEST_BACKOFF_S)
-        return rest_s
 
 
 def _same_run(mine: Header, other: Header, other_run_id: str | None) -> bool:

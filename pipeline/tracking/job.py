@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from pipeline.result import JobResult
 from pipeline.tracking.config import SyncTrackingJobConfig
-from pipeline.tracking.delivery import ReplayReport, no_folder, replay
+from pipeline.tracking.delivery import no_folder, replay
 from pipeline.tracking.journal import JournalReader, adopt, journals
 from pipeline.tracking.uris import check_uri, masked_uri, sqlite_path, store_identity, without_credentials
 
@@ -25,8 +25,17 @@ def run_sync(config: SyncTrackingJobConfig) -> JobResult:
     """
     tracking = config.tracking
     report = replay(tracking.journal_dir, tracking.uri, any_server=config.any_server)
-    for line in _remarks(report, tracking.journal_dir):
-        _log.warning(line)
+    # What a person should know about the journals that stay.
+    remarks = (
+        (report.in_use, "belong to running processes, which send them themselves"),
+        (report.other_server, "were written for another tracking.uri; any_server=true sends them here all the same"),
+        (report.waiting, "wait for a run that no journal here makes: sync the machine of that job's driver first"),
+        (report.unreadable, "cannot be read by this version and were left alone"),
+        (report.refused, "records were refused by the store; their journals are kept as *.refused"),
+    )
+    for number, remark in remarks:
+        if number:
+            _log.warning(f"{tracking.journal_dir}: {number:,} {remark}")
     return JobResult(
         "done" if report.sent else "unchanged",
         {
@@ -39,18 +48,6 @@ def run_sync(config: SyncTrackingJobConfig) -> JobResult:
         },
         details={"runs": list(dict.fromkeys(report.runs))},
     )
-
-
-def _remarks(report: ReplayReport, folder: str) -> list[str]:
-    """What a person should know about the journals that stay."""
-    said = (
-        (report.in_use, "belong to running processes, which send them themselves"),
-        (report.other_server, "were written for another tracking.uri; any_server=true sends them here all the same"),
-        (report.waiting, "wait for a run that no journal here makes: sync the machine of that job's driver first"),
-        (report.unreadable, "cannot be read by this version and were left alone"),
-        (report.refused, "records were refused by the store; their journals are kept as *.refused"),
-    )
-    return [f"{folder}: {number:,} {what}" for number, what in said if number]
 
 
 def plan_sync(config: SyncTrackingJobConfig) -> JobResult:

@@ -80,7 +80,7 @@ class JournalWriter:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record as one line."""
-        line = _encode(record)
+        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
         with self._lock:
             if self._torn:
                 line = b"\n" + line
@@ -133,7 +133,10 @@ class JournalReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.confirmed = _read_state(path)
+        try:
+            self.confirmed = Confirmed(**json.loads(_state_path(path).read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            self.confirmed = Confirmed()  # sending again is harmless
 
     def header(self) -> Header | None:
         """The first line, or None when the file has no readable one of this format version."""
@@ -243,10 +246,6 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-def _encode(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(record, separators=(",", ":")).encode() + b"\n"
-
-
 def _decode(line: bytes) -> Record | None:
     try:
         record = json.loads(line)
@@ -257,10 +256,3 @@ def _decode(line: bytes) -> Record | None:
 
 def _state_path(path: Path) -> Path:
     return path.with_suffix(".state")
-
-
-def _read_state(path: Path) -> Confirmed:
-    try:
-        return Confirmed(**json.loads(_state_path(path).read_text()))
-    except (FileNotFoundError, ValueError, TypeError):
-        return Confirmed()  # sending again is harmless

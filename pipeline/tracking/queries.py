@@ -60,8 +60,8 @@ def descend(run_id: str, uri: str) -> list[LineageStep]:
 def runs_of_dataset(digest: str, uri: str) -> list[LineageStep]:
     """The runs that read or made the dataset with this digest, oldest first."""
     with _opened(uri) as store:
-        found = [_step(run, 0) for run in store.search(None, f"dataset.digest = '{_plain(digest)[:36]}'")]
-    return [s for s in found if any(d.digest.startswith(digest) for d in s.inputs + s.outputs)]
+        steps = [_step(run, 0) for run in store.search(None, f"dataset.digest = '{_plain(digest)[:36]}'")]
+    return [s for s in steps if any(d.digest.startswith(digest) for d in s.inputs + s.outputs)]
 
 
 def _breadth_first(
@@ -72,30 +72,22 @@ def _breadth_first(
     with _opened(uri) as store:
         while queue:
             reference, depth = queue.popleft()
-            run = _find(store, reference)
+            if reference.startswith(HANDLE_PREFIX):
+                key = _plain(reference.removeprefix(HANDLE_PREFIX))
+                run = next(iter(store.search(None, f"tags.`{RUN_KEY_TAG}` = '{key}'")), None)
+            else:
+                run = store.run_state(reference)
             if run is None and depth == 0:
-                raise _no_run(reference, uri)
+                raise NoSuchRun(
+                    f"There is no run {reference} in {masked_uri(uri)}",
+                    rule="a run id or handle of this tracking store",
+                    next_step="take the id from the last line a job printed, and the uri from its tracking section",
+                )
             step = _step(run, depth) if run else LineageStep(reference, found=False, depth=depth)
             if step.run_id not in steps:
                 steps[step.run_id] = step
                 queue.extend((other, depth + 1) for other in (following(store, step) if step.found else []))
     return list(steps.values())
-
-
-def _no_run(reference: str, uri: str) -> NoSuchRun:
-    return NoSuchRun(
-        f"There is no run {reference} in {masked_uri(uri)}",
-        rule="a run id or handle of this tracking store",
-        next_step="take the id from the last line a job printed, and the uri from its tracking section",
-    )
-
-
-def _find(store: MlflowStore, reference: str) -> RunState | None:
-    if not reference.startswith(HANDLE_PREFIX):
-        return store.run_state(reference)
-    key = _plain(reference.removeprefix(HANDLE_PREFIX))
-    found = store.search(None, f"tags.`{RUN_KEY_TAG}` = '{key}'")
-    return found[0] if found else None
 
 
 def _children(store: MlflowStore, run_id: str) -> list[str]:
@@ -166,8 +158,8 @@ class ModelVersion:
 
 def resolve(reference: str, tracking_uri: str) -> ModelVersion:
     """The version that `models:/NAME@ALIAS`, `models:/NAME/3` or `models:/NAME@latest` means now; InputError."""
-    found = _REFERENCE.fullmatch(reference)
-    if found is None:
+    parsed = _REFERENCE.fullmatch(reference)
+    if parsed is None:
         raise InputError(
             f"{reference!r} names no registered model",
             key="model.uri",
@@ -175,7 +167,7 @@ def resolve(reference: str, tracking_uri: str) -> ModelVersion:
             rule="models:/NAME@ALIAS, models:/NAME/VERSION or models:/NAME@latest",
             next_step="name an alias of the model, such as models:/NAME@production",
         )
-    name, wanted = found["name"], found["alias"] or found["version"]
+    name, wanted = parsed["name"], parsed["alias"] or parsed["version"]
     with opened(tracking_uri) as registry:
         versions = registry.versions(name)
         if wanted == LATEST:
@@ -213,15 +205,21 @@ class Registry:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return []
             raise
-        found, token = [], None
+        entities, token = [], None
         while True:
             quoted = name.replace("'", "\\'")
             page = self._client.search_model_versions(f"name = '{quoted}'", page_token=token)
-            found += page
+            entities += page
             token = page.token
             if not token:
                 break
-        versions = [_version(each, tuple(sorted(aliases.get(int(each.version), ())))) for each in found]
+        versions = []
+        for each in entities:
+            number, tags = int(each.version), dict(each.tags)
+            uri, run_id = tags.get(URI_TAG, each.source), each.run_id or ""
+            versions.append(
+                ModelVersion(each.name, number, uri, run_id, tuple(sorted(aliases.get(number, ()))), tags)
+            )
         return sorted(versions, key=lambda v: v.version)
 
     def point(self, version: ModelVersion, alias: str, tags: dict[str, str]) -> None:
@@ -246,10 +244,3 @@ def opened(uri: str) -> Iterator[Registry]:
             value=masked_uri(uri),
             next_step="check that it runs and lets this user in, then try again",
         ) from None
-
-
-def _version(found: Any, aliases: tuple[str, ...]) -> ModelVersion:
-    tags = dict(found.tags)
-    return ModelVersion(
-        found.name, int(found.version), tags.get(URI_TAG, found.source), found.run_id or "", aliases, tags
-    )

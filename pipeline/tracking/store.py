@@ -88,11 +88,23 @@ class MlflowStore:
 
     def __init__(self, uri: str) -> None:
         self._redact = Redactor.for_uri(uri)
-        self._uri = _without_user(uri)
+        self._uri, parts = uri, urlsplit(uri)
+        if parts.scheme in ("http", "https") and parts.username:
+            # A server's credentials go to the environment, where mlflow looks for them, out of its errors.
+            os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
+            os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
+            self._uri = without_credentials(uri)
         self._sqlite = sqlite_path(uri)
         self._experiments: dict[str, str] = {}
         with self._translated():
-            self.client = _client(self._uri)
+            for name, value in _REQUEST_DEFAULTS.items():
+                os.environ.setdefault(name, value)
+            from mlflow import MlflowClient
+
+            # The first use of a sqlite file announces each step of making the tables; failures are reported by us.
+            logging.getLogger("mlflow").setLevel(logging.WARNING)
+            logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+            self.client: Any = MlflowClient(tracking_uri=self._uri)
 
     def find_run(self, header: Header, known_id: str | None) -> RunState | None:
         """The run of a journal: by id where that still leads to an active run, else by its key."""
@@ -100,12 +112,16 @@ class MlflowStore:
         state = self.run_state(run_id) if run_id else None
         if state is not None or header.run_key is None:
             return state
-        found = self.search(header.experiment, f"tags.`{RUN_KEY_TAG}` = '{header.run_key}'")
-        return found[0] if found else None
+        runs = self.search(header.experiment, f"tags.`{RUN_KEY_TAG}` = '{header.run_key}'")
+        return runs[0] if runs else None
 
     def create_run(self, header: Header) -> RunState:
         """Make the run of an owner's journal; the caller has looked for it before."""
-        tags = {**header.tags, ATTEMPT_TAG: header.attempt, "mlflow.user": _user()}
+        try:
+            user = getpass.getuser()
+        except (KeyError, OSError):  # a numeric user without an entry, as in many containers
+            user = str(os.getuid())
+        tags = {**header.tags, ATTEMPT_TAG: header.attempt, "mlflow.user": user}
         if header.run_key:
             tags[RUN_KEY_TAG] = header.run_key
         if header.run_id:
@@ -215,31 +231,28 @@ class MlflowStore:
                 self.client.set_terminated(run_id, status, end_ms)
 
     def _experiment_id(self, name: str) -> str:
-        if name not in self._experiments:
-            self._experiments[name] = self._find_or_make_experiment(name)
-        return self._experiments[name]
-
-    def _find_or_make_experiment(self, name: str) -> str:
         from mlflow.exceptions import MlflowException
 
-        found = self.client.get_experiment_by_name(name)
-        if found is None:
+        if name in self._experiments:
+            return self._experiments[name]
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
+            # Beside a sqlite file (mlflow's own default depends on the working directory); a server knows its own.
+            location = None
+            if self._sqlite is not None:
+                folder = re.sub(r"[^A-Za-z0-9._-]", "_", name).strip(".") or "experiment"
+                location = (self._sqlite.parent / "mlartifacts" / folder).as_uri()
             try:
-                return str(self.client.create_experiment(name, artifact_location=self._artifact_location(name)))
+                self._experiments[name] = str(self.client.create_experiment(name, artifact_location=location))
+                return self._experiments[name]
             except MlflowException:
-                found = self.client.get_experiment_by_name(name)  # another process may have been quicker
-                if found is None:
+                experiment = self.client.get_experiment_by_name(name)  # another process may have been quicker
+                if experiment is None:
                     raise
-        if found.lifecycle_stage != "active":
+        if experiment.lifecycle_stage != "active":
             raise TrackingUnavailable(f"experiment {name!r} was deleted: restore it, or name another")
-        return str(found.experiment_id)
-
-    def _artifact_location(self, name: str) -> str | None:
-        """Beside a sqlite file (mlflow's own default depends on the working directory); a server knows its own."""
-        if self._sqlite is None:
-            return None
-        folder = re.sub(r"[^A-Za-z0-9._-]", "_", name).strip(".") or "experiment"
-        return (self._sqlite.parent / "mlartifacts" / folder).as_uri()
+        self._experiments[name] = str(experiment.experiment_id)
+        return self._experiments[name]
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -257,27 +270,6 @@ class MlflowStore:
             raise TrackingUnavailable(text) from None
         except OSError as error:  # requests' errors are among them
             raise TrackingUnavailable(self._redact(f"{type(error).__name__}: {error}")[:500]) from None
-
-
-def _client(uri: str) -> Any:
-    for name, value in _REQUEST_DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
-
-    # The first use of a sqlite file announces each step of making the tables; failures are reported by us.
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    return MlflowClient(tracking_uri=uri)
-
-
-def _without_user(uri: str) -> str:
-    """Move a server's credentials from the URI to the environment, where mlflow looks for them, out of its errors."""
-    parts = urlsplit(uri)
-    if parts.scheme not in ("http", "https") or not parts.username:
-        return uri
-    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
-    os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
-    return without_credentials(uri)
 
 
 def _state(run: Any) -> RunState:
@@ -300,10 +292,3 @@ def _link(dataset_input: Any) -> DatasetLink:
         source = str(dataset.source)
     digest = tags.get(DIGEST_TAG, dataset.digest)
     return DatasetLink(dataset.name, digest, source, tags.get("mlflow.data.context", ""))
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a numeric user without an entry, as in many containers
-        return str(os.getuid())

@@ -211,7 +211,10 @@ class JournalTracker:
             ) from None
         owner = header.role == "owner"
         self._flusher = Flusher(
-            self._journal, make_store, period_s=FLUSH_PERIOD_S, prepare=self._log_environment if owner else None
+            self._journal,
+            make_store,
+            period_s=FLUSH_PERIOD_S,
+            prepare=(lambda: self.set_tags(environment_tags())) if owner else None,
         )
         self._flusher.start()
         # A process that ends without finish() has failed; one that is killed is found by the next replay.
@@ -234,7 +237,19 @@ class JournalTracker:
         self._journal.append({"kind": "params", "values": values})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        values = {self._checked(key): _number(key, value) for key, value in metrics.items()}
+        values: dict[str, float | str] = {}
+        for key, value in metrics.items():
+            name = self._checked(key)
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                raise InputError(
+                    f"metric {key!r} is a {type(value).__name__}, not a number",
+                    rule="a metric is one number",
+                    next_step="log text with set_tags or log_text",
+                ) from None
+            # JSON has no name for those that are not finite; `float` reads them back.
+            values[name] = number if math.isfinite(number) else repr(number)
         self._journal.append({"kind": "metrics", "t": now_ms(), "step": int(step), "values": values})
 
     def log_text(self, text: str, artifact_path: str) -> None:
@@ -253,8 +268,8 @@ class JournalTracker:
     def log_input(
         self, name: str, digest: str, source: str, context: str, tags: Mapping[str, str] | None = None
     ) -> None:
-        told = {"name": name, "digest": digest, "source": self._redact(source), "context": context}
-        self._journal.append({"kind": "input", **told, **({"tags": self._clean_tags(tags)} if tags else {})})
+        record = {"name": name, "digest": digest, "source": self._redact(source), "context": context}
+        self._journal.append({"kind": "input", **record, **({"tags": self._clean_tags(tags)} if tags else {})})
 
     def register_model(self, name: str, uri: str, tags: Mapping[str, str]) -> None:
         record = {"kind": "model", "name": name, "uri": self._redact(uri), "tags": self._clean_tags(tags)}
@@ -295,9 +310,6 @@ class JournalTracker:
         if spooled is not None:
             self._journal.append({"kind": "artifact", "file": spooled, "folder": folder})
 
-    def _log_environment(self) -> None:
-        self.set_tags(environment_tags())
-
     def _clean_tags(self, tags: Mapping[str, str]) -> dict[str, str]:
         return {self._checked(k): _clip(self._redact(str(v)), _MAX_TAG) for k, v in tags.items()}
 
@@ -328,7 +340,10 @@ def open_tracker(
     check_uri(tracking.uri)
     check_access(tracking.uri)
     redact = Redactor.for_uri(tracking.uri)
-    tags = {**tracking.tags, JOB_TAG: job, **_parent_tags(parents or {})}
+    tags = {**tracking.tags, JOB_TAG: job}
+    if parents:  # one tag per parent to read, and one with all of them to search by
+        tags |= {f"{PARENT_TAG}{kind}": run for kind, run in parents.items()}
+        tags[PARENTS_TAG] = json.dumps(sorted(set(parents.values())))
     for key in tags:
         check_key(key)
     run_id, run_key = _split_handle(resume_run_id)
@@ -382,12 +397,6 @@ def check_key(key: str) -> None:
         )
 
 
-def _parent_tags(parents: Mapping[str, str]) -> dict[str, str]:
-    """One tag per parent to read, and one with all of them to search by."""
-    tags = {f"{PARENT_TAG}{kind}": run for kind, run in parents.items()}
-    return {**tags, PARENTS_TAG: json.dumps(sorted(set(parents.values())))} if parents else tags
-
-
 def _split_handle(handle: str | None) -> tuple[str | None, str | None]:
     if handle is not None and handle.startswith(HANDLE_PREFIX):
         key = handle.removeprefix(HANDLE_PREFIX)
@@ -399,19 +408,6 @@ def _split_handle(handle: str | None) -> tuple[str | None, str | None]:
             )
         return None, key
     return handle, None
-
-
-def _number(key: str, value: float) -> float | str:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise InputError(
-            f"metric {key!r} is a {type(value).__name__}, not a number",
-            rule="a metric is one number",
-            next_step="log text with set_tags or log_text",
-        ) from None
-    # JSON has no name for these; `float` reads them back.
-    return number if math.isfinite(number) else repr(number)
 
 
 def _clip(text: str, limit: int) -> str:

@@ -106,7 +106,15 @@ def check_uri(uri: str) -> None:
     except ValueError:
         raise _malformed(shown, "it cannot be parsed") from None
     if parts.scheme == "sqlite":
-        _check_sqlite(uri, shown)
+        path = sqlite_path(uri)
+        if path is None or path.name in ("", ":memory:"):
+            raise _malformed(shown, "it names no database file")
+        if path.is_dir():
+            raise _malformed(shown, "it names a folder")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _malformed(shown, f"its folder cannot be made: {error.strerror}") from None
     elif parts.scheme in ("http", "https") or _DATABASE.match(parts.scheme):
         if not host:
             raise _malformed(shown, "it names no host")
@@ -156,18 +164,6 @@ def check_access(uri: str, timeout_s: float = PROBE_TIMEOUT_S) -> None:
     _log.warning("tracking server %s does not answer (%s): recording locally, sending later", shown, reason)
 
 
-def _check_sqlite(uri: str, shown: str) -> None:
-    path = sqlite_path(uri)
-    if path is None or path.name in ("", ":memory:"):
-        raise _malformed(shown, "it names no database file")
-    if path.is_dir():
-        raise _malformed(shown, "it names a folder")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _malformed(shown, f"its folder cannot be made: {error.strerror}") from None
-
-
 def _malformed(shown: str, why: str) -> ConfigError:
     return ConfigError(
         f"The tracking store cannot be used: {why}",
@@ -186,18 +182,15 @@ def _authorization(uri: str) -> dict[str, str]:
         user = os.environ.get("MLFLOW_TRACKING_USERNAME", "")
         password = os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
     if not user:
-        user, password = _credentials_file()
+        parser = configparser.ConfigParser()
+        try:
+            parser.read(Path.home() / ".mlflow" / "credentials")
+        except (configparser.Error, OSError, RuntimeError):
+            parser = configparser.ConfigParser()  # a file that cannot be read is no file
+        section = parser["mlflow"] if parser.has_section("mlflow") else {}
+        user = section.get("mlflow_tracking_username", "")
+        password = section.get("mlflow_tracking_password", "")
     if user and password:
         return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
     token = os.environ.get("MLFLOW_TRACKING_TOKEN", "")
     return {"Authorization": f"Bearer {token}"} if token else {}
-
-
-def _credentials_file() -> tuple[str, str]:
-    parser = configparser.ConfigParser()
-    try:
-        parser.read(Path.home() / ".mlflow" / "credentials")
-    except (configparser.Error, OSError, RuntimeError):
-        return "", ""
-    section = parser["mlflow"] if parser.has_section("mlflow") else {}
-    return section.get("mlflow_tracking_username", ""), section.get("mlflow_tracking_password", "")

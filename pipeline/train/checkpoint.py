@@ -71,9 +71,8 @@ class CheckpointStore:
         self.node_leader, self.receipts_timeout_s = node_leader, receipts_timeout_s
         self.superseded = superseded
         mine = asdict(begin(root, generation, listed)) if collectives.rank() == 0 else None
-        told = collectives.broadcast_json([mine, secrets.token_hex(4)])
-        self.start = WorkerStart(told[0]["generation"], told[0]["attempt"], tuple(told[0]["began_with"]))
-        self.token: str = told[1]
+        start, self.token = collectives.broadcast_json([mine, secrets.token_hex(4)])
+        self.start = WorkerStart(start["generation"], start["attempt"], tuple(start["began_with"]))
         self.resumed: int | None = None  # at how many images this start began
         # When the newest checkpoint of this start was complete (rank 0 only); until there is one, when it started.
         self.completed_at = time.time()
@@ -100,7 +99,7 @@ class CheckpointStore:
         frozen = json.loads(json.dumps(meta))
         records = self.history.cut(name) if self.history is not None and collectives.rank() == 0 else None
         args = (name, mine, frozen, records, collectives.rank(), collectives.world_size())
-        self._thread = threading.Thread(target=self._publish_guarded, args=args, name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._publish, args=args, name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -111,12 +110,6 @@ class CheckpointStore:
         if self._failure:
             raise self._failure.pop()
 
-    def _publish_guarded(self, *args: Any) -> None:
-        try:
-            self._publish(*args)
-        except BaseException as error:  # noqa: BLE001 - handed to the training thread by wait()
-            self._failure.append(error)
-
     def _publish(
         self,
         name: str,
@@ -126,23 +119,26 @@ class CheckpointStore:
         rank: int,
         world_size: int,
     ) -> None:
-        files = {}
-        for path in sorted(mine.glob("*.safetensors")):
-            data = path.read_bytes()
-            files[path.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            self.root.put(f"{name}/{path.name}", data)
-        self.root.put(f"{name}/receipt-{rank:05d}.json", _to_json({"files": files}))
-        shutil.rmtree(mine, ignore_errors=True)
-        if rank == 0:
-            everything = self._collect_receipts(name, world_size)
-            marker = {"meta": meta, "files": everything, "world_size": world_size, "resumed": self.resumed}
-            if self.history is not None and records is not None:
-                objects, marker[COUNT] = records
-                self.history.write(objects)
-            mark_complete(self.root, name, _to_json(marker))
-            self.completed_at = time.time()
-            shutil.rmtree(mine.parent, ignore_errors=True)
-            self.prune()
+        try:
+            files = {}
+            for path in sorted(mine.glob("*.safetensors")):
+                data = path.read_bytes()
+                files[path.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+                self.root.put(f"{name}/{path.name}", data)
+            self.root.put(f"{name}/receipt-{rank:05d}.json", _to_json({"files": files}))
+            shutil.rmtree(mine, ignore_errors=True)
+            if rank == 0:
+                everything = self._collect_receipts(name, world_size)
+                marker = {"meta": meta, "files": everything, "world_size": world_size, "resumed": self.resumed}
+                if self.history is not None and records is not None:
+                    objects, marker[COUNT] = records
+                    self.history.write(objects)
+                mark_complete(self.root, name, _to_json(marker))
+                self.completed_at = time.time()
+                shutil.rmtree(mine.parent, ignore_errors=True)
+                self.prune()
+        except BaseException as error:  # noqa: BLE001 - handed to the training thread by wait()
+            self._failure.append(error)
 
     def _collect_receipts(self, name: str, world_size: int) -> dict[str, Any]:
         files: dict[str, Any] = {}
@@ -190,7 +186,7 @@ class CheckpointStore:
         raising. A corrupt checkpoint (a missing, foreign, short or altered file) is skipped with a warning for the
         one before it. Any world size may load.
         """
-        found: list[dict[str, Any]] = collectives.broadcast_json(
+        candidates: list[dict[str, Any]] = collectives.broadcast_json(
             [
                 {"name": c.name, "marker": dict(c.marker)}
                 for c in reversed(counting(self.root, self.start))
@@ -199,10 +195,15 @@ class CheckpointStore:
             if collectives.rank() == 0
             else None
         )
-        for candidate in found:
+        for candidate in candidates:
             name, marker = candidate["name"], candidate["marker"]
             check(marker["meta"])
-            local, problem = self._fetch(name, marker["files"])
+            # One rank of each node fetches, for all of them.
+            staged, problem = self.staging / "restore", None
+            if self.node_leader:
+                local, problem = fetch_checked(self.root, name, marker["files"], staged)
+            else:
+                local = local_copy(self.root, name, staged)
             problems = [p for p in collectives.gather_json(problem) if p is not None]
             if problems:
                 if collectives.rank() == 0:
@@ -215,7 +216,11 @@ class CheckpointStore:
                 if self.history is not None and collectives.rank() == 0:
                     self.history.go_on(name, marker)
             return meta
-        if self.resumed is None and collectives.broadcast_json(self._lost() if collectives.rank() == 0 else None):
+        # No checkpoint at all: a first start, or one whose checkpoints were removed while it began.
+        lost = None
+        if self.resumed is None and collectives.rank() == 0:
+            lost = bool(set(self.start.began_with) - {c.name for c in list_complete(self.root)})
+        if self.resumed is None and collectives.broadcast_json(lost):
             raise ConflictError(
                 f"The checkpoints that this start began with are gone from {self.root.uri}",
                 key="output.uri",
@@ -225,14 +230,6 @@ class CheckpointStore:
             )
         self.resumed = 0 if self.resumed is None else self.resumed
         return None
-
-    def _lost(self) -> bool:
-        return bool(set(self.start.began_with) - {c.name for c in list_complete(self.root)})
-
-    def _fetch(self, name: str, files: Mapping[str, Any]) -> tuple[Path, str | None]:
-        if self.node_leader:
-            return fetch_checked(self.root, name, files, self.staging / "restore")
-        return local_copy(self.root, name, self.staging / "restore"), None
 
     def _read(self, tensors: Mapping[str, Tensor], local: Path) -> None:
         with warnings.catch_warnings():

@@ -51,7 +51,16 @@ def check_mixture(config: TrainJobConfig, datasets: Datasets) -> None:
             )
     (first, *others) = datasets
     for key in others:
-        _check_latents(key, datasets[first], datasets[key])
+        one, other = datasets[first], datasets[key]
+        differing = list(differences(_meaning(one), _meaning(other)))
+        if differing:
+            raise ConflictError(
+                f"The latents of {one.uri} and {other.uri} mean different things:\n" + _shown(differing),
+                key=f"{key}.uri",
+                value=other.uri,
+                rule="mixed datasets have one codec and one posterior; sizes, crops and number formats may differ",
+                next_step="encode the images of one of them with the settings of the other, or leave it out",
+            )
 
 
 def common_classes(config: TrainJobConfig, datasets: Datasets) -> int | None:
@@ -85,16 +94,16 @@ def common_classes(config: TrainJobConfig, datasets: Datasets) -> int | None:
 def check_text_uris(config: TrainJobConfig) -> None:
     """ConfigError when only some of the datasets have embeddings."""
     parts = config.data.parts
-    told = [key for key, part in parts.items() if part.text_uri is not None]
-    mute = [key for key, part in parts.items() if part.text_uri is None]
-    if told and mute:
+    embedded = [key for key, part in parts.items() if part.text_uri is not None]
+    bare = [key for key, part in parts.items() if part.text_uri is None]
+    if embedded and bare:
         raise ConfigError(
-            f"The captions of {parts[told[0]].uri} are embedded, those of {parts[mute[0]].uri} are not",
-            key=f"{mute[0]}.text_uri",
+            f"The captions of {parts[embedded[0]].uri} are embedded, those of {parts[bare[0]].uri} are not",
+            key=f"{bare[0]}.text_uri",
             value="null",
             rule="text is learned from all datasets of a mixture or from none",
-            next_step=f"run jobs.embed_text on {parts[mute[0]].uri} and name what it wrote, or set "
-            f"{told[0]}.text_uri=null",
+            next_step=f"run jobs.embed_text on {parts[bare[0]].uri} and name what it wrote, or set "
+            f"{embedded[0]}.text_uri=null",
         )
 
 
@@ -102,28 +111,16 @@ def check_same_encoder(config: TrainJobConfig, texts: Mapping[str, dict[str, Any
     """ConflictError when embeddings (`handshake.text_facts`, by key) were made by different encoders."""
     (first, *others) = texts
     for key in others:
-        found = list(differences(texts[first]["fingerprint"], texts[key]["fingerprint"]))
-        if found:
+        differing = list(differences(texts[first]["fingerprint"], texts[key]["fingerprint"]))
+        if differing:
             raise ConflictError(
                 f"The embeddings at {texts[first]['uri']} and {texts[key]['uri']} were made in different ways:\n"
-                + _shown(found),
+                + _shown(differing),
                 key=f"{key}.text_uri",
                 value=config.data.parts[key].text_uri,
                 rule="all datasets of a mixture share one text encoder and its settings",
                 next_step="run jobs.embed_text on one of the datasets with the other's encoder",
             )
-
-
-def _check_latents(key: str, one: LatentDataset, other: LatentDataset) -> None:
-    found = list(differences(_meaning(one), _meaning(other)))
-    if found:
-        raise ConflictError(
-            f"The latents of {one.uri} and {other.uri} mean different things:\n" + _shown(found),
-            key=f"{key}.uri",
-            value=other.uri,
-            rule="mixed datasets have one codec and one posterior; sizes, crops and number formats may differ",
-            next_step="encode the images of one of them with the settings of the other, or leave it out",
-        )
 
 
 def _meaning(dataset: LatentDataset) -> dict[str, Any]:
@@ -132,8 +129,8 @@ def _meaning(dataset: LatentDataset) -> dict[str, Any]:
     return {**{k: v for k, v in dataset.fingerprint.items() if k not in _MAY_DIFFER}, **shape}
 
 
-def _shown(found: list[tuple[str, str, str]]) -> str:
-    return "\n".join(f"    {name}: {one} in the first, {other} in the second" for name, one, other in found[:20])
+def _shown(differing: list[tuple[str, str, str]]) -> str:
+    return "\n".join(f"    {name}: {one} in the first, {other} in the second" for name, one, other in differing[:20])
 
 
 @dataclass(frozen=True)
@@ -179,16 +176,34 @@ def handshake(config: TrainJobConfig, dataset: LatentDataset, *mix: LatentDatase
     """
     datasets = dict(zip(config.data.parts, (dataset, *mix), strict=True))
     for key, each in datasets.items():
-        _check_channels(f"{key}.uri", each)
+        channels, stored = int(each.codec["latent_channels"]), len(each.channel_mean)
+        if stored != channels * (2 if each.posterior == "moments" else 1):
+            raise ConflictError(
+                f"The dataset holds {stored} channels a row, its codec makes {channels} "
+                f"(posterior: {each.posterior})",
+                key=f"{key}.uri",
+                value=each.uri,
+                rule="stored latents have the codec's channels, twice for moments",
+                next_step="verify the dataset with jobs.verify",
+            )
     check_mixture(config, datasets)
+    num_classes, codec = common_classes(config, datasets), locate_codec(config.codec, dataset.codec)
+    check_text_uris(config)
+    texts = {
+        key: text_facts(part.text_uri, datasets[key], f"{key}.text_uri", pins)
+        for key, part in config.data.parts.items()
+        if part.text_uri is not None
+    }
+    if texts:
+        check_same_encoder(config, texts)
     facts = Facts(
         latent_channels=int(dataset.codec["latent_channels"]),
         factor=int(dataset.codec["factor"]),
-        num_classes=common_classes(config, datasets),
+        num_classes=num_classes,
         moments=dataset.posterior == "moments",
         buckets=_by_frequency(config, datasets),
-        codec=locate_codec(config.codec, dataset.codec),
-        text=_common_text(config, datasets, pins),
+        codec=codec,
+        text=texts.get("data"),
         layouts=tuple(each.layout_digest for each in datasets.values()),
     )
     _check_model(config, facts, " and ".join(each.uri for each in datasets.values()))
@@ -211,35 +226,6 @@ def _by_frequency(config: TrainJobConfig, datasets: dict[str, LatentDataset]) ->
         for bucket, count in zip(groups.buckets, rows.tolist(), strict=True):
             shares[bucket] += part.weight * count / max(1, datasets[key].num_rows)
     return tuple(sorted(shares, key=lambda bucket: (-shares[bucket], bucket)))
-
-
-def _check_channels(key: str, dataset: LatentDataset) -> None:
-    channels = int(dataset.codec["latent_channels"])
-    stored = len(dataset.channel_mean)
-    if stored != channels * (2 if dataset.posterior == "moments" else 1):
-        raise ConflictError(
-            f"The dataset holds {stored} channels a row, its codec makes {channels} (posterior: {dataset.posterior})",
-            key=key,
-            value=dataset.uri,
-            rule="stored latents have the codec's channels, twice for moments",
-            next_step="verify the dataset with jobs.verify",
-        )
-
-
-def _common_text(
-    config: TrainJobConfig, datasets: dict[str, LatentDataset], pins: Pins | None
-) -> dict[str, Any] | None:
-    """The facts of the first dataset's embeddings, which hold for all; None where no text is learned from."""
-    check_text_uris(config)
-    texts = {
-        key: text_facts(part.text_uri, datasets[key], f"{key}.text_uri", pins)
-        for key, part in config.data.parts.items()
-        if part.text_uri is not None
-    }
-    if not texts:
-        return None
-    check_same_encoder(config, texts)
-    return texts["data"]
 
 
 def _check_model(config: TrainJobConfig, facts: Facts, uri: str) -> None:

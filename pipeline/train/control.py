@@ -45,7 +45,7 @@ def request_stop(root: Root, generation: int) -> None:
 
 def record_failure(root: Root, generation: int, error: PipelineError) -> None:
     """Leave an error where the driver, and a restarted worker, find it; the first one stays."""
-    told = {
+    failure = {
         "type": type(error).__name__,
         "what": error.what,
         "key": error.key,
@@ -53,17 +53,17 @@ def record_failure(root: Root, generation: int, error: PipelineError) -> None:
         "rule": error.rule,
         "next_step": error.next_step,
     }
-    root.put_if_absent(f"control/failure-{generation:06d}.json", json.dumps(told).encode())
+    root.put_if_absent(f"control/failure-{generation:06d}.json", json.dumps(failure).encode())
 
 
 def lasting(error: Exception) -> PipelineError | None:
     """What an error means that would only come again after a restart; None for one that a restart may mend."""
     if isinstance(error, PipelineError):
         return error
-    told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if out_of_memory(error):
         return ConfigError(
-            f"Training ran out of memory: {told}",
+            f"Training ran out of memory: {cause}",
             key="train.micro_batch",
             rule="a micro-batch, the weights, their averages and the optimiser fit the memory of a worker",
             next_step="set a smaller train.micro_batch (the sums stay those of train.batch_size), "
@@ -71,7 +71,7 @@ def lasting(error: Exception) -> PipelineError | None:
         )
     if isinstance(error, ValueError | TypeError | LookupError | ArithmeticError):
         return PipelineError(
-            f"A worker failed: {told}",
+            f"A worker failed: {cause}",
             rule="the parts of a configuration go together: sizes, channels, heads, objective and sampler",
             next_step="see the worker's traceback above; with a sound configuration this is a bug in latentloom",
         )
@@ -81,11 +81,11 @@ def lasting(error: Exception) -> PipelineError | None:
 def recorded_failure(root: Root, generation: int) -> PipelineError | None:
     """The error that ended a generation, None when none did."""
     try:
-        told = json.loads(root.read_bytes(f"control/failure-{generation:06d}.json"))
+        failure = json.loads(root.read_bytes(f"control/failure-{generation:06d}.json"))
     except FileNotFoundError:
         return None
-    kind = getattr(errors, told.pop("type"), PipelineError)
-    error: PipelineError = kind(told.pop("what"), **told)
+    kind = getattr(errors, failure.pop("type"), PipelineError)
+    error: PipelineError = kind(failure.pop("what"), **failure)
     return error
 
 

@@ -49,7 +49,15 @@ def export_model(
         model.load_state_dict(weights)
         info = export_info(config, facts, served, task, run_id=run_id, images=state.images, ema=track or RAW)
         place = root.child(MODELS).child(export_name(state.images))
-        if not _already_there(place, info):
+        there = read_model(place.uri).info if place.exists(MARKER) else None
+        if there is not None:
+            # An earlier start may have finished this very export without knowing its run's id yet. What only advises
+            # was told otherwise, or not at all, by earlier releases.
+            advice = {name: getattr(info, name) for name in ("sampling_shift", "always_labelled", "guidable")}
+            if set(there.buckets) == set(info.buckets):
+                advice["buckets"] = info.buckets
+            there = replace(there, run_id=info.run_id, weights_sha256="", **advice)
+        if there != info:
             save_export(place, model, info)
     collectives.barrier()
 
@@ -105,18 +113,6 @@ def sampling_shift(config: TrainJobConfig, facts: Facts) -> float:
     if config.objective.kind != "flow":
         return 1.0
     return TimestepDensity(**config.timesteps.model_dump()).shift_for(math.prod(facts.latent_size))
-
-
-def _already_there(place: Root, info: ModelInfo) -> bool:
-    """Whether this very export was finished by an earlier start, which may not have known its run's id yet."""
-    if not place.exists(MARKER):
-        return False
-    found = read_model(place.uri).info
-    # What only advises was told otherwise, or not at all, by earlier releases.
-    advice = {name: getattr(info, name) for name in ("sampling_shift", "always_labelled", "guidable")}
-    if set(found.buckets) == set(info.buckets):
-        advice["buckets"] = info.buckets
-    return replace(found, run_id=info.run_id, weights_sha256="", **advice) == info
 
 
 def whole_weights(state: TrainState, track: str | None) -> dict[str, Tensor]:

@@ -68,7 +68,7 @@ class Validation:
 
     def _losses(self) -> Tensor:
         """Loss of every sample at every stratum, float64 [samples, T], the same on every rank."""
-        ranks, rank = collectives.world_size(), collectives.rank()
+        task, ranks, rank = self.task, collectives.world_size(), collectives.rank()
         count = len(self.chunks)
         starts = [0]
         for chunk in self.chunks:
@@ -78,22 +78,19 @@ class Validation:
         for first in range(0, count, ranks):
             index = first + rank
             chunk = self.chunks[min(index, count - 1)]
+            ids = chunk.ids.to(self.device)
+            x0 = task.clean(chunk.latents.to(self.device), ids, 0)
+            u = keyed_uniform(task.seed, ids, purpose="validate/timestep")
+            labels = None if chunk.labels is None or task.num_classes is None else chunk.labels.to(self.device)
+            text = None if chunk.text is None else (chunk.text[0].to(self.device), chunk.text[1].to(self.device))
             for j in range(self.num_timesteps):
-                value = self._ask(chunk, j)
+                t = (j + u) / self.num_timesteps
+                noise = keyed_normal(task.seed, ids, purpose="validate/noise", counter=j, shape=x0.shape[1:])
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                    value = task.losses(self.forward, x0, noise, t, labels, text)
                 if index < count:
                     losses[starts[index] : starts[index + 1], j] = value.double().cpu()
         return collectives.total(losses)
-
-    def _ask(self, chunk: Chunk, stratum: int) -> Tensor:
-        task, ids = self.task, chunk.ids.to(self.device)
-        x0 = task.clean(chunk.latents.to(self.device), ids, 0)
-        u = keyed_uniform(task.seed, ids, purpose="validate/timestep")
-        t = (stratum + u) / self.num_timesteps
-        noise = keyed_normal(task.seed, ids, purpose="validate/noise", counter=stratum, shape=x0.shape[1:])
-        labels = None if chunk.labels is None or task.num_classes is None else chunk.labels.to(self.device)
-        text = None if chunk.text is None else (chunk.text[0].to(self.device), chunk.text[1].to(self.device))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return task.losses(self.forward, x0, noise, t, labels, text)
 
 
 # -- Pictures while training: the same seeds and classes at every visit, drawn from an average of the weights --
@@ -167,7 +164,11 @@ class SampleGrid:
         )
         ids = [id_from_text(f"grid {i}") for i in range(self.images)]
         labels: Sequence[int | None] = self.classes() or [None] * self.images
-        texts, parts = self._texts(), []
+        texts: Texts | None = None
+        if self.prompts is not None and task.empty_text is not None:
+            (away,) = _embeddings(task.empty_text)  # the empty prompt, which guidance leads away from
+            texts = [(prompt, away) for prompt in _embeddings(self.prompts[1])]
+        parts = []
         for rows, num_real in padded(np.arange(self.images), min(self.images, _CHUNK)):
             drawn = draw(
                 [ids[i] for i in rows],
@@ -179,27 +180,17 @@ class SampleGrid:
             parts.append(drawn[:num_real])
         return torch.cat(parts)
 
-    def _texts(self) -> Texts | None:
-        """Each prompt, and the empty one that guidance leads away from."""
-        if self.prompts is None or self.task.empty_text is None:
-            return None
-        (away,) = _embeddings(self.task.empty_text)
-        return [(prompt, away) for prompt in _embeddings(self.prompts[1])]
-
-    def _captions(self) -> list[str]:
-        labels = self.classes()
-        parts = [[] if labels is None else [f"class {labels[i]}"] for i in range(self.images)]
-        if self.prompts is not None:
-            for part, prompt in zip(parts, self.prompts[0], strict=True):
-                part.append(prompt[:_CAPTION])
-        return [", ".join(part) for part in parts]
-
     def _sheet(self, latents: Tensor) -> bytes:
         codec = load_codec(**self.codec, device=str(self.device), dtype="auto")
         height, width = (side * codec.info.factor for side in self.shape[1:])
         chunk = max(1, min(_CHUNK, _DECODED_PIXELS // (height * width)))
         pixels = torch.cat([codec.decode(latents[i : i + chunk]).cpu() for i in range(0, self.images, chunk)]).numpy()
-        return contact_sheet([encode_image(p, {}) for p in pixels], self._captions())
+        labels = self.classes()
+        captions = [[] if labels is None else [f"class {labels[i]}"] for i in range(self.images)]
+        if self.prompts is not None:
+            for caption, prompt in zip(captions, self.prompts[0], strict=True):
+                caption.append(prompt[:_CAPTION])
+        return contact_sheet([encode_image(p, {}) for p in pixels], [", ".join(caption) for caption in captions])
 
 
 def _embeddings(text: Text) -> list[Embedding]:

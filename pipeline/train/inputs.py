@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, takewhile
 
@@ -18,7 +17,6 @@ from pipeline.errors import ConfigError, argument_keys
 from pipeline.storage.root import Root
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.read.pins import Pins
-from pipeline.stream.data import Batch
 from pipeline.stream.loader import LatentStream
 from pipeline.stream.mixture import BLOCK, MixtureStream, Part, apportion, naming, open_mixture, shares_of
 from pipeline.text.dataset import TextEmbeddings
@@ -154,17 +152,18 @@ def _held_out(config: TrainJobConfig, part: Served, root: Root, count: int) -> l
     # Only `holdout` decides which rows these are; one lane, so that a few rows fill a chunk.
     settings = config.stream.model_dump() | {"lanes": 1, "batch_size": config.validation.chunk, "split": "holdout"}
     settings |= {"captions": False, "sizes": False, "text": part.text, "cache": root.child(CACHE)}
-    with naming(part.name), _in_chunks(config), LatentStream(part.latents, seed=0, **settings) as stream:
-        first_epoch = takewhile(lambda batch: batch.epoch == 0, stream)
-        return [_chunk(batch) for batch in islice(first_epoch, count)]
-
-
-@contextmanager
-def _in_chunks(config: TrainJobConfig) -> Iterator[None]:
-    """Errors about the batch of a stream say that it is a chunk of the validation."""
+    # What a stream calls a batch is a chunk of the validation here, and errors say so.
+    keys, chunks = argument_keys({**STREAM_KEYS, "batch_size": "validation.chunk"}), []
     try:
-        with argument_keys({**STREAM_KEYS, "batch_size": "validation.chunk"}):
-            yield
+        with naming(part.name), keys, LatentStream(part.latents, seed=0, **settings) as stream:
+            first_epoch = takewhile(lambda batch: batch.epoch == 0, stream)
+            for batch in islice(first_epoch, count):
+                labels = None if batch.labels is None else torch.from_numpy(batch.labels)
+                text = None
+                if batch.text is not None:
+                    text = (on_device(batch.text[0], _CPU), torch.from_numpy(batch.text[1]))
+                ids = ids_from_words(batch.sample_ids)
+                chunks.append(Chunk(on_device(batch.latents, _CPU), ids, labels, text))
     except ConfigError as error:
         if error.key != "validation.chunk":
             raise
@@ -172,23 +171,16 @@ def _in_chunks(config: TrainJobConfig) -> Iterator[None]:
             what="the held-out rows do not fill one chunk of the validation",
             next_step=f"use a smaller chunk, or hold out more than stream.holdout={config.stream.holdout}",
         ) from None
-
-
-def _chunk(batch: Batch) -> Chunk:
-    labels = None if batch.labels is None else torch.from_numpy(batch.labels)
-    asked = None
-    if batch.text is not None:
-        asked = (on_device(batch.text[0], _CPU), torch.from_numpy(batch.text[1]))
-    return Chunk(on_device(batch.latents, _CPU), ids_from_words(batch.sample_ids), labels, asked)
+    return chunks
 
 
 def grid_prompts(dataset: LatentDataset, text: TextEmbeddings, count: int) -> tuple[tuple[str, ...], Text]:
     """The first distinct captions of the dataset, taking turns where there are fewer than `count`."""
-    found: dict[str, None] = {}
+    captions: dict[str, None] = {}
     for group in range(len(dataset.row_groups)):
-        found |= dict.fromkeys(c for c in dataset.read(group, ["caption"])["caption"].to_pylist() if c is not None)
-        if len(found) >= count:
+        captions |= dict.fromkeys(c for c in dataset.read(group, ["caption"])["caption"].to_pylist() if c is not None)
+        if len(captions) >= count:
             break
-    distinct = list(found)[:count] or [""]
+    distinct = list(captions)[:count] or [""]
     prompts = [distinct[at % len(distinct)] for at in range(count)]
     return tuple(prompts), embedded(text, list(prompts))

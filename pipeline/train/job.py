@@ -49,9 +49,11 @@ def run(config: TrainJobConfig) -> JobResult:
     """
     config = _absolute(config)
     root = Root(config.output.uri)
-    finished = _finished(root, config)
-    if finished is not None:
-        return finished
+    # An earlier run of this very configuration has its result.
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        done = json.loads(root.read_bytes(DONE))
+        if done["config"] == config_digest(config):
+            return JobResult(**{**done["result"], "status": "unchanged"})
     begun = look(config, root)
     _check_cluster(config)
     root.probe()
@@ -80,6 +82,13 @@ def dry_run(config: TrainJobConfig) -> JobResult:
     begun = look(config, root_of(config))
     datasets, facts, t = begun.datasets, begun.facts, config.train
     steps = math.ceil(t.images / t.batch_size)
+    # How often each dataset is seen: "epochs" is the first one's, "epochs_mix<n>" that of `data.mix[n]`.
+    weights = [part.weight for part in config.data.parts.values()]
+    names = ["epochs", *(f"epochs_mix{at}" for at in range(len(config.data.mix)))]
+    epochs = {}
+    for name, weight, dataset in zip(names, weights, datasets, strict=True):
+        per_epoch = dataset.num_rows * (1.0 - config.stream.holdout)
+        epochs[name] = steps * t.batch_size * (weight / sum(weights)) / max(1.0, per_epoch)
     return JobResult(
         status="dry-run",
         counts={
@@ -91,19 +100,8 @@ def dry_run(config: TrainJobConfig) -> JobResult:
             "micro_batches_per_step": math.ceil(math.ceil(t.batch_size / t.num_workers) / t.micro_batch),
         },
         outputs={"model": root_of(config).uri_of("model")},
-        figures=_epochs(config, datasets, steps * t.batch_size),
+        figures=epochs,
     )
-
-
-def _epochs(config: TrainJobConfig, datasets: tuple[LatentDataset, ...], images: int) -> dict[str, float]:
-    """How often each dataset is seen: "epochs" is the first one's, "epochs_mix<n>" that of `data.mix[n]`."""
-    weights = [part.weight for part in config.data.parts.values()]
-    names = ["epochs", *(f"epochs_mix{at}" for at in range(len(config.data.mix)))]
-    figures = {}
-    for name, weight, dataset in zip(names, weights, datasets, strict=True):
-        per_epoch = dataset.num_rows * (1.0 - config.stream.holdout)
-        figures[name] = images * (weight / sum(weights)) / max(1.0, per_epoch)
-    return figures
 
 
 def root_of(config: TrainJobConfig) -> Root:
@@ -131,24 +129,24 @@ def _absolute_data(section: Data) -> Data:
     return section.model_copy(update={"uri": Root(section.uri).uri, "text_uri": text})
 
 
-def _finished(root: Root, config: TrainJobConfig) -> JobResult | None:
-    """The result of an earlier run of this very configuration, None when there is none."""
-    try:
-        done = json.loads(root.read_bytes(DONE))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    if done["config"] != config_digest(config):
-        return None
-    return JobResult(**{**done["result"], "status": "unchanged"})
-
-
 def _track(config: TrainJobConfig, root: Root, run: Run, datasets: tuple[LatentDataset, ...]) -> Tracker:
     """The MLflow run: one for all starts of this training."""
     t = config.train
+    # The runs that made the datasets: "encode" the first one's, "encode.mix<n>" that of `data.mix[n]`.
+    parents = {}
+    for at, dataset in enumerate(datasets):
+        run_id = dataset.provenance.get("run_id")
+        if run_id:
+            parents[f"encode.mix{at - 1}" if at else "encode"] = str(run_id)
+    resume = last_run(root, job="train").get("handle")
+    if not resume:
+        with contextlib.suppress(FileNotFoundError):  # of earlier releases
+            resume = str(json.loads(root.read_bytes("run.json"))["run"])
+    mix = ", ".join(f"{part.weight:g} x {part.uri}" for part in config.data.parts.values())
     tracker = run.track(
         f"train {config.model.kind}",
-        parents=_encode_runs(datasets),
-        resume=last_run(root, job="train").get("handle") or _run_of_earlier_releases(root),
+        parents=parents,
+        resume=resume,
         params={
             "model.kind": config.model.kind,
             "objective": config.objective.kind,
@@ -161,35 +159,13 @@ def _track(config: TrainJobConfig, root: Root, run: Run, datasets: tuple[LatentD
             "precision": t.precision,
             "ema": ", ".join(e.name for e in t.ema),
             "data.uri": config.data.uri,
-            **({"data.mix": _told_mix(config)} if config.data.mix else {}),
+            **({"data.mix": mix} if config.data.mix else {}),
         },
     )
     for part, dataset in zip(config.data.parts.values(), datasets, strict=True):
         tags = {WEIGHT_TAG: f"{part.weight:g}"} if config.data.mix else None
         tracker.log_input("latents", dataset.digest, dataset.uri, "input", tags)
     return tracker
-
-
-def _run_of_earlier_releases(root: Root) -> str | None:
-    try:
-        return str(json.loads(root.read_bytes("run.json"))["run"])
-    except FileNotFoundError:
-        return None
-
-
-def _encode_runs(datasets: tuple[LatentDataset, ...]) -> dict[str, str]:
-    """The runs that made the datasets: "encode" the first one's, "encode.mix<n>" that of `data.mix[n]`."""
-    runs = {}
-    for at, dataset in enumerate(datasets):
-        run_id = dataset.provenance.get("run_id")
-        if run_id:
-            runs[f"encode.mix{at - 1}" if at else "encode"] = str(run_id)
-    return runs
-
-
-def _told_mix(config: TrainJobConfig) -> str:
-    """All datasets and their weights, in one line."""
-    return ", ".join(f"{part.weight:g} x {part.uri}" for part in config.data.parts.values())
 
 
 # -- Ray -------------------------------------------------------------------------------------------------------
@@ -236,7 +212,7 @@ def _fit(config: TrainJobConfig, root: Root, generation: int, handle: str | None
                 ),
                 run_config=RunConfig(
                     name=f"train-{generation}",
-                    storage_path=_ray_storage(root),
+                    storage_path=str(root.uri_of("ray")),  # its bookkeeping: beside the output
                     failure_config=FailureConfig(max_failures=t.max_failures),
                     worker_runtime_env={"env_vars": cpus},
                 ),
@@ -280,9 +256,9 @@ def _train_on_ray(payload: dict[str, Any]) -> dict[str, Any]:
     try:
         return run_worker(config, place)
     except Exception as error:
-        meant = lasting(error)
-        if meant is not None:
-            record_failure(root, generation, meant)
+        cause = lasting(error)
+        if cause is not None:
+            record_failure(root, generation, cause)
         raise
     finally:
         if place.node_leader:
@@ -315,11 +291,6 @@ def _check_cluster(config: TrainJobConfig) -> None:
         check_together({f"{workers} workers": workers * float(gpus)}, "train.num_workers", "GPU")
         check_gpus([(kind, workers)], node_offers(), "train.num_workers")
         check_devices(config.cluster)
-
-
-def _ray_storage(root: Root) -> str:
-    """Ray's own bookkeeping: on the output's disk, or in its bucket."""
-    return str(root.uri_of("ray"))
 
 
 def _lost(config: TrainJobConfig, error: Exception | None) -> PipelineError:

@@ -351,8 +351,8 @@ def _skip(state: TrainState, batch: BatchLike, loss: float, norm: float, on_skip
     state.skipped_in_a_row += 1
     names = collectives.gather_json([bytes(row.astype("<u8").tobytes()).hex() for row in batch.sample_ids])
     ids = [name for share in names for name in share]
-    told = {"step": state.step, "images": state.images, "loss": loss, "grad_norm": norm, "sample_ids": ids}
-    on_skip({**told, "dataset": batch.dataset})
+    record = {"step": state.step, "images": state.images, "loss": loss, "grad_norm": norm, "sample_ids": ids}
+    on_skip({**record, "dataset": batch.dataset})
 
 
 def _roll_back(state: TrainState, checkpoints: CheckpointStore, loss: float, norm: float, settings: Settings) -> None:

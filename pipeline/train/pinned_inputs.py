@@ -60,7 +60,16 @@ def look(config: TrainJobConfig, root: Root) -> Begun:
     run began with have been removed.
     """
     complete = _counting(root)
-    name = _inputs_of(root, complete)
+    # A run without a checkpoint has no inputs of its own yet, nor has one of before there were pins.
+    name = complete[-1].meta.get("inputs") if complete else None
+    if name is not None and (not isinstance(name, str) or not _NAME.fullmatch(name)):
+        raise InputError(
+            f"The checkpoint {complete[-1].name} of {root.uri} names no inputs: {name!r}",
+            key="output.uri",
+            value=root.uri,
+            rule="a checkpoint is written by latentloom and not changed",
+            next_step="remove this checkpoint, or start anew with another output.uri",
+        )
     pins = pins_of(root, name)
     if pins is not None:
         for key, uri in _uris(config):
@@ -89,22 +98,6 @@ def _pins(root: Root, name: str) -> Pins:
     return Pins(root, f"{INPUTS}/{name}")
 
 
-def _inputs_of(root: Root, complete: list[Complete]) -> str | None:
-    """The name that the newest checkpoint gives; None without a checkpoint, and for one of before there were pins."""
-    name = complete[-1].meta.get("inputs") if complete else None
-    if name is None:
-        return None
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise InputError(
-            f"The checkpoint {complete[-1].name} of {root.uri} names no inputs: {name!r}",
-            key="output.uri",
-            value=root.uri,
-            rule="a checkpoint is written by latentloom and not changed",
-            next_step="remove this checkpoint, or start anew with another output.uri",
-        )
-    return name
-
-
 def _open(config: TrainJobConfig, root: Root, name: str | None) -> Begun:
     pins = pins_of(root, name)
     parts = config.data.parts.items()
@@ -114,12 +107,12 @@ def _open(config: TrainJobConfig, root: Root, name: str | None) -> Begun:
 
 def _uris(config: TrainJobConfig) -> list[tuple[str, str]]:
     """(key of the configuration, URI) of every dataset that the run reads."""
-    found = []
+    uris = []
     for key, part in config.data.parts.items():
-        found.append((f"{key}.uri", part.uri))
+        uris.append((f"{key}.uri", part.uri))
         if part.text_uri is not None:
-            found.append((f"{key}.text_uri", part.text_uri))
-    return found
+            uris.append((f"{key}.text_uri", part.text_uri))
+    return uris
 
 
 def _compare(key: str, dataset: Root, state: State) -> None:

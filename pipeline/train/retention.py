@@ -113,7 +113,11 @@ def prune(
     if not counted:
         return
     line = branch(counted)
-    keep = {c.name for c in line[-keep_last:]} | _milestones(line, keep_every_images)
+    milestones: dict[int, str] = {}  # the first checkpoint at or after each multiple
+    for c in line:
+        if keep_every_images is not None and c.images >= keep_every_images:
+            milestones.setdefault(c.images // keep_every_images, c.name)
+    keep = {c.name for c in line[-keep_last:]} | set(milestones.values())
     # While steps are skipped, checkpoints hold what may have to be given up: the way back is kept.
     keep |= {c.name for c in [c for c in line if not c.meta.get("skipped_in_a_row")][-1:]}
     known = {c.name for c in complete}
@@ -127,14 +131,6 @@ def prune(
         if superseded() or max(_places(root), default=start.place) > start.place:
             return
         _remove(root, name, torn)
-
-
-def _milestones(line: list[Complete], every: int | None) -> set[str]:
-    first: dict[int, str] = {}
-    for c in line:
-        if every is not None and c.images >= every:
-            first.setdefault(c.images // every, c.name)
-    return set(first.values())
 
 
 def _remove(root: Root, name: str, torn: bool) -> None:

@@ -21,8 +21,6 @@ from pipeline.model.build import build_model, repeated_blocks
 from pipeline.model.flops import forward_flops, train_flops
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import is_superseded
-from pipeline.stream.loader import LatentStream
-from pipeline.stream.mixture import MixtureStream
 from pipeline.tracking.tracker import NoopTracker, Tracker, attach_tracker
 from pipeline.train import collectives
 from pipeline.train.checkpoint import CheckpointStore
@@ -143,20 +141,20 @@ class Reporter:
         figures = {k: float(v) for k, v in record.items() if k not in ("step", "images")}
         if figures:
             self.tracker.log_metrics(figures, step=int(record["images"]))
-        told = {
+        progress = {
             "images": float(record["images"]),
             "checkpoint_time_s": self.checkpoints.completed_at,
             "tracking_unsent_bytes": float(self.tracker.num_unsent_bytes()),
         }
-        self.publish({**figures, **told})
+        self.publish({**figures, **progress})
 
     def skip(self, record: dict[str, Any]) -> None:
         """A skipped step, with the ids of its samples and, of several datasets, the one they are of."""
-        told, place = {key: value for key, value in record.items() if key != "dataset"}, ""
+        skipped, place = {key: value for key, value in record.items() if key != "dataset"}, ""
         if len(self.datasets) > 1:
-            told["dataset"] = self.datasets[record["dataset"]]
-            place = f" ({told['dataset']})"
-        self.quarantine.add(told)
+            skipped["dataset"] = self.datasets[record["dataset"]]
+            place = f" ({skipped['dataset']})"
+        self.quarantine.add(skipped)
         _log.warning(
             "step %d%s is skipped: loss %s, gradient norm %s",
             record["step"],
@@ -203,7 +201,8 @@ def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
     _check_rows(served, facts)
     device = torch.device(place.device)
     stream = open_stream(config, served, root)
-    same_run = identity(config, served[0].latents, facts) | _stream_identity(stream)
+    same_run = identity(config, served[0].latents, facts)
+    same_run |= {f"stream.{k}": v for k, v in stream.identity.items()}
     state, engine = _build(config, facts, device, same_run)
     state.inputs = place.inputs
     task = make_task(config, served, facts)
@@ -278,10 +277,6 @@ def loop_settings(config: TrainJobConfig) -> Settings:
     names = set(Settings.__dataclass_fields__) - {"checkpoint_images"}
     values = {k: v for k, v in config.train.model_dump().items() if k in names}
     return Settings(**values, checkpoint_images=config.checkpoint.every_images)
-
-
-def _stream_identity(stream: LatentStream | MixtureStream) -> dict[str, Any]:
-    return {f"stream.{k}": v for k, v in stream.identity.items()}
 
 
 def _build(

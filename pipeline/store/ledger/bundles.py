@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -46,12 +47,19 @@ def seal(root: Root, number: int, at_least: int = SEAL_AT_LEAST) -> str | None:
     Anybody may call it at any time, for any generation. Raises what the store raises.
     """
     seals, loose = _ledger(root, number)
-    sealed = {name for key in seals for name in _names(root, key)}
+    sealed: set[str] = set()
+    for key in seals:
+        for batch in _batches(root, key, ["name"]):
+            sealed.update(batch.column(0).to_pylist())
     loose = [name for name in loose if name not in sealed]
     if len(loose) < max(1, at_least):
         return None
     # A damaged record stays alone: whoever opens the dataset is to hear of it.
-    sound = (named for named in _read(root, loose) if _fits(*named))
+    sound = (
+        (name, data)
+        for name, data in _read(root, loose)
+        if name.rpartition("/")[2] == layout.content_name(data) + _RECORD
+    )
     return write_bundle(root, layout.ledger_dir(number), sound)
 
 
@@ -60,9 +68,9 @@ def write_bundle(root: Root, directory: str, records: Iterable[Named], generatio
 
     generation: of the claim that is to name it, where garbage collection may remove it one day.
     """
-    sink = pa.BufferOutputStream()
+    sink, rest = pa.BufferOutputStream(), iter(records)
     with pq.ParquetWriter(sink, _SCHEMA, compression="zstd", write_page_checksum=True) as writer:
-        for group in _groups(records):
+        while group := list(islice(rest, _PER_GROUP)):
             names, data = zip(*group, strict=True)
             table = pa.table({"name": names, "record": data}, schema=_SCHEMA)
             writer.write_table(table, row_group_size=_PER_GROUP)
@@ -78,11 +86,6 @@ def read_bundle(root: Root, name: str) -> Iterator[Named]:
     """(name, bytes) of every record in a bundle; InputError when the bundle is missing or damaged."""
     for batch in _batches(root, name, ["name", "record"]):
         yield from zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True)
-
-
-def _names(root: Root, bundle: str) -> Iterator[str]:
-    for batch in _batches(root, bundle, ["name"]):
-        yield from batch.column(0).to_pylist()
 
 
 def _batches(root: Root, name: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
@@ -116,18 +119,3 @@ def _read(root: Root, names: Sequence[str]) -> Iterator[Named]:
         for first in range(0, len(names), _PER_GROUP):
             part = names[first : first + _PER_GROUP]
             yield from zip(part, pool.map(root.read_bytes, part), strict=True)
-
-
-def _fits(name: str, data: bytes) -> bool:
-    return name.rpartition("/")[2] == layout.content_name(data) + _RECORD
-
-
-def _groups(records: Iterable[Named]) -> Iterator[list[Named]]:
-    group: list[Named] = []
-    for named in records:
-        group.append(named)
-        if len(group) == _PER_GROUP:
-            yield group
-            group = []
-    if group:
-        yield group

@@ -130,8 +130,8 @@ def is_superseded(root: Root, number: int) -> bool:
     """Whether a newer generation than `number` is announced; asks the store."""
     newer = [name for name in root.list_dirs(layout.GENERATIONS) if name.isdigit() and int(name) > number]
     # On a disk a directory may be empty; a claim of format version 1 was not announced.
-    told = (f"{layout.GENERATIONS}/{name}/{file}" for name in newer for file in (_ANNOUNCED, _CLAIM))
-    return any(root.exists(key) for key in told)
+    keys = (f"{layout.GENERATIONS}/{name}/{file}" for name in newer for file in (_ANNOUNCED, _CLAIM))
+    return any(root.exists(key) for key in keys)
 
 
 def latest_number(root: Root) -> int:
@@ -151,7 +151,7 @@ def at_one_generation(root: Root, look: Callable[[int], T]) -> T:
     number = latest_number(root)
     while True:
         try:
-            found = look(number)
+            seen = look(number)
         except (FileNotFoundError, InputError):
             newest = latest_number(root)
             if newest == number:
@@ -159,7 +159,7 @@ def at_one_generation(root: Root, look: Callable[[int], T]) -> T:
         else:
             newest = latest_number(root)
             if newest == number:
-                return found
+                return seen
         number = newest
 
 
@@ -286,10 +286,14 @@ def _heartbeat(root: Root, number: int) -> int:
 
 def owner_identity() -> dict[str, Any]:
     """What names this process beyond its machine: host, boot, pid namespace, pid and its start time."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
     return {
         "host": socket.gethostname(),
         "boot": _read_text("/proc/sys/kernel/random/boot_id"),
-        "namespace": _pid_namespace(),
+        "namespace": namespace,
         "pid": os.getpid(),
         "started": _start_time(os.getpid()),
     }
@@ -307,13 +311,6 @@ def _read_text(path: str) -> str:
     try:
         with open(path, encoding="ascii") as file:
             return file.read().strip()
-    except OSError:
-        return ""
-
-
-def _pid_namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
 

@@ -60,22 +60,16 @@ def visible_named(root: Root, number: int) -> Iterator[Named]:
 
 def parsed(named: Iterable[Named]) -> list[tuple[str, CommitRecord]]:
     """(name, record) of records as they are stored, ordered by name, each once."""
-    with _no_collection():
-        # One by one: the bytes of all records together would take more memory than the records.
-        found = {name: parse_record(data, name) for name, data in named}
-    return sorted(found.items())
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Pauses Python's cycle collector: records have no cycles, and looking for some takes a quarter of the time."""
-    paused = gc.isenabled()
+    # Records have no cycles, and Python's search for some would take a quarter of the time.
+    collecting = gc.isenabled()
     gc.disable()
     try:
-        yield
+        # One by one: the bytes of all records together would take more memory than the records.
+        records = {name: parse_record(data, name) for name, data in named}
     finally:
-        if paused:
+        if collecting:
             gc.enable()
+    return sorted(records.items())
 
 
 def collect(root: Root, number: int) -> list[str]:

@@ -71,19 +71,19 @@ class State:
         """Planned rows that no live record settles, `retry` rows included; a stop of MAX_ROWS is "to the end"."""
         units, lengths = self.plan.unit_lengths()
         known = lengths.copy()
-        found = lengths < 0
-        known[found] = [self.unit_rows.get(unit, MAX_ROWS) for unit in units[found].tolist()]
+        unknown = lengths < 0
+        known[unknown] = [self.unit_rows.get(unit, MAX_ROWS) for unit in units[unknown].tolist()]
         if retry is not None:
             # The last row may stand for a rest that could not be read.
             last = retry.contains(units, np.maximum(known - 1, 0))
-            known[found & last] = MAX_ROWS
+            known[unknown & last] = MAX_ROWS
         planned = RowSet.from_arrays(units, np.zeros_like(units), known) - self.plan.retired
         return planned - (self.covered - retry if retry is not None else self.covered)
 
     def retryable(self, reasons: Sequence[str]) -> RowSet:
         """Rows rejected or filtered for one of some reasons."""
-        found = [*self.rejects.items(), *self.filtered.items()]
-        return RowSet.union_all([rows for reason, rows in found if reason in reasons])
+        outcomes = [*self.rejects.items(), *self.filtered.items()]
+        return RowSet.union_all([rows for reason, rows in outcomes if reason in reasons])
 
 
 def read_state(root: Root) -> State:

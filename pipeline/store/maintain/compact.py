@@ -117,20 +117,6 @@ def _rows_per_shard(dataset: Dataset, shard_bytes: int) -> int:
     return most // step * step
 
 
-def _groups_of(dataset: Dataset, span: Span) -> Iterator[pa.Table]:
-    """The visible rows of a span; a row group at its ends is read in full only if it holds any of them."""
-    start, stop = span
-    for index, info in dataset.groups_within(unit_of(start), unit_of(stop - 1) + 1):
-        if start <= address(info.first_unit) and address(info.last_unit + 1) <= stop:
-            yield dataset.read(index, None)
-            continue
-        where = dataset.read(index, ["unit", "row"])
-        keys = address(where["unit"].to_numpy()) + where["row"].to_numpy()
-        inside = (keys >= start) & (keys < stop)
-        if inside.any():
-            yield dataset.read(index, None).filter(pa.array(inside))
-
-
 class _Layout:
     """Which files lie in a span of rows; asking costs the files found, not all there are."""
 
@@ -157,7 +143,17 @@ class _Layout:
 
 def _write_shard(dataset: Dataset, committer: Committer, span: Span) -> tuple[int, int]:
     """(rows, bytes) of the shard written for a span of rows; nothing is written when none of them is visible."""
-    tables = list(_groups_of(dataset, span))
+    (start, stop), tables = span, []
+    for index, info in dataset.groups_within(unit_of(start), unit_of(stop - 1) + 1):
+        if start <= address(info.first_unit) and address(info.last_unit + 1) <= stop:
+            tables.append(dataset.read(index, None))
+            continue
+        # A row group at the ends of the span is read in full only if it holds any of its rows.
+        where = dataset.read(index, ["unit", "row"])
+        keys = address(where["unit"].to_numpy()) + where["row"].to_numpy()
+        inside = (keys >= start) & (keys < stop)
+        if inside.any():
+            tables.append(dataset.read(index, None).filter(pa.array(inside)))
     if not tables:
         return 0, 0
     rows = pa.concat_tables(tables)

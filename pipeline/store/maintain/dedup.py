@@ -106,8 +106,8 @@ def released(root: Root, state: State) -> RowSet:
     if not filtered or not state.plan.retired:
         return RowSet.empty()
     there = _stored(state) | filtered
-    found = [_left_alone(root, file, there) for file in state.reject_files]
-    return RowSet.union_all(found) & filtered
+    alone = [_left_alone(root, file, there) for file in state.reject_files]
+    return RowSet.union_all(alone) & filtered
 
 
 def _left_alone(root: Root, file: VisibleFile, there: RowSet) -> RowSet:
@@ -178,7 +178,10 @@ class _Work:
         table = self.dataset.read(group, ["content_sha256", "unit", "row"])
         table = table.filter(pc.is_valid(table["content_sha256"]))
         rows = np.zeros(len(table), _ROW)
-        rows["hash"] = _hashes(table["content_sha256"])
+        if len(table):  # big-endian words of a fixed-size binary column without nulls
+            hashes = pa.concat_arrays([chunk for chunk in table["content_sha256"].chunks if len(chunk)])
+            words = np.frombuffer(hashes.buffers()[1], ">u8").reshape(-1, 4)
+            rows["hash"] = words[hashes.offset : hashes.offset + len(hashes)]
         rows["address"] = _addresses(table)
         rows["group"] = group
         share = ((rows["hash"][:, 0] >> np.uint64(32)) * np.uint64(passes)) >> np.uint64(32)
@@ -187,7 +190,15 @@ class _Work:
     def _commit(self, others: Rows, kept: Int64s) -> None:
         order = np.argsort(others["address"], kind="stable")
         others, kept = others[order], kept[order]
-        keys = self._keys(others)
+        # Their source keys, from the row groups that they lie in.
+        keys_of = np.full(len(others), "", object)
+        for group in np.unique(others["group"]).tolist():
+            mine = np.flatnonzero(others["group"] == group)
+            table = self.dataset.read(group, ["unit", "row", "key"])
+            place = np.searchsorted(others["address"][mine], _addresses(table)).clip(max=len(mine) - 1)
+            hit = np.flatnonzero(others["address"][mine][place] == _addresses(table))
+            keys_of[mine[place[hit]]] = table["key"].take(pa.array(hit)).to_pylist()
+        keys = keys_of.tolist()
         outcomes = {
             "unit": others["address"] >> 32,
             "row": others["address"] & 0xFFFFFFFF,
@@ -200,21 +211,16 @@ class _Work:
         self.generation.check()
         self.committer.commit(LATENTS.empty_table(), pa.table(outcomes, schema=REJECTS), {})
 
-    def _keys(self, rows: Rows) -> list[str]:
-        """The source keys of rows in address order, read from their row groups."""
-        keys = np.full(len(rows), "", object)
-        for group in np.unique(rows["group"]).tolist():
-            mine = np.flatnonzero(rows["group"] == group)
-            table = self.dataset.read(group, ["unit", "row", "key"])
-            place = np.searchsorted(rows["address"][mine], _addresses(table)).clip(max=len(mine) - 1)
-            hit = np.flatnonzero(rows["address"][mine][place] == _addresses(table))
-            keys[mine[place[hit]]] = table["key"].take(pa.array(hit)).to_pylist()
-        return list(keys.tolist())
-
 
 def first_of_each(rows: Rows) -> tuple[Rows, Rows, Int64s]:
     """(the first row of every content, every other row once, the address of the first one each of them equals)."""
-    shared = _shared_prefix(rows["hash"][:, 0])
+    # Few rows share their first 64 bits with another: only these are compared in full.
+    prefix = rows["hash"][:, 0]
+    order = np.argsort(prefix, kind="stable")
+    same = prefix[order][1:] == prefix[order][:-1]
+    shared = np.zeros(len(rows), np.bool_)
+    shared[order[1:][same]] = True
+    shared[order[:-1][same]] = True
     several = rows[shared]
     if not len(several):
         return rows, several, np.zeros(0, np.int64)
@@ -228,25 +234,6 @@ def first_of_each(rows: Rows) -> tuple[Rows, Rows, Int64s]:
     again[1:] = ~new[1:] & (several["address"][1:] == several["address"][:-1])
     other = (several["address"] != first) & ~again
     return np.concatenate([rows[~shared], several[new]]), several[other], first[other]
-
-
-def _shared_prefix(prefix: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    """Which rows share their first 64 bits with another: few, so that only these are compared in full."""
-    order = np.argsort(prefix, kind="stable")
-    same = prefix[order][1:] == prefix[order][:-1]
-    shared = np.zeros(len(prefix), np.bool_)
-    shared[order[1:][same]] = True
-    shared[order[:-1][same]] = True
-    return shared
-
-
-def _hashes(column: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
-    """uint64 [n, 4], big-endian words, from a fixed-size binary column without nulls."""
-    array = pa.concat_arrays([c for c in column.chunks if len(c)]) if len(column) else None
-    if array is None:
-        return np.zeros((0, 4), np.uint64)
-    words = np.frombuffer(array.buffers()[1], ">u8").reshape(-1, 4)
-    return words[array.offset : array.offset + len(array)].astype(np.uint64)
 
 
 def _addresses(table: pa.Table) -> Int64s:

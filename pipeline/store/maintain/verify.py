@@ -90,7 +90,17 @@ def verify(uri: str, level: Level, on_file: Callable[[int, int], None] = lambda 
             on_file(done, len(visible))
     report.files_checked = len(visible)
     if level == "checksums":
-        _each_row_once(state, seen[: len(state.files)], report)
+        # Every stored row is in the files once, and no other row is.
+        rows_in = seen[: len(state.files)]
+        union, total = RowSet.union_all(rows_in), sum(rows.count() for rows in rows_in)
+        wanted = state.covered - RowSet.union_all([*state.rejects.values(), *state.filtered.values()])
+        if total != union.count():
+            report.problem("duplicate", "data", f"{total - union.count():,} rows are visible more than once")
+        if wanted - union:
+            report.problem("lost", "data", f"{(wanted - union).count():,} committed rows are in no file")
+        if union - wanted:
+            extra = (union - wanted).count()
+            report.problem("extra", "data", f"{extra:,} visible rows were never committed as stored")
     return report
 
 
@@ -149,21 +159,8 @@ def _outside(root: Root, reader: pq.ParquetFile, *, read: bool) -> list[dict[str
     """What is wrong with the objects that a data file's rows name, where they keep their blobs outside of it."""
     if not set(COLUMNS) <= set(reader.schema_arrow.names):
         return []
-    found = problems_outside(root, reader.read(columns=list(COLUMNS)), read=read)
-    return [{"kind": kind, "where": where, "detail": detail} for kind, where, detail in found]
-
-
-def _each_row_once(state: State, seen: list[RowSet], report: VerifyReport) -> None:
-    union = RowSet.union_all(seen)
-    total = sum(rows.count() for rows in seen)
-    settled = RowSet.union_all([*state.rejects.values(), *state.filtered.values()])
-    wanted = state.covered - settled
-    if total != union.count():
-        report.problem("duplicate", "data", f"{total - union.count():,} rows are visible more than once")
-    if wanted - union:
-        report.problem("lost", "data", f"{(wanted - union).count():,} committed rows are in no file")
-    if union - wanted:
-        report.problem("extra", "data", f"{(union - wanted).count():,} visible rows were never committed as stored")
+    problems = problems_outside(root, reader.read(columns=list(COLUMNS)), read=read)
+    return [{"kind": kind, "where": where, "detail": detail} for kind, where, detail in problems]
 
 
 def _named_by_content(root: Root, plan: Plan, report: VerifyReport) -> None:
@@ -197,7 +194,12 @@ def _orphans(root: Root, number: int, since_s: float = math.inf) -> Iterator[Obj
         if first and _changed_at_s(root, seen) < since_s:
             break
         # What was visible when this claim came; between then and the next one its own records were, too.
-        kept |= _files(fold(_planned_before(plan, seen), _bundled(root, claim)))
+        planned = Plan(plan.root, tuple(v for v in plan.versions if v.generation < seen), plan._tables)
+        bundled: list[tuple[str, CommitRecord]] = []
+        # A shorter grace period may have taken a bundle: nobody can open what was visible by it.
+        if all(root.exists(bundle) for bundle in claim["bundles"]):
+            bundled = parsed(named for bundle in claim["bundles"] for named in read_bundle(root, bundle))
+        kept |= _files(fold(planned, bundled))
         kept.update(path for _, record in records if record.generation == seen for path in record.paths)
         if first:
             break
@@ -206,20 +208,8 @@ def _orphans(root: Root, number: int, since_s: float = math.inf) -> Iterator[Obj
         yield from root.half_written(directory)
 
 
-def _planned_before(plan: Plan, number: int) -> Plan:
-    """What a plan held when a generation was claimed."""
-    return Plan(plan.root, tuple(v for v in plan.versions if v.generation < number), plan._tables)
-
-
 def _files(state: State) -> set[str]:
     return {f.info.path for f in (*state.files, *state.reject_files)}
-
-
-def _bundled(root: Root, claim: dict[str, Any]) -> list[tuple[str, CommitRecord]]:
-    """The records that a claim lists; none where a shorter grace period took a bundle: nobody can open those."""
-    if not all(root.exists(bundle) for bundle in claim["bundles"]):
-        return []
-    return parsed(named for bundle in claim["bundles"] for named in read_bundle(root, bundle))
 
 
 def _put_at_s(root: Root, key: str) -> float:

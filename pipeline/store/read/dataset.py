@@ -292,23 +292,20 @@ class Dataset:
         _read_ahead(str(local), start, length)
         with pa.memory_map(str(local)) as source:
             source.seek(start)
-            found = np.frombuffer(source.read_buffer(length), np.uint8)  # keeps the mapping alive
+            values = np.frombuffer(source.read_buffer(length), np.uint8)  # keeps the mapping alive
             # A process may have some 65,000 mappings: many small ones are not worth one each.
-            return found if length >= _WORTH_A_MAPPING else found.copy()
+            return values if length >= _WORTH_A_MAPPING else values.copy()
 
     def _footer(self, file: FileInfo) -> pq.FileMetaData:
         footer = self._footers.get(file.path)
         if footer is None:
             with self._opened(file) as source:
                 footer = pq.read_metadata(source)
-            self._keep_footer(file.path, footer)
+            with self._lock:
+                self._footers[file.path] = footer
+                while len(self._footers) > _FOOTERS:
+                    self._footers.pop(next(iter(self._footers)))
         return footer
-
-    def _keep_footer(self, path: str, footer: pq.FileMetaData) -> None:
-        with self._lock:
-            self._footers[path] = footer
-            while len(self._footers) > _FOOTERS:
-                self._footers.pop(next(iter(self._footers)))
 
     def _opened(self, file: FileInfo) -> Any:
         """The file for pyarrow: mapped, or by ranged reads; nobody asks the store how long it is."""
@@ -426,10 +423,10 @@ def place_in(key: str, start: int, length: int) -> str:
 
 def read_outside(root: Root, place: str) -> bytes:
     """The bytes that a row names; FileNotFoundError when they are gone."""
-    found = _RANGE.match(place)
-    if found is None:
+    span = _RANGE.match(place)
+    if span is None:
         return root.read_bytes(place)
-    return root.read_range(found["key"], int(found["start"]), int(found["length"]))
+    return root.read_range(span["key"], int(span["start"]), int(span["length"]))
 
 
 def problems_outside(root: Root, rows: pa.Table, *, read: bool) -> Iterator[tuple[str, str, str]]:
@@ -441,8 +438,8 @@ def problems_outside(root: Root, rows: pa.Table, *, read: bool) -> Iterator[tupl
     for place, digest in zip(*(rows[name].to_pylist() for name in COLUMNS), strict=True):
         if place is None:
             continue
-        found = _RANGE.match(place)
-        key, end = (place, 0) if found is None else (found["key"], int(found["start"]) + int(found["length"]))
+        span = _RANGE.match(place)
+        key, end = (place, 0) if span is None else (span["key"], int(span["start"]) + int(span["length"]))
         if key not in sizes:
             sizes[key] = root.info(key).size_bytes if root.exists(key) else None
         size = sizes[key]

@@ -36,7 +36,13 @@ class Pins:
 
     def pin(self, dataset: Root) -> None:
         """Keep what is visible now at the root of a dataset, unless something is kept of it already."""
-        headers, bundle = at_one_generation(dataset, lambda number: self._kept(dataset, number))
+
+        def kept(number: int) -> tuple[list[str], str]:
+            # The records before the plan, as `state_at` does.
+            bundle = write_bundle(self._root, self._directory, visible_named(dataset, number))
+            return visible_headers(dataset, number), bundle
+
+        headers, bundle = at_one_generation(dataset, kept)
         body = {
             "version": VERSION,
             "uri": dataset.uri,
@@ -45,11 +51,6 @@ class Pins:
             "bundle": bundle,
         }
         self._root.put_if_absent(self._key(dataset), json.dumps(body).encode())
-
-    def _kept(self, dataset: Root, number: int) -> tuple[list[str], str]:
-        # The records before the plan, as `state_at` does.
-        bundle = write_bundle(self._root, self._directory, visible_named(dataset, number))
-        return visible_headers(dataset, number), bundle
 
     def holds(self, dataset: Root) -> bool:
         """Whether something is kept of a dataset."""
@@ -65,7 +66,11 @@ class Pins:
         except (FileNotFoundError, NotADirectoryError):
             return None
         body = self._parse(data, dataset)
-        plan = self._plan(dataset, body)
+        try:
+            # By name: a header that was seen while its run was being fenced off may be in no list.
+            plan = plan_of(dataset, body["headers"]) if "headers" in body else read_plan(dataset)
+        except FileNotFoundError:
+            plan = Plan(dataset)  # another dataset has come to lie there
         known = [version.units_part for version in plan.versions[: len(body["plan"])]]
         if known != body["plan"]:
             raise ConflictError(
@@ -77,14 +82,6 @@ class Pins:
             )
         records = parsed(read_bundle(self._root, body["bundle"]))
         return fold(Plan(dataset, plan.versions[: len(known)]), records)
-
-    def _plan(self, dataset: Root, body: dict[str, Any]) -> Plan:
-        """The plan as it was, or whatever has come to lie there."""
-        try:
-            # By name: a header that was seen while its run was being fenced off may be in no list.
-            return plan_of(dataset, body["headers"]) if "headers" in body else read_plan(dataset)
-        except FileNotFoundError:
-            return Plan(dataset)
 
     def _key(self, dataset: Root) -> str:
         return f"{self._directory}/{hashlib.blake2b(dataset.uri.encode(), digest_size=16).hexdigest()}.json"
