@@ -74,7 +74,13 @@ class Progress:
             if self._closed:
                 return
             self._closed = True
-            line = self._final_line(self._clock())
+            complete = self._total is None or self._done >= self._total
+            elapsed_s, moved = self._clock() - self._began_s, self._done - self._start
+            parts = [self._name, self._counted() if complete else f"stopped at {self._counted()}"]
+            parts.append(f"in {_duration(elapsed_s)}")
+            if elapsed_s > 0 and moved > 0:
+                parts.append(f"{_number(moved / elapsed_s)} {self._unit}/s")
+            line = "  ".join([*parts, *self._extras()])
             self._write(f"\r{line}\x1b[K\n" if self._terminal else f"{line}\n")
 
     def __enter__(self) -> Self:
@@ -95,15 +101,6 @@ class Progress:
         if self._total is not None:
             left = max(self._total - self._done, 0)
             parts.append(f"eta {_duration(left / rate)}" if rate else "eta unknown")
-        return "  ".join([*parts, *self._extras()])
-
-    def _final_line(self, now_s: float) -> str:
-        complete = self._total is None or self._done >= self._total
-        parts = [self._name, self._counted() if complete else f"stopped at {self._counted()}"]
-        elapsed_s, moved = now_s - self._began_s, self._done - self._start
-        parts.append(f"in {_duration(elapsed_s)}")
-        if elapsed_s > 0 and moved > 0:
-            parts.append(f"{_number(moved / elapsed_s)} {self._unit}/s")
         return "  ".join([*parts, *self._extras()])
 
     def _counted(self) -> str:

@@ -172,20 +172,16 @@ def _text(start: LineageStart, back: list[LineageStep], forward: list[LineageSte
     for title, steps in (("back to the source", back), ("forward", forward)):
         yield f"{title}:" if steps else f"{title}: nothing"
         for step in steps:
-            yield from _step_text(step)
+            indent = "  " * (step.depth + 1)
+            if not step.found:
+                yield f"{indent}{step.run_id}  is not in this tracking store"
+                continue
+            yield f"{indent}{step.job}  {step.run_name!r}  {step.run_id}  {step.status}"
+            for verb, links in (("read", step.inputs), ("made", step.outputs)):
+                for link in links:
+                    yield f"{indent}    {verb}  {link.source}  {_short(link.digest)}"
     for source in _sources(back):
         yield f"source: {source['uri']}  {_short(source['digest'])}"
-
-
-def _step_text(step: LineageStep) -> Iterator[str]:
-    indent = "  " * (step.depth + 1)
-    if not step.found:
-        yield f"{indent}{step.run_id}  is not in this tracking store"
-        return
-    yield f"{indent}{step.job}  {step.run_name!r}  {step.run_id}  {step.status}"
-    for verb, links in (("read", step.inputs), ("made", step.outputs)):
-        for link in links:
-            yield f"{indent}    {verb}  {link.source}  {_short(link.digest)}"
 
 
 def _short(digest: str) -> str:

@@ -76,7 +76,11 @@ def read_pipeline_dir(root: Root) -> PublishedPipeline:
     # Of these classes only DiT reserves a label for "no label"; a UNet's last class is a class.
     always_labelled = num_classes is not None and class_name != "DiTTransformer2DModel"
     channels = int(config["in_channels"])
-    mean, std = _normalisation(vae, channels)
+    # diffusers: for_model = (raw - shift) * scale, or (raw - mean) * scale / std where channels have their own.
+    # The published configurations of the first ones leave the scale to the class.
+    scale = float(vae.get("scaling_factor", _CLASS_SCALES.get(str(vae.get("_class_name")))) or 1.0)
+    mean = tuple(float(m) for m in vae.get("latents_mean") or [vae.get("shift_factor") or 0.0] * channels)
+    std = tuple(float(s) / scale for s in vae.get("latents_std") or [1.0] * channels)
     factor = 2 ** (len(vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or ()) - 1)
     buckets: tuple[str, ...] = ()
     if size := config.get("sample_size"):
@@ -147,15 +151,6 @@ def _objective(scheduler: dict[str, Any], root: Root) -> tuple[dict[str, Any], f
     # The defaults of diffusers' schedulers, which leave them out of nothing they save.
     betas = {"beta_start": scheduler.get("beta_start", 0.0001), "beta_end": scheduler.get("beta_end", 0.02)}
     return {"kind": kind, "schedule": schedule, **betas}, 1.0
-
-
-def _normalisation(vae: dict[str, Any], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    # diffusers: for_model = (raw - shift) * scale, or (raw - mean) * scale / std where channels have their own.
-    # The published configurations of the first ones leave the scale to the class.
-    scale = float(vae.get("scaling_factor", _CLASS_SCALES.get(str(vae.get("_class_name")))) or 1.0)
-    mean = vae.get("latents_mean") or [vae.get("shift_factor") or 0.0] * channels
-    std = vae.get("latents_std") or [1.0] * channels
-    return tuple(float(m) for m in mean), tuple(float(s) / scale for s in std)
 
 
 def _encoders(index: Mapping[str, Any], class_name: str) -> tuple[tuple[PipelineTextEncoder, ...], str]:

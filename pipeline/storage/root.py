@@ -339,14 +339,12 @@ class Root:
                     return True
                 if not already_exists(error):
                     raise
-                return self._is_ours(key, data, mark, tries)
+                # Its answer may have got lost: then the object carries this call's mark, or its content.
+                marked = self._retry(lambda: is_marked(self.fs, self._path(key), mark))
+                return marked if marked is not None else tries > 1 and self.read_bytes(key) == data
             return True
 
         return self._retry(create)
-
-    def _is_ours(self, key: str, data: bytes, mark: str, tries: int) -> bool:
-        marked = self._retry(lambda: is_marked(self.fs, self._path(key), mark))
-        return marked if marked is not None else tries > 1 and self.read_bytes(key) == data
 
     def _create_remote(self, key: str, data: bytes, mark: str) -> None:
         create_whole(self.fs, self._path(key), data, mark)

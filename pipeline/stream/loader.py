@@ -98,7 +98,16 @@ class LatentStream:
         text: TextRows | None = None,
         cache: Root | None = None,
     ) -> None:
-        _check_world(rank, world_size, lanes)
+        if world_size < 1 or lanes % world_size:
+            raise ConfigError(
+                f"{world_size} workers cannot share {lanes} lanes evenly",
+                key="world_size",
+                value=world_size,
+                rule=f"the number of workers must divide lanes={lanes}",
+                next_step=f"use a divisor of {lanes}, or, for a new run, a multiple of {world_size} as lanes",
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}; it is at least 0 and below world_size={world_size}")
         rows = split_rows(dataset, holdout, split, cache=cache, threads=threads)
         self.order = Order(layout_of(dataset, rows), OrderSpec(seed, batch_size, lanes, window_bytes, shuffle))
         self.start_step = start_step
@@ -180,19 +189,6 @@ class LatentStream:
         if unserved:
             batch = self.order.spec.batch_size
             log.warning("%s: buckets with less than a batch of %d are never served: %s", split, batch, unserved)
-
-
-def _check_world(rank: int, world_size: int, lanes: int) -> None:
-    if world_size < 1 or lanes % world_size:
-        raise ConfigError(
-            f"{world_size} workers cannot share {lanes} lanes evenly",
-            key="world_size",
-            value=world_size,
-            rule=f"the number of workers must divide lanes={lanes}",
-            next_step=f"use a divisor of {lanes}, or, for a new run, a multiple of {world_size} as lanes",
-        )
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank is {rank}; it is at least 0 and below world_size={world_size}")
 
 
 class _Run:

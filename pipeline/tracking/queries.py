@@ -54,7 +54,15 @@ def walk(run_id: str, uri: str) -> list[LineageStep]:
 
 def descend(run_id: str, uri: str) -> list[LineageStep]:
     """A run (id or handle) and all that was made of it, nearest first, each once; InputError when there is none."""
-    return _breadth_first(run_id, uri, lambda store, step: _children(store, step.run_id))
+
+    def children(store: MlflowStore, step: LineageStep) -> list[str]:
+        # They name a parent by its id, or by the handle that it had before it got one.
+        run = store.run_state(step.run_id)
+        key = run.tags.get(RUN_KEY_TAG) if run else None
+        names = [_plain(step.run_id)] + ([f"{HANDLE_PREFIX}{_plain(key)}"] if key else [])
+        return [r.run_id for name in names for r in store.search(None, f"tags.`{PARENTS_TAG}` LIKE '%\"{name}\"%'")]
+
+    return _breadth_first(run_id, uri, children)
 
 
 def runs_of_dataset(digest: str, uri: str) -> list[LineageStep]:
@@ -88,14 +96,6 @@ def _breadth_first(
                 steps[step.run_id] = step
                 queue.extend((other, depth + 1) for other in (following(store, step) if step.found else []))
     return list(steps.values())
-
-
-def _children(store: MlflowStore, run_id: str) -> list[str]:
-    """Runs that name this one as a parent, by its id or by the handle it had before it got one."""
-    run = store.run_state(run_id)
-    key = run.tags.get(RUN_KEY_TAG) if run else None
-    names = [_plain(run_id)] + ([f"{HANDLE_PREFIX}{_plain(key)}"] if key else [])
-    return [r.run_id for name in names for r in store.search(None, f"tags.`{PARENTS_TAG}` LIKE '%\"{name}\"%'")]
 
 
 def _step(run: RunState, depth: int) -> LineageStep:

@@ -198,7 +198,16 @@ def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
     root = Root(config.output.uri)
     served = open_served(config, pins_of(root, place.inputs))
     facts = place.facts
-    _check_rows(served, facts)
+    for part, expected in zip(served, facts.layouts, strict=True):
+        # This rank must see the rows that the driver saw: else ranks would be in different orders.
+        if part.latents.layout_digest != expected:
+            raise ConflictError(
+                f"The rows of {part.latents.uri} are not those that this start of the job began with",
+                key="data.uri",
+                value=part.latents.uri,
+                rule="all ranks of a start read one state of a dataset",
+                next_step="run the same command again, when no other start of it is running",
+            )
     device = torch.device(place.device)
     stream = open_stream(config, served, root)
     same_run = identity(config, served[0].latents, facts)
@@ -257,19 +266,6 @@ def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
             watch.close()
         tracker.finish("FINISHED")
     return {"status": status, "step": state.step, "images": state.images}
-
-
-def _check_rows(served: Sequence[Served], facts: Facts) -> None:
-    """ConflictError unless this rank sees the rows that the driver saw: else ranks would be in different orders."""
-    for part, expected in zip(served, facts.layouts, strict=True):
-        if part.latents.layout_digest != expected:
-            raise ConflictError(
-                f"The rows of {part.latents.uri} are not those that this start of the job began with",
-                key="data.uri",
-                value=part.latents.uri,
-                rule="all ranks of a start read one state of a dataset",
-                next_step="run the same command again, when no other start of it is running",
-            )
 
 
 def loop_settings(config: TrainJobConfig) -> Settings:

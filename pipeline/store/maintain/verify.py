@@ -77,7 +77,17 @@ def verify(uri: str, level: Level, on_file: Callable[[int, int], None] = lambda 
     _conservation(state, report)
     if level == "ledger":
         return report
-    _named_by_content(root, state.plan, report)
+    # Plan parts, bundles and the ledger's records carry a hash of their content in their name.
+    number = latest_number(root)
+    names = [part for version in state.plan.versions for part in version.parts]
+    names += read_claim(root, number)["bundles"] if number else []
+    names += [info.key for info in root.list(layout.ledger_dir(number))] if number else []
+    for name in dict.fromkeys(names):
+        try:
+            if layout.content_name(root.read_bytes(name)) != layout.hash_in(name):
+                report.problem("checksum", name, "the content does not fit the name")
+        except FileNotFoundError:
+            report.problem("missing", name, "the plan or the newest claim names this object and it is not there")
     report.orphans = sorted(info.key for info in at_one_generation(root, lambda n: list(_orphans(root, n))))
     visible = [(f.info, f.dead) for f in state.files] + [(f.info, f.dead) for f in state.reject_files]
     seen: list[RowSet] = []
@@ -161,20 +171,6 @@ def _outside(root: Root, reader: pq.ParquetFile, *, read: bool) -> list[dict[str
         return []
     problems = problems_outside(root, reader.read(columns=list(COLUMNS)), read=read)
     return [{"kind": kind, "where": where, "detail": detail} for kind, where, detail in problems]
-
-
-def _named_by_content(root: Root, plan: Plan, report: VerifyReport) -> None:
-    """Plan parts, bundles and the ledger's records carry a hash of their content in their name."""
-    number = latest_number(root)
-    names = [part for version in plan.versions for part in version.parts]
-    names += read_claim(root, number)["bundles"] if number else []
-    names += [info.key for info in root.list(layout.ledger_dir(number))] if number else []
-    for name in dict.fromkeys(names):
-        try:
-            if layout.content_name(root.read_bytes(name)) != layout.hash_in(name):
-                report.problem("checksum", name, "the content does not fit the name")
-        except FileNotFoundError:
-            report.problem("missing", name, "the plan or the newest claim names this object and it is not there")
 
 
 def _orphans(root: Root, number: int, since_s: float = math.inf) -> Iterator[ObjectInfo]:

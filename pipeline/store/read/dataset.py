@@ -85,7 +85,14 @@ class ReadableGroups(Sequence[RowGroup]):
         self.buckets = tuple(dict.fromkeys(bucket for g in whole for bucket in dict.fromkeys(g.buckets)))
         codes = {bucket: at for at, bucket in enumerate(self.buckets)}
         self.bucket_of: Ints = _joined([np.array([codes[b] for b in g.buckets], np.int64) for g in whole])
-        self.partial = np.concatenate([np.zeros(0, np.bool_), *(_touched(f) for f in self.files)])
+        # Of which row groups some unit has a dead row.
+        touched = [
+            touches(f.dead, f.info.row_groups.first_unit, f.info.row_groups.last_unit)
+            if f.dead
+            else np.zeros(len(f.info.row_groups), np.bool_)
+            for f in self.files
+        ]
+        self.partial = np.concatenate([np.zeros(0, np.bool_), *touched])
         for at in np.flatnonzero(self.partial).tolist():
             self.rows[at] = count_visible(self.files[self.file_of[at]], int(self.number[at]))
         visible = self.rows > 0
@@ -159,14 +166,6 @@ class ReadableGroups(Sequence[RowGroup]):
 def _joined(parts: Sequence[Ints], width: int | None = None) -> Ints:
     empty: Ints = np.zeros(0 if width is None else (0, width), np.int64)
     return np.concatenate([empty, *parts])
-
-
-def _touched(file: VisibleFile) -> npt.NDArray[np.bool_]:
-    """Of which row groups of a file some unit has a dead row: bool [groups]."""
-    groups, dead = file.info.row_groups, file.dead
-    if not dead:
-        return np.zeros(len(groups), np.bool_)
-    return touches(dead, groups.first_unit, groups.last_unit)
 
 
 def touches(rows: RowSet, first_unit: Ints, last_unit: Ints) -> npt.NDArray[np.bool_]:
