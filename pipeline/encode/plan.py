@@ -191,7 +191,17 @@ def check_same_reading(config: EncodeJobConfig, root: Root) -> None:
     before, now = last_recipe(root), recipe(config)
     if not before:
         return
-    changes = list(_changes(before, now))
+    changes: list[tuple[str, Any, Any]] = []
+    old, new = (r if isinstance(r, list) else [r] for r in (i["image"]["resolution"] for i in (before, now)))
+    if old != new:  # the fingerprint has the same sizes, yet not their order, which numbers the variants
+        changes.append(("image.resolution", old, new))
+    there, here = before["source"], now["source"]
+    if there.get("kind") == here["kind"] and here["kind"] != "folder":
+        if there.get("label") != here["label"]:
+            changes.append(("source.label", there.get("label"), here["label"]))
+        known = there.get("classes", [])
+        if here["classes"][: len(known)] != known:
+            changes.append(("source.classes", known[:20], here["classes"][:20]))
     if changes:
         shown = "\n".join(f"    {name}: {old} there, {new} here" for name, old, new in changes)
         raise ConflictError(
@@ -207,20 +217,6 @@ def check_same_reading(config: EncodeJobConfig, root: Root) -> None:
             before["source"].get("uri"),
             now["source"]["uri"],
         )
-
-
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    old, new = (r if isinstance(r, list) else [r] for r in (i["image"]["resolution"] for i in (before, now)))
-    if old != new:  # the fingerprint has the same sizes, yet not their order, which numbers the variants
-        yield "image.resolution", old, new
-    there, here = before["source"], now["source"]
-    if there.get("kind") != here["kind"] or here["kind"] == "folder":
-        return
-    if there.get("label") != here["label"]:
-        yield "source.label", there.get("label"), here["label"]
-    known = there.get("classes", [])
-    if here["classes"][: len(known)] != known:
-        yield "source.classes", known[:20], here["classes"][:20]
 
 
 # -- The dry run: how many images, files, bytes and GPU hours, and when precomputing pays. Writes nothing ------
@@ -266,7 +262,14 @@ def dry_run(config: EncodeJobConfig) -> JobResult:
             f"{config.estimate.tar_image_bytes:,} bytes each (estimate.tar_image_bytes)"
         )
     lines = [source, *_output_lines(config, info, count.all_images, figures)]
-    each = _flops_per_image(config, info)
+    # Of all variants of one image; a bucket table counts with its mean, and nobody knows those of a plug-in's codec.
+    each: float | None = 0.0
+    for resolution in config.image.resolutions:
+        flops = [encode_flops(info, h, w) for h, w in bucket_sizes(config.image, resolution)]
+        known = [f for f in flops if f is not None]
+        each = None if each is None or len(known) < len(flops) else each + sum(known) / len(known)
+    if each is not None and config.image.flip:
+        each *= 2
     if each is None:
         lines.append(f"VAE work   unknown for a {info.class_name}")
     else:
@@ -357,19 +360,6 @@ def _device_lines(config: EncodeJobConfig, flops: float, figures: dict[str, floa
         if price is not None:
             figures[f"cost.{name}"] = hours * price
     return lines
-
-
-def _flops_per_image(config: EncodeJobConfig, info: CodecInfo) -> float | None:
-    """FLOPs of all variants of one image (a bucket table counts with its mean); None for a plug-in's codec."""
-    total = 0.0
-    for resolution in config.image.resolutions:
-        sizes = bucket_sizes(config.image, resolution)
-        each = [encode_flops(info, h, w) for h, w in sizes]
-        known = [f for f in each if f is not None]
-        if len(known) < len(each):
-            return None
-        total += sum(known) / len(known)
-    return total * (2 if config.image.flip else 1)
 
 
 def _gpus(config: EncodeJobConfig) -> dict[str, float]:

@@ -63,7 +63,12 @@ def is_pipeline_dir(root: Root) -> bool:
 def read_pipeline_dir(root: Root) -> PublishedPipeline:
     """Everything a sampler must know of a pipeline directory; hashes the denoiser's weights. InputError."""
     index = _json(root, INDEX)
-    component, class_name = _denoiser(index, root)
+    named = [(n, index[n]) for n in ("unet", "transformer") if isinstance(index.get(n), list) and len(index[n]) == 2]
+    if not named:
+        raise refused(root, INDEX, "it names neither a unet nor a transformer")
+    component, class_name = named[0][0], str(named[0][1][1])
+    if class_name not in CLASSES:
+        raise refused(root, f"{INDEX}: {component}", f"{class_name} is not one of {', '.join(CLASSES)}")
     config = _json(root, f"{component}/config.json")
     for name in ("addition_embed_type", "class_embed_type"):
         if config.get(name):
@@ -124,16 +129,6 @@ def refused(root: Root, what: str, rule: str) -> InputError:
         rule=rule,
         next_step="give a pipeline directory with safetensors weights of a supported class, or one of our exports",
     )
-
-
-def _denoiser(index: Mapping[str, Any], root: Root) -> tuple[str, str]:
-    for name in ("unet", "transformer"):
-        entry = index.get(name)
-        if isinstance(entry, list) and len(entry) == 2:
-            if entry[1] in CLASSES:
-                return name, str(entry[1])
-            raise refused(root, f"{INDEX}: {name}", f"{entry[1]} is not one of {', '.join(CLASSES)}")
-    raise refused(root, INDEX, "it names neither a unet nor a transformer")
 
 
 def _objective(scheduler: dict[str, Any], root: Root) -> tuple[dict[str, Any], float]:

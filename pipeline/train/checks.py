@@ -196,12 +196,19 @@ def handshake(config: TrainJobConfig, dataset: LatentDataset, *mix: LatentDatase
     }
     if texts:
         check_same_encoder(config, texts)
+    # All buckets, those of which most rows are served first, then by name.
+    shares: Counter[str] = Counter()
+    for key, part in config.data.parts.items():
+        groups = datasets[key].row_groups
+        rows = np.bincount(groups.bucket_of, weights=groups.rows, minlength=len(groups.buckets))
+        for bucket, count in zip(groups.buckets, rows.tolist(), strict=True):
+            shares[bucket] += part.weight * count / max(1, datasets[key].num_rows)
     facts = Facts(
         latent_channels=int(dataset.codec["latent_channels"]),
         factor=int(dataset.codec["factor"]),
         num_classes=num_classes,
         moments=dataset.posterior == "moments",
-        buckets=_by_frequency(config, datasets),
+        buckets=tuple(sorted(shares, key=lambda bucket: (-shares[bucket], bucket))),
         codec=codec,
         text=texts.get("data"),
         layouts=tuple(each.layout_digest for each in datasets.values()),
@@ -215,17 +222,6 @@ def handshake(config: TrainJobConfig, dataset: LatentDataset, *mix: LatentDatase
             next_step="set codec.path, or grid.every_images=null",
         )
     return facts
-
-
-def _by_frequency(config: TrainJobConfig, datasets: dict[str, LatentDataset]) -> tuple[str, ...]:
-    """All buckets, those of which most rows are served first, then by name."""
-    shares: Counter[str] = Counter()
-    for key, part in config.data.parts.items():
-        groups = datasets[key].row_groups
-        rows = np.bincount(groups.bucket_of, weights=groups.rows, minlength=len(groups.buckets))
-        for bucket, count in zip(groups.buckets, rows.tolist(), strict=True):
-            shares[bucket] += part.weight * count / max(1, datasets[key].num_rows)
-    return tuple(sorted(shares, key=lambda bucket: (-shares[bucket], bucket)))
 
 
 def _check_model(config: TrainJobConfig, facts: Facts, uri: str) -> None:
