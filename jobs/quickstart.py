@@ -114,7 +114,7 @@ def _finish(done: dict[str, Done], seconds: dict[str, float]) -> int:
     """Where everything is, and one line of figures; the exit code."""
     from pipeline.config import load_config
     from pipeline.evaluate.config import EvaluateJobConfig
-    from pipeline.tracking.job import mlflow_ui_command
+    from pipeline.tracking.delivery import mlflow_ui_command
 
     tracking = load_config(EvaluateJobConfig, [str(CONFIGS / "evaluate.yaml")]).tracking
     samples, report = (done[job].answer.get("outputs", {}) for job in ("sample", "evaluate"))

@@ -6,8 +6,8 @@ JOB = Job(
     name="regenerate",
     summary="Make one image again from the provenance inside it; on a CPU its bytes are the same.",
     config="pipeline.sample.config:RegenerateJobConfig",
-    run="pipeline.sample.regenerate_job:run",
-    dry_run="pipeline.sample.regenerate_job:dry_run",
+    run="pipeline.sample.regenerate:run",
+    dry_run="pipeline.sample.regenerate:dry_run",
     notes="""what equality is promised:
   On a CPU, with the versions and the number of threads the image names, the bytes are the same: status "identical".
   On another device or version the answer tells the largest and the mean difference of the pixels and the PSNR; a mean

@@ -16,7 +16,7 @@ from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import last_run
 from pipeline.store.ledger.layout import IDENTITY, canonical_json
 from pipeline.store.read.dataset import Dataset, LatentDataset
-from pipeline.train.history import HISTORY, read_records
+from pipeline.train.retention import HISTORY, read_records
 
 SSIM_WINDOW = 11  # pixels, the side of its window
 VERSION = 2  # raised when a figure changes its meaning, so that recorded evaluations are taken again

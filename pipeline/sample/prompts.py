@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.diffusion.draw import Embedding
-from pipeline.sample.text import TextSpec
+from pipeline.sample.prepare import TextSpec
 from pipeline.store.schema import pack_latents, to_float32
 from pipeline.text.encoder import TextEncoder, load_encoder
 from pipeline.text.files import encoder_files

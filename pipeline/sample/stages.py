@@ -20,8 +20,8 @@ from pipeline.dataflow.monitor import Reports, answer, held, one_by_one
 from pipeline.errors import ConfigError
 from pipeline.sample.output import IMAGES, encode_rows
 from pipeline.sample.plan import PLAN_SCHEMA
+from pipeline.sample.prepare import TextSpec
 from pipeline.sample.provenance import Draw, Origin
-from pipeline.sample.text import TextSpec
 from pipeline.storage.root import Root
 from pipeline.store.plan import EntrySpan, Work, read_entries
 from pipeline.store.read.dataset import place_in

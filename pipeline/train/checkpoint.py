@@ -2,7 +2,7 @@
 
     tensors --DCP--> <staging>/<name>/rank-k/*.safetensors --upload--> checkpoints/<name>/*.safetensors
             --> receipt-k.json (sha256, size of each file)  --all ranks--> COMPLETE.json (meta, all receipts)
-    reports --rank 0--> history.jsonl, before the marker (see `history`)
+    reports --rank 0--> history.jsonl, before the marker (see `retention`)
 
 torch.distributed.checkpoint decides which rank writes what and re-cuts shards for another world size; its
 usual `.metadata` file is a pickle, so its safetensors storage is used, whose index is the files' own headers.
@@ -36,8 +36,7 @@ from pipeline.model.checkpoints import MARKER as MARKER
 from pipeline.model.checkpoints import fetch_checked, list_complete, local_copy
 from pipeline.storage.root import Root
 from pipeline.train import collectives
-from pipeline.train.history import COUNT, History
-from pipeline.train.retention import WorkerStart, begin, counting, mark_complete, prune
+from pipeline.train.retention import COUNT, History, WorkerStart, begin, counting, mark_complete, prune
 
 _FILE_BYTES = 1 << 30
 _log = logging.getLogger(__name__)

@@ -32,8 +32,8 @@ from pipeline.tracking.tracker import Tracker
 from pipeline.train.checks import Facts
 from pipeline.train.config import MixConfig, TrainDataConfig, TrainJobConfig
 from pipeline.train.control import current_generation, lasting, record_failure, recorded_failure, request_stop
-from pipeline.train.history import read_records
 from pipeline.train.pinned_inputs import Begun, counting_names, look, pinned
+from pipeline.train.retention import read_records
 
 DONE = "done.json"
 WEIGHT_TAG = "latentloom.weight"

@@ -28,7 +28,6 @@ from pipeline.train.checks import Facts, identity
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.control import Notices, StopWatch, listed_checkpoints
 from pipeline.train.export import export_info, export_model, is_guidable, sampling_shift
-from pipeline.train.history import History
 from pipeline.train.hooks import SampleGrid, Validation
 from pipeline.train.inputs import (
     Served,
@@ -42,6 +41,7 @@ from pipeline.train.inputs import (
 from pipeline.train.loop import Callbacks, Engine, Hook, Meter, Settings, peak_flops, train
 from pipeline.train.parallel import wrap
 from pipeline.train.pinned_inputs import pins_of
+from pipeline.train.retention import History
 from pipeline.train.state import Track, TrainState, make_state
 from pipeline.train.task import Task, Text
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.integration
 
 
 def test_a_report_tells_progress_checkpoint_and_queue() -> None:
-    from pipeline.train.history import History
+    from pipeline.train.retention import History
     from pipeline.train.worker import Reporter
 
     class Behind(NoopTracker):

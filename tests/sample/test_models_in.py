@@ -25,10 +25,9 @@ from pipeline.sample.config import SampleJobConfig
 from pipeline.sample.denoise import NOISE, Denoiser, LatentDecoder
 from pipeline.sample.output import encode_rows
 from pipeline.sample.plan import extend_plan
-from pipeline.sample.prepare import SamplingInputs, on_device, prepare
+from pipeline.sample.prepare import SamplingInputs, on_device, prepare, text_of
 from pipeline.sample.prompts import PromptEmbedder
 from pipeline.sample.regenerate import regenerate
-from pipeline.sample.text import text_of
 from pipeline.storage.root import Root
 from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.state import Track, make_state

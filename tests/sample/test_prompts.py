@@ -21,9 +21,8 @@ from pipeline.model.info import TextReference
 from pipeline.model.read import read_model
 from pipeline.sample.config import SampleJobConfig
 from pipeline.sample.denoise import Denoiser, use_threads
-from pipeline.sample.prepare import SamplingInputs, on_device, prepare
+from pipeline.sample.prepare import SamplingInputs, on_device, prepare, text_of
 from pipeline.sample.prompts import PromptEmbedder
-from pipeline.sample.text import text_of
 from pipeline.text.config import TextEncoderConfig
 from pipeline.text.files import encoder_files
 from tests.sample.conftest import Tiny

@@ -20,7 +20,7 @@ from pipeline.sample.denoise import Denoiser, LatentDecoder, use_threads
 from pipeline.sample.output import encode_rows
 from pipeline.sample.plan import extend_plan
 from pipeline.sample.prepare import on_device, prepare
-from pipeline.sample.regenerate_job import Difference, difference, dry_run, run
+from pipeline.sample.regenerate import Difference, difference, dry_run, run
 from tests.sample.conftest import Tiny
 from tests.sample.test_draw import job
 from tests.support.jobs import command, environment

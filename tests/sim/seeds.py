@@ -15,7 +15,7 @@ from pipeline.errors import ConflictError, InputError
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import latest_number
 from pipeline.store.ledger.layout import IDENTITY
-from pipeline.train.history import read_records
+from pipeline.train.retention import read_records
 from tests.sim import oracles
 from tests.sim.samplers import Samplers
 from tests.sim.scheduler import Actor

@@ -31,7 +31,7 @@ PLAYED = {
     "sample/stages.py: EncodeImages.__call__: put_if_absent": "Samplers.sample",
     "sample/stages.py: CommitImages.__call__: put_if_absent": "Samplers.sample with tars",
     "sample/showing.py: show: put": "contact sheet and gallery: shown to people, read by nothing",
-    "sample/regenerate_job.py: run: put": "one image somewhere else",
+    "sample/regenerate.py: run: put": "one image somewhere else",
     # Training.
     "train/checkpoint.py: CheckpointStore._publish: put": "Trainers._save: shards and receipts of one start",
     "train/retention.py: begin: put_if_absent": "Trainers._work",
@@ -40,7 +40,7 @@ PLAYED = {
     "train/retention.py: _remove: delete": "Trainers._save",
     "train/control.py: request_stop: put": "a key of one start, which only asks",
     "train/control.py: record_failure: put_if_absent": "a key of one start, the first failure stays",
-    "train/history.py: History.write: put_if_absent": "Trainers._save: objects of one checkpoint",
+    "train/retention.py: History.write: put_if_absent": "Trainers._save: objects of one checkpoint",
     "train/job.py: run: put": "done.json: the result of one configuration, the same whoever reaches it",
     "train/worker.py: Quarantine._put: put": "Quarantine: a key of one start, test_quarantine",
     "train/worker.py: _grid.show: put": "a grid of one count of images: shown to people",

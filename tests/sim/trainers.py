@@ -16,8 +16,17 @@ from pipeline.store.ledger.generation import is_superseded
 from pipeline.store.ledger.ledger import claimed
 from pipeline.store.read.pins import Pins
 from pipeline.train.control import listed_checkpoints
-from pipeline.train.history import COUNT, History, read_records
-from pipeline.train.retention import WorkerStart, begin, counting, mark_complete, newest_start, prune
+from pipeline.train.retention import (
+    COUNT,
+    History,
+    WorkerStart,
+    begin,
+    counting,
+    mark_complete,
+    newest_start,
+    prune,
+    read_records,
+)
 from tests.sim.world import World
 
 SHARDS = ("shard-00001-model-00001-of-00002.safetensors", "shard-00001-model-00002-of-00002.safetensors")

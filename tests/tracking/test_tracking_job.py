@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.errors import ConfigError, InputError
 from pipeline.tracking.config import SyncTrackingJobConfig, TrackingConfig
-from pipeline.tracking.job import plan_sync, run_sync
+from pipeline.tracking.delivery import plan_sync, run_sync
 from pipeline.tracking.journal import Header, JournalWriter, files_dir
 from pipeline.tracking.store import MlflowStore
 from pipeline.tracking.uris import store_identity

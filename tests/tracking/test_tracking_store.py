@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.job import mlflow_ui_command
+from pipeline.tracking.delivery import mlflow_ui_command
 from pipeline.tracking.journal import Header
 from pipeline.tracking.store import MlflowStore, Point, RunMissing, StoreRefused, TrackingUnavailable
 from pipeline.tracking.tracker import environment_tags, git_commit, package_versions

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import InputError
 from pipeline.storage.root import Root
-from pipeline.train.history import COUNT, HISTORY, SEGMENT_RECORDS, History, read_records
+from pipeline.train.retention import COUNT, HISTORY, SEGMENT_RECORDS, History, read_records
 from tests.train.earlier_history import write_segments
 
 OPERATIONS = st.lists(

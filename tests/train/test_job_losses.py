@@ -18,8 +18,8 @@ from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import latest_number
 from pipeline.train.checkpoint import list_complete
 from pipeline.train.config import TrainJobConfig
-from pipeline.train.history import read_records
 from pipeline.train.inputs import open_served, open_stream
+from pipeline.train.retention import read_records
 from tests.support.ray_nodes import ray_nodes
 from tests.train.dataset import make_dataset
 from tests.train.driver import Driver

@@ -19,7 +19,7 @@ from pipeline.store.read.dataset import LatentDataset
 from pipeline.train.checkpoint import list_complete
 from pipeline.train.checks import handshake
 from pipeline.train.config import TrainJobConfig
-from pipeline.train.history import read_records
+from pipeline.train.retention import read_records
 from pipeline.train.worker import read_quarantine
 from tests.support.training import new_start
 from tests.train.dataset import make_dataset

@@ -13,7 +13,7 @@ from pipeline.config import validate
 from pipeline.errors import ConfigError, ConflictError, InputError, StoppedError
 from pipeline.model.load import load_model
 from pipeline.model.read import read_model
-from pipeline.sample.text import text_of
+from pipeline.sample.prepare import text_of
 from pipeline.storage.root import Root
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.stream.loader import LatentStream

@@ -31,9 +31,9 @@ from pipeline.tracking.tracker import NoopTracker
 from pipeline.train import collectives, job
 from pipeline.train.checks import Facts, check_same_encoder, handshake
 from pipeline.train.config import TrainJobConfig
-from pipeline.train.history import read_records
 from pipeline.train.inputs import Served, make_task, open_served, open_stream, pooled_statistics, validation_chunks
 from pipeline.train.pinned_inputs import look
+from pipeline.train.retention import read_records
 from pipeline.train.worker import WorkerContext, read_quarantine, run_worker
 from tests.support.training import new_start
 from tests.train.dataset import make_dataset

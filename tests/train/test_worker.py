@@ -17,7 +17,7 @@ from pipeline.store.read.dataset import LatentDataset
 from pipeline.train.checks import handshake
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.control import request_stop
-from pipeline.train.history import COUNT, read_records
+from pipeline.train.retention import COUNT, read_records
 from pipeline.train.worker import WorkerContext, run_worker
 from tests.support.training import new_start
 from tests.train.dataset import make_dataset
