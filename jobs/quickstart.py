@@ -42,6 +42,9 @@ class Done:
 
 def main() -> NoReturn:
     """Run every stage in turn; exits with the code of the first that fails."""
+    from pipeline.progress import Progress
+    from pipeline.source.synthetic import write_shapes
+
     if len(sys.argv) > 1:
         print(__doc__)
         sys.exit(0 if sys.argv[1:] in (["--help"], ["-h"]) else 2)
@@ -51,28 +54,19 @@ def main() -> NoReturn:
             file=sys.stderr,
         )
         sys.exit(2)
-    seconds = {"data": _write_data(1 + len(STAGES))}
+    print(f"[1/{1 + len(STAGES)}] Write {NUM_IMAGES:,} pictures of shapes to {PLACE}/images", flush=True)
+    began = time.monotonic()
+    with Progress("write", NUM_IMAGES) as progress:
+        report = write_shapes(f"{PLACE}/images", count=NUM_IMAGES, progress=progress.update)
+        progress.update(report.images)
+    seconds = {"data": time.monotonic() - began}
+    print(f"      {'there already' if report.skipped else 'done'} in {seconds['data']:.0f} s", flush=True)
     done: dict[str, Done] = {}
     for number, (job, what) in enumerate(STAGES.items(), 2):
         print(f"\n[{number}/{1 + len(STAGES)}] {what}", flush=True)
         done[job] = _run(job)
         seconds[job] = done[job].seconds
     sys.exit(_finish(done, seconds))
-
-
-def _write_data(num_stages: int) -> float:
-    """The pictures; returns the seconds it took."""
-    from pipeline.progress import Progress
-    from pipeline.source.synthetic import write_shapes
-
-    print(f"[1/{num_stages}] Write {NUM_IMAGES:,} pictures of shapes to {PLACE}/images", flush=True)
-    began = time.monotonic()
-    with Progress("write", NUM_IMAGES) as progress:
-        report = write_shapes(f"{PLACE}/images", count=NUM_IMAGES, progress=progress.update)
-        progress.update(report.images)
-    seconds = time.monotonic() - began
-    print(f"      {'there already' if report.skipped else 'done'} in {seconds:.0f} s", flush=True)
-    return seconds
 
 
 def _run(job: str) -> Done:

@@ -35,7 +35,7 @@ from pipeline.encode.rows import (
 )
 from pipeline.errors import ConfigError, argument_keys, keyed
 from pipeline.source.config import ImageConfig, SourceConfig
-from pipeline.source.pixels.prepare import PreparedImage, Reject, prepare
+from pipeline.source.pixels.prepare import Reject, prepare
 from pipeline.source.reading.readers import read_unit
 from pipeline.source.reading.rows import EndOfUnit, Entry, SourceRow
 from pipeline.storage.root import Root
@@ -92,28 +92,28 @@ class ImageDecoder:
                 cause = (prepared.status, str(prepared.reason), prepared.message)
                 return [Rejected(values["unit"], item.row, item.key, uri, *cause)]
             kept = {name: values[name] for name in ("unit", "row", "key", "caption", "label", "extra")}
-            return [Decoded({**kept, **_columns(image)}, len(prepared), image.pixels) for image in prepared]
+            items: list[Item] = []
+            for image in prepared:
+                top, left, height, width = image.crop
+                described = {
+                    "sample_id": image.sample_id,
+                    "variant": image.variant,
+                    "bucket": f"{image.bucket[0]}x{image.bucket[1]}",
+                    "original_height": image.original[0],
+                    "original_width": image.original[1],
+                    "crop_top": top,
+                    "crop_left": left,
+                    "crop_height": height,
+                    "crop_width": width,
+                    "flipped": image.flipped,
+                    "content_sha256": image.content_sha256,
+                    "phash": image.phash,
+                }
+                items.append(Decoded({**kept, **described}, len(prepared), image.pixels))
+            return items
         finally:
             with self._lock:
                 self.busy_s += time.perf_counter() - began
-
-
-def _columns(image: PreparedImage) -> dict[str, Any]:
-    top, left, height, width = image.crop
-    return {
-        "sample_id": image.sample_id,
-        "variant": image.variant,
-        "bucket": f"{image.bucket[0]}x{image.bucket[1]}",
-        "original_height": image.original[0],
-        "original_width": image.original[1],
-        "crop_top": top,
-        "crop_left": left,
-        "crop_height": height,
-        "crop_width": width,
-        "flipped": image.flipped,
-        "content_sha256": image.content_sha256,
-        "phash": image.phash,
-    }
 
 
 _BLOCK_BYTES = 32 << 20

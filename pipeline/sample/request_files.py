@@ -57,7 +57,24 @@ def read_columns(data: bytes, kind: str, origin: str) -> Cells:
             table = pq.read_table(io.BytesIO(data))
             return Cells({name: table[name].to_pylist() for name in table.column_names})
         text = data.decode("utf-8-sig")
-        return _read_csv(text) if kind == "csv" else _read_jsonl(text)
+        if kind == "csv":
+            return _read_csv(text)
+        # One object a line: a line that is none breaks its own row alone.
+        rows: list[dict[str, Any]] = []
+        names: dict[str, None] = {}
+        broken: dict[int, str] = {}
+        for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("no JSON object")
+            except (ValueError, RecursionError) as error:
+                row, broken[len(rows) + 1] = {}, f"line {number}: {error}"
+            rows.append(row)
+            names.update(dict.fromkeys(row))
+        return Cells({name: [row.get(name) for row in rows] for name in names}, broken)
     except (pa.ArrowException, OSError, ValueError, csv.Error) as error:
         raise InputError(
             f"The request file {origin} cannot be read as {kind}: {error}",
@@ -90,24 +107,6 @@ def _read_csv(text: str) -> Cells:
         if values:
             rows.append(values)
     return Cells({name: [row[i] or None for row in rows] for i, name in enumerate(header)}, broken)
-
-
-def _read_jsonl(text: str) -> Cells:
-    rows: list[dict[str, Any]] = []
-    names: dict[str, None] = {}
-    broken: dict[int, str] = {}
-    for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("no JSON object")
-        except (ValueError, RecursionError) as error:
-            row, broken[len(rows) + 1] = {}, f"line {number}: {error}"
-        rows.append(row)
-        names.update(dict.fromkeys(row))
-    return Cells({name: [row.get(name) for row in rows] for name in names}, broken)
 
 
 def map_columns(

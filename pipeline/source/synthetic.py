@@ -105,23 +105,20 @@ def draw_shape(seed: int, index: int, size: int) -> np.ndarray:
     radius = rng.uniform(0.26, 0.42) * side
     x, y = rng.uniform(radius, side - radius, 2)
     canvas = Image.new("RGB", (side, side), background)
-    _draw(ImageDraw.Draw(canvas), shape, x, y, radius, shade)
-    return np.array(canvas.resize((size, size), Image.Resampling.BOX))
-
-
-def _draw(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill: tuple[int, ...]) -> None:
+    pen, r = ImageDraw.Draw(canvas), radius
     if shape == "circle":
-        pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=shade)
     elif shape == "square":
         half = 0.82 * r
-        pen.rectangle((x - half, y - half, x + half, y + half), fill=fill)
+        pen.rectangle((x - half, y - half, x + half, y + half), fill=shade)
     elif shape == "triangle":
         corners = [(x + r * math.sin(a), y - r * math.cos(a)) for a in (0.0, 2 * math.pi / 3, 4 * math.pi / 3)]
-        pen.polygon(corners, fill=fill)
+        pen.polygon(corners, fill=shade)
     else:
         arm = 0.30 * r
-        pen.rectangle((x - r, y - arm, x + r, y + arm), fill=fill)
-        pen.rectangle((x - arm, y - r, x + arm, y + r), fill=fill)
+        pen.rectangle((x - r, y - arm, x + r, y + arm), fill=shade)
+        pen.rectangle((x - arm, y - r, x + arm, y + r), fill=shade)
+    return np.array(canvas.resize((size, size), Image.Resampling.BOX))
 
 
 def _put(root: Root, key: str, data: bytes) -> None:

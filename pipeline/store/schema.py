@@ -71,7 +71,17 @@ def latents_from(
     """float32 [n, c, h, w] from a latent column of rows of one `shape`; ValueError when bytes do not fit."""
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
     size = 2 * math.prod(shape)
-    parts = [_values(chunk, size) for chunk in chunks if len(chunk)]
+    parts: list[npt.NDArray[np.uint8]] = []
+    for chunk in chunks:
+        if not len(chunk):
+            continue
+        # The value bytes without a copy: they lie one after the other where every value has the same length.
+        wide = pa.types.is_large_binary(chunk.type)
+        offsets = np.frombuffer(chunk.buffers()[1], np.int64 if wide else np.int32, len(chunk) + 1 + chunk.offset)
+        offsets = offsets[chunk.offset :]
+        if chunk.null_count or not np.array_equal(np.diff(offsets), np.full(len(chunk), size)):
+            raise ValueError(f"every latent of this row group must be {size} bytes long")
+        parts.append(np.frombuffer(chunk.buffers()[2], np.uint8)[offsets[0] : offsets[-1]])
     if not parts:
         return np.zeros((0, *shape), np.float32)
     raw = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -85,13 +95,3 @@ def to_float32(raw: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float32
     if dtype == "bfloat16":
         return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
     raise ValueError(f"latent dtype must be one of {LATENT_DTYPES}, not {dtype!r}")
-
-
-def _values(chunk: pa.Array, size: int) -> npt.NDArray[np.uint8]:
-    """The value bytes of a binary array without a copy; every value must be `size` bytes long."""
-    wide = pa.types.is_large_binary(chunk.type)
-    offsets = np.frombuffer(chunk.buffers()[1], np.int64 if wide else np.int32, len(chunk) + 1 + chunk.offset)
-    offsets = offsets[chunk.offset :]
-    if chunk.null_count or not np.array_equal(np.diff(offsets), np.full(len(chunk), size)):
-        raise ValueError(f"every latent of this row group must be {size} bytes long")
-    return np.frombuffer(chunk.buffers()[2], np.uint8)[offsets[0] : offsets[-1]]

@@ -257,25 +257,10 @@ def _embed(task: _Task, run: Run, generation: Generation, state: State) -> JobRe
         note={"source": task.source()},
     )
     tracker.log_input(name=task.latents.uri, digest=task.latents.digest, source=task.latents.uri, context="input")
-    began = time.monotonic()
-    totals = _fill_gaps(task, generation, state)
-    seconds = time.monotonic() - began
-    final = read_state(task.root)
-    rates = {"captions_per_s": totals["embedded"] / seconds, "tokens_per_s": totals["tokens"] / seconds}
-    result = _result("done", task, final, None, totals, rates)
-    return run.done(
-        result, step=final.num_stored, digest=Dataset.open_kind(task.root.uri, "text", "output.uri").digest
-    )
-
-
-def _fill_gaps(task: _Task, generation: Generation, state: State) -> dict[str, int]:
-    encoder = task.encoder
+    began, start = time.monotonic(), state.num_stored
     totals = dict.fromkeys(("embedded", "tokens", "truncated"), 0)
-    start = state.num_stored
-    with (
-        Progress(f"embed {encoder.name}", start + state.gaps().count(), "captions", start=start) as progress,
-        _loaded(task) as encode,
-    ):
+    progress = Progress(f"embed {task.encoder.name}", start + state.gaps().count(), "captions", start=start)
+    with progress, _loaded(task) as encode:
 
         def on_unit(captions: int, tokens: int, truncated: int) -> None:
             for name, value in zip(totals, (captions, tokens, truncated), strict=True):
@@ -287,11 +272,17 @@ def _fill_gaps(task: _Task, generation: Generation, state: State) -> dict[str, i
             generation,
             state,
             encode,
-            embedding_dtype=encoder.embedding_dtype,
+            embedding_dtype=task.encoder.embedding_dtype,
             row_group_bytes=task.config.embed.row_group_bytes,
             on_unit=on_unit,
         )
-    return totals
+    seconds = time.monotonic() - began
+    final = read_state(task.root)
+    rates = {"captions_per_s": totals["embedded"] / seconds, "tokens_per_s": totals["tokens"] / seconds}
+    result = _result("done", task, final, None, totals, rates)
+    return run.done(
+        result, step=final.num_stored, digest=Dataset.open_kind(task.root.uri, "text", "output.uri").digest
+    )
 
 
 @contextmanager

@@ -273,6 +273,15 @@ class MlflowStore:
 
 
 def _state(run: Any) -> RunState:
+    links: list[DatasetLink] = []
+    for each in run.inputs.dataset_inputs if run.inputs else ():
+        dataset, tags = each.dataset, {tag.key: tag.value for tag in each.tags}
+        try:
+            source = str(json.loads(dataset.source)["uri"])
+        except (ValueError, KeyError, TypeError):
+            source = str(dataset.source)
+        digest = tags.get(DIGEST_TAG, dataset.digest)
+        links.append(DatasetLink(dataset.name, digest, source, tags.get("mlflow.data.context", "")))
     # `run.data.metrics` has the values only; the last steps are in the entities behind it.
     return RunState(
         run_id=run.info.run_id,
@@ -280,15 +289,5 @@ def _state(run: Any) -> RunState:
         last_steps={metric.key: metric.step for metric in run.data._metric_objs},
         tags=dict(run.data.tags),
         status=run.info.status,
-        datasets=tuple(_link(each) for each in run.inputs.dataset_inputs) if run.inputs else (),
+        datasets=tuple(links),
     )
-
-
-def _link(dataset_input: Any) -> DatasetLink:
-    dataset, tags = dataset_input.dataset, {tag.key: tag.value for tag in dataset_input.tags}
-    try:
-        source = str(json.loads(dataset.source)["uri"])
-    except (ValueError, KeyError, TypeError):
-        source = str(dataset.source)
-    digest = tags.get(DIGEST_TAG, dataset.digest)
-    return DatasetLink(dataset.name, digest, source, tags.get("mlflow.data.context", ""))

@@ -88,9 +88,14 @@ class CheckpointStore:
         self.wait()
         name = self.start.name(int(meta["images"]), self.token)
         mine = self.staging / name / f"rank-{collectives.rank():05d}"
-        writer = HuggingFaceStorageWriter(
-            str(mine), fqn_to_index_mapping=_file_of_tensor(tensors), save_distributed=True
-        )
+        # The number, from 1, of each tensor's file: files of about a GiB, which a store takes in one put.
+        number, used, file_of = 1, 0, {}
+        for tensor_name, tensor in tensors.items():
+            size = tensor.numel() * tensor.element_size()
+            if used and used + size > _FILE_BYTES:
+                number, used = number + 1, 0
+            file_of[tensor_name], used = number, used + size
+        writer = HuggingFaceStorageWriter(str(mine), fqn_to_index_mapping=file_of, save_distributed=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             dcp_save(dict(tensors), storage_writer=writer, no_dist=not collectives.is_distributed())
@@ -241,17 +246,6 @@ class CheckpointStore:
         collectives.barrier()
         if self.node_leader and local.is_relative_to(self.staging):
             shutil.rmtree(local)
-
-
-def _file_of_tensor(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """File number (from 1) of each tensor: files of about a GiB, which a store takes in one put."""
-    index, used, out = 1, 0, {}
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if used and used + size > _FILE_BYTES:
-            index, used = index + 1, 0
-        out[name], used = index, used + size
-    return out
 
 
 def _to_json(value: Mapping[str, Any]) -> bytes:

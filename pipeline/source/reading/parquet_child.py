@@ -119,7 +119,10 @@ def _messages(task: dict[str, Any], read: ReadRange) -> Iterator[Message]:
                 span = task["span"]
                 span["ranges"] = tuple(tuple(pair) for pair in span["ranges"])
                 for item in tables.rows(file, source, task["where"], Span(**span)):
-                    yield _row_message(item)
+                    row, uri = item if isinstance(item, tuple) else (item, None)
+                    size = None if row.image is None else len(row.image)
+                    values = {name: getattr(row, name) for name in _ROW_FIELDS}
+                    yield {"kind": "row", "row": values, "uri": uri, "size": size}, row.image
             yield {"kind": "end"}, None
         except InputError as error:
             about = {"key": error.key, "value": error.value, "rule": error.rule, "next_step": error.next_step}
@@ -130,13 +133,6 @@ def _messages(task: dict[str, Any], read: ReadRange) -> Iterator[Message]:
             yield {"kind": "damaged", "reason": Reason.DECODE_MEMORY.value, "message": "out of memory"}, None
         except OSError:
             yield {"kind": "failed"}, None
-
-
-def _row_message(item: Item) -> Message:
-    row, uri = item if isinstance(item, tuple) else (item, None)
-    size = None if row.image is None else len(row.image)
-    values = {name: getattr(row, name) for name in _ROW_FIELDS}
-    return {"kind": "row", "row": values, "uri": uri, "size": size}, row.image
 
 
 def _serve(memory_mb: int) -> None:

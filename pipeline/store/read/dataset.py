@@ -288,7 +288,13 @@ class Dataset:
         local = self.root.local_path(path)
         if local is None:
             return np.frombuffer(self.root.read_range(path, start, length), np.uint8)
-        _read_ahead(str(local), start, length)
+        # Ask the system to bring these bytes from the disk: whoever touches the mapping waits for every page.
+        if hasattr(os, "posix_fadvise"):  # not on every system; it is advice alone
+            handle = os.open(local, os.O_RDONLY)
+            try:
+                os.posix_fadvise(handle, start, length, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(handle)
         with pa.memory_map(str(local)) as source:
             source.seek(start)
             values = np.frombuffer(source.read_buffer(length), np.uint8)  # keeps the mapping alive
@@ -384,17 +390,6 @@ class LatentDataset(Dataset):
     def channel_std(self) -> npt.NDArray[np.float64]:
         """Exact standard deviation of every stored channel over all visible rows, float64 [c]."""
         return self._channel_moments[1]
-
-
-def _read_ahead(path: str, start: int, length: int) -> None:
-    """Ask the system to bring these bytes from the disk: whoever touches the mapping waits for every page."""
-    if not hasattr(os, "posix_fadvise"):
-        return  # not on every system; it is advice alone
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(handle, start, length, os.POSIX_FADV_WILLNEED)
-    finally:
-        os.close(handle)
 
 
 def _alive(file: VisibleFile, rows: pa.Table) -> npt.NDArray[np.bool_]:
