@@ -168,25 +168,24 @@ class _Work:
 
     def _shares(self, number: int, passes: int) -> Iterator[Rows]:
         """The rows of one share of the hashes, row group by row group; few row groups are held at a time."""
-
-        def read(group: int) -> Rows:
-            table = self.dataset.read(group, ["content_sha256", "unit", "row"])
-            table = table.filter(pc.is_valid(table["content_sha256"]))
-            rows = np.zeros(len(table), _ROW)
-            if len(table):  # big-endian words of a fixed-size binary column without nulls
-                hashes = pa.concat_arrays([chunk for chunk in table["content_sha256"].chunks if len(chunk)])
-                words = np.frombuffer(hashes.buffers()[1], ">u8").reshape(-1, 4)
-                rows["hash"] = words[hashes.offset : hashes.offset + len(hashes)]
-            rows["address"] = _addresses(table)
-            rows["group"] = group
-            share = ((rows["hash"][:, 0] >> np.uint64(32)) * np.uint64(passes)) >> np.uint64(32)
-            return rows if passes == 1 else rows[share == number]
-
         with ThreadPoolExecutor(_READERS) as pool:
             for first in range(0, len(self.dataset.row_groups), _READ_WINDOW):
                 self.generation.check()
                 groups = self.dataset.row_groups[first : first + _READ_WINDOW]
-                yield from pool.map(lambda g: read(g.index), groups)
+                yield from pool.map(lambda g: self._share(g.index, number, passes), groups)
+
+    def _share(self, group: int, number: int, passes: int) -> Rows:
+        table = self.dataset.read(group, ["content_sha256", "unit", "row"])
+        table = table.filter(pc.is_valid(table["content_sha256"]))
+        rows = np.zeros(len(table), _ROW)
+        if len(table):  # big-endian words of a fixed-size binary column without nulls
+            hashes = pa.concat_arrays([chunk for chunk in table["content_sha256"].chunks if len(chunk)])
+            words = np.frombuffer(hashes.buffers()[1], ">u8").reshape(-1, 4)
+            rows["hash"] = words[hashes.offset : hashes.offset + len(hashes)]
+        rows["address"] = _addresses(table)
+        rows["group"] = group
+        share = ((rows["hash"][:, 0] >> np.uint64(32)) * np.uint64(passes)) >> np.uint64(32)
+        return rows if passes == 1 else rows[share == number]
 
     def _commit(self, others: Rows, kept: Int64s) -> None:
         order = np.argsort(others["address"], kind="stable")
