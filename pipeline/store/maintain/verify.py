@@ -187,8 +187,12 @@ def _orphans(root: Root, number: int, since_s: float = math.inf) -> Iterator[Obj
         if since_s == math.inf:
             break
         first = max(claim["at"], _put_at_s(root, f"{layout.generation_dir(seen)}/open.json")) < since_s
-        if first and _changed_at_s(root, seen) < since_s:
-            break
+        if first:
+            # When it last changed what is visible, by the store's clock.
+            changes_s = [(info.mtime_ns or 0) / 1e9 for info in root.list(layout.ledger_dir(seen))]
+            own = [key for key in visible_headers(root, seen) if key.endswith(f"-{seen:08d}.json")]
+            if max([*changes_s, *(_put_at_s(root, key) for key in own)], default=0.0) < since_s:
+                break
         # What was visible when this claim came; between then and the next one its own records were, too.
         planned = Plan(plan.root, tuple(v for v in plan.versions if v.generation < seen), plan._tables)
         bundled: list[tuple[str, CommitRecord]] = []
@@ -210,13 +214,6 @@ def _files(state: State) -> set[str]:
 
 def _put_at_s(root: Root, key: str) -> float:
     return (root.info(key).mtime_ns or 0) / 1e9
-
-
-def _changed_at_s(root: Root, number: int) -> float:
-    """When a generation last changed what is visible, by the store's clock; 0 when it never did."""
-    records = [(info.mtime_ns or 0) / 1e9 for info in root.list(layout.ledger_dir(number))]
-    own = [key for key in visible_headers(root, number) if key.endswith(f"-{number:08d}.json")]
-    return max([*records, *(_put_at_s(root, key) for key in own)], default=0.0)
 
 
 def has_garbage(root: Root, grace_s: float, now_s: float | None = None) -> bool:
