@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from pipeline.config import StrictModel, config_digest, dump_yaml
 from pipeline.errors import PipelineError, StoppedError, argument_keys
 from pipeline.result import JobResult
+from pipeline.storage.errors import storage_errors
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import Generation, last_run, note_run
 from pipeline.store.ledger.identity import Identity, claim_identity
@@ -120,7 +121,9 @@ def open_run(
             yield run
         except BaseException as error:
             if isinstance(error, PipelineError) and error.result is not None:
-                error.with_result(run.done(error.result))
+                # The job's own error counts, also where the store has failed, too.
+                with contextlib.suppress(*storage_errors()):
+                    error.with_result(run.done(error.result))
             run.tracker.finish("KILLED" if isinstance(error, StoppedError | KeyboardInterrupt) else "FAILED")
             raise
         run.tracker.finish("FINISHED")

@@ -12,7 +12,7 @@ a run that was killed goes on from the plan without reading the latents again, a
 run plans only captions no version holds. Rows follow the order in which captions first occur in the latents, so a
 stream that reads latents in windows finds the embeddings of a window close together.
 
-`config` and `files` say which encoder it is (no torch), `dataset` which captions are new, `encoder` is the door
-to transformers, `job` plans, and fills the gaps of a plan; `dataset` is the read side
-and knows numpy and pyarrow only. A caption whose row is absent is an error of the reader, never a zero vector.
+`config` and `files` say which encoder it is (no torch), `encoder` is the door to transformers, `job` plans, and fills
+the gaps of a plan; `dataset` says which captions are new and is the read side, with numpy and pyarrow only. A
+caption whose row is absent is an error of the reader, never a zero vector.
 """

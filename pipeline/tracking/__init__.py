@@ -15,7 +15,7 @@ A metric point is (run, key, step): what an earlier attempt already delivered is
 A crash leaves a journal whose lock is free: the next job using the same folder, or `delivery.replay`, sends the rest
 and marks the run KILLED unless a newer attempt has taken it over. A torn last line is ignored.
 A finished training's model is a record like any other, so a version is registered even when the server is down at
-the end (`registry` resolves names and aliases). `store` is the only module that sends to mlflow, `lineage` walks from
-a run to the runs and data it came from.
+the end. `store` is the only module that sends to mlflow; `queries` walks from a run to the runs and data it came
+from, and resolves the names and aliases of registered models.
 Credentials are removed from everything before it is written (`uris`).
 """

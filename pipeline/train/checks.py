@@ -108,7 +108,7 @@ def check_text_uris(config: TrainJobConfig) -> None:
 
 
 def check_same_encoder(config: TrainJobConfig, texts: Mapping[str, dict[str, Any]]) -> None:
-    """ConflictError when embeddings (`handshake.text_facts`, by key) were made by different encoders."""
+    """ConflictError when embeddings (`text_facts`, by key) were made by different encoders."""
     (first, *others) = texts
     for key in others:
         differing = list(differences(texts[first]["fingerprint"], texts[key]["fingerprint"]))

@@ -131,6 +131,19 @@ def test_what_a_failure_tells_as_its_result_is_recorded(root: Root, trackers: li
     assert caught.value.result.run_id == "run-0"
 
 
+def test_a_store_that_fails_meanwhile_does_not_hide_why_a_job_ended(
+    root: Root, trackers: list[Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(PipelineError, match="over budget"), open_run(Config(), "encode", root) as run:
+        run.track("n", params={})
+        monkeypatch.setattr(Root, "put", full)
+        raise PipelineError("over budget").with_result(JobResult("done", {"rejected": 7}))
+    assert trackers[0].ended == ["FAILED"]
+
+
 def test_rows_are_not_the_work_of_who_only_moved_them(root: Root, trackers: list[Recorder]) -> None:
     for job in ("encode", "compact"):
         with open_run(Config(), job, root) as run:

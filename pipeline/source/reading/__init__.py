@@ -6,7 +6,7 @@ listing    streams entries in one strict order (key, row), the same on local dis
 readers    give a unit's rows, any sub-ranges of them: folder here, tar shards in webdataset, tables in parquet
 parquet_file  what is inside one Parquet file; parquet_child runs it in a child that asks for its bytes
 filters    which rows to keep, the same expression over tables and over single records
-fields, metadata, rows serve them
+metadata   what the files beside images say of them; rows: what is listed, what is handed on, and its stable names
 
 What is read is the version that was listed; another one gives no row, and stays a gap.
 """

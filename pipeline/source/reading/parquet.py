@@ -13,8 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from pipeline.errors import PipelineError
 from pipeline.source.config import ParquetSource
-from pipeline.source.reading import parquet_child as table_child
-from pipeline.source.reading import parquet_file as tables
+from pipeline.source.reading import parquet_child, parquet_file
 from pipeline.source.reading.parquet_file import Item, Span, TableError
 from pipeline.source.reading.rows import (
     EndOfUnit,
@@ -147,9 +146,9 @@ def _layout(
     where = root.uri_of(key)
     with open_ranges(root, key, version, size_bytes) as (read, size):
         if source.isolate:
-            return table_child.layout(read, size, source, where)
+            return parquet_child.layout(read, size, source, where)
         with RangedFile(read, size, whole=False) as file:
-            return tables.layout(file, source, where)
+            return parquet_file.layout(file, source, where)
 
 
 def _rows(root: Root, source: ParquetSource, entry: Entry, base: int, wanted: Ranges) -> Iterator[Item]:
@@ -162,7 +161,7 @@ def _rows(root: Root, source: ParquetSource, entry: Entry, base: int, wanted: Ra
     span = Span(entry.key, entry.row_start, entry.row_stop, base, wanted.pairs)
     with open_ranges(root, entry.key, entry) as (read, size):
         if source.isolate:
-            yield from table_child.rows(read, size, source, where, span)
+            yield from parquet_child.rows(read, size, source, where, span)
             return
         with RangedFile(read, size, whole=False) as file:
-            yield from tables.rows(file, source, where, span)
+            yield from parquet_file.rows(file, source, where, span)

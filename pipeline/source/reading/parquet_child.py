@@ -23,7 +23,7 @@ import pyarrow as pa
 from pipeline.errors import InputError
 from pipeline.source.config import ParquetSource
 from pipeline.source.pixels.child_process import Child, Pool, alarms, limited_pipes, read_exactly, read_header, send
-from pipeline.source.reading import parquet_file as tables
+from pipeline.source.reading import parquet_file
 from pipeline.source.reading.parquet_file import Item, Span, TableError
 from pipeline.source.reading.rows import ReadRange, SourceRow
 from pipeline.source.reasons import Reason
@@ -38,7 +38,7 @@ _ROW_FIELDS = tuple(f.name for f in fields(SourceRow) if f.name != "image")
 
 
 def layout(read: ReadRange, size_bytes: int, source: ParquetSource, where: str) -> list[tuple[int, int]]:
-    """As `tables.layout`, in a child; also raises TableError for a timeout, a crash or too much memory."""
+    """As `parquet_file.layout`, in a child; also raises TableError for a timeout, a crash or too much memory."""
     groups: list[tuple[int, int]] = []
     for message, _ in _run(read, source, {"size": size_bytes, "where": where, "span": None}):
         groups = [(rows, size) for rows, size in message["groups"]]
@@ -46,7 +46,7 @@ def layout(read: ReadRange, size_bytes: int, source: ParquetSource, where: str) 
 
 
 def rows(read: ReadRange, size_bytes: int, source: ParquetSource, where: str, span: Span) -> Iterator[Item]:
-    """As `tables.rows`, in a child; also raises TableError for a timeout, a crash or too much memory."""
+    """As `parquet_file.rows`, in a child; also raises TableError for a timeout, a crash or too much memory."""
     for message, image in _run(read, source, {"size": size_bytes, "where": where, "span": asdict(span)}):
         row = SourceRow(image=image, **message["row"])
         yield row if message["uri"] is None else (row, message["uri"])
@@ -114,11 +114,11 @@ def _messages(task: dict[str, Any], read: ReadRange) -> Iterator[Message]:
     with RangedFile(read, task["size"], whole=False) as file:
         try:
             if task["span"] is None:
-                yield {"kind": "layout", "groups": tables.layout(file, source, task["where"])}, None
+                yield {"kind": "layout", "groups": parquet_file.layout(file, source, task["where"])}, None
             else:
                 span = task["span"]
                 span["ranges"] = tuple(tuple(pair) for pair in span["ranges"])
-                for item in tables.rows(file, source, task["where"], Span(**span)):
+                for item in parquet_file.rows(file, source, task["where"], Span(**span)):
                     row, uri = item if isinstance(item, tuple) else (item, None)
                     size = None if row.image is None else len(row.image)
                     values = {name: getattr(row, name) for name in _ROW_FIELDS}
