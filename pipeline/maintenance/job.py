@@ -31,13 +31,14 @@ def run_verify(config: VerifyJobConfig) -> JobResult:
     Only level=decode loads torch.
     """
     root = Root(config.data.uri)
-    dataset = _open(root)
+    read_identity(root, "data.uri")
     with open_run(config, "verify", key="data.uri") as run:
-        _track(run, dataset, {"level": config.level, "gc": config.gc})
+        _track(run, root, {"level": config.level, "gc": config.gc})
         began = time.monotonic()
         with Progress("verify", None, unit="files") as progress:
             level = "checksums" if config.level == "decode" else config.level
             report = verify(root.uri, level, lambda done, total: progress.update(done, of=total))
+        run.tracker.log_input(name=root.uri, digest=report.digest, source=root.uri, context="input")
         report.level = config.level
         figures = _compare(config, report) if config.level == "decode" and report.sound else {}
         if config.report:
@@ -100,7 +101,8 @@ def run_compact(config: CompactJobConfig) -> JobResult:
     ):
         assert run.generation is not None
         sizes = {"shard_bytes": config.shard_bytes, "row_group_bytes": config.row_group_bytes}
-        _track(run, dataset, sizes)
+        _track(run, root, sizes)
+        run.tracker.log_input(name=root.uri, digest=dataset.digest, source=root.uri, context="input")
         report = compact(
             run.generation,
             **sizes,
@@ -128,14 +130,13 @@ def _open(root: Root) -> Dataset:
     return Dataset(root, read_identity(root, "data.uri"), read_state(root))
 
 
-def _track(run: Run, dataset: Dataset, params: Mapping[str, object]) -> None:
+def _track(run: Run, root: Root, params: Mapping[str, object]) -> None:
     """The MLflow run, under that of the job whose rows these are."""
-    origin = last_run(dataset.root)
+    origin = last_run(root)
     maker = origin.get("run_id") or origin.get("handle")
-    name = dataset.root.uri.rstrip("/").rpartition("/")[2]
+    name = root.uri.rstrip("/").rpartition("/")[2]
     parents = {str(origin.get("job", "encode")): str(maker)} if maker else {}
-    tracker = run.track(f"{run.job} {name}", params={"data.uri": dataset.root.uri, **params}, parents=parents)
-    tracker.log_input(name=dataset.root.uri, digest=dataset.digest, source=dataset.root.uri, context="input")
+    run.track(f"{run.job} {name}", params={"data.uri": root.uri, **params}, parents=parents)
 
 
 def _compare(config: VerifyJobConfig, report: VerifyReport) -> dict[str, float]:

@@ -32,7 +32,7 @@ from pipeline.store.ledger.record import CommitRecord, FileInfo
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State, fold, read_state
 from pipeline.store.plan import Plan, read_plan
-from pipeline.store.read.dataset import COLUMNS, problems_outside
+from pipeline.store.read.dataset import COLUMNS, Dataset, problems_outside
 
 Level = Literal["ledger", "files", "checksums"]
 _DELETES = 32  # at a time, and between two looks for a run that has taken over
@@ -44,6 +44,7 @@ class VerifyReport:
     """What was checked and what was found wrong; `orphans` are files nothing refers to, which is no damage."""
 
     level: str
+    digest: str = ""  # of the rows that were checked: see `Dataset.digest`
     planned_rows: int = 0
     stored_rows: int = 0
     rejected_rows: int = 0
@@ -71,9 +72,8 @@ def verify(uri: str, level: Level, on_file: Callable[[int, int], None] = lambda 
     sha256, and proves from the rows themselves that every stored row is there once.
     """
     root = Root(uri)
-    read_identity(root)
-    report = VerifyReport(level)
-    state = read_state(root)
+    identity, state = read_identity(root), read_state(root)
+    report = VerifyReport(level, Dataset(root, identity, state).digest)
     _conservation(state, report)
     if level == "ledger":
         return report
