@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -173,6 +175,10 @@ def _entry(rank: int, world_size: int, port: int, function: Callable[..., Any], 
         function(*args)
     finally:
         dist.destroy_process_group()
+    # Here, where all has passed: torch's own threads, still alive at an ordinary exit, abort it now and then.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> None:
