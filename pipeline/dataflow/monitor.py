@@ -161,10 +161,18 @@ class Watch:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def finish(self, done: int) -> None:
+        """All is done, and this many by the ledger's own count, which knows what reports have not told yet."""
+        self._stop_polling()
+        self.progress.update(done)
+
+    def _stop_polling(self) -> None:
         self._stop.set()
         if self._thread:
             self._thread.join(timeout=10)
+
+    def __exit__(self, *_: object) -> None:
+        self._stop_polling()
         self.progress.close()
         if self.ended_by is not None:
             raise self.ended_by from None

@@ -31,7 +31,8 @@ class EncodeConfig(StrictModel):
     num_cpus: float | None = Field(
         None,
         gt=0,
-        description="CPUs an actor reserves; null: what reads and writes leave.",
+        description="CPUs an actor reserves; null: its share of what reads and writes leave, beside a GPU of its "
+        "node, without one at most 1.",
         json_schema_extra=renamed_from("actor_cpus"),
     )
     num_gpus: GpuShare | None = Field(
@@ -42,13 +43,15 @@ class EncodeConfig(StrictModel):
     threads_per_actor: int | None = Field(
         None,
         ge=1,
-        description="Torch threads per actor; null: CPUs it reserves. With more than one on a CPU the last bits of a "
-        "latent may depend on its place in the batch.",
+        description="Torch threads per actor; null: 1 beside a GPU, else the CPUs it reserves. With more than one on "
+        "a CPU the last bits of a latent may depend on its place in the batch.",
     )
     decode: Literal["actor", "tasks"] = Field(
         "actor", description="Decode in threads beside the device, or in tasks of their own on CPU nodes."
     )
-    decode_threads: int = Field(2, ge=1, description="Decode threads beside each device.")
+    decode_threads: int | None = Field(
+        None, ge=1, description="Decode threads of an actor; null: the CPUs it reserves beside a GPU, else 2."
+    )
     decode_cpus: float = Field(1.0, gt=0, description="CPUs of a decode task, with decode=tasks.")
     read_cpus: float = Field(0.25, gt=0, description="CPUs a read task reserves.")
     write_cpus: float = Field(0.25, gt=0, description="CPUs a write task reserves.")

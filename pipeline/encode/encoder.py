@@ -24,6 +24,7 @@ from pipeline.store.schema import pack_latents
 
 
 Latents = npt.NDArray[np.float32]
+Fetch = Callable[[], tuple[Latents, float]]  # waits for latents; also the seconds that the device was busy with them
 
 
 class DeviceQueue:
@@ -32,46 +33,42 @@ class DeviceQueue:
     On CUDA the host memory is pinned and `depth` batches may be queued; on a CPU everything is done at once.
     """
 
+    depth: int
+
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)
         self._uploads: torch.cuda.Stream | None = None
         if self._device.type == "cuda":
             self._uploads = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-
-    @property
-    def depth(self) -> int:
-        """Batches to keep queued on the device while the host prepares the next."""
-        return 0 if self._uploads is None else 2
+        self.depth = 0 if self._uploads is None else 2  # batches to keep queued while the host prepares the next
 
     def host_batch(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Uninitialised uint8 host memory of that shape, pinned where that makes copies asynchronous."""
         return torch.empty(shape, dtype=torch.uint8, pin_memory=self._uploads is not None)
 
-    def upload(self, batch: torch.Tensor) -> torch.Tensor:
-        """The batch on the device; work queued from now on waits for the copy, work queued before does not."""
+    def submit(self, batch: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor]) -> Fetch:
+        """Queue `encode` on a batch of host memory; the answer waits for that much and for no later work."""
         if self._uploads is None:
-            return batch
+            began = time.perf_counter()
+            latents: Latents = encode(batch).float().numpy()
+            seconds = time.perf_counter() - began
+            return lambda: (latents, seconds)
         with torch.cuda.stream(self._uploads):
             on_device = batch.to(self._device, non_blocking=True)
         working = torch.cuda.current_stream(self._device)
+        # Work queued from now on waits for the copy, work queued before does not.
         working.wait_stream(self._uploads)
         on_device.record_stream(working)
-        return on_device
+        begun, done = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begun.record(working)
+        result = encode(on_device).float()
+        host = torch.empty(result.shape, dtype=torch.float32, pin_memory=True)
+        host.copy_(result, non_blocking=True)
+        done.record(working)
 
-    def download(self, latents: torch.Tensor) -> Callable[[], Latents]:
-        """Queue the way back behind the latents' own work; the answer waits for that much and no later work."""
-        if self._uploads is None:
-            host = latents.float()
-            return host.numpy
-        host = torch.empty(latents.shape, dtype=torch.float32, pin_memory=True)
-        host.copy_(latents.float(), non_blocking=True)
-        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        done.record(torch.cuda.current_stream(self._device))
-
-        def fetch() -> Latents:
+        def fetch() -> tuple[Latents, float]:
             done.synchronize()
-            fetched: Latents = host.numpy()
-            return fetched
+            return host.numpy(), begun.elapsed_time(done) / 1e3
 
         return fetch
 
@@ -91,7 +88,7 @@ Size = tuple[int, int]
 
 @dataclass
 class Usage:
-    """Seconds this encoder spent, and rows it finished; sums over its life."""
+    """Seconds that this encoder waited for items and its device worked, and rows it finished; sums over its life."""
 
     wait_s: float = 0.0
     device_s: float = 0.0
@@ -121,7 +118,7 @@ class _Running:
     """A batch on the device whose latents have not been fetched yet."""
 
     owned: list[Owned]
-    fetch: Callable[[], npt.NDArray[np.float32]]
+    fetch: Fetch
 
 
 class Encoder:
@@ -151,7 +148,8 @@ class Encoder:
         self._largest_value = float(np.finfo(np.float16 if latent_dtype == "float16" else np.float32).max)
         self.usage = Usage()
         self._reported = Usage()
-        self._device = DeviceQueue(device)
+        # A codec on a device that torch does not know brings the queue to it.
+        self._device: DeviceQueue = getattr(codec, "queue", None) or DeviceQueue(device)
         self._limits: dict[Size, int] = {}
         self._queues: dict[Size, list[Owned]] = {}
         self._running: deque[_Running] = deque()
@@ -253,10 +251,8 @@ class Encoder:
 
     def _submit(self, owned: list[Owned]) -> None:
         """Queue a batch on the device; older batches that have to make room are brought back."""
-        began = time.perf_counter()
         self._run(owned)
         self._submitted += 1
-        self.usage.device_s += time.perf_counter() - began
         while len(self._running) > self._device.depth:
             self._fetch()
 
@@ -299,7 +295,7 @@ class Encoder:
         limit = self._limit(size)
         try:
             # Grey images: nothing that a codec could have trouble with.
-            latents = self._encode(torch.full((limit, *size, 3), 127, dtype=torch.uint8), [0] * limit)()
+            latents, _ = self._encode(torch.full((limit, *size, 3), 127, dtype=torch.uint8), [0] * limit)()
         except Exception as error:
             if not out_of_memory(error):
                 raise DeviceFault(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}") from error
@@ -331,7 +327,7 @@ class Encoder:
         self.usage.halvings += 1
         self._device.release_cached()
 
-    def _launch(self, items: list[Decoded], size: Size, limit: int) -> Callable[[], npt.NDArray[np.float32]]:
+    def _launch(self, items: list[Decoded], size: Size, limit: int) -> Fetch:
         batch_NHWC = self._device.host_batch((limit, *size, 3))
         array = batch_NHWC.numpy()
         for i, item in enumerate(items):
@@ -342,24 +338,22 @@ class Encoder:
             seeds[: len(items)] = [posterior_seed(item.values["sample_id"]) for item in items]
         return self._encode(batch_NHWC, seeds, len(items))
 
-    def _encode(
-        self, batch_NHWC: torch.Tensor, seeds: list[int], count: int | None = None
-    ) -> Callable[[], npt.NDArray[np.float32]]:
+    def _encode(self, batch_NHWC: torch.Tensor, seeds: list[int], count: int | None = None) -> Fetch:
         """Queue a batch of host memory; the answer waits for the latents of its first `count` images."""
-        on_device = self._device.upload(batch_NHWC)
         drawn = seeds if self.posterior == "sample" else None
-        return self._device.download(self.codec.encode(on_device, posterior=self.posterior, seeds=drawn)[:count])
+        return self._device.submit(
+            batch_NHWC, lambda images: self.codec.encode(images, posterior=self.posterior, seeds=drawn)[:count]
+        )
 
     def _fetch(self) -> None:
         """Bring the oldest batch back."""
-        began = time.perf_counter()
         running = self._running.popleft()
         try:
-            latents_NCHW = running.fetch()
+            latents_NCHW, seconds = running.fetch()
         except Exception as error:
             # What was queued without complaint fails when it is waited for: no image can be named.
             raise DeviceFault(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}") from error
-        self.usage.device_s += time.perf_counter() - began
+        self.usage.device_s += seconds
         items = [item for _, item in running.owned]
         within: npt.NDArray[np.bool_] = np.abs(latents_NCHW) <= self._largest_value  # false for NaN, too
         sound = np.asarray(within.reshape(len(items), -1).all(axis=1))

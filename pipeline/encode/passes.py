@@ -126,10 +126,12 @@ class _Encoding:
             on_clean_pass=self._retried,
         )
         encode, actors, cpus = self.config.encode, self.resources.actors, ray.cluster_resources().get("CPU", 1.0)
-        decode = cpus if encode.decode == "tasks" else actors * encode.decode_threads
+        decode = cpus if encode.decode == "tasks" else actors * self.resources.decode_threads
         shares = Shares({"read": cpus, "decode": decode, "device": actors, "write": encode.writers})
-        with Watch(self.monitor, progress, done, shares, self._log_totals, total=total):
-            return passes.run()
+        with Watch(self.monitor, progress, done, shares, self._log_totals, total=total) as watch:
+            state = passes.run()
+            watch.finish((state.covered - self.retry).count())
+        return state
 
     def _state_and_gaps(self) -> tuple[State, RowSet]:
         """The state now, and what this run still has to settle."""
@@ -245,6 +247,7 @@ class EncodeResources:
     num_cpus: float
     num_gpus: float
     threads: int
+    decode_threads: int
 
 
 def _spec(config: EncodeJobConfig, resources: EncodeResources, calls: int) -> EncoderSpec:
@@ -256,7 +259,7 @@ def _spec(config: EncodeJobConfig, resources: EncodeResources, calls: int) -> En
         latent_dtype=encode.latent_dtype,
         batch_size=encode.batch_size,
         largest=largest_bucket(config.image),
-        decode_threads=encode.decode_threads,
+        decode_threads=resources.decode_threads,
         threads=resources.threads,
         device=device_of(config.cluster, resources.num_gpus),
         decoded=encode.decode == "tasks",
@@ -278,9 +281,9 @@ def _resources(config: EncodeJobConfig) -> EncodeResources:
     if num_cpus is None:
         # However actors spread, reads and writes find room on every node: else the nodes that are left when others
         # are lost may hold nothing but actors that wait for reads.
-        nodes = [offer.get("CPU", 0.0) for offer in node_offers()]
-        on_any = [(have - spare) / max(1, int(have)) for have in nodes if have > spare]
-        share: float = min(1.0, (cpus - spare) / actors, *on_any)
+        share = min([(cpus - spare) / actors, *_shares(num_gpus, actors, spare)])
+        if not num_gpus or encode.decode == "tasks":
+            share = min(1.0, share)
         num_cpus = max(0.1, round(share - 5e-5, 4))
     demands = {f"{actors} encoder actors": actors * num_cpus, "reads and writes": spare}
     kinds = [
@@ -296,4 +299,18 @@ def _resources(config: EncodeJobConfig) -> EncodeResources:
     check_together(demands, "encode.actors")
     check_together({f"{actors} encoder actors": actors * num_gpus}, "encode.num_gpus", "GPU")
     check_gpus([(kinds[0], actors)], node_offers(), "encode.num_gpus")
-    return EncodeResources(actors, num_cpus, num_gpus, encode.threads_per_actor or max(1, round(num_cpus)))
+    threads = encode.threads_per_actor or (1 if num_gpus else max(1, round(num_cpus)))
+    decode_threads = encode.decode_threads or (max(2, round(num_cpus)) if num_gpus else 2)
+    return EncodeResources(actors, num_cpus, num_gpus, threads, decode_threads)
+
+
+def _shares(num_gpus: float, actors: int, spare: float) -> list[float]:
+    """CPUs that a node has for each actor when it holds as many as it can; beside GPUs a tenth is for other work."""
+    shares = []
+    for offer in node_offers():
+        cpus = offer.get("CPU", 0.0)
+        room = int(offer.get("GPU", 0.0) / num_gpus + 1e-6) if num_gpus else max(1, int(cpus))
+        if cpus > spare and room:
+            left = cpus - max(spare, 0.1 * cpus if num_gpus else 0.0)
+            shares.append(left / min(room, actors))
+    return shares

@@ -117,6 +117,7 @@ class ImageDecoder:
 
 
 _BLOCK_BYTES = 32 << 20
+_REPORT_S = 1.0
 ENCODER = "encoder"  # the stage, as the monitor knows it
 
 
@@ -136,13 +137,16 @@ class UnitReader:
         return partial(replace(self, spans={work.unit: self.spans[work.unit]}), work)
 
     def __call__(self, work: Work) -> Iterator[pa.Table]:
-        spent, began = 0.0, time.perf_counter()
+        began = time.perf_counter()
         for table in self._blocks(work):
-            spent += time.perf_counter() - began
+            self._report(time.perf_counter() - began)
             yield table
             began = time.perf_counter()
+        self._report(time.perf_counter() - began)
+
+    def _report(self, seconds: float) -> None:
         if self.monitor is not None:
-            self.monitor.add.remote({"read_s": spent + time.perf_counter() - began})
+            self.monitor.add.remote({"read_s": seconds})
 
     def _blocks(self, work: Work) -> Iterator[pa.Table]:
         entries = [
@@ -279,11 +283,21 @@ class DecodeImages:
         # As encoders do: an image that kills its process leaves its rows open.
         with reports.busy(block):
             try:
-                table = pixels_table(decoder.items(block))
+                table = pixels_table(_reporting(decoder, block, reports))
             finally:
                 decoder.close()
-                reports.add({"decode_s": decoder.busy_s})
+                reports.add({"decode_s": decoder.unreported_s()})
         return table
+
+
+def _reporting(decoder: ImageDecoder, block: pa.Table, reports: Any) -> Iterator[Item]:
+    """The items of a block; every second, what was spent: told at the end alone it would look like nothing."""
+    told = time.monotonic()
+    for item in decoder.items(block):
+        yield item
+        if time.monotonic() - told > _REPORT_S:
+            told = time.monotonic()
+            reports.add({"decode_s": decoder.unreported_s()})
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,9 @@ class PromptConfig(StrictModel):
 class WriteConfig(StrictModel):
     """How images are encoded and committed."""
 
-    encoders: int = Field(2, ge=1, description="Tasks at a time that encode PNG, JPEG or WebP.")
+    encoders: int | None = Field(
+        None, ge=1, description="Tasks at a time that encode PNG, JPEG or WebP; null: two for each GPU, at least two."
+    )
     encoder_cpus: float = Field(0.2, gt=0, description="CPUs such a task reserves.")
     writers: int = Field(2, ge=1, description="Write tasks at a time.")
     fragment_rows: int = Field(256, ge=1, description="Images a write waits for before it commits a fragment.")

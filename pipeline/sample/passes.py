@@ -68,6 +68,7 @@ class SampleResources:
     decode_cpus: float
     decode_gpus: float
     prompts_gpus: float
+    encoders: int
 
 
 def check_cluster(config: SampleJobConfig, *, with_text: bool) -> None:
@@ -145,9 +146,9 @@ class _Sampling:
         )
         with Watch(
             self.monitor, progress, done, lambda totals, elapsed_s: {}, lambda totals: self.generation.check()
-        ):
+        ) as watch:
             passes.run()
-            progress.update(self.wanted.count())
+            watch.finish(self.wanted.count())
 
     def _read_open(self) -> tuple[State, RowSet]:
         """The state now, and which of the wanted requests are open."""
@@ -208,7 +209,7 @@ class _Sampling:
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=config.write.encoder_cpus,
-            compute=ray.data.TaskPoolStrategy(size=config.write.encoders),
+            compute=ray.data.TaskPoolStrategy(size=r.encoders),
         )
         tars = self.root if config.output.format == "webdataset" else None
         sink = LedgerSink("CommitImages", CommitImages(self.committer, tars), config.write.fragment_rows)
@@ -256,7 +257,14 @@ def _resources(config: SampleJobConfig, *, with_text: bool) -> SampleResources:
     counts = (denoise_actors, decode_actors, int(with_text))
     check_gpus(list(zip(kinds, counts, strict=False)), node_offers(), "denoise.num_gpus")
     return SampleResources(
-        denoise_actors, denoise_cpus, denoise_gpus, decode_actors, decode_cpus, decode_gpus, prompts_gpus
+        denoise_actors,
+        denoise_cpus,
+        denoise_gpus,
+        decode_actors,
+        decode_cpus,
+        decode_gpus,
+        prompts_gpus,
+        config.write.encoders or 2 * max(1, int(gpus)),
     )
 
 

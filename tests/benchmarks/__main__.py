@@ -33,6 +33,10 @@ AREAS: dict[str, Callable[[Path, Path | None, bool], list[str]]] = {
     "encode": lambda out, data, quick: [
         *("--out", f"{out}", "--images", "400" if quick else "2000", *photos(data)),
     ],
+    "device_feed": lambda out, data, quick: [
+        *("--out", f"{out}", *(["--sides", "256", "--sources", "0.3", "--seconds", "3"] if quick else [])),
+        *(["--data", f"{data}"] if data else []),
+    ],
     "encode_growth": lambda out, data, quick: [
         *("--out", f"{out}", *(["--images", "1000", "2000"] if quick else []), *photos(data)),
     ],

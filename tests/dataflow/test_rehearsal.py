@@ -96,6 +96,7 @@ def test_encode_with_whole_gpus_says_that_it_is_a_rehearsal(world: World) -> Non
     code, answer, errors = encode(world, "whole")
     assert (code, answer["counts"]["latents"]) == (0, IMAGES), errors
     check(world, "whole")
+    assert f"encode  {IMAGES}/{IMAGES} images 100%  in" in errors  # the last line knows all that was committed
     assert "REHEARSAL: cluster.device=cpu" in errors
     fingerprint = read_identity(Root(str(world.base / "whole"))).fingerprint
     # What a GPU would have been asked for, and what really computed.

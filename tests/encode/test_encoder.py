@@ -16,7 +16,7 @@ import torch
 
 from pipeline.codec.info import CodecInfo
 from pipeline.dataflow.device_faults import DeviceFault, device_fault
-from pipeline.encode.encoder import DeviceQueue, Encoder, Latents, Usage
+from pipeline.encode.encoder import DeviceQueue, Encoder, Fetch, Latents, Usage
 from pipeline.encode.rows import Decoded, Item, Rejected, UnitEnd, encoded_table, items_of, pixels_table
 from pipeline.encode.stages import ImageDecoder
 from pipeline.errors import ConfigError
@@ -295,10 +295,12 @@ def test_a_device_that_fails_ends_every_table_on_it() -> None:
 class LosesResults(DeviceQueue):
     """A device that takes batches, and fails when the first of them is fetched."""
 
-    depth = 2
+    def __init__(self, device: str) -> None:
+        super().__init__(device)
+        self.depth = 2
 
-    def download(self, latents: torch.Tensor) -> Callable[[], Latents]:
-        def fetch() -> Latents:
+    def submit(self, batch: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor]) -> Fetch:
+        def fetch() -> tuple[Latents, float]:
             raise RuntimeError("planted: the device is gone")
 
         return fetch
@@ -344,6 +346,27 @@ def test_items_that_cannot_be_read_end_their_own_table_alone() -> None:
     with pytest.raises(ValueError, match="planted"):
         machine.encode(unreadable())
     assert stored(machine.encode([item(1)])) == stored(encoder(Blocks()).encode([item(1)]))
+
+
+class Slow(DeviceQueue):
+    """A device that is busy for a tenth of a second with each batch, while the host goes on."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self.depth = 2
+
+    def submit(self, batch: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor]) -> Fetch:
+        latents = encode(batch).float().numpy()
+        return lambda: (latents, 0.1)
+
+
+def test_a_device_is_busy_while_nobody_waits_for_it() -> None:
+    """Where decoding is slower than the device no fetch ever waits: what it did must count even so."""
+    codec = Blocks()
+    codec.queue = Slow()  # type: ignore[attr-defined]
+    machine = encoder(codec)
+    machine.encode([item(r) for r in range(8)])
+    assert machine.usage.device_s == pytest.approx(0.1 * -(-8 // machine.batch_size))
 
 
 def test_usage_is_told_once() -> None:

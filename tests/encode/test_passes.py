@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray import cloudpickle
 
+from pipeline.config import load_config
 from pipeline.dataflow.passes import UnitSource
+from pipeline.encode import passes
+from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.passes import Shares
 from pipeline.encode.plan import known_entries, planned_rows
 from pipeline.encode.stages import UnitReader
@@ -78,3 +82,39 @@ def test_the_busiest_stage_is_the_one_with_the_largest_share(monkeypatch: pytest
     later = {**totals, "device_s": 10.0, "write_s": 100.0}
     # Since then: 1 device second of 10; more writing than there are writers is shown as all of them.
     assert shares(later, 120.0)["busy"] == "read 0% decode 0% device 10% write 100%"
+
+
+Nodes = tuple[dict[str, float], ...]
+BIG: Nodes = ({"CPU": 64.0, "GPU": 8.0},) * 2
+
+
+@pytest.mark.parametrize(
+    ("nodes", "overrides", "actors", "num_cpus", "threads", "decode_threads"),
+    [
+        (({"CPU": 2.0},), (), 2, 0.75, 1, 2),
+        (({"CPU": 4.0},), ("encode.actors=1",), 1, 1.0, 1, 2),
+        (BIG, (), 16, 7.2, 1, 7),  # nine tenths of a node, for each of its eight GPUs
+        (BIG, ("encode.num_gpus=0.5",), 32, 3.6, 1, 4),
+        (BIG, ("encode.actors=2",), 2, 28.8, 1, 29),  # both may be on one node
+        (BIG, ("encode.num_gpus=2",), 8, 14.4, 1, 14),
+        (BIG, ("encode.decode=tasks",), 16, 1.0, 1, 2),
+        (({"CPU": 8.0}, {"CPU": 16.0, "GPU": 1.0}), (), 1, 14.4, 1, 14),  # nothing of the node without a GPU
+        (BIG, ("encode.num_cpus=3", "encode.decode_threads=5", "encode.threads_per_actor=2"), 16, 3.0, 2, 5),
+    ],
+)
+def test_an_actor_takes_its_share_of_its_nodes_cpus(
+    monkeypatch: pytest.MonkeyPatch,
+    nodes: Nodes,
+    overrides: tuple[str, ...],
+    actors: int,
+    num_cpus: float,
+    threads: int,
+    decode_threads: int,
+) -> None:
+    together = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: together)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Resources": node, "Alive": True} for node in nodes])
+    required = ["source.kind=folder", "source.uri=i", "codec.path=c", "output.uri=o"]
+    found = passes._resources(load_config(EncodeJobConfig, [], [*required, *overrides]))
+    assert (found.actors, found.threads, found.decode_threads) == (actors, threads, decode_threads)
+    assert found.num_cpus == pytest.approx(num_cpus, abs=1e-3)

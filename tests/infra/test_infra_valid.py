@@ -325,7 +325,7 @@ def metric_names() -> set[str]:
 
 
 def test_metrics_asked_for_are_metrics_the_product_has() -> None:
-    """Each name's last part stands in the code that reports it; that Ray exports them so, the topology test sees."""
+    """Each name, or its last part, stands in the code that reports it; the topology test sees Ray export it."""
     sources = {
         "encode": ["pipeline/encode/stages.py", "pipeline/encode/passes.py", "pipeline/dataflow/monitor.py"],
         "sample": ["pipeline/sample/stages.py", "pipeline/dataflow/monitor.py"],
@@ -336,7 +336,7 @@ def test_metrics_asked_for_are_metrics_the_product_has() -> None:
     for name in found:
         _, job, figure = name.split("_", 2)
         text = "".join((REPOSITORY / p).read_text() for p in sources[job])
-        assert f'"{figure}"' in text, f"nothing reports {name}"
+        assert f'"{figure}"' in text or f'"{name}"' in text, f"nothing reports {name}"
 
 
 def test_dashboard() -> None:

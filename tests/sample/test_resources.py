@@ -29,7 +29,7 @@ def test_what_is_left_open_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resources().denoise_gpus == 0
     offer(monkeypatch, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 1.0})
     found = resources(with_text=True)
-    assert (found.denoise_actors, found.decode_actors) == (2, 2)
+    assert (found.denoise_actors, found.decode_actors, found.encoders) == (2, 2, 4)
 
 
 @pytest.mark.parametrize(
