@@ -32,7 +32,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,26 +68,32 @@ def size_of(megapixels: float) -> Size:
 # -- One case, in a process of its own -------------------------------------------------------------------------
 
 
-def feed(jpeg: Path, side: int, tflops: float, cores: int, batch: int, seconds: float) -> dict[str, float]:
-    """Feed the paced device for so long, once all is warm; "ready" on standard output before, figures after."""
-    import torch
-
+def feed(
+    codec: CodecConfig,
+    jpeg: Path,
+    side: int,
+    cores: int,
+    batch: int,
+    seconds: float,
+    *,
+    device: str = "cpu",
+    on_ready: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Feed a codec's device with one JPEG again and again, for so long once all is warm."""
     monitor = LocalMonitor()
     spec = EncoderSpec(
-        codec=CodecConfig(path=f"tflops-{tflops}", kind="paced"),
+        codec=codec,
         image=ImageConfig(resolution=side, multiple_of=8, max_upscale=1e6),
         source_uri="memory://benchmark",
         latent_dtype="float16",
         batch_size=batch,
         decode_threads=cores,
         threads=1,
-        device="cpu",
+        device=device,
         largest=(side, side),
         decoded=False,
         calls=CALLS,
     )
-    torch.set_num_threads(1)
-    flops(side, side)  # counted once, before the clock runs
     actor = EncodeBlocks(spec, monitor)
     data, stop = jpeg.read_bytes(), threading.Event()
 
@@ -100,7 +106,7 @@ def feed(jpeg: Path, side: int, tflops: float, cores: int, batch: int, seconds: 
         caller.start()
     while monitor.state.totals()[0].get("rows", 0) < 2 * batch:
         time.sleep(0.05)
-    print("ready", flush=True)
+    on_ready()
     before, cpu, began = monitor.state.totals()[0], time.process_time(), time.perf_counter()
     time.sleep(seconds)
     after, cpu, wall = monitor.state.totals()[0], time.process_time() - cpu, time.perf_counter() - began
@@ -207,7 +213,10 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     if chosen.case:
         jpeg, side, tflops, cores, batch, seconds = chosen.case
-        print(json.dumps(feed(Path(jpeg), int(side), float(tflops), int(cores), int(batch), float(seconds))))
+        codec = CodecConfig(path=f"tflops-{tflops}", kind="paced")
+        flops(int(side), int(side))  # counted once, before the clock runs
+        case = (Path(jpeg), int(side), int(cores), int(batch), float(seconds))
+        print(json.dumps(feed(codec, *case, on_ready=lambda: print("ready", flush=True))))
         return
     tflops = PEAK_TFLOPS[chosen.gpu] * chosen.utilisation
     kind = REAL if chosen.data else MADE_UP

@@ -19,7 +19,9 @@ def command(job: str, *arguments: object) -> list[str]:
 
 def environment() -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    return {**kept, "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
+    # What is on the path already may hold packages that this machine's Python lacks.
+    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    return {**kept, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
 
 
 def start(job: str, *arguments: object, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
