@@ -33,6 +33,11 @@ class _Source(StrictModel):
     label: str | None = Field("label", description="field or column holding the integer label; null for none")
     classes: tuple[str, ...] = Field((), description="class names in label order: lets a label be given as its name")
     extra: tuple[str, ...] = Field((), description='further fields kept with each row as JSON; ["*"] keeps all')
+    status: str | None = Field(
+        "status",
+        description="img2dataset's field or column: rows that say failed_to_download or failed_to_resize there are "
+        "filtered, any other value means nothing; null for none",
+    )
     max_bytes: int = Field(64 << 20, ge=1, description="an image of more bytes is rejected, unread where possible")
     read_ahead: int = Field(16, ge=1, le=256, description="objects fetched ahead of the decoder on remote stores")
     filter: str | None = Field(
@@ -93,7 +98,6 @@ class ParquetSource(_Source):
     uri_prefixes: tuple[str, ...] = Field(
         (), description="absolute image URIs are read only below these; relative ones below the source itself"
     )
-    status: str | None = Field("status", description='column that must say "success" where it exists (img2dataset)')
     exif: str | None = Field("exif", description="column with EXIF as JSON where it exists (img2dataset)")
     isolate: bool = Field(
         True,

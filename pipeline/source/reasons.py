@@ -40,6 +40,7 @@ class Reason(StrEnum):
     # Filters: the row is sound, the configuration does not want it
     ROW_FILTER = "row_filter"
     SOURCE_STATUS = "source_status"
+    SECOND_IMAGE = "second_image"
     TOO_SMALL = "too_small"
     UPSCALE_LIMIT = "upscale_limit"
     DUPLICATE_CONTENT = "duplicate_content"
@@ -61,6 +62,7 @@ _FILTERS = frozenset(
     (
         Reason.ROW_FILTER,
         Reason.SOURCE_STATUS,
+        Reason.SECOND_IMAGE,
         Reason.TOO_SMALL,
         Reason.UPSCALE_LIMIT,
         Reason.DUPLICATE_CONTENT,

@@ -29,7 +29,7 @@ from pipeline.source.reading.listing import list_entries
 from pipeline.source.reading.metadata import MAX_TEXT_BYTES
 from pipeline.source.reading.readers import read_unit
 from pipeline.source.reading.rows import EndOfUnit
-from pipeline.source.reading.webdataset import TarError, members
+from pipeline.source.reading.tar import Archive, TarError
 from pipeline.source.reasons import Reason
 
 pytestmark = pytest.mark.integration
@@ -331,7 +331,7 @@ def test_endless_headers_in_a_packed_tar_end_too(tmp_path):
         for _ in range(200):
             packed.write(info.tobuf(tarfile.GNU_FORMAT) + body + bytes((1 << 20) - len(body)))
     with pytest.raises(TarError, match=r"100 times its size|cannot be read"):
-        list(members(io.BytesIO(sink.getvalue())))
+        list(Archive(io.BytesIO(sink.getvalue())).members())
 
 
 @pytest.mark.parametrize("size", [8 << 30, 10**17, 2**70])
@@ -394,8 +394,9 @@ def test_of_many_images_of_a_sample_one_is_held(tmp_path, monkeypatch):
     monkeypatch.setattr(webdataset, "_take", take)
     extensions = ("image", "tiff", "png", "webp", "jpg", "bmp")
     write(tmp_path / "s.tar", tar_of([(f"a.{e}", e.encode() + bytes(100)) for e in extensions]))
-    row, _ = rows(WebDatasetSource, tmp_path)
+    row, *others, _ = rows(WebDatasetSource, tmp_path)
     assert row.image.startswith(b"jpg")
+    assert [other.reason for other in others] == ["second_image"] * 5
     assert max(held) <= 105
 
 

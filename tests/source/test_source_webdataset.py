@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
 import errno
 import gzip
 import io
 import json
+import lzma
 import tarfile
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from source_images import encode, gradient, write
 
@@ -16,7 +19,7 @@ from pipeline.source.config import WebDatasetSource
 from pipeline.source.reading.listing import list_entries
 from pipeline.source.reading.readers import read_unit
 from pipeline.source.reading.rows import EndOfUnit, SourceRow
-from pipeline.source.reading.webdataset import TarError, members
+from pipeline.source.reading.tar import Archive, TarError
 from pipeline.storage.root import Root
 
 JPEG = encode(gradient(), "JPEG")
@@ -53,7 +56,7 @@ def test_members_of_one_basename_form_a_sample(tmp_path):
         ("./0002.png", b"png bytes"),
         ("0003.webp", b"w"),
     ]
-    first, second, third, end = one_tar(tmp_path, files, extra=("score",))
+    first, mask, second, third, end = one_tar(tmp_path, files, extra=("score",))
     assert (first.key, first.caption, first.label, first.extra) == (
         "s.tar/d/0001",
         "a ünïcode caption",
@@ -62,8 +65,9 @@ def test_members_of_one_basename_form_a_sample(tmp_path):
     )
     assert first.image == JPEG
     assert (second.key, second.caption, second.label, second.image) == ("s.tar/0002", "from json", 3, b"png bytes")
-    assert (third.row, third.caption, third.label, third.extra) == (2, None, None, None)
-    assert end == EndOfUnit(3)
+    assert (third.row, third.caption, third.label, third.extra) == (3, None, None, None)
+    assert (mask.reason, mask.key) == ("second_image", "s.tar/d/0001.mask.png?1")
+    assert end == EndOfUnit(4)
 
 
 def test_shards_follow_each_other_in_one_unit(tmp_path):
@@ -93,16 +97,13 @@ def test_gzip_and_remote_shards_read_alike(tmp_path):
 def test_only_wanted_rows_are_read_and_the_rest_is_passed_over(tmp_path, monkeypatch):
     write(tmp_path / "s.tar", tar_of([(f"{i}.jpg", bytes([i]) * 5000) for i in range(10)]))
     sizes = []
-    real = tarfile.TarInfo.frombuf
-    from pipeline.source.reading import webdataset as tar
-
-    monkeypatch.setattr(tar, "_read", lambda f, n, real=tar._read: (sizes.append(n), real(f, n))[1])
+    take = Archive.take
+    monkeypatch.setattr(Archive, "take", lambda self, size: (sizes.append(size), take(self, size))[1])
     found = rows(tmp_path, ranges=[(2, 4), (7, 8)])
     assert [(r.row, r.image[0]) for r in found] == [(2, 2), (3, 3), (7, 7)]
     assert sizes.count(5000) == 3
     assert len(sizes) <= 3 + 9, "reading goes on behind the last wanted row"
     assert [r.row for r in rows(tmp_path, ranges=[(8, None)])[:-1]] == [8, 9]
-    assert real is not None
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -218,8 +219,9 @@ def test_hostile_names_links_and_directories(tmp_path):
             tar.addfile(info)
     write(tmp_path / "in/s.tar", sink.getvalue())
     *found, end = rows(tmp_path / "in")
-    assert [r.reason for r in found] == ["unsafe_name", "unsafe_name", "unsafe_name", None, "no_image"]
-    assert end == EndOfUnit(5)
+    assert [r.reason for r in found] == ["unsafe_name"] * 3 + [None, "no_image", "missing", "missing"]
+    assert "/etc/passwd" in found[-1].message
+    assert end == EndOfUnit(7)
     assert [p.name for p in tmp_path.rglob("*")] == ["in", "s.tar"], "nothing is unpacked"
 
 
@@ -255,6 +257,154 @@ def test_samples_that_give_no_row(tmp_path):
     assert [r.row for r in found] == list(range(len(found)))
 
 
+def test_names_may_hold_dots(tmp_path):
+    names = [f"IMG.{n:04d}.v1" for n in range(5)]
+    files = [(f"{name}.{kind}", f"{name} {kind}".encode()) for name in names for kind in ("jpg", "txt")]
+    *found, _ = one_tar(tmp_path, files)
+    assert [(r.key, r.caption, r.image) for r in found] == [
+        (f"s.tar/{name}", f"{name} txt", f"{name} jpg".encode()) for name in names
+    ]
+
+
+def test_parts_of_a_sample_are_no_samples(tmp_path):
+    names = ("a.features.npy", "a.jpg", "a.mask.npy", "a.meta.json", "a.txt", "b.json", "b.jpg")
+    *found, _ = one_tar(tmp_path, [(name, b"{}") for name in names])
+    assert [(r.key, r.status, r.caption) for r in found] == [("s.tar/a", "ok", "{}"), ("s.tar/b", "ok", None)]
+
+
+def test_every_further_image_is_a_row_that_says_why_it_is_not_taken(tmp_path):
+    files = [("a.png", b"png"), ("a.jpg", b"jpg"), ("a.jpg", b"again"), ("a.mask.png", b"mask"), ("a.txt", b"t")]
+    first, *others, end = one_tar(tmp_path, [*files, ("b.jpg", b"b")])
+    assert (first.key, first.image, first.caption, end) == ("s.tar/a", b"jpg", "t", EndOfUnit(5))
+    assert [(r.row, r.reason, r.status) for r in others] == [
+        (1, "second_image", "filtered"),
+        (2, "duplicate_key", "rejected"),
+        (3, "second_image", "filtered"),
+        (4, None, "ok"),
+    ]
+    # Read in part, rows keep their numbers.
+    again = one_tar(tmp_path, [*files, ("b.jpg", b"b")], ranges=[(2, 5)])
+    assert [(r.row, r.reason) for r in again] == [(2, "duplicate_key"), (3, "second_image"), (4, None)]
+
+
+def test_a_text_twice_counts_once_or_is_told(tmp_path):
+    same, other, _ = one_tar(
+        tmp_path,
+        [("a.jpg", b"1"), ("a.txt", b"t"), ("a.txt", b"t"), ("b.jpg", b"1"), ("b.txt", b"t"), ("b.txt", b"u")],
+    )
+    assert (same.caption, other.reason) == ("t", "bad_metadata")
+    assert "b.txt is there twice" in other.message
+
+
+def test_texts_apart_from_their_images_are_told_as_lost(tmp_path):
+    first, second, lost, _, _ = one_tar(
+        tmp_path, [("a.jpg", b"1"), ("b.jpg", b"1"), ("a.txt", b"t"), ("b.txt", b"t")]
+    )
+    assert (first.status, second.status, lost.reason) == ("ok", "ok", "duplicate_key")
+    assert "apart from this .txt, which is lost to it" in lost.message
+    assert "tar --sort=name" in lost.message
+
+
+def linked(*links: tuple[str, str, bytes], mode: str = "w") -> bytes:
+    """A tar of a/1.jpg, its caption, and links (name, where it leads, type)."""
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode=mode) as tar:
+        for name, target, kind in [*links[:1], ("a/1.jpg", "", b""), ("a/1.txt", "", b""), *links[1:]]:
+            info = tarfile.TarInfo(name)
+            if not kind:
+                info.size = len(name)
+                tar.addfile(info, io.BytesIO(name.encode()))
+                continue
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+    return sink.getvalue()
+
+
+def test_links_within_a_tar_are_what_they_lead_to(tmp_path):
+    long = "x" * 150
+    data = linked(
+        ("a/0.jpg", "1.jpg", tarfile.SYMTYPE),  # to what comes later
+        ("b/2.jpg", "a/1.jpg", tarfile.LNKTYPE),
+        ("b/2.txt", "../a/1.txt", tarfile.SYMTYPE),
+        ("b/3.jpg", "2.jpg", tarfile.SYMTYPE),  # to a link
+        ("b/4.jpg", "../../a/1.jpg", tarfile.SYMTYPE),
+        (f"b/{long}.jpg", f"../b/{long}.gone", tarfile.SYMTYPE),
+        ("b/loop.jpg", "loop.jpg", tarfile.SYMTYPE),
+        ("c.jpg", "b", tarfile.SYMTYPE),
+    )
+    write(tmp_path / "in/s.tar", data)
+    *found, _ = rows(tmp_path / "in")
+    told = [(r.key.removeprefix("s.tar/"), r.image, r.caption, r.reason) for r in found]
+    assert told == [
+        ("a/0", b"a/1.jpg", None, None),
+        ("a/1", b"a/1.jpg", "a/1.txt", None),
+        ("b/2", b"a/1.jpg", "a/1.txt", None),
+        ("b/3", b"a/1.jpg", None, None),
+        ("b/4", None, None, "missing"),
+        (f"b/{long}", None, None, "missing"),
+        ("b/loop", None, None, "missing"),
+        ("c", None, None, "missing"),
+    ]
+    assert "no member of this archive" in found[5].message
+    limited, *_ = rows(tmp_path / "in", max_bytes=3)
+    assert limited.reason == "too_many_bytes"
+
+
+def test_links_in_a_compressed_tar_are_refused_by_name(tmp_path):
+    data = linked(("a/0.jpg", "1.jpg", tarfile.SYMTYPE), mode="w:gz")
+    write(tmp_path / "in/s.tar.gz", data)
+    first, second, _ = rows(tmp_path / "in")
+    assert (first.reason, second.image) == ("missing", b"a/1.jpg")
+    assert "compressed archive" in first.message
+
+
+def zstd(data: bytes) -> bytes:
+    return pa.Codec("zstd").compress(data, asbytes=True)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack"),
+    [("tar.gz", gzip.compress), ("tar.bz2", bz2.compress), ("txz", lzma.compress), ("tar.zst", zstd)],
+)
+def test_compressed_tars_are_read_and_damage_in_them_is_told(tmp_path, suffix, pack):
+    plain = tar_of([(f"{i}.jpg", np.random.default_rng(i).bytes(3000)) for i in range(4)])
+    write(tmp_path / "in" / f"s.{suffix}", pack(plain))
+    *found, end = rows(tmp_path / "in")
+    assert (end, [r.image for r in found]) == (
+        EndOfUnit(4),
+        [np.random.default_rng(i).bytes(3000) for i in range(4)],
+    )
+    packed = bytearray(pack(plain))
+    packed[len(packed) // 2 :] = bytes(len(packed) - len(packed) // 2)
+    write(tmp_path / "in" / f"s.{suffix}", bytes(packed))
+    *_, damaged, end = rows(tmp_path / "in")
+    assert damaged.reason == "corrupt_container"
+    # Nothing unpacks without end.
+    bomb = pack(plain[:-1024] + bytes(80 << 20))
+    write(tmp_path / "in" / f"s.{suffix}", bomb)
+    *_, last, _ = rows(tmp_path / "in")
+    assert "100 times its size" in last.message
+
+
+def test_joined_tars_are_read_to_the_end_of_the_last(tmp_path):
+    first, second = tar_of([("a.jpg", b"1")]), tar_of([("b.jpg", b"2"), ("a.jpg", b"3")])
+    write(tmp_path / "in/s.tar", first + second)
+    a, b, twice, end = rows(tmp_path / "in")
+    assert ([a.image, b.image], twice.reason, end) == ([b"1", b"2"], "duplicate_key", EndOfUnit(3))
+    write(tmp_path / "in/s.tar", first + second[:700])
+    assert [r.reason for r in rows(tmp_path / "in")[:-1]] == [None, "corrupt_container"]
+    write(tmp_path / "in/s.tar", first + b"signed by somebody" * 100)
+    assert len(rows(tmp_path / "in")) == 2, "what follows the end and is no archive is no part of it"
+
+
+def test_a_status_of_somebody_else_means_nothing(tmp_path):
+    files = [("a.jpg", b"1"), ("a.json", b'{"status": "active"}')]
+    assert one_tar(tmp_path, files)[0].status == "ok"
+    failed = [("a.jpg", b"1"), ("a.json", b'{"status": "failed_to_resize"}')]
+    assert one_tar(tmp_path, failed)[0].reason == "source_status"
+    assert one_tar(tmp_path, failed, status=None)[0].status == "ok"
+
+
 def test_img2dataset_json_gives_the_orientation(tmp_path):
     record = {"caption": "c", "status": "success", "exif": json.dumps({"Image Orientation": "Rotated 90 CW"})}
     row, _ = one_tar(tmp_path, [("1.jpg", JPEG), ("1.json", json.dumps(record).encode())], caption="caption")
@@ -272,7 +422,7 @@ def test_img2dataset_json_gives_the_orientation(tmp_path):
 )
 def test_tar_errors_say_what_is_wrong(data, problem):
     with pytest.raises(TarError, match=problem):
-        list(members(io.BytesIO(data)))
+        list(Archive(io.BytesIO(data)).members())
 
 
 def test_extended_headers_are_bounded_and_checked():
@@ -292,7 +442,7 @@ def test_extended_headers_are_bounded_and_checked():
     for data, problem in cases:
         # "ends inside" needs the data to stop there
         with pytest.raises(TarError, match=problem):
-            list(members(io.BytesIO(data[:600] if "inside" in problem else data)))
+            list(Archive(io.BytesIO(data[:600] if "inside" in problem else data)).members())
 
 
 def test_mutated_tars_never_raise(tmp_path):

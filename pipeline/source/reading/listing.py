@@ -19,6 +19,7 @@ from typing import Protocol
 
 from pipeline.errors import ConfigError, InputError
 from pipeline.source.config import FolderSource, ParquetSource, SourceConfig, WebDatasetSource
+from pipeline.source.reading import tar
 from pipeline.source.reading.metadata import NAMES, FolderMetadata, canonical, parse_object
 from pipeline.source.reading.parquet import spans
 from pipeline.source.reading.rows import Entry, map_ahead
@@ -180,7 +181,6 @@ def _kind(root: Root) -> str:
         ) from None
 
 
-_TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _PARQUET_SUFFIXES = (".parquet", ".pq")
 _FOOTERS = 4  # files opened at a time while listing; each may have a process of its own to parse it
 Span = tuple[int, int | None, int]  # first row, row after the last, stored bytes
@@ -216,7 +216,7 @@ def list_entries(source: SourceConfig, known: Iterable[KnownEntry] = ()) -> Iter
     if isinstance(source, FolderSource):
         entries = _folder(place.root, source)
     elif isinstance(source, WebDatasetSource):
-        tars = matching(place, _TAR_SUFFIXES)
+        tars = matching(place, tar.SUFFIXES)
         entries = (Entry(i.key, i.size_bytes, i.etag, i.mtime_ns, 0, None, None) for i in tars)
     else:
         entries = _parquets(place, source, known)

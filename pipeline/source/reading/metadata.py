@@ -40,6 +40,8 @@ _ORIENTATIONS = {
     "mirrored horizontal then rotated 90 cw": 7,
     "rotated 90 ccw": 8,
 }
+# img2dataset's words for an image that it did not get; any other status is somebody else's, and means nothing here.
+FAILED_STATUSES = ("failed_to_download", "failed_to_resize")
 MAX_TEXT_BYTES = 1 << 20  # of one row's caption, and of its pass-through fields
 _MAX_LABEL = 10**18 - 1
 _INTEGER = re.compile(r"\s*[0-9]{1,18}\s*")

@@ -19,7 +19,14 @@ import pyarrow.parquet as pq
 from pipeline.errors import InputError, PipelineError
 from pipeline.source.config import ParquetSource
 from pipeline.source.reading.filters import filter_columns, to_arrow
-from pipeline.source.reading.metadata import canonical, orientation_of, parse_caption, parse_label, pick_extra
+from pipeline.source.reading.metadata import (
+    FAILED_STATUSES,
+    canonical,
+    orientation_of,
+    parse_caption,
+    parse_label,
+    pick_extra,
+)
 from pipeline.source.reading.rows import Ranges, SourceRow
 from pipeline.source.reasons import Reason
 from pipeline.storage.remote import RangedFile
@@ -159,7 +166,7 @@ def _to_row(batch: Any, index: int, source: ParquetSource, row: int, key: str, k
         names = [name for name in batch.schema.names if name != source.image]
         record = {name: batch.column(name)[index].as_py() for name in names}
         status = record.get(source.status) if source.status else None
-        if isinstance(status, str) and status != "success":
+        if status in FAILED_STATUSES:
             return without(Reason.SOURCE_STATUS, f"{source.status} is {status!r:.100}")
         if not kept:
             return without(Reason.ROW_FILTER, f"not kept by {source.filter}")

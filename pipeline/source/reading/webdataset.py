@@ -1,26 +1,24 @@
-"""Samples out of tar shards: neighbouring members of one basename form a sample.
+"""Samples out of tar shards: neighbouring members of one name form a sample.
 
     dir/0001.jpg + dir/0001.txt + dir/0001.json + dir/0001.cls  ->  key "shard.tar/dir/0001"
 
-The basename ends at the first dot of the last path component, as the WebDataset convention has it. Payloads of
-rows that are not wanted are passed over unread. A name is only ever text: nothing is written under it.
+Every image is a row: the one that a sample's texts belong to, and as a filtered or rejected row each further one.
+Payloads of rows that are not wanted are passed over unread. A name is only ever text: nothing is written under it.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import logging
-import tarfile
-import zlib
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from pipeline.errors import PipelineError
 from pipeline.source.config import WebDatasetSource
 from pipeline.source.reading.filters import keeps
 from pipeline.source.reading.metadata import (
+    FAILED_STATUSES,
     MAX_TEXT_BYTES,
     canonical,
     orientation_of,
@@ -30,152 +28,10 @@ from pipeline.source.reading.metadata import (
     pick_extra,
 )
 from pipeline.source.reading.rows import EndOfUnit, Entry, Failure, Ranges, SourceRow, failure_of, open_file
+from pipeline.source.reading.tar import Archive, LinkError, Member, TarError
 from pipeline.source.reasons import Reason
 from pipeline.storage.errors import ObjectChanged
 from pipeline.storage.root import Root
-
-# -- A tar archive read from front to back: names and sizes of its members, payloads only when asked for -------
-#
-# Nothing is ever written to disk, links and devices are passed over, and nothing is trusted: extended headers are
-# bounded, holes of sparse files are never filled, a compressed archive may not unpack to over 100 times its size,
-# checksums are checked by the standard library's header parser, and an archive that ends without its end-of-archive
-# block is reported. Understands ustar, GNU long names and pax paths and sizes (POSIX.1-2001).
-
-
-_BLOCK = 512
-_MAX_EXTENDED_BYTES = 1 << 20
-_SKIP_BYTES = 1 << 20
-_MAX_RATIO, _FREE_BYTES = 100, 64 << 20  # packed images hardly shrink; a small archive may be padding
-_DATA_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
-_BODILESS_TYPES = (
-    tarfile.LNKTYPE,
-    tarfile.SYMTYPE,
-    tarfile.CHRTYPE,
-    tarfile.BLKTYPE,
-    tarfile.DIRTYPE,
-    tarfile.FIFOTYPE,
-)
-
-
-class TarError(Exception):
-    """The archive is damaged from here on."""
-
-
-@dataclass
-class Member:
-    """One file in the archive; `read` works until the next member is asked for."""
-
-    name: str
-    size: int
-    _file: BinaryIO
-    _left: int
-
-    def read(self) -> bytes:
-        """The payload; TarError when the archive ends inside it."""
-        data = _read(self._file, self.size)
-        self._left = 0
-        if len(data) < self.size:
-            raise TarError(f"the archive ends inside {self.name}: {len(data)} of {self.size} bytes")
-        return data
-
-
-def members(file: BinaryIO) -> Iterator[Member]:
-    """The regular members in order; TarError where the archive cannot be followed any further."""
-    magic = file.read(2)
-    stored = file.seek(0, 2)
-    file.seek(0)
-    packed = magic == b"\x1f\x8b"
-    stream = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if packed else file
-    end = max(_FREE_BYTES, _MAX_RATIO * stored) if packed else stored
-    name: str | None = None
-    size: int | None = None
-    while True:
-        header = _header(_read(stream, _BLOCK))
-        if header is None:
-            return
-        if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
-            if header.size > _MAX_EXTENDED_BYTES:
-                raise TarError(f"an extended header of {header.size} bytes, over {_MAX_EXTENDED_BYTES}")
-            body = _read(stream, header.size + -header.size % _BLOCK)[: header.size]
-            if len(body) < header.size:
-                raise TarError("the archive ends inside an extended header")
-            _check_end(stream, 0, end, packed=packed)
-            if header.type == tarfile.GNUTYPE_LONGNAME:
-                name = body.rstrip(b"\0").decode("utf-8", "surrogateescape")
-            else:
-                name, size = _pax(body, name, size)
-            continue
-        length = 0 if header.type in _BODILESS_TYPES else (header.size if size is None else size)
-        member = Member(header.name if name is None else name, length, stream, length)
-        if header.type in _DATA_TYPES:
-            yield member
-        left = member._left + -length % _BLOCK
-        _check_end(stream, left, end, packed=packed)
-        _skip(stream, left, seekable=not packed)
-        if header.type not in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
-            name, size = None, None
-
-
-def _check_end(stream: BinaryIO, ahead: int, end: int, *, packed: bool) -> None:
-    """TarError where `ahead` more bytes lie beyond what the archive holds, or may unpack to."""
-    if stream.tell() + ahead > end:
-        problem = f"unpacks to more than {end} bytes, {_MAX_RATIO} times its size" if packed else "was cut off"
-        raise TarError(f"the archive {problem}")
-
-
-def _read(stream: BinaryIO, size: int) -> bytes:
-    try:
-        return stream.read(size)
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise TarError(f"the compressed archive is damaged: {error}") from None
-
-
-def _header(block: bytes) -> tarfile.TarInfo | None:
-    """The parsed header, or None at the end-of-archive block."""
-    try:
-        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError as error:
-        if block == bytes(_BLOCK):
-            return None
-        if not block:
-            raise TarError("the archive has no end-of-archive block: it was cut off") from None
-        raise TarError(f"no valid header: {error}") from None
-    except (ValueError, OverflowError) as error:
-        raise TarError(f"no valid header: {error}") from None
-    if header.size < 0:
-        raise TarError(f"{header.name} has a negative size")
-    return header
-
-
-def _pax(body: bytes, name: str | None, size: int | None) -> tuple[str | None, int | None]:
-    """Path and size out of pax records: `length key=value\\n`, the length counting the whole record."""
-    at = 0
-    while at < len(body):
-        length, space, _ = body[at : at + 20].partition(b" ")
-        if not space or not length.isdigit() or int(length) <= len(length) + 1:
-            raise TarError("an extended header cannot be read")
-        record = body[at + len(length) + 1 : at + int(length)].rstrip(b"\n")
-        key, _, value = record.partition(b"=")
-        if key == b"path":
-            name = value.decode("utf-8", "surrogateescape")
-        elif key == b"size":
-            if not value.isdigit() or len(value) > 18:
-                raise TarError("an extended header holds no valid size")
-            size = int(value)
-        at += int(length)
-    return name, size
-
-
-def _skip(stream: BinaryIO, length: int, *, seekable: bool) -> None:
-    if seekable:
-        stream.seek(length, 1)
-        return
-    while length > 0:  # unpacking is the only way forward in a compressed archive
-        part = _read(stream, min(length, _SKIP_BYTES))
-        if not part:
-            return
-        length -= len(part)
-
 
 _log = logging.getLogger(__name__)
 
@@ -186,12 +42,25 @@ _TEXTS = ("txt", "json", "cls")
 
 @dataclass
 class _Sample:
+    """Members that belong together; `row` is its picture's, `others` have the rows after it."""
+
     base: str
     row: int
+    duplicate: bool = False
     parts: dict[str, bytes] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
-    image: str | None = None  # the extension of the image to be taken
-    duplicate: bool = False
+    image: str | None = None  # the extension of the image that is taken
+    others: list[tuple[str, Reason, str]] = field(default_factory=list)  # (key, reason, message) of further images
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing of it was of any use so far."""
+        return self.image is None and not self.parts and not self.failures
+
+    @property
+    def next_row(self) -> int:
+        """The number of the row after its last one."""
+        return self.row + 1 + len(self.others)
 
 
 def read_tars(
@@ -222,9 +91,8 @@ def _read_tar(
     try:
         with open_file(root, entry.key, entry.size_bytes, entry) as file:
             for sample in _samples(file, source, row, wanted):
-                row = sample.row + 1
-                if sample.row in wanted:
-                    yield _to_row(sample, source, entry)
+                row = sample.next_row
+                yield from _rows_of(sample, source, entry, wanted)
                 if wanted.beyond(row):
                     return row
             return row
@@ -254,24 +122,23 @@ def _samples(file: BinaryIO, source: WebDatasetSource, row: int, wanted: Ranges)
     current: _Sample | None = None
     seen: set[int] = set()
     try:
-        for member in members(file):
-            directory, slash, last = member.name.removeprefix("./").rpartition("/")
-            stem, _, extension = last.partition(".")
-            base, extension = directory + slash + stem, extension.lower()
-            if not base or base.endswith("/"):
+        for member in Archive(file).members():
+            name = member.name.removeprefix("./")
+            if name.rpartition("/")[2].startswith(".") or name.endswith("/"):
                 continue
+            base, extension = _split(name, None if current is None else current.base, source)
             if current is None or current.base != base:
-                if current is not None:
+                # Parts of no use that stand before a sample, "a.features.npy" before "a.jpg", are some of its own.
+                if current is not None and not (current.is_empty and current.base.startswith(f"{base}.")):
                     yield current
-                    row += 1
+                    row = current.next_row
                 current = _Sample(base, row)
                 mark = int.from_bytes(hashlib.blake2b(base.encode("utf-8", "replace"), digest_size=8).digest(), "big")
                 current.duplicate = mark in seen
                 seen.add(mark)
                 if len(seen) > _MAX_SAMPLES:
                     raise TarError(f"more than {_MAX_SAMPLES} samples in one tar")
-            if row in wanted:
-                _collect(current, member, extension, source)
+            _collect(current, member, extension, source, wanted=row in wanted)
     except TarError as error:
         raise _Cut(row, Failure(Reason.CORRUPT_CONTAINER, str(error))) from None
     except PipelineError:
@@ -282,29 +149,87 @@ def _samples(file: BinaryIO, source: WebDatasetSource, row: int, wanted: Ranges)
         yield current
 
 
-def _collect(sample: _Sample, member: Member, extension: str, source: WebDatasetSource) -> None:
+def _split(name: str, current: str | None, source: WebDatasetSource) -> tuple[str, str]:
+    """(sample, extension) of a member, `current` being the sample that the member before it belongs to.
+
+    A member that goes on with the current sample's name is a part of it: "a.jpg", then "a.txt", "a.features.npy" or
+    "a.mask.png". Any other has its sample's name up to the last dot, but where all after an earlier one is listed in
+    `source.images`: names may hold dots.
+    """
+    if current is not None and name.startswith(f"{current}."):
+        return current, name[len(current) + 1 :].lower()
+    directory, slash, last = name.rpartition("/")
+    dots = [at for at, letter in enumerate(last) if letter == "."]
+    listed = [at for at in dots if last[at + 1 :].lower() in source.images]
+    cut = (listed or dots[-1:] or [len(last)])[0]
+    return directory + slash + last[:cut], last[cut + 1 :].lower()
+
+
+def _collect(sample: _Sample, member: Member, extension: str, source: WebDatasetSource, *, wanted: bool) -> None:
+    """Note a member; its payload is read only where the sample's row is wanted."""
+    last = extension.rpartition(".")[2]
     if extension in source.images:
-        # Of several images of a sample only the one that will be taken is held.
-        rank = source.images.index(extension)
-        if sample.image is not None and rank > source.images.index(sample.image):
-            return
-        if sample.image is not None:
-            sample.parts.pop(sample.image, None)
-        sample.image = extension
-        _take(sample, member, extension, source.max_bytes, Reason.TOO_MANY_BYTES)
-    elif extension in _TEXTS:
+        rank = source.images.index
+        if sample.image == extension:
+            sample.others.append((extension, Reason.DUPLICATE_KEY, "an earlier member of this tar has the same name"))
+        elif sample.image is not None and rank(extension) > rank(sample.image):
+            sample.others.append((extension, Reason.SECOND_IMAGE, _second(sample.image)))
+        else:
+            # Of several images of a sample only the one that will be taken is held.
+            if sample.image is not None:
+                sample.others.append((sample.image, Reason.SECOND_IMAGE, _second(extension)))
+                sample.parts.pop(sample.image, None)
+                sample.failures.pop(sample.image, None)
+            sample.image = extension
+            if wanted:
+                _take(sample, member, extension, source.max_bytes, Reason.TOO_MANY_BYTES)
+    elif last in source.images:
+        sample.others.append((extension, Reason.SECOND_IMAGE, _second(sample.image)))
+    elif extension in _TEXTS and wanted:
+        earlier = sample.parts.get(extension)
         _take(sample, member, extension, MAX_TEXT_BYTES, Reason.BAD_METADATA)
+        if earlier is not None and sample.parts.get(extension) != earlier:
+            message = f"{member.name[:200]} is there twice, with different content"
+            sample.failures[extension] = Failure(Reason.BAD_METADATA, message)
+
+
+def _second(taken: str | None) -> str:
+    if taken is None:
+        return "its name goes on with that of the member before it, and no extension in source.images is all of that"
+    return (
+        f"another image of a sample, of which .{taken} is taken: source.images says which extensions are images, the "
+        "first of them that a sample has is taken"
+    )
 
 
 def _take(sample: _Sample, member: Member, extension: str, limit: int, reason: Reason) -> None:
-    sample.parts.pop(extension, None)
-    sample.failures.pop(extension, None)
-    if member.size > limit:
-        rule = "source.max_bytes " if reason is Reason.TOO_MANY_BYTES else ""
-        message = f"{member.name[:200]} has {member.size} bytes, over {rule}{limit}"
-        sample.failures[extension] = Failure(reason, message)
+    rule = "source.max_bytes " if reason is Reason.TOO_MANY_BYTES else ""
+    too_many = Failure(reason, f"{member.name[:200]} has more than {rule}{limit} bytes")
+    if member.link is not None:
+        try:
+            data = member.read_link(limit)
+        except LinkError as error:
+            sample.failures[extension] = Failure(Reason.MISSING, str(error))
+            return
+        if data is None:
+            sample.failures[extension] = too_many
+        else:
+            sample.parts[extension] = data
+    elif member.size > limit:
+        sample.failures[extension] = too_many
     else:
         sample.parts[extension] = member.read()
+
+
+def _rows_of(sample: _Sample, source: WebDatasetSource, entry: Entry, wanted: Ranges) -> Iterator[SourceRow]:
+    """The sample's row, then one for each further image of it."""
+    if sample.row in wanted:
+        yield _to_row(sample, source, entry)
+    for row, (extension, reason, message) in enumerate(sample.others, sample.row + 1):
+        if row in wanted:
+            key = f"{entry.key}/{sample.base[:_MAX_NAME]}.{extension[:100]}?{row}"
+            safe = key.encode("utf-8", "backslashreplace").decode()
+            yield SourceRow.without_image(row, safe, reason, message, source.name)
 
 
 def _to_row(sample: _Sample, source: WebDatasetSource, entry: Entry) -> SourceRow:
@@ -321,14 +246,14 @@ def _to_row(sample: _Sample, source: WebDatasetSource, entry: Entry) -> SourceRo
         return without(Reason.UNSAFE_NAME, "member names are relative UTF-8 paths without '..'")
     if sample.duplicate:
         key += f"?{sample.row}"
-        return without(Reason.DUPLICATE_KEY, "an earlier sample of this tar has the same key")
+        return without(Reason.DUPLICATE_KEY, _apart(sample))
     unread = next((sample.failures[e] for e in _TEXTS if e in sample.failures), None)
     if unread is not None:
         return without(unread.reason, unread.message)
     try:
         texts = _Texts.of(sample, source)
-        if texts.status not in (None, "success"):
-            return without(Reason.SOURCE_STATUS, f"status is {texts.status!r}")
+        if texts.status in FAILED_STATUSES:
+            return without(Reason.SOURCE_STATUS, f"{source.status} is {texts.status!r}")
         if source.filter is not None and not keeps(source.filter, texts.fields):
             return without(Reason.ROW_FILTER, f"not kept by {source.filter}")
         if sample.image is None:
@@ -362,8 +287,19 @@ class _Texts:
             fields[source.caption] = sample.parts["txt"].decode("utf-8-sig")
         if source.label and "cls" in sample.parts:
             fields[source.label] = parse_label(sample.parts["cls"].decode("utf-8-sig").strip(), source.classes)
-        status = record.get("status")
+        status = record.get(source.status) if source.status else None
         return _Texts(fields, record, status if isinstance(status, str) else None)
+
+
+def _apart(sample: _Sample) -> str:
+    """Why a sample that comes a second time is no row, and what that cost the first."""
+    lost = [f".{extension}" for extension in _TEXTS if extension in sample.parts]
+    if sample.image is not None or not lost:
+        return "an earlier sample of this tar has the same key"
+    return (
+        f"its image came earlier in this tar, apart from this {' and '.join(lost)}, which is lost to it: members of "
+        "a sample must follow each other (tar --sort=name)"
+    )
 
 
 def _is_text(name: str) -> bool:
