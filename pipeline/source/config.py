@@ -61,13 +61,24 @@ class _Source(StrictModel):
 
 
 class FolderSource(_Source):
-    """Image files below a directory, with optional metadata.jsonl or metadata.csv files beside them."""
+    """Image files below a directory, with captions and labels beside them.
+
+    In metadata.jsonl, .csv or .parquet files, or for each image in a file of its name: .txt, .caption or .json.
+    """
 
     kind: Literal["folder"] = Field("folder", description="image files below a directory (ImageFolder)")
     label_from: Literal["metadata", "directory"] = Field(
         "metadata", description="labels from the metadata, or from the name of an image's directory (needs classes)"
     )
     exclude: tuple[str, ...] = Field((), description="glob patterns over keys of files that are no rows")
+    strict: bool = Field(
+        False,
+        description="a metadata line that cannot be understood or names no file stops the listing; false: it rejects "
+        "its row alone",
+    )
+    links: Literal["inside", "any"] = Field(
+        "inside", description="links that are followed: to files below the source only, or any; others are rejected"
+    )
     max_metadata_bytes: int = Field(
         1 << 30, ge=1, description="a metadata file of more bytes stops the listing: it is held in memory as a whole"
     )

@@ -73,7 +73,10 @@ def half_written(directory: str) -> Iterator[tuple[str, os.stat_result]]:
 
 
 def scanned(directory: str) -> list[str]:
-    """Sorted names of a directory's objects and, with "/" at the end, directories; none when it does not exist."""
+    """Sorted names of a directory's objects, links to nowhere among them, and, with "/" at the end, directories.
+
+    None when it does not exist.
+    """
     try:
         with os.scandir(directory) as scan:
             names, links = [], []
@@ -84,13 +87,14 @@ def scanned(directory: str) -> list[str]:
                     names.append(entry.name + "/")
                     continue
                 try:
-                    if entry.is_file():
-                        names.append(entry.name)
-                    elif entry.is_dir():
+                    if entry.is_dir():
                         links.append(entry.name)
+                    elif entry.is_file() or entry.is_symlink():
+                        names.append(entry.name)
                 except OSError as error:
                     if error.errno != errno.ELOOP:  # a link to itself leads nowhere, too
                         raise
+                    names.append(entry.name)
     except (FileNotFoundError, NotADirectoryError):
         return []
     if links:

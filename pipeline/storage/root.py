@@ -8,6 +8,7 @@ local files by an exclusive hard link, S3 by `If-None-Match: *`, other stores by
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
 import logging
@@ -250,20 +251,26 @@ class Root:
             raise
         return "directory" if detail["type"] == "directory" else "file"
 
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+    def list(self, prefix: str = "", *, dangling: bool = False) -> Iterator[ObjectInfo]:
         """Every object below a directory, recursively, ordered by key; nothing when it does not exist.
 
-        Memory is bounded by the largest single directory. Half-written temporary files are not objects.
+        Memory is bounded by the largest single directory. Half-written temporary files are not objects, nor are links
+        to nowhere, but with `dangling`, where they are listed without a size or version.
         """
         for name, version_of in self._entries(prefix):
             key = f"{prefix}/{name}" if prefix else name
             if name.endswith("/"):
-                yield from self.list(key[:-1])
+                yield from self.list(key[:-1], dangling=dangling)
                 continue
             try:
                 info = version_of(key)
-            except FileNotFoundError:
-                continue  # it went between the look at the directory and the look at it
+            except OSError as error:
+                if not isinstance(error, FileNotFoundError) and error.errno != errno.ELOOP:
+                    raise
+                # No link to nowhere, nor round in a circle: it went between the look at the directory and at it.
+                if dangling and self._local and os.path.islink(self._path(key)):
+                    yield ObjectInfo(key, 0, None, None)
+                continue
             yield info
 
     def half_written(self, prefix: str) -> Iterator[ObjectInfo]:

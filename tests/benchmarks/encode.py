@@ -90,6 +90,7 @@ def ours(case: Case, out: Path) -> list[str]:
     settings = {
         "source.kind": "folder",
         "source.uri": case.images,
+        "source.links": "any",
         "image.resolution": case.resolution,
         "image.multiple_of": 8,
         "image.max_upscale": 8.0,

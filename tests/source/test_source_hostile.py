@@ -25,8 +25,8 @@ from pipeline.source.config import FolderSource, ParquetSource, WebDatasetSource
 from pipeline.source.pixels.child_process import Child, Pool
 from pipeline.source.reading import parquet_child as table_child
 from pipeline.source.reading import webdataset
+from pipeline.source.reading.fields import MAX_TEXT_BYTES
 from pipeline.source.reading.listing import list_entries
-from pipeline.source.reading.metadata import MAX_TEXT_BYTES
 from pipeline.source.reading.readers import read_unit
 from pipeline.source.reading.rows import EndOfUnit
 from pipeline.source.reading.tar import Archive, TarError
@@ -443,15 +443,15 @@ def test_names_without_end(tmp_path):
         ("metadata.jsonl", '{"file_name": "a.png", "score": "high"}', "line 1: the filter compares 'high'"),
         ("metadata.csv", "file_name,score\na.png,high\n", "line 2: the filter needs a number where it finds 'high'"),
         ("metadata.csv", "file_name,text\na.png,b\n", "line 1: there is no column score, which source.filter names"),
-        ("metadata.csv", "file_name,score\na.png," + "9" * 200_000, "line 2: field larger than field limit"),
-        ("metadata.csv", "file_name," + "s" * 200_000 + "\na.png,1", "field larger than field limit"),
+        ("metadata.csv", "file_name,score\na.png," + "9" * 2_000_000, "line 2: field larger than field limit"),
+        ("metadata.csv", "file_name," + "s" * 2_000_000 + "\na.png,1", "field larger than field limit"),
     ],
 )
 def test_lines_that_cannot_be_kept_stop_the_listing(tmp_path, name, text, problem):
     write(tmp_path / "a.png", PNG)
     write(tmp_path / name, text)
     with pytest.raises(InputError, match=problem):
-        rows(FolderSource, tmp_path, filter="score > 5")
+        rows(FolderSource, tmp_path, filter="score > 5", strict=True)
 
 
 def test_metadata_of_absurd_size_are_not_read(tmp_path):

@@ -15,12 +15,14 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Protocol
 
 from pipeline.errors import ConfigError, InputError
 from pipeline.source.config import FolderSource, ParquetSource, SourceConfig, WebDatasetSource
 from pipeline.source.reading import tar
-from pipeline.source.reading.metadata import NAMES, FolderMetadata, canonical, parse_object
+from pipeline.source.reading.fields import canonical, parse_object
+from pipeline.source.reading.metadata import FILTERED, NAMES, TEXTS, FolderMetadata
 from pipeline.source.reading.parquet import spans
 from pipeline.source.reading.rows import Entry, map_ahead
 from pipeline.storage.errors import describe, storage_errors
@@ -282,20 +284,30 @@ def _place(source: SourceConfig) -> SourceLocation:
     return locate(source.uri, patterns_allowed=not isinstance(source, FolderSource))
 
 
+_TEXTS = (".txt", ".caption", ".json")  # beside an image of the same name
+_HELD = 10_000  # files of one name held at a time
+
+
 def _folder(root: Root, source: FolderSource) -> Iterator[Entry]:
     metadata = FolderMetadata(root, source)
     excluded = compiled(source.exclude, "exclude") if source.exclude else None
     local = root.local_path()
-    for info in root.list():
+    captioned = False
+    for info, texts in _with_texts(root.list(dangling=True), excluded):
         directory, _, name = info.key.rpartition("/")
+        for key, meta in metadata.enter(info.key):
+            yield Entry(key, 0, None, None, 0, 1, meta)
         record = metadata.record_of(info.key)
         if name in NAMES or is_hidden(info.key):
             continue
         # A local pipe, socket or device could be read for ever.
-        if local is not None and not stat.S_ISREG((local / info.key).stat().st_mode):
+        if local is not None and _is_special(local / info.key):
             continue
         if excluded is not None and excluded.fullmatch(info.key):
             continue
+        if texts:
+            captioned = True
+            record = _told_of(texts, source, record)
         if source.label_from == "directory":
             label = directory.rpartition("/")[2]
             if label not in source.classes:
@@ -309,7 +321,85 @@ def _folder(root: Root, source: FolderSource) -> Iterator[Entry]:
             fields = parse_object(record) if record is not None else {}
             record = canonical({"caption": None, "extra": {}, **fields, "label": source.classes.index(label)})
         yield Entry(info.key, info.size_bytes, info.etag, info.mtime_ns, 0, 1, record)
-    metadata.finish()
+    for key, meta in metadata.finish():
+        yield Entry(key, 0, None, None, 0, 1, meta)
+    if not captioned:
+        _check_fields(root, source, metadata.fields)
+
+
+def _with_texts(
+    infos: Iterator[ObjectInfo], excluded: re.Pattern[str] | None
+) -> Iterator[tuple[ObjectInfo, list[ObjectInfo]]]:
+    """Files with the texts that belong to them: of the same name but for the ending. Such texts are no rows.
+
+    What has a name in common follows each other in a listing, but for what goes on with that name.
+    """
+    held: list[ObjectInfo] = []
+    common = ""
+    for info in infos:
+        if held and (not info.key.startswith(common) or len(held) >= _HELD):
+            yield from _paired(held, excluded)
+            held = []
+        if not held:
+            common = f"{_stem(info.key)}."
+        held.append(info)
+    yield from _paired(held, excluded)
+
+
+def _paired(
+    infos: Sequence[ObjectInfo], excluded: re.Pattern[str] | None
+) -> Iterator[tuple[ObjectInfo, list[ObjectInfo]]]:
+    texts: dict[str, list[ObjectInfo]] = {}
+    for info in infos:
+        if info.key.lower().endswith(_TEXTS) and not (excluded is not None and excluded.fullmatch(info.key)):
+            texts.setdefault(_stem(info.key), []).append(info)
+    taken = [text for texts_of in texts.values() for text in texts_of]
+    images = {_stem(info.key) for info in infos if info not in taken}
+    for info in infos:
+        if info not in taken:
+            yield info, texts.get(_stem(info.key), [])
+        elif _stem(info.key) not in images:
+            yield info, []
+
+
+def _stem(key: str) -> str:
+    """A key without the ending of its name."""
+    directory, slash, name = key.rpartition("/")
+    return directory + slash + (name.rpartition(".")[0] or name)
+
+
+def _told_of(texts: list[ObjectInfo], source: FolderSource, record: str | None) -> str:
+    """A file's metadata with the texts to be read with it, and for what: another version, or use, is a change."""
+    fields = parse_object(record) if record is not None else {}
+    if set(fields) == {FILTERED}:
+        fields = {}  # nothing was known of it yet: its texts will be filtered
+    beside = [[t.key, t.size_bytes, t.etag, t.mtime_ns if t.etag is None else None] for t in texts]
+    use = [source.caption, source.label, list(source.extra), list(source.classes), source.filter]
+    return canonical({**fields, TEXTS: beside, "use": use})
+
+
+def _is_special(path: Path) -> bool:
+    """Whether there is something that is no regular file; nothing at all, as behind a broken link, is not special."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False
+
+
+def _check_fields(root: Root, source: FolderSource, known: set[str]) -> None:
+    """InputError for a field that somebody wrote down and no metadata have."""
+    asked = [(key, getattr(source, key)) for key in ("caption", "label") if key in source.model_fields_set]
+    if source.label_from == "directory":
+        asked = [pair for pair in asked if pair[0] != "label"]
+    for key, name in [*asked, *(("extra", name) for name in source.extra if name != "*")]:
+        if name is not None and name not in known:
+            raise InputError(
+                f"No metadata below {root.uri} have a field {name!r}",
+                key=key,
+                value=name,
+                rule=f"the fields that there are: {', '.join(sorted(known - {'file_name'}))[:400] or 'none'}",
+                next_step=f"correct the name, or leave source.{key} away",
+            )
 
 
 def _parquets(place: SourceLocation, source: ParquetSource, known: Iterable[KnownEntry]) -> Iterator[Entry]:

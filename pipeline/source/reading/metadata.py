@@ -1,303 +1,277 @@
-"""metadata.jsonl and metadata.csv beside the images of a folder (the ImageFolder convention of Hugging Face).
+"""metadata.jsonl, .csv or .parquet beside the images of a folder (the ImageFolder convention of Hugging Face).
 
-A file's `file_name` is relative to the metadata's own directory and may lie deeper; of several the nearest
-directory wins. Files in key order visit every directory's subtree in one stretch, so only the metadata of the
-directories above the present file are held. Where the source has a filter, a file that it does not keep carries the
-mark FILTERED, so that a changed filter changes only the entries it decides otherwise. A line that cannot be
-understood, or that names a file which is not there, stops the listing: silently dropping captions or labels would be
-worse.
+A file's `file_name` is relative to the metadata's own directory and may lie deeper. Files in key order visit every
+directory's subtree in one stretch, so only the metadata of the directories above the present file are held. Where the
+source has a filter, a file that it does not keep carries the mark FILTERED, so that a changed filter changes only the
+entries it decides otherwise. A line that cannot be understood, or that names a file which is not there, or one that
+another line names, is a row that will be rejected (PROBLEM), as a broken sample of a tar is: no caption and no label
+is lost without a word.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import json
-import math
 import posixpath
-import re
-from collections.abc import Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.source.config import FolderSource
+from pipeline.source.config import FolderSource, ParquetSource
+from pipeline.source.reading.fields import (
+    MAX_TEXT_BYTES,
+    canonical,
+    parse_caption,
+    parse_label,
+    parse_object,
+    pick_extra,
+)
 from pipeline.source.reading.filters import Cell, filter_columns, keeps
+from pipeline.source.reading.parquet import table_rows
+from pipeline.source.reading.parquet_file import TableError
+from pipeline.source.reading.rows import SourceRow
 from pipeline.storage.root import Root
 
-# --------------------------------------------------------------------------------------------------------------
-# Captions, labels, pass-through fields and EXIF orientations out of whatever a source stores beside its images.
-
-
-# What the exifread library, and with it img2dataset's `exif` column, prints for tag 0x0112.
-_ORIENTATIONS = {
-    "horizontal (normal)": 1,
-    "mirrored horizontal": 2,
-    "rotated 180": 3,
-    "mirrored vertical": 4,
-    "mirrored horizontal then rotated 90 ccw": 5,
-    "rotated 90 cw": 6,
-    "mirrored horizontal then rotated 90 cw": 7,
-    "rotated 90 ccw": 8,
-}
-# img2dataset's words for an image that it did not get; any other status is somebody else's, and means nothing here.
-FAILED_STATUSES = ("failed_to_download", "failed_to_resize")
-MAX_TEXT_BYTES = 1 << 20  # of one row's caption, and of its pass-through fields
-_MAX_LABEL = 10**18 - 1
-_INTEGER = re.compile(r"\s*[0-9]{1,18}\s*")
-
-
-def parse_object(text: str | bytes) -> dict[str, Any]:
-    """A JSON object; ValueError for anything else, and for NaN and infinities, which are no JSON.
-
-    A number too large for a double is an infinity, too: written again it would be none of JSON's.
-    """
-
-    def refuse(name: str) -> Any:
-        raise ValueError(f"{name} is no JSON number")
-
-    def finite(digits: str) -> float:
-        number = float(digits)
-        if math.isinf(number):
-            raise ValueError(f"{digits[:40]} is too large a number")
-        return number
-
-    try:
-        value = json.loads(text, parse_constant=refuse, parse_float=finite)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"a JSON object is needed, not {type(value).__name__}")
-    return value
-
-
-def canonical(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text. Foreign types become their text.
-
-    ValueError for text that is no Unicode (a lone surrogate), over MAX_TEXT_BYTES, or nested without end.
-    """
-    try:
-        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
-    except (RecursionError, TypeError) as error:  # TypeError: keys of several types cannot be sorted
-        raise ValueError(f"the fields are no JSON: {error}") from None
-    return _checked(text, "the fields")
-
-
-def parse_caption(value: Any) -> str | None:
-    """Text or nothing; ValueError for any other type, a lone surrogate, or more than MAX_TEXT_BYTES."""
-    if value is None or isinstance(value, str):
-        return None if value is None else _checked(value, "the caption")
-    raise ValueError(f"the caption must be text, not {type(value).__name__}")
-
-
-def parse_label(value: Any, classes: Sequence[str]) -> int | None:
-    """A class number: given as such, as digits, or as one of the class names; ValueError otherwise."""
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return None
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return _known(value, classes)
-    if isinstance(value, str):
-        if value.strip() in classes:
-            return classes.index(value.strip())
-        if _INTEGER.fullmatch(value):
-            return _known(int(value), classes)
-    known = f" or one of the {len(classes)} classes" if classes else ""
-    raise ValueError(f"the label {value!r:.60} is no integer from 0 up{known}")
-
-
-def pick_extra(record: Mapping[str, Any], names: Sequence[str], taken: Sequence[str | None]) -> dict[str, Any]:
-    """The pass-through fields: those named, or with "*" all that are not used otherwise."""
-    if "*" in names:
-        return {k: v for k, v in record.items() if k not in taken}
-    return {name: record[name] for name in names if name in record}
-
-
-def orientation_of(exif: Any) -> int | None:
-    """The orientation in img2dataset's exif text (a JSON object as exifread prints it), or None."""
-    if isinstance(exif, str | bytes):
-        try:
-            exif = parse_object(exif)
-        except ValueError:
-            return None
-    if not isinstance(exif, dict):
-        return None
-    value = exif.get("Image Orientation", exif.get("Orientation"))
-    if isinstance(value, str):
-        text = value.strip().lower()
-        return int(text) if text in set("12345678") else _ORIENTATIONS.get(text)
-    return value if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 8 else None
-
-
-def _checked(text: str, what: str) -> str:
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError:
-        raise ValueError(f"{what} cannot be written as UTF-8") from None
-    if size > MAX_TEXT_BYTES:
-        raise ValueError(f"{what} take {size} bytes, over {MAX_TEXT_BYTES}")
-    return text
-
-
-def _known(label: int, classes: Sequence[str]) -> int:
-    if label > _MAX_LABEL:
-        raise ValueError(f"the label is beyond {_MAX_LABEL}")
-    if classes and label >= len(classes):
-        raise ValueError(f"the label {label} is beyond the {len(classes)} classes")
-    return label
-
-
-NAMES = ("metadata.csv", "metadata.jsonl")
+NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+csv.field_size_limit(MAX_TEXT_BYTES)  # of a cell, as of any text; the library's own limit is an eighth of it
 FILTERED = "filtered"  # a key of an entry's metadata: the filter does not keep the row
+TEXTS = "texts"  # another: the files beside an image whose text is its own, each with its version
+PROBLEM = "problem"  # another: what is wrong with the line that names the file
 
 
 @dataclass
+class _Line:
+    """What a line says of a file: its key, the canonical JSON of the fields, and whether the file has come."""
+
+    key: str
+    number: int
+    meta: str
+    found: bool = False
+
+
 class _Directory:
-    path: str  # "" for the root, else ending in "/"
-    file: str  # key of the metadata file, "" where there is none
-    records: dict[str, tuple[int, str]]  # file name -> (line, canonical JSON)
+    """The metadata file of a directory, "" where there is none, and its lines in the order of their keys."""
+
+    def __init__(self, path: str, file: str, lines: Iterable[_Line]) -> None:
+        self.path, self.file = path, file
+        self.lines = sorted(lines, key=lambda line: line.key)
+        self.next = 0  # the first line whose place in the listing has not come
+        self._exact = {line.key: line for line in self.lines}
+        self._normal = {_normal(line.key): line for line in self.lines if not line.key.isascii()}
+
+    def line_of(self, key: str) -> _Line | None:
+        """The line that names a file, by these letters or by others that Unicode holds for the same."""
+        return self._exact.get(key) or (None if key.isascii() else self._normal.get(_normal(key)))
 
 
 class FolderMetadata:
-    """Finds the record of each file; files must come in key order, then `finish` once."""
+    """Finds the record of each file; files come in key order, each `enter`ed first, then `finish` once."""
 
     def __init__(self, root: Root, source: FolderSource) -> None:
         self._root, self._source = root, source
         self._open: list[_Directory] = []
+        self.fields: set[str] = set()  # that some line has
+        self._needed = filter_columns(source.filter) if source.filter else set()
         # A file that no metadata name has null in every field.
         self._unnamed = None if source.filter is None or keeps(source.filter, {}) else canonical({FILTERED: True})
 
-    def record_of(self, key: str) -> str | None:
-        """The canonical JSON of a file's caption, label, extra fields and mark; None when no metadata name it."""
-        while self._open and not key.startswith(self._open[-1].path):
-            self._leave()
-        innermost = self._open[-1].path if self._open else None
+    def enter(self, key: str) -> Iterator[tuple[str, str]]:
+        """Read what is new on the way to a file; (key, canonical JSON) of lines whose file ought to have come by now.
+
+        Such a line names a file that is not there, or cannot be understood: it is a row, which will be rejected.
+        """
+        innermost = next((d.path for d in reversed(self._open) if key.startswith(d.path)), None)
         parts = key.split("/")
         for depth in range(len(parts)):
             path = "".join(part + "/" for part in parts[:depth])
             if innermost is None or len(path) > len(innermost):
                 self._open.append(self._read(path))
-        # The nearest directory wins.
-        for directory in reversed(self._open):
-            line_and_record = directory.records.pop(key[len(directory.path) :], None)
-            if line_and_record is not None:
-                return line_and_record[1]
-        return self._unnamed
+        yield from self._passed(key)
+        self._open = [d for d in self._open if key.startswith(d.path)]
 
-    def finish(self) -> None:
-        """Check the directories that are still open."""
-        while self._open:
-            self._leave()
+    def finish(self) -> Iterator[tuple[str, str]]:
+        """The same for the lines that are left."""
+        yield from self._passed(None)
+        self._open = []
 
-    def _leave(self) -> None:
-        directory = self._open.pop()
-        if directory.records:
-            name, (line, _) = next(iter(directory.records.items()))
-            more = f" (and {len(directory.records) - 1} more)" if len(directory.records) > 1 else ""
-            raise _error(
-                self._root.uri_of(directory.file),
-                line,
-                f"there is no file {directory.path}{name}{more}",
-                "remove the line or bring the file back",
+    def record_of(self, key: str) -> str | None:
+        """The canonical JSON of a file's caption, label, extra fields and mark; None when no metadata name it."""
+        named = [(d, line) for d in self._open if (line := d.line_of(key)) is not None]
+        for _, line in named:
+            line.found = True
+        if len(named) > 1:
+            places = " and ".join(f"{d.file}, line {line.number}" for d, line in named)
+            return self._problem(f"{places} both name this file", named[-1][0].file, named[-1][1].number)
+        return named[0][1].meta if named else self._unnamed
+
+    def _passed(self, key: str | None) -> Iterator[tuple[str, str]]:
+        """Lines before `key` (all, without one) whose file has not come, in order."""
+        while True:
+            heads = [(d.lines[d.next].key, d) for d in self._open if d.next < len(d.lines)]
+            first, directory = min(heads, key=itemgetter(0), default=("", None))
+            if directory is None or (key is not None and first >= key):
+                return
+            line = directory.lines[directory.next]
+            directory.next += 1
+            if not line.found and not self._comes_later(line.key):
+                problem = f"{directory.file}, line {line.number} names this file, and it is not there"
+                bad = PROBLEM in parse_object(line.meta)
+                yield line.key, line.meta if bad else self._problem(problem, directory.file, line.number)
+
+    def _comes_later(self, key: str) -> bool:
+        forms = {unicodedata.normalize(form, key) for form in ("NFC", "NFD")} - {key}
+        return any(self._root.exists(form) for form in forms)
+
+    def _problem(self, problem: str, file: str, line: int) -> str:
+        """What stands for a line that is of no use; an InputError where the source is strict."""
+        if self._source.strict:
+            raise InputError(
+                f"{self._root.uri_of(file)}, line {line}: {problem}",
+                key="uri",
+                rule="each line names one existing file, with text captions and integer labels (source.strict)",
+                next_step="correct or remove the line, or set source.strict=false to reject its row alone",
             )
+        return canonical({PROBLEM: problem[:500].encode("utf-8", "backslashreplace").decode()})
 
     def _read(self, path: str) -> _Directory:
         present = [path + name for name in NAMES if self._root.exists(path + name)]
         if len(present) > 1:
             raise InputError(
-                f"{self._root.uri_of(path.rstrip('/'))} holds both {NAMES[0]} and {NAMES[1]}",
+                f"{self._root.uri_of(path.rstrip('/'))} holds both {' and '.join(p[len(path) :] for p in present)}",
                 key="uri",
                 value=self._source.uri,
                 rule="one metadata file per directory",
-                next_step="keep one of the two",
+                next_step="keep one of them",
             )
-        if not present:
-            return _Directory(path, "", {})
-        return _Directory(path, present[0], self._parse(present[0]))
+        return _Directory(path, present[0], self._parse(path, present[0])) if present else _Directory(path, "", ())
 
-    def _parse(self, key: str) -> dict[str, tuple[int, str]]:
-        where = self._root.uri_of(key)
-        size, limit = self._root.info(key).size_bytes, self._source.max_metadata_bytes
+    def _parse(self, path: str, file: str) -> Iterator[_Line]:
+        size, limit = self._root.info(file).size_bytes, self._source.max_metadata_bytes
         if size > limit:
             raise InputError(
-                f"{where} has {size} bytes",
+                f"{self._root.uri_of(file)} has {size} bytes",
                 key="max_metadata_bytes",
                 value=limit,
                 rule="a metadata file is held in memory while its directory is listed",
                 next_step="split it over the directories it speaks of, use Parquet or tar shards, or raise the limit",
             )
+        lines_of = {"csv": self._csv_lines, "jsonl": self._json_lines, "parquet": self._parquet_lines}
+        named: dict[str, int] = {}
+        for number, name, meta in lines_of[file.rpartition(".")[2]](file):
+            key = f"{file}?{number:08d}"  # of a line that names nothing
+            if isinstance(name, str) and name:
+                normal = posixpath.normpath(name)
+                if normal.startswith(("/", "../")) or normal in (".", ".."):
+                    meta = self._problem(
+                        f"file_name {name!r:.200} must lie below the metadata's directory", file, number
+                    )
+                elif normal in named:
+                    meta = self._problem(f"{normal} was already named in line {named[normal]}", file, number)
+                else:
+                    key, named[normal] = path + normal, number
+            elif PROBLEM not in parse_object(meta):
+                meta = self._problem("file_name is missing", file, number)
+            yield _Line(key.encode("utf-8", "backslashreplace").decode(), number, meta)
+
+    def _json_lines(self, file: str) -> Iterator[tuple[int, Any, str]]:
+        """(line, file name, canonical JSON) of each; where a line is broken, of what can be read of it."""
+        for number, line in enumerate(self._root.read_bytes(file).removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+            if not line.strip():
+                continue
+            record: dict[str, Any] = {}
+            try:
+                record = parse_object(line.decode("utf-8", "surrogateescape"))
+                line.decode()
+                yield number, record.get("file_name"), self._meta(record)
+            except ValueError as error:
+                wrong = "the text is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+                yield number, record.get("file_name"), self._problem(wrong, file, number)
+
+    def _csv_lines(self, file: str) -> Iterator[tuple[int, Any, str]]:
+        text = self._root.read_bytes(file).decode("utf-8-sig", "surrogateescape")
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text), strict=True)
         try:
-            text = self._root.read_bytes(key).decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            line = error.object[: error.start].count(b"\n") + 1
-            raise _error(where, line, "the text is not UTF-8", "save the file as UTF-8") from None
-        csv_file = key.endswith(".csv")
-        needed = filter_columns(self._source.filter) if self._source.filter else set()
-        records: dict[str, tuple[int, str]] = {}
-        for line, parsed in _csv_records(text, needed) if csv_file else _json_records(text):
+            names = next(reader, [])
+            wrong = [f"there is no column {name}, which source.filter names" for name in self._needed - set(names)]
+            wrong += [f"there are two columns {name!r}" for name in names if names.count(name) > 1]
+            if "file_name" not in names:
+                wrong.append(f"there is no column file_name; there are {', '.join(names)[:300]}")
+        except csv.Error as error:
+            wrong = [str(error)]
+        if wrong:
+            raise InputError(
+                f"{self._root.uri_of(file)}, line 1: {wrong[0]}",
+                key="uri",
+                rule="the first line names the columns, each once, file_name among them",
+                next_step="correct the first line",
+            )
+        while True:
             try:
-                if isinstance(parsed, ValueError):
-                    raise parsed
-                name = parsed.get("file_name")
-                if not isinstance(name, str) or not name:
-                    raise ValueError("file_name is missing")
-                path = posixpath.normpath(name)
-                if path.startswith(("/", "../")) or path in (".", ".."):
-                    raise ValueError(f"file_name {name!r} must lie below the metadata's directory")
-                meta = self._meta(parsed, text_only=csv_file)
-            except ValueError as error:
-                raise _error(where, line, str(error), "correct or remove the line") from None
-            if path in records:
-                raise _error(where, line, f"{path} was already named in line {records[path][0]}", "keep one line")
-            records[path] = (line, meta)
-        return records
+                row = next(reader, None)
+                if row is None:
+                    return
+                record = dict(zip(names, row, strict=False))
+                if not row:
+                    continue
+                if len(row) != len(names):
+                    raise ValueError(f"{len(names)} cells are needed, as in the header, and there are {len(row)}")
+                "\n".join(row).encode()
+                meta = self._meta({name: Cell(value) for name, value in record.items()})
+            except (ValueError, csv.Error) as error:
+                wrong_line = "the text is not UTF-8" if isinstance(error, UnicodeError) else str(error)
+                lost = isinstance(error, csv.Error)  # where such a line ends, and the next begins, is not known
+                meta = self._problem(wrong_line, file, reader.line_num)
+                record = {} if lost else record
+            yield reader.line_num, record.get("file_name"), meta
 
-    def _meta(self, record: dict[str, Any], *, text_only: bool) -> str:
-        source = self._source
-        cells = {name: Cell(value) for name, value in record.items()} if text_only else record
-        mark = {} if source.filter is None or keeps(source.filter, cells) else {FILTERED: True}
-        taken = ("file_name", source.caption, source.label)
-        label = source.label if source.label_from == "metadata" else None
-        return canonical(
-            {
-                "caption": parse_caption(record.get(source.caption)) if source.caption else None,
-                "label": parse_label(record.get(label), source.classes) if label else None,
-                "extra": pick_extra(record, source.extra, taken),
-                **mark,
-            }
+    def _parquet_lines(self, file: str) -> Iterator[tuple[int, Any, str]]:
+        """Rows of a table by the reader of Parquet sources, for which the file names are URIs of images."""
+        root = self._root
+        table = ParquetSource(
+            uri=root.uri, image="file_name", caption=None, label=None, status=None, exif=None, extra=("*",)
         )
+        try:
+            for number, item in enumerate(table_rows(root, root.info(file), table), 1):
+                if isinstance(item, SourceRow):
+                    yield number, None, self._problem(item.message or str(item.reason), file, number)
+                    continue
+                row, name = item
+                try:
+                    yield number, name, self._meta(parse_object(row.extra or "{}"))
+                except ValueError as error:
+                    yield number, name, self._problem(str(error), file, number)
+        except TableError as error:
+            raise InputError(
+                f"{root.uri_of(file)} cannot be read: {error.message}",
+                key="uri",
+                rule="metadata.parquet is a table with a column file_name",
+                next_step="write it again, or remove it",
+            ) from None
+
+    def _meta(self, record: dict[str, Any]) -> str:
+        self.fields |= record.keys()
+        mark = {} if self._source.filter is None or keeps(self._source.filter, record) else {FILTERED: True}
+        return canonical({**picked(self._source, record), **mark})
 
 
-def _json_records(text: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    for line, content in enumerate(text.split("\n"), 1):
-        if content.strip():
-            try:
-                yield line, parse_object(content)
-            except ValueError as error:
-                yield line, error
+def picked(source: FolderSource, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a folder keeps of a record: caption, label and extra fields; ValueError where one is of the wrong type."""
+    label = source.label if source.label_from == "metadata" else None
+    return {
+        "caption": parse_caption(record.get(source.caption)) if source.caption else None,
+        "label": parse_label(record.get(label), source.classes) if label else None,
+        "extra": pick_extra(record, source.extra, ("file_name", source.caption, source.label)),
+    }
 
 
-def _csv_records(text: str, needed: set[str]) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        missing = sorted(needed - set(reader.fieldnames or ()))
-        if missing:
-            yield 1, ValueError(f"there is no column {missing[0]}, which source.filter names")
-        for record in reader:
-            if None in record or None in record.values():
-                yield (
-                    reader.line_num,
-                    ValueError(f"{len(reader.fieldnames or ())} cells are needed, as in the header"),
-                )
-            else:
-                yield reader.line_num, dict(record)
-    except csv.Error as error:
-        yield reader.line_num + 1, ValueError(str(error))  # the counter stands at the last good line
+def _normal(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
-def _error(where: str, line: int, problem: str, next_step: str) -> InputError:
-    return InputError(
-        f"{where}, line {line}: {problem}",
-        key="uri",
-        rule="each line names one existing file, with text captions and integer labels",
-        next_step=next_step,
-    )
+def _delimiter(text: str) -> str:
+    """With which the first line has a cell file_name; a comma where there is none."""
+    first = text[: MAX_TEXT_BYTES // 2].split("\n", 1)[0].rstrip("\r")
+    return next((d for d in ",;\t|" if "file_name" in next(csv.reader([first], delimiter=d), [])), ",")

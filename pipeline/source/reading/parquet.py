@@ -119,6 +119,13 @@ def read_parquets(
         yield EndOfUnit(base)
 
 
+def table_rows(root: Root, info: ObjectInfo, source: ParquetSource) -> Iterator[Item]:
+    """All rows of one file, images not fetched; TableError where it, or a part of it, cannot be read."""
+    total = sum(count for count, _ in _layout(root, info.key, source, info, info.size_bytes))
+    whole = Entry(info.key, info.size_bytes, info.etag, info.mtime_ns, 0, total, None)
+    return _rows(root, source, whole, 0, Ranges([(0, total)]))
+
+
 def _read_span(root: Root, source: ParquetSource, entry: Entry, base: int, wanted: Ranges) -> Iterator[Item]:
     """The wanted rows of one entry; every row that the file does not give is a rejected one."""
     done = base

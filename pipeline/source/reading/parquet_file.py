@@ -18,8 +18,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import InputError, PipelineError
 from pipeline.source.config import ParquetSource
-from pipeline.source.reading.filters import filter_columns, to_arrow
-from pipeline.source.reading.metadata import (
+from pipeline.source.reading.fields import (
     FAILED_STATUSES,
     canonical,
     orientation_of,
@@ -27,6 +26,7 @@ from pipeline.source.reading.metadata import (
     parse_label,
     pick_extra,
 )
+from pipeline.source.reading.filters import filter_columns, to_arrow
 from pipeline.source.reading.rows import Ranges, SourceRow
 from pipeline.source.reasons import Reason
 from pipeline.storage.remote import RangedFile

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from pipeline.errors import PipelineError
@@ -143,12 +146,23 @@ class Failure:
 
 
 def fetch(
-    root: Root, key: str, max_bytes: int, known_size: int | None = None, version: Version | None = None
+    root: Root,
+    key: str,
+    max_bytes: int,
+    known_size: int | None = None,
+    version: Version | None = None,
+    *,
+    links: str = "inside",
 ) -> bytes | Failure:
     """A whole object of at most `max_bytes`; storage has retried what could be retried.
 
-    version: the one that was listed, with its size; ObjectChanged when another one is there now.
+    version: the one that was listed, with its size; ObjectChanged when another one is there now. links: "any" follows
+    those of a local root that lead out of it, too.
     """
+    local = root.local_path()
+    if links == "inside" and local is not None and not _is_inside(local, key):
+        rule = "links lead to files below the source (source.links=any follows all)"
+        return Failure(Reason.URI_REFUSED, f"a link out of the source: {rule}")
     if known_size is not None and known_size > max_bytes:
         return Failure(Reason.TOO_MANY_BYTES, f"{known_size} bytes, over source.max_bytes {max_bytes}")
     try:
@@ -163,6 +177,15 @@ def fetch(
     if len(data) > max_bytes:
         return Failure(Reason.TOO_MANY_BYTES, f"more than source.max_bytes {max_bytes}")
     return data
+
+
+def _is_inside(local: Path, key: str) -> bool:
+    return Path(os.path.realpath(local / key)).is_relative_to(_resolved(local))
+
+
+@lru_cache(maxsize=64)
+def _resolved(path: Path) -> Path:
+    return Path(os.path.realpath(path))
 
 
 def failure_of(error: Exception) -> Failure:

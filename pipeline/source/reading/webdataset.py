@@ -16,8 +16,7 @@ from typing import Any, BinaryIO
 
 from pipeline.errors import PipelineError
 from pipeline.source.config import WebDatasetSource
-from pipeline.source.reading.filters import keeps
-from pipeline.source.reading.metadata import (
+from pipeline.source.reading.fields import (
     FAILED_STATUSES,
     MAX_TEXT_BYTES,
     canonical,
@@ -27,6 +26,7 @@ from pipeline.source.reading.metadata import (
     parse_object,
     pick_extra,
 )
+from pipeline.source.reading.filters import keeps
 from pipeline.source.reading.rows import EndOfUnit, Entry, Failure, Ranges, SourceRow, failure_of, open_file
 from pipeline.source.reading.tar import Archive, LinkError, Member, TarError
 from pipeline.source.reasons import Reason
