@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,19 +19,6 @@ from pipeline.diffusion.timesteps import TimestepDensity
 # (x_t [b, c, h, w], t [b], labels [b] or None[, text [b, l, d], its mask [b, l]]) -> prediction [b, c, h, w]
 Forward = Callable[..., Tensor]
 Text = tuple[Tensor, Tensor]  # embeddings [b, l, d], which of the l are tokens: bool [b, l]
-
-
-def on_device(stored: np.ndarray, device: torch.device) -> Tensor:
-    """Values as the stream gives them, on a device and in float32: what travels is what is stored.
-
-    stored: float16, float32, or the bits of bfloat16 as uint16.
-    """
-    bits = stored.dtype == np.uint16
-    tensor = torch.from_numpy(stored.view(np.int16) if bits else stored)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    tensor = tensor.to(device, non_blocking=True)
-    return (tensor.view(torch.bfloat16) if bits else tensor).float()
 
 
 @dataclass(frozen=True)

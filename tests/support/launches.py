@@ -26,7 +26,7 @@ _COPIES = {"_to_copy", "copy_"}
 
 @dataclass(eq=False)
 class Launches(TorchDispatchMode):
-    """Counts while it is entered; what is read from the device is 1, for it has no values."""
+    """Counts while it is entered; what is read from the device is 0, for it has no values."""
 
     launches: Counter[str] = field(default_factory=Counter)
     blocking_uploads: int = 0
@@ -56,7 +56,7 @@ class Launches(TorchDispatchMode):
             return self._copy(func, args, kwargs)
         if name == "_local_scalar_dense":
             self.synchronisations[name] += 1
-            return 1 if not args[0].is_floating_point() else 1.0
+            return 0.0 if args[0].is_floating_point() else 0
         by_mask = name in ("index", "index_put_") and any(
             t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]
         )
@@ -70,9 +70,9 @@ class Launches(TorchDispatchMode):
         into_host = len(args) > 1 and isinstance(args[1], Tensor) and args[1].is_meta and not args[0].is_meta
         if to_host or into_host:
             self.synchronisations["copy to the host"] += 1
-            return (
-                torch.ones(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype)) if to_host else args[0].fill_(1)
-            )
+            if to_host:
+                return torch.zeros(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype))
+            return args[0].zero_()
         source = args[1] if func.overloadpacket.__name__ == "copy_" else args[0]
         if source.is_meta:
             self.launches[func.overloadpacket.__name__] += 1
