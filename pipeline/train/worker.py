@@ -7,6 +7,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import is_superseded
 from pipeline.tracking.tracker import NoopTracker, Tracker, attach_tracker
 from pipeline.train import collectives
+from pipeline.train.background import BackgroundQueue
 from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.checks import Facts, identity
 from pipeline.train.config import TrainJobConfig
@@ -115,15 +117,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Reporter:
-    """What the loop tells, put where it can be found after a crash.
+    """What the loop tells, put where it can be found after a crash: in memory at once, elsewhere beside the step.
 
-    datasets: their URIs, in the run's order; generation: of the start that reports.
+    A checkpoint's records are those of its history, and it is complete only when all that was told before it is
+    written (see `CheckpointStore`). datasets: their URIs, in the run's order; generation: of the start that reports.
     """
 
     root: Root
     history: History
     tracker: Tracker
     checkpoints: CheckpointStore
+    background: BackgroundQueue
     publish: Callable[[Mapping[str, float]], None] = lambda figures: None
     datasets: tuple[str, ...] = ()
     generation: int = 0
@@ -138,6 +142,9 @@ class Reporter:
     def log(self, record: dict[str, Any]) -> None:
         """One report; its place on the tracker's axis is the count of images."""
         self.history.append(record)
+        self.background.submit(partial(self._show, record))
+
+    def _show(self, record: dict[str, Any]) -> None:
         figures = {k: float(v) for k, v in record.items() if k not in ("step", "images")}
         if figures:
             self.tracker.log_metrics(figures, step=int(record["images"]))
@@ -150,6 +157,9 @@ class Reporter:
 
     def skip(self, record: dict[str, Any]) -> None:
         """A skipped step, with the ids of its samples and, of several datasets, the one they are of."""
+        self.background.submit(partial(self._quarantine, record))
+
+    def _quarantine(self, record: dict[str, Any]) -> None:
         skipped, place = {key: value for key, value in record.items() if key != "dataset"}, ""
         if len(self.datasets) > 1:
             skipped["dataset"] = self.datasets[record["dataset"]]
@@ -219,7 +229,7 @@ def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
         config, facts, served, task, run_id=place.tracking_handle, images=0, ema="raw"
     ).to_json()
     lead = collectives.rank() == 0
-    history = History(root)
+    history, background = History(root), BackgroundQueue("reports") if lead else None
     checkpoints = CheckpointStore(
         root.child("checkpoints"),
         place.scratch,
@@ -230,12 +240,15 @@ def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
         listed=listed_checkpoints(root, place.generation),
         superseded=lambda: is_superseded(root, place.generation),
         history=history,
+        before_complete=background.flush if background else lambda: None,
     )
     watch = StopWatch(root, place.generation) if lead else None
     notices = Notices(place.preempted)
     tracker = attach_tracker(config.tracking, place.tracking_handle) if lead else NoopTracker()
     uris = tuple(part.latents.uri for part in served)
-    reporter = Reporter(root, history, tracker, checkpoints, place.publish, uris, place.generation) if lead else None
+    reporter = None
+    if background is not None:
+        reporter = Reporter(root, history, tracker, checkpoints, background, place.publish, uris, place.generation)
     try:
         status = train(
             state,
@@ -264,6 +277,8 @@ def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
         stream.close()
         if watch is not None:
             watch.close()
+        if background is not None:
+            background.close()
         tracker.finish("FINISHED")
     return {"status": status, "step": state.step, "images": state.images}
 
