@@ -43,7 +43,7 @@ from pipeline.train.inputs import (
 from pipeline.train.loop import Callbacks, Engine, Hook, Meter, Settings, peak_flops, train
 from pipeline.train.parallel import wrap
 from pipeline.train.pinned_inputs import pins_of
-from pipeline.train.retention import History
+from pipeline.train.retention import History, Record
 from pipeline.train.state import Track, TrainState, make_state
 from pipeline.train.task import Task, Text
 
@@ -139,12 +139,12 @@ class Reporter:
         """Forget the steps after the checkpoint the run goes on from."""
         self.quarantine.rewind(state.step)
 
-    def log(self, record: dict[str, Any]) -> None:
+    def log(self, record: Record) -> None:
         """One report; its place on the tracker's axis is the count of images."""
         self.history.append(record)
         self.background.submit(partial(self._show, record))
 
-    def _show(self, record: dict[str, Any]) -> None:
+    def _show(self, record: Record) -> None:
         figures = {k: float(v) for k, v in record.items() if k not in ("step", "images")}
         if figures:
             self.tracker.log_metrics(figures, step=int(record["images"]))
@@ -155,11 +155,11 @@ class Reporter:
         }
         self.publish({**figures, **progress})
 
-    def skip(self, record: dict[str, Any]) -> None:
+    def skip(self, record: Record) -> None:
         """A skipped step, with the ids of its samples and, of several datasets, the one they are of."""
         self.background.submit(partial(self._quarantine, record))
 
-    def _quarantine(self, record: dict[str, Any]) -> None:
+    def _quarantine(self, record: Record) -> None:
         skipped, place = {key: value for key, value in record.items() if key != "dataset"}, ""
         if len(self.datasets) > 1:
             skipped["dataset"] = self.datasets[record["dataset"]]
@@ -184,7 +184,7 @@ class WorkerContext:
     node_leader: whether this rank fetches files for all ranks of its node; scratch: a directory they share.
     preempted: asks, on all ranks together, whether some node is about to go; None where nobody can know.
     publish: shows rank 0's figures to whoever watches the job. inputs: under which name the datasets' states
-    are kept (see `pinned_inputs`); None where they are not.
+    are kept (see `pinned_inputs`); None where they are not. node: the number of the node it runs on.
     """
 
     device: str
@@ -196,6 +196,7 @@ class WorkerContext:
     preempted: Callable[[], bool] | None = None
     publish: Callable[[Mapping[str, float]], None] = lambda figures: None
     inputs: str | None = None
+    node: int = 0
 
 
 def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
@@ -222,7 +223,7 @@ def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
     stream = open_stream(config, served, root)
     same_run = identity(config, served[0].latents, facts)
     same_run |= {f"stream.{k}": v for k, v in stream.identity.items()}
-    state, engine = _build(config, facts, device, same_run)
+    state, engine = _build(config, facts, device, same_run, place.node)
     state.inputs = place.inputs
     task = make_task(config, served, facts)
     state.about = export_info(
@@ -291,7 +292,7 @@ def loop_settings(config: TrainJobConfig) -> Settings:
 
 
 def _build(
-    config: TrainJobConfig, facts: Facts, device: torch.device, same_run: dict[str, Any]
+    config: TrainJobConfig, facts: Facts, device: torch.device, same_run: dict[str, Any], node: int
 ) -> tuple[TrainState, Engine]:
     t = config.train
     torch.manual_seed(t.seed)
@@ -305,6 +306,7 @@ def _build(
         precision=t.precision,
         compiled=t.compile,
         blocks=repeated_blocks(model),
+        node=node,
     )
     state = make_state(
         model,
@@ -399,7 +401,7 @@ def _grid(
         codec=facts.codec,
         show=show,
         prompts=prompts,
-        collective=config.train.strategy == "fsdp2",
+        collective=config.train.strategy != "ddp",
         device=device,
         precision=config.train.precision,
     )
