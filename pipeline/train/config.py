@@ -111,6 +111,9 @@ class TrainConfig(StrictModel):
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="Arithmetic of the forward pass; weights and averages stay fp32 (bf16 is slow on CPU)."
     )
+    tf32: bool = Field(
+        True, description="On GPUs, products of fp32 matrices in TensorFloat-32 (10 bits of mantissa); never on CPUs."
+    )
     compile: bool = Field(False, description="torch.compile, block by block where the model has blocks.")
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
     warmup_images: int = Field(0, ge=0, description="Linear warm-up over these first images.")
