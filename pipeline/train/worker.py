@@ -356,7 +356,7 @@ def _hooks(
     hooks = []
     if config.validation.images:
         question = Validation(
-            task,
+            task.on(device),
             state.model,
             validation_chunks(config, served, Root(config.output.uri)),
             num_timesteps=config.validation.timesteps,

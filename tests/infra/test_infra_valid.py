@@ -110,7 +110,7 @@ def test_locks_are_what_is_tested_here(kind: str) -> None:
         assert name.lower() in ours, f"{name} is not in the lock: run infra/docker/lock.sh"
 
 
-# The oldest driver series for a CUDA major version: NVIDIA's "CUDA Compatibility", minor version compatibility, table 1.
+# The oldest driver series for a CUDA major version: "Minor Version Compatibility" of NVIDIA's CUDA Compatibility.
 OLDEST_DRIVER = {12: 525, 13: 580}
 
 
