@@ -231,7 +231,7 @@ def train(
             totals = _totals(sums, norm, call.should_stop(), call.poll_due())
             stop = totals.stop
             leaving = totals.poll and call.preempted()
-            loss = totals.window[0] / settings.batch_size
+            loss = totals.loss_sum / settings.batch_size
             rate = _learning_rate(state.images, settings)
             if math.isfinite(loss) and math.isfinite(totals.norm) and totals.norm <= settings.guard_norm:
                 _update(state, rate, settings.batch_size)
@@ -309,6 +309,11 @@ class Totals:
     stop: bool
     poll: bool
     window: list[float]
+
+    @property
+    def loss_sum(self) -> float:
+        """Of the samples of the global batch."""
+        return self.window[0]
 
 
 def _totals(sums: Tensor, norm: Tensor, stop: bool, poll: bool) -> Totals:
