@@ -34,7 +34,7 @@ def fused_on_gpu(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """A function of tensors that takes few kernels on CUDA, and on other devices stays as it is written.
 
     Only for exact arithmetic, which compiled is the same: where nothing can be compiled (no Triton, no C compiler),
-    it stays as it is written, too. Compiled once for all sizes; call it with gradients off.
+    it stays as it is written, too. Compiled once for all sizes above one; call it with gradients off.
     """
     compiled: Callable[_P, _R] | None = None
     works = True

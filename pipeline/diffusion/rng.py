@@ -69,7 +69,7 @@ def _words_of_blocks(
     return philox4x32((block_K, counter, c2, c3), (k0, k1))
 
 
-# A thousand launches as they are written, which a GPU takes longer to be told than to do.
+# Three hundred launches as it is written, which a GPU takes longer to be told than to do.
 _fused_words_of_blocks = fused_on_gpu(_words_of_blocks)
 
 

@@ -142,9 +142,9 @@ class Reporter:
     def log(self, record: Record) -> None:
         """One report; its place on the tracker's axis is the count of images."""
         self.history.append(record)
-        self.background.submit(partial(self._show, record))
+        self.background.submit(partial(self._publish_figures, record))
 
-    def _show(self, record: Record) -> None:
+    def _publish_figures(self, record: Record) -> None:
         figures = {k: float(v) for k, v in record.items() if k not in ("step", "images")}
         if figures:
             self.tracker.log_metrics(figures, step=int(record["images"]))
@@ -154,6 +154,17 @@ class Reporter:
             "tracking_unsent_bytes": float(self.tracker.num_unsent_bytes()),
         }
         self.publish({**figures, **progress})
+
+    def show(self, state: TrainState, png: bytes) -> None:
+        """Pictures of the run as it is now."""
+        self.background.submit(partial(self._keep_pictures, f"grids/{state.images:012d}.png", png))
+
+    def _keep_pictures(self, name: str, png: bytes) -> None:
+        self.root.put(name, png)
+        with tempfile.NamedTemporaryFile(suffix=".png") as file:
+            file.write(png)
+            file.flush()
+            self.tracker.log_file(file.name, name)
 
     def skip(self, record: Record) -> None:
         """A skipped step, with the ids of its samples and, of several datasets, the one they are of."""
@@ -260,7 +271,7 @@ def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
             loop_settings(config),
             checkpoints,
             callbacks=Callbacks(
-                hooks=_hooks(config, served, facts, task, state, device, tracker),
+                hooks=_hooks(config, served, facts, task, state, device, reporter),
                 log=reporter.log if reporter else lambda _record: None,
                 skip=reporter.skip if reporter else lambda _record: None,
                 resume=reporter.resume if reporter else lambda _state: None,
@@ -351,7 +362,7 @@ def _hooks(
     task: Task,
     state: TrainState,
     device: torch.device,
-    tracker: Tracker,
+    reporter: Reporter | None,
 ) -> list[Hook]:
     hooks = []
     if config.validation.images:
@@ -368,7 +379,7 @@ def _hooks(
     if config.grid.every_images is not None:
         first = served[0]
         prompts = None if first.text is None else grid_prompts(first.latents, first.text, config.grid.images)
-        hooks.append(Hook(config.grid.every_images, _grid(config, facts, task, device, tracker, prompts).run))
+        hooks.append(Hook(config.grid.every_images, _grid(config, facts, task, device, reporter, prompts).run))
     return hooks
 
 
@@ -377,20 +388,10 @@ def _grid(
     facts: Facts,
     task: Task,
     device: torch.device,
-    tracker: Tracker,
+    reporter: Reporter | None,
     prompts: tuple[tuple[str, ...], Text] | None,
 ) -> SampleGrid:
     assert facts.codec is not None  # the handshake made sure
-    root = Root(config.output.uri)
-
-    def show(state: TrainState, png: bytes) -> None:
-        name = f"grids/{state.images:012d}.png"
-        root.put(name, png)
-        with tempfile.NamedTemporaryFile(suffix=".png") as file:
-            file.write(png)
-            file.flush()
-            tracker.log_file(file.name, name)
-
     s = config.grid.sampler
     conditional = facts.num_classes is not None or prompts is not None
     return SampleGrid(
@@ -406,7 +407,7 @@ def _grid(
             shift=sampling_shift(config, facts) if s.shift is None else s.shift,
         ),
         codec=facts.codec,
-        show=show,
+        show=reporter.show if reporter else lambda _state, _png: None,
         prompts=prompts,
         collective=config.train.strategy != "ddp",
         device=device,

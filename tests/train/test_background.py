@@ -101,6 +101,7 @@ def test_a_checkpoint_counts_when_all_that_was_told_before_it_is_written(tmp_pat
     run.reporter.log({"step": 1, "images": 64, "loss": 0.5})
     skipped = {"step": 1, "images": 64, "loss": 1.0, "grad_norm": 2.0, "sample_ids": ["00" * 16], "dataset": 0}
     run.reporter.skip(skipped)
+    run.reporter.show(run.state, b"a picture")
     run.save()  # returns, though what was told is not out
     assert run.store._thread is not None
     run.store._thread.join(1.0)
@@ -111,6 +112,7 @@ def test_a_checkpoint_counts_when_all_that_was_told_before_it_is_written(tmp_pat
     assert [record["step"] for record in read_records(run.root)] == [1]
     assert read_quarantine(run.root)["step"].to_pylist() == [1]
     assert run.published == [64]
+    assert run.root.read_bytes("grids/000000000000.png") == b"a picture"
     run.background.close()
 
 
