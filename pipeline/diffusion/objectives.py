@@ -126,7 +126,7 @@ class Objective:
         return alpha.reshape(shape).to(like_BCHW.dtype), sigma.reshape(shape).to(like_BCHW.dtype)
 
     def _log_snr(self, t: Tensor) -> Tensor:
-        table = _log_snr_table(self.schedule, self.beta_start, self.beta_end).to(t.device)
+        table = _log_snr_table(self.schedule, self.beta_start, self.beta_end, t.device)
         position = (t * NUM_TRAIN_STEPS).clamp(0, NUM_TRAIN_STEPS - 1)
         below = position.floor().long().clamp(max=NUM_TRAIN_STEPS - 2)
         return torch.lerp(table[below], table[below + 1], position - below)
@@ -152,5 +152,5 @@ def alphas_cumprod(schedule: str, beta_start: float, beta_end: float) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _log_snr_table(schedule: str, beta_start: float, beta_end: float) -> Tensor:
-    return torch.logit(alphas_cumprod(schedule, beta_start, beta_end))
+def _log_snr_table(schedule: str, beta_start: float, beta_end: float, device: torch.device) -> Tensor:
+    return torch.logit(alphas_cumprod(schedule, beta_start, beta_end)).to(device)

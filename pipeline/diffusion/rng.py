@@ -15,11 +15,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pipeline.diffusion.compiled import fused_on_gpu
 
 # Multipliers and Weyl constants of Philox4x32 (SC 2011, section 3.3).
 _MULTIPLIER_0 = 0xD2511F53
@@ -39,16 +43,55 @@ def philox4x32(
     shape = np.broadcast_shapes(*(word.shape for word in (*counter, *key)))
     c0, c1, c2, c3 = (word.expand(shape) for word in counter)
     for _ in range(_ROUNDS):
-        # The wrapped signed product has the very bits of the unsigned one; the mask undoes the arithmetic shift.
+        # The wrapped signed product has the very bits of the unsigned one; the mask undoes the arithmetic shift and
+        # takes off what the keys, which are sums here, have above their word.
         product_0 = c0 * _MULTIPLIER_0
         product_1 = c2 * _MULTIPLIER_1
-        c0 = (product_1 >> 32).bitwise_and_(_MASK32).bitwise_xor_(k0) ^ c1
-        c2 = (product_0 >> 32).bitwise_and_(_MASK32).bitwise_xor_(k1) ^ c3
+        c0 = (product_1 >> 32).bitwise_xor_(k0).bitwise_xor_(c1).bitwise_and_(_MASK32)
+        c2 = (product_0 >> 32).bitwise_xor_(k1).bitwise_xor_(c3).bitwise_and_(_MASK32)
         c1 = product_1.bitwise_and_(_MASK32)
         c3 = product_0.bitwise_and_(_MASK32)
-        k0 = (k0 + _WEYL_0) & _MASK32
-        k1 = (k1 + _WEYL_1) & _MASK32
+        k0 = k0 + _WEYL_0
+        k1 = k1 + _WEYL_1
     return c0, c1, c2, c3
+
+
+def _words_of_blocks(
+    ids_B2: Tensor, run_keys_2P: Tensor, counter: Tensor, purpose_K: Tensor, block_K: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four words [b, k] of each row's blocks: k counts the blocks of all purposes, one after another."""
+    low, high = ids_B2[:, 0, None], ids_B2[:, 1, None]
+    row = philox4x32(
+        (low & _MASK32, (low >> 32) & _MASK32, high & _MASK32, (high >> 32) & _MASK32),
+        (run_keys_2P[0], run_keys_2P[1]),
+    )
+    k0, k1, c2, c3 = (word[:, purpose_K] for word in row)
+    return philox4x32((block_K, counter, c2, c3), (k0, k1))
+
+
+# Three hundred launches as it is written, which a GPU takes longer to be told than to do.
+_fused_words_of_blocks = fused_on_gpu(_words_of_blocks)
+
+
+def keyed_words_for(seed: int, ids: Tensor, counts: Mapping[str, int], *, counter: int) -> dict[str, Tensor]:
+    """`keyed_words` for several purposes at once: how many of each, and by purpose what comes of it."""
+    if ids.dtype != torch.int64 or ids.ndim != 2 or ids.shape[1] != 2:
+        raise ValueError(f"ids must be int64 [b, 2] (see ids_from_bytes), got {ids.dtype} {tuple(ids.shape)}")
+    if not 0 <= counter <= _MASK32:
+        raise ValueError(f"counter must be in [0, 2**32), got {counter}")
+    num_blocks = {purpose: -(-count // _WORDS_PER_BLOCK) for purpose, count in counts.items()}
+    constants = _constants(seed, tuple(num_blocks.items()), ids.device)
+    # Filled on the device: a tensor of a Python value would be copied there, and the host wait for it.
+    counter_1 = torch.full((1,), counter, dtype=torch.int64, device=ids.device)
+    with torch.no_grad():
+        words = _fused_words_of_blocks(ids, constants.run_keys_2P, counter_1, constants.purpose_K, constants.block_K)
+    out, start = {}, 0
+    for purpose, count in counts.items():
+        stop = start + num_blocks[purpose]
+        needed = -(-count // max(1, num_blocks[purpose])) or 1  # of the four: one for a single number
+        out[purpose] = torch.cat([word[:, start:stop] for word in words[:needed]], dim=1)[:, :count]
+        start = stop
+    return out
 
 
 def keyed_words(seed: int, ids: Tensor, *, purpose: str, counter: int, count: int) -> Tensor:
@@ -56,46 +99,44 @@ def keyed_words(seed: int, ids: Tensor, *, purpose: str, counter: int, count: in
 
     ids: int64 [b, 2]; counter: the epoch or draw number, 0 <= counter < 2**32.
     """
-    if ids.dtype != torch.int64 or ids.ndim != 2 or ids.shape[1] != 2:
-        raise ValueError(f"ids must be int64 [b, 2] (see ids_from_bytes), got {ids.dtype} {tuple(ids.shape)}")
-    if not 0 <= counter <= _MASK32:
-        raise ValueError(f"counter must be in [0, 2**32), got {counter}")
-    device = ids.device
-    run_key = _run_key(seed, purpose)
-    low, high = ids[:, :1], ids[:, 1:]
-    row = philox4x32(
-        (low & _MASK32, (low >> 32) & _MASK32, high & _MASK32, (high >> 32) & _MASK32),
-        (torch.tensor(run_key & _MASK32, device=device), torch.tensor(run_key >> 32, device=device)),
-    )
-    num_blocks = -(-count // _WORDS_PER_BLOCK)
-    block = torch.arange(num_blocks, dtype=torch.int64, device=device)[None, :]
-    words = philox4x32((block, torch.tensor(counter, device=device), row[2], row[3]), (row[0], row[1]))
-    return torch.cat([word.expand(ids.shape[0], num_blocks) for word in words], dim=1)[:, :count]
+    return keyed_words_for(seed, ids, {purpose: count}, counter=counter)[purpose]
 
 
-def keyed_uniform(seed: int, ids: Tensor, *, purpose: str, counter: int = 0, shape: Sequence[int] = ()) -> Tensor:
-    """Uniform numbers in the open interval (0, 1), float32 [b, *shape], exactly equal on every device."""
-    count = math.prod(shape)
-    words = keyed_words(seed, ids, purpose=purpose, counter=counter, count=count)
+def uniform_of(words: Tensor) -> Tensor:
+    """Uniform numbers in the open interval (0, 1), float32 of the words' shape, exactly equal on every device."""
     # 23 bits and a half: exact in float32, never 0 and never 1.
-    uniform = ((words >> 9).to(torch.float32) + 0.5) * 2.0**-23
-    return uniform.reshape(ids.shape[0], *shape)
+    return ((words >> 9).to(torch.float32) + 0.5) * 2.0**-23
 
 
-def keyed_normal(seed: int, ids: Tensor, *, purpose: str, counter: int = 0, shape: Sequence[int]) -> Tensor:
-    """Standard normal numbers, float32 [b, *shape], by the transform of Box and Muller (1958).
+def normal_of(words: Tensor, shape: Sequence[int]) -> Tensor:
+    """Standard normal numbers, float32 [b, *shape], of `num_words_of_normal(shape)` words a row.
 
-    Computed in float64 and rounded once, so that devices differ at most in the last bit of a float32 (1e-6
-    absolute is a safe tolerance between CPU and GPU). |x| <= 6.67.
+    By the transform of Box and Muller (1958), computed in float64 and rounded once, so that devices differ at most in
+    the last bit of a float32 (1e-6 absolute is a safe tolerance between CPU and GPU). |x| <= 6.67.
     """
-    count = math.prod(shape)
-    num_pairs = -(-count // 2)
-    words = keyed_words(seed, ids, purpose=purpose, counter=counter, count=2 * num_pairs)
+    num_pairs = words.shape[1] // 2
     uniform = words.to(torch.float64).add_(0.5).mul_(2.0**-32)
     radius = uniform[:, :num_pairs].log().mul_(-2.0).sqrt_()
     angle = uniform[:, num_pairs:].mul_(2.0 * math.pi)
     normal = torch.cat([(radius * angle.cos()).float(), (radius * angle.sin()).float()], dim=1)
-    return normal[:, :count].reshape(ids.shape[0], *shape)
+    return normal[:, : math.prod(shape)].reshape(words.shape[0], *shape)
+
+
+def num_words_of_normal(shape: Sequence[int]) -> int:
+    """How many words a row's normal numbers are made of: they come in pairs."""
+    return 2 * -(-math.prod(shape) // 2)
+
+
+def keyed_uniform(seed: int, ids: Tensor, *, purpose: str, counter: int = 0, shape: Sequence[int] = ()) -> Tensor:
+    """`uniform_of` the words of one purpose, float32 [b, *shape]."""
+    words = keyed_words(seed, ids, purpose=purpose, counter=counter, count=math.prod(shape))
+    return uniform_of(words).reshape(ids.shape[0], *shape)
+
+
+def keyed_normal(seed: int, ids: Tensor, *, purpose: str, counter: int = 0, shape: Sequence[int]) -> Tensor:
+    """`normal_of` the words of one purpose, float32 [b, *shape]."""
+    words = keyed_words(seed, ids, purpose=purpose, counter=counter, count=num_words_of_normal(shape))
+    return normal_of(words, shape)
 
 
 def ids_from_bytes(sample_ids: Sequence[bytes]) -> Tensor:
@@ -115,6 +156,27 @@ def ids_from_words(words_B2: np.ndarray) -> Tensor:
 def id_from_text(text: str) -> bytes:
     """The 16-byte id of any text (a request key, a fixed name): blake2b-128 of its UTF-8 bytes."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+@dataclass(frozen=True)
+class _Constants:
+    """What the draws of a run share: the run key of each purpose, and whose and which each block is."""
+
+    run_keys_2P: Tensor
+    purpose_K: Tensor
+    block_K: Tensor
+
+
+@lru_cache(maxsize=256)  # of few purposes, and of every size of latents that a run meets
+def _constants(seed: int, num_blocks: tuple[tuple[str, int], ...], device: torch.device) -> _Constants:
+    keys = [_run_key(seed, purpose) for purpose, _ in num_blocks]
+    counts = [count for _, count in num_blocks]
+    with torch.inference_mode(False):
+        return _Constants(
+            torch.tensor([[key & _MASK32 for key in keys], [key >> 32 for key in keys]], device=device),
+            torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(device),
+            torch.from_numpy(np.concatenate([np.arange(count) for count in counts])).to(device),
+        )
 
 
 def _run_key(seed: int, purpose: str) -> int:

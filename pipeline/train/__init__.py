@@ -3,14 +3,16 @@
     dataset --checks----->  facts: channels, classes, codec          refused before anything starts, naming both
     datasets --checks---->  one codec, one kind of condition         of several (data.mix), served by weight
     captions' embeddings --stream, task--> text [b, l, d], mask     the empty prompt for a keyed share (data.text_uri)
-    stream  --task------->  x0, noise, t  [b, c, h, w], [b]          draws keyed by (seed, sample id, epoch)
+    stream  --batches---->  latents, ids, labels, text on the device one ahead, pinned, on a stream of their own
+    batches --task------->  x0, noise, t  [b, c, h, w], [b]          draws keyed by (seed, sample id, epoch)
     model   --loop------->  loss, one update per global batch        guard, clip, AdamW, EMA; counted in images
     state   --checkpoint->  shards, receipts, COMPLETE.json          DCP safetensors and JSON, no pickle
     state   --hooks------>  fixed questions, fixed seeds             raw and averaged weights, any number of ranks
+    reports --background->  history, quarantine, tracker             beside the step, before its checkpoint counts
     EMA     --export----->  <output>/model/<images>                  what sampling loads; written last
 
-`loop`, `task`, `state`, `checkpoint`, `hooks` know torch only. `worker` joins them to the dataset, the stream and the
-tracker on one rank; `job` starts workers with Ray Train and watches them.
+`loop`, `batches`, `task`, `state`, `checkpoint`, `hooks` know torch only. `worker` joins them to the dataset, the
+stream and the tracker on one rank; `job` starts workers with Ray Train and watches them.
 
 The store of `output.uri` is all that starts of a job share: `checkpoints/`, `history/`, `quarantine/`
 (samples of skipped steps), `generations/` (the claims of its starts: see `runs`), `control/` (which of them should

@@ -2,7 +2,7 @@
 
     tensors --DCP--> <staging>/<name>/rank-k/*.safetensors --upload--> checkpoints/<name>/*.safetensors
             --> receipt-k.json (sha256, size of each file)  --all ranks--> COMPLETE.json (meta, all receipts)
-    reports --rank 0--> history.jsonl, before the marker (see `retention`)
+    reports --rank 0--> history.jsonl, before the marker (see `retention`), as is whatever else was told till then
 
 torch.distributed.checkpoint decides which rank writes what and re-cuts shards for another world size; its
 usual `.metadata` file is a pickle, so its safetensors storage is used, whose index is the files' own headers.
@@ -49,6 +49,8 @@ class CheckpointStore:
     those, the first checkpoint at or after each multiple is kept for good. generation, listed: of the job's start,
     and the checkpoints that it began with; superseded: whether a newer one is there. history: of which rank 0 keeps
     the records with each checkpoint, and which it takes up again with the one that the run goes on from.
+    before_complete: called by rank 0, off its training thread, before a checkpoint counts: returns when all that was
+    told up to its step is written elsewhere, too.
     """
 
     def __init__(
@@ -64,8 +66,10 @@ class CheckpointStore:
         listed: Sequence[str] | None = None,
         superseded: Callable[[], bool] = lambda: False,
         history: History | None = None,
+        before_complete: Callable[[], None] = lambda: None,
     ) -> None:
         self.root, self.staging, self.history = root, staging, history
+        self.before_complete = before_complete
         self.keep_last, self.keep_every_images = keep_last, keep_every_images
         self.node_leader, self.receipts_timeout_s = node_leader, receipts_timeout_s
         self.superseded = superseded
@@ -137,6 +141,7 @@ class CheckpointStore:
                 if self.history is not None and records is not None:
                     objects, marker[COUNT] = records
                     self.history.write(objects)
+                self.before_complete()
                 mark_complete(self.root, name, _to_json(marker))
                 self.completed_at = time.time()
                 shutil.rmtree(mine.parent, ignore_errors=True)

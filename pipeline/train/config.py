@@ -103,11 +103,16 @@ class TrainConfig(StrictModel):
         description="CPUs reserved for, and used by, each worker.",
         json_schema_extra=renamed_from("cpus_per_worker"),
     )
-    strategy: Literal["ddp", "fsdp2"] = Field(
-        "ddp", description="ddp: a whole model per worker; fsdp2: weights and optimiser sharded."
+    strategy: Literal["ddp", "fsdp2", "hsdp"] = Field(
+        "ddp",
+        description="ddp: a whole model per worker; fsdp2: weights and optimiser sharded over all workers; hsdp: "
+        "over those of a node, of which each has a whole model and as many workers.",
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="Arithmetic of the forward pass; weights and averages stay fp32 (bf16 is slow on CPU)."
+    )
+    tf32: bool = Field(
+        True, description="On GPUs, products of fp32 matrices in TensorFloat-32 (10 bits of mantissa); never on CPUs."
     )
     compile: bool = Field(False, description="torch.compile, block by block where the model has blocks.")
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")

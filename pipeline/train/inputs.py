@@ -21,14 +21,13 @@ from pipeline.stream.loader import LatentStream
 from pipeline.stream.mixture import BLOCK, MixtureStream, Part, apportion, naming, open_mixture, shares_of
 from pipeline.text.dataset import TextEmbeddings
 from pipeline.train import collectives
+from pipeline.train.batches import BatchLike, stored_values
 from pipeline.train.checks import Facts
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.hooks import Chunk
-from pipeline.train.loop import BatchLike
-from pipeline.train.task import Task, Text, on_device
+from pipeline.train.task import Task, Text
 
 CACHE = "cache"  # below output.uri: what was counted once about the dataset
-_CPU = torch.device("cpu")
 
 # Where a stream's arguments come from.
 STREAM_KEYS = {
@@ -76,7 +75,7 @@ def open_served(config: TrainJobConfig, pins: Pins | None = None) -> tuple[Serve
 def embedded(text: TextEmbeddings, captions: list[str | None]) -> Text:
     """The embeddings of some captions as tensors: float32 [n, l, d] and bool [n, l]."""
     values, mask = text.lookup_stored(captions)
-    return on_device(values, _CPU), torch.from_numpy(mask)
+    return stored_values(values).float(), torch.from_numpy(mask)
 
 
 def make_task(config: TrainJobConfig, served: Sequence[Served], facts: Facts) -> Task:
@@ -161,9 +160,9 @@ def _held_out(config: TrainJobConfig, part: Served, root: Root, count: int) -> l
                 labels = None if batch.labels is None else torch.from_numpy(batch.labels)
                 text = None
                 if batch.text is not None:
-                    text = (on_device(batch.text[0], _CPU), torch.from_numpy(batch.text[1]))
+                    text = (stored_values(batch.text[0]).float(), torch.from_numpy(batch.text[1]))
                 ids = ids_from_words(batch.sample_ids)
-                chunks.append(Chunk(on_device(batch.latents, _CPU), ids, labels, text))
+                chunks.append(Chunk(stored_values(batch.latents).float(), ids, labels, text))
     except ConfigError as error:
         if error.key != "validation.chunk":
             raise

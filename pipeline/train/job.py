@@ -252,6 +252,7 @@ def _train_on_ray(payload: dict[str, Any]) -> dict[str, Any]:
         scratch=scratch,
         preempted=lambda: ray.train.get_preemption_info() is not None,
         publish=payload["monitor"].show.remote,
+        node=ray.train.get_context().get_node_rank(),
     )
     try:
         return run_worker(config, place)

@@ -13,18 +13,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.diffusion.rng import ids_from_words
 from pipeline.errors import PipelineError
 from pipeline.train import collectives
+from pipeline.train.batches import BatchLike, DeviceBatch, on_device
 from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.state import TrainState
-from pipeline.train.task import Forward, Task, on_device
+from pipeline.train.task import Forward, Task
 
 # -- The learning rate as a pure function of images seen, so that no scheduler object needs to be saved --------
 
@@ -134,27 +133,6 @@ _CPU = torch.device("cpu")
 _log = logging.getLogger(__name__)
 
 
-class BatchLike(Protocol):
-    """This rank's share of one global batch: raw latents [b, c, h, w], ids uint64 [b, 2], labels [b] or None.
-
-    text: embeddings [b, l, d] and which of the l are tokens [b, l], or None. Latents and embeddings may be as
-    stored (see `task.on_device`). dataset: which of several all its samples are of; epoch: that dataset's.
-    """
-
-    @property
-    def epoch(self) -> int: ...
-    @property
-    def dataset(self) -> int: ...
-    @property
-    def latents(self) -> np.ndarray: ...
-    @property
-    def sample_ids(self) -> np.ndarray: ...
-    @property
-    def labels(self) -> np.ndarray | None: ...
-    @property
-    def text(self) -> tuple[np.ndarray, np.ndarray] | None: ...
-
-
 @dataclass(frozen=True)
 class Settings:
     """The numbers the loop needs; counts are of images over all ranks."""
@@ -235,76 +213,70 @@ def train(
     call, meter = callbacks or Callbacks(), meter or Meter()
     call.resume(state)
     stream = open_stream(state.step) if state.images < settings.images else iter(())
-    stop = False
-    while state.images < settings.images and not stop:
-        # Data: this rank's share of global batch number `step`.
-        with meter.waiting():
-            batch = next(stream)
-        before = state.images
-        state.images += settings.batch_size
+    task, stop = task.on(engine.device), False
+    with on_device(stream, engine.device) as batches:
+        while state.images < settings.images and not stop:
+            # Data: this rank's share of global batch number `step`.
+            with meter.waiting():
+                batch = next(batches)
+            before = state.images
+            state.images += settings.batch_size
 
-        # Gradients, accumulated over micro-batches and averaged over ranks by the last of them.
-        torch.manual_seed(_step_seed(state))
-        sums = _backward(state, engine, task, batch, settings)
-        norm = _gradient_norm(state, settings.clip_norm)
+            # Gradients, accumulated over micro-batches and averaged over ranks by the last of them.
+            torch.manual_seed(_step_seed(state))
+            sums = _backward(state, engine, task, batch, settings)
+            norm = _clip_gradients(state, settings.clip_norm)
 
-        # One small reduction: everything that every rank must decide alike is decided on its result.
-        sums[0], sums[-1] = float(call.should_stop()), float(call.poll_due())
-        sums = collectives.total(sums)
-        stop = bool(sums[0] > 0)
-        leaving = bool(sums[-1] > 0) and call.preempted()
-        loss = float(sums[1]) / settings.batch_size
-        rate = _learning_rate(state.images, settings)
-        if math.isfinite(loss) and math.isfinite(norm) and norm <= settings.guard_norm:
-            _update(state, rate, settings.batch_size)
-            _add_to_window(state, sums)
-        else:
-            _skip(state, batch, loss, norm, call.skip)
-            if state.skipped_in_a_row >= settings.max_skipped_in_a_row:
-                _roll_back(state, checkpoints, loss, norm, settings)
-        state.optimizer.zero_grad(set_to_none=True)
-        state.step += 1
-        meter.step(settings.batch_size)
+            # One small reduction: everything that every rank must decide alike is decided on its result.
+            totals = _totals(sums, norm, call.should_stop(), call.poll_due())
+            stop = totals.stop
+            leaving = totals.poll and call.preempted()
+            loss = totals.loss_sum / settings.batch_size
+            rate = _learning_rate(state.images, settings)
+            if math.isfinite(loss) and math.isfinite(totals.norm) and totals.norm <= settings.guard_norm:
+                _update(state, rate, settings.batch_size)
+                _add_to_window(state, totals.window)
+            else:
+                _skip(state, batch.source, loss, totals.norm, call.skip)
+                if state.skipped_in_a_row >= settings.max_skipped_in_a_row:
+                    _roll_back(state, checkpoints, loss, totals.norm, settings)
+            state.optimizer.zero_grad(set_to_none=True)
+            state.step += 1
+            meter.step(settings.batch_size)
 
-        # Reports, hooks and checkpoints happen when the count of images crosses a multiple, wherever it began.
-        done = state.images >= settings.images
-        if done or _crossed(before, state.images, settings.log_images):
-            call.log(_record(state, batch, rate, norm, meter))
-        for hook in call.hooks:
-            if done or _crossed(before, state.images, hook.every_images):
+            # Reports, hooks and checkpoints happen when the count of images crosses a multiple, wherever it began.
+            done = state.images >= settings.images
+            if done or _crossed(before, state.images, settings.log_images):
+                call.log(_record(state, batch.source, rate, totals.norm, meter))
+            for hook in call.hooks:
+                if done or _crossed(before, state.images, hook.every_images):
+                    with meter.paused():
+                        call.log({"step": state.step, "images": state.images, **hook.run(state)})
+            if done or stop or leaving or _crossed(before, state.images, settings.checkpoint_images):
                 with meter.paused():
-                    call.log({"step": state.step, "images": state.images, **hook.run(state)})
-        if done or stop or leaving or _crossed(before, state.images, settings.checkpoint_images):
-            with meter.paused():
-                checkpoints.save(state.tensors(), state.meta())
+                    checkpoints.save(state.tensors(), state.meta())
     checkpoints.wait()
     collectives.barrier()
     return "done" if state.images >= settings.images else "stopped"
 
 
-def _backward(state: TrainState, engine: Engine, task: Task, batch: BatchLike, settings: Settings) -> Tensor:
-    """Backward over this rank's share; float64: a free slot, loss sum, bin sums, bin counts, a free slot."""
+def _backward(state: TrainState, engine: Engine, task: Task, batch: DeviceBatch, settings: Settings) -> Tensor:
+    """Backward over this rank's share; float64 on the device: loss sum, bin sums, bin counts."""
     device = engine.device
-    latents = on_device(batch.latents, device)
-    text = (
-        None if batch.text is None else (on_device(batch.text[0], device), torch.from_numpy(batch.text[1]).to(device))
-    )
-    ids = ids_from_words(batch.sample_ids).to(device)
-    labels = None if batch.labels is None else torch.from_numpy(batch.labels).to(device)
     # The count of micro-batches depends on the largest share, so that ranks with uneven shares stay in step.
     largest_share = -(-settings.batch_size // collectives.world_size())
     num_micro = -(-largest_share // settings.micro_batch)
-    sums = torch.zeros(3 + 2 * NUM_BINS, dtype=torch.float64, device=device)
-    for i, rows in enumerate(torch.arange(len(latents)).tensor_split(num_micro)):
+    sums = torch.zeros(1 + 2 * NUM_BINS, dtype=torch.float64, device=device)
+    for i, rows in enumerate(torch.arange(len(batch.ids)).tensor_split(num_micro)):
         # A rank one sample short repeats its first one, with weight 0.
         part = slice(int(rows[0]), int(rows[-1]) + 1) if len(rows) else slice(0, 1)
         counts = float(len(rows) > 0)
-        micro_labels = None if labels is None else labels[part]
-        micro_text = None if text is None else (text[0][part], text[1][part])
+        labels = None if batch.labels is None else batch.labels[part]
+        text = None if batch.text is None else (batch.text[0][part].float(), batch.text[1][part])
         with engine.without_sync(i < num_micro - 1):
-            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            with _autocast(device, settings.precision):
                 losses, t = task.training_losses(
-                    engine.forward, latents[part], ids[part], micro_labels, batch.epoch, micro_text
+                    engine.forward, batch.latents[part].float(), batch.ids[part], labels, batch.source.epoch, text
                 )
             # Ranks are averaged, samples of the global batch are meant: undo the one, do the other.
             scale = counts * collectives.world_size() / settings.batch_size
@@ -312,17 +284,45 @@ def _backward(state: TrainState, engine: Engine, task: Task, batch: BatchLike, s
         with torch.no_grad():
             values = losses.detach().double() * counts
             bins = (t * NUM_BINS).long().clamp(0, NUM_BINS - 1)
-            sums[1] += values.sum()
-            sums[2 : 2 + NUM_BINS].index_add_(0, bins, values)
-            sums[2 + NUM_BINS : -1].index_add_(0, bins, torch.full_like(values, counts))
-    return sums.cpu()
+            sums[0] += values.sum()
+            sums[1 : 1 + NUM_BINS].index_add_(0, bins, values)
+            sums[1 + NUM_BINS :].index_add_(0, bins, torch.full_like(values, counts))
+    return sums
 
 
-def _gradient_norm(state: TrainState, clip_norm: float) -> float:
+def _autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def _clip_gradients(state: TrainState, clip_norm: float) -> Tensor:
     """Clip the gradients to a total norm of `clip_norm`; returns the norm before, the same on every rank."""
     norm = nn.utils.clip_grad_norm_(list(state.params.values()), clip_norm)
     full: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    return float(full)
+    return full
+
+
+@dataclass(frozen=True)
+class Totals:
+    """A step as all ranks know it: gradient norm; whether any stops or polls; loss sum, bin sums, bin counts."""
+
+    norm: float
+    stop: bool
+    poll: bool
+    window: list[float]
+
+    @property
+    def loss_sum(self) -> float:
+        """Of the samples of the global batch."""
+        return self.window[0]
+
+
+def _totals(sums: Tensor, norm: Tensor, stop: bool, poll: bool) -> Totals:
+    """One sum over ranks and one copy to the host: the only place where a step waits for its device."""
+    flags = [sums.new_full((1,), float(flag)) for flag in (stop, poll)]
+    reduced = collectives.total(torch.cat([*flags, sums]))
+    # The norm is of the ranks' averaged gradient already.
+    any_stop, any_poll, *window, whole = torch.cat([reduced, norm.double().reshape(1)]).cpu().tolist()
+    return Totals(whole, any_stop > 0, any_poll > 0, window)
 
 
 def _learning_rate(images: int, s: Settings) -> float:
@@ -388,9 +388,9 @@ def _roll_back(state: TrainState, checkpoints: CheckpointStore, loss: float, nor
     )
 
 
-def _add_to_window(state: TrainState, sums: Tensor) -> None:
+def _add_to_window(state: TrainState, sums: list[float]) -> None:
     window = state.window.setdefault("sums", [0.0] * (1 + 2 * NUM_BINS))
-    state.window["sums"] = [a + b for a, b in zip(window, sums[1:-1].tolist(), strict=True)]
+    state.window["sums"] = [a + b for a, b in zip(window, sums, strict=True)]
 
 
 def _record(state: TrainState, batch: BatchLike, rate: float, norm: float, meter: Meter) -> dict[str, Any]:

@@ -7,32 +7,18 @@ x_t, t, labels --model--> prediction --objective's target and weight--> loss [b]
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.diffusion.objectives import Objective
-from pipeline.diffusion.rng import keyed_normal, keyed_uniform
+from pipeline.diffusion.rng import keyed_normal, keyed_words_for, normal_of, num_words_of_normal, uniform_of
 from pipeline.diffusion.timesteps import TimestepDensity
 
 # (x_t [b, c, h, w], t [b], labels [b] or None[, text [b, l, d], its mask [b, l]]) -> prediction [b, c, h, w]
 Forward = Callable[..., Tensor]
 Text = tuple[Tensor, Tensor]  # embeddings [b, l, d], which of the l are tokens: bool [b, l]
-
-
-def on_device(stored: np.ndarray, device: torch.device) -> Tensor:
-    """Values as the stream gives them, on a device and in float32: what travels is what is stored.
-
-    stored: float16, float32, or the bits of bfloat16 as uint16.
-    """
-    bits = stored.dtype == np.uint16
-    tensor = torch.from_numpy(stored.view(np.int16) if bits else stored)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    tensor = tensor.to(device, non_blocking=True)
-    return (tensor.view(torch.bfloat16) if bits else tensor).float()
 
 
 @dataclass(frozen=True)
@@ -55,37 +41,46 @@ class Task:
     text_dropout: float = 0.0
     empty_text: Text | None = None
 
+    def on(self, device: torch.device) -> Task:
+        """The same problem with its constants there, so that no batch has to bring them."""
+        text = None if self.empty_text is None else (self.empty_text[0].to(device), self.empty_text[1].to(device))
+        return replace(self, mean=self.mean.to(device), std=self.std.to(device), empty_text=text)
+
     def clean(self, raw_NCHW: Tensor, ids: Tensor, epoch: int) -> Tensor:
         """Normalised latents; where the posterior is stored, one draw of it per sample and epoch."""
-        if self.moments:
+        if not self.moments:
+            return self._normalised(raw_NCHW, None)
+        shape = self._latent_shape(raw_NCHW)
+        return self._normalised(
+            raw_NCHW, keyed_normal(self.seed, ids, purpose="posterior", counter=epoch, shape=shape)
+        )
+
+    def _latent_shape(self, raw_NCHW: Tensor) -> tuple[int, int, int]:
+        _, channels, height, width = raw_NCHW.shape
+        return channels // 2 if self.moments else channels, height, width
+
+    def _normalised(self, raw_NCHW: Tensor, posterior_noise: Tensor | None) -> Tensor:
+        if posterior_noise is not None:
             mean, log_variance = raw_NCHW.chunk(2, dim=1)
-            noise = keyed_normal(self.seed, ids, purpose="posterior", counter=epoch, shape=mean.shape[1:])
-            raw_NCHW = mean + (0.5 * log_variance.clamp(-30.0, 20.0)).exp() * noise
+            raw_NCHW = mean + (0.5 * log_variance.clamp(-30.0, 20.0)).exp() * posterior_noise
         shape = (1, -1, 1, 1)
         return (raw_NCHW - self.mean.to(raw_NCHW.device).view(shape)) / self.std.to(raw_NCHW.device).view(shape)
 
-    def dropped_labels(self, labels: Tensor | None, ids: Tensor, epoch: int) -> Tensor | None:
-        """Labels [b] of which a keyed share is replaced by the index that means "no label"."""
+    def dropped_labels(self, labels: Tensor | None, uniform_B: Tensor) -> Tensor | None:
+        """Labels [b] of which those with a number below the share are the index that means "no label"."""
         if self.num_classes is None or labels is None:
             return None
-        u = keyed_uniform(self.seed, ids, purpose="label", counter=epoch)
-        return torch.where(u < self.label_dropout, torch.full_like(labels, self.num_classes), labels)
+        return torch.where(uniform_B < self.label_dropout, torch.full_like(labels, self.num_classes), labels)
 
-    def dropped_text(self, text: Text | None, ids: Tensor, epoch: int) -> Text | None:
-        """Text of which a keyed share is replaced by the empty prompt; as far as shares agree, where labels go."""
+    def dropped_text(self, text: Text | None, uniform_B: Tensor) -> Text | None:
+        """Text of which a share is replaced by the empty prompt; as far as shares agree, where labels go."""
         if self.empty_text is None or text is None:
             return None
-        u = keyed_uniform(self.seed, ids, purpose="label", counter=epoch)
-        drop, (embedding, mask) = u < self.text_dropout, self.empty_text
+        drop, (embedding, mask) = uniform_B < self.text_dropout, self.empty_text
         return (
             torch.where(drop[:, None, None], embedding.to(text[0]), text[0]),
             torch.where(drop[:, None], mask.to(text[1]), text[1]),
         )
-
-    def timesteps(self, ids: Tensor, epoch: int, latent_pixels: int) -> Tensor:
-        """One timestep per sample and epoch."""
-        u = keyed_uniform(self.seed, ids, purpose="time", counter=epoch)
-        return self.density.times(u, latent_pixels=latent_pixels)
 
     def training_losses(
         self,
@@ -96,12 +91,19 @@ class Task:
         epoch: int,
         text: Text | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(weighted loss [b] with gradients, timesteps [b]) of one micro-batch."""
-        x0 = self.clean(raw_NCHW, ids, epoch)
-        t = self.timesteps(ids, epoch, x0.shape[2] * x0.shape[3])
-        noise = keyed_normal(self.seed, ids, purpose="noise", counter=epoch, shape=x0.shape[1:])
-        labels, text = self.dropped_labels(labels, ids, epoch), self.dropped_text(text, ids, epoch)
-        return self.losses(forward, x0, noise, t, labels, text), t
+        """(weighted loss [b] with gradients, timesteps [b]) of one micro-batch.
+
+        Noise, times, the dropout of labels and texts, and the posterior's draw are keyed by sample and epoch.
+        """
+        shape = self._latent_shape(raw_NCHW)
+        of_noise = num_words_of_normal(shape)
+        counts = {"noise": of_noise, "time": 1, "label": 1} | ({"posterior": of_noise} if self.moments else {})
+        words = keyed_words_for(self.seed, ids, counts, counter=epoch)
+        x0 = self._normalised(raw_NCHW, normal_of(words["posterior"], shape) if self.moments else None)
+        t = self.density.times(uniform_of(words["time"])[:, 0], latent_pixels=shape[1] * shape[2])
+        drop = uniform_of(words["label"])[:, 0]
+        labels, text = self.dropped_labels(labels, drop), self.dropped_text(text, drop)
+        return self.losses(forward, x0, normal_of(words["noise"], shape), t, labels, text), t
 
     def losses(
         self,

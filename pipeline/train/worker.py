@@ -7,6 +7,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import is_superseded
 from pipeline.tracking.tracker import NoopTracker, Tracker, attach_tracker
 from pipeline.train import collectives
+from pipeline.train.background import BackgroundQueue
 from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.checks import Facts, identity
 from pipeline.train.config import TrainJobConfig
@@ -41,7 +43,7 @@ from pipeline.train.inputs import (
 from pipeline.train.loop import Callbacks, Engine, Hook, Meter, Settings, peak_flops, train
 from pipeline.train.parallel import wrap
 from pipeline.train.pinned_inputs import pins_of
-from pipeline.train.retention import History
+from pipeline.train.retention import History, Record
 from pipeline.train.state import Track, TrainState, make_state
 from pipeline.train.task import Task, Text
 
@@ -115,15 +117,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Reporter:
-    """What the loop tells, put where it can be found after a crash.
+    """What the loop tells, put where it can be found after a crash: in memory at once, elsewhere beside the step.
 
-    datasets: their URIs, in the run's order; generation: of the start that reports.
+    A checkpoint's records are those of its history, and it is complete only when all that was told before it is
+    written (see `CheckpointStore`). datasets: their URIs, in the run's order; generation: of the start that reports.
     """
 
     root: Root
     history: History
     tracker: Tracker
     checkpoints: CheckpointStore
+    background: BackgroundQueue
     publish: Callable[[Mapping[str, float]], None] = lambda figures: None
     datasets: tuple[str, ...] = ()
     generation: int = 0
@@ -135,9 +139,12 @@ class Reporter:
         """Forget the steps after the checkpoint the run goes on from."""
         self.quarantine.rewind(state.step)
 
-    def log(self, record: dict[str, Any]) -> None:
+    def log(self, record: Record) -> None:
         """One report; its place on the tracker's axis is the count of images."""
         self.history.append(record)
+        self.background.submit(partial(self._publish_figures, record))
+
+    def _publish_figures(self, record: Record) -> None:
         figures = {k: float(v) for k, v in record.items() if k not in ("step", "images")}
         if figures:
             self.tracker.log_metrics(figures, step=int(record["images"]))
@@ -148,8 +155,22 @@ class Reporter:
         }
         self.publish({**figures, **progress})
 
-    def skip(self, record: dict[str, Any]) -> None:
+    def show(self, state: TrainState, png: bytes) -> None:
+        """Pictures of the run as it is now."""
+        self.background.submit(partial(self._keep_pictures, f"grids/{state.images:012d}.png", png))
+
+    def _keep_pictures(self, name: str, png: bytes) -> None:
+        self.root.put(name, png)
+        with tempfile.NamedTemporaryFile(suffix=".png") as file:
+            file.write(png)
+            file.flush()
+            self.tracker.log_file(file.name, name)
+
+    def skip(self, record: Record) -> None:
         """A skipped step, with the ids of its samples and, of several datasets, the one they are of."""
+        self.background.submit(partial(self._quarantine, record))
+
+    def _quarantine(self, record: Record) -> None:
         skipped, place = {key: value for key, value in record.items() if key != "dataset"}, ""
         if len(self.datasets) > 1:
             skipped["dataset"] = self.datasets[record["dataset"]]
@@ -174,7 +195,7 @@ class WorkerContext:
     node_leader: whether this rank fetches files for all ranks of its node; scratch: a directory they share.
     preempted: asks, on all ranks together, whether some node is about to go; None where nobody can know.
     publish: shows rank 0's figures to whoever watches the job. inputs: under which name the datasets' states
-    are kept (see `pinned_inputs`); None where they are not.
+    are kept (see `pinned_inputs`); None where they are not. node: the number of the node it runs on.
     """
 
     device: str
@@ -186,6 +207,7 @@ class WorkerContext:
     preempted: Callable[[], bool] | None = None
     publish: Callable[[Mapping[str, float]], None] = lambda figures: None
     inputs: str | None = None
+    node: int = 0
 
 
 def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
@@ -195,6 +217,7 @@ def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
     of the job took over.
     """
     torch.set_num_threads(max(1, int(config.train.num_cpus)))
+    set_matmul_precision(place.device, config.train.tf32)
     root = Root(config.output.uri)
     served = open_served(config, pins_of(root, place.inputs))
     facts = place.facts
@@ -212,14 +235,14 @@ def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
     stream = open_stream(config, served, root)
     same_run = identity(config, served[0].latents, facts)
     same_run |= {f"stream.{k}": v for k, v in stream.identity.items()}
-    state, engine = _build(config, facts, device, same_run)
+    state, engine = _build(config, facts, device, same_run, place.node)
     state.inputs = place.inputs
     task = make_task(config, served, facts)
     state.about = export_info(
         config, facts, served, task, run_id=place.tracking_handle, images=0, ema="raw"
     ).to_json()
     lead = collectives.rank() == 0
-    history = History(root)
+    history, background = History(root), BackgroundQueue("reports") if lead else None
     checkpoints = CheckpointStore(
         root.child("checkpoints"),
         place.scratch,
@@ -230,12 +253,15 @@ def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
         listed=listed_checkpoints(root, place.generation),
         superseded=lambda: is_superseded(root, place.generation),
         history=history,
+        before_complete=background.flush if background else lambda: None,
     )
     watch = StopWatch(root, place.generation) if lead else None
     notices = Notices(place.preempted)
     tracker = attach_tracker(config.tracking, place.tracking_handle) if lead else NoopTracker()
     uris = tuple(part.latents.uri for part in served)
-    reporter = Reporter(root, history, tracker, checkpoints, place.publish, uris, place.generation) if lead else None
+    reporter = None
+    if background is not None:
+        reporter = Reporter(root, history, tracker, checkpoints, background, place.publish, uris, place.generation)
     try:
         status = train(
             state,
@@ -245,7 +271,7 @@ def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
             loop_settings(config),
             checkpoints,
             callbacks=Callbacks(
-                hooks=_hooks(config, served, facts, task, state, device, tracker),
+                hooks=_hooks(config, served, facts, task, state, device, reporter),
                 log=reporter.log if reporter else lambda _record: None,
                 skip=reporter.skip if reporter else lambda _record: None,
                 resume=reporter.resume if reporter else lambda _state: None,
@@ -264,8 +290,16 @@ def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
         stream.close()
         if watch is not None:
             watch.close()
+        if background is not None:
+            background.close()
         tracker.finish("FINISHED")
     return {"status": status, "step": state.step, "images": state.images}
+
+
+def set_matmul_precision(device: str, tf32: bool) -> None:
+    """How this process multiplies fp32 matrices on a GPU; on a CPU, whose bits are promised, nothing changes."""
+    if torch.device(device).type == "cuda":
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
 
 
 def loop_settings(config: TrainJobConfig) -> Settings:
@@ -276,7 +310,7 @@ def loop_settings(config: TrainJobConfig) -> Settings:
 
 
 def _build(
-    config: TrainJobConfig, facts: Facts, device: torch.device, same_run: dict[str, Any]
+    config: TrainJobConfig, facts: Facts, device: torch.device, same_run: dict[str, Any], node: int
 ) -> tuple[TrainState, Engine]:
     t = config.train
     torch.manual_seed(t.seed)
@@ -290,6 +324,7 @@ def _build(
         precision=t.precision,
         compiled=t.compile,
         blocks=repeated_blocks(model),
+        node=node,
     )
     state = make_state(
         model,
@@ -327,12 +362,12 @@ def _hooks(
     task: Task,
     state: TrainState,
     device: torch.device,
-    tracker: Tracker,
+    reporter: Reporter | None,
 ) -> list[Hook]:
     hooks = []
     if config.validation.images:
         question = Validation(
-            task,
+            task.on(device),
             state.model,
             validation_chunks(config, served, Root(config.output.uri)),
             num_timesteps=config.validation.timesteps,
@@ -344,7 +379,7 @@ def _hooks(
     if config.grid.every_images is not None:
         first = served[0]
         prompts = None if first.text is None else grid_prompts(first.latents, first.text, config.grid.images)
-        hooks.append(Hook(config.grid.every_images, _grid(config, facts, task, device, tracker, prompts).run))
+        hooks.append(Hook(config.grid.every_images, _grid(config, facts, task, device, reporter, prompts).run))
     return hooks
 
 
@@ -353,20 +388,10 @@ def _grid(
     facts: Facts,
     task: Task,
     device: torch.device,
-    tracker: Tracker,
+    reporter: Reporter | None,
     prompts: tuple[tuple[str, ...], Text] | None,
 ) -> SampleGrid:
     assert facts.codec is not None  # the handshake made sure
-    root = Root(config.output.uri)
-
-    def show(state: TrainState, png: bytes) -> None:
-        name = f"grids/{state.images:012d}.png"
-        root.put(name, png)
-        with tempfile.NamedTemporaryFile(suffix=".png") as file:
-            file.write(png)
-            file.flush()
-            tracker.log_file(file.name, name)
-
     s = config.grid.sampler
     conditional = facts.num_classes is not None or prompts is not None
     return SampleGrid(
@@ -382,9 +407,9 @@ def _grid(
             shift=sampling_shift(config, facts) if s.shift is None else s.shift,
         ),
         codec=facts.codec,
-        show=show,
+        show=reporter.show if reporter else lambda _state, _png: None,
         prompts=prompts,
-        collective=config.train.strategy == "fsdp2",
+        collective=config.train.strategy != "ddp",
         device=device,
         precision=config.train.precision,
     )

@@ -76,12 +76,16 @@ def make_codec(folder: Path, kind: str) -> Path:
 
 
 def make_images(folder: Path, photos: Path, count: int) -> Path:
-    """`count` links to the photographs, each under many names."""
+    """`count` files, each photograph under many names."""
     sources = photographs.image_files(photos)
     folder.mkdir(parents=True)
     for number in range(count):
         source = sources[number % len(sources)]
-        os.symlink(source.resolve(), folder / f"{number:07d}{source.suffix.lower()}")
+        place = folder / f"{number:07d}{source.suffix.lower()}"
+        if number < len(sources):
+            shutil.copyfile(source, place)
+        else:
+            os.link(folder / f"{number % len(sources):07d}{source.suffix.lower()}", place)
     return folder
 
 
@@ -90,7 +94,6 @@ def ours(case: Case, out: Path) -> list[str]:
     settings = {
         "source.kind": "folder",
         "source.uri": case.images,
-        "source.links": "any",
         "image.resolution": case.resolution,
         "image.multiple_of": 8,
         "image.max_upscale": 8.0,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters as dynamo_counters
+from torch._inductor import metrics
 
 from pipeline.diffusion import rng
+from tests.support.launches import META, Launches
 
 # kat_vectors of the Random123 distribution that accompanies Salmon et al. 2011: counter, key, output.
 KNOWN_ANSWERS = [
@@ -122,13 +127,55 @@ def test_uniform_numbers_are_uniform_and_open() -> None:
     assert rng.keyed_uniform(3, some_ids(5), purpose="time").shape == (5,)
 
 
-def test_extreme_words_stay_inside_the_open_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extreme_words_stay_inside_the_open_interval() -> None:
     for word in (0, 2**32 - 1):
         full = torch.full((1, 2), word, dtype=torch.int64)
-        monkeypatch.setattr(rng, "keyed_words", lambda *a, full=full, **k: full)
-        uniform = rng.keyed_uniform(0, some_ids(1), purpose="x", shape=(2,))
+        uniform = rng.uniform_of(full)
         assert ((uniform > 0) & (uniform < 1)).all()
-        assert torch.isfinite(rng.keyed_normal(0, some_ids(1), purpose="x", shape=(2,))).all()
+        assert torch.isfinite(rng.normal_of(full, (2,))).all()
+
+
+COUNTS = {"noise": 96, "time": 1, "label": 1, "posterior": 90, "none": 0}
+
+
+def test_purposes_drawn_together_are_those_drawn_alone() -> None:
+    ids = some_ids(5)
+    together = rng.keyed_words_for(9, ids, COUNTS, counter=2**32 - 1)
+    assert list(together) == list(COUNTS)
+    for purpose, count in COUNTS.items():
+        alone = rng.keyed_words(9, ids, purpose=purpose, counter=2**32 - 1, count=count)
+        assert alone.shape == (5, count)
+        assert torch.equal(together[purpose], alone)
+
+
+def test_a_draw_brings_nothing_to_the_device_and_waits_for_nothing() -> None:
+    ids = torch.zeros(8, 2, dtype=torch.int64, device=META)
+    first, later = Launches(), Launches()
+    with first:
+        rng.keyed_words_for(4, ids, COUNTS, counter=0)
+    assert first.blocking_uploads > 0, "constants are brought once: a count of none would be no count"
+    with later:
+        rng.keyed_words_for(4, ids, COUNTS, counter=1)
+    assert later.blocking_uploads == 0
+    assert not later.synchronisations
+    # Two passes of ten rounds for all purposes together, as they are written: where nothing is compiled.
+    assert later.launches.total() <= 2 * 10 * 14 + 20
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_the_words_are_the_same_in_two_kernels_whatever_the_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = torch.compile(rng._words_of_blocks, dynamic=True)
+    metrics.reset()
+    torch._dynamo.reset()
+    sizes = [(9, COUNTS), (17, {"noise": 40, "time": 1}), (4, COUNTS)]
+    written = [rng.keyed_words_for(3, some_ids(rows), counts, counter=at) for at, (rows, counts) in enumerate(sizes)]
+    monkeypatch.setattr(rng, "_fused_words_of_blocks", compiled)
+    for at, (rows, counts) in enumerate(sizes):
+        words = rng.keyed_words_for(3, some_ids(rows), counts, counter=at)
+        assert all(torch.equal(words[purpose], written[at][purpose]) for purpose in counts)
+    assert metrics.generated_kernel_count <= 2
+    assert dynamo_counters["stats"]["unique_graphs"] == 1
 
 
 def test_ids_from_words_is_ids_from_bytes() -> None:
@@ -155,3 +202,6 @@ def test_gpu_agrees_with_cpu() -> None:
     assert torch.allclose(on_cpu, on_gpu, rtol=0, atol=1e-6)
     uniform = rng.keyed_uniform(0, ids.cuda(), purpose="time", shape=(9,)).cpu()
     assert torch.equal(uniform, rng.keyed_uniform(0, ids, purpose="time", shape=(9,)))
+    on_gpu_words = rng.keyed_words_for(0, ids.cuda(), COUNTS, counter=7)
+    for purpose, words_ in rng.keyed_words_for(0, ids, COUNTS, counter=7).items():
+        assert torch.equal(on_gpu_words[purpose].cpu(), words_)

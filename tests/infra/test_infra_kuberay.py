@@ -201,6 +201,16 @@ def test_encode_scales_from_and_to_zero_and_train_is_a_gang(base: list[Manifest]
     assert gang["replicas"] == gang["minReplicas"] == gang["maxReplicas"]
 
 
+def test_a_training_pod_is_a_whole_node_and_has_a_gpu_and_cpus_for_each_worker(base: list[Manifest]) -> None:
+    spec = ray_job_specs(base)["train"]
+    (gang,) = spec["rayClusterSpec"]["workerGroupSpecs"]
+    limits = gang["template"]["spec"]["containers"][0]["resources"]["limits"]
+    gpus, train = int(limits["nvidia.com/gpu"]), parsed(spec["entrypoint"], settings(base))[1].train
+    assert gpus == 8, "NCCL takes pods for hosts"
+    assert gang["replicas"] * gpus == train.num_workers
+    assert float(limits["cpu"]) >= gpus * train.num_cpus
+
+
 def test_requests_of_the_encode_job_fit_its_groups(rendered: list[Manifest]) -> None:
     """What the entrypoint asks the autoscaler for must be within what the groups may grow to."""
     spec = ray_job_specs(rendered)["encode"]

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.integration
 
 
 def test_a_report_tells_progress_checkpoint_and_queue() -> None:
+    from pipeline.train.background import BackgroundQueue
     from pipeline.train.retention import History
     from pipeline.train.worker import Reporter
 
@@ -28,9 +29,12 @@ def test_a_report_tells_progress_checkpoint_and_queue() -> None:
     at = time.time() - 3600
     checkpoints = cast(Any, SimpleNamespace(completed_at=at))
     root = Root("memory://infra-metrics")
-    reporter = Reporter(root, History(root), Behind(), checkpoints, told.update)
+    background = BackgroundQueue("reports")
+    reporter = Reporter(root, History(root), Behind(), checkpoints, background, told.update)
     reporter.resume(cast(Any, SimpleNamespace(step=0)))
     reporter.log({"step": 3, "images": 96, "loss": 0.5, "images_per_s": 12.0})
+    background.flush()
+    background.close()
     assert told["images"] == 96
     assert told["checkpoint_time_s"] == at
     assert told["tracking_unsent_bytes"] == 4096

@@ -110,6 +110,38 @@ def test_locks_are_what_is_tested_here(kind: str) -> None:
         assert name.lower() in ours, f"{name} is not in the lock: run infra/docker/lock.sh"
 
 
+# The oldest driver series for a CUDA major version: "Minor Version Compatibility" of NVIDIA's CUDA Compatibility.
+OLDEST_DRIVER = {12: 525, 13: 580}
+
+
+def test_the_gpu_image_holds_one_cuda_and_every_file_names_its_driver() -> None:
+    names = [name for name in locked("gpu") if name.startswith(("nvidia-", "cuda-"))]
+    majors = {m[1] for name in names if (m := re.search(r"-cu(\d+)$", name))}
+    majors |= {locked("gpu")["cuda-toolkit"].split(".")[0]}
+    assert len(majors) == 1, "torch's libraries are of one CUDA"
+    dockerfile = (DOCKER / "Dockerfile").read_text()
+    (base,) = re.findall(r"^FROM (\S+)$", dockerfile, re.MULTILINE)
+    assert base.endswith("-cpu"), "a base with CUDA would bring another one"
+    assert re.search(r"apt-get install .*g\+\+", dockerfile), "Triton builds its launchers"
+    driver = OLDEST_DRIVER[int(majors.pop())]
+    for path in (DOCKER / "Dockerfile", INFRA / "ray" / "aws.yaml", INFRA / "ray" / "gcp.yaml", INFRA / "RUNBOOK.md"):
+        assert re.search(rf"\b{driver}\s+(#\s+)?series", path.read_text()), path
+    (gcp,) = read(INFRA / "ray" / "gcp.yaml")
+    (image,) = {
+        d["initializeParams"]["sourceImage"] for d in gcp["available_node_types"]["gpu"]["node_config"]["disks"]
+    }
+    assert int(image.rpartition("-")[2]) >= driver
+
+
+def test_machines_on_ec2_have_an_image_of_their_own_choice() -> None:
+    (config,) = read(INFRA / "ray" / "aws.yaml")
+    images = {kind["node_config"].get("ImageId") for kind in config["available_node_types"].values()}
+    (image,) = images
+    assert re.fullmatch(
+        r"resolve:ssm:/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-[\w./-]+/ami-id", image
+    )
+
+
 def test_the_mlflow_server_is_of_the_clients_version() -> None:
     version = constraints()["mlflow"]
     assert locked("mlflow")["mlflow"] == version

@@ -279,6 +279,8 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 
 def _train_on_ranks(root: str, images: int, strategy: str, batch_size: int, options: dict[str, Any]) -> None:
     path = Path(root)
+    if strategy == "hsdp":  # two ranks to a node
+        options = {**options, "node": collectives.rank() // 2}
     state, engine, store = new_run(path, strategy=strategy, **options)
     records: list[dict[str, Any]] = []
     train(
@@ -302,7 +304,7 @@ def _final(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "world_size"), [("ddp", 2), ("fsdp2", 2), ("ddp", 4)])
+@pytest.mark.parametrize(("strategy", "world_size"), [("ddp", 2), ("fsdp2", 2), ("ddp", 4), ("hsdp", 4)])
 def test_more_ranks_give_the_same_weights_within_float_rounding(
     strategy: str, world_size: int, undisturbed: Any, tmp_path: Path
 ) -> None:
@@ -322,3 +324,12 @@ def test_a_run_saved_on_two_ranks_goes_on_on_one_and_on_three(undisturbed: Any, 
     # here the optimiser's step count proves that every leg continued the one before.
     final = _final(tmp_path)
     assert float(final["optimizer/step/first.weight"]) == 20.0
+
+
+@pytest.mark.slow
+def test_a_run_on_two_nodes_of_shards_goes_on_whole_and_back(undisturbed: Any, tmp_path: Path) -> None:
+    for images, strategy, ranks in ((8, "hsdp", 4), (12, "ddp", 2), (16, "hsdp", 4), (20, "fsdp2", 2)):
+        on_ranks(ranks, _train_on_ranks, str(tmp_path), images * BATCH, strategy, BATCH, {})
+        final = _final(tmp_path)
+        assert float(final["optimizer/step/first.weight"]) == images
+    assert final.keys() == undisturbed[0].keys()

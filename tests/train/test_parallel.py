@@ -10,7 +10,9 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from pipeline.errors import ConfigError
 from pipeline.model.build import build_model, repeated_blocks
 from pipeline.model.config import ModelConfig
 from pipeline.train import collectives
@@ -85,3 +87,39 @@ def test_shards_in_bf16_are_as_near_to_float32_as_autocast_is(tmp_path: Path) ->
         for model, (sharded, whole) in errors.items():
             assert whole < 0.02, model
             assert sharded < 1.5 * whole, model
+
+
+def _shard(folder: str) -> None:
+    """Where a parameter's parts lie on two nodes of two ranks, and what becomes of three ranks on two nodes."""
+    rank, blocks = collectives.rank(), [torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)]
+    model = torch.nn.Sequential(*blocks)
+    placed: dict[str, Any] = {}
+    try:
+        wrap(model, device=torch.device("cpu"), strategy="hsdp", blocks=blocks, node=rank // 2)
+    except ConfigError as error:
+        placed["refused"] = str(error)
+    else:
+        weight = blocks[0].weight
+        assert isinstance(weight, DTensor)
+        placed["mesh"] = weight.device_mesh.mesh.tolist()
+        placed["placements"] = [str(placement) for placement in weight.placements]
+        placed["local"] = list(weight.to_local().shape)
+    write_json(Path(folder) / f"{rank}.json", placed)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_hsdp_shards_within_a_node_and_replicates_between_nodes(tmp_path: Path, ranks: int) -> None:
+    on_ranks(ranks, _shard, str(tmp_path))
+    for rank in range(ranks):
+        placed = json.loads((tmp_path / f"{rank}.json").read_text())
+        if ranks == 3:
+            assert "not spread evenly over nodes: theirs are [0, 0, 1]" in placed["refused"]
+        else:
+            assert placed == {"mesh": [[0, 1], [2, 3]], "placements": ["R", "S(0)"], "local": [4, 8]}
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "hsdp"])
+def test_shards_need_a_process_group(strategy: str) -> None:
+    with pytest.raises(ValueError, match=f"strategy '{strategy}' needs a process group"):
+        wrap(torch.nn.Linear(2, 2), device=torch.device("cpu"), strategy=strategy)

@@ -56,7 +56,7 @@ def test_a_share_of_labels_is_dropped_by_id() -> None:
     task = make_task(label_dropout=0.25)
     ids = torch.arange(8000).view(-1, 2)
     labels = torch.ones(4000, dtype=torch.int64)
-    dropped = task.dropped_labels(labels, ids, 0)
+    dropped = task.dropped_labels(labels, keyed_uniform(11, ids, purpose="label"))
     assert dropped is not None
     assert set(dropped.tolist()) == {1, 3}
     assert float((dropped == 3).float().mean()) == pytest.approx(0.25, abs=0.03)
@@ -64,7 +64,7 @@ def test_a_share_of_labels_is_dropped_by_id() -> None:
 
 def test_an_unconditional_task_sees_no_labels() -> None:
     task, (_, ids, labels) = make_task(num_classes=None), batch()
-    assert task.dropped_labels(labels, ids, 0) is None
+    assert task.dropped_labels(labels, torch.zeros(len(ids))) is None
 
 
 def test_noise_time_and_labels_are_keyed_by_run_seed_sample_and_epoch() -> None:

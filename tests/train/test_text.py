@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pipeline.config import validate
+from pipeline.diffusion.rng import keyed_uniform
 from pipeline.errors import ConfigError, ConflictError, InputError, StoppedError
 from pipeline.model.load import load_model
 from pipeline.model.read import read_model
@@ -114,8 +115,9 @@ def test_dropped_captions_are_the_empty_prompt_and_go_with_the_labels(uris: tupl
     task = make_task(config, open_served(config), handshake(config, dataset))
     ids = torch.randint(1 << 62, (200, 2), generator=torch.Generator().manual_seed(0))
     given = embedded(text, [CAPTIONS[0]] * 200)
-    labels = task.dropped_labels(torch.zeros(200, dtype=torch.int64), ids, 0)
-    kept = task.dropped_text(given, ids, 0)
+    uniform = keyed_uniform(task.seed, ids, purpose="label")
+    labels = task.dropped_labels(torch.zeros(200, dtype=torch.int64), uniform)
+    kept = task.dropped_text(given, uniform)
     assert labels is not None
     assert kept is not None
     (empty, empty_mask), dropped = embedded(text, [""]), labels == task.num_classes
@@ -124,7 +126,7 @@ def test_dropped_captions_are_the_empty_prompt_and_go_with_the_labels(uris: tupl
         want = (empty[0], empty_mask[0]) if dropped[row] else (given[0][row], given[1][row])
         assert torch.equal(kept[0][row], want[0])
         assert torch.equal(kept[1][row], want[1])
-    assert task.dropped_text(None, ids, 0) is None
+    assert task.dropped_text(None, uniform) is None
 
 
 def test_validation_and_grids_ask_with_text(uris: tuple[str, str], tmp_path: Path) -> None:

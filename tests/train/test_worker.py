@@ -18,7 +18,7 @@ from pipeline.train.checks import handshake
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.control import request_stop
 from pipeline.train.retention import COUNT, read_records
-from pipeline.train.worker import WorkerContext, run_worker
+from pipeline.train.worker import WorkerContext, run_worker, set_matmul_precision
 from tests.support.training import new_start
 from tests.train.dataset import make_dataset
 from tests.train.earlier_history import write_segments
@@ -154,3 +154,15 @@ def test_stored_posteriors_and_unconditional_models_train(tmp_path: Path) -> Non
     assert start(config, tmp_path)["status"] == "done"
     _, info = load_model(config.output.uri + "/model")
     assert (info.num_classes, info.latent_channels, info.guidable) == (None, 4, True)
+
+
+@pytest.mark.parametrize(
+    ("device", "tf32", "told"), [("cuda:1", True, ["high"]), ("cuda", False, ["highest"]), ("cpu", True, [])]
+)
+def test_products_of_fp32_are_in_tf32_on_gpus_alone(
+    monkeypatch: pytest.MonkeyPatch, device: str, tf32: bool, told: list[str]
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", calls.append)
+    set_matmul_precision(device, tf32)
+    assert calls == told

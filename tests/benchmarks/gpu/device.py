@@ -129,7 +129,7 @@ class Kernels:
         self._bench = bench
         self._profile = None
         if bench.cuda:
-            self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True)
 
     def start(self) -> None:
         """From here."""
