@@ -20,7 +20,7 @@ from pipeline.source.config import ImageConfig
 from pipeline.source.pixels.prepare import policy_fingerprint
 from pipeline.source.pixels.render import bucket_sizes
 from pipeline.source.reading.listing import list_entries
-from pipeline.source.reasons import ENCODING
+from pipeline.source.reasons import ENCODING, Reason
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import last_recipe
 from pipeline.store.ledger.rowset import RowSet
@@ -36,6 +36,7 @@ from pipeline.store.plan import (
     live_entries,
     read_plan,
 )
+from pipeline.store.read.dataset import LatentDataset
 from pipeline.tracking.uris import without_credentials
 
 REHEARSED = "computed_on"
@@ -149,7 +150,34 @@ def finish(
     rates = {"images_per_s": settled / seconds} if seconds else {}
     result = JobResult(status, counts, {"dataset": config.output.uri}, run_id, rates)
     _check_budgets(config, state, result)
+    _check_something_came(config, state, result)
     return result
+
+
+def _check_something_came(config: EncodeJobConfig, state: State, result: JobResult) -> None:
+    """A run that gave no latent, or nothing of a field that somebody asked for, is no success."""
+    source = config.source
+    if state.covered and not state.num_stored:
+        left_out = {**state.rejects, **state.filtered}
+        raise RejectBudgetError(
+            f"No image became a latent: {', '.join(f'{r} {rows.count():,}' for r, rows in left_out.items())}",
+            key="source.uri",
+            value=source.uri,
+            rule="a run whose every row was rejected or filtered has failed",
+            next_step=f"look into {config.output.uri}/rejects: every row stands there with its reason",
+        ).with_result(result)
+    asked = [n for n in ("caption", "label", "extra") if getattr(source, n) and n in source.model_fields_set]
+    empty = [name for name in asked if state.num_stored and not LatentDataset.open(config.output.uri).has_any(name)]
+    if empty:
+        names = " or ".join(f"a {name} ({getattr(source, name)!r})" for name in empty)
+        raise RejectBudgetError(
+            f"No row of the dataset has {names}",
+            key=f"source.{empty[0]}",
+            value=getattr(source, empty[0]),
+            rule="what is asked for by name is there in some row; the latents are kept",
+            next_step="correct the name and encode into another output.uri, or set it to null (extra: []) if none is "
+            "wanted",
+        ).with_result(result)
 
 
 def _check_budgets(config: EncodeJobConfig, state: State, result: JobResult) -> None:
@@ -183,10 +211,16 @@ def _check_budgets(config: EncodeJobConfig, state: State, result: JobResult) -> 
 _log = logging.getLogger(__name__)
 
 
-def check_same_reading(config: EncodeJobConfig, root: Root) -> None:
-    """ConflictError where one label or variant number would stand for two things in one dataset.
+# Settings of a source that decide what is stored of a row, or under which name; all others bound it, or say where it
+# is. Of a folder what metadata say is part of each entry: there a changed value is a changed file, encoded anew.
+_READ_AS = ("name", "image", "images", "caption", "label", "extra", "exif", "status", "filter")
+_OF_A_FOLDER = ("name", "label_from")
 
-    Classes may be added behind those there are. Of a folder a changed label is a changed file, which is encoded anew.
+
+def check_same_reading(config: EncodeJobConfig, root: Root) -> None:
+    """ConflictError where a dataset would hold rows that were read in two ways; names every setting that differs.
+
+    Classes may be added behind those there are. A filter or status may change for the rows that are tried again.
     """
     before, now = last_recipe(root), recipe(config)
     if not before:
@@ -196,11 +230,17 @@ def check_same_reading(config: EncodeJobConfig, root: Root) -> None:
     if old != new:  # the fingerprint has the same sizes, yet not their order, which numbers the variants
         changes.append(("image.resolution", old, new))
     there, here = before["source"], now["source"]
-    if there.get("kind") == here["kind"] and here["kind"] != "folder":
-        if there.get("label") != here["label"]:
-            changes.append(("source.label", there.get("label"), here["label"]))
+    if there.get("kind") == here["kind"]:
+        retried = {"filter": Reason.ROW_FILTER, "status": Reason.SOURCE_STATUS}
+        changes += [
+            (f"source.{name}", there[name], here[name])
+            for name in (_OF_A_FOLDER if here["kind"] == "folder" else _READ_AS)
+            # What an earlier release did not know of cannot differ.
+            if name in there and name in here and there[name] != here[name]
+            if retried.get(name) not in config.encode.retry_rejects
+        ]
         known = there.get("classes", [])
-        if here["classes"][: len(known)] != known:
+        if here["kind"] != "folder" and here["classes"][: len(known)] != known:
             changes.append(("source.classes", known[:20], here["classes"][:20]))
     if changes:
         shown = "\n".join(f"    {name}: {old} there, {new} here" for name, old, new in changes)
@@ -208,8 +248,10 @@ def check_same_reading(config: EncodeJobConfig, root: Root) -> None:
             f"{root.uri} has rows that were read in another way; the differing settings are\n{shown}",
             key="output.uri",
             value=root.uri,
-            rule="a label and a variant mean the same in all rows of a dataset; classes are only added at the end",
-            next_step="restore the settings, or choose another output.uri",
+            rule="what is stored of a row, its name, its label and its variant's number mean the same in all rows of "
+            "a dataset; classes are only added at the end",
+            next_step="restore the settings, or choose another output.uri; rows that a filter or a status left out "
+            "are tried again by encode.retry_rejects=[row_filter] or [source_status]",
         )
     if before["source"].get("uri") != now["source"]["uri"]:
         _log.warning(

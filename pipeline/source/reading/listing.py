@@ -25,6 +25,7 @@ from pipeline.source.reading.fields import canonical, parse_object
 from pipeline.source.reading.metadata import FILTERED, NAMES, TEXTS, FolderMetadata
 from pipeline.source.reading.parquet import spans
 from pipeline.source.reading.rows import Entry, map_ahead
+from pipeline.source.reading.webdataset import known_fields
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import KeyRefused, ObjectInfo, Root
 
@@ -219,7 +220,7 @@ def list_entries(source: SourceConfig, known: Iterable[KnownEntry] = ()) -> Iter
         entries = _folder(place.root, source)
     elif isinstance(source, WebDatasetSource):
         tars = matching(place, tar.SUFFIXES)
-        entries = (Entry(i.key, i.size_bytes, i.etag, i.mtime_ns, 0, None, None) for i in tars)
+        entries = _tars(place, source, (Entry(i.key, i.size_bytes, i.etag, i.mtime_ns, 0, None, None) for i in tars))
     else:
         entries = _parquets(place, source, known)
     last: tuple[str, int] | None = None
@@ -324,7 +325,7 @@ def _folder(root: Root, source: FolderSource) -> Iterator[Entry]:
     for key, meta in metadata.finish():
         yield Entry(key, 0, None, None, 0, 1, meta)
     if not captioned:
-        _check_fields(root, source, metadata.fields)
+        _check_fields(f"No metadata below {root.uri} have", source, metadata.fields)
 
 
 def _with_texts(
@@ -386,15 +387,32 @@ def _is_special(path: Path) -> bool:
         return False
 
 
-def _check_fields(root: Root, source: FolderSource, known: set[str]) -> None:
-    """InputError for a field that somebody wrote down and no metadata have."""
-    asked = [(key, getattr(source, key)) for key in ("caption", "label") if key in source.model_fields_set]
-    if source.label_from == "directory":
-        asked = [pair for pair in asked if pair[0] != "label"]
-    for key, name in [*asked, *(("extra", name) for name in source.extra if name != "*")]:
-        if name is not None and name not in known:
+def _tars(place: SourceLocation, source: WebDatasetSource, entries: Iterator[Entry]) -> Iterator[Entry]:
+    """The tars; of the first, whether its first samples have the fields that somebody wrote down."""
+    for number, entry in enumerate(entries):
+        if number == 0 and any(True for _ in _asked(source)):
+            known, samples = known_fields(place.root, source, entry)
+            if known is not None:
+                where = f"None of the first {samples} samples of {place.root.uri_of(entry.key)} has"
+                _check_fields(where, source, known)
+        yield entry
+
+
+def _asked(source: FolderSource | WebDatasetSource) -> Iterator[tuple[str, str]]:
+    """(setting, field) of the fields that somebody wrote down."""
+    for key in ("caption", "label"):
+        name = getattr(source, key)
+        if name is not None and key in source.model_fields_set:
+            yield key, name
+    yield from (("extra", name) for name in source.extra if name != "*")
+
+
+def _check_fields(where: str, source: FolderSource | WebDatasetSource, known: set[str]) -> None:
+    """InputError for a field that somebody wrote down and nobody has."""
+    for key, name in _asked(source):
+        if name not in known and not (key == "label" and getattr(source, "label_from", "") == "directory"):
             raise InputError(
-                f"No metadata below {root.uri} have a field {name!r}",
+                f"{where} a field {name!r}",
                 key=key,
                 value=name,
                 rule=f"the fields that there are: {', '.join(sorted(known - {'file_name'}))[:400] or 'none'}",

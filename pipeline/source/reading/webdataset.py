@@ -36,6 +36,7 @@ from pipeline.storage.root import Root
 _log = logging.getLogger(__name__)
 
 _MAX_NAME = 4096
+_LOOKED_AT = 1000  # samples that may show that a field is there
 _MAX_SAMPLES = 1 << 21  # of one tar: their names are remembered, to tell duplicates
 _TEXTS = ("txt", "json", "cls")
 
@@ -78,6 +79,29 @@ def read_tars(
             return  # nothing is known of the rows after this one
     if wanted.open_ended:
         yield EndOfUnit(row)
+
+
+def known_fields(root: Root, source: WebDatasetSource, entry: Entry) -> tuple[set[str] | None, int]:
+    """The fields that the first samples of a tar have, and how many those are; None where it cannot be read."""
+    known: set[str] = set()
+    samples = 0
+    texts = {"txt": source.caption, "cls": source.label}
+    try:
+        with open_file(root, entry.key, entry.size_bytes, entry) as file:
+            for member in Archive(file).members():
+                extension = member.name.rpartition(".")[2].lower()
+                samples += extension in source.images
+                if samples > _LOOKED_AT:
+                    break
+                if extension == "json" and member.size <= MAX_TEXT_BYTES:
+                    known |= parse_object(member.read()).keys()
+                named = texts.get(extension)
+                known |= {named} if named else set()
+    except PipelineError:
+        raise
+    except Exception:  # noqa: BLE001 - whoever reads its rows says what is wrong with it
+        return None, samples
+    return known, min(samples, _LOOKED_AT)
 
 
 def _read_tar(

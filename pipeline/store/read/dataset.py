@@ -350,6 +350,18 @@ class LatentDataset(Dataset):
         """What a stored latent is: "mode", "sample" or "moments" (mean and log-variance, twice the channels)."""
         return str(self.fingerprint["posterior"])
 
+    def has_any(self, column: str) -> bool:
+        """Whether some row has a value in a column, by the files' statistics: rows since replaced count, too."""
+        for file in self.state.files:
+            footer = self._footer(file.info)
+            for number in range(footer.num_row_groups):
+                group = footer.row_group(number)
+                leaves = (group.column(leaf) for leaf in range(group.num_columns))
+                told = [leaf.statistics for leaf in leaves if leaf.path_in_schema.partition(".")[0] == column]
+                if any(one is None or one.null_count < group.num_rows for one in told):
+                    return True
+        return False
+
     @cached_property
     def num_classes(self) -> int | None:
         """One more than the largest label; None when any row group holds a row without a label."""
