@@ -35,6 +35,9 @@ class StrictModel(BaseModel):
 M = TypeVar("M", bound=StrictModel)
 
 
+_TEXT = "tag:yaml.org,2002:str"
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML with YAML 1.2 floats and without repeated keys."""
 
@@ -90,11 +93,31 @@ def load_config(model: type[M], files: Sequence[str], overrides: Sequence[str] =
                 rule="an override is dotted.key=value",
                 next_step="for example train.batch_size=64",
             )
-        nested: Any = _mapping(f"value: {value}", f"override {override!r}").get("value") if value else ""
+        nested: Any = _override_value(value, f"override {override!r}")
         for part in reversed(parts):
             nested = {part: nested}
         merged = merge(merged, nested)
     return validate(model, merged)
+
+
+def _override_value(text: str, origin: str) -> Any:
+    """What stands behind the = of an override: a number, list or the like where all of it is one, else its very text.
+
+    YAML would end it at " #", and has a meaning for a first *, & or @ that nobody has who writes a path or a prompt.
+    """
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError:
+        if text.lstrip().startswith(("[", "{")):
+            _mapping(f"value: {text}", origin)  # meant to be YAML: says what is wrong with it
+        return text
+    if node is None or node.start_mark.index or text[node.end_mark.index :].strip():
+        return text
+    if isinstance(node, yaml.ScalarNode) and (node.style in ("|", ">") or (not node.style and node.tag == _TEXT)):
+        return text
+    if node.tag.startswith("!") or (isinstance(node, yaml.CollectionNode) and not node.flow_style):
+        return text
+    return _mapping(f"value: {text}", origin).get("value")
 
 
 def validate(model: type[M], data: Mapping[str, Any]) -> M:
@@ -190,6 +213,8 @@ def _describe(model: type[BaseModel], detail: ErrorDetails, data: Mapping[str, A
         return key, f"{key} = {_clip(detail['input'])}: there is no such key{_hint(model, loc)}"
     if detail["type"] == "missing":
         return key, f"{key}: this key is required and has no default"
+    if detail["type"] == "union_tag_not_found":
+        return f"{key}.kind", f"{key}.kind: this key is required and has no default"
     rule = detail["msg"].removeprefix("Value error, ")
     near = ""
     expected = detail.get("ctx", {}).get("expected") or detail.get("ctx", {}).get("expected_tags")
@@ -225,9 +250,14 @@ def renamed_from(name: str) -> dict[str, JsonValue]:
 
 
 def _hint(model: type[BaseModel], loc: Sequence[str]) -> str:
-    """Which key an unknown one stands for: its new name, else the nearest among its neighbours, else in the tree."""
+    """Which key an unknown one stands for: its new name, else the nearest among its neighbours, else in the tree.
+
+    Of a key that another variant of its section has, which one that is.
+    """
     known = []
-    for key, _, info in field_tree(model):
+    for key, _, info, condition in _tree(model, ""):
+        if key == ".".join(loc) and condition:
+            return f"; it exists where {key.rpartition('.')[0]}.{condition}"
         known.append(key)
         section, _, _ = key.rpartition(".")
         extra = info.json_schema_extra

@@ -9,10 +9,11 @@ from typing import Annotated, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from pipeline.config import StrictModel, config_digest, dump_yaml, help_text, load_config, merge
 from pipeline.errors import ConfigError
+from pipeline.tracking.config import TrackingConfig
 
 
 class Inner(StrictModel):
@@ -104,6 +105,63 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(Model, [str(tmp_path / "b.yaml")], [])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "100% #1",
+        "a #b",
+        "cat: dog",
+        "*.jpg",
+        "&x y",
+        "@home",
+        "!tag x",
+        "| x",
+        "> y",
+        "%x",
+        "a, b",
+        "- a",
+        "? a",
+        "`a`",
+    ]
+    + ["[x] # y", "'a' 'b'", "x\ny: z", " # "],
+)
+def test_an_override_is_its_text(text: str) -> None:
+    assert load_config(Model, [], [f"name={text}"]).name == text
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("'a #b'", "a #b"), ('"1"', "1"), ("", ""), ("null", None), ("~", None), ('"a\\tb"', "a\tb")]
+)
+def test_an_override_in_quotes_is_what_they_hold(text: str, value: str | None) -> None:
+    assert load_config(Model, [], ["name=x", f"note={text}"]).note == value
+
+
+def test_an_override_that_is_meant_to_be_a_list_says_what_is_wrong_with_it() -> None:
+    with pytest.raises(ConfigError, match="is no valid YAML"):
+        load_config(Model, [], ["name=x", "inner.sizes=[1, 2"])
+
+
+def test_a_section_without_its_kind_says_so() -> None:
+    with pytest.raises(ConfigError, match=r"source\.kind: this key is required"):
+        load_config(Model, [], ["name=x", "source.depth=2"])
+
+
+@pytest.mark.parametrize("name", ["team!", "a//b", "../up", "", "x" * 251])
+def test_tags_that_mlflow_would_refuse_are_refused_before_anything(name: str) -> None:
+    assert TrackingConfig(tags={"team: vision/a b-c.1": "x"}).tags
+    with pytest.raises(ValidationError, match="no name of an MLflow tag"):
+        TrackingConfig(tags={name: "x"})
+    with pytest.raises(ValidationError, match="over MLflow's 8000"):
+        TrackingConfig(tags={"a": "x" * 8001})
+
+
+def test_a_key_of_another_variant_says_which() -> None:
+    with pytest.raises(
+        ConfigError, match=r"source\.member = x: there is no such key; it exists where source\.kind = tar"
+    ):
+        load_config(Model, [], ["name=x", "source.kind=folder", "source.member=x"])
 
 
 @pytest.mark.parametrize("override", ["name", "=x", "a..b=1", ".a=1"])

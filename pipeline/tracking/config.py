@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import posixpath
+import re
 from pathlib import Path
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config import StrictModel
 
@@ -32,6 +34,21 @@ class TrackingConfig(StrictModel):
     close_timeout_s: float = Field(
         60.0, gt=0, description="longest wait at the end of a job for the store to take what is left"
     )
+
+    @field_validator("tags")
+    @classmethod
+    def _tags_are_mlflows(cls, value: dict[str, str]) -> dict[str, str]:
+        # As the store checks them, which is too late: by then there is a run, and work.
+        for name, text in value.items():
+            path = posixpath.normpath(name)
+            if not re.fullmatch(r"[/\w.\- :]{1,250}", name) or path != name or path.startswith(("..", "/")):
+                raise ValueError(
+                    f"{name!r:.100} is no name of an MLflow tag: letters, digits and _ - . / : or spaces, at most "
+                    "250, and as a path no other than itself"
+                )
+            if len(text) > 8000:
+                raise ValueError(f"the tag {name} has {len(text)} characters, over MLflow's 8000")
+        return value
 
 
 class RegistryConfig(StrictModel):

@@ -57,7 +57,8 @@ class UriReader:
     @staticmethod
     def _checked(root: Root, key: str) -> tuple[Root, str] | None:
         try:
-            return root, check_key(key)
+            # "./a" and "a//b" are written by many and mean what they seem to; ".." is refused.
+            return root, check_key("/".join(part for part in key.split("/") if part not in ("", ".")))
         except ValueError:
             return None
 
