@@ -108,8 +108,8 @@ def _override_value(text: str, origin: str) -> Any:
     try:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError:
-        if text.lstrip().startswith(("[", "{")):
-            _mapping(f"value: {text}", origin)  # meant to be YAML: says what is wrong with it
+        if any(text.lstrip().startswith(first) and last not in text for first, last in ("[]", "{}")):
+            _mapping(f"value: {text}", origin)  # never closed: says so
         return text
     if node is None or node.start_mark.index or text[node.end_mark.index :].strip():
         return text

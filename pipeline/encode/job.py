@@ -14,6 +14,7 @@ from pipeline.dataflow.cluster import ensure_ray
 from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.plan import (
     REHEARSED,
+    StoredContent,
     adopted,
     check_same_reading,
     fingerprint_of,
@@ -67,6 +68,7 @@ def run(config: EncodeJobConfig) -> JobResult:
             unit_bytes=config.encode.unit_bytes,
             drop_removed=config.encode.on_removed == "drop",
             before_freezing=(lambda: None) if later else ready,
+            content=StoredContent(root.uri),
         )
         changes = [f"{report.new:,} new", f"{report.changed:,} changed", f"{report.unchanged:,} unchanged"]
         if report.removed:

@@ -430,6 +430,26 @@ def known_entries(root: Root, kind: str) -> Iterable[PlannedEntry]:
     return live_entries(plan) if all(version.source.get("kind") == kind for version in plan.versions) else ()
 
 
+class StoredContent:
+    """The hashes of the images that rows were made of, read when first asked for; none of files of many rows."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._hashes: dict[tuple[int, int], str] | None = None
+
+    def __call__(self, entry: PlannedEntry) -> str | None:
+        """Hex SHA-256 of what the entry held; None where it gave no row, or not its whole."""
+        if entry.rows != 1:
+            return None
+        if self._hashes is None:
+            dataset, self._hashes = LatentDataset.open(self._uri), {}
+            for group in dataset.row_groups:
+                rows = dataset.read(group.index, ["unit", "row", "content_sha256"])
+                for unit, row, digest in zip(*(column.to_pylist() for column in rows.columns), strict=True):
+                    self._hashes[unit, row] = digest.hex()
+        return self._hashes.get((entry.unit, entry.first_row))
+
+
 def planned_rows(state: State) -> int | None:
     """Rows that a run leaves settled in the end; None while the length of some unit is unknown."""
     units, lengths = state.plan.unit_lengths()
@@ -452,14 +472,17 @@ def update_plan(
     unit_bytes: int,
     drop_removed: bool,
     before_freezing: Callable[[], None] = lambda: None,
+    content: Callable[[PlannedEntry], str | None] = lambda entry: None,
 ) -> tuple[Plan, DiffReport]:
     """Diff the source with the plan in one streaming pass and freeze what is new or changed.
 
-    `before_freezing` is called when units are to be added, before anything is written.
+    `before_freezing` is called when units are to be added, before anything is written. content: as of `diff`.
     """
     plan = read_plan(root)
     report = DiffReport()
-    units = group_units(diff(plan, listing, report, drop_removed=drop_removed), unit_rows, unit_bytes)
+    units = group_units(
+        diff(plan, listing, report, drop_removed=drop_removed, content=content), unit_rows, unit_bytes
+    )
     first = next(units, None)
     if first is None and not report.anything:
         return plan, report

@@ -26,9 +26,10 @@ from pipeline.encode.stages import ImageDecoder, UnitReader
 from pipeline.errors import InputError, argument_keys
 from pipeline.maintenance.config import DecodeCheckConfig
 from pipeline.source.config import ImageConfig, SourceConfig
+from pipeline.source.reading.listing import source_root
 from pipeline.store.ledger.generation import last_recipe
 from pipeline.store.ledger.rowset import RowSet
-from pipeline.store.plan import Work
+from pipeline.store.plan import Work, read_entries
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.schema import latents_from
 
@@ -69,8 +70,8 @@ class _Recipe:
 def recheck(uri: str, config: DecodeCheckConfig) -> Recheck:
     """Compare `config.sample` rows, chosen by `config.seed`, with their images.
 
-    A row whose image is gone or has other bytes now is counted, not judged. InputError when the dataset does not
-    say how it was made, or the codec is another one.
+    A row whose image is gone or was replaced is counted, not judged, as long as the next listing sees that.
+    InputError when the dataset does not say how it was made, or the codec is another one.
     """
     dataset = LatentDataset.open(uri, "data.uri")
     recipe = _recipe(dataset, config)
@@ -94,6 +95,7 @@ def recheck(uri: str, config: DecodeCheckConfig) -> Recheck:
             result.source_gone += 1
         elif item.values["content_sha256"] != row["content_sha256"]:
             result.source_changed += 1
+            _judge_change(result, dataset, recipe.source, row)
         else:
             wanted[row["sample_id"]] = item
     outcomes = encoder.encode(wanted.values())
@@ -102,6 +104,22 @@ def recheck(uri: str, config: DecodeCheckConfig) -> Recheck:
         if row["sample_id"] in wanted:
             _compare(result, dataset, config, codec, row, wanted[row["sample_id"]], again.get(row["sample_id"]))
     return result
+
+
+def _judge_change(result: Recheck, dataset: LatentDataset, source: SourceConfig, row: dict[str, Any]) -> None:
+    """An image that changed while its object looks as it was listed is a problem: no listing will see it."""
+    entries = read_entries(dataset.root, dataset.state.plan.locate(row["unit"]))
+    entry = next(e for e in reversed(entries) if e.first_row <= row["row"])
+    now = source_root(source).info(entry.key)
+    if now.size_bytes == entry.size_bytes and (now.etag or now.mtime_ns) == (
+        entry.etag if now.etag else entry.mtime_ns
+    ):
+        where = f"{row['key']} (unit {row['unit']}, row {row['row']})"
+        detail = (
+            "its image has other bytes now, though its size and version are those that were listed: encode with "
+            "source.detect=content"
+        )
+        result.problems.append({"kind": "source", "where": where, "detail": detail})
 
 
 def _recipe(dataset: LatentDataset, config: DecodeCheckConfig) -> _Recipe:

@@ -40,6 +40,11 @@ class _Source(StrictModel):
     )
     max_bytes: int = Field(64 << 20, ge=1, description="an image of more bytes is rejected, unread where possible")
     read_ahead: int = Field(16, ge=1, le=256, description="objects fetched ahead of the decoder on remote stores")
+    detect: Literal["version", "content"] = Field(
+        "version",
+        description="what shows that an object is another one: version is its size and its store's etag, on a disk "
+        "its size and time of change; content reads and hashes every local file at each listing",
+    )
     filter: str | None = Field(
         None,
         description='rows to keep, by their metadata, e.g. "aesthetic > 5 and width >= 256"; others are filtered',

@@ -71,6 +71,9 @@ _BACKOFF_BASE_S, _BACKOFF_CAP_S = 0.25, 15.0
 _log = logging.getLogger(__name__)
 
 
+CONTENT = "sha256:"  # what an etag begins with that is not the store's: the content was hashed when it was listed
+
+
 @dataclass(frozen=True)
 class ObjectInfo:
     """One stored object: key relative to its root, size in bytes, and what identifies its version."""

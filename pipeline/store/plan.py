@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import ConflictError
-from pipeline.storage.root import Root
+from pipeline.storage.root import CONTENT, Root
 from pipeline.store.ledger import layout
 from pipeline.store.ledger.generation import at_one_generation, check_newest, visible_headers
 from pipeline.store.ledger.rowset import MAX_ROWS, Int64s, RowSet
@@ -347,13 +347,19 @@ class DiffReport:
 
 
 def diff(
-    plan: Plan, listing: Iterable[EntryLike], report: DiffReport, *, drop_removed: bool = False
+    plan: Plan,
+    listing: Iterable[EntryLike],
+    report: DiffReport,
+    *,
+    drop_removed: bool = False,
+    content: Callable[[PlannedEntry], str | None] = lambda entry: None,
 ) -> Iterator[EntryLike]:
     """Yield the entries to plan anew (new or changed), filling `report` on the way.
 
     `listing` must be strictly ordered by (key, row_start). A changed entry's old rows are retired, and so are those
     of a span that its object, still listed, no longer has: it was rewritten in other spans. An object that is gone
-    is counted, and retired only with `drop_removed`. Memory does not grow with either side.
+    is counted, and retired only with `drop_removed`. Memory does not grow with either side. content: the hash of what
+    an entry held, where its listing did not tell and its rows do.
     """
     old = live_entries(plan)
     before = next(old, None)
@@ -368,7 +374,7 @@ def diff(
             report.new += 1
             yield entry
             continue
-        if same_version(before, entry):
+        if same_version(before, entry, content):
             report.unchanged += 1
         else:
             report.changed += 1
@@ -380,10 +386,19 @@ def diff(
         before = next(old, None)
 
 
-def same_version(old: PlannedEntry, new: EntryLike) -> bool:
-    """Whether two listings of one place show the same content: size, rows and metadata, then etag, else mtime."""
+def same_version(
+    old: PlannedEntry, new: EntryLike, content: Callable[[PlannedEntry], str | None] = lambda entry: None
+) -> bool:
+    """Whether two listings of one place show the same content: size, rows and metadata, then etag, else mtime.
+
+    Where one of the two hashed it: against what `content` knows of the old one, or by mtime where nothing is asked.
+    """
     if (old.size_bytes, old.row_stop, old.meta) != (new.size_bytes, new.row_stop, new.meta):
         return False
+    if old.etag is None and new.etag is not None and new.etag.startswith(CONTENT):
+        return bool(content(old) == new.etag.removeprefix(CONTENT))
+    if new.etag is None and old.etag is not None and old.etag.startswith(CONTENT):
+        return old.mtime_ns == new.mtime_ns
     if old.etag is not None or new.etag is not None:
         return old.etag == new.etag
     return old.mtime_ns == new.mtime_ns

@@ -9,25 +9,24 @@ Entries ascend strictly by (key, row_start). Memory is that of one directory and
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-import stat
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import groupby
-from pathlib import Path
 from typing import Protocol
 
 from pipeline.errors import ConfigError, InputError
 from pipeline.source.config import FolderSource, ParquetSource, SourceConfig, WebDatasetSource
 from pipeline.source.reading import tar
-from pipeline.source.reading.fields import canonical, parse_object
-from pipeline.source.reading.metadata import FILTERED, NAMES, TEXTS, FolderMetadata
+from pipeline.source.reading.folder import asked_fields, check_fields, list_folder
 from pipeline.source.reading.parquet import spans
-from pipeline.source.reading.rows import Entry, map_ahead
+from pipeline.source.reading.rows import Entry, is_hidden, map_ahead
 from pipeline.source.reading.webdataset import known_fields
 from pipeline.storage.errors import describe, storage_errors
-from pipeline.storage.root import KeyRefused, ObjectInfo, Root
+from pipeline.storage.root import CONTENT, KeyRefused, ObjectInfo, Root
 
 # -- Where the files of a source are: a directory, one file, a glob or a brace pattern, on any store -----------
 
@@ -96,11 +95,6 @@ def matching(place: SourceLocation, suffixes: tuple[str, ...]) -> Iterator[Objec
                 rule="every file that a brace pattern names must exist",
                 next_step="correct the range, or use a glob (*) to take what is there",
             ) from None
-
-
-def is_hidden(key: str) -> bool:
-    """Whether any part of a key begins with a dot."""
-    return key.startswith(".") or "/." in key
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -185,6 +179,7 @@ def _kind(root: Root) -> str:
 
 
 _PARQUET_SUFFIXES = (".parquet", ".pq")
+_HASHING = 4  # files hashed at a time
 _FOOTERS = 4  # files opened at a time while listing; each may have a process of its own to parse it
 Span = tuple[int, int | None, int]  # first row, row after the last, stored bytes
 
@@ -217,12 +212,15 @@ def list_entries(source: SourceConfig, known: Iterable[KnownEntry] = ()) -> Iter
     """
     place = _place(source)
     if isinstance(source, FolderSource):
-        entries = _folder(place.root, source)
+        excluded = compiled(source.exclude, "exclude") if source.exclude else None
+        entries = list_folder(place.root, source, excluded)
     elif isinstance(source, WebDatasetSource):
         tars = matching(place, tar.SUFFIXES)
         entries = _tars(place, source, (Entry(i.key, i.size_bytes, i.etag, i.mtime_ns, 0, None, None) for i in tars))
     else:
         entries = _parquets(place, source, known)
+    if source.detect == "content" and place.root.local_path() is not None:
+        entries = _hashed(place.root, entries)
     last: tuple[str, int] | None = None
     try:
         for entry in entries:
@@ -252,6 +250,25 @@ def list_entries(source: SourceConfig, known: Iterable[KnownEntry] = ()) -> Iter
             rule=f"a {source.kind} source holds at least one {'file' if source.kind == 'folder' else 'shard'}",
             next_step="check the path and the pattern; hidden files (.name) are not counted",
         )
+
+
+def _hashed(root: Root, entries: Iterator[Entry]) -> Iterator[Entry]:
+    """Local entries with the hash of their file as etag; one that cannot be read keeps none."""
+
+    @lru_cache(
+        maxsize=2 * _HASHING
+    )  # of this listing alone: a file of many rows is many entries, one after the other
+    def content_of(key: str) -> str:
+        with root.open(key) as file:
+            return CONTENT + hashlib.file_digest(file, "sha256").hexdigest()
+
+    def hashed(entry: Entry) -> Entry:
+        try:
+            return replace(entry, etag=content_of(entry.key))
+        except OSError:
+            return entry  # whoever reads its rows says why
+
+    yield from map_ahead(hashed, entries, _HASHING)
 
 
 def check_apart(source: SourceConfig, output: Root) -> None:
@@ -285,139 +302,15 @@ def _place(source: SourceConfig) -> SourceLocation:
     return locate(source.uri, patterns_allowed=not isinstance(source, FolderSource))
 
 
-_TEXTS = (".txt", ".caption", ".json")  # beside an image of the same name
-_HELD = 10_000  # files of one name held at a time
-
-
-def _folder(root: Root, source: FolderSource) -> Iterator[Entry]:
-    metadata = FolderMetadata(root, source)
-    excluded = compiled(source.exclude, "exclude") if source.exclude else None
-    local = root.local_path()
-    captioned = False
-    for info, texts in _with_texts(root.list(dangling=True), excluded):
-        directory, _, name = info.key.rpartition("/")
-        for key, meta in metadata.enter(info.key):
-            yield Entry(key, 0, None, None, 0, 1, meta)
-        record = metadata.record_of(info.key)
-        if name in NAMES or is_hidden(info.key):
-            continue
-        # A local pipe, socket or device could be read for ever.
-        if local is not None and _is_special(local / info.key):
-            continue
-        if excluded is not None and excluded.fullmatch(info.key):
-            continue
-        if texts:
-            captioned = True
-            record = _told_of(texts, source, record)
-        if source.label_from == "directory":
-            label = directory.rpartition("/")[2]
-            if label not in source.classes:
-                raise InputError(
-                    f"{info.key} lies in a directory that is no class",
-                    key="classes",
-                    value=list(source.classes)[:20],
-                    rule="with label_from: directory every image's own directory is one of the classes",
-                    next_step=f"add {label!r} to classes, or exclude the files",
-                )
-            fields = parse_object(record) if record is not None else {}
-            record = canonical({"caption": None, "extra": {}, **fields, "label": source.classes.index(label)})
-        yield Entry(info.key, info.size_bytes, info.etag, info.mtime_ns, 0, 1, record)
-    for key, meta in metadata.finish():
-        yield Entry(key, 0, None, None, 0, 1, meta)
-    if not captioned:
-        _check_fields(f"No metadata below {root.uri} have", source, metadata.fields)
-
-
-def _with_texts(
-    infos: Iterator[ObjectInfo], excluded: re.Pattern[str] | None
-) -> Iterator[tuple[ObjectInfo, list[ObjectInfo]]]:
-    """Files with the texts that belong to them: of the same name but for the ending. Such texts are no rows.
-
-    What has a name in common follows each other in a listing, but for what goes on with that name.
-    """
-    held: list[ObjectInfo] = []
-    common = ""
-    for info in infos:
-        if held and (not info.key.startswith(common) or len(held) >= _HELD):
-            yield from _paired(held, excluded)
-            held = []
-        if not held:
-            common = f"{_stem(info.key)}."
-        held.append(info)
-    yield from _paired(held, excluded)
-
-
-def _paired(
-    infos: Sequence[ObjectInfo], excluded: re.Pattern[str] | None
-) -> Iterator[tuple[ObjectInfo, list[ObjectInfo]]]:
-    texts: dict[str, list[ObjectInfo]] = {}
-    for info in infos:
-        if info.key.lower().endswith(_TEXTS) and not (excluded is not None and excluded.fullmatch(info.key)):
-            texts.setdefault(_stem(info.key), []).append(info)
-    taken = [text for texts_of in texts.values() for text in texts_of]
-    images = {_stem(info.key) for info in infos if info not in taken}
-    for info in infos:
-        if info not in taken:
-            yield info, texts.get(_stem(info.key), [])
-        elif _stem(info.key) not in images:
-            yield info, []
-
-
-def _stem(key: str) -> str:
-    """A key without the ending of its name."""
-    directory, slash, name = key.rpartition("/")
-    return directory + slash + (name.rpartition(".")[0] or name)
-
-
-def _told_of(texts: list[ObjectInfo], source: FolderSource, record: str | None) -> str:
-    """A file's metadata with the texts to be read with it, and for what: another version, or use, is a change."""
-    fields = parse_object(record) if record is not None else {}
-    if set(fields) == {FILTERED}:
-        fields = {}  # nothing was known of it yet: its texts will be filtered
-    beside = [[t.key, t.size_bytes, t.etag, t.mtime_ns if t.etag is None else None] for t in texts]
-    use = [source.caption, source.label, list(source.extra), list(source.classes), source.filter]
-    return canonical({**fields, TEXTS: beside, "use": use})
-
-
-def _is_special(path: Path) -> bool:
-    """Whether there is something that is no regular file; nothing at all, as behind a broken link, is not special."""
-    try:
-        return not stat.S_ISREG(path.stat().st_mode)
-    except OSError:
-        return False
-
-
 def _tars(place: SourceLocation, source: WebDatasetSource, entries: Iterator[Entry]) -> Iterator[Entry]:
     """The tars; of the first, whether its first samples have the fields that somebody wrote down."""
     for number, entry in enumerate(entries):
-        if number == 0 and any(True for _ in _asked(source)):
+        if number == 0 and any(True for _ in asked_fields(source)):
             known, samples = known_fields(place.root, source, entry)
             if known is not None:
                 where = f"None of the first {samples} samples of {place.root.uri_of(entry.key)} has"
-                _check_fields(where, source, known)
+                check_fields(where, source, known)
         yield entry
-
-
-def _asked(source: FolderSource | WebDatasetSource) -> Iterator[tuple[str, str]]:
-    """(setting, field) of the fields that somebody wrote down."""
-    for key in ("caption", "label"):
-        name = getattr(source, key)
-        if name is not None and key in source.model_fields_set:
-            yield key, name
-    yield from (("extra", name) for name in source.extra if name != "*")
-
-
-def _check_fields(where: str, source: FolderSource | WebDatasetSource, known: set[str]) -> None:
-    """InputError for a field that somebody wrote down and nobody has."""
-    for key, name in _asked(source):
-        if name not in known and not (key == "label" and getattr(source, "label_from", "") == "directory"):
-            raise InputError(
-                f"{where} a field {name!r}",
-                key=key,
-                value=name,
-                rule=f"the fields that there are: {', '.join(sorted(known - {'file_name'}))[:400] or 'none'}",
-                next_step=f"correct the name, or leave source.{key} away",
-            )
 
 
 def _parquets(place: SourceLocation, source: ParquetSource, known: Iterable[KnownEntry]) -> Iterator[Entry]:

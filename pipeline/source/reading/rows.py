@@ -72,6 +72,11 @@ class EndOfUnit:
     rows: int
 
 
+def is_hidden(key: str) -> bool:
+    """Whether any part of a key begins with a dot."""
+    return key.startswith(".") or "/." in key
+
+
 # -- Stable names of rows --------------------------------------------------------------------------------------
 
 

@@ -1,27 +1,34 @@
-"""metadata.jsonl, .csv or .parquet beside the images of a folder (the ImageFolder convention of Hugging Face).
+"""Files below a directory as rows, with what stands beside them: metadata files and texts of the same name.
+
+    metadata.jsonl, .csv or .parquet (the ImageFolder convention of Hugging Face); x.jpg + x.txt, x.caption or x.json
 
 A file's `file_name` is relative to the metadata's own directory and may lie deeper. Files in key order visit every
 directory's subtree in one stretch, so only the metadata of the directories above the present file are held. Where the
 source has a filter, a file that it does not keep carries the mark FILTERED, so that a changed filter changes only the
 entries it decides otherwise. A line that cannot be understood, or that names a file which is not there, or one that
 another line names, is a row that will be rejected (PROBLEM), as a broken sample of a tar is: no caption and no label
-is lost without a word.
+is lost without a word. Texts beside an image are read with it; which they are, and for what, is part of its entry.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import logging
 import posixpath
+import re
+import stat
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.source.config import FolderSource, ParquetSource
+from pipeline.source.config import FolderSource, ParquetSource, WebDatasetSource
 from pipeline.source.reading.fields import (
+    FAILED_STATUSES,
     MAX_TEXT_BYTES,
     canonical,
     parse_caption,
@@ -32,9 +39,12 @@ from pipeline.source.reading.fields import (
 from pipeline.source.reading.filters import Cell, filter_columns, keeps
 from pipeline.source.reading.parquet import table_rows
 from pipeline.source.reading.parquet_file import TableError
-from pipeline.source.reading.rows import SourceRow
-from pipeline.storage.root import Root
+from pipeline.source.reading.rows import Entry, Failure, Ranges, SourceRow, fetch, is_hidden, map_ahead
+from pipeline.source.reasons import Reason
+from pipeline.storage.errors import ObjectChanged
+from pipeline.storage.root import ObjectInfo, Root
 
+_log = logging.getLogger(__name__)
 NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 csv.field_size_limit(MAX_TEXT_BYTES)  # of a cell, as of any text; the library's own limit is an eighth of it
 FILTERED = "filtered"  # a key of an entry's metadata: the filter does not keep the row
@@ -275,3 +285,192 @@ def _delimiter(text: str) -> str:
     """With which the first line has a cell file_name; a comma where there is none."""
     first = text[: MAX_TEXT_BYTES // 2].split("\n", 1)[0].rstrip("\r")
     return next((d for d in ",;\t|" if "file_name" in next(csv.reader([first], delimiter=d), [])), ",")
+
+
+# -- From a directory to entries, each with what is to be read beside it -------------------------------------------
+
+
+_TEXTS = (".txt", ".caption", ".json")  # beside an image of the same name
+_HELD = 10_000  # files of one name held at a time
+
+
+def list_folder(root: Root, source: FolderSource, excluded: re.Pattern[str] | None) -> Iterator[Entry]:
+    """Every file below a root but for excluded and hidden ones, with what stands beside it."""
+    metadata = FolderMetadata(root, source)
+    local = root.local_path()
+    captioned = False
+    for info, texts in _with_texts(root.list(dangling=True), excluded):
+        directory, _, name = info.key.rpartition("/")
+        for key, meta in metadata.enter(info.key):
+            yield Entry(key, 0, None, None, 0, 1, meta)
+        record = metadata.record_of(info.key)
+        if name in NAMES or is_hidden(info.key):
+            continue
+        # A local pipe, socket or device could be read for ever.
+        if local is not None and _is_special(local / info.key):
+            continue
+        if excluded is not None and excluded.fullmatch(info.key):
+            continue
+        if texts:
+            captioned = True
+            record = _told_of(texts, source, record)
+        if source.label_from == "directory":
+            label = directory.rpartition("/")[2]
+            if label not in source.classes:
+                raise InputError(
+                    f"{info.key} lies in a directory that is no class",
+                    key="classes",
+                    value=list(source.classes)[:20],
+                    rule="with label_from: directory every image's own directory is one of the classes",
+                    next_step=f"add {label!r} to classes, or exclude the files",
+                )
+            fields = parse_object(record) if record is not None else {}
+            record = canonical({"caption": None, "extra": {}, **fields, "label": source.classes.index(label)})
+        yield Entry(info.key, info.size_bytes, info.etag, info.mtime_ns, 0, 1, record)
+    for key, meta in metadata.finish():
+        yield Entry(key, 0, None, None, 0, 1, meta)
+    if not captioned:
+        check_fields(f"No metadata below {root.uri} have", source, metadata.fields)
+
+
+def _with_texts(
+    infos: Iterator[ObjectInfo], excluded: re.Pattern[str] | None
+) -> Iterator[tuple[ObjectInfo, list[ObjectInfo]]]:
+    """Files with the texts that belong to them: of the same name but for the ending. Such texts are no rows.
+
+    What has a name in common follows each other in a listing, but for what goes on with that name.
+    """
+    held: list[ObjectInfo] = []
+    common = ""
+    for info in infos:
+        if held and (not info.key.startswith(common) or len(held) >= _HELD):
+            yield from _paired(held, excluded)
+            held = []
+        if not held:
+            common = f"{_stem(info.key)}."
+        held.append(info)
+    yield from _paired(held, excluded)
+
+
+def _paired(
+    infos: Sequence[ObjectInfo], excluded: re.Pattern[str] | None
+) -> Iterator[tuple[ObjectInfo, list[ObjectInfo]]]:
+    texts: dict[str, list[ObjectInfo]] = {}
+    for info in infos:
+        if info.key.lower().endswith(_TEXTS) and not (excluded is not None and excluded.fullmatch(info.key)):
+            texts.setdefault(_stem(info.key), []).append(info)
+    taken = [text for texts_of in texts.values() for text in texts_of]
+    images = {_stem(info.key) for info in infos if info not in taken}
+    for info in infos:
+        if info not in taken:
+            yield info, texts.get(_stem(info.key), [])
+        elif _stem(info.key) not in images:
+            yield info, []
+
+
+def _stem(key: str) -> str:
+    """A key without the ending of its name."""
+    directory, slash, name = key.rpartition("/")
+    return directory + slash + (name.rpartition(".")[0] or name)
+
+
+def _told_of(texts: list[ObjectInfo], source: FolderSource, record: str | None) -> str:
+    """A file's metadata with the texts to be read with it, and for what: another version, or use, is a change."""
+    fields = parse_object(record) if record is not None else {}
+    if set(fields) == {FILTERED}:
+        fields = {}  # nothing was known of it yet: its texts will be filtered
+    beside = [[t.key, t.size_bytes, t.etag, t.mtime_ns if t.etag is None else None] for t in texts]
+    use = [source.caption, source.label, list(source.extra), list(source.classes), source.filter]
+    return canonical({**fields, TEXTS: beside, "use": use})
+
+
+def _is_special(path: Path) -> bool:
+    """Whether there is something that is no regular file; nothing at all, as behind a broken link, is not special."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False
+
+
+def asked_fields(source: FolderSource | WebDatasetSource) -> Iterator[tuple[str, str]]:
+    """(setting, field) of the fields that somebody wrote down."""
+    for key in ("caption", "label"):
+        name = getattr(source, key)
+        if name is not None and key in source.model_fields_set:
+            yield key, name
+    yield from (("extra", name) for name in source.extra if name != "*")
+
+
+def check_fields(where: str, source: FolderSource | WebDatasetSource, known: set[str]) -> None:
+    """InputError for a field that somebody wrote down and nobody has."""
+    for key, name in asked_fields(source):
+        if name not in known and not (key == "label" and getattr(source, "label_from", "") == "directory"):
+            raise InputError(
+                f"{where} a field {name!r}",
+                key=key,
+                value=name,
+                rule=f"the fields that there are: {', '.join(sorted(known - {'file_name'}))[:400] or 'none'}",
+                next_step=f"correct the name, or leave source.{key} away",
+            )
+
+
+# -- From entries to rows ---------------------------------------------------------------------------------------
+
+
+def read_folder(root: Root, source: FolderSource, entries: Sequence[Entry], wanted: Ranges) -> Iterator[SourceRow]:
+    """The wanted rows of a unit of files."""
+
+    def read(item: tuple[int, Entry]) -> SourceRow | None:
+        row, entry = item
+        fields = parse_object(entry.meta) if entry.meta is not None else {}
+        try:
+            found = _beside(root, source, fields)
+            data = found or fetch(root, entry.key, source.max_bytes, entry.size_bytes, entry, links=source.links)
+        except ObjectChanged as error:
+            _log.warning("%s", error)
+            return None
+        if isinstance(data, Failure):
+            return SourceRow.without_image(row, entry.key, data.reason, data.message, source.name)
+        extra = canonical(fields["extra"]) if fields.get("extra") else None
+        return SourceRow(row, entry.key, data, fields.get("caption"), fields.get("label"), extra, source=source.name)
+
+    chosen = ((row, entry) for row, entry in enumerate(entries) if row in wanted)
+    rows = map_ahead(read, chosen, 1 if root.local_path() is not None else source.read_ahead)
+    yield from (row for row in rows if row is not None)
+
+
+def _beside(root: Root, source: FolderSource, fields: dict[str, Any]) -> Failure | None:
+    """Complete what metadata say of an image by the texts beside it; why it is no row, where they say so."""
+    if PROBLEM in fields:
+        return Failure(Reason.BAD_METADATA, fields[PROBLEM])
+    record: dict[str, Any] = {}
+    captions = {}
+    for key, size_bytes, etag, mtime_ns in fields.get(TEXTS, ()):
+        version = ObjectInfo(key, size_bytes, etag, mtime_ns)
+        text = fetch(root, key, MAX_TEXT_BYTES, size_bytes, version, links=source.links)
+        if isinstance(text, Failure):
+            return Failure(Reason.BAD_METADATA, f"{key}: {text.message}")
+        try:
+            if key.lower().endswith(".json"):
+                record = parse_object(text)
+            else:
+                captions[key] = text.decode("utf-8-sig").strip()
+        except ValueError as error:
+            return Failure(Reason.BAD_METADATA, f"{key}: {error}")
+    if TEXTS not in fields:
+        return Failure(Reason.ROW_FILTER, f"not kept by {source.filter}") if fields.get(FILTERED) else None
+    if source.status and record.get(source.status) in FAILED_STATUSES:
+        return Failure(Reason.SOURCE_STATUS, f"{source.status} is {record[source.status]!r}")
+    if captions and source.caption:
+        record[source.caption] = next(iter(captions.values()))
+    try:
+        own = picked(source, record)
+        kept = source.filter is None or keeps(source.filter, {**(fields.get("extra") or {}), **record})
+    except ValueError as error:
+        return Failure(Reason.BAD_METADATA, str(error))
+    told = {caption for caption in (*captions.values(), fields.get("caption")) if caption}
+    if len(told) > 1 and source.caption:
+        return Failure(Reason.BAD_METADATA, f"two captions: {' and '.join(repr(c[:60]) for c in sorted(told))}")
+    for name, value in own.items():
+        fields[name] = fields.get(name) or value
+    return None if kept else Failure(Reason.ROW_FILTER, f"not kept by {source.filter}")
