@@ -308,7 +308,7 @@ def test_a_file_that_goes_while_its_directory_is_listed_is_not_listed(
 
 
 @pytest.mark.integration
-def test_keys_with_an_empty_part_are_refused_not_passed_over(
+def test_keys_with_an_empty_part_are_objects_like_any_other(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", request.getfixturevalue("s3_server"))
@@ -322,7 +322,10 @@ def test_keys_with_an_empty_part_are_refused_not_passed_over(
         root.fs.call_s3("put_object", Bucket="empty-parts", Key=key, Body=b"1")
     assert [info.key for info in root.list()] == ["b/1", "c/1"]
     root.fs.call_s3("put_object", Bucket="empty-parts", Key="prefix/c//2", Body=b"1")
-    with pytest.raises(KeyRefused, match="below s3://empty-parts/prefix/c are keys with an empty part"):
+    assert [info.key for info in root.list()] == ["b/1", "c//2", "c/1"]
+    assert root.read_bytes("c//2") == b"1"
+    root.fs.call_s3("put_object", Bucket="empty-parts", Key="prefix//3", Body=b"1")
+    with pytest.raises(KeyRefused, match="below s3://empty-parts/prefix are keys that begin with /"):
         list(root.list())
 
 

@@ -56,10 +56,14 @@ class KeyRefused(ValueError):
     """A name that cannot be a key."""
 
 
-def check_key(key: str) -> str:
-    """The key itself; KeyRefused when it is absolute, empty in a part, or climbs out of its root."""
+def check_key(key: str, *, remote: bool = False) -> str:
+    """The key itself; KeyRefused when it is absolute, empty in a part, or climbs out of its root.
+
+    remote: on an object store, where a//b is another object than a/b, a part within may be empty.
+    """
     parts = key.split("/")
-    if key.startswith("/") or "\\" in key or "\0" in key or any(p in ("", ".", "..") for p in parts):
+    refused = (".", "..") if remote and key and parts[-1] else ("", ".", "..")
+    if key.startswith("/") or "\\" in key or "\0" in key or any(p in refused for p in parts):
         raise KeyRefused(f"storage key {key!r} must be relative, '/'-separated and without '.' or '..' parts")
     return key
 
@@ -138,7 +142,7 @@ class Root:
 
     def uri_of(self, key: str) -> str:
         """The full URI of a key."""
-        return f"{self.uri}/{check_key(key)}" if key else self.uri
+        return f"{self.uri}/{check_key(key, remote=not self._local)}" if key else self.uri
 
     def local_path(self, key: str = "") -> Path | None:
         """The path on this machine's disk, or None for a remote store."""
@@ -262,6 +266,9 @@ class Root:
         """
         for name, version_of in self._entries(prefix):
             key = f"{prefix}/{name}" if prefix else name
+            if name == "/":
+                yield from self._below_empty(prefix)
+                continue
             if name.endswith("/"):
                 yield from self.list(key[:-1], dangling=dangling)
                 continue
@@ -275,6 +282,14 @@ class Root:
                     yield ObjectInfo(key, 0, None, None)
                 continue
             yield info
+
+    def _below_empty(self, prefix: str) -> Iterator[ObjectInfo]:
+        """The objects whose keys go on with // after a prefix: no directory of a name holds them."""
+        base = self._path(prefix).rstrip("/")
+        found = self._retry(lambda: self.fs.find(base, detail=True))
+        for name in sorted(n for n in found if n.startswith(f"{base}//")):
+            if not name.endswith("/"):
+                yield _object_info(found[name], f"{prefix}/{name[len(base) + 1 :]}")
 
     def half_written(self, prefix: str) -> Iterator[ObjectInfo]:
         """What writers that died left right below a local directory: files of no name, which are no objects."""
@@ -303,8 +318,10 @@ class Root:
         entries = []
         for detail in details:
             name = detail["name"].rstrip("/")[len(base) :].lstrip("/")
-            if not name and detail["type"] == "directory":
-                raise KeyRefused(f"below {self.uri_of(prefix)} are keys with an empty part, as in a//b")
+            if not name and detail["type"] == "directory" and prefix:
+                entries.append(("/", detail))  # keys with an empty part, as in a//b
+            elif not name and detail["type"] == "directory":
+                raise KeyRefused(f"below {self.uri} are keys that begin with /")
             if name and "/" not in name:
                 entries.append((name + "/" if detail["type"] == "directory" else name, detail))
         for name, detail in sorted(entries, key=itemgetter(0)):

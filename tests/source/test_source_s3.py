@@ -177,6 +177,18 @@ def test_listings_agree_and_carry_versions(kind: str, local: Path, remote: Root)
     assert all(e.etag for e in there)
 
 
+def test_keys_with_empty_parts_are_rows_like_any_other(remote: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    jpeg = encode(gradient(), "JPEG")
+    path = remote.fs._strip_protocol(remote.uri)
+    for key in ("a/0.jpg", "a//1.jpg", "a//b//2.jpg", "a/c/3.jpg"):
+        bucket, _, name = f"{path}/slashes/{key}".partition("/")
+        remote.fs.call_s3("put_object", Bucket=bucket, Key=name, Body=jpeg)
+    found = rows_of(FolderSource(uri=f"{remote.uri}/slashes"))
+    assert [(row.key, row.image) for row in found] == [
+        (key, jpeg) for key in ("a//1.jpg", "a//b//2.jpg", "a/0.jpg", "a/c/3.jpg")
+    ]
+
+
 def test_patterns_and_single_objects_are_found(remote: Root) -> None:
     for uri in ("webdataset/{000..001}.tar", "webdataset/*.tar", "webdataset"):
         assert len(rows_of(WebDatasetSource(uri=f"{remote.uri}/{uri}"))) == 5
