@@ -76,15 +76,11 @@ def test_folders(pictures: list[tuple[str, str | None]]) -> None:
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(st.tuples(names, texts, st.sampled_from(["file", "file", "file", "link"])), min_size=1, max_size=8),
-    st.sampled_from(
-        [("tar", bytes), ("tar.gz", gzip.compress), ("tar.bz2", bz2.compress), ("tar.xz", lzma.compress)]
-    ),
+    st.sampled_from(sorted(PACKED)),
     st.booleans(),
     st.booleans(),
 )
-def test_tars(
-    pictures: list[tuple[str, str | None, str]], packing: tuple[str, object], order: bool, joined: bool
-) -> None:
+def test_tars(pictures: list[tuple[str, str | None, str]], suffix: str, order: bool, joined: bool) -> None:
     members: list[tuple[str, bytes | None]] = []
     put_in: list[tuple[str, bytes]] = []
     for number, (name, text, kind) in enumerate(sorted(pictures, key=str) if order else pictures):
