@@ -51,7 +51,8 @@ class _Sample:
     parts: dict[str, bytes] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
     image: str | None = None  # the extension of the image that is taken
-    others: list[tuple[str, Reason, str]] = field(default_factory=list)  # (key, reason, message) of further images
+    taken: str = ""  # its member's name
+    others: list[tuple[str, Reason, str]] = field(default_factory=list)  # (name, reason, message) of further images
 
     @property
     def is_empty(self) -> bool:
@@ -191,24 +192,24 @@ def _split(name: str, current: str | None, source: WebDatasetSource) -> tuple[st
 
 def _collect(sample: _Sample, member: Member, extension: str, source: WebDatasetSource, *, wanted: bool) -> None:
     """Note a member; its payload is read only where the sample's row is wanted."""
-    last = extension.rpartition(".")[2]
+    last, name = extension.rpartition(".")[2], member.name.removeprefix("./")
     if extension in source.images:
         rank = source.images.index
         if sample.image == extension:
-            sample.others.append((extension, Reason.DUPLICATE_KEY, "an earlier member of this tar has the same name"))
+            sample.others.append((name, Reason.DUPLICATE_KEY, "an earlier member of this tar has the same name"))
         elif sample.image is not None and rank(extension) > rank(sample.image):
-            sample.others.append((extension, Reason.SECOND_IMAGE, _second(sample.image)))
+            sample.others.append((name, Reason.SECOND_IMAGE, _second(sample.image)))
         else:
             # Of several images of a sample only the one that will be taken is held.
             if sample.image is not None:
-                sample.others.append((sample.image, Reason.SECOND_IMAGE, _second(extension)))
+                sample.others.append((sample.taken, Reason.SECOND_IMAGE, _second(extension)))
                 sample.parts.pop(sample.image, None)
                 sample.failures.pop(sample.image, None)
-            sample.image = extension
+            sample.image, sample.taken = extension, name
             if wanted:
                 _take(sample, member, extension, source.max_bytes, Reason.TOO_MANY_BYTES)
     elif last in source.images:
-        sample.others.append((extension, Reason.SECOND_IMAGE, _second(sample.image)))
+        sample.others.append((name, Reason.SECOND_IMAGE, _second(sample.image)))
     elif extension in _TEXTS and wanted:
         earlier = sample.parts.get(extension)
         _take(sample, member, extension, MAX_TEXT_BYTES, Reason.BAD_METADATA)
@@ -249,9 +250,9 @@ def _rows_of(sample: _Sample, source: WebDatasetSource, entry: Entry, wanted: Ra
     """The sample's row, then one for each further image of it."""
     if sample.row in wanted:
         yield _to_row(sample, source, entry)
-    for row, (extension, reason, message) in enumerate(sample.others, sample.row + 1):
+    for row, (name, reason, message) in enumerate(sample.others, sample.row + 1):
         if row in wanted:
-            key = f"{entry.key}/{sample.base[:_MAX_NAME]}.{extension[:100]}?{row}"
+            key = f"{entry.key}/{name[:_MAX_NAME]}?{row}"
             safe = key.encode("utf-8", "backslashreplace").decode()
             yield SourceRow.without_image(row, safe, reason, message, source.name)
 
