@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import unicodedata
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from source_images import encode, gradient, write
+from test_source_fuzz import mutate
 
 from pipeline.errors import InputError
 from pipeline.source.config import FolderSource
@@ -195,3 +198,35 @@ def test_links_to_nowhere_or_out_of_the_source_are_rejected_rows(tmp_path):
         "e.jpg": "read_failed",
     }
     assert {r.key: r.image for r in read(tmp_path / "in", links="any")}["d.jpg"] == JPEG
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("count", [60, pytest.param(700, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
+def test_mutated_metadata_cost_their_own_rows_or_are_refused_by_name(tmp_path, name, count):
+    for number in range(6):
+        write(tmp_path / f"{number}.jpg", JPEG)
+    lines = [{"file_name": f"{n}.jpg", "text": f"caption {n}", "label": n, "sim": n / 7} for n in range(6)]
+    if name.endswith("jsonl"):
+        whole = "\n".join(map(json.dumps, lines)).encode()
+    elif name.endswith("csv"):
+        whole = "\n".join([",".join(lines[0]), *(",".join(map(str, line.values())) for line in lines)]).encode()
+    else:
+        sink = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(lines), sink)
+        whole = sink.getvalue()
+    rng = np.random.default_rng(count)
+    refused = []
+    for _ in range(count):
+        write(tmp_path / name, mutate(whole, rng))
+        try:
+            found = {r.key: r for r in read(tmp_path, extra=("*",), filter="sim < 2 or sim is None")}
+        except InputError as error:
+            refused.append(str(error))
+            continue
+        assert {f"{n}.jpg" for n in range(6)} <= set(found)
+        for row in found.values():
+            assert row.status == "ok" or row.message
+            json.loads(row.extra or "{}", parse_constant=pytest.fail)
+    assert all(name in error for error in refused)
+    assert len(refused) < count, "nothing was read"

@@ -283,7 +283,7 @@ def _normal(name: str) -> str:
 
 def _delimiter(text: str) -> str:
     """With which the first line has a cell file_name; a comma where there is none."""
-    first = text[: MAX_TEXT_BYTES // 2].split("\n", 1)[0].rstrip("\r")
+    first = next(iter(text[: MAX_TEXT_BYTES // 2].splitlines()), "")
     return next((d for d in ",;\t|" if "file_name" in next(csv.reader([first], delimiter=d), [])), ",")
 
 
