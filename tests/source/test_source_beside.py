@@ -228,5 +228,5 @@ def test_mutated_metadata_cost_their_own_rows_or_are_refused_by_name(tmp_path, n
         for row in found.values():
             assert row.status == "ok" or row.message
             json.loads(row.extra or "{}", parse_constant=pytest.fail)
-    assert all(name in error for error in refused)
+    assert [error for error in refused if name not in error] == []
     assert len(refused) < count, "nothing was read"

@@ -42,7 +42,7 @@ from pipeline.source.reading.parquet_file import TableError
 from pipeline.source.reading.rows import Entry, Failure, Ranges, SourceRow, fetch, is_hidden, map_ahead
 from pipeline.source.reasons import Reason
 from pipeline.storage.errors import ObjectChanged
-from pipeline.storage.root import ObjectInfo, Root
+from pipeline.storage.root import ObjectInfo, Root, check_key
 
 _log = logging.getLogger(__name__)
 NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -174,14 +174,18 @@ class FolderMetadata:
             key = f"{file}?{number:08d}"  # of a line that names nothing
             if isinstance(name, str) and name:
                 normal = posixpath.normpath(name)
-                if normal.startswith(("/", "../")) or normal in (".", ".."):
-                    meta = self._problem(
-                        f"file_name {name!r:.200} must lie below the metadata's directory", file, number
+                try:
+                    check_key(path + normal)
+                except ValueError:
+                    problem = (
+                        f"file_name {name!r:.200} must lie below the metadata's directory, and have no \\ or NUL"
                     )
-                elif normal in named:
-                    meta = self._problem(f"{normal} was already named in line {named[normal]}", file, number)
+                    meta = self._problem(problem, file, number)
                 else:
-                    key, named[normal] = path + normal, number
+                    if normal in named:
+                        meta = self._problem(f"{normal} was already named in line {named[normal]}", file, number)
+                    else:
+                        key, named[normal] = path + normal, number
             elif PROBLEM not in parse_object(meta):
                 meta = self._problem("file_name is missing", file, number)
             yield _Line(key.encode("utf-8", "backslashreplace").decode(), number, meta)
