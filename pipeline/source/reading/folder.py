@@ -188,7 +188,8 @@ class FolderMetadata:
                         key, named[normal] = path + normal, number
             elif PROBLEM not in parse_object(meta):
                 meta = self._problem("file_name is missing", file, number)
-            yield _Line(key.encode("utf-8", "backslashreplace").decode(), number, meta)
+            # Bytes that are no text, which no key may hold, are told by their numbers.
+            yield _Line(key.encode("utf-8", "xmlcharrefreplace").decode(), number, meta)
 
     def _json_lines(self, file: str) -> Iterator[tuple[int, Any, str]]:
         """(line, file name, canonical JSON) of each; where a line is broken, of what can be read of it."""
