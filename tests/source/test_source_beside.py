@@ -55,8 +55,8 @@ def test_a_bad_line_is_its_own_row_and_nobody_elses(tmp_path):
         "gone.jpg": "metadata.jsonl, line 4 names this file, and it is not there",
     }
     assert sorted(bad) == [
-        "a.jpg",
         "a&#56575;.jpg",
+        "a.jpg",
         "c.jpg",
         "gone.jpg",
         *(f"metadata.jsonl?{line:08d}" for line in (3, 5, 8)),
