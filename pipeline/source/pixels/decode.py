@@ -15,7 +15,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 
 import imagecodecs
 import numpy as np
@@ -161,11 +161,19 @@ def is_risky(data: bytes, kind: Format) -> bool:
         return True
     if len(data) > _RISKY_BYTES:
         return True
-    return (kind == "png" and _has_many(png_chunks(data))) or (kind == "gif" and _has_many(gif_blocks(data)))
+    if kind == "png":
+        return _has_many(png_chunks(data)) or _has_wide_key(data)
+    return kind == "gif" and _has_many(gif_blocks(data))
 
 
 def _has_many(parts: Iterator[object]) -> bool:
     return next(islice(parts, _RISKY_PARTS, None), None) is not None
+
+
+def _has_wide_key(png: bytes) -> bool:
+    """Whether the PNG has RGB samples of 16 bits and a transparency key: read by another decoder, see `_load`."""
+    before_pixels = takewhile(lambda chunk: chunk[0] != b"IDAT", png_chunks(png))
+    return png[24:26] == b"\x10\x02" and any(name == b"tRNS" for name, _, _ in before_pixels)
 
 
 def open_image(data: bytes, limits: DecodeLimits) -> Opened:
