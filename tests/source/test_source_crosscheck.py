@@ -1,4 +1,4 @@
-"""Every real file beside a second decoder, which has libraries and code of its own: where they differ is written down.
+"""Every real file beside a second decoder with libraries and code of its own: where they differ is written down.
 
 The second one is imagecodecs (libtiff's own picture of a TIFF, libpng, libjpeg-turbo, libwebp, OpenJPEG) or OpenCV.
 Compared are the first pictures as they are stored, before profile and orientation, over white.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -21,7 +20,6 @@ from pipeline.source.pixels.strip import MAX_PROFILE_BYTES
 
 _HEADER_BYTES = 128
 _MAX_TAGS = 100  # real ones have 9 to 30
-_MAX_CURVE_POINTS = 1 << 16
 _COLOUR_TAGS = {
     **dict.fromkeys((b"rXYZ", b"gXYZ", b"bXYZ", b"wtpt"), (b"XYZ ",)),
     **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC", b"kTRC"), (b"curv", b"para")),
@@ -40,46 +38,13 @@ def reduced_profile(profile: bytes) -> bytes | None:
     if count > _MAX_TAGS or _HEADER_BYTES + 4 + 12 * count > len(profile):
         return None
     kept = []
-    for index in range(count):
-        entry = profile[_HEADER_BYTES + 4 + 12 * index :][:12]
-        name, start, size = struct.unpack(">4sII", entry)
-        content = memoryview(profile)[start : start + size]
-        if len(content) == size and bytes(content[:4]) in _COLOUR_TAGS.get(name, ()) and _curves_are_short(content):
-            kept.append(entry)
+    for at in range(_HEADER_BYTES + 4, _HEADER_BYTES + 4 + 12 * count, 12):
+        name, start, size = struct.unpack_from(">4sII", profile, at)
+        if start + size <= len(profile) and profile[start : start + 4] in _COLOUR_TAGS.get(name, ()):
+            kept.append(profile[at : at + 12])
     table = struct.pack(">I", len(kept)) + b"".join(kept)
     # The contents stay where they are, so that no offset changes.
     return profile[:_HEADER_BYTES] + table.ljust(4 + 12 * count, b"\0") + profile[_HEADER_BYTES + 4 + 12 * count :]
-
-
-def _curves_are_short(tag: memoryview) -> bool:
-    """Whether no curve of the tag has more points than any real one: LittleCMS searches some from end to end."""
-    kind = bytes(tag[:4])
-    if kind == b"mft2":
-        return len(tag) < 52 or max(struct.unpack_from(">HH", tag, 48)) <= 4096  # the specification's own limit
-    starts = [0] if kind == b"curv" else list(_curve_sets(tag)) if kind in (b"mAB ", b"mBA ") else []
-    for start in starts:
-        points = struct.unpack_from(">I", tag, start + 8)[0] if start + 12 <= len(tag) else 0
-        if bytes(tag[start : start + 4]) == b"curv" and points > _MAX_CURVE_POINTS:
-            return False
-    return True
-
-
-def _curve_sets(tag: memoryview) -> Iterator[int]:
-    """Where the curves of a mAB or mBA tag begin: three sets, one after the other on multiples of four."""
-    if len(tag) < 32:
-        return
-    inputs, outputs = tag[8], tag[9]
-    b_curves, _, m_curves, _, a_curves = struct.unpack_from(">5I", tag, 12)
-    forward = bytes(tag[:4]) == b"mAB "
-    numbers = ((b_curves, outputs if forward else inputs), (m_curves, 3), (a_curves, inputs if forward else outputs))
-    for start, number in numbers:
-        for _ in range(number if start else 0):
-            if start + 12 > len(tag):
-                break
-            yield start
-            kind, _, points = struct.unpack_from(">4sII", tag, start)
-            parameters = (1, 3, 4, 5, 7, 0, 0, 0)[(points >> 16) & 7] * 4
-            start += (12 + (2 * points if kind == b"curv" else parameters) + 3) & ~3
 
 
 @lru_cache(maxsize=16)

@@ -64,7 +64,7 @@ def _narrowed(image: Image.Image) -> Image.Image:
     grey = Image.fromarray(integers_to_bytes(values, 16), "L")
     key = image.info.get("transparency")
     if isinstance(key, int):
-        grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8), "L"))
+        grey.putalpha(Image.fromarray(np.uint8(255) * (values != key), "L"))
     return grey
 
 
