@@ -151,7 +151,9 @@ class ImageConfig(StrictModel):
     max_upscale: float = Field(2.0, gt=0, description="images that would be enlarged by more are filtered")
     max_aspect: float = Field(10.0, ge=1.0, description="images longer than this times their short side are rejected")
     max_pixels: int = Field(100_000_000, ge=1, le=MAX_PIXELS, description="larger images are rejected undecoded")
-    formats: tuple[Format, ...] = Field(FORMATS, min_length=1, description="formats to decode, told by magic bytes")
+    formats: tuple[Format, ...] = Field(
+        FORMATS, min_length=1, description="formats to decode, told by magic bytes; heic and jxl need extras so named"
+    )
     matte: tuple[Channel, Channel, Channel] = Field(
         (255, 255, 255), description="sRGB colour behind transparent pixels"
     )

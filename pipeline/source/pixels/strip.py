@@ -26,6 +26,7 @@ _JPEG_MARKER = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])")
 JPEG_FRAMES = frozenset((*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)))
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 _EXIF, _XMP, _ICC = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"ICC_PROFILE\0"
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _PNG_NAME = re.compile(rb"[A-Za-z]{4}")
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
@@ -148,13 +149,13 @@ def strip_png(data: bytes) -> Stripped:
                 in_pixels = True
             continue
         in_pixels = False
-        if name not in (b"IHDR", b"PLTE", b"tRNS", b"iCCP", b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+        if name not in (b"IHDR", b"PLTE", b"tRNS", b"iCCP", b"eXIf", *_PNG_TEXTS):
             continue
         content = data[start:end]
         if int.from_bytes(data[end : end + 4], "big") != zlib.crc32(name + content):
             if name in (b"IHDR", b"PLTE"):
                 raise DecodeError(Reason.CORRUPT, f"wrong checksum of the PNG's {name.decode()}")
-        elif name.endswith(b"t") and name[1:2].isupper():
+        elif name in _PNG_TEXTS:
             _keep_text(name, content, texts)
         else:
             kept.setdefault(name, content)

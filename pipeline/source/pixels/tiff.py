@@ -75,7 +75,7 @@ class Tiff:
             )
         image = Image.open(io.BytesIO(self._data), formats=["TIFF"])
         image.load()
-        self.orientation = 1  # Pillow turns while it loads
+        self.orientation = 1 if self.orientation else None  # Pillow turns while it loads
         self.size = image.size
         return simplify(image)
 
