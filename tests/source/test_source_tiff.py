@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from itertools import product
 
 import numpy as np
@@ -227,6 +228,17 @@ def test_what_has_no_agreed_picture_is_refused():
     assert reason_of(write(GREY, photometric="mask"), **IN_THREAD) == "unsupported_coding"
     assert reason_of(write(GREY, compression="jpegxl"), **IN_THREAD) == "unsupported_coding"
     assert reason_of(write(wide(GREY, "f4") * 300), **IN_THREAD) == "value_range"
+
+
+@pytest.mark.parametrize("number", [256, 257, 258, 259, 262, 277])
+def test_tags_of_too_many_values_are_damage(number):
+    data = bytearray(handmade(GREY.tobytes(), 8, photometric=1))
+    with tifffile.TiffFile(io.BytesIO(bytes(data))) as file:
+        tag = file.pages.first.tags[number]
+    data[tag.offset + 4 : tag.offset + 12] = struct.pack("<II", 1000, 8)  # a thousand numbers, and where they lie
+    result = outcome(bytes(data), **IN_THREAD)
+    assert result.reason in ("corrupt", "unsupported_coding")
+    assert len(result.message) < 300
 
 
 @pytest.mark.parametrize("coding", CODINGS)

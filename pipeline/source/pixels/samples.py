@@ -21,8 +21,8 @@ _RENAMED = {"La": "LA", "RGBa": "RGBA", "PA": "RGBA", "RGBX": "RGB", "YCbCr": "R
 
 def integers_to_bytes(values: np.ndarray, bits: int) -> np.ndarray:
     """Unsigned samples of `bits` bits as uint8: the upper 8 of more, all of the range for fewer."""
-    if bits > 8:
-        return (values >> (bits - 8)).astype(np.uint8)
+    if bits >= 8:
+        return (values >> (bits - 8) if bits > 8 else values).astype(np.uint8, copy=False)
     top = (1 << bits) - 1
     return ((np.arange(top + 1) * 255 + top // 2) // top).astype(np.uint8)[values.astype(np.uint8)]
 

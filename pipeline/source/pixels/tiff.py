@@ -39,6 +39,8 @@ class Tiff:
         self._data = data
         self._page = page = tifffile.TiffFile(io.BytesIO(data), _multifile=False).pages.first
         assert isinstance(page, tifffile.TiffPage)
+        if not isinstance(page.imagewidth, int) or not isinstance(page.imagelength, int):
+            raise DecodeError(Reason.CORRUPT, "the TIFF has several widths or heights")
         self.size = (page.imagewidth, page.imagelength)
         profile, packet = self._tag(34675), self._tag(700)
         self.profile = profile if isinstance(profile, bytes) else None
