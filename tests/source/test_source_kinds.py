@@ -26,16 +26,24 @@ def chunk(name: bytes, body: bytes, *, crc: int | None = None) -> bytes:
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", right if crc is None else crc)
 
 
-def png(samples: np.ndarray, bits: int, colour: int, extra: bytes = b"", after: bytes = b"") -> bytes:
+ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+
+
+def png(
+    samples: np.ndarray, bits: int, colour: int, extra: bytes = b"", after: bytes = b"", *, interlaced: bool = False
+) -> bytes:
     """A PNG of samples [h, w, bands] that lie in 0..2^bits - 1."""
     height, width, _ = samples.shape
-    if bits == 16:
-        lines = samples.astype(">u2").reshape(height, -1).view(np.uint8)
-    else:
-        places = np.unpackbits(samples.astype(np.uint8)[..., None], axis=3)[..., 8 - bits :]
-        lines = np.packbits(places.reshape(height, -1), axis=1)
-    raw = b"".join(b"\0" + line.tobytes() for line in lines)
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    raw = b""
+    for top, left, down, right in ADAM7 if interlaced else ((0, 0, 1, 1),):
+        part = samples[top::down, left::right]
+        if bits == 16:
+            lines = part.astype(">u2").reshape(len(part), -1).view(np.uint8)
+        else:
+            places = np.unpackbits(part.astype(np.uint8)[..., None], axis=3)[..., 8 - bits :]
+            lines = np.packbits(places.reshape(len(part), -1), axis=1)
+        raw += b"".join(b"\0" + line.tobytes() for line in lines)
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, int(interlaced))
     body = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(raw)) + after + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
 
@@ -47,14 +55,15 @@ def eight(samples: np.ndarray, bits: int) -> np.ndarray:
 MATTE = (10, 200, 30)
 
 
+@pytest.mark.parametrize("interlaced", [False, True])
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
-def test_a_transparent_grey_is_compared_at_its_own_depth(bits):
+def test_a_transparent_grey_is_compared_at_its_own_depth(bits, interlaced):
     top = (1 << bits) - 1
     samples = np.random.default_rng(bits).integers(0, top + 1, (SIDE, SIDE, 1))
     samples[:4] = top // 2
     samples[4:6] = min(top, top // 2 + 1)  # at 16 bits a neighbour of the same upper byte
     for key in {0, top // 2, top}:
-        data = png(samples, bits, 0, chunk(b"tRNS", struct.pack(">H", key)))
+        data = png(samples, bits, 0, chunk(b"tRNS", struct.pack(">H", key)), interlaced=interlaced)
         expected = np.where(samples == key, MATTE, eight(samples, bits))
         assert np.array_equal(pixels_of(data, matte=MATTE), expected)
         # Bits beyond the depth say nothing.
@@ -62,14 +71,15 @@ def test_a_transparent_grey_is_compared_at_its_own_depth(bits):
         assert np.array_equal(pixels_of(png(samples, bits, 0, wider), matte=MATTE), expected)
 
 
+@pytest.mark.parametrize("interlaced", [False, True])
 @pytest.mark.parametrize("bits", [8, 16])
-def test_a_transparent_colour_is_compared_at_its_own_depth(bits):
+def test_a_transparent_colour_is_compared_at_its_own_depth(bits, interlaced):
     samples = np.random.default_rng(bits).integers(0, 1 << bits, (SIDE, SIDE, 3))
     samples[:4] = samples[0, 0]
     samples[4] = samples[0, 0] ^ 1
     key = chunk(b"tRNS", struct.pack(">3H", *samples[0, 0]))
     expected = np.where((samples == samples[0, 0]).all(axis=2, keepdims=True), MATTE, eight(samples, bits))
-    assert np.array_equal(pixels_of(png(samples, bits, 2, key), matte=MATTE), expected)
+    assert np.array_equal(pixels_of(png(samples, bits, 2, key, interlaced=interlaced), matte=MATTE), expected)
 
 
 @pytest.mark.parametrize(("bits", "colour"), [(8, 4), (16, 4), (8, 6), (16, 6)])
@@ -229,13 +239,13 @@ JPEGS = [
 
 @pytest.mark.parametrize("options", JPEGS)
 def test_a_jpeg_that_lacks_only_its_end_is_whole(options):
-    for picture in (gradient(120, 200), gradient(120, 200)[..., 0]):
-        data = encode(picture, "JPEG", **options)
+    for mode in ("RGB", "L", "CMYK"):
+        data = encode(Image.fromarray(gradient(120, 200)).convert(mode), "JPEG", **options)
         assert data.endswith(b"\xff\xd9")
         for draft in (False, True):
             expected = pixels_of(data, draft=draft)
-            assert np.array_equal(pixels_of(data[:-2], draft=draft), expected)
-            assert np.array_equal(pixels_of(data[:-1], draft=draft), expected)
+            for without in (data[:-2], data[:-1], data[:-2] + bytes(300)):
+                assert np.array_equal(pixels_of(without, draft=draft), expected)
 
 
 @pytest.mark.parametrize("options", JPEGS)
