@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config import StrictModel
 from pipeline.source.reading.filters import keeps, parse_filter
 
-Format = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "jpeg2000", "ppm"]
-FORMATS: tuple[Format, ...] = ("jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "jpeg2000", "ppm")
+Format = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "jpeg2000", "ppm", "heic", "jxl"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses to open an image
 Channel = Annotated[int, Field(ge=0, le=255)]
 Side = Annotated[int, Field(ge=1, le=16_384)]
@@ -171,7 +171,9 @@ class ImageConfig(StrictModel):
     max_upscale: float = Field(2.0, gt=0, description="images that would be enlarged by more are filtered")
     max_aspect: float = Field(10.0, ge=1.0, description="images longer than this times their short side are rejected")
     max_pixels: int = Field(100_000_000, ge=1, le=MAX_PIXELS, description="larger images are rejected undecoded")
-    formats: tuple[Format, ...] = Field(FORMATS, min_length=1, description="formats to decode, told by magic bytes")
+    formats: tuple[Format, ...] = Field(
+        FORMATS, min_length=1, description="formats to decode, told by magic bytes; heic and jxl need extras so named"
+    )
     matte: tuple[Channel, Channel, Channel] = Field(
         (255, 255, 255), description="sRGB colour behind transparent pixels"
     )

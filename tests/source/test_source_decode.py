@@ -54,7 +54,7 @@ def test_a_format_outside_the_allow_list_is_unsupported():
     assert reason_of(encode(PICTURE, "ICO")) == "unsupported_format"
     assert reason_of(encode(PICTURE, "PNG"), formats=("jpeg",)) == "unsupported_format"
     assert reason_of(b"%PDF-1.7 not an image") == "unsupported_format"
-    assert reason_of(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic") == "unsupported_format"
+    assert reason_of(b"\0\0\0\x18ftypmif1\0\0\0\0mif1miaf") == "unsupported_format"
     assert reason_of(b"P1nk") == "unsupported_format"
 
 

@@ -1,9 +1,11 @@
 """From bytes to uint8 pixels of a bucket's size, or to one reason why not.
 
-    bytes --decode--> a loaded image under limits --render--> RGB uint8 [h, w, 3] of every resolution
+    bytes --strip--> what a decoder needs --decode--> 8 bits under limits --render--> RGB uint8 [h, w, 3]
     prepare   a row to its variants or to one Reject; policy_fingerprint says all that decides pixels (DECODE.md)
     sandbox   the same in a child process with CPU and memory limits, for decoders that may be slow or crash
-    render    colours to sRGB, orientation, and (height, width) to bucket and crop box: arithmetic only
+    render    (height, width) to bucket and crop box, and every resolution of one image from one decode
+    decode    by format: Pillow, `tiff` for every layout of TIFF, `jpeg` for one without its end
+    samples   bits and modes to six kinds of picture, and those to sRGB by the `profiles` that can be trusted
 
 No bytes, however hostile, raise or hang.
 """

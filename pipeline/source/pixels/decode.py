@@ -1,20 +1,23 @@
-"""From untrusted bytes to a loaded Pillow image, or a `DecodeError` with one of the closed list of reasons.
+"""From untrusted bytes to a picture of 8 bits, or a `DecodeError` with one of the closed list of reasons.
 
-    bytes --magic--> format --header--> size, limits --(draft)--> load --> PIL image, stored orientation
+    bytes --magic--> format --strip--> what its decoder needs --header--> size, limits --(draft)--> load --> Image
 
-The format comes from magic bytes, never from a name; only that format's plugin sees the bytes. Size limits are
+The format comes from magic bytes, never from a name; only that format's decoder sees the bytes. Size limits are
 checked before any pixel is decoded and again afterwards. Truncated data are an error (Pillow's
 LOAD_TRUNCATED_IMAGES is never set). DECODE.md states the whole policy.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import re
-import struct
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice, takewhile
 
+import imagecodecs
 import numpy as np
 from PIL import (
     AvifImagePlugin,
@@ -32,6 +35,21 @@ from PIL import (
 )
 
 from pipeline.source.config import Format
+from pipeline.source.pixels import jpeg
+from pipeline.source.pixels.errors import DecodeError, data_error
+from pipeline.source.pixels.samples import integers_to_bytes, simplify
+from pipeline.source.pixels.strip import (
+    Stripped,
+    exif_orientation,
+    gif_blocks,
+    jpeg_segments,
+    png_chunks,
+    strip_gif,
+    strip_jpeg,
+    strip_png,
+    xmp_orientation,
+)
+from pipeline.source.pixels.tiff import Tiff
 from pipeline.source.reasons import Reason
 
 # Importing the plugins registers them: Image.open never has to go looking for others.
@@ -45,24 +63,23 @@ _PLUGINS: dict[Format, str] = {
     "avif": AvifImagePlugin.AvifImageFile.format,
     "jpeg2000": Jpeg2KImagePlugin.Jpeg2KImageFile.format,
     "ppm": PpmImagePlugin.PpmImageFile.format,
+    "heic": "HEIF",
+    "jxl": "JXL",
 }
+# Formats of an extra of the same name, and the module that adds their decoder to Pillow.
+EXTRAS: dict[Format, str] = {"heic": "pillow_heif", "jxl": "pillow_jxl"}
 # One image, one thread: parallelism is over images, and a decode must not oversubscribe the machine.
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
 _AVIF_BRANDS = (b"avif", b"avis")
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
 _PPM = re.compile(rb"P(?:[1-6]|f)[\s#]")
-_RISKY_FORMATS = frozenset(("avif", "jpeg2000", "tiff", "ppm"))
+_RISKY_FORMATS = frozenset(("avif", "jpeg2000", "tiff", "ppm", "heic", "jxl"))
 _RISKY_BYTES = 16 << 20
 _RISKY_JPEG_SCANS = 40
+_RISKY_PARTS = 10_000
 _QUIET = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
-
-
-class DecodeError(Exception):
-    """These bytes give no pixels; says why."""
-
-    def __init__(self, reason: Reason, message: str) -> None:
-        super().__init__(message)
-        self.reason, self.message = reason, message
+_STRIP: dict[Format, Callable[[bytes], Stripped]] = {"jpeg": strip_jpeg, "png": strip_png, "gif": strip_gif}
 
 
 @dataclass(frozen=True)
@@ -72,6 +89,27 @@ class DecodeLimits:
     formats: tuple[Format, ...]
     max_pixels: int
     max_aspect: float
+
+
+@dataclass
+class Opened:
+    """A file whose header is read: (width, height) as stored, its ICC profile, and its own orientation 1..8."""
+
+    kind: Format
+    size: tuple[int, int]
+    profile: bytes | None
+    orientation: int | None
+    stripped: Stripped
+    source: ImageFile.ImageFile | Tiff
+
+    @property
+    def can_draft(self) -> bool:
+        """Whether libjpeg can scale while decoding."""
+        return self.kind == "jpeg"
+
+    def upright_by(self, hint: int | None) -> int:
+        """The orientation still to be applied: the file's own, else the hint, else 1 (none)."""
+        return self.orientation or (hint if hint is not None and 1 <= hint <= 8 else 1)
 
 
 def sniff(data: bytes) -> Format | None:
@@ -90,36 +128,56 @@ def sniff(data: bytes) -> Format | None:
     if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
         return "tiff"
     if head[4:8] == b"ftyp":
-        # The major brand, then the compatible ones: HEIC shares the container and is not AVIF.
+        # The major brand, then the compatible ones: HEIC and AVIF share the container.
         brands = (
             head[8:12],
             *(head[at : at + 4] for at in range(16, min(len(head), int.from_bytes(head[:4], "big")), 4)),
         )
-        return "avif" if any(brand in _AVIF_BRANDS for brand in brands) else None
+        if any(brand in _AVIF_BRANDS for brand in brands):
+            return "avif"
+        return "heic" if any(brand in _HEIC_BRANDS for brand in brands) else None
     if head.startswith((b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")):
         return "jpeg2000"
+    if head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")):
+        return "jxl"
     return "ppm" if _PPM.match(head) else None
 
 
 def is_risky(data: bytes, kind: Format) -> bool:
     """Whether decoding these bytes may be slow or fragile, so that it belongs into a killable process.
 
-    AVIF, JPEG 2000 and TIFF decoders are large and can take long over few bytes; Pillow's PPM and
-    run-length BMP decoders are Python loops; a JPEG of very many scans costs scans x pixels.
+    The decoders of AVIF, JPEG 2000, TIFF, HEIC and JPEG XL are large and can take long over few bytes; Pillow's PPM
+    and run-length BMP decoders are Python loops, as are the walks over segments, chunks and blocks; a JPEG of very
+    many scans costs scans x pixels.
     """
     if kind in _RISKY_FORMATS:
         return True
     if kind == "jpeg":
         # What bytes.count says, but seven times faster, and without the interpreter's lock that all decoders need.
         octets = np.frombuffer(data, np.uint8)
-        return int(np.count_nonzero((octets[:-1] == 0xFF) & (octets[1:] == 0xDA))) > _RISKY_JPEG_SCANS
+        scans = int(np.count_nonzero((octets[:-1] == 0xFF) & (octets[1:] == 0xDA)))
+        return scans > _RISKY_JPEG_SCANS or _has_many(jpeg_segments(data))
     if kind == "bmp" and data[30:34] in (b"\1\0\0\0", b"\2\0\0\0"):
         return True
-    return len(data) > _RISKY_BYTES
+    if len(data) > _RISKY_BYTES:
+        return True
+    if kind == "png":
+        return _has_many(png_chunks(data)) or _has_wide_key(data)
+    return kind == "gif" and _has_many(gif_blocks(data))
 
 
-def open_image(data: bytes, limits: DecodeLimits) -> ImageFile.ImageFile:
-    """Read the header and check it against the limits; no pixel is decoded yet."""
+def _has_many(parts: Iterator[object]) -> bool:
+    return next(islice(parts, _RISKY_PARTS, None), None) is not None
+
+
+def _has_wide_key(png: bytes) -> bool:
+    """Whether the PNG has RGB samples of 16 bits and a transparency key: read by another decoder, see `_load`."""
+    before_pixels = takewhile(lambda chunk: chunk[0] != b"IDAT", png_chunks(png))
+    return png[24:26] == b"\x10\x02" and any(name == b"tRNS" for name, _, _ in before_pixels)
+
+
+def open_image(data: bytes, limits: DecodeLimits) -> Opened:
+    """Read the header and check it against the limits; no pixel is decoded yet (of JPEG XL: kept)."""
     kind = sniff(data)
     if not data:
         raise DecodeError(Reason.EMPTY, "the file is empty")
@@ -129,72 +187,109 @@ def open_image(data: bytes, limits: DecodeLimits) -> ImageFile.ImageFile:
         raise DecodeError(Reason.UNSUPPORTED_FORMAT, f"{kind} is not among the configured formats")
     _quiet_pillow()
     try:
-        image = Image.open(io.BytesIO(data), formats=[_PLUGINS[kind]])
+        opened = _open_tiff(data) if kind == "tiff" else _open_with_pillow(data, kind)
     except UnidentifiedImageError:
         # Pillow's message prints the address of a buffer, which is nothing to keep.
         raise DecodeError(Reason.CORRUPT, f"the {kind} header cannot be read") from None
     except Exception as error:  # noqa: BLE001 - hostile bytes raise anything; every case becomes a reason
-        raise _data_error(error) from None
-    _check_size(image, limits)
-    return image
+        raise data_error(error) from None
+    _check_size(opened.size, limits)
+    return opened
 
 
-def load_image(image: ImageFile.ImageFile, limits: DecodeLimits, *, scale: int = 1) -> None:
-    """Decode the first frame in place; with `scale` 2, 4 or 8 libjpeg shrinks a JPEG on the way."""
-    _quiet_pillow()
-    try:
-        if scale > 1:
-            image.draft(image.mode, (image.width // scale, image.height // scale))
-        image.load()
-    except Exception as error:  # noqa: BLE001 - as above
-        raise _data_error(error) from None
-    _check_size(image, limits)
+def load_image(opened: Opened, limits: DecodeLimits, *, scale: int = 1) -> Image.Image:
+    """The first frame in one of the six modes of `samples`; with `scale` 2, 4 or 8 libjpeg shrinks a JPEG on the way.
 
-
-def can_draft(image: ImageFile.ImageFile) -> bool:
-    """Whether libjpeg can scale while decoding."""
-    return isinstance(image, JpegImagePlugin.JpegImageFile)
-
-
-def orientation(image: ImageFile.ImageFile, hint: int | None) -> int:
-    """The EXIF orientation 1..8 still to be applied: the file's own tag, else the hint, else 1 (upright).
-
-    A PNG, WebP or AVIF must be loaded first (the tag may follow the pixels); Pillow turns a TIFF while loading it.
+    Sets the size and the orientation that are known only now.
     """
     _quiet_pillow()
     try:
-        own = image.getexif().get(0x0112)
-    except Exception:  # noqa: BLE001 - broken metadata are not broken pixels
-        own = None
-    if isinstance(own, int) and 1 <= own <= 8:
-        return own
-    return hint if hint is not None and 1 <= hint <= 8 and image.format != "TIFF" else 1
+        picture = _load(opened, scale)
+    except Exception as error:  # noqa: BLE001 - as above
+        raise data_error(error) from None
+    if scale == 1:
+        opened.size = picture.size
+    _check_size(picture.size, limits)
+    return picture
 
 
-def _check_size(image: ImageFile.ImageFile, limits: DecodeLimits) -> None:
-    width, height = image.size
+def _open_tiff(data: bytes) -> Opened:
+    source = Tiff(data)
+    return Opened("tiff", source.size, source.profile, source.orientation, Stripped(data), source)
+
+
+def _open_with_pillow(data: bytes, kind: Format) -> Opened:
+    if kind in EXTRAS:
+        _add_decoder(kind)
+    stripped = _STRIP[kind](data) if kind in _STRIP else Stripped(data)
+    image = Image.open(io.BytesIO(stripped.data), formats=[_PLUGINS[kind]])
+    profile, orientation = stripped.profile, stripped.orientation
+    if kind not in _STRIP:
+        profile = image.info.get("icc_profile")
+        orientation = exif_orientation(image.info.get("exif")) or xmp_orientation(image.info.get("xmp"))
+    if kind == "heic" or (kind == "jxl" and not getattr(image, "jpeg", False)):
+        orientation = 1  # the codestream's own was applied, and EXIF's says the same again or is wrong
+    return Opened(kind, image.size, profile, orientation, stripped, image)
+
+
+def _add_decoder(kind: Format) -> None:
+    try:
+        module = importlib.import_module(EXTRAS[kind])
+    except ImportError:
+        message = f"{kind} is read with an extra: pip install 'latentloom[{kind}]'"
+        raise DecodeError(Reason.UNSUPPORTED_FORMAT, message) from None
+    if kind == "heic":
+        module.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
+    else:
+        vars(importlib.import_module("pillow_jxl.JpegXLImagePlugin"))["DECODE_THREADS"] = 0
+
+
+def _load(opened: Opened, scale: int) -> Image.Image:
+    source = opened.source
+    if isinstance(source, Tiff):
+        picture = source.load()
+        opened.orientation = source.orientation
+        return picture
+    try:
+        if scale > 1:
+            source.draft(source.mode, (source.width // scale, source.height // scale))
+        source.load()
+    except OSError as error:
+        whole = jpeg.load_without_end(opened.stripped.data, scale) if "truncated" in str(error) else None
+        if opened.kind != "jpeg" or whole is None:
+            raise
+        source = whole
+    key = source.info.get("transparency")
+    if opened.kind == "png" and isinstance(key, tuple) and opened.stripped.data[24] == 16:
+        # Pillow cuts the samples to 8 bits before it compares them with a key of 16.
+        values = imagecodecs.png_decode(opened.stripped.data)
+        return Image.fromarray(integers_to_bytes(values, 16), "RGBA")
+    picture = simplify(source)
+    if opened.kind == "bmp" and picture.mode == "RGBA" and picture.getchannel("A").getextrema() == (0, 0):
+        return picture.convert("RGB")  # a fourth byte that nobody set
+    if opened.stripped.frame is not None:
+        return _on_canvas(picture, opened.stripped.frame)
+    return picture
+
+
+def _on_canvas(picture: Image.Image, frame: tuple[int, int, int, int]) -> Image.Image:
+    """A GIF's first picture where it lies on its canvas, which is transparent around it."""
+    if frame[0] <= 0 and frame[1] <= 0 and frame[2] >= picture.width and frame[3] >= picture.height:
+        return picture
+    picture = picture.convert("RGBA")
+    canvas = Image.new("RGBA", picture.size)
+    canvas.paste(picture.crop(frame), frame)
+    return canvas
+
+
+def _check_size(size: tuple[int, int], limits: DecodeLimits) -> None:
+    width, height = size
     if width < 1 or height < 1:
         raise DecodeError(Reason.CORRUPT, f"the image is {width} x {height} pixels")
     if width * height > limits.max_pixels:
         raise DecodeError(Reason.TOO_MANY_PIXELS, f"{width} x {height} pixels, over max_pixels {limits.max_pixels}")
     if max(width, height) > limits.max_aspect * min(width, height):
         raise DecodeError(Reason.EXTREME_ASPECT, f"{width} x {height} pixels, over max_aspect {limits.max_aspect:g}")
-
-
-def _data_error(error: Exception) -> DecodeError:
-    words = re.sub(r"0x[0-9a-f]{6,}", "0x..", " ".join(str(error).split()))  # an address is nothing to keep
-    text = f"{type(error).__name__}: {words[:200]}" if words else type(error).__name__
-    low = text.lower()
-    if isinstance(error, MemoryError):
-        return DecodeError(Reason.DECODE_MEMORY, text)
-    if isinstance(error, Image.DecompressionBombError):
-        return DecodeError(Reason.TOO_MANY_PIXELS, text)
-    if isinstance(error, NotImplementedError) or "unsupported" in low or "not supported" in low:
-        return DecodeError(Reason.UNSUPPORTED_CODING, text)
-    ended = isinstance(error, EOFError | struct.error)
-    if ended or any(sign in low for sign in ("truncated", "reached eof", "not enough", "unexpected end")):
-        return DecodeError(Reason.TRUNCATED, text)
-    return DecodeError(Reason.CORRUPT, text)
 
 
 def _quiet_pillow() -> None:

@@ -14,14 +14,15 @@ import numpy as np
 from PIL import features
 
 from pipeline.source.config import ImageConfig
-from pipeline.source.pixels.decode import DecodeError, is_risky, sniff
+from pipeline.source.pixels.decode import EXTRAS, is_risky, sniff
+from pipeline.source.pixels.errors import DecodeError
 from pipeline.source.pixels.render import DRAFT_MARGIN, Size, bucket_sizes, render
 from pipeline.source.pixels.sandbox import render_isolated
 from pipeline.source.reading.rows import SourceRow, sample_id
 from pipeline.source.reasons import Reason
 
 # Raised by hand whenever a change of the decode policy changes pixels; part of every dataset's fingerprint.
-POLICY_VERSION = 1
+POLICY_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,15 @@ def policy_fingerprint(image: ImageConfig) -> dict[str, Any]:
         "icc": "to sRGB, relative colorimetric, black point compensation",
         "pillow": metadata.version("pillow"),
         "libraries": {
-            name: features.version(name) for name in ("jpg", "littlecms2", "jpg_2000", "webp", "avif", "libtiff")
+            **{name: features.version(name) for name in ("jpg", "littlecms2", "jpg_2000", "webp", "avif", "libtiff")},
+            **{name: _installed(name) for name in ("tifffile", "imagecodecs", *EXTRAS.values())},
         },
     }
+
+
+def _installed(module: str) -> str | None:
+    """The version of the distribution that provides a module, None without it."""
+    try:
+        return metadata.version({"pillow_jxl": "pillow-jxl-plugin"}.get(module, module))
+    except metadata.PackageNotFoundError:
+        return None

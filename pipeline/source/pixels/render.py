@@ -6,24 +6,18 @@ bytes -> header, limits -> placements (buckets) -> decode (draft) -> per resolut
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image
 
 from pipeline.source.config import BudgetBuckets, ImageConfig, TableBuckets
-from pipeline.source.pixels.decode import (
-    DecodeError,
-    DecodeLimits,
-    can_draft,
-    load_image,
-    open_image,
-    orientation,
-)
+from pipeline.source.pixels.decode import DecodeLimits, load_image, open_image
+from pipeline.source.pixels.errors import DecodeError
+from pipeline.source.pixels.samples import to_srgb
 from pipeline.source.reasons import Reason
 
 # -- From an image's (height, width) to a bucket and a crop box: pure arithmetic, no pixels --------------------
@@ -138,95 +132,6 @@ def _divide(numerator: int, denominator: int) -> int:
     return (2 * numerator + denominator) // (2 * denominator)
 
 
-# -- Whatever mode an image was stored in becomes 8-bit sRGB ---------------------------------------------------
-#
-#     stored mode --simplify--> L, LA, RGB, RGBA, CMYK or LAB --(resize)--> --to_srgb--> RGB uint8
-#
-# Resizing lies between the two: alpha is premultiplied while resampling, and profiles are applied to the few pixels
-# that are kept instead of to all that were stored.
-
-
-_MAX_PROFILE_BYTES = 4 << 20
-_SPACE_OF_MODE = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK", "LAB": "LAB"}
-_DIRECT = {"L", "LA", "RGB", "RGBA", "CMYK", "LAB"}
-_RENAMED = {"La": "LA", "RGBa": "RGBA", "PA": "RGBA", "RGBX": "RGB", "YCbCr": "RGB", "HSV": "RGB"}
-
-
-def simplify(image: Image.Image, bits: int | None = None) -> Image.Image:
-    """An image in one of the six modes that can be resampled; `bits` are those of a wide integer sample.
-
-    Palettes are expanded, transparency keys become alpha, wide integers keep their most significant 8 bits,
-    floats in [0, 1] are scaled by 255 and floats in [0, 255] taken as they are.
-    """
-    mode = image.mode
-    if mode == "F":
-        values = np.asarray(image)
-        if not np.isfinite(values).all() or values.min() < 0 or values.max() > 255:
-            raise DecodeError(Reason.VALUE_RANGE, "float samples must lie in [0, 1] or [0, 255]")
-        scaled = values * 255.0 if values.max() <= 1.0 else values
-        return Image.fromarray(np.rint(scaled).astype(np.uint8), "L")
-    if mode.startswith("I"):
-        shift = max(0, (bits if bits is not None else 16) - 8)
-        narrowed = np.clip(np.asarray(image).astype(np.int64) >> shift, 0, 255)
-        return Image.fromarray(narrowed.astype(np.uint8), "L")
-    if mode in ("1", "L", "RGB", "P") and image.has_transparency_data:
-        return image.convert("LA" if mode in ("1", "L") else "RGBA")
-    if mode in ("1", "P"):
-        return image.convert("L" if mode == "1" else "RGB")
-    if mode in _DIRECT:
-        return image
-    if mode in _RENAMED:
-        return image.convert(_RENAMED[mode])
-    raise DecodeError(Reason.UNSUPPORTED_CODING, f"pixel mode {mode} has no rule")
-
-
-def to_srgb(image: Image.Image, profile: bytes | None, matte: tuple[int, int, int]) -> Image.Image:
-    """A simplified image as RGB: its profile applied where it fits, transparency laid over the matte colour."""
-    alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
-    if alpha is not None:
-        image = image.convert(image.mode[:-1])
-    transform = _to_srgb_transform(profile or b"", image.mode)
-    if transform is not None:
-        image = ImageCms.applyTransform(image, transform) or image
-    image = image if image.mode == "RGB" else image.convert("RGB")
-    if alpha is None:
-        return image
-    behind = Image.new("RGB", image.size, matte)
-    behind.paste(image, mask=alpha)
-    return behind
-
-
-@lru_cache(maxsize=16)
-def _to_srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The transform to sRGB, or None when none is needed: no profile, a broken or foreign one, or sRGB itself."""
-    srgb = ImageCms.createProfile("sRGB")
-    flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
-    intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
-    try:
-        if mode == "LAB":
-            lab = ImageCms.createProfile("LAB")
-            return ImageCms.buildTransform(lab, srgb, "LAB", "RGB", intent, flags)
-        if not profile or len(profile) > _MAX_PROFILE_BYTES:
-            return None
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if source.profile.xcolor_space.strip() != _SPACE_OF_MODE[mode]:
-            return None
-        transform = ImageCms.buildTransform(source, srgb, mode, "RGB", intent, flags)
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return None  # a profile that lcms cannot use says nothing about the pixels
-    if mode != "CMYK":
-        # A profile that moves no colour of a 9 x 9 x 9 cube by more than one step is sRGB: there is nothing to do.
-        levels = np.linspace(0, 255, 9).round().astype(np.uint8)
-        cube = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(27, 27, 3)
-        probe = Image.fromarray(cube, "RGB") if mode == "RGB" else Image.fromarray(cube[..., 0], "L")
-        moved = ImageCms.applyTransform(probe, transform)
-        assert moved is not None
-        distance = np.abs(np.asarray(moved).astype(int) - np.asarray(probe.convert("RGB")).astype(int))
-        if int(distance.max()) <= 1:
-            return None
-    return transform
-
-
 # A JPEG is shrunk while decoding only while this many decoded pixels are left per output pixel and direction.
 DRAFT_MARGIN = 2.0
 _REDUCING_GAP = 3.0
@@ -290,27 +195,22 @@ def _render(data: bytes, sample_id: bytes, orientation_hint: int | None, image: 
     limits = DecodeLimits(image.formats, image.max_pixels, image.max_aspect)
     opened = open_image(data, limits)
     stored_width, stored_height = opened.size
-    scale, profile = 1, opened.info.get("icc_profile")
-    if can_draft(opened):
-        turn = orientation(opened, orientation_hint)
+    scale = 1
+    if opened.can_draft:
+        turn = opened.upright_by(orientation_hint)
         original = oriented(stored_height, stored_width, turn)
         placements = _placements(original, sample_id, image)
         if image.draft:
             # The largest scale that leaves DRAFT_MARGIN decoded pixels per output pixel everywhere.
             spare = min(min(p.height / p.bucket[0], p.width / p.bucket[1]) for _, p in placements)
             scale = next(s for s in (8, 4, 2, 1) if s == 1 or spare >= s * DRAFT_MARGIN)
-        load_image(opened, limits, scale=scale)
+        flat = load_image(opened, limits, scale=scale)
     else:
-        load_image(opened, limits)
-        turn = orientation(opened, orientation_hint)
+        flat = load_image(opened, limits)
+        turn = opened.upright_by(orientation_hint)
         stored_width, stored_height = opened.size
-        profile = opened.info.get("icc_profile")
         original = oriented(stored_height, stored_width, turn)
         placements = _placements(original, sample_id, image)
-    # A TIFF says how many bits its wide integers have; of other formats Pillow has scaled them to 16.
-    tags = getattr(opened, "tag_v2", None)
-    bits = tags.get(258) if tags is not None else None
-    flat = simplify(opened, int(bits[0]) if isinstance(bits, tuple) and bits else None)
     outputs = []
     for index, placement in placements:
         # The crop is resampled as it is stored, then brought to sRGB, then turned upright.
@@ -320,7 +220,7 @@ def _render(data: bytes, sample_id: bytes, orientation_hint: int | None, image: 
         height, width = oriented(*placement.bucket, turn)
         # Pillow copies where nothing is to be resampled.
         small = flat.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=_REDUCING_GAP)
-        small = to_srgb(small, profile, image.matte)
+        small = to_srgb(small, opened.profile, image.matte)
         if turn in _TURNS:
             small = small.transpose(_TURNS[turn])
         outputs.append(Rendered(index, np.array(small, dtype=np.uint8), placement, original))

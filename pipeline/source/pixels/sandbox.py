@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.source.config import ImageConfig
 from pipeline.source.pixels.child_process import Child, Pool, alarms, limited_pipes, read_exactly, read_header, send
-from pipeline.source.pixels.decode import DecodeError
+from pipeline.source.pixels.errors import DecodeError
 from pipeline.source.pixels.render import Placement, Rendered, Rendering, render
 from pipeline.source.reasons import Reason
 
