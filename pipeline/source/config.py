@@ -11,6 +11,7 @@ from pipeline.source.reading.filters import keeps, parse_filter
 
 Format = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "jpeg2000", "ppm", "heic", "jxl"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+IMAGE_ENDINGS = tuple("jpg jpeg png webp avif gif bmp tif tiff jp2 ppm heic heif jxl img image".split())
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses to open an image
 Channel = Annotated[int, Field(ge=0, le=255)]
 Side = Annotated[int, Field(ge=1, le=16_384)]
@@ -100,7 +101,7 @@ class WebDatasetSource(_Source):
 
     kind: Literal["webdataset"] = Field("webdataset", description="tar shards, read in order, never unpacked")
     images: tuple[str, ...] = Field(
-        ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff", "jp2", "ppm", "img", "image"),
+        IMAGE_ENDINGS,
         min_length=1,
         description="member extensions that hold the image; the first one present is taken",
     )

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice, takewhile
 
-import imagecodecs
 import numpy as np
 from PIL import (
     AvifImagePlugin,
@@ -261,8 +260,8 @@ def _load(opened: Opened, scale: int) -> Image.Image:
         source = whole
     key = source.info.get("transparency")
     if opened.kind == "png" and isinstance(key, tuple) and opened.stripped.data[24] == 16:
-        # Pillow cuts the samples to 8 bits before it compares them with a key of 16.
-        values = imagecodecs.png_decode(opened.stripped.data)
+        # Pillow cuts the samples to 8 bits before it compares them with a key of 16. Imported for such files alone.
+        values = importlib.import_module("imagecodecs").png_decode(opened.stripped.data)
         return Image.fromarray(integers_to_bytes(values, 16), "RGBA")
     picture = simplify(source)
     if opened.kind == "bmp" and picture.mode == "RGBA" and picture.getchannel("A").getextrema() == (0, 0):
