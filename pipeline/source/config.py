@@ -11,7 +11,8 @@ from pipeline.source.reading.filters import keeps, parse_filter
 
 Format = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "jpeg2000", "ppm", "heic", "jxl"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-IMAGE_ENDINGS = tuple("jpg jpeg png webp avif gif bmp tif tiff jp2 ppm heic heif jxl img image".split())
+_USUAL = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff", "jp2", "ppm")
+IMAGE_ENDINGS = (*_USUAL, "heic", "heif", "jxl", "img", "image")
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses to open an image
 Channel = Annotated[int, Field(ge=0, le=255)]
 Side = Annotated[int, Field(ge=1, le=16_384)]

@@ -72,10 +72,8 @@ T = TypeVar("T")
 
 _ATTEMPTS = 8
 _BACKOFF_BASE_S, _BACKOFF_CAP_S = 0.25, 15.0
-_log = logging.getLogger(__name__)
-
-
 CONTENT = "sha256:"  # what an etag begins with that is not the store's: the content was hashed when it was listed
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -318,11 +316,11 @@ class Root:
         entries = []
         for detail in details:
             name = detail["name"].rstrip("/")[len(base) :].lstrip("/")
-            if not name and detail["type"] == "directory" and prefix:
+            if not name and detail["type"] == "directory":
+                if not prefix:
+                    raise KeyRefused(f"below {self.uri} are keys that begin with /")
                 entries.append(("/", detail))  # keys with an empty part, as in a//b
-            elif not name and detail["type"] == "directory":
-                raise KeyRefused(f"below {self.uri} are keys that begin with /")
-            if name and "/" not in name:
+            elif name and "/" not in name:
                 entries.append((name + "/" if detail["type"] == "directory" else name, detail))
         for name, detail in sorted(entries, key=itemgetter(0)):
             yield name, functools.partial(_object_info, detail)

@@ -21,11 +21,10 @@ from pipeline.stream.loader import LatentStream
 from pipeline.stream.mixture import BLOCK, MixtureStream, Part, apportion, naming, open_mixture, shares_of
 from pipeline.text.dataset import TextEmbeddings
 from pipeline.train import collectives
-from pipeline.train.batches import BatchLike, stored_values
 from pipeline.train.checks import Facts
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.hooks import Chunk
-from pipeline.train.task import Task, Text
+from pipeline.train.task import BatchLike, Task, Text, stored_values
 
 CACHE = "cache"  # below output.uri: what was counted once about the dataset
 

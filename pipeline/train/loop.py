@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
 from pipeline.train import collectives
-from pipeline.train.batches import BatchLike, DeviceBatch, on_device
 from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.state import TrainState
-from pipeline.train.task import Forward, Task
+from pipeline.train.task import BatchLike, DeviceBatch, Forward, Task, on_device
 
 # -- The learning rate as a pure function of images seen, so that no scheduler object needs to be saved --------
 

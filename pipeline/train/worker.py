@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import logging
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +26,6 @@ from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import is_superseded
 from pipeline.tracking.tracker import NoopTracker, Tracker, attach_tracker
 from pipeline.train import collectives
-from pipeline.train.background import BackgroundQueue
 from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.checks import Facts, identity
 from pipeline.train.config import TrainJobConfig
@@ -46,6 +47,49 @@ from pipeline.train.pinned_inputs import pins_of
 from pipeline.train.retention import History, Record
 from pipeline.train.state import Track, TrainState, make_state
 from pipeline.train.task import Task, Text
+
+# -- Work beside the step: what a run tells its store and its watchers, in order, on one thread ----------------
+
+
+class BackgroundQueue:
+    """Does pieces of work one after another; the first that raises is the last, and every call raises its error.
+
+    max_waiting: whoever hands in another piece waits while so many are not done.
+    """
+
+    def __init__(self, name: str, *, max_waiting: int = 64) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._room = threading.Semaphore(max_waiting)
+        self._failure: BaseException | None = None
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Have it done after what was handed in before."""
+        self._check()
+        self._room.acquire()
+        self._thread.submit(self._do, work)
+
+    def flush(self) -> None:
+        """Return when all that was handed in is done; from any thread but its own."""
+        self._thread.submit(lambda: None).result()
+        self._check()
+
+    def close(self) -> None:
+        """Do what is left and end the thread; raises nothing, `flush` before does."""
+        self._thread.shutdown()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _do(self, work: Callable[[], None]) -> None:
+        try:
+            if self._failure is None:
+                work()
+        except BaseException as error:  # noqa: BLE001 - raised where more is handed in, or where it is waited for
+            self._failure = error
+        finally:
+            self._room.release()
+
 
 # -- Samples of skipped steps, as Parquet that anybody can read: one row for each sample and step --------------
 #

@@ -17,9 +17,8 @@ pytestmark = pytest.mark.integration
 
 
 def test_a_report_tells_progress_checkpoint_and_queue() -> None:
-    from pipeline.train.background import BackgroundQueue
     from pipeline.train.retention import History
-    from pipeline.train.worker import Reporter
+    from pipeline.train.worker import BackgroundQueue, Reporter
 
     class Behind(NoopTracker):
         def num_unsent_bytes(self) -> int:

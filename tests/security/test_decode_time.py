@@ -16,7 +16,7 @@ from PIL import Image, ImageCms
 from pipeline.source.config import ImageConfig
 from pipeline.source.pixels.decode import is_risky, sniff
 from pipeline.source.pixels.prepare import Reject, prepare
-from pipeline.source.pixels.profiles import reduced_profile, to_srgb_transform
+from pipeline.source.pixels.samples import reduced_profile, to_srgb_transform
 from pipeline.source.reading.rows import SourceRow
 from tests.security import hostile_images as hostile
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 from pipeline.source.config import FORMATS
 from pipeline.source.pixels.decode import DecodeLimits, load_image, open_image, sniff
-from pipeline.source.pixels.errors import DecodeError
 from pipeline.source.pixels.samples import simplify, to_srgb
+from pipeline.source.reasons import DecodeError
 
 pytestmark = pytest.mark.integration
 

@@ -13,11 +13,10 @@ from pipeline.storage.root import Root
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.tracking.tracker import NoopTracker
 from pipeline.train import worker
-from pipeline.train.background import BackgroundQueue
 from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.checks import handshake
 from pipeline.train.retention import History, read_records
-from pipeline.train.worker import Reporter, WorkerContext, read_quarantine, run_worker
+from pipeline.train.worker import BackgroundQueue, Reporter, WorkerContext, read_quarantine, run_worker
 from tests.support.training import new_start
 from tests.train.dataset import make_dataset
 from tests.train.helpers import new_run

@@ -17,9 +17,9 @@ from pipeline.diffusion import rng
 from pipeline.diffusion.objectives import Objective
 from pipeline.model.dit import DiT
 from pipeline.train import loop
-from pipeline.train.batches import CopiedAhead, DeviceBatch, copied, stored_values
 from pipeline.train.loop import Engine, train
 from pipeline.train.state import make_state
+from pipeline.train.task import CopiedAhead, DeviceBatch, copied, stored_values
 from tests.support.launches import META, Launches
 from tests.train.helpers import (
     BATCH,

@@ -34,8 +34,7 @@ from PIL import (
 )
 
 from pipeline.source.config import Format
-from pipeline.source.pixels import jpeg
-from pipeline.source.pixels.errors import DecodeError, data_error
+from pipeline.source.pixels import strip as jpeg
 from pipeline.source.pixels.samples import integers_to_bytes, simplify
 from pipeline.source.pixels.strip import (
     Stripped,
@@ -49,7 +48,7 @@ from pipeline.source.pixels.strip import (
     xmp_orientation,
 )
 from pipeline.source.pixels.tiff import Tiff
-from pipeline.source.reasons import Reason
+from pipeline.source.reasons import DecodeError, Reason, data_error
 
 # Importing the plugins registers them: Image.open never has to go looking for others.
 _PLUGINS: dict[Format, str] = {

@@ -15,11 +15,10 @@ from PIL import features
 
 from pipeline.source.config import ImageConfig
 from pipeline.source.pixels.decode import EXTRAS, is_risky, sniff
-from pipeline.source.pixels.errors import DecodeError
 from pipeline.source.pixels.render import DRAFT_MARGIN, Size, bucket_sizes, render
 from pipeline.source.pixels.sandbox import render_isolated
 from pipeline.source.reading.rows import SourceRow, sample_id
-from pipeline.source.reasons import Reason
+from pipeline.source.reasons import DecodeError, Reason
 
 # Raised by hand whenever a change of the decode policy changes pixels; part of every dataset's fingerprint.
 POLICY_VERSION = 2

@@ -16,9 +16,8 @@ from PIL import Image
 
 from pipeline.source.config import BudgetBuckets, ImageConfig, TableBuckets
 from pipeline.source.pixels.decode import DecodeLimits, load_image, open_image
-from pipeline.source.pixels.errors import DecodeError
 from pipeline.source.pixels.samples import to_srgb
-from pipeline.source.reasons import Reason
+from pipeline.source.reasons import DecodeError, Reason
 
 # -- From an image's (height, width) to a bucket and a crop box: pure arithmetic, no pixels --------------------
 #

@@ -17,9 +17,8 @@ import numpy as np
 
 from pipeline.source.config import ImageConfig
 from pipeline.source.pixels.child_process import Child, Pool, alarms, limited_pipes, read_exactly, read_header, send
-from pipeline.source.pixels.errors import DecodeError
 from pipeline.source.pixels.render import Placement, Rendered, Rendering, render
-from pipeline.source.reasons import Reason
+from pipeline.source.reasons import DecodeError, Reason
 
 _WALL_PER_CPU = 10.0
 _GRACE_S = 10.0

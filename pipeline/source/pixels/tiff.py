@@ -17,10 +17,9 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from pipeline.source.pixels.errors import DecodeError
 from pipeline.source.pixels.samples import floats_to_bytes, integers_to_bytes, simplify
 from pipeline.source.pixels.strip import xmp_orientation
-from pipeline.source.reasons import Reason
+from pipeline.source.reasons import DecodeError, Reason
 
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR, _CIELAB, _ICCLAB = 0, 1, 2, 3, 5, 6, 8, 9
 _COLOURS = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _PALETTE: 1, _CMYK: 4, _CIELAB: 3, _ICCLAB: 3}
