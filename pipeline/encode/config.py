@@ -68,6 +68,12 @@ class EncodeConfig(StrictModel):
         5, ge=1, description="Passes in which workers died and nothing got done, before the job stops (exit code 75)."
     )
     retry_rejects: tuple[str, ...] = Field((), description="Reject or filter reasons to try again in this run.")
+    reread: tuple[Literal["captions"], ...] = Field(
+        (),
+        description="[captions]: read the captions, labels and further fields of all stored rows again, with the "
+        "settings of now, and encode no pixel for it. For tars and Parquet; of a folder a changed text is a changed "
+        "file already.",
+    )
     dedup: Literal["off", "exact"] = Field(
         "off",
         description="exact: of images with the same bytes only the first in plan order stays, with its caption and "
@@ -131,6 +137,8 @@ class EncodeJobConfig(StrictModel):
 
     @model_validator(mode="after")
     def _reasons_exist(self) -> EncodeJobConfig:
+        if self.encode.reread and self.source.kind == "folder":
+            raise ValueError("encode.reread: of a folder a changed text is a changed file, which is encoded anew")
         unknown = [r for r in self.encode.retry_rejects if r not in set(Reason)]
         if unknown:
             raise ValueError(f"encode.retry_rejects: {unknown} are no reasons; choose from {sorted(Reason)}")

@@ -16,7 +16,6 @@ from pipeline.encode.plan import (
     REHEARSED,
     StoredContent,
     adopted,
-    check_same_reading,
     fingerprint_of,
     finish,
     known_entries,
@@ -25,6 +24,7 @@ from pipeline.encode.plan import (
     update_plan,
     with_dtype,
 )
+from pipeline.encode.reading import REREADING, check_same_reading, reread
 from pipeline.errors import ConfigError, ConflictError, argument_keys, keyed
 from pipeline.progress import Progress
 from pipeline.result import JobResult
@@ -77,7 +77,7 @@ def run(config: EncodeJobConfig) -> JobResult:
         state = read_state(root)
         retry = state.retryable(config.encode.retry_rejects) | released(root, state)
         exact = config.encode.dedup == "exact"
-        if not state.gaps(retry) and not (exact and is_due(root, state)):
+        if not state.gaps(retry) and not (exact and is_due(root, state)) and not config.encode.reread:
             run.generation.summary = {"status": "unchanged", **(marked(state) if exact else {})}
             earlier = last_run(root, job="encode").get("run_id")
             return finish(config, state, report, status="unchanged", run_id=earlier, seconds=0)
@@ -195,6 +195,11 @@ def _encode(
     root = generation.root
     _track(config, run, root, info, state)
     began = time.monotonic()
+    if config.encode.reread and state.num_stored:
+        with Progress("reread", state.num_stored, unit="rows") as progress:
+            reread(config, generation, progress.update)
+        run.note(generation, recipe=recipe(config))
+        state = read_state(root)
     final = state
     if state.gaps(retry):
         from pipeline.encode.passes import run_passes
@@ -234,7 +239,10 @@ def _track(config: EncodeJobConfig, run: Run, root: Root, info: CodecInfo, state
             "codec.posterior": config.codec.posterior,
             "latent_dtype": config.encode.latent_dtype,
         },
-        note={"source": source_note(config), "recipe": recipe(config)},
+        note={
+            "source": source_note(config),
+            "recipe": recipe(config) | ({REREADING: True} if config.encode.reread and state.num_stored else {}),
+        },
     )
     tracker.log_input(
         name=config.source.uri,

@@ -14,15 +14,14 @@ import numpy as np
 from pipeline.codec.config import CodecConfig
 from pipeline.codec.info import CodecInfo, check_posterior, encode_flops, read_codec_info
 from pipeline.encode.config import EncodeJobConfig
-from pipeline.errors import ConfigError, ConflictError, RejectBudgetError, argument_keys, keyed
+from pipeline.errors import ConfigError, RejectBudgetError, argument_keys, keyed
 from pipeline.result import JobResult
 from pipeline.source.config import ImageConfig
 from pipeline.source.pixels.prepare import policy_fingerprint
 from pipeline.source.pixels.render import bucket_sizes
 from pipeline.source.reading.listing import list_entries
-from pipeline.source.reasons import ENCODING, Reason
+from pipeline.source.reasons import ENCODING
 from pipeline.storage.root import Root
-from pipeline.store.ledger.generation import last_recipe
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State
 from pipeline.store.plan import (
@@ -205,60 +204,7 @@ def _check_budgets(config: EncodeJobConfig, state: State, result: JobResult) -> 
     ).with_result(result)
 
 
-# -- Whether a run reads its source as the runs before it did: what the fingerprint cannot hold, as it may grow
-
-
 _log = logging.getLogger(__name__)
-
-
-# Settings of a source that decide what is stored of a row, or under which name; all others bound it, or say where it
-# is. Of a folder what metadata say is part of each entry: there a changed value is a changed file, encoded anew.
-_READ_AS = ("name", "image", "images", "caption", "label", "extra", "exif", "status", "filter")
-_OF_A_FOLDER = ("name", "label_from")
-
-
-def check_same_reading(config: EncodeJobConfig, root: Root) -> None:
-    """ConflictError where a dataset would hold rows that were read in two ways; names every setting that differs.
-
-    Classes may be added behind those there are. A filter or status may change for the rows that are tried again.
-    """
-    before, now = last_recipe(root), recipe(config)
-    if not before:
-        return
-    changes: list[tuple[str, Any, Any]] = []
-    old, new = (r if isinstance(r, list) else [r] for r in (i["image"]["resolution"] for i in (before, now)))
-    if old != new:  # the fingerprint has the same sizes, yet not their order, which numbers the variants
-        changes.append(("image.resolution", old, new))
-    there, here = before["source"], now["source"]
-    if there.get("kind") == here["kind"]:
-        retried = {"filter": Reason.ROW_FILTER, "status": Reason.SOURCE_STATUS}
-        changes += [
-            (f"source.{name}", there[name], here[name])
-            for name in (_OF_A_FOLDER if here["kind"] == "folder" else _READ_AS)
-            # What an earlier release did not know of cannot differ.
-            if name in there and name in here and there[name] != here[name]
-            if retried.get(name) not in config.encode.retry_rejects
-        ]
-        known = there.get("classes", [])
-        if here["kind"] != "folder" and here["classes"][: len(known)] != known:
-            changes.append(("source.classes", known[:20], here["classes"][:20]))
-    if changes:
-        shown = "\n".join(f"    {name}: {old} there, {new} here" for name, old, new in changes)
-        raise ConflictError(
-            f"{root.uri} has rows that were read in another way; the differing settings are\n{shown}",
-            key="output.uri",
-            value=root.uri,
-            rule="what is stored of a row, its name, its label and its variant's number mean the same in all rows of "
-            "a dataset; classes are only added at the end",
-            next_step="restore the settings, or choose another output.uri; rows that a filter or a status left out "
-            "are tried again by encode.retry_rejects=[row_filter] or [source_status]",
-        )
-    if before["source"].get("uri") != now["source"]["uri"]:
-        _log.warning(
-            "the run before read %s: what has the same key there and in %s counts as one object, the newer one stays",
-            before["source"].get("uri"),
-            now["source"]["uri"],
-        )
 
 
 # -- The dry run: how many images, files, bytes and GPU hours, and when precomputing pays. Writes nothing ------

@@ -73,8 +73,9 @@ class Run:
         self.tracker.log_text(dump_yaml(self.config), "config.yaml")
         return self.tracker
 
-    def note(self, generation: Generation) -> None:
-        """Remember in a root which MLflow run a generation of this run belongs to."""
+    def note(self, generation: Generation, **changed: Any) -> None:
+        """Remember in a root which MLflow run a generation of this run belongs to; changed: of what `track` noted."""
+        self._note |= changed
         ids = {"job": self.job, "handle": self.tracker.handle, "run_id": self.tracker.run_id}
         note_run(generation.root, generation.number, {**self._note, **ids})
 

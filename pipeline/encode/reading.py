@@ -1,0 +1,178 @@
+"""How a dataset's source is read: whether this run does as those before it, and texts that are read again.
+
+    stored rows of a unit --source--> texts        data files --rows with new texts--> commits of a newer generation
+
+Rows read again take their new place at once, commit by commit, as those of a compaction do. Until all have, the
+dataset's note says that it is under way: a run that would take it for done is refused. What the new reading rejects
+is rejected; what cannot be read just now stays as it is, and is to be done again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.encode.config import EncodeJobConfig
+from pipeline.encode.plan import recipe
+from pipeline.encode.stages import UnitReader
+from pipeline.errors import ConflictError, StoppedError
+from pipeline.source.reasons import Reason
+from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import Generation, last_recipe
+from pipeline.store.ledger.rowset import RowSet
+from pipeline.store.ledger.state import read_state
+from pipeline.store.plan import Work
+from pipeline.store.read.dataset import LatentDataset
+from pipeline.store.schema import LATENTS, REJECTS
+from pipeline.store.writer import Committer
+
+_log = logging.getLogger(__name__)
+
+# -- Whether a run reads its source as the runs before it did: what the fingerprint cannot hold, as it may grow
+
+
+# Settings of a source that decide what is stored of a row, or under which name; all others bound it, or say where it
+# is. Of a folder what metadata say is part of each entry: there a changed value is a changed file, encoded anew.
+_READ_AS = ("name", "image", "images", "caption", "label", "extra", "exif", "status", "filter")
+_OF_A_FOLDER = ("name", "label_from")
+REREADING = "rereading"  # a key of a recipe: not all rows have been read that way
+
+
+def check_same_reading(config: EncodeJobConfig, root: Root) -> None:
+    """ConflictError where a dataset would hold rows that were read in two ways; names every setting that differs.
+
+    Classes may be added behind those there are. A filter or status may change for the rows that are tried again.
+    """
+    before, now = last_recipe(root), recipe(config)
+    if not before:
+        return
+    if before.get(REREADING) and not config.encode.reread:
+        raise ConflictError(
+            f"A run that read the texts of {root.uri} again did not finish: its rows were read in two ways",
+            key="encode.reread",
+            value=[],
+            rule="such a run is finished before any other",
+            next_step="run with the settings that it had and encode.reread=[captions]",
+        )
+    changes: list[tuple[str, Any, Any]] = []
+    old, new = (r if isinstance(r, list) else [r] for r in (i["image"]["resolution"] for i in (before, now)))
+    if old != new:  # the fingerprint has the same sizes, yet not their order, which numbers the variants
+        changes.append(("image.resolution", old, new))
+    there, here = before["source"], now["source"]
+    if there.get("kind") == here["kind"]:
+        retried = {"filter": Reason.ROW_FILTER, "status": Reason.SOURCE_STATUS}
+        changes += [
+            (f"source.{name}", there[name], here[name])
+            for name in (_OF_A_FOLDER if here["kind"] == "folder" else _READ_AS)
+            # What an earlier release did not know of cannot differ.
+            if name in there and name in here and there[name] != here[name]
+            if retried.get(name) not in config.encode.retry_rejects
+            if not (config.encode.reread and name in _TEXTS)
+        ]
+        known = there.get("classes", [])
+        if here["kind"] != "folder" and here["classes"][: len(known)] != known and not config.encode.reread:
+            changes.append(("source.classes", known[:20], here["classes"][:20]))
+    if changes:
+        shown = "\n".join(f"    {name}: {old} there, {new} here" for name, old, new in changes)
+        raise ConflictError(
+            f"{root.uri} has rows that were read in another way; the differing settings are\n{shown}",
+            key="output.uri",
+            value=root.uri,
+            rule="what is stored of a row, its name, its label and its variant's number mean the same in all rows of "
+            "a dataset; classes are only added at the end",
+            next_step="restore the settings, or choose another output.uri; encode.reread=[captions] reads captions, "
+            "labels and further fields again, rows that a filter or a status left out are tried again by "
+            "encode.retry_rejects=[row_filter] or [source_status]",
+        )
+    if before["source"].get("uri") != now["source"]["uri"]:
+        _log.warning(
+            "the run before read %s: what has the same key there and in %s counts as one object, the newer one stays",
+            before["source"].get("uri"),
+            now["source"]["uri"],
+        )
+
+
+# -- Texts read again ---------------------------------------------------------------------------------------------
+
+
+_TEXTS = ("caption", "label", "extra")
+_TOLD = ("row", "key", *_TEXTS, "status", "reason", "message")
+_COMMIT_BYTES = 256 << 20
+
+
+def reread(
+    config: EncodeJobConfig, generation: Generation, on_rows: Callable[[int], None] = lambda count: None
+) -> int:
+    """Read every stored row's texts again, under a generation that holds the dataset; how many rows that were.
+
+    ConflictError when another run takes over, StoppedError when rows could not be read. Memory: that of a commit, and
+    of a unit.
+    """
+    root, encode = generation.root, config.encode
+    dataset = LatentDataset.open(root.uri)
+    meta = {"latentloom.generation": str(generation.number)}
+    committer = Committer(root, generation.number, encode.row_group_bytes, encode.latent_dtype, meta)
+    stored, plan = read_state(root).stored, dataset.state.plan
+    waiting: list[pa.Table] = []
+    outcomes: list[dict[str, Any]] = []
+    done = unread = 0
+
+    def commit() -> None:
+        generation.check()
+        rows = pa.concat_tables(waiting) if waiting else LATENTS.empty_table()
+        committer.commit(rows, pa.Table.from_pylist(outcomes, schema=REJECTS), {})
+        waiting.clear()
+        outcomes.clear()
+
+    for unit in stored.units().tolist():
+        reader = UnitReader(root, config.source, {unit: plan.locate(unit)})
+        told = _told(reader, Work(unit, tuple(stored.of_unit(unit))))
+        left_out = [values for values in told.values() if values["status"] != "ok"]
+        later = [values for values in left_out if Reason(values["reason"]).retryable]
+        outcomes += [_outcome(unit, values, config.source.uri) for values in left_out if values not in later]
+        unread += len(later)
+        for values in later:
+            del told[values["row"]]
+        waiting += _rows(dataset, unit, stored, told)
+        done += len(told)
+        on_rows(done)
+        if sum(table.nbytes for table in waiting) >= _COMMIT_BYTES or len(outcomes) >= encode.fragment_rows:
+            commit()
+    commit()
+    if unread:
+        raise StoppedError(
+            f"{unread:,} rows could not be read again, {done:,} were",
+            rule="their latents and texts are kept as they were",
+            next_step="run the same command again when the source can be read, or with encode.on_removed=drop where it "
+            "is gone for good",
+        )
+    return done
+
+
+def _told(reader: UnitReader, work: Work) -> dict[int, dict[str, Any]]:
+    """What the source says now of the wanted rows of a unit."""
+    blocks = (block.select(_TOLD).to_pylist() for block in reader(work))
+    return {values["row"]: values for block in blocks for values in block if values["row"] >= 0}
+
+
+def _outcome(unit: int, values: dict[str, Any], uri: str) -> dict[str, Any]:
+    kept = {name: values[name] for name in ("row", "key", "reason", "message")}
+    return {**kept, "unit": unit, "uri": f"{uri}/{values['key']}", "outcome": values["status"]}
+
+
+def _rows(dataset: LatentDataset, unit: int, stored: RowSet, told: dict[int, dict[str, Any]]) -> Iterator[pa.Table]:
+    """The unit's rows with their new texts; without those of which the source says nothing now, or a reason."""
+    for index, _ in dataset.groups_within(unit, unit + 1):
+        table = dataset.read(index, None)
+        units, rows = table["unit"].to_pylist(), table["row"].to_pylist()
+        sound = [u == unit and r in told and told[r]["status"] == "ok" for u, r in zip(units, rows, strict=True)]
+        table = table.filter(pa.array(sound))
+        for name in _TEXTS:
+            values = [told[row][name] for row in table["row"].to_pylist()]
+            at = table.schema.get_field_index(name)
+            table = table.set_column(at, table.schema.field(name), pa.array(values, table.schema.field(name).type))
+        if len(table):
+            yield table

@@ -1,0 +1,147 @@
+"""Texts read again beside latents that stay: which rows have which, whatever ends the run meanwhile."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.encode import reading
+from pipeline.errors import ConfigError, ConflictError, StoppedError
+from pipeline.store.maintain.verify import verify
+from pipeline.store.read.dataset import LatentDataset
+from tests.support.encode_here import encode_here
+from tests.support.images import make_codec, make_images
+
+AGAIN = {"source__caption": "alt", "source__label": "kind", "source__extra": "[sim]", "encode__reread": "[captions]"}
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    images = [p.read_bytes() for p in sorted(make_images(tmp_path / "images", 12).glob("*.png"))]
+    (tmp_path / "tables").mkdir()
+    for file in range(3):
+        part = images[4 * file : 4 * file + 4]
+        numbers = range(4 * file, 4 * file + 4)
+        columns = {
+            "image": part,
+            "text": [f"text {n}" for n in numbers],
+            "alt": [f"alt {n}" for n in numbers],
+            "kind": [float(n % 3) for n in numbers],
+            "sim": [n / 8 for n in numbers],
+        }
+        pq.write_table(pa.table(columns), tmp_path / f"tables/{file}.parquet", row_group_size=2)
+    return {
+        "source__kind": "parquet",
+        "source__uri": tmp_path / "tables",
+        "image__resolution": 32,
+        "image__multiple_of": 4,
+        "image__flip": True,
+        "codec__path": make_codec(tmp_path / "codec"),
+        "output__uri": tmp_path / "latents",
+    }
+
+
+def rows(settings: dict[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
+    dataset = LatentDataset.open(str(settings["output__uri"]))
+    found = [row for group in dataset.row_groups for row in dataset.read(group.index, None).to_pylist()]
+    assert len({(row["key"], row["variant"]) for row in found}) == len(found)
+    return {(row["key"], row["variant"]): row for row in found}
+
+
+def without_texts(found: dict[tuple[str, int], dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
+    return {
+        key: {name: value for name, value in row.items() if name not in ("caption", "label", "extra")}
+        for key, row in found.items()
+    }
+
+
+def no_encoder(*_: Any, **__: Any) -> None:
+    pytest.fail("a pixel would be encoded")
+
+
+def test_texts_are_new_and_latents_are_those_there_were(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode_here(monkeypatch, **settings)
+    before = rows(settings)
+    assert {row["caption"] for row in before.values()} == {f"text {n}" for n in range(12)}
+    with monkeypatch.context() as patch:
+        patch.setattr("tests.support.encode_here.Encoder", no_encoder)
+        assert encode_here(monkeypatch, **settings | AGAIN).status == "done"
+    after = rows(settings)
+    assert without_texts(after) == without_texts(before)
+    assert len(after) == 24
+    for n, key in enumerate(sorted({key for key, _ in after})):
+        for variant in (0, 1):
+            row = after[key, variant]
+            assert (row["caption"], row["label"], row["extra"]) == (f"alt {n}", n % 3, f'{{"sim":{n / 8}}}')
+    assert verify(str(settings["output__uri"]), "checksums").problems == []
+    # From now on that is how it is read.
+    settled = {name: value for name, value in AGAIN.items() if name != "encode__reread"}
+    assert encode_here(monkeypatch, **settings | settled).status == "unchanged"
+    with pytest.raises(ConflictError, match=r"caption: alt there, text here(.|\n)*encode\.reread=\[captions\]"):
+        encode_here(monkeypatch, **settings)
+
+
+def test_a_run_that_died_meanwhile_is_finished_before_any_other(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode_here(monkeypatch, **settings)
+    before = rows(settings)
+
+    class Killed(BaseException):
+        pass
+
+    real = reading._told
+    seen: list[int] = []
+
+    def dies(reader: Any, work: Any) -> Any:
+        seen.append(work.unit)
+        if len(seen) == 3:
+            raise Killed
+        return real(reader, work)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reading, "_told", dies)
+        patch.setattr(reading, "_COMMIT_BYTES", 1)
+        with pytest.raises(Killed):
+            encode_here(monkeypatch, **settings | AGAIN)
+    mixed = {row["caption"].split()[0] for row in rows(settings).values()}
+    assert mixed == {"text", "alt"}
+    for other in ({}, {name: value for name, value in AGAIN.items() if name != "encode__reread"}):
+        with pytest.raises(ConflictError, match="did not finish: its rows were read in two ways"):
+            encode_here(monkeypatch, **settings | other)
+    assert encode_here(monkeypatch, **settings | AGAIN).status == "done"
+    after = rows(settings)
+    assert without_texts(after) == without_texts(before)
+    assert {row["caption"].split()[0] for row in after.values()} == {"alt"}
+
+
+def test_what_cannot_be_read_now_stays_and_what_the_new_reading_rejects_goes(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    encode_here(monkeypatch, **settings)
+    path = tmp_path / "tables/1.parquet"
+    times = path.stat().st_mtime_ns
+    os.rename(path, tmp_path / "gone")
+    with pytest.raises(StoppedError, match="4 rows could not be read again, 8 were"):
+        encode_here(monkeypatch, **settings | AGAIN)
+    os.rename(tmp_path / "gone", path)
+    assert path.stat().st_mtime_ns == times
+    wrong = AGAIN | {"source__label": "sim", "encode__reject_budget": 1}
+    counts = encode_here(monkeypatch, **settings | wrong).counts
+    # Whole numbers of eighths are labels, all others are none.
+    assert (counts["latents"], counts["rejected.bad_metadata"]) == (2, 10)
+
+
+def test_of_a_folder_a_changed_text_is_a_changed_file(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = {"source__kind": "folder", "source__uri": tmp_path / "images"}
+    with pytest.raises(ConfigError, match="a changed text is a changed file"):
+        encode_here(monkeypatch, **settings | folder | {"encode__reread": "[captions]"})
