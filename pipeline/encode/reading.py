@@ -146,8 +146,8 @@ def reread(
         raise StoppedError(
             f"{unread:,} rows could not be read again, {done:,} were",
             rule="their latents and texts are kept as they were",
-            next_step="run the same command again when the source can be read, or with encode.on_removed=drop where it "
-            "is gone for good",
+            next_step="run the same command again when the source can be read, or with encode.on_removed=drop where "
+            "it is gone for good",
         )
     return done
 

@@ -89,10 +89,12 @@ def storage_errors() -> tuple[type[Exception], ...]:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or seen.__context__
+    cause: BaseException | None = error
+    seen: set[int] = set()  # an error that is raised again while one that it caused is handled is its own cause
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def _response(error: BaseException) -> tuple[int | None, str]:

@@ -51,6 +51,7 @@ def refuse_or_warn(uri: str) -> None:
 
 S3 = ("s3", "s3a")
 GCS = {"gs", "gcs"}
+WEB = ("http", "https")
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10.0, 30.0
 # A body that the store does not take at this rate, after the first half minute, is sent again.
 SLOWEST_BYTES_PER_S = 256 << 10
@@ -78,6 +79,10 @@ def make_filesystem(uri: str, scheme: str) -> Any:
     import fsspec
     from fsspec.config import conf
 
+    if scheme in WEB:
+        from pipeline.storage.web import client  # aiohttp is slow to import, and few need it
+
+        return fsspec.core.url_to_fs(uri, get_client=client)[0]
     if scheme not in S3:
         return fsspec.core.url_to_fs(uri)[0]
     settings = {"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": READ_TIMEOUT_S}
@@ -93,6 +98,16 @@ def read_whole(fs: Any, path: str) -> bytes:
     # Without this S3 asks for the size first, which doubles the requests for small objects.
     one_stream = {"max_concurrency": 1} if "s3" in _protocols(fs) else {}
     data: bytes = fs.cat_file(path, **one_stream)
+    return data
+
+
+def read_part(fs: Any, path: str, within: str, start: int, length: int) -> bytes:
+    """`length` bytes of an object from an offset, fewer at its end. within: the root that no redirect may leave."""
+    if set(WEB) & set(_protocols(fs)):
+        from pipeline.storage.web import read
+
+        return read(fs, path, within, start, length)
+    data: bytes = fs.cat_file(path, start=start, end=start + length)
     return data
 
 

@@ -44,6 +44,7 @@ from pipeline.storage.remote import (
     make_filesystem,
     put_whole,
     read_if_match,
+    read_part,
     read_whole,
     refuse_or_warn,
     single_writer,
@@ -178,7 +179,7 @@ class Root:
             with open(self._path(key), "rb") as file:
                 file.seek(start)
                 return file.read(length)
-        return cast(bytes, self._retry(lambda: self.fs.cat_file(self._path(key), start=start, end=start + length)))
+        return self._retry(lambda: read_part(self.fs, self._path(key), self.uri, start, length))
 
     def read_version(self, key: str, version: Version, start: int = 0, length: int | None = None) -> bytes:
         """Bytes of an object as it was listed, all of them or a range; ObjectChanged when it is another one now.
@@ -275,7 +276,6 @@ class Root:
             except OSError as error:
                 if not isinstance(error, FileNotFoundError) and error.errno != errno.ELOOP:
                     raise
-                # No link to nowhere, nor round in a circle: it went between the look at the directory and at it.
                 if dangling and self._local and os.path.islink(self._path(key)):
                     yield ObjectInfo(key, 0, None, None)
                 continue

@@ -109,6 +109,8 @@ def feed(
     on_ready()
     before, cpu, began = monitor.state.totals()[0], time.process_time(), time.perf_counter()
     time.sleep(seconds)
+    while monitor.state.totals()[0].get("rows", 0) < before["rows"] + 2 * batch:  # few large sources: a longer look
+        time.sleep(0.05)
     after, cpu, wall = monitor.state.totals()[0], time.process_time() - cpu, time.perf_counter() - began
     stop.set()
     images = after["rows"] - before["rows"]

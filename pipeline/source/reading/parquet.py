@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from urllib.parse import unquote
 
 from pipeline.errors import PipelineError
 from pipeline.source.config import ParquetSource
@@ -56,6 +57,11 @@ class UriReader:
 
     @staticmethod
     def _checked(root: Root, key: str) -> tuple[Root, str] | None:
+        decoded, before = key, ""
+        while decoded != before:  # a server decodes %2e%2e, and some of them %252e twice
+            decoded, before = unquote(decoded), decoded
+        if ".." in decoded.replace("\\", "/").split("/"):
+            return None
         try:
             # "./a" and "a//b" are written by many and mean what they seem to; ".." is refused.
             return root, check_key("/".join(part for part in key.split("/") if part not in ("", ".")))

@@ -195,6 +195,8 @@ def _resolved(path: Path) -> Path:
 
 def failure_of(error: Exception) -> Failure:
     """What a failed read means for the row."""
+    if type(error).__name__ == "PlaceRefused":  # of a module that only readers of the web import
+        return Failure(Reason.URI_REFUSED, str(error))
     return Failure(Reason.MISSING if isinstance(error, FileNotFoundError) else Reason.READ_FAILED, describe(error))
 
 
