@@ -116,7 +116,7 @@ class ImageDecoder:
                 self.busy_s += time.perf_counter() - began
 
 
-_BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 32 << 20  # of compressed images, that travel from a read task to an encoder
 _REPORT_S = 1.0
 ENCODER = "encoder"  # the stage, as the monitor knows it
 
@@ -160,7 +160,7 @@ class UnitReader:
         for item in keyed(read_unit(self.source, entries, work.ranges), "source"):
             block.append(item)
             size += len(item.image or b"") if isinstance(item, SourceRow) else 0
-            if len(block) >= self.block_rows or size >= _BLOCK_BYTES:
+            if len(block) >= self.block_rows or size >= BLOCK_BYTES:
                 yield raw_table(work.unit, block)
                 block, size = [], 0
         if block:

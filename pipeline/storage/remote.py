@@ -104,10 +104,13 @@ def read_whole(fs: Any, path: str) -> bytes:
 def read_part(fs: Any, path: str, within: str, start: int, length: int) -> bytes:
     """`length` bytes of an object from an offset, fewer at its end. within: the root that no redirect may leave."""
     if set(WEB) & set(_protocols(fs)):
+        from fsspec.asyn import sync
+
         from pipeline.storage.web import read
 
-        return read(fs, path, within, start, length)
-    data: bytes = fs.cat_file(path, start=start, end=start + length)
+        data: bytes = sync(fs.loop, read, fs, path, within, start, length)
+    else:
+        data = fs.cat_file(path, start=start, end=start + length)
     return data
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import DefaultResolver
-from fsspec.asyn import sync
 from yarl import URL
 
 from pipeline.storage.remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, SLOWEST_BYTES_PER_S
@@ -59,19 +58,14 @@ async def client(**options: Any) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(**{"timeout": limits, "connector": connector, **options})
 
 
-def read(fs: Any, url: str, within: str, start: int, length: int) -> bytes:
+async def read(fs: Any, url: str, within: str, start: int, length: int) -> bytes:
     """`length` bytes from an offset, fewer at the end. within: the URI that a redirect must not leave.
 
     Raises PlaceRefused, FileNotFoundError, TimeoutError, and what aiohttp raises.
     """
-    seconds = READ_TIMEOUT_S + length / SLOWEST_BYTES_PER_S
-    data: bytes = sync(fs.loop, _read, fs, url, within, start, length, seconds)
-    return data
-
-
-async def _read(fs: Any, url: str, within: str, start: int, length: int, seconds: float) -> bytes:
     session: aiohttp.ClientSession = await fs.set_session()
     headers = {"Range": f"bytes={start}-{start + length - 1}", "Accept-Encoding": "identity"}
+    seconds = READ_TIMEOUT_S + length / SLOWEST_BYTES_PER_S
     timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=CONNECT_TIMEOUT_S, sock_read=READ_TIMEOUT_S)
     place = fs.encode_url(url)
     try:

@@ -39,7 +39,7 @@ from typing import Any
 from pipeline.codec.config import CodecConfig
 from pipeline.encode.plan import PEAK_TFLOPS
 from pipeline.encode.rows import raw_table
-from pipeline.encode.stages import EncodeBlocks, EncoderSpec
+from pipeline.encode.stages import BLOCK_BYTES, EncodeBlocks, EncoderSpec
 from pipeline.source.config import ImageConfig
 from pipeline.source.reading.rows import SourceRow
 from tests.benchmarks import report
@@ -51,7 +51,6 @@ from tests.support.paced import flops, install
 Size = tuple[int, int]
 CALLS = 3  # blocks that an actor has at a time, as in the job
 NEVER_SLOWER = 1e9  # TFLOP/s
-_ROWS = 64
 _RATE = 250  # samples a second
 HEADS = (
     *("px", "source MP", "CPU ms", "GPU ms", "cores a GPU", "lock ms", "of it decoding", "a process images/s"),
@@ -96,10 +95,11 @@ def feed(
     )
     actor = EncodeBlocks(spec, monitor)
     data, stop = jpeg.read_bytes(), threading.Event()
+    rows = range(min(1024, max(1, BLOCK_BYTES // len(data))))  # as a read task cuts them
 
     def call(number: int) -> None:
         for unit in _numbers(number, stop):
-            actor(raw_table(unit, [SourceRow(row, f"{unit}-{row}", data, source="s") for row in range(_ROWS)]))
+            actor(raw_table(unit, [SourceRow(row, f"{unit}-{row}", data, source="s") for row in rows]))
 
     callers = [threading.Thread(target=call, args=[number], name=f"call {number}") for number in range(CALLS)]
     for caller in callers:

@@ -10,6 +10,7 @@ clock for whatever waits. Its address space is limited. A parent that dies close
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import queue
@@ -21,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import IO, Any, Generic, TypeVar
 
 _CHUNK = 1 << 20
@@ -31,14 +33,13 @@ class Child:
     """One child process and its pipes, used by one thread at a time."""
 
     def __init__(self, module: str, memory_mb: int) -> None:
-        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
         self.memory_mb = memory_mb
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, str(memory_mb)],
+            [sys.executable, "-P", "-m", module, str(memory_mb)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=environment,
+            env=_environment(),
             bufsize=0,
         )
 
@@ -86,6 +87,18 @@ class Child:
                 raise EOFError
             out += part
         return bytes(out)
+
+
+def _environment() -> dict[str, str]:
+    """What a child gets: where modules are, and nothing of the parent's secrets.
+
+    Where this package lies comes last: in a checkout that is the current directory, whose files must not pass for
+    installed ones.
+    """
+    home = str(Path(__file__).parents[3])
+    places = [place for place in sys.path if place and os.path.realpath(place) not in (os.getcwd(), home)]
+    libraries = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    return {**libraries, "PYTHONPATH": os.pathsep.join([*places, home]), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 C = TypeVar("C", bound=Child)
@@ -159,13 +172,29 @@ def read_header(pipe: IO[bytes]) -> dict[str, Any]:
 
 
 def limited_pipes(memory_mb: int) -> tuple[IO[bytes], IO[bytes]]:
-    """(from the parent, to the parent), with this process's address space limited from here on."""
+    """(from the parent, to the parent); from here on this process has limits, no network and no way to rights."""
     source, sink = os.fdopen(0, "rb", buffering=0), os.fdopen(1, "wb", buffering=0)
     # Signals of a terminal or a scheduler are for the parent, whose end closes our pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    _confine()
     return source, sink
+
+
+_PR_SET_NO_NEW_PRIVS = 38
+_CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
+
+
+def _confine() -> None:
+    """Linux: no program gains rights, and a network without any device, where the kernel gives one to everybody."""
+    if not sys.platform.startswith("linux"):
+        return
+    system = ctypes.CDLL(None, use_errno=True)
+    system.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    if system.unshare(_CLONE_NEWNET):  # only a superuser may by itself
+        system.unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
 
 
 def alarms(cpu_s: float, wall_s: float) -> None:

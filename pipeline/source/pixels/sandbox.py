@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.source.config import ImageConfig
 from pipeline.source.pixels.child_process import Child, Pool, alarms, limited_pipes, read_exactly, read_header, send
-from pipeline.source.pixels.render import Placement, Rendered, Rendering, render
+from pipeline.source.pixels.render import Placement, Rendered, Rendering, bucket_sizes, render
 from pipeline.source.reasons import DecodeError, Reason
 
 _WALL_PER_CPU = 10.0
@@ -54,7 +54,9 @@ class _Decoder(Child):
         try:
             self.send(header, [data])
             answer = self.receive_header(deadline)
-            pixels = [self.receive(size, deadline) for size in answer["sizes"]]
+            if "reason" in answer:
+                raise DecodeError(Reason(answer["reason"]), str(answer["message"])[:500])
+            return self._rendering(answer, image, deadline)
         except (EOFError, BrokenPipeError):
             code, cpu_s = self.exit_code(), image.decode_cpu_s
             if code in (-signal.SIGPROF, -signal.SIGALRM):  # its own alarms
@@ -62,16 +64,25 @@ class _Decoder(Child):
                 raise DecodeError(Reason.DECODE_TIMEOUT, f"decoding took more than {limit}") from None
             end = f"signal {-code}" if code < 0 else f"exit code {code}"
             raise DecodeError(Reason.DECODER_CRASHED, f"the decoding process ended by {end}") from None
-        if "reason" in answer:
-            raise DecodeError(Reason(answer["reason"]), answer["message"])
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            self.kill()  # no answer of ours: whoever speaks there is not to be asked again
+            raise DecodeError(
+                Reason.DECODER_CRASHED, f"the decoding process gave no answer: {error!r}"[:200]
+            ) from None
+
+    def _rendering(self, answer: dict[str, Any], image: ImageConfig, deadline: float) -> Rendering:
+        """The pixels that an answer announces, each of the size of a bucket."""
         outputs = []
-        for output, raw in zip(answer["outputs"], pixels, strict=True):
-            bucket, top, left, height, width = output["placement"]
-            array = np.frombuffer(raw, np.uint8).reshape(*bucket, 3)
-            placement = Placement((bucket[0], bucket[1]), top, left, height, width)
-            original = (output["original"][0], output["original"][1])
-            outputs.append(Rendered(output["index"], array, placement, original))
-        return Rendering(tuple(outputs), answer["phash"])
+        for output in answer["outputs"]:
+            index, (bucket, top, left, height, width) = int(output["index"]), output["placement"]
+            size = (int(bucket[0]), int(bucket[1]))
+            if size not in bucket_sizes(image, image.resolutions[index]):
+                raise ValueError(f"pixels of {size}")
+            array = np.frombuffer(self.receive(3 * size[0] * size[1], deadline), np.uint8).reshape(*size, 3)
+            placement = Placement(size, int(top), int(left), int(height), int(width))
+            original = (int(output["original"][0]), int(output["original"][1]))
+            outputs.append(Rendered(index, array, placement, original))
+        return Rendering(tuple(outputs), None if answer["phash"] is None else int(answer["phash"]))
 
 
 children: Pool[_Decoder] = Pool(lambda memory_mb: _Decoder("pipeline.source.pixels.sandbox", memory_mb))
@@ -95,9 +106,9 @@ def _answer(header: dict[str, Any], data: bytes) -> tuple[dict[str, Any], list[b
     try:
         rendering = render(data, bytes.fromhex(header["sample_id"]), header["hint"], _config(header["image"]))
     except DecodeError as error:
-        return {"reason": error.reason.value, "message": error.message, "sizes": []}, []
+        return {"reason": error.reason.value, "message": error.message}, []
     except MemoryError:
-        return {"reason": Reason.DECODE_MEMORY.value, "message": "out of memory", "sizes": []}, []
+        return {"reason": Reason.DECODE_MEMORY.value, "message": "out of memory"}, []
     blobs = [o.pixels.tobytes() for o in rendering.outputs]
     outputs = [
         {
@@ -113,7 +124,7 @@ def _answer(header: dict[str, Any], data: bytes) -> tuple[dict[str, Any], list[b
         }
         for o in rendering.outputs
     ]
-    return {"outputs": outputs, "phash": rendering.phash, "sizes": [len(b) for b in blobs]}, blobs
+    return {"outputs": outputs, "phash": rendering.phash}, blobs
 
 
 def _serve(memory_mb: int) -> None:

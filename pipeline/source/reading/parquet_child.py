@@ -79,6 +79,11 @@ def _run(read: ReadRange, source: ParquetSource, task: dict[str, Any]) -> Iterat
             raise TableError(Reason.DECODE_TIMEOUT, f"no row came in {_CPU_S:g} CPU seconds") from None
         end = f"signal {-code}" if code < 0 else f"exit code {code}"
         raise TableError(Reason.DECODER_CRASHED, f"the process that read the file ended by {end}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        # No answer of ours: `finished` is not set, so whoever speaks there is not asked again.
+        raise TableError(
+            Reason.DECODER_CRASHED, f"the process that read the file gave no answer: {error!r}"
+        ) from None
     finally:
         if finished:
             children.give_back(child)

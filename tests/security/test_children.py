@@ -1,0 +1,102 @@
+"""What a child that decodes or parses may do, and what becomes of one that answers what it should not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.source.config import ImageConfig
+from pipeline.source.pixels import sandbox
+from pipeline.source.pixels.child_process import Pool, _environment
+from pipeline.source.pixels.prepare import Reject, prepare
+from pipeline.source.reading.rows import SourceRow
+from pipeline.source.reasons import Reason
+from tests.security.hostile_images import encoded
+
+pytestmark = pytest.mark.integration
+ROOT = Path(__file__).parents[2]
+CONFIG = ImageConfig(resolution=16, multiple_of=1, max_upscale=1e6, isolate="all")
+
+
+def in_a_child(code: str) -> str:
+    """What a confined process prints when it tries something."""
+    program = f"""
+import os, sys
+from pipeline.source.pixels.child_process import limited_pipes
+pipes = limited_pipes(2048)
+try:
+    {code}
+except BaseException as error:
+    print(type(error).__name__, error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+def test_a_child_sees_none_of_the_parents_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted")
+    assert set(_environment()) <= {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "LD_LIBRARY_PATH"}
+
+
+def test_a_child_writes_no_file_and_gains_no_rights(tmp_path: Path) -> None:
+    assert "File too large" in in_a_child(f"open({str(tmp_path / 'x')!r}, 'w').write('1' * 99999)")
+    status = in_a_child("print(open('/proc/self/status').read())")
+    assert "NoNewPrivs:\t1" in status
+
+
+def test_a_child_has_no_network() -> None:
+    interfaces = in_a_child("print(sorted(os.listdir('/proc/self/net')), open('/proc/self/net/dev').read())")
+    if "eth0" in interfaces or "ens" in interfaces:
+        pytest.skip("this kernel gives no network of its own to a process without rights")
+    assert "OSError" in in_a_child("import socket; socket.create_connection(('127.0.0.1', 9), 2)")
+    assert "unreachable" in in_a_child("import socket; socket.create_connection(('192.0.2.1', 9), 2)")
+
+
+@pytest.mark.parametrize("name", ["numpy", "PIL"])
+def test_files_of_the_current_directory_are_no_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').write('yes')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))  # as python -m has it
+    monkeypatch.setattr(
+        sandbox, "children", Pool(lambda memory: sandbox._Decoder("pipeline.source.pixels.sandbox", memory))
+    )
+    found = prepare(SourceRow(0, "a.png", encoded("PNG")), CONFIG)
+    assert isinstance(found, list)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        {"outputs": [{"index": 0, "placement": [[1 << 20, 1 << 20], 0, 0, 1, 1], "original": [1, 1]}], "phash": None},
+        {"outputs": [{"index": 9, "placement": [[16, 16], 0, 0, 1, 1], "original": [1, 1]}], "phash": None},
+        {"outputs": "x", "phash": None},
+        {"reason": "no such reason", "message": ""},
+    ],
+)
+def test_an_answer_that_is_none_is_a_reject_and_the_childs_end(
+    monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]
+) -> None:
+    ended = []
+
+    class Lies(sandbox._Decoder):
+        def receive_header(self, deadline: float) -> dict[str, Any]:
+            super().receive_header(deadline)
+            return answer
+
+        def kill(self) -> None:
+            ended.append(self)
+            super().kill()
+
+    monkeypatch.setattr(sandbox, "children", Pool(lambda memory: Lies("pipeline.source.pixels.sandbox", memory)))
+    found = prepare(SourceRow(0, "a.png", encoded("PNG")), CONFIG)
+    assert isinstance(found, Reject)
+    assert found.reason is Reason.DECODER_CRASHED
+    assert ended
