@@ -23,7 +23,7 @@ from typing import Any, NoReturn, TextIO
 from jobs._supervise import Ending, supervised
 from pipeline.config import StrictModel, dump_yaml, help_text, load_config
 from pipeline.dataflow.device_faults import device_fault, stopped_by
-from pipeline.errors import StoppedError
+from pipeline.errors import StoppedError, visible
 from pipeline.result import JobResult
 from pipeline.storage.errors import job_error
 from pipeline.tracking.uris import Redactor
@@ -62,7 +62,10 @@ def main(job: Job, argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("--print-config", action="store_true")
     parser.add_argument("-h", "--help", action=_Help, job=job)
     arguments = parser.parse_args(argv)
-    sys.path.insert(0, os.getcwd())
+    # Modules of the current directory are found, plug-ins and this program's own in a checkout, but pass for no
+    # installed package: python -m puts it first.
+    here = os.getcwd()
+    sys.path[:] = [*(place for place in sys.path if os.path.realpath(place or here) != os.path.realpath(here)), here]
     # The pipeline's own messages go to standard error, as plain lines.
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Discreet("%(message)s"))
@@ -84,7 +87,7 @@ class _Discreet(logging.Formatter):
     """Messages without the secrets that this process knows."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return _redacted(super().format(record))
+        return visible(_redacted(super().format(record)))
 
 
 def _redacted(text: str) -> str:
@@ -92,7 +95,7 @@ def _redacted(text: str) -> str:
 
 
 def _say(job: Job, text: object) -> None:
-    print(_redacted(f"\n{job.name}: {text}"), file=sys.stderr, flush=True)
+    print(visible(_redacted(f"\n{job.name}: {text}")), file=sys.stderr, flush=True)
 
 
 class _Help(argparse.Action):
@@ -136,7 +139,7 @@ def _run(job: Job, arguments: argparse.Namespace) -> Ending:
         if known is not None:
             _say(job, known)
             return known.exit_code, _failure(job, known.exit_code, known.what, known.result)
-        print(_redacted(traceback.format_exc()), file=sys.stderr)
+        print(visible(_redacted(traceback.format_exc())), file=sys.stderr)
         _say(job, "this is a bug in latentloom; nothing committed was lost.")
         return 1, _failure(job, 1, f"{type(error).__name__}: {error}")
 

@@ -8,6 +8,7 @@ argument; what reaches a person at a terminal is one of these.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -93,6 +94,20 @@ def keyed(items: Iterable[T], keys: str | Mapping[str, str]) -> Iterator[T]:
     """The items of a leaf that works while they are asked for, under `argument_keys`."""
     with argument_keys(keys):
         yield from items
+
+
+# Control characters of both sets but line feed and tab, marks that turn the direction of text, and what is no text.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_FORGED = re.compile(r"^(?=[{\[])", re.MULTILINE)
+
+
+def visible(text: str) -> str:
+    """Text for a terminal or a log: names in it, which come from data, can neither act on it nor pass for an answer.
+
+    What is not seen is written as its number, and a line that begins as JSON does is indented.
+    """
+    shown = _UNSEEN.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    return _FORGED.sub("  ", shown)
 
 
 class ConfigError(PipelineError):
