@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import ConfigError, InputError
 from pipeline.sample.requests import FIELDS
 
+_MAX_ROWS, _MAX_BYTES = 20_000_000, 1 << 30
 SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 
 
@@ -54,8 +55,7 @@ def read_columns(data: bytes, kind: str, origin: str) -> Cells:
     """All rows of a request file; InputError when it cannot be read at all."""
     try:
         if kind == "parquet":
-            table = pq.read_table(io.BytesIO(data))
-            return Cells({name: table[name].to_pylist() for name in table.column_names})
+            return _read_parquet(data)
         text = data.decode("utf-8-sig")
         if kind == "csv":
             return _read_csv(text)
@@ -83,6 +83,31 @@ def read_columns(data: bytes, kind: str, origin: str) -> Cells:
             rule="Parquet, CSV with a header line, or one JSON object a line; text is UTF-8",
             next_step="correct the file, or set requests.format",
         ) from None
+
+
+def _read_parquet(data: bytes) -> Cells:
+    """Texts that repeat are one text in memory: a file of kilobytes may hold one of megabytes a million times."""
+    file = pq.ParquetFile(io.BytesIO(data))
+    groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+    size = sum(group.column(leaf).total_uncompressed_size for group in groups for leaf in range(group.num_columns))
+    if size > _MAX_BYTES or file.metadata.num_rows > _MAX_ROWS:
+        raise ValueError(
+            f"{file.metadata.num_rows} rows that unpack to {size} bytes, over {_MAX_ROWS} rows or {_MAX_BYTES} bytes"
+        )
+    texts = [f.name for f in file.schema_arrow if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
+    table = pq.read_table(io.BytesIO(data), read_dictionary=texts)
+    return Cells({name: _shared(table[name]) for name in table.column_names})
+
+
+def _shared(column: pa.ChunkedArray) -> list[Any]:
+    """The column's values; of dictionary-encoded ones every text once."""
+    if not pa.types.is_dictionary(column.type):
+        return list(column.to_pylist())
+    out: list[Any] = []
+    for chunk in column.chunks:
+        texts = chunk.dictionary.to_pylist()
+        out += [None if index is None else texts[index] for index in chunk.indices.to_pylist()]
+    return out
 
 
 def _read_csv(text: str) -> Cells:

@@ -52,7 +52,7 @@ TEXTS = "texts"  # another: the files beside an image whose text is its own, eac
 PROBLEM = "problem"  # another: what is wrong with the line that names the file
 
 
-@dataclass
+@dataclass(slots=True)
 class _Line:
     """What a line says of a file: its key, the canonical JSON of the fields, and whether the file has come."""
 
@@ -193,7 +193,8 @@ class FolderMetadata:
 
     def _json_lines(self, file: str) -> Iterator[tuple[int, Any, str]]:
         """(line, file name, canonical JSON) of each; where a line is broken, of what can be read of it."""
-        for number, line in enumerate(self._root.read_bytes(file).removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        for number, line in enumerate(io.BytesIO(self._root.read_bytes(file)), 1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if not line.strip():
                 continue
             record: dict[str, Any] = {}
