@@ -24,6 +24,8 @@ from pipeline.dataflow.resources import (
 from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.plan import for_workers, largest_bucket, planned_rows, rows_per_write
 from pipeline.encode.stages import (
+    CALLS,
+    CALLS_BESIDE_A_GPU,
     ENCODER,
     CommitRows,
     DecodeImages,
@@ -48,8 +50,6 @@ from pipeline.tracking.tracker import Tracker
 _TASK_RETRIES = 2
 # The same for tasks, which Ray by itself would repeat for ever; losing a node costs one, too.
 _PROCESS_RETRIES = 3
-# Blocks an actor has at a time: one whose images it takes, and others whose last batches wait for company.
-_CALLS = 3
 _LOG_S = 10.0
 _SHARES_S = 10.0
 
@@ -165,7 +165,8 @@ class _Encoding:
                 **repeats,
             )
         # Alone with a row under suspicion: whoever dies then has died of it.
-        resources, calls = self.resources, 1 if alone else _CALLS
+        resources = self.resources
+        calls = 1 if alone else CALLS_BESIDE_A_GPU if resources.num_gpus else CALLS
         dataset = map_on_actors(
             dataset,
             EncodeBlocks,

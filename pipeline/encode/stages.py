@@ -118,6 +118,9 @@ class ImageDecoder:
 
 BLOCK_BYTES = 32 << 20  # of compressed images, that travel from a read task to an encoder
 _REPORT_S = 1.0
+# Blocks an actor has at a time: one whose images it takes, and others whose last batches wait for company. Beside a
+# GPU, whose queue holds three batches of up to hundreds of images, as many images must be on their way.
+CALLS, CALLS_BESIDE_A_GPU = 3, 16
 ENCODER = "encoder"  # the stage, as the monitor knows it
 
 

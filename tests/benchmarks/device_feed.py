@@ -39,7 +39,7 @@ from typing import Any
 from pipeline.codec.config import CodecConfig
 from pipeline.encode.plan import PEAK_TFLOPS
 from pipeline.encode.rows import raw_table
-from pipeline.encode.stages import BLOCK_BYTES, EncodeBlocks, EncoderSpec
+from pipeline.encode.stages import BLOCK_BYTES, CALLS_BESIDE_A_GPU, EncodeBlocks, EncoderSpec
 from pipeline.source.config import ImageConfig
 from pipeline.source.reading.rows import SourceRow
 from tests.benchmarks import report
@@ -49,7 +49,6 @@ from tests.support.monitor import LocalMonitor
 from tests.support.paced import flops, install
 
 Size = tuple[int, int]
-CALLS = 3  # blocks that an actor has at a time, as in the job
 NEVER_SLOWER = 1e9  # TFLOP/s
 _RATE = 250  # samples a second
 HEADS = (
@@ -91,7 +90,7 @@ def feed(
         device=device,
         largest=(side, side),
         decoded=False,
-        calls=CALLS,
+        calls=CALLS_BESIDE_A_GPU,
     )
     actor = EncodeBlocks(spec, monitor)
     data, stop = jpeg.read_bytes(), threading.Event()
@@ -101,7 +100,8 @@ def feed(
         for unit in _numbers(number, stop):
             actor(raw_table(unit, [SourceRow(row, f"{unit}-{row}", data, source="s") for row in rows]))
 
-    callers = [threading.Thread(target=call, args=[number], name=f"call {number}") for number in range(CALLS)]
+    numbers = range(CALLS_BESIDE_A_GPU)
+    callers = [threading.Thread(target=call, args=[number], name=f"call {number}") for number in numbers]
     for caller in callers:
         caller.start()
     while monitor.state.totals()[0].get("rows", 0) < 2 * batch:
@@ -127,7 +127,7 @@ def _numbers(first: int, stop: threading.Event) -> Iterator[int]:
     unit = first
     while not stop.is_set():
         yield unit
-        unit += CALLS
+        unit += CALLS_BESIDE_A_GPU
 
 
 # -- All cases -------------------------------------------------------------------------------------------------
