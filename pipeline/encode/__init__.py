@@ -7,7 +7,8 @@ Flow, with what travels at each arrow and what a crash leaves::
     bytes --encoder actors: decode threads, VAE in batches of one shape--> latents + (unit, row)   (nothing)
     latents --write tasks: one fragment, one commit record--> visible rows                   (at most orphan files)
 
-`plan` says what all rows share and turns a listing into plan versions. `stages` are what runs on workers: reading,
+`plan` says what all rows share and turns a listing into plan versions. `reading` holds a dataset to one way of being
+read, and reads texts again beside latents that stay. `stages` are what runs on workers: reading,
 decoding beside the device, committing. `rows` says what becomes of a row, in Python and in the Arrow blocks between
 stages; `encoder` makes latents in batches that fill up across blocks: plain classes that know no Ray. `passes`
 describes the Ray Data execution and repeats it over the gaps until none are left or nothing moves; `job` plans and

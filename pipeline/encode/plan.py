@@ -22,6 +22,7 @@ from pipeline.source.pixels.render import bucket_sizes
 from pipeline.source.reading.listing import list_entries
 from pipeline.source.reasons import ENCODING
 from pipeline.storage.root import Root
+from pipeline.store.ledger.identity import read_identity
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State
 from pipeline.store.plan import (
@@ -166,7 +167,9 @@ def _check_something_came(config: EncodeJobConfig, state: State, result: JobResu
             next_step=f"look into {config.output.uri}/rejects: every row stands there with its reason",
         ).with_result(result)
     asked = [n for n in ("caption", "label", "extra") if getattr(source, n) and n in source.model_fields_set]
-    empty = [name for name in asked if state.num_stored and not LatentDataset.open(config.output.uri).has_any(name)]
+    root = Root(config.output.uri)
+    dataset = LatentDataset(root, read_identity(root), state) if asked and state.num_stored else None
+    empty = [name for name in asked if dataset is not None and not dataset.has_any(name)]
     if empty:
         names = " or ".join(f"a {name} ({getattr(source, name)!r})" for name in empty)
         raise RejectBudgetError(

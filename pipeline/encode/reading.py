@@ -10,20 +10,22 @@ is rejected; what cannot be read just now stays as it is, and is to be done agai
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.plan import recipe
 from pipeline.encode.stages import UnitReader
 from pipeline.errors import ConflictError, StoppedError
+from pipeline.source.config import SourceConfig
 from pipeline.source.reasons import Reason
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import Generation, last_recipe
 from pipeline.store.ledger.rowset import RowSet
-from pipeline.store.ledger.state import read_state
+from pipeline.store.maintain.compact import rows_in_span, shard_spans
 from pipeline.store.plan import Work
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.schema import LATENTS, REJECTS
@@ -37,7 +39,7 @@ _log = logging.getLogger(__name__)
 # Settings of a source that decide what is stored of a row, or under which name; all others bound it, or say where it
 # is. Of a folder what metadata say is part of each entry: there a changed value is a changed file, encoded anew.
 _READ_AS = ("name", "image", "images", "caption", "label", "extra", "exif", "status", "filter")
-_OF_A_FOLDER = ("name", "label_from")
+_OF_A_FOLDER = ("name",)
 REREADING = "rereading"  # a key of a recipe: not all rows have been read that way
 
 
@@ -99,8 +101,9 @@ def check_same_reading(config: EncodeJobConfig, root: Root) -> None:
 
 
 _TEXTS = ("caption", "label", "extra")
-_TOLD = ("row", "key", *_TEXTS, "status", "reason", "message")
+_TOLD = ("unit", "row", "key", *_TEXTS, "status", "reason", "message")
 _COMMIT_BYTES = 256 << 20
+Told = dict[tuple[int, int], dict[str, Any]]  # by unit and row: what the source says of it
 
 
 def reread(
@@ -108,40 +111,32 @@ def reread(
 ) -> int:
     """Read every stored row's texts again, under a generation that holds the dataset; how many rows that were.
 
-    ConflictError when another run takes over, StoppedError when rows could not be read. Memory: that of a commit, and
-    of a unit.
+    Works off the spans of rows that a compaction would, so every row group is read once. ConflictError when another
+    run takes over, StoppedError when rows could not be read. Memory: that of a commit.
     """
     root, encode = generation.root, config.encode
     dataset = LatentDataset.open(root.uri)
     meta = {"latentloom.generation": str(generation.number)}
     committer = Committer(root, generation.number, encode.row_group_bytes, encode.latent_dtype, meta)
-    stored, plan = read_state(root).stored, dataset.state.plan
-    waiting: list[pa.Table] = []
-    outcomes: list[dict[str, Any]] = []
+    stored = dataset.state.stored
     done = unread = 0
-
-    def commit() -> None:
+    for start, stop in list(shard_spans(dataset, _COMMIT_BYTES)):
         generation.check()
-        rows = pa.concat_tables(waiting) if waiting else LATENTS.empty_table()
-        committer.commit(rows, pa.Table.from_pylist(outcomes, schema=REJECTS), {})
-        waiting.clear()
-        outcomes.clear()
-
-    for unit in stored.units().tolist():
-        reader = UnitReader(root, config.source, {unit: plan.locate(unit)})
-        told = _told(reader, Work(unit, tuple(stored.of_unit(unit))))
-        left_out = [values for values in told.values() if values["status"] != "ok"]
-        later = [values for values in left_out if Reason(values["reason"]).retryable]
-        outcomes += [_outcome(unit, values, config.source.uri) for values in left_out if values not in later]
-        unread += len(later)
-        for values in later:
-            del told[values["row"]]
-        waiting += _rows(dataset, unit, stored, told)
-        done += len(told)
+        wanted = stored & RowSet.from_keys(np.array([start]), np.array([stop]))
+        told = _told(dataset, config.source, wanted)
+        left_out = {place: values for place, values in told.items() if values["status"] != "ok"}
+        rejected = [values for values in left_out.values() if not Reason(values["reason"]).retryable]
+        sound = {place: values for place, values in told.items() if place not in left_out}
+        rows = rows_in_span(dataset, (start, stop))
+        outcomes = [_outcome(values, config.source.uri) for values in rejected]
+        committer.commit(
+            LATENTS.empty_table() if rows is None else _with_texts(rows, sound),
+            pa.Table.from_pylist(outcomes, schema=REJECTS),
+            {},
+        )
+        unread += len(left_out) - len(rejected)
+        done += len(sound) + len(rejected)
         on_rows(done)
-        if sum(table.nbytes for table in waiting) >= _COMMIT_BYTES or len(outcomes) >= encode.fragment_rows:
-            commit()
-    commit()
     if unread:
         raise StoppedError(
             f"{unread:,} rows could not be read again, {done:,} were",
@@ -152,27 +147,27 @@ def reread(
     return done
 
 
-def _told(reader: UnitReader, work: Work) -> dict[int, dict[str, Any]]:
-    """What the source says now of the wanted rows of a unit."""
-    blocks = (block.select(_TOLD).to_pylist() for block in reader(work))
-    return {values["row"]: values for block in blocks for values in block if values["row"] >= 0}
+def _told(dataset: LatentDataset, source: SourceConfig, wanted: RowSet) -> Told:
+    """What the source says now of some rows."""
+    told: Told = {}
+    for unit in wanted.units().tolist():
+        reader = UnitReader(dataset.root, source, {unit: dataset.state.plan.locate(unit)})
+        for block in reader(Work(unit, tuple(wanted.of_unit(unit)))):
+            told |= {(v["unit"], v["row"]): v for v in block.select(_TOLD).to_pylist() if v["row"] >= 0}
+    return told
 
 
-def _outcome(unit: int, values: dict[str, Any], uri: str) -> dict[str, Any]:
-    kept = {name: values[name] for name in ("row", "key", "reason", "message")}
-    return {**kept, "unit": unit, "uri": f"{uri}/{values['key']}", "outcome": values["status"]}
+def _outcome(values: dict[str, Any], uri: str) -> dict[str, Any]:
+    kept = {name: values[name] for name in ("unit", "row", "key", "reason", "message")}
+    return {**kept, "uri": f"{uri}/{values['key']}", "outcome": values["status"]}
 
 
-def _rows(dataset: LatentDataset, unit: int, stored: RowSet, told: dict[int, dict[str, Any]]) -> Iterator[pa.Table]:
-    """The unit's rows with their new texts; without those of which the source says nothing now, or a reason."""
-    for index, _ in dataset.groups_within(unit, unit + 1):
-        table = dataset.read(index, None)
-        units, rows = table["unit"].to_pylist(), table["row"].to_pylist()
-        sound = [u == unit and r in told and told[r]["status"] == "ok" for u, r in zip(units, rows, strict=True)]
-        table = table.filter(pa.array(sound))
-        for name in _TEXTS:
-            values = [told[row][name] for row in table["row"].to_pylist()]
-            at = table.schema.get_field_index(name)
-            table = table.set_column(at, table.schema.field(name), pa.array(values, table.schema.field(name).type))
-        if len(table):
-            yield table
+def _with_texts(table: pa.Table, sound: Told) -> pa.Table:
+    """Rows with their new texts; without those of which the source says nothing sound now."""
+    places = list(zip(table["unit"].to_pylist(), table["row"].to_pylist(), strict=True))
+    table = table.filter(pa.array([place in sound for place in places], pa.bool_()))
+    for name in _TEXTS:
+        column = table.schema.field(name)
+        values = pa.array([sound[place][name] for place in places if place in sound], column.type)
+        table = table.set_column(table.schema.get_field_index(name), column, values)
+    return table

@@ -6,6 +6,7 @@ root     what everybody uses; a creation is made once, whoever repeats it, and a
          lead out of a root are refused
 local    names linked in place, synced with their directories
 remote   fsspec behind it; S3 and GCS in their own words; stores without conditional writes are refused
+web      servers that nobody here runs: how much is read, for how long, and where a request may lead
 errors   what a store's exception means for a job
 
 A write is whole or not there. Knows configuration and errors, and nothing above.

@@ -58,6 +58,10 @@ _UNREACHABLE = {
 _USER_PART = re.compile(r"(://)[^/\s'\"<>@]+@")
 
 
+class PlaceRefused(PermissionError):
+    """A request to a web server would lead to a place that nobody allowed."""
+
+
 class ObjectChanged(InputError):
     """An object is not, or not any more, the version that was asked for."""
 

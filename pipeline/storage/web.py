@@ -18,16 +18,13 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import DefaultResolver
 from yarl import URL
 
+from pipeline.storage.errors import PlaceRefused
 from pipeline.storage.remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, SLOWEST_BYTES_PER_S
 
 PRIVATE_HOSTS = "LATENTLOOM_PRIVATE_HOSTS"  # names, with commas between
 _REDIRECTS, _MAX_REDIRECTS = (301, 302, 303, 307, 308), 5
 _RANGE_BEYOND_END = 416
 _CHUNK = 1 << 16
-
-
-class PlaceRefused(PermissionError):
-    """A request would lead to a place that nobody allowed."""
 
 
 class _PublicResolver(AbstractResolver):

@@ -8,10 +8,10 @@
     model   --loop------->  loss, one update per global batch        guard, clip, AdamW, EMA; counted in images
     state   --checkpoint->  shards, receipts, COMPLETE.json          DCP safetensors and JSON, no pickle
     state   --hooks------>  fixed questions, fixed seeds             raw and averaged weights, any number of ranks
-    reports --background->  history, quarantine, tracker             beside the step, before its checkpoint counts
+    reports --worker----->  history, quarantine, tracker             beside the step, before its checkpoint counts
     EMA     --export----->  <output>/model/<images>                  what sampling loads; written last
 
-`loop`, `batches`, `task`, `state`, `checkpoint`, `hooks` know torch only. `worker` joins them to the dataset, the
+`loop`, `task`, `state`, `checkpoint`, `hooks` know torch only. `worker` joins them to the dataset, the
 stream and the tracker on one rank; `job` starts workers with Ray Train and watches them.
 
 The store of `output.uri` is all that starts of a job share: `checkpoints/`, `history/`, `quarantine/`

@@ -100,11 +100,11 @@ def test_a_run_that_died_meanwhile_is_finished_before_any_other(
     real = reading._told
     seen: list[int] = []
 
-    def dies(reader: Any, work: Any) -> Any:
-        seen.append(work.unit)
+    def dies(dataset: Any, source: Any, wanted: Any) -> Any:
+        seen.append(wanted.count())
         if len(seen) == 3:
             raise Killed
-        return real(reader, work)
+        return real(dataset, source, wanted)
 
     with monkeypatch.context() as patch:
         patch.setattr(reading, "_told", dies)

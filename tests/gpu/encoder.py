@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -112,8 +113,6 @@ def encode_rates_compiled(ground: Ground) -> Lines:
 
 def encode_fed(ground: Ground) -> Lines:
     """The job's actor on JPEGs of a megapixel: images/s and the device's busy share, on this machine's cores."""
-    import os
-
     path, cores = str(ground.codec()), os.cpu_count() or 1
     sides = {32: 4} if ground.rehearsal else {256: 128, 512: 32, 1024: 8}
     jpeg = ground.place / "picture.jpg"

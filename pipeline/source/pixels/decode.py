@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import io
 import re
+import struct
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ from pipeline.source.pixels.strip import (
     xmp_orientation,
 )
 from pipeline.source.pixels.tiff import Tiff
-from pipeline.source.reasons import DecodeError, Reason, data_error
+from pipeline.source.reasons import DecodeError, Reason
 
 # Importing the plugins registers them: Image.open never has to go looking for others.
 _PLUGINS: dict[Format, str] = {
@@ -190,7 +191,7 @@ def open_image(data: bytes, limits: DecodeLimits) -> Opened:
         # Pillow's message prints the address of a buffer, which is nothing to keep.
         raise DecodeError(Reason.CORRUPT, f"the {kind} header cannot be read") from None
     except Exception as error:  # noqa: BLE001 - hostile bytes raise anything; every case becomes a reason
-        raise data_error(error) from None
+        raise _data_error(error) from None
     _check_size(opened.size, limits)
     return opened
 
@@ -204,7 +205,7 @@ def load_image(opened: Opened, limits: DecodeLimits, *, scale: int = 1) -> Image
     try:
         picture = _load(opened, scale)
     except Exception as error:  # noqa: BLE001 - as above
-        raise data_error(error) from None
+        raise _data_error(error) from None
     if scale == 1:
         opened.size = picture.size
     _check_size(picture.size, limits)
@@ -288,6 +289,25 @@ def _check_size(size: tuple[int, int], limits: DecodeLimits) -> None:
         raise DecodeError(Reason.TOO_MANY_PIXELS, f"{width} x {height} pixels, over max_pixels {limits.max_pixels}")
     if max(width, height) > limits.max_aspect * min(width, height):
         raise DecodeError(Reason.EXTREME_ASPECT, f"{width} x {height} pixels, over max_aspect {limits.max_aspect:g}")
+
+
+def _data_error(error: Exception) -> DecodeError:
+    """What a decoder raised, as a reason; a DecodeError is its own."""
+    if isinstance(error, DecodeError):
+        return error
+    words = re.sub(r"0x[0-9a-f]{6,}", "0x..", " ".join(str(error).split()))  # an address is nothing to keep
+    text = f"{type(error).__name__}: {words[:200]}" if words else type(error).__name__
+    low = text.lower()
+    if isinstance(error, MemoryError):
+        return DecodeError(Reason.DECODE_MEMORY, text)
+    if isinstance(error, Image.DecompressionBombError):
+        return DecodeError(Reason.TOO_MANY_PIXELS, text)
+    if isinstance(error, NotImplementedError) or "unsupported" in low or "not supported" in low:
+        return DecodeError(Reason.UNSUPPORTED_CODING, text)
+    ended = isinstance(error, EOFError | struct.error)
+    if ended or any(sign in low for sign in ("truncated", "reached eof", "not enough", "unexpected end")):
+        return DecodeError(Reason.TRUNCATED, text)
+    return DecodeError(Reason.CORRUPT, text)
 
 
 def _quiet_pillow() -> None:

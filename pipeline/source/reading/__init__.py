@@ -3,10 +3,12 @@
     SourceConfig --listing--> Entry ... --(the plan makes units of them)--> readers --> SourceRow | EndOfUnit
 
 listing    streams entries in one strict order (key, row), the same on local disks and object stores
-readers    give a unit's rows, any sub-ranges of them: folder here, tar shards in webdataset, tables in parquet
+readers    give a unit's rows, any sub-ranges of them: those of `folder`, `webdataset`, `parquet`
+folder     files, metadata files and texts beside them; webdataset: samples out of `tar` archives
 parquet_file  what is inside one Parquet file; parquet_child runs it in a child that asks for its bytes
 filters    which rows to keep, the same expression over tables and over single records
-metadata   what the files beside images say of them; rows: what is listed, what is handed on, and its stable names
+fields     captions, labels and further fields out of what stands beside images
+rows       what is listed, what is handed on, and its stable names
 
 What is read is the version that was listed; another one gives no row, and stays a gap.
 """

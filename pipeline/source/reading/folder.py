@@ -365,10 +365,10 @@ def _paired(
     for info in infos:
         if info.key.lower().endswith(_TEXTS) and not (excluded is not None and excluded.fullmatch(info.key)):
             texts.setdefault(_stem(info.key), []).append(info)
-    taken = [text for texts_of in texts.values() for text in texts_of]
-    images = {_stem(info.key) for info in infos if info not in taken}
+    taken = {text.key for texts_of in texts.values() for text in texts_of}
+    images = {_stem(info.key) for info in infos if info.key not in taken}
     for info in infos:
-        if info not in taken:
+        if info.key not in taken:
             yield info, texts.get(_stem(info.key), [])
         elif _stem(info.key) not in images:
             yield info, []

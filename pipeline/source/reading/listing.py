@@ -14,7 +14,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import groupby
 from typing import Protocol
 
@@ -253,22 +252,19 @@ def list_entries(source: SourceConfig, known: Iterable[KnownEntry] = ()) -> Iter
 
 
 def _hashed(root: Root, entries: Iterator[Entry]) -> Iterator[Entry]:
-    """Local entries with the hash of their file as etag; one that cannot be read keeps none."""
+    """Local entries with the hash of their file as etag, of many rows or one; who cannot be read keeps none."""
 
-    @lru_cache(
-        maxsize=2 * _HASHING
-    )  # of this listing alone: a file of many rows is many entries, one after the other
-    def content_of(key: str) -> str:
-        with root.open(key) as file:
-            return CONTENT + hashlib.file_digest(file, "sha256").hexdigest()
-
-    def hashed(entry: Entry) -> Entry:
+    def hashed(file: list[Entry]) -> list[Entry]:
         try:
-            return replace(entry, etag=content_of(entry.key))
+            with root.open(file[0].key) as opened:
+                etag = CONTENT + hashlib.file_digest(opened, "sha256").hexdigest()
         except OSError:
-            return entry  # whoever reads its rows says why
+            return file  # whoever reads its rows says why
+        return [replace(entry, etag=etag) for entry in file]
 
-    yield from map_ahead(hashed, entries, _HASHING)
+    files = (list(parts) for _, parts in groupby(entries, key=lambda entry: entry.key))
+    for file in map_ahead(hashed, files, _HASHING):
+        yield from file
 
 
 def check_apart(source: SourceConfig, output: Root) -> None:
@@ -305,8 +301,9 @@ def _place(source: SourceConfig) -> SourceLocation:
 def _tars(place: SourceLocation, source: WebDatasetSource, entries: Iterator[Entry]) -> Iterator[Entry]:
     """The tars; of the first, whether its first samples have the fields that somebody wrote down."""
     for number, entry in enumerate(entries):
-        if number == 0 and any(True for _ in asked_fields(source)):
-            known, samples = known_fields(place.root, source, entry)
+        asked = {name for _, name in asked_fields(source)} if number == 0 else set()
+        if asked:
+            known, samples = known_fields(place.root, source, entry, asked)
             if known is not None:
                 where = f"None of the first {samples} samples of {place.root.uri_of(entry.key)} has"
                 check_fields(where, source, known)

@@ -16,7 +16,7 @@ from typing import BinaryIO, TypeVar
 
 from pipeline.errors import PipelineError
 from pipeline.source.reasons import Reason
-from pipeline.storage.errors import describe
+from pipeline.storage.errors import PlaceRefused, describe
 from pipeline.storage.remote import RangedFile
 from pipeline.storage.root import Root, Version
 
@@ -195,7 +195,7 @@ def _resolved(path: Path) -> Path:
 
 def failure_of(error: Exception) -> Failure:
     """What a failed read means for the row."""
-    if type(error).__name__ == "PlaceRefused":  # of a module that only readers of the web import
+    if isinstance(error, PlaceRefused):
         return Failure(Reason.URI_REFUSED, str(error))
     return Failure(Reason.MISSING if isinstance(error, FileNotFoundError) else Reason.READ_FAILED, describe(error))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -82,8 +83,11 @@ def read_tars(
         yield EndOfUnit(row)
 
 
-def known_fields(root: Root, source: WebDatasetSource, entry: Entry) -> tuple[set[str] | None, int]:
-    """The fields that the first samples of a tar have, and how many those are; None where it cannot be read."""
+def known_fields(root: Root, source: WebDatasetSource, entry: Entry, asked: set[str]) -> tuple[set[str] | None, int]:
+    """The fields that the first samples of a tar have, and how many those are; None where it cannot be read.
+
+    Looks no further than it takes to find those `asked` for.
+    """
     known: set[str] = set()
     samples = 0
     texts = {"txt": source.caption, "cls": source.label}
@@ -92,10 +96,11 @@ def known_fields(root: Root, source: WebDatasetSource, entry: Entry) -> tuple[se
             for member in Archive(file).members():
                 extension = member.name.rpartition(".")[2].lower()
                 samples += extension in source.images
-                if samples > _LOOKED_AT:
+                if samples > _LOOKED_AT or asked <= known:
                     break
                 if extension == "json" and member.size <= MAX_TEXT_BYTES:
-                    known |= parse_object(member.read()).keys()
+                    with suppress(ValueError):  # its own row will say so
+                        known |= parse_object(member.read()).keys()
                 named = texts.get(extension)
                 known |= {named} if named else set()
     except PipelineError:

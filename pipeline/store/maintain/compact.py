@@ -141,8 +141,8 @@ class _Layout:
         return len(inside) < 2 and all(not file.dead and not (stored - rows) for file, stored in inside)
 
 
-def _write_shard(dataset: Dataset, committer: Committer, span: Span) -> tuple[int, int]:
-    """(rows, bytes) of the shard written for a span of rows; nothing is written when none of them is visible."""
+def rows_in_span(dataset: Dataset, span: Span) -> pa.Table | None:
+    """The visible rows of a span, whatever files they lie in; None when there are none."""
     (start, stop), tables = span, []
     for index, info in dataset.groups_within(unit_of(start), unit_of(stop - 1) + 1):
         if start <= address(info.first_unit) and address(info.last_unit + 1) <= stop:
@@ -154,8 +154,13 @@ def _write_shard(dataset: Dataset, committer: Committer, span: Span) -> tuple[in
         inside = (keys >= start) & (keys < stop)
         if inside.any():
             tables.append(dataset.read(index, None).filter(pa.array(inside)))
-    if not tables:
+    return pa.concat_tables(tables) if tables else None
+
+
+def _write_shard(dataset: Dataset, committer: Committer, span: Span) -> tuple[int, int]:
+    """(rows, bytes) of the shard written for a span of rows; nothing is written when none of them is visible."""
+    rows = rows_in_span(dataset, span)
+    if rows is None:
         return 0, 0
-    rows = pa.concat_tables(tables)
     record = committer.commit(rows, None, {})
     return (0, 0) if record is None else (len(rows), sum(f.size_bytes for f in record.files))
