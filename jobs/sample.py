@@ -12,7 +12,7 @@ JOB = Job(
     notes="""making an image again:
   Every image carries its provenance (PNG text, EXIF of JPEG and WebP): request, seeds, sampler, model and codec by
   digest. With output.format=files each is a file of its own; out of Parquet or a tar, save its bytes to one first.
-    python -m jobs.regenerate image=images/ab/abcd.png output=again.png
+    python -m jobs.regenerate image=images/ab/abcd.png output=again.png places=[runs]
   draws it anew and says whether the bytes are identical: on a CPU they are. model_uri= and codec= say where model and
   codec lie now, if they moved; other weights than the ones named inside are refused.""",
 )

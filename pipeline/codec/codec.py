@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from pipeline.codec.files import codec_root, local_directory
+from pipeline.codec.files import codec_files, codec_root, local_directory
 from pipeline.codec.info import CodecInfo, diffusers_info, find_plugin, gpu_dtype
 from pipeline.errors import InputError
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root
+from pipeline.storage.trust import only_these
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +86,8 @@ def load_codec(
         directory = local_directory(codec_root(path, revision))
     except storage_errors() as error:
         raise InputError(f"The codec cannot be read: {describe(error)}", key="path", value=path) from error
-    # Hash what is loaded, not what the remote held a moment ago.
-    info = diffusers_info(Root(str(directory)), path)
-    return DiffusersCodec.load(directory, info, device=device, dtype=resolve_dtype(dtype, device, info), **options)
+    # Hash what is loaded: not what the remote held a moment ago, nor another file of the directory.
+    with only_these({name: directory / name for name in codec_files(Root(str(directory)), path)}) as files:
+        info = diffusers_info(Root(str(files)), path)
+        arithmetic = resolve_dtype(dtype, device, info)
+        return DiffusersCodec.load(files, info, device=device, dtype=arithmetic, name=path, **options)

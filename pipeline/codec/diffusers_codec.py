@@ -40,8 +40,13 @@ class DiffusersCodec:
                 compile_for_shapes(part, _COMPILED_SHAPES)
 
     @classmethod
-    def load(cls, directory: Path, info: CodecInfo, *, dtype: str = "float32", **options: Any) -> DiffusersCodec:
-        """Read config and safetensors from a directory; every weight must be there, none may be left over."""
+    def load(
+        cls, directory: Path, info: CodecInfo, *, dtype: str = "float32", name: str | None = None, **options: Any
+    ) -> DiffusersCodec:
+        """Read config and safetensors from a directory; every weight must be there, none may be left over.
+
+        `name`: what errors call the directory.
+        """
         import diffusers
 
         vae_class = getattr(diffusers, info.class_name)
@@ -58,7 +63,7 @@ class DiffusersCodec:
             raise InputError(
                 f"The codec cannot be loaded: {str(error).strip().splitlines()[0]}",
                 key="path",
-                value=directory,
+                value=name or directory,
                 rule=f"config.json and weights must belong to one {info.class_name}",
                 next_step="save the codec again with save_pretrained",
             ) from error
@@ -68,7 +73,7 @@ class DiffusersCodec:
             raise InputError(
                 f"The codec's weights do not fit its config.json: {len(odd)} tensors differ, such as {odd[0]}",
                 key="path",
-                value=directory,
+                value=name or directory,
                 rule=f"config.json and weights must belong to one {info.class_name}",
                 next_step="copy both files from the same codec",
             )

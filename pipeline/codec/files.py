@@ -143,10 +143,24 @@ def weight_files(root: Root, path: str) -> list[WeightFile]:
     return files
 
 
+def codec_files(root: Root, path: str) -> list[str]:
+    """The names of all files that make a codec; InputError says which is missing, pickled or one too many."""
+    return ["config.json", *([] if root.exists(WEIGHTS) else [INDEX]), *_names(root, path)]
+
+
 def _names(root: Root, path: str) -> list[str]:
-    if root.exists(WEIGHTS):
+    single, sharded = root.exists(WEIGHTS), root.exists(INDEX)
+    if single and sharded:
+        raise InputError(
+            f"The codec's weights are there twice: {WEIGHTS} and {INDEX}",
+            key="path",
+            value=path,
+            rule="one of them is loaded, and a reader cannot know which its maker means",
+            next_step="remove the one that is not to be used",
+        )
+    if single:
         return [WEIGHTS]
-    if not root.exists(INDEX):
+    if not sharded:
         files = sorted(o.key for o in root.list() if "/" not in o.key)
         if any(name.endswith(_PICKLE) for name in files):
             raise InputError(

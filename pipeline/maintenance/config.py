@@ -7,12 +7,28 @@ from typing import Literal
 from pydantic import Field
 
 from pipeline.config import StrictModel
+from pipeline.source.config import MAX_PIXELS
 from pipeline.store.read.dataset import DatasetConfig
 from pipeline.tracking.config import TrackingConfig
 
 
+class DecodeLimits(StrictModel):
+    """What reading and decoding may cost here, whatever the dataset says that it was made with."""
+
+    max_bytes: int = Field(64 << 20, ge=1, description="Bytes of an image.")
+    max_pixels: int = Field(100_000_000, ge=1, le=MAX_PIXELS, description="Pixels of an image.")
+    batch_pixels: int = Field(1 << 27, ge=1, description="Pixels of a batch that the codec encodes.")
+    links: Literal["inside", "any"] = Field("inside", description="Links of a folder that are followed.")
+    decode_cpu_s: float = Field(20.0, gt=0, description="CPU seconds of a decoder's child process on one image.")
+    decode_memory_mb: int = Field(3072, ge=256, description="Address space of such a child, MiB.")
+    memory_mb: int = Field(4096, ge=512, description="Address space of the child that parses Parquet, MiB.")
+
+
 class DecodeCheckConfig(StrictModel):
-    """What level=decode compares."""
+    """What level=decode compares.
+
+    Where images and codec lie is said here: what the dataset says is followed only as far as `places` allows.
+    """
 
     sample: int = Field(64, ge=1, description="Rows compared with their images.")
     seed: int = Field(0, ge=0, description="Which rows those are.")
@@ -26,8 +42,19 @@ class DecodeCheckConfig(StrictModel):
         None, description="Least PSNR of a decoded latent against its exact crop, dB; null: reported, not judged."
     )
     device: str = Field("auto", description="Where the codec runs: auto, cpu, cuda, cuda:1, ...")
-    source_uri: str | None = Field(None, description="Where the images are now; null: where they were.")
-    codec_path: str | None = Field(None, description="Where the codec is now; null: where it was.")
+    source_uri: str | None = Field(
+        None, description="Where the images are; null: where the dataset says, as far as places allows."
+    )
+    codec_path: str | None = Field(
+        None, description="Where the codec is; null: where the dataset says, as far as places allows."
+    )
+    places: tuple[str, ...] = Field(
+        (),
+        description="Paths, URIs or hub ids that are followed where the dataset names them or what lies below.",
+    )
+    limits: DecodeLimits = Field(
+        DecodeLimits(), description="What reading and decoding may cost; images are decoded in child processes."
+    )
 
 
 class VerifyJobConfig(StrictModel):

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import PositiveInt, TypeAdapter, ValidationError
 
 from pipeline.codec.codec import Codec, load_codec
 from pipeline.encode.encoder import Encoder
@@ -24,9 +24,10 @@ from pipeline.encode.plan import largest_bucket
 from pipeline.encode.rows import Decoded, EncodedImage
 from pipeline.encode.stages import ImageDecoder, UnitReader
 from pipeline.errors import InputError, argument_keys
-from pipeline.maintenance.config import DecodeCheckConfig
-from pipeline.source.config import ImageConfig, SourceConfig
+from pipeline.maintenance.config import DecodeCheckConfig, DecodeLimits
+from pipeline.source.config import FolderSource, ImageConfig, ParquetSource, SourceConfig
 from pipeline.source.reading.listing import source_root
+from pipeline.storage.trust import follow
 from pipeline.store.ledger.generation import last_recipe
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.plan import Work, read_entries
@@ -132,16 +133,53 @@ def _recipe(dataset: LatentDataset, config: DecodeCheckConfig) -> _Recipe:
             rule="the decode level reads the images again as the encode job did; its note was not found",
             next_step="use level=checksums; datasets written by this version hold the note",
         )
-    source = {**note["source"], **({"uri": config.source_uri} if config.source_uri else {})}
     try:
+        source = {**note["source"], **({"uri": config.source_uri} if config.source_uri else {})}
         checked: SourceConfig = TypeAdapter(SourceConfig).validate_json(json.dumps(source))
-        return _Recipe(checked, ImageConfig.model_validate_json(json.dumps(note["image"])), note["batch_size"])
-    except ValidationError as error:
+        image = ImageConfig.model_validate_json(json.dumps(note["image"]))
+        batch_size = TypeAdapter(PositiveInt).validate_python(note["batch_size"], strict=True)
+    except (ValidationError, KeyError, TypeError, ValueError) as error:
+        problems = f"{error.error_count()} problem(s)" if isinstance(error, ValidationError) else repr(error)
         raise InputError(
-            f"The note of how {dataset.uri} was made cannot be read: {error.error_count()} problem(s)",
+            f"The note of how {dataset.uri} was made cannot be read: {problems}",
             rule="the note was written by another version of this program",
             next_step="use level=checksums, or the version that wrote the dataset",
         ) from None
+    places = {} if config.source_uri else {"decode.source_uri": checked.uri}
+    places |= {} if config.codec_path else {"decode.codec_path": str(dataset.codec["path"])}
+    follow(places, config.places, written_in="the dataset", allow_by="decode.places")
+    for prefix in checked.uri_prefixes if isinstance(checked, ParquetSource) else ():
+        follow({"decode.places": prefix}, config.places, written_in="the dataset", allow_by="decode.places")
+    return _limited(_Recipe(checked, image, batch_size), config.limits)
+
+
+def _limited(recipe: _Recipe, limits: DecodeLimits) -> _Recipe:
+    """The recipe under our own limits and isolation; InputError where it needs more, for rows would be missed."""
+    source, image = recipe.source, recipe.image
+    needed = {
+        "max_bytes": (source.max_bytes, limits.max_bytes),
+        "max_pixels": (image.max_pixels, limits.max_pixels),
+        "batch_pixels": (recipe.batch_size * math.prod(largest_bucket(image)), limits.batch_pixels),
+    }
+    over = {name: here for name, (recorded, here) in needed.items() if recorded > here}
+    ours: dict[str, Any] = {}
+    if isinstance(source, FolderSource):
+        over |= {"links": limits.links} if source.links == "any" != limits.links else {}
+        ours |= {"links": limits.links}
+    elif isinstance(source, ParquetSource):
+        ours |= {"isolate": True, "memory_mb": limits.memory_mb}
+    if over:
+        recorded_as = {**{name: recorded for name, (recorded, _) in needed.items()}, "links": "any"}
+        asked = " ".join(f"decode.limits.{name}={recorded_as[name]}" for name in over)
+        raise InputError(
+            "The dataset was made with wider limits than hold here",
+            key=", ".join(f"decode.limits.{name}" for name in over),
+            value=", ".join(str(value) for value in over.values()),
+            rule="a dataset does not decide what reading it may cost",
+            next_step=f"where you trust it, set {asked}",
+        )
+    small = {"decode_cpu_s": limits.decode_cpu_s, "decode_memory_mb": limits.decode_memory_mb, "isolate": "all"}
+    return _Recipe(source.model_copy(update=ours), image.model_copy(update=small), recipe.batch_size)
 
 
 def _device(config: DecodeCheckConfig) -> str:

@@ -173,9 +173,11 @@ def _encoders(index: Mapping[str, Any], class_name: str) -> tuple[tuple[Pipeline
 
 def _weights(component: Root) -> tuple[tuple[str, ...], list[str]]:
     """The names of the weight files, and the SHA-256 of each."""
-    names = [WEIGHTS]
+    names, sharded = [WEIGHTS], f"{WEIGHTS}.index.json"
+    if component.exists(WEIGHTS) and component.exists(sharded):
+        raise refused(component, f"{WEIGHTS} and {sharded}", "weights are there once: remove what is not to be used")
     if not component.exists(WEIGHTS):
-        index = _json(component, f"{WEIGHTS}.index.json")
+        index = _json(component, sharded)
         names = sorted({str(name) for name in dict(index.get("weight_map", {})).values()})
     digests = []
     for name in names:

@@ -185,8 +185,17 @@ class RegenerateJobConfig(StrictModel):
     image: str = Field(..., min_length=1, description="The image: a file that jobs.sample made, path or fsspec URI.")
     output: str = Field(..., min_length=1, description="Receives the image drawn again.")
     model_uri: str | None = Field(
-        None, min_length=1, description="Where the model lies now; null: where the image says it was."
+        None, min_length=1, description="Where the model lies; null: where the image says, as far as places allows."
     )
     codec: str | None = Field(
-        None, min_length=1, description="Where the codec lies now; null: where the image says it was."
+        None, min_length=1, description="Where the codec lies; null: where the image says, as far as places allows."
+    )
+    places: tuple[str, ...] = Field(
+        (),
+        description="Paths, URIs or hub ids that are followed where the image names them or what lies below.",
+    )
+    max_pixels: int = Field(
+        1 << 27,
+        ge=1,
+        description="Pixels of a batch, as the image says it was drawn; with more it is refused unread.",
     )

@@ -25,7 +25,7 @@ from pipeline.storage.root import Root, place_of
 from pipeline.store.ledger.identity import Identity
 from pipeline.store.ledger.layout import canonical_json
 from pipeline.text.config import TextEncoderConfig
-from pipeline.text.files import encoder_files
+from pipeline.text.files import EncoderFiles, encoder_files
 from pipeline.tracking.config import REGISTERED, resolve_paths
 from pipeline.tracking.queries import resolve
 
@@ -40,7 +40,8 @@ class TextSpec:
     """Encoders in order and their arrangement: "single", or "sd3" (two CLIPs and perhaps a T5).
 
     `masked`: padding is hidden from the model, which is trained so here; published pipelines show it. `width` is
-    what one token's vector is widened to in the sd3 arrangement. `digest` covers every file that decides a number.
+    what one token's vector is widened to in the sd3 arrangement. `digest` covers every file that decides a number;
+    `files` are each encoder's.
     """
 
     encoders: tuple[TextEncoderConfig, ...]
@@ -48,6 +49,7 @@ class TextSpec:
     masked: bool
     width: int
     digest: str
+    files: tuple[EncoderFiles, ...]
 
 
 def text_of(model: StoredModel) -> TextSpec | None:
@@ -67,7 +69,8 @@ def text_of(model: StoredModel) -> TextSpec | None:
         encoder = TextEncoderConfig.model_validate(reference.encoder, strict=False)
     except ValidationError as error:
         raise InputError(f"The model does not describe its text encoder: {error}", key="model.uri") from None
-    fingerprint = encoder_files(encoder).fingerprint(encoder)
+    files = encoder_files(encoder)
+    fingerprint = files.fingerprint(encoder)
     if reference.fingerprint not in (fingerprint, _digest(fingerprint)):
         raise ConflictError(
             f"The text encoder at {encoder.path} is not the one the model learned from",
@@ -76,7 +79,7 @@ def text_of(model: StoredModel) -> TextSpec | None:
             rule="prompts are embedded by the encoder that embedded the captions",
             next_step="restore the encoder's files",
         )
-    return TextSpec((encoder,), "single", True, width, _digest(fingerprint))
+    return TextSpec((encoder,), "single", True, width, _digest(fingerprint), (files,))
 
 
 def _of_pipeline(pipeline: PublishedPipeline, width: int) -> TextSpec:
@@ -106,8 +109,9 @@ def _of_pipeline(pipeline: PublishedPipeline, width: int) -> TextSpec:
         )
         for e in pipeline.encoders
     )
-    digest = _digest([encoder_files(e).fingerprint(e) for e in encoders])
-    return TextSpec(encoders, pipeline.arrangement, False, width, digest)
+    files = tuple(encoder_files(e) for e in encoders)
+    digest = _digest([f.fingerprint(e) for f, e in zip(files, encoders, strict=True)])
+    return TextSpec(encoders, pipeline.arrangement, False, width, digest, files)
 
 
 def _digest(value: Any) -> str:

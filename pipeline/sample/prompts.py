@@ -16,7 +16,6 @@ from pipeline.diffusion.draw import Embedding
 from pipeline.sample.prepare import TextSpec
 from pipeline.store.schema import pack_latents, to_float32
 from pipeline.text.encoder import TextEncoder, load_encoder
-from pipeline.text.files import encoder_files
 
 BATCH = 8
 CACHE_BYTES = 1 << 30
@@ -29,10 +28,8 @@ class PromptEmbedder:
     def __init__(self, spec: TextSpec, *, device: str = "cpu", cache_bytes: int = CACHE_BYTES) -> None:
         self._spec, self._cache_bytes, self.embedded = spec, cache_bytes, 0
         self._encoders: list[TextEncoder] = [
-            load_encoder(
-                encoder_files(encoder), encoder, batch_size=BATCH, device=device, attend_padding=not spec.masked
-            )
-            for encoder in spec.encoders
+            load_encoder(files, encoder, batch_size=BATCH, device=device, attend_padding=not spec.masked)
+            for files, encoder in zip(spec.files, spec.encoders, strict=True)
         ]
         self._cache: OrderedDict[str, Embedding] = OrderedDict()
         self._held_bytes = 0

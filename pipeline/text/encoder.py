@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline.errors import InputError, PipelineError
+from pipeline.storage.trust import only_these
 from pipeline.text.config import TextEncoderConfig
 from pipeline.text.files import EncoderFiles
 
@@ -103,7 +104,8 @@ def load_encoder(
 
     attend_padding: padding is not masked, as published pipelines call their encoders.
 
-    Weights come from safetensors, nothing is downloaded, and no code in the directory is run.
+    Weights come from safetensors, nothing is downloaded, and no code in the directory is run. ConflictError when the
+    files are no longer those that were hashed.
     """
     import transformers
 
@@ -113,16 +115,20 @@ def load_encoder(
     try:
         # A whole CLIP holds an image tower as well: its tensors are no news. What is missing is looked at below.
         transformers.logging.set_verbosity_error()
-        model, report = model_class.from_pretrained(
-            files.model_dir,
-            use_safetensors=True,
-            local_files_only=True,
-            dtype=getattr(torch, encoder.dtype),
-            output_loading_info=True,
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            files.tokenizer_dir, local_files_only=True, trust_remote_code=False, padding_side="right"
-        )
+        # The library would also read adapters, other weights and other attention that a directory names.
+        config = files.model_config()
+        with only_these(files.paths(), {"model/config.json": config, "tokenizer/config.json": config}) as folder:
+            files.check()
+            model, report = model_class.from_pretrained(
+                folder / "model",
+                use_safetensors=True,
+                local_files_only=True,
+                dtype=getattr(torch, encoder.dtype),
+                output_loading_info=True,
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder / "tokenizer", local_files_only=True, trust_remote_code=False, padding_side="right"
+            )
     except PipelineError:  # SIGTERM arrives as one
         raise
     except Exception as error:  # the libraries raise kinds of their own, undocumented, for damaged files

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConfigError, InputError
+from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.text.config import TextEncoderConfig
 
 WEIGHTS = "model.safetensors"
@@ -31,12 +31,17 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LAYOUT = f"an encoder is a directory with config.json, {WEIGHTS} and its tokenizer's files"
 # Notes of whoever saved the file; they change no number.
 _NOTES = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures")
+# What a config.json may not decide: which files are read, which kernels compute.
+_OURS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "transformers_weights")
 _CHUNK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
 class EncoderFiles:
-    """One encoder as it lies on local disk, with everything that decides its numbers."""
+    """One encoder as it lies on local disk, with everything that decides its numbers.
+
+    `weights`: names of the weight files, and of their index where there is one.
+    """
 
     model_dir: Path
     tokenizer_dir: Path
@@ -44,8 +49,32 @@ class EncoderFiles:
     width: int
     max_length: int
     config: dict[str, Any]
+    weights: tuple[str, ...]
     weights_sha256: str
     tokenizer_sha256: dict[str, str]
+
+    def paths(self) -> dict[str, Path]:
+        """What a library may see of it, by name: weights below model/, the tokenizer's files below tokenizer/."""
+        model = {f"model/{name}": self.model_dir / name for name in self.weights}
+        return model | {f"tokenizer/{name}": self.tokenizer_dir / name for name in self.tokenizer_sha256}
+
+    def model_config(self) -> str:
+        """The config.json that a library may see: the fingerprint's, without what is not the file's to say."""
+        return json.dumps(_without(self.config, _OURS))
+
+    def check(self) -> None:
+        """ConflictError unless the files are still, and on this node, those that were hashed."""
+        names = [name for name in self.weights if name != INDEX]
+        weights = _joined([_sha256(self.model_dir / name) for name in names])
+        tokenizer = {name: _sha256(self.tokenizer_dir / name) for name in self.tokenizer_sha256}
+        if (weights, tokenizer) != (self.weights_sha256, self.tokenizer_sha256):
+            raise ConflictError(
+                "The text encoder's files are other ones here than those that the job began with",
+                key="encoders.path",
+                value=self.model_dir,
+                rule="every node holds the same files under one path, and nobody changes them meanwhile",
+                next_step="copy the encoder to every node again, then start again",
+            )
 
     def fingerprint(self, encoder: TextEncoderConfig) -> dict[str, Any]:
         """What all embeddings of a dataset share."""
@@ -94,6 +123,7 @@ def encoder_files(encoder: TextEncoderConfig) -> EncoderFiles:
             next_step="set pooled: none",
         )
     clip_class = "CLIPTextModelWithProjection" if encoder.pooled == "projection" else "CLIPTextModel"
+    weights = _weight_names(model_dir, encoder)
     return EncoderFiles(
         model_dir,
         tokenizer_dir,
@@ -101,7 +131,8 @@ def encoder_files(encoder: TextEncoderConfig) -> EncoderFiles:
         width,
         _max_length(encoder, None if kind == "t5" else text.get("max_position_embeddings")),
         config,
-        _hash_weights(model_dir, encoder),
+        weights,
+        _joined([_sha256(model_dir / name) for name in weights if name != INDEX]),
         _hash_tokenizer(tokenizer_dir, encoder),
     )
 
@@ -148,11 +179,19 @@ def _read_config(folder: Path, encoder: TextEncoderConfig) -> dict[str, Any]:
         raise _refusal(f"config.json of {encoder.name} is no valid JSON: {error}", encoder) from None
     if not isinstance(config, dict):
         raise _refusal(f"config.json of {encoder.name} holds no JSON object", encoder)
-    return _without_notes(config)
+    named = config.get("transformers_weights")
+    if named not in (None, WEIGHTS, INDEX):
+        raise _refusal(
+            f"config.json of {encoder.name} names weights of its own: {named}",
+            encoder,
+            f"weights are read from {WEIGHTS}, or from the files that {INDEX} lists",
+            "rename the file to be used, and remove transformers_weights from config.json",
+        )
+    return _without(config, _NOTES)
 
 
-def _without_notes(config: dict[str, Any]) -> dict[str, Any]:
-    return {k: _without_notes(v) if isinstance(v, dict) else v for k, v in config.items() if k not in _NOTES}
+def _without(config: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    return {k: _without(v, keys) if isinstance(v, dict) else v for k, v in config.items() if k not in keys}
 
 
 def _max_length(encoder: TextEncoderConfig, most: int | None) -> int:
@@ -169,11 +208,19 @@ def _max_length(encoder: TextEncoderConfig, most: int | None) -> int:
     return length
 
 
-def _hash_weights(folder: Path, encoder: TextEncoderConfig) -> str:
-    """One hash over the weight files; a single file's own sha256 when there is one."""
-    if (folder / WEIGHTS).is_file():
-        return _sha256(folder / WEIGHTS)
-    if not (folder / INDEX).is_file():
+def _weight_names(folder: Path, encoder: TextEncoderConfig) -> tuple[str, ...]:
+    """The weight file, or the shards in order and their index."""
+    single, sharded = (folder / WEIGHTS).is_file(), (folder / INDEX).is_file()
+    if single and sharded:
+        raise _refusal(
+            f"The encoder {encoder.name} has its weights twice: {WEIGHTS} and {INDEX}",
+            encoder,
+            "one of them is loaded, and a reader cannot know which its maker means",
+            "remove the one that is not to be used",
+        )
+    if single:
+        return (WEIGHTS,)
+    if not sharded:
         files = sorted(p.name for p in folder.iterdir())
         pickled = any(name.endswith(_PICKLE) for name in files)
         raise _refusal(
@@ -190,7 +237,11 @@ def _hash_weights(folder: Path, encoder: TextEncoderConfig) -> str:
     bad = [n for n in names if "/" in n or "\\" in n or not n.endswith(".safetensors") or not (folder / n).is_file()]
     if bad or not names:
         raise _refusal(f"The index {INDEX} names files that are not there: {', '.join(bad) or 'none'}", encoder)
-    hashes = [_sha256(folder / name) for name in names]
+    return (*names, INDEX)
+
+
+def _joined(hashes: list[str]) -> str:
+    """One hash over the weight files; a single file's own sha256 when there is one."""
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 

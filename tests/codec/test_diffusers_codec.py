@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from pipeline.codec.codec import load_codec, posterior_seed, resolve_dtype
 from pipeline.codec.diffusers_codec import DiffusersCodec
-from pipeline.codec.files import WEIGHTS
+from pipeline.codec.files import INDEX, WEIGHTS
 from pipeline.codec.info import CodecInfo, check_dtype, codec_info
 from pipeline.errors import ConfigError, InputError
 from pipeline.storage.root import Root
@@ -304,3 +304,17 @@ def test_info_travels_with_the_codec(sd: Path) -> None:
     codec = load_codec(str(sd))
     assert isinstance(codec, DiffusersCodec)
     assert codec.info == codec_info(str(sd))
+
+
+def test_weights_that_are_there_twice_are_refused_and_what_is_hashed_is_loaded(tmp_path: Path) -> None:
+    """diffusers takes an index before a single file: what was hashed would not be what is loaded."""
+    folder = save(tmp_path)
+    want = load_codec(str(folder)).encode(images(1, 32, 32))
+    other = {name: tensor + 1 for name, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(other, folder / "other.safetensors", {"format": "pt"})
+    save_file(other, folder / "diffusion_pytorch_model.fp16.safetensors", {"format": "pt"})
+    assert torch.equal(load_codec(str(folder)).encode(images(1, 32, 32)), want)
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(other, "other.safetensors")}))
+    for read in (codec_info, load_codec):
+        with pytest.raises(InputError, match="weights are there twice"):
+            read(str(folder))

@@ -82,7 +82,8 @@ def encode_killed(ground: Ground) -> Lines:
     assert 0 < left < images, f"the killed run left {left} of {images} rows: it must be some and not all"
     ground.job("encode", **settings)
     sound(ground, "latents", images)
-    found = ground.job("verify", **{"data.uri": ground.place / "latents", "level": "decode", "decode.sample": 32})
+    asked = {"data.uri": ground.place / "latents", "level": "decode", "decode.places": f"[{ground.place}]"}
+    found = ground.job("verify", **asked, **{"decode.sample": 32})
     return {"": {"images": float(images), "left by the killed run": float(left), **found["figures"]}}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,9 +12,11 @@ import pytest
 
 from pipeline.config import load_config
 from pipeline.errors import InputError
+from pipeline.maintenance import recheck as recheck_module
 from pipeline.maintenance.config import VerifyJobConfig
 from pipeline.maintenance.job import run_verify
 from pipeline.result import JobResult
+from pipeline.source.config import ImageConfig
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import last_recipe, note_run
 from pipeline.store.read.dataset import LatentDataset
@@ -52,6 +55,7 @@ def copy(base: Path, tmp_path: Path) -> Path:
 
 def check(base: Path, **settings: object) -> JobResult:
     fixed = [f"data.uri={base / 'latents'}", "level=decode", "tracking.enabled=false"]
+    settings = {"places": f"[{base}]", **settings}
     overrides = [f"decode.{key}={value}" for key, value in settings.items()]
     return run_verify(load_config(VerifyJobConfig, [], [*fixed, *overrides]))
 
@@ -82,7 +86,7 @@ def test_a_latent_of_another_image_is_found_though_all_checksums_fit(copy: Path)
     note_run(root, generation.number, {"handle": "test", "recipe": recipe})
     generation.close({})
     with pytest.raises(InputError, match="2 problem") as caught:
-        check(copy)
+        check(copy, places="[/]")
     keys = rows["key"].to_pylist()
     assert f"re-encode: {keys[3]}" in str(caught.value)
     assert f"re-encode: {keys[4]}" in str(caught.value)
@@ -116,6 +120,67 @@ def test_a_dataset_without_a_readable_note_says_so(copy: Path, recipe: object, m
         note_run(root, 1, {"handle": "test", "recipe": {"image": {}, "batch_size": 4, "source": {}}})
     with pytest.raises(InputError, match=message):
         check(copy)
+
+
+def edited(copy: Path, **changes: object) -> None:
+    """The dataset with another note of how it was made, as somebody could send it."""
+    root = Root(str(copy / "latents"))
+    recipe = last_recipe(root)
+    source, image = recipe["source"], recipe["image"]
+    for key, value in changes.items():
+        (source if key in source else image if key in image else recipe)[key] = value
+    for info in list(root.list("generations")):
+        if info.key.endswith("run.json"):
+            root.delete(info.key)
+    note_run(root, 1, {"handle": "test", "recipe": recipe})
+
+
+def test_a_dataset_leads_nowhere_that_was_not_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[object] = []
+    monkeypatch.setattr("pipeline.maintenance.recheck.load_codec", lambda path, **_: opened.append(path))
+    monkeypatch.setattr("pipeline.maintenance.recheck.UnitReader", lambda *_, **__: opened.append("source"))
+    edited(copy, uri="http://127.0.0.1:9/images")
+    with pytest.raises(InputError, match="only named by the dataset") as both:
+        check(copy, places="[]")
+    assert both.value.key == "decode.source_uri, decode.codec_path"
+    with pytest.raises(InputError, match=r"decode.source_uri=http://127.0.0.1:9/images"):
+        check(copy, codec_path=copy / "codec")
+    with pytest.raises(InputError) as codec:
+        check(copy, source_uri=copy / "images", places="[]")
+    assert codec.value.key == "decode.codec_path"
+    assert opened == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked"),
+    [
+        ({"max_bytes": 1 << 40}, "decode.limits.max_bytes=1099511627776"),
+        ({"max_pixels": 178_956_970}, "decode.limits.max_pixels=178956970"),
+        ({"batch_size": 10**9}, "decode.limits.batch_pixels=1024000000000"),
+        ({"resolution": 16_384}, "decode.limits.batch_pixels=1073741824"),
+        ({"links": "any"}, "decode.limits.links=any"),
+    ],
+)
+def test_a_dataset_does_not_widen_our_limits(copy: Path, changes: dict[str, object], asked: str) -> None:
+    edited(copy, **changes)
+    with pytest.raises(InputError, match="wider limits") as refused:
+        check(copy, places="[/]")
+    assert refused.value.next_step is not None
+    assert refused.value.next_step.endswith(asked)
+
+
+def test_isolation_is_ours(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[object] = []
+
+    class Watched(recheck_module.ImageDecoder):
+        def __init__(self, image: ImageConfig, *rest: Any, **more: Any) -> None:
+            used.append((image.isolate, image.decode_cpu_s))
+            super().__init__(image, *rest, **more)
+
+    monkeypatch.setattr(recheck_module, "ImageDecoder", Watched)
+    edited(copy, isolate="never", decode_cpu_s=1e9)
+    figures = check(copy, places="[/]", tolerance=0).figures
+    assert (figures["compared"], used) == (IMAGES, [("all", 20.0)])
 
 
 def test_latents_that_do_not_vary_are_compared_all_the_same() -> None:

@@ -43,7 +43,7 @@ def image(tiny: Tiny, tmp_path: Path) -> Path:
 
 
 def test_a_file_is_drawn_again_byte_for_byte(image: Path, tmp_path: Path) -> None:
-    config = RegenerateJobConfig(image=str(image), output=str(tmp_path / "again.png"))
+    config = RegenerateJobConfig(image=str(image), output=str(tmp_path / "again.png"), places=("/",))
     told = dry_run(config)
     assert told.outputs["model"] == str(tmp_path / "model")
     assert not (tmp_path / "again.png").exists()
@@ -56,14 +56,14 @@ def test_a_model_that_moved_is_named_and_another_is_refused(image: Path, tiny: T
     (tmp_path / "model").rename(tmp_path / "moved")
     output = str(tmp_path / "again.png")
     with pytest.raises(InputError, match="There is no readable model"):
-        run(RegenerateJobConfig(image=str(image), output=output))
-    assert run(RegenerateJobConfig(image=str(image), output=output, model_uri=str(tmp_path / "moved"))).status == (
-        "identical"
-    )
+        run(RegenerateJobConfig(image=str(image), output=output, places=("/",)))
+    assert run(
+        RegenerateJobConfig(image=str(image), output=output, model_uri=str(tmp_path / "moved"), places=("/",))
+    ).status == ("identical")
     info = tmp_path / "moved" / "latentloom.json"
     info.write_text(info.read_text().replace("0.1,", "0.2,", 1))
     with pytest.raises(ConflictError, match="made by another model or codec"):
-        run(RegenerateJobConfig(image=str(image), output=output, model_uri=str(tmp_path / "moved")))
+        run(RegenerateJobConfig(image=str(image), output=output, model_uri=str(tmp_path / "moved"), places=("/",)))
 
 
 def with_draw(image: Path, **changes: Any) -> Path:
@@ -81,7 +81,7 @@ def test_without_cuda_it_is_drawn_on_the_cpu_and_compared(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     on_gpu = with_draw(image, device="cuda", dtype="bfloat16", compile=True)
-    result = run(RegenerateJobConfig(image=str(on_gpu), output=str(tmp_path / "again.png")))
+    result = run(RegenerateJobConfig(image=str(on_gpu), output=str(tmp_path / "again.png"), places=("/",)))
     # The pixels are those of a CPU, drawn in float32: what differs is only what the file says about itself.
     assert result.status == "within tolerance"
     assert (result.counts["identical"], result.counts["within_tolerance"]) == (0, 1)
@@ -93,9 +93,13 @@ def test_without_cuda_it_is_drawn_on_the_cpu_and_compared(
 def test_a_compiled_image_is_compiled_again(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[dict[str, Any]] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(options))
-    run(RegenerateJobConfig(image=str(image), output=str(tmp_path / "again.png")))
+    run(RegenerateJobConfig(image=str(image), output=str(tmp_path / "again.png"), places=("/",)))
     assert compiled == []
-    run(RegenerateJobConfig(image=str(with_draw(image, compile=True)), output=str(tmp_path / "again.png")))
+    run(
+        RegenerateJobConfig(
+            image=str(with_draw(image, compile=True)), output=str(tmp_path / "again.png"), places=("/",)
+        )
+    )
     assert [options["dynamic"] for options in compiled] == [False]
 
 
@@ -114,12 +118,12 @@ def test_the_largest_and_mean_difference_decide() -> None:
 def test_what_is_no_image_of_ours_is_refused(tmp_path: Path, image: Path) -> None:
     output = str(tmp_path / "again.png")
     with pytest.raises(InputError, match="The image cannot be read"):
-        run(RegenerateJobConfig(image=str(tmp_path / "none.png"), output=output))
+        run(RegenerateJobConfig(image=str(tmp_path / "none.png"), output=output, places=("/",)))
     Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
     with pytest.raises(InputError, match="carries no provenance"):
-        run(RegenerateJobConfig(image=str(tmp_path / "plain.png"), output=output))
+        run(RegenerateJobConfig(image=str(tmp_path / "plain.png"), output=output, places=("/",)))
     with pytest.raises(InputError, match="The image cannot be written"):
-        run(RegenerateJobConfig(image=str(image), output=str(image / "below.png")))
+        run(RegenerateJobConfig(image=str(image), output=str(image / "below.png"), places=("/",)))
 
 
 def test_the_sample_jobs_help_says_how(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from text_builders import CLIP_LENGTH, make_clip, make_t5
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 
-from pipeline.errors import InputError, StoppedError
+from pipeline.errors import ConflictError, InputError, StoppedError
 from pipeline.text.config import TextEncoderConfig
 from pipeline.text.encoder import TextEncoder, load_encoder
 from pipeline.text.files import encoder_files
@@ -153,3 +153,34 @@ def test_a_stop_while_loading_stays_a_stop(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", stop)
     with pytest.raises(StoppedError):
         load(folder / "clip")
+
+
+def test_a_directory_does_not_choose_weights_adapters_or_attention(folder: Path, tmp_path: Path) -> None:
+    """What else lies there, or stands in config.json, changes no number; what would choose weights is refused."""
+    clip = Path(shutil.copytree(folder / "clip", tmp_path / "clip"))
+    want = load(clip).encode(CAPTIONS).embeddings_NLD
+    other = {name: tensor + 1 for name, tensor in load_file(clip / "model.safetensors").items()}
+    save_file(other, clip / "adapter_model.safetensors", {"format": "pt"})
+    (clip / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "someone/else"}))
+    config = json.loads((clip / "config.json").read_text())
+    (clip / "config.json").write_text(json.dumps({**config, "attn_implementation": "someone/kernel"}))
+    np.testing.assert_array_equal(load(clip).encode(CAPTIONS).embeddings_NLD, want)
+    (clip / "config.json").write_text(json.dumps({**config, "transformers_weights": "adapter_model.safetensors"}))
+    with pytest.raises(InputError, match=r"names weights of its own: adapter_model\.safetensors"):
+        load(clip)
+    (clip / "config.json").write_text(json.dumps(config))
+    names = dict.fromkeys(other, "adapter_model.safetensors")
+    (clip / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(InputError, match="has its weights twice"):
+        load(clip)
+
+
+def test_files_that_are_not_those_of_the_plan_are_refused(folder: Path, tmp_path: Path) -> None:
+    """As on a node that holds another version under the same path."""
+    clip = Path(shutil.copytree(folder / "clip", tmp_path / "clip"))
+    chosen = TextEncoderConfig.model_validate({"name": "e", "path": str(clip)})
+    files = encoder_files(chosen)
+    other = {name: tensor + 1 for name, tensor in load_file(clip / "model.safetensors").items()}
+    save_file(other, clip / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConflictError, match="other ones here"):
+        load_encoder(files, chosen, batch_size=4)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from urllib.parse import unquote
 
 from pipeline.errors import PipelineError
 from pipeline.source.config import ParquetSource
@@ -30,7 +29,8 @@ from pipeline.source.reading.rows import (
 from pipeline.source.reasons import Reason
 from pipeline.storage.errors import ObjectChanged
 from pipeline.storage.remote import RangedFile
-from pipeline.storage.root import ObjectInfo, Root, Version, check_key
+from pipeline.storage.root import KeyRefused, ObjectInfo, Root, Version, check_key
+from pipeline.storage.trust import key_below, tidy_key
 
 # -- Images that a table only points to: URIs out of data are followed only where the configuration allows it --
 
@@ -45,28 +45,16 @@ class UriReader:
     def read(self, uri: str) -> bytes | Failure:
         """The object's bytes, or why they were not read."""
         prefix = next((prefix for prefix in self._roots if uri.startswith(prefix)), None)
-        place = None
+        root, key = self._root, None
         if prefix is not None:
-            place = self._checked(self._roots[prefix], uri[len(prefix) :])
+            root, key = self._roots[prefix], key_below(uri, prefix)
         elif not (uri.startswith(("/", "~")) or "://" in uri):
-            place = self._checked(self._root, uri)
-        if place is None:
+            key = tidy_key(uri)
+        try:
+            return fetch(root, check_key(key or ""), self._max_bytes)
+        except KeyRefused:
             rule = "URIs lie below the source (relative) or below source.uri_prefixes (absolute)"
             return Failure(Reason.URI_REFUSED, f"{uri[:200]}: {rule}")
-        return fetch(*place, self._max_bytes)
-
-    @staticmethod
-    def _checked(root: Root, key: str) -> tuple[Root, str] | None:
-        decoded, before = key, ""
-        while decoded != before:  # a server decodes %2e%2e, and some of them %252e twice
-            decoded, before = unquote(decoded), decoded
-        if ".." in decoded.replace("\\", "/").split("/"):
-            return None
-        try:
-            # "./a" and "a//b" are written by many and mean what they seem to; ".." is refused.
-            return root, check_key("/".join(part for part in key.split("/") if part not in ("", ".")))
-        except ValueError:
-            return None
 
 
 _log = logging.getLogger(__name__)

@@ -1,0 +1,93 @@
+"""What a received thing may make us do: which places written in data are followed, which files a library reads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from urllib.parse import unquote
+
+from pipeline.errors import InputError
+
+# -- Places: a path, URI or hub id that stands in an image or a dataset is whatever its maker wrote ----------------
+
+
+def key_below(uri: str, prefix: str) -> str | None:
+    """The part of `uri` after `prefix`, without empty parts and "."; None when it lies elsewhere or climbs out."""
+    start = prefix.rstrip("/") + "/"
+    return tidy_key(uri[len(start) :]) if uri.startswith(start) else None
+
+
+def tidy_key(key: str) -> str | None:
+    """A relative name without empty parts and "."; None when a part is "..", however often it is encoded."""
+    decoded, before = key, ""
+    while decoded != before:  # a server decodes %2e%2e, and some of them %252e twice
+        decoded, before = unquote(decoded), decoded
+    if ".." in decoded.replace("\\", "/").split("/"):
+        return None
+    return "/".join(part for part in key.split("/") if part not in ("", "."))
+
+
+def follow(places: Mapping[str, str], allowed: Sequence[str], *, written_in: str, allow_by: str) -> None:
+    """InputError unless each of `places`, by the setting that would name it, is one of `allowed` or below one.
+
+    `written_in` says where the places stand ("the image"); `allow_by` is the setting that holds `allowed`.
+    """
+    unasked = {
+        setting: place
+        for setting, place in places.items()
+        if not any(_whole(place) == _whole(prefix) or key_below(_whole(place), _whole(prefix)) for prefix in allowed)
+    }
+    if unasked:
+        settings = " ".join(f"{s}=[{place}]" if s == allow_by else f"{s}={place}" for s, place in unasked.items())
+        raise InputError(
+            f"A place is only named by {written_in}, and what data names is not gone to unasked",
+            key=", ".join(unasked),
+            value=", ".join(unasked.values()),
+            rule="whoever made the data may have written any path, address or hub id there",
+            next_step=f"where you trust it, add {settings}, or allow what lies below a prefix: {allow_by}=[PREFIX]",
+        )
+
+
+def _whole(place: str) -> str:
+    """A path from the root of the disk on; a URI as it is. (A hub id passes for a path on both sides.)"""
+    return place if "://" in place else os.path.abspath(os.path.expanduser(place))
+
+
+# -- Files: what was hashed is what is loaded ----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def only_these(files: Mapping[str, Path], texts: Mapping[str, str] | None = None) -> Iterator[Path]:
+    """A directory of links to `files` by name (it may hold "/") and of `texts`: for libraries that choose files.
+
+    A library that is given a directory reads what it finds there: an index beside a single file, an adapter, weights
+    that a configuration names. Here it finds nothing but what its caller has looked at. InputError when a file was
+    changed or replaced between entry and exit: hash and load inside one block.
+    """
+    before = {name: _stamp(path) for name, path in files.items()}
+    with tempfile.TemporaryDirectory(prefix="latentloom-files-") as folder:
+        for name, path in files.items():
+            link = Path(folder, name)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path.absolute())
+        for name, text in (texts or {}).items():
+            Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
+            Path(folder, name).write_text(text, encoding="utf-8")
+        yield Path(folder)
+        changed = sorted(name for name, path in files.items() if _stamp(path) != before[name])
+    if changed:
+        raise InputError(
+            f"A file was changed while it was read: {', '.join(changed)}",
+            key="path",
+            value=files[changed[0]],
+            rule="what is loaded is what was hashed",
+            next_step="start again when nobody writes there",
+        )
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
