@@ -140,12 +140,16 @@ def validate(model: type[M], data: Mapping[str, Any]) -> M:
 
 
 _PASSWORD = re.compile(
-    r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/@\s:]*:(?!\d+/)\S+|(?<=http://)[^/@\s]+|(?<=https://)[^/@\s]+)@"
+    r"(?:^|::)[A-Za-z][A-Za-z0-9+.-]*://(?:[^/@\s:]*:(?!\d+/)\S+|(?<=http://)[^/@\s]+|(?<=https://)[^/@\s]+)@"
+)
+# Presigned and token-bearing URIs: whoever reads one may do what it allows.
+_SIGNED = re.compile(
+    r"(://\S*?[?&](?:[\w.-]*(?:signature|token|secret|passw(?:or)?d|api_?key)|sig)=)[^\s'\"]+", re.IGNORECASE
 )
 
 
 def _refuse_passwords(data: Any, key: str) -> None:
-    """ConfigError for a URI with a password: configurations are stored with the data, logged and shown.
+    """ConfigError for a URI with a password or signature: configurations are stored with the data, logged and shown.
 
     Only a tracking store's may have one, for databases take it in no other way; it is removed wherever it is shown.
     """
@@ -155,11 +159,11 @@ def _refuse_passwords(data: Any, key: str) -> None:
     elif isinstance(data, list):
         for value in data:
             _refuse_passwords(value, key)
-    elif isinstance(data, str) and key != "tracking.uri" and _PASSWORD.match(data):
+    elif isinstance(data, str) and key != "tracking.uri" and (_PASSWORD.search(data) or _SIGNED.search(data)):
         raise ConfigError(
             "The configuration holds a password",
             key=key,
-            value=re.sub(r"://.*@", "://***@", data),
+            value=_SIGNED.sub(r"\1***", re.sub(r"://.*@", "://***@", data)),
             rule="a URI names a place; configurations are stored beside the data and shown in many places",
             next_step="take it out, and give credentials as the store's own environment variables, files or roles",
         )

@@ -101,13 +101,17 @@ _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u206
 _FORGED = re.compile(r"^(?=[{\[])", re.MULTILINE)
 
 
+def escaped(text: str) -> str:
+    """Text for people, wherever it is shown: what is not seen, or turns the direction, is written as its number."""
+    return _UNSEEN.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
 def visible(text: str) -> str:
     """Text for a terminal or a log: names in it, which come from data, can neither act on it nor pass for an answer.
 
-    What is not seen is written as its number, and a line that begins as JSON does is indented.
+    Escaped, and a line that begins as JSON does is indented.
     """
-    shown = _UNSEEN.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
-    return _FORGED.sub("  ", shown)
+    return _FORGED.sub("  ", escaped(text))
 
 
 class ConfigError(PipelineError):

@@ -210,8 +210,10 @@ def test_help_lists_every_key_with_type_default_and_description() -> None:
 
 
 @pytest.mark.parametrize(
-    "uri", ["s3://key:planted/Secret@bucket/x", "ftp://u:planted@h/x", "https://planted@h/x", "http://u:planted@h"]
-)
+    "uri", ["s3://key:planted/Secret@bucket/x", "ftp://u:planted@h/x", "https://planted@h/x", "http://u:planted@h",
+     "simplecache::https://u:planted@h/x", "https://a.blob/x?sv=1&sig=planted", "https://h/x?access_token=planted",
+     "https://b/x?X-Amz-Signature=planted&part=3", "zip://a.jpg::https://h/x.zip?X-Goog-Signature=planted"]
+)  # fmt: skip
 def test_passwords_in_uris_are_refused_and_not_shown(uri: str) -> None:
     from pipeline.encode.config import EncodeJobConfig
 

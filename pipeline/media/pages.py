@@ -13,7 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
+from pipeline.errors import escaped
 from pipeline.media.images import inline_bytes
 
 
@@ -55,9 +57,15 @@ def fact_text(value: Any) -> str:
     return "not known" if value is None else str(value)
 
 
+def _escaped(value: Any) -> Any:
+    """Names and prompts come from data: what is not seen in them is written as its number."""
+    return escaped(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 _environment = Environment(
     loader=PackageLoader("pipeline.media"),
     autoescape=True,
+    finalize=_escaped,
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,

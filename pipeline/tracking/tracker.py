@@ -21,11 +21,11 @@ import re
 import subprocess
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from pipeline.errors import ConfigError, InputError
+from pipeline.errors import ConfigError, InputError, escaped
 from pipeline.tracking.config import TrackingConfig, resolve_paths
 from pipeline.tracking.delivery import Store
 from pipeline.tracking.flusher import Flusher
@@ -190,7 +190,7 @@ class JournalTracker:
 
     def __init__(self, tracking: TrackingConfig, header: Header) -> None:
         self._header, self._close_timeout_s = header, tracking.close_timeout_s
-        self._redact = Redactor.for_uri(tracking.uri)
+        self._told = _telling(tracking.uri)
         self._known_keys: set[str] = set()
         self._finished = False
         uri = tracking.uri
@@ -233,7 +233,7 @@ class JournalTracker:
         return self.run_id
 
     def log_params(self, params: Mapping[str, object]) -> None:
-        values = {self._checked(k): _clip(self._redact(str(v)), _MAX_PARAM) for k, v in params.items()}
+        values = {self._checked(k): _clip(self._told(str(v)), _MAX_PARAM) for k, v in params.items()}
         self._journal.append({"kind": "params", "values": values})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -253,7 +253,7 @@ class JournalTracker:
         self._journal.append({"kind": "metrics", "t": now_ms(), "step": int(step), "values": values})
 
     def log_text(self, text: str, artifact_path: str) -> None:
-        self._log_artifact(artifact_path, self._redact(text).encode())
+        self._log_artifact(artifact_path, self._told(text).encode())
 
     def log_file(self, local: str | Path, artifact_path: str) -> None:
         path = Path(local)
@@ -268,11 +268,11 @@ class JournalTracker:
     def log_input(
         self, name: str, digest: str, source: str, context: str, tags: Mapping[str, str] | None = None
     ) -> None:
-        record = {"name": name, "digest": digest, "source": self._redact(source), "context": context}
+        record = {"name": name, "digest": digest, "source": self._told(source), "context": context}
         self._journal.append({"kind": "input", **record, **({"tags": self._clean_tags(tags)} if tags else {})})
 
     def register_model(self, name: str, uri: str, tags: Mapping[str, str]) -> None:
-        record = {"kind": "model", "name": name, "uri": self._redact(uri), "tags": self._clean_tags(tags)}
+        record = {"kind": "model", "name": name, "uri": self._told(uri), "tags": self._clean_tags(tags)}
         self._journal.append(record)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
@@ -311,7 +311,7 @@ class JournalTracker:
             self._journal.append({"kind": "artifact", "file": spooled, "folder": folder})
 
     def _clean_tags(self, tags: Mapping[str, str]) -> dict[str, str]:
-        return {self._checked(k): _clip(self._redact(str(v)), _MAX_TAG) for k, v in tags.items()}
+        return {self._checked(k): _clip(self._told(str(v)), _MAX_TAG) for k, v in tags.items()}
 
     def _checked(self, key: str) -> str:
         if key not in self._known_keys:
@@ -339,7 +339,7 @@ def open_tracker(
     tracking = resolve_paths(tracking)
     check_uri(tracking.uri)
     check_access(tracking.uri)
-    redact = Redactor.for_uri(tracking.uri)
+    told = _telling(tracking.uri)
     tags = {**tracking.tags, JOB_TAG: job}
     if parents:  # one tag per parent to read, and one with all of them to search by
         tags |= {f"{PARENT_TAG}{kind}": run for kind, run in parents.items()}
@@ -353,11 +353,11 @@ def open_tracker(
         experiment=tracking.experiment,
         run_key=run_key or uuid.uuid4().hex,
         run_id=run_id,
-        run_name=redact(run_name),
+        run_name=told(run_name),
         role="owner",
         attempt=f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}",
         start_ms=start_ms,
-        tags={k: _clip(redact(v), _MAX_TAG) for k, v in tags.items()},
+        tags={k: _clip(told(v), _MAX_TAG) for k, v in tags.items()},
     )
     return JournalTracker(tracking, header)
 
@@ -384,6 +384,12 @@ def attach_tracker(tracking: TrackingConfig, run_id: str | None) -> Tracker:
         tags={},
     )
     return JournalTracker(tracking, header)
+
+
+def _telling(uri: str) -> Callable[[str], str]:
+    """Makes of a text what the store may show: no secret in it, and nothing that acts where it is printed."""
+    redact = Redactor.for_uri(uri)
+    return lambda text: escaped(redact(text))
 
 
 def check_key(key: str) -> None:

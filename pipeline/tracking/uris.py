@@ -22,13 +22,14 @@ MASK = "***"
 _MIN_SECRET_LENGTH = 4  # a shorter value would blank out ordinary words
 _USER_PART = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/\s'\"<>@]+(?:@[^/\s'\"<>@]+)*@")
 _NAMED_VALUE = re.compile(
-    r"(?i)(?P<name>\b[\w-]*(?:password|passwd|secret|token|api_?key|access_?key|signature|credential)=)[^&\s'\";,)]+"
+    r"(?i)(?P<name>\b(?:[\w-]*(?:password|passwd|secret|token|api_?key|access_?key|signature|credential)=|sig=|"
+    r"bearer +|authorization: *basic +))[^&\s'\";,)]+"
 )
 _SECRET_NAME = re.compile(r"(?i)(?:password|passwd|secret|token$|_token_|api_?key|access_key$)")
 
 
 class Redactor:
-    """Masks user parts of URIs, `password=...`-like pairs and a set of literal secrets in any text."""
+    """Masks user parts of URIs, `password=...`-like pairs, signatures, bearers and a set of literal secrets."""
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         known = {s for s in secrets if len(s) >= _MIN_SECRET_LENGTH}

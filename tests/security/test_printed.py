@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import visible
+from pipeline.media.pages import PagePicture, render_page
+from pipeline.tracking.config import TrackingConfig
+from pipeline.tracking.store import MlflowStore
+from pipeline.tracking.tracker import open_tracker
 from tests.support.images import make_codec, make_images
 from tests.support.jobs import environment, run
 
@@ -55,3 +59,27 @@ def test_a_file_of_the_current_directory_is_no_installed_package(tmp_path: Path)
         check=False,
     )
     assert (done.returncode, "ran" in done.stdout) == (3, False), done.stderr
+
+
+def test_names_reach_the_tracking_store_without_what_acts(tmp_path: Path) -> None:
+    evil = "x\x1b]0;owned\x07\u202egpj"
+    tracking = TrackingConfig(uri="sqlite:///" + str(tmp_path / "db"), journal_dir=str(tmp_path / "journal"))
+    tracker = open_tracker(tracking, job="encode", run_name=f"encode {evil}")
+    tracker.log_params({"source.uri": evil})
+    tracker.set_tags({"note": f"Bearer abcdef {evil}"})
+    tracker.log_text(f"name: {evil}\n", "config.yaml")
+    tracker.finish("FINISHED")
+    run = MlflowStore(tracking.uri).client.get_run(str(tracker.run_id))
+    told = "x\\x1b]0;owned\\x07\\x202egpj"
+    assert run.info.run_name == f"encode {told}"
+    assert run.data.params["source.uri"] == told
+    assert run.data.tags["note"] == f"Bearer *** {told}"
+
+
+def test_a_page_shows_names_without_what_acts() -> None:
+    evil = "</title><script>1</script>\x1b[2J\u202egpj"
+    page = render_page("gallery.html", title=evil, note=evil, facts={evil: evil}, pictures=[PagePicture(b"", "image/png", evil)])
+    assert "<script>1" not in page
+    assert "\x1b" not in page
+    assert "\u202e" not in page
+    assert "\\x202egpj" in page

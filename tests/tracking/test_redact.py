@@ -42,6 +42,22 @@ def test_pairs_with_telling_names_are_masked_and_others_are_not() -> None:
     assert Redactor()(text) == "https://b/x?X-Amz-Signature=***&part=3 password=*** train.max_tokens=77"
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://a.blob/x?sv=1&sig=abc%2Fdef&se=2", "https://a.blob/x?sv=1&sig=***&se=2"),
+        ("Authorization: Bearer abc.def-ghi", "Authorization: Bearer ***"),
+        ("header authorization: Basic dXNlcjpwdw==", "header authorization: Basic ***"),
+        ("https://b/x?X-Amz-Security-Token=abc&X-Amz-Credential=AKIA/1", "https://b/x?X-Amz-Security-Token=***"
+         "&X-Amz-Credential=***"),
+        ("simplecache::https://u:pw@host/x::s3://k:s@b", "simplecache::https://***@host/x::s3://***@b"),
+        ("the bearer of design=3 signs", "the bearer *** design=3 signs"),
+    ],
+)  # fmt: skip
+def test_signatures_bearers_and_chains_are_masked(text: str, shown: str) -> None:
+    assert Redactor()(text) == shown
+
+
 def test_secrets_of_the_environment_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-secret-value")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
