@@ -161,7 +161,7 @@ def _limited(recipe: _Recipe, limits: DecodeLimits) -> _Recipe:
         "max_pixels": (image.max_pixels, limits.max_pixels),
         "batch_pixels": (recipe.batch_size * math.prod(largest_bucket(image)), limits.batch_pixels),
     }
-    over = {name: here for name, (recorded, here) in needed.items() if recorded > here}
+    over: dict[str, Any] = {name: here for name, (recorded, here) in needed.items() if recorded > here}
     ours: dict[str, Any] = {}
     if isinstance(source, FolderSource):
         over |= {"links": limits.links} if source.links == "any" != limits.links else {}

@@ -78,7 +78,9 @@ def test_names_reach_the_tracking_store_without_what_acts(tmp_path: Path) -> Non
 
 def test_a_page_shows_names_without_what_acts() -> None:
     evil = "</title><script>1</script>\x1b[2J\u202egpj"
-    page = render_page("gallery.html", title=evil, note=evil, facts={evil: evil}, pictures=[PagePicture(b"", "image/png", evil)])
+    page = render_page(
+        "gallery.html", title=evil, note=evil, facts={evil: evil}, pictures=[PagePicture(b"", "image/png", evil)]
+    )
     assert "<script>1" not in page
     assert "\x1b" not in page
     assert "\u202e" not in page

@@ -16,6 +16,7 @@ from test_source_fuzz import mutate
 
 from pipeline.errors import InputError
 from pipeline.source.config import FolderSource
+from pipeline.source.reading.fields import MAX_STORED_BYTES
 from pipeline.source.reading.listing import list_entries
 from pipeline.source.reading.readers import read_unit
 from pipeline.source.reading.rows import SourceRow
@@ -86,9 +87,11 @@ def test_labels_of_tables_with_gaps(tmp_path, given, label):
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 def test_csv_with_other_delimiters_and_long_cells(tmp_path, delimiter):
     write(tmp_path / "a.jpg", JPEG)
-    long = "x" * 500_000
+    long = "x" * MAX_STORED_BYTES
     write(tmp_path / "metadata.csv", delimiter.join(("text", "file_name")) + f"\r\n{long}{delimiter}a.jpg\r\n")
     assert read(tmp_path)[0].caption == long
+    write(tmp_path / "metadata.csv", delimiter.join(("text", "file_name")) + f"\r\n{long}x{delimiter}a.jpg\r\n")
+    assert (read(tmp_path)[0].status, read(tmp_path)[0].reason) == ("rejected", "bad_metadata")
 
 
 def test_csv_whose_columns_are_not_what_they_seem(tmp_path):

@@ -25,7 +25,7 @@ from pipeline.source.config import FolderSource, ParquetSource, WebDatasetSource
 from pipeline.source.pixels.child_process import Child, Pool
 from pipeline.source.reading import parquet_child as table_child
 from pipeline.source.reading import webdataset
-from pipeline.source.reading.fields import MAX_TEXT_BYTES
+from pipeline.source.reading.fields import MAX_STORED_BYTES
 from pipeline.source.reading.listing import list_entries
 from pipeline.source.reading.readers import read_unit
 from pipeline.source.reading.rows import EndOfUnit
@@ -288,7 +288,7 @@ def test_a_file_that_shrank_since_it_was_listed_loses_no_row(tmp_path):
 
 def test_texts_of_a_table_that_cannot_be_kept(tmp_path):
     broken = pa.array([b"\xff\xfe", b"fine"]).view(pa.string())
-    long = pa.array(["fine", "x" * (MAX_TEXT_BYTES + 1)])
+    long = pa.array(["fine", "x" * (MAX_STORED_BYTES + 1)])
     columns = {"image": [PNG] * 2, "text": broken, "long": long, "uri": ["x" * 9000, None]}
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     for fields, reasons in (
@@ -409,7 +409,7 @@ def test_of_many_images_of_a_sample_one_is_held(tmp_path, monkeypatch):
         ("a.json", r'{"note": "\ud800"}', "bad_metadata"),
         ("a.json", '{"note": ' + "[" * 5000 + "]" * 5000 + "}", "bad_metadata"),
         ("a.json", '{"note": "' + "\u00fc" * 600_000 + '"}', "bad_metadata"),
-        ("a.txt", "x" * (MAX_TEXT_BYTES + 1), "bad_metadata"),
+        ("a.txt", "x" * (MAX_STORED_BYTES + 1), "bad_metadata"),
         ("a.cls", "9" * 30, "bad_metadata"),
         ("a.json", '{"score": "high"}', "bad_metadata"),
         ("a.json", '{"score": 4}', "row_filter"),

@@ -22,7 +22,8 @@ _ORIENTATIONS = {
 }
 # img2dataset's words for an image that it did not get; any other status is somebody else's, and means nothing here.
 FAILED_STATUSES = ("failed_to_download", "failed_to_resize")
-MAX_TEXT_BYTES = 1 << 20  # of one row's caption, and of its pass-through fields
+MAX_TEXT_BYTES = 1 << 20  # of a text as it lies beside an image, before anything of it is chosen
+MAX_STORED_BYTES = 128 << 10  # of a row's caption, and of its pass-through fields: a write holds thousands of them
 _MAX_LABEL = 10**18 - 1
 _INTEGER = re.compile(r"\s*[0-9]{1,18}(\.0*)?\s*")
 
@@ -46,11 +47,11 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     return value
 
 
-def canonical(value: Any) -> str:
+def canonical(value: Any, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """JSON with sorted keys and no spaces: equal values give equal text. Foreign types become their text.
 
-    NaN and infinities become null. ValueError for text that is no Unicode (a lone surrogate), over MAX_TEXT_BYTES,
-    or nested without end.
+    NaN and infinities become null. ValueError for text that is no Unicode (a lone surrogate), over `max_bytes`, or
+    nested without end.
     """
     options: dict[str, Any] = {"sort_keys": True, "separators": (",", ":"), "ensure_ascii": False, "default": str}
     try:
@@ -60,13 +61,13 @@ def canonical(value: Any) -> str:
             text = json.dumps(_finite(value), allow_nan=False, **options)
     except (RecursionError, TypeError) as error:  # TypeError: keys of several types cannot be sorted
         raise ValueError(f"the fields are no JSON: {error}") from None
-    return _checked(text, "the fields")
+    return _checked(text, "the fields", max_bytes)
 
 
 def parse_caption(value: Any) -> str | None:
-    """Text or nothing; ValueError for any other type, a lone surrogate, or more than MAX_TEXT_BYTES."""
+    """Text or nothing; ValueError for any other type, a lone surrogate, or more than MAX_STORED_BYTES."""
     if value is None or isinstance(value, str):
-        return None if value is None else _checked(value, "the caption")
+        return None if value is None else _checked(value, "the caption", MAX_STORED_BYTES)
     raise ValueError(f"the caption must be text, not {type(value).__name__}")
 
 
@@ -122,13 +123,13 @@ def _finite(value: Any) -> Any:
     return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def _checked(text: str, what: str) -> str:
+def _checked(text: str, what: str, max_bytes: int) -> str:
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
         raise ValueError(f"{what} cannot be written as UTF-8") from None
-    if size > MAX_TEXT_BYTES:
-        raise ValueError(f"{what} take {size} bytes, over {MAX_TEXT_BYTES}")
+    if size > max_bytes:
+        raise ValueError(f"{what} take {size} bytes, over {max_bytes}")
     return text
 
 

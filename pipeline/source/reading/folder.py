@@ -29,6 +29,7 @@ from pipeline.errors import InputError
 from pipeline.source.config import FolderSource, ParquetSource, WebDatasetSource
 from pipeline.source.reading.fields import (
     FAILED_STATUSES,
+    MAX_STORED_BYTES,
     MAX_TEXT_BYTES,
     canonical,
     parse_caption,
@@ -437,7 +438,7 @@ def read_folder(root: Root, source: FolderSource, entries: Sequence[Entry], want
             return None
         if isinstance(data, Failure):
             return SourceRow.without_image(row, entry.key, data.reason, data.message, source.name)
-        extra = canonical(fields["extra"]) if fields.get("extra") else None
+        extra = canonical(fields["extra"], MAX_STORED_BYTES) if fields.get("extra") else None
         return SourceRow(row, entry.key, data, fields.get("caption"), fields.get("label"), extra, source=source.name)
 
     chosen = ((row, entry) for row, entry in enumerate(entries) if row in wanted)

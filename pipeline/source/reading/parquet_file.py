@@ -20,6 +20,7 @@ from pipeline.errors import InputError, PipelineError
 from pipeline.source.config import ParquetSource
 from pipeline.source.reading.fields import (
     FAILED_STATUSES,
+    MAX_STORED_BYTES,
     canonical,
     orientation_of,
     parse_caption,
@@ -174,7 +175,9 @@ def _to_row(batch: Any, index: int, source: ParquetSource, row: int, key: str, k
         label = parse_label(record.get(source.label), source.classes) if source.label else None
         used = (source.image, source.caption, source.label)
         extra = {k: v for k, v in pick_extra(record, source.extra, used).items() if not isinstance(v, bytes)}
-        out = SourceRow(row, key, None, caption, label, canonical(extra) if extra else None, source=source.name)
+        out = SourceRow(
+            row, key, None, caption, label, canonical(extra, MAX_STORED_BYTES) if extra else None, source=source.name
+        )
         out.exif_orientation = orientation_of(record.get(source.exif)) if source.exif else None
         image = batch.column(source.image)[index].as_py()
     except (ValueError, OverflowError) as error:  # text that is no UTF-8, times beyond the calendar, ...

@@ -19,6 +19,7 @@ from pipeline.errors import PipelineError
 from pipeline.source.config import WebDatasetSource
 from pipeline.source.reading.fields import (
     FAILED_STATUSES,
+    MAX_STORED_BYTES,
     MAX_TEXT_BYTES,
     canonical,
     orientation_of,
@@ -293,7 +294,7 @@ def _to_row(sample: _Sample, source: WebDatasetSource, entry: Entry) -> SourceRo
         caption = parse_caption(texts.fields.get(source.caption)) if source.caption else None
         label = parse_label(texts.fields.get(source.label), source.classes) if source.label else None
         extra = pick_extra(texts.record, source.extra, (source.caption, source.label))
-        image, packed = sample.parts[sample.image], canonical(extra) if extra else None
+        image, packed = sample.parts[sample.image], canonical(extra, MAX_STORED_BYTES) if extra else None
         row = SourceRow(sample.row, key, image, caption, label, packed, source=source.name)
         row.exif_orientation = orientation_of(texts.record.get("exif"))
         return row
