@@ -71,8 +71,7 @@ class EncodeConfig(StrictModel):
     reread: tuple[Literal["captions"], ...] = Field(
         (),
         description="[captions]: read the captions, labels and further fields of all stored rows again, with the "
-        "settings of now, and encode no pixel for it. For tars and Parquet; of a folder a changed text is a changed "
-        "file already.",
+        "settings of now, and encode no pixel for it.",
     )
     dedup: Literal["off", "exact"] = Field(
         "off",
@@ -137,8 +136,6 @@ class EncodeJobConfig(StrictModel):
 
     @model_validator(mode="after")
     def _reasons_exist(self) -> EncodeJobConfig:
-        if self.encode.reread and self.source.kind == "folder":
-            raise ValueError("encode.reread: of a folder a changed text is a changed file, which is encoded anew")
         unknown = [r for r in self.encode.retry_rejects if r not in set(Reason)]
         if unknown:
             raise ValueError(f"encode.retry_rejects: {unknown} are no reasons; choose from {sorted(Reason)}")

@@ -24,14 +24,14 @@ from pipeline.encode.plan import (
     update_plan,
     with_dtype,
 )
-from pipeline.encode.reading import REREADING, check_same_reading, reread
+from pipeline.encode.reading import REREADING, carry_over, check_same_reading, reread
 from pipeline.errors import ConfigError, ConflictError, argument_keys, keyed
 from pipeline.progress import Progress
 from pipeline.result import JobResult
 from pipeline.runs.session import Run, open_run
 from pipeline.source.reading.listing import check_apart, list_entries, source_root
 from pipeline.storage.root import Root
-from pipeline.store.ledger.generation import Generation, last_run
+from pipeline.store.ledger.generation import Generation, last_recipe, last_run
 from pipeline.store.ledger.identity import Identity, check_same, read_identity
 from pipeline.store.ledger.layout import IDENTITY
 from pipeline.store.ledger.ledger import claimed
@@ -58,6 +58,7 @@ def run(config: EncodeJobConfig) -> JobResult:
         ready()
     with open_run(config, "encode", root, identity=_identity(config, info, rehearsal=rehearsal)) as run:
         assert run.generation is not None
+        since = _before_rereading(config, run) if config.encode.reread else 0
         plan, report = update_plan(
             root,
             # Under the claim: a listing of before it could retire what a run in between has planned.
@@ -83,7 +84,7 @@ def run(config: EncodeJobConfig) -> JobResult:
             return finish(config, state, report, status="unchanged", run_id=earlier, seconds=0)
         if state.gaps(retry):
             ready()
-        return _encode(config, run, run.generation, info, report, state, retry)
+        return _encode(config, run, run.generation, info, report, state, retry, since)
 
 
 def _check(config: EncodeJobConfig) -> tuple[Root, CodecInfo]:
@@ -190,14 +191,18 @@ def _encode(
     report: DiffReport,
     state: State,
     retry: RowSet,
+    since: int,
 ) -> JobResult:
     """The passes over the gaps, then the deduplication where it is asked for."""
     root = generation.root
-    _track(config, run, root, info, state)
+    _track(config, run, root, info, state, since)
     began = time.monotonic()
-    if config.encode.reread and state.num_stored:
-        with Progress("reread", state.num_stored, unit="rows") as progress:
-            reread(config, generation, progress.update)
+    if since:
+        with Progress("reread", None, unit="rows") as progress:
+            if config.source.kind == "folder":
+                carry_over(config, generation, since, progress.update)
+            else:
+                reread(config, generation, progress.update)
         run.note(generation, recipe=recipe(config))
         state = read_state(root)
     final = state
@@ -224,7 +229,19 @@ def _encode(
     return run.done(result, step=final.covered.count(), digest=LatentDataset.open(root.uri).digest)
 
 
-def _track(config: EncodeJobConfig, run: Run, root: Root, info: CodecInfo, state: State) -> None:
+def _before_rereading(config: EncodeJobConfig, run: Run) -> int:
+    """The generation before texts are read again, noted before anything is planned with them; 0 for no rows yet."""
+    generation = run.generation
+    assert generation is not None
+    before = last_recipe(generation.root)
+    if not before:
+        return 0
+    since = int(before.get(REREADING, generation.number - 1))
+    run.note(generation, recipe=recipe(config) | {REREADING: since})
+    return since
+
+
+def _track(config: EncodeJobConfig, run: Run, root: Root, info: CodecInfo, state: State, since: int) -> None:
     """The MLflow run, under that of the job that fitted the codec, where these are the weights it made."""
     weights = info.weights_sha256
     fitted = fitted_by(config.codec.path, weights)
@@ -241,7 +258,7 @@ def _track(config: EncodeJobConfig, run: Run, root: Root, info: CodecInfo, state
         },
         note={
             "source": source_note(config),
-            "recipe": recipe(config) | ({REREADING: True} if config.encode.reread and state.num_stored else {}),
+            "recipe": recipe(config) | ({REREADING: since} if since else {}),
         },
     )
     tracker.log_input(

@@ -5,12 +5,16 @@
 Rows read again take their new place at once, commit by commit, as those of a compaction do. Until all have, the
 dataset's note says that it is under way: a run that would take it for done is refused. What the new reading rejects
 is rejected; what cannot be read just now stays as it is, and is to be done again.
+
+Of a folder the texts are part of each planned object: other texts plan the image anew, as another row. Its latent is
+carried over to that row, and only what was not is left for the encoders.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,9 +28,11 @@ from pipeline.source.config import SourceConfig
 from pipeline.source.reasons import Reason
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import Generation, last_recipe
-from pipeline.store.ledger.rowset import RowSet
+from pipeline.store.ledger.identity import read_identity
+from pipeline.store.ledger.rowset import Int64s, RowSet, address, unit_of
+from pipeline.store.ledger.state import State, read_state, state_at
 from pipeline.store.maintain.compact import rows_in_span, shard_spans
-from pipeline.store.plan import Work
+from pipeline.store.plan import Plan, Work, live_entries, same_version
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.schema import LATENTS, REJECTS
 from pipeline.store.writer import Committer
@@ -37,10 +43,11 @@ _log = logging.getLogger(__name__)
 
 
 # Settings of a source that decide what is stored of a row, or under which name; all others bound it, or say where it
-# is. Of a folder what metadata say is part of each entry: there a changed value is a changed file, encoded anew.
-_READ_AS = ("name", "image", "images", "caption", "label", "extra", "exif", "status", "filter")
-_OF_A_FOLDER = ("name",)
-REREADING = "rereading"  # a key of a recipe: not all rows have been read that way
+# is. What metadata say of an image of a folder is part of its entry: a changed line is a changed file, encoded anew.
+_READ_AS = ("name", "image", "images", "caption", "label", "label_from", "extra", "exif", "status", "filter")
+_TEXTS_BY = ("caption", "label", "label_from", "extra")  # the settings that a reread may change
+# A key of a recipe: the generation before a reread that is not done; not all rows have been read that way.
+REREADING = "rereading"
 
 
 def check_same_reading(config: EncodeJobConfig, root: Root) -> None:
@@ -68,14 +75,14 @@ def check_same_reading(config: EncodeJobConfig, root: Root) -> None:
         retried = {"filter": Reason.ROW_FILTER, "status": Reason.SOURCE_STATUS}
         changes += [
             (f"source.{name}", there[name], here[name])
-            for name in (_OF_A_FOLDER if here["kind"] == "folder" else _READ_AS)
+            for name in _READ_AS
             # What an earlier release did not know of cannot differ.
             if name in there and name in here and there[name] != here[name]
             if retried.get(name) not in config.encode.retry_rejects
-            if not (config.encode.reread and name in _TEXTS)
+            if not (config.encode.reread and name in _TEXTS_BY)
         ]
         known = there.get("classes", [])
-        if here["kind"] != "folder" and here["classes"][: len(known)] != known and not config.encode.reread:
+        if here["classes"][: len(known)] != known and not config.encode.reread:
             changes.append(("source.classes", known[:20], here["classes"][:20]))
     if changes:
         shown = "\n".join(f"    {name}: {old} there, {new} here" for name, old, new in changes)
@@ -123,19 +130,10 @@ def reread(
     for start, stop in list(shard_spans(dataset, _COMMIT_BYTES)):
         generation.check()
         wanted = stored & RowSet.from_keys(np.array([start]), np.array([stop]))
-        told = _told(dataset, config.source, wanted)
-        left_out = {place: values for place, values in told.items() if values["status"] != "ok"}
-        rejected = [values for values in left_out.values() if not Reason(values["reason"]).retryable]
-        sound = {place: values for place, values in told.items() if place not in left_out}
-        rows = rows_in_span(dataset, (start, stop))
-        outcomes = [_outcome(values, config.source.uri) for values in rejected]
-        committer.commit(
-            LATENTS.empty_table() if rows is None else _with_texts(rows, sound),
-            pa.Table.from_pylist(outcomes, schema=REJECTS),
-            {},
-        )
-        unread += len(left_out) - len(rejected)
-        done += len(sound) + len(rejected)
+        told = _told(dataset.state.plan, config.source, wanted)
+        settled = _commit(committer, config, rows_in_span(dataset, (start, stop)), told)
+        unread += len(told) - settled
+        done += settled
         on_rows(done)
     if unread:
         raise StoppedError(
@@ -147,11 +145,82 @@ def reread(
     return done
 
 
-def _told(dataset: LatentDataset, source: SourceConfig, wanted: RowSet) -> Told:
+def carry_over(
+    config: EncodeJobConfig, generation: Generation, since: int, on_rows: Callable[[int], None] = lambda count: None
+) -> int:
+    """Give latents of a folder to the open rows of the same images with other texts; how many rows those are.
+
+    `since` is the generation before the images were planned with these texts: as it sees the dataset, the rows of
+    before are still there. What was removed for good meanwhile is left to be encoded. Memory: 32 bytes a carried row.
+    """
+    root, encode = generation.root, config.encode
+    state = read_state(root)
+    before = LatentDataset(root, read_identity(root), state_at(root, since))
+    meta = {"latentloom.generation": str(generation.number)}
+    committer = Committer(root, generation.number, encode.row_group_bytes, encode.latent_dtype, meta)
+    old_keys, new_keys = _same_images(before.state, state)
+    done = 0
+    for start, stop in list(shard_spans(before, _COMMIT_BYTES)):
+        first, last = np.searchsorted(old_keys, (start, stop))
+        if first == last:
+            continue
+        generation.check()
+        try:
+            rows = rows_in_span(before, (start, stop))
+        except FileNotFoundError as error:
+            _log.warning("latents of before are gone, their images are encoded again: %s", error)
+            continue
+        if rows is None:
+            continue
+        keys = address(rows["unit"].to_numpy()) + rows["row"].to_numpy()
+        at = np.minimum(np.searchsorted(old_keys, keys), len(old_keys) - 1)
+        carried = new_keys[at[old_keys[at] == keys]]
+        rows = rows.filter(pa.array(old_keys[at] == keys))
+        for name, values in (("unit", unit_of(carried)), ("row", carried - address(unit_of(carried)))):
+            column = rows.schema.field(name)
+            rows = rows.set_column(rows.schema.get_field_index(name), column, pa.array(values, column.type))
+        wanted = RowSet.from_keys(np.unique(carried), np.unique(carried) + 1)
+        done += _commit(committer, config, rows, _told(state.plan, config.source, wanted))
+        on_rows(done)
+    return done
+
+
+def _same_images(before: State, now: State) -> tuple[Int64s, Int64s]:
+    """Row addresses of before, ascending, and those that open rows of the same objects, unchanged, have now."""
+    pairs: list[tuple[int, int]] = []
+    olds = live_entries(before.plan)
+    old = next(olds, None)
+    for new in live_entries(now.plan):
+        while old is not None and (old.key, old.row_start) < (new.key, new.row_start):
+            old = next(olds, None)
+        if old is not None and (old.key, old.row_start) == (new.key, new.row_start):
+            moved = (old.unit, old.first_row) != (new.unit, new.first_row)
+            if moved and same_version(replace(old, meta=new.meta), new):
+                pairs.append((address(old.unit) + old.first_row, address(new.unit) + new.first_row))
+    old_keys, new_keys = np.array(sorted(pairs), np.int64).reshape(-1, 2).T
+    is_open = now.gaps().covers(new_keys)
+    return old_keys[is_open], new_keys[is_open]
+
+
+def _commit(committer: Committer, config: EncodeJobConfig, rows: pa.Table | None, told: Told) -> int:
+    """Commit rows with their new texts, and as rejects those that the new reading rejects; how many are settled."""
+    left_out = {place: values for place, values in told.items() if values["status"] != "ok"}
+    rejected = [values for values in left_out.values() if not Reason(values["reason"]).retryable]
+    sound = {place: values for place, values in told.items() if place not in left_out}
+    outcomes = [_outcome(values, config.source.uri) for values in rejected]
+    committer.commit(
+        LATENTS.empty_table() if rows is None else _with_texts(rows, sound),
+        pa.Table.from_pylist(outcomes, schema=REJECTS),
+        {},
+    )
+    return len(sound) + len(rejected)
+
+
+def _told(plan: Plan, source: SourceConfig, wanted: RowSet) -> Told:
     """What the source says now of some rows."""
     told: Told = {}
     for unit in wanted.units().tolist():
-        reader = UnitReader(dataset.root, source, {unit: dataset.state.plan.locate(unit)})
+        reader = UnitReader(plan.root, source, {unit: plan.locate(unit)})
         for block in reader(Work(unit, tuple(wanted.of_unit(unit)))):
             told |= {(v["unit"], v["row"]): v for v in block.select(_TOLD).to_pylist() if v["row"] >= 0}
     return told

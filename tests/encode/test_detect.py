@@ -52,13 +52,13 @@ def test_content_shows_what_size_and_time_hide(
     assert encode_here(monkeypatch, **settings | CONTENT).status == "unchanged"
     replaced(tmp_path / "images/1.bmp")
     assert encode_here(monkeypatch, **settings).status == "unchanged", "the stated rule"
-    found = recheck(str(tmp_path / "latents"), DecodeCheckConfig())
+    found = recheck(str(tmp_path / "latents"), DecodeCheckConfig(places=(str(tmp_path),)))
     assert [(p["kind"], p["where"].split()[0]) for p in found.problems] == [("source", "1.bmp")]
     again = encode_here(monkeypatch, **settings | CONTENT)
     assert (again.counts["source_changed"], again.counts["latents"]) == (1, 3)
     assert encode_here(monkeypatch, **settings | CONTENT).status == "unchanged"
     assert encode_here(monkeypatch, **settings).status == "unchanged", "hashes of before do not get in the way"
-    assert recheck(str(tmp_path / "latents"), DecodeCheckConfig()).problems == []
+    assert recheck(str(tmp_path / "latents"), DecodeCheckConfig(places=(str(tmp_path),))).problems == []
 
 
 def test_an_image_that_a_listing_will_see_is_no_problem(
@@ -67,5 +67,5 @@ def test_an_image_that_a_listing_will_see_is_no_problem(
     encode_here(monkeypatch, **settings)
     bmp(tmp_path / "images/1.bmp", 200)
     os.utime(tmp_path / "images/1.bmp", (1, 1))
-    found = recheck(str(tmp_path / "latents"), DecodeCheckConfig())
+    found = recheck(str(tmp_path / "latents"), DecodeCheckConfig(places=(str(tmp_path),)))
     assert (found.source_changed, found.problems) == (1, [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.encode import reading
-from pipeline.errors import ConfigError, ConflictError, StoppedError
+from pipeline.encode.encoder import Encoder
+from pipeline.encode.rows import Decoded
+from pipeline.errors import ConflictError, StoppedError
 from pipeline.store.maintain.verify import verify
 from pipeline.store.read.dataset import LatentDataset
 from tests.support.encode_here import encode_here
@@ -139,9 +142,105 @@ def test_what_cannot_be_read_now_stays_and_what_the_new_reading_rejects_goes(
     assert (counts["latents"], counts["rejected.bad_metadata"]) == (2, 10)
 
 
-def test_of_a_folder_a_changed_text_is_a_changed_file(
-    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.fixture
+def folder(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """Twelve images with lines of metadata; one has a text beside it as well, in a later step."""
+    lines = [
+        {"file_name": f"{n:05d}.png", "text": f"text {n}", "alt": f"alt {n}", "kind": n % 3, "sim": n / 8}
+        for n in range(12)
+    ]
+    (tmp_path / "images/metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return settings | {"source__kind": "folder", "source__uri": tmp_path / "images"}
+
+
+def test_texts_of_a_folder_are_new_and_latents_are_those_there_were(
+    folder: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = {"source__kind": "folder", "source__uri": tmp_path / "images"}
-    with pytest.raises(ConfigError, match="a changed text is a changed file"):
-        encode_here(monkeypatch, **settings | folder | {"encode__reread": "[captions]"})
+    encode_here(monkeypatch, **folder)
+    before = rows(folder)
+    renamed = {name: value for name, value in AGAIN.items() if name != "encode__reread"}
+    with pytest.raises(ConflictError, match=r"caption: text there, alt here(.|\n)*encode\.reread=\[captions\]"):
+        encode_here(monkeypatch, **folder | renamed)
+    with monkeypatch.context() as patch:
+        patch.setattr("tests.support.encode_here._passes", no_encoder)
+        assert encode_here(monkeypatch, **folder | AGAIN).counts["latents"] == 12
+    after = rows(folder)
+    moved = ("unit", "row", "caption", "label", "extra")
+    for key, row in after.items():
+        n = int(key[0][:5])
+        assert (row["caption"], row["label"], row["extra"]) == (f"alt {n}", n % 3, f'{{"sim":{n / 8}}}')
+        assert {k: v for k, v in row.items() if k not in moved} == {
+            k: v for k, v in before[key].items() if k not in moved
+        }
+    assert len(after) == len(before) == 24
+    assert verify(str(folder["output__uri"]), "checksums").problems == []
+    assert encode_here(monkeypatch, **folder | renamed).status == "unchanged"
+
+
+def test_a_line_of_a_folder_that_was_edited_costs_no_encoder_where_texts_are_read_again(
+    folder: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    encode_here(monkeypatch, **folder)
+    before = rows(folder)
+    metadata = tmp_path / "images/metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace('"text 3"', '"better"').replace('"text 4"', "7"))
+    (tmp_path / "images/00005.png").write_bytes((tmp_path / "images/00006.png").read_bytes())
+    encoded: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("tests.support.encode_here.Encoder", counting(encoded))
+        counts = encode_here(
+            monkeypatch, **folder | {"encode__reread": "[captions]", "encode__reject_budget": 1}
+        ).counts
+    # One image is another one, one text is none: a reject, and nothing of it is stored.
+    assert (counts["latents"], counts["rejected.bad_metadata"], sum(encoded)) == (11, 1, 1)
+    after = rows(folder)
+    assert {after[("00003.png", v)]["caption"] for v in (0, 1)} == {"better"}
+    assert ("00004.png", 0) not in after
+    assert after["00003.png", 0]["latent"] == before["00003.png", 0]["latent"]
+    assert after["00005.png", 0]["latent"] == before["00006.png", 0]["latent"] != before["00005.png", 0]["latent"]
+
+
+def counting(encoded: list[int]) -> Any:
+    """An encoder that notes how many images it is given."""
+
+    class Counting(Encoder):
+        def encode(self, items: Any, **more: Any) -> Any:
+            kept = list(items)
+            encoded.append(sum(isinstance(item, Decoded) for item in kept) // 2)
+            return super().encode(kept, **more)
+
+    return Counting
+
+
+@pytest.mark.parametrize("at", ["plan", "first commit"])
+def test_a_reread_of_a_folder_that_died_is_finished_without_an_encoder(
+    folder: dict[str, Any], monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    encode_here(monkeypatch, **folder | {"encode__unit_rows": 4})
+    before = rows(folder)
+
+    class Killed(BaseException):
+        pass
+
+    real, calls = reading._commit, []
+
+    def dies(*arguments: Any) -> int:
+        calls.append(1)
+        if at == "plan" or len(calls) > 1:
+            raise Killed
+        return real(*arguments)
+
+    again = folder | AGAIN | {"encode__unit_rows": 4}
+    with monkeypatch.context() as patch:
+        patch.setattr(reading, "_commit", dies)
+        patch.setattr(reading, "_COMMIT_BYTES", 1)
+        with pytest.raises(Killed):
+            encode_here(monkeypatch, **again)
+    with pytest.raises(ConflictError, match="did not finish: its rows were read in two ways"):
+        encode_here(monkeypatch, **folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("tests.support.encode_here._passes", no_encoder)
+        assert encode_here(monkeypatch, **again).status == "done"
+    after = rows(folder)
+    assert {key: row["latent"] for key, row in after.items()} == {key: row["latent"] for key, row in before.items()}
+    assert {row["caption"].split()[0] for row in after.values()} == {"alt"}
