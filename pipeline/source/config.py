@@ -45,7 +45,7 @@ class _Source(StrictModel):
     detect: Literal["version", "content"] = Field(
         "version",
         description="what shows that an object is another one: version is its size and its store's etag, on a disk "
-        "its size and time of change; content reads and hashes every local file at each listing",
+        "its size and time of change; content reads and hashes, at each listing, every object without an etag",
     )
     filter: str | None = Field(
         None,

@@ -188,15 +188,16 @@ class Root:
         for it, as there an etag comes back with the content; on a disk the open file tells; elsewhere whoever looks
         before and after sees a change. Where nothing is known of the version, any will do.
         """
-        if version.mtime_ns is None and (self._local or version.etag is None):
+        etag = None if (version.etag or "").startswith(CONTENT) else version.etag  # no store knows it
+        if version.mtime_ns is None and (self._local or etag is None):
             return self.read_bytes(key) if length is None else self.read_range(key, start, length)
         data = None
         if self._local:
             data = read_unchanged(self._path(key), version.mtime_ns, start, length)
-        elif version.etag is None or (data := self._read_if_match(key, version.etag, start, length)) is None:
+        elif etag is None or (data := self._read_if_match(key, etag, start, length)) is None:
             before = self.info(key)
             data = self.read_bytes(key) if length is None else self.read_range(key, start, length)
-            same = before.etag == version.etag if version.etag is not None else before.mtime_ns == version.mtime_ns
+            same = before.etag == etag if etag is not None else before.mtime_ns == version.mtime_ns
             data = data if same and self.info(key) == before else None
         if data is None:
             raise _changed(self.uri_of(key))
@@ -487,9 +488,6 @@ def _object_info(detail: dict[str, Any], key: str) -> ObjectInfo:
         str(etag).strip('"') if etag else None,
         int(float(stamp) * 1e9) if stamp is not None else None,
     )
-
-
-# -- One object by its path or URI, as a root and a key --------------------------------------------------------
 
 
 def place_of(uri: str) -> tuple[Root, str]:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipeline.maintenance.config import DecodeCheckConfig
 from pipeline.maintenance.recheck import recheck
+from pipeline.storage.root import Root
 from tests.support.encode_here import encode_here
 from tests.support.images import make_codec
 
@@ -69,3 +70,19 @@ def test_an_image_that_a_listing_will_see_is_no_problem(
     os.utime(tmp_path / "images/1.bmp", (1, 1))
     found = recheck(str(tmp_path / "latents"), DecodeCheckConfig(places=(str(tmp_path),)))
     assert (found.source_changed, found.problems) == (1, [])
+
+
+def test_a_store_without_etags_is_hashed_too(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The store tells a time alone, and a copy of the same bytes has another one."""
+    store = Root("memory://detect-content")
+    for number in range(3):
+        store.put(f"{number}.bmp", (tmp_path / f"images/{number}.bmp").read_bytes())
+    assert store.info("0.bmp").etag is None
+    remote = settings | CONTENT | {"source__uri": store.uri}
+    assert encode_here(monkeypatch, **remote).counts["latents"] == 3
+    store.put("0.bmp", store.read_bytes("0.bmp"))
+    assert encode_here(monkeypatch, **remote).status == "unchanged"
+    store.put("1.bmp", store.read_bytes("2.bmp"))
+    assert encode_here(monkeypatch, **remote).counts["source_changed"] == 1

@@ -218,7 +218,7 @@ def list_entries(source: SourceConfig, known: Iterable[KnownEntry] = ()) -> Iter
         entries = _tars(place, source, (Entry(i.key, i.size_bytes, i.etag, i.mtime_ns, 0, None, None) for i in tars))
     else:
         entries = _parquets(place, source, known)
-    if source.detect == "content" and place.root.local_path() is not None:
+    if source.detect == "content":
         entries = _hashed(place.root, entries)
     last: tuple[str, int] | None = None
     try:
@@ -252,13 +252,15 @@ def list_entries(source: SourceConfig, known: Iterable[KnownEntry] = ()) -> Iter
 
 
 def _hashed(root: Root, entries: Iterator[Entry]) -> Iterator[Entry]:
-    """Local entries with the hash of their file as etag, of many rows or one; who cannot be read keeps none."""
+    """Entries without an etag with the hash of their object as one; what cannot be read keeps none."""
 
     def hashed(file: list[Entry]) -> list[Entry]:
+        if file[0].etag is not None:  # the store has compared its content already
+            return file
         try:
             with root.open(file[0].key) as opened:
                 etag = CONTENT + hashlib.file_digest(opened, "sha256").hexdigest()
-        except OSError:
+        except storage_errors():
             return file  # whoever reads its rows says why
         return [replace(entry, etag=etag) for entry in file]
 
