@@ -7,7 +7,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -240,15 +239,16 @@ class Passes:
         for part, alone in ((usual, False), (suspect, True)):
             if not part:
                 continue
-            error = run_execution(partial(self._execute, part, state, alone))
+
+            def attempt(part: list[Work] = part, alone: bool = alone) -> None:
+                ray.get(self.monitor.expect.remote(dict(self.actors)))
+                self.execute(part, state, alone)
+
+            error = run_execution(attempt)
             if error is not None:
                 _log.warning("workers died, going on with what is left: %s", str(error).splitlines()[0])
                 last = error
         return last
-
-    def _execute(self, work: list[Work], state: State, alone: bool) -> None:
-        ray.get(self.monitor.expect.remote(dict(self.actors)))
-        self.execute(work, state, alone)
 
     def _classify_failures(self, failures: list[Exception]) -> list[str]:
         """After a pass: units that workers died on run row by row from now on, rows they die on are quarantined.

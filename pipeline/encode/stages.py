@@ -162,17 +162,13 @@ class UnitReader:
         size = 0
         for item in keyed(read_unit(self.source, entries, work.ranges), "source"):
             block.append(item)
-            size += _size_bytes(item) if isinstance(item, SourceRow) else 0
+            if isinstance(item, SourceRow):  # texts may be longer than their image
+                size += sum(len(part or "") for part in (item.image, item.caption, item.extra))
             if len(block) >= self.block_rows or size >= BLOCK_BYTES:
                 yield raw_table(work.unit, block)
                 block, size = [], 0
         if block:
             yield raw_table(work.unit, block)
-
-
-def _size_bytes(row: SourceRow) -> int:
-    """What a row brings into a block, about: texts may be longer than their image."""
-    return len(row.image or b"") + len(row.caption or "") + len(row.extra or "")
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,11 @@ def fit_codec(
     The weights are a function of the images, the recipe and the number of threads. `on_step(step, figures)`
     is called after each optimiser step, from 1. ValueError when the sizes do not suit the recipe.
     """
-    _check(images_NHWC, holdout_NHWC, fit)
+    for name, array in (("images", images_NHWC), ("held-out images", holdout_NHWC)):
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or len(array) == 0:
+            raise ValueError(f"{name} must be uint8 [n,h,w,3], not {array.dtype} {list(array.shape)}")
+        if array.shape[1] % fit.factor or array.shape[2] % fit.factor:
+            raise ValueError(f"{name} of {array.shape[1]}x{array.shape[2]} are no multiple of {fit.factor}")
     vae = _build(fit, images_NHWC.shape[1]).to(device, memory_format=torch.channels_last)
     # Fused AdamW is one kernel instead of ten per tensor: a tenth of the step at this size.
     optimizer = torch.optim.AdamW(vae.parameters(), lr=fit.learning_rate, weight_decay=0.0, fused=True)
@@ -171,14 +175,6 @@ def fit_codec(
         images_seen=fit.steps * fit.batch_size,
         parameters=sum(p.numel() for p in vae.parameters()),
     )
-
-
-def _check(images: Images, holdout: Images, fit: FitConfig) -> None:
-    for name, array in (("images", images), ("held-out images", holdout)):
-        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or len(array) == 0:
-            raise ValueError(f"{name} must be uint8 [n,h,w,3], not {array.dtype} {list(array.shape)}")
-        if array.shape[1] % fit.factor or array.shape[2] % fit.factor:
-            raise ValueError(f"{name} of {array.shape[1]}x{array.shape[2]} are no multiple of {fit.factor}")
 
 
 def _build(fit: FitConfig, sample_size: int) -> Any:
@@ -226,13 +222,6 @@ def _pixels(batch_NHWC: torch.Tensor, device: str) -> torch.Tensor:
     return batch_NHWC.to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
-def _learning_rate(step: int, fit: FitConfig) -> float:
-    """Linear warm-up, a constant, then a linear decay over the last `decay_share` of the steps."""
-    rise = step / fit.warmup_steps if fit.warmup_steps else 1.0
-    fall = (fit.steps - step + 1) / max(1.0, fit.decay_share * fit.steps)
-    return fit.learning_rate * min(1.0, rise, fall)
-
-
 def _loss(vae: Any, pixels: torch.Tensor, fit: FitConfig, step: int) -> tuple[torch.Tensor, dict[str, float]]:
     """Reconstruction from one posterior draw, plus the KL to a unit normal per latent element."""
     posterior = vae.encode(pixels, return_dict=False)[0]
@@ -271,3 +260,10 @@ def _psnr(vae: Any, images: torch.Tensor, batch: int, device: str) -> float:
         levels = decoded.add(1).mul(127.5).round_().clamp_(0, 255).permute(0, 2, 3, 1).cpu()
         error += float((levels.double() - part.double()).square().sum())
     return 10 * math.log10(255**2 / max(error / images.numel(), 1e-10))
+
+
+def _learning_rate(step: int, fit: FitConfig) -> float:
+    """Linear warm-up, a constant, then a linear decay over the last `decay_share` of the steps."""
+    rise = step / fit.warmup_steps if fit.warmup_steps else 1.0
+    fall = (fit.steps - step + 1) / max(1.0, fit.decay_share * fit.steps)
+    return fit.learning_rate * min(1.0, rise, fall)

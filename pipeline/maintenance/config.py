@@ -12,7 +12,7 @@ from pipeline.store.read.dataset import DatasetConfig
 from pipeline.tracking.config import TrackingConfig
 
 
-class DecodeLimits(StrictModel):
+class RecheckLimits(StrictModel):
     """What reading and decoding may cost here, whatever the dataset says that it was made with."""
 
     max_bytes: int = Field(64 << 20, ge=1, description="Bytes of an image.")
@@ -52,8 +52,8 @@ class DecodeCheckConfig(StrictModel):
         (),
         description="Paths, URIs or hub ids that are followed where the dataset names them or what lies below.",
     )
-    limits: DecodeLimits = Field(
-        DecodeLimits(), description="What reading and decoding may cost; images are decoded in child processes."
+    limits: RecheckLimits = Field(
+        RecheckLimits(), description="What reading and decoding may cost; images are decoded in child processes."
     )
 
 

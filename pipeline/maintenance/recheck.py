@@ -24,7 +24,7 @@ from pipeline.encode.plan import largest_bucket
 from pipeline.encode.rows import Decoded, EncodedImage
 from pipeline.encode.stages import ImageDecoder, UnitReader
 from pipeline.errors import InputError, argument_keys
-from pipeline.maintenance.config import DecodeCheckConfig, DecodeLimits
+from pipeline.maintenance.config import DecodeCheckConfig, RecheckLimits
 from pipeline.source.config import FolderSource, ImageConfig, ParquetSource, SourceConfig
 from pipeline.source.reading.listing import source_root
 from pipeline.storage.trust import follow
@@ -153,7 +153,7 @@ def _recipe(dataset: LatentDataset, config: DecodeCheckConfig) -> _Recipe:
     return _limited(_Recipe(checked, image, batch_size), config.limits)
 
 
-def _limited(recipe: _Recipe, limits: DecodeLimits) -> _Recipe:
+def _limited(recipe: _Recipe, limits: RecheckLimits) -> _Recipe:
     """The recipe under our own limits and isolation; InputError where it needs more, for rows would be missed."""
     source, image = recipe.source, recipe.image
     needed = {

@@ -57,15 +57,11 @@ def fact_text(value: Any) -> str:
     return "not known" if value is None else str(value)
 
 
-def _escaped(value: Any) -> Any:
-    """Names and prompts come from data: what is not seen in them is written as its number."""
-    return escaped(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
 _environment = Environment(
     loader=PackageLoader("pipeline.media"),
     autoescape=True,
-    finalize=_escaped,
+    # Names and prompts come from data: what is not seen in them is written as its number.
+    finalize=lambda value: escaped(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,

@@ -300,13 +300,11 @@ class Root:
         return [name[:-1] for name, _ in self._entries(prefix) if name.endswith("/")]
 
     def _entries(self, prefix: str) -> Entries:
-        return self._local_entries(prefix) if self._local else self._remote_entries(prefix)
-
-    def _local_entries(self, prefix: str) -> Entries:
+        if not self._local:
+            return self._remote_entries(prefix)
         # Of a directory with millions of files only the names are held; each is asked for its size in its turn.
         directory = self._path(prefix)
-        for name in scanned(directory):
-            yield name, functools.partial(_local_info, os.path.join(directory, name))
+        return ((name, functools.partial(_local_info, os.path.join(directory, name))) for name in scanned(directory))
 
     def _remote_entries(self, prefix: str) -> Entries:
         base = self._path(prefix).rstrip("/")

@@ -69,8 +69,11 @@ async def read(fs: Any, url: str, within: str, start: int, length: int) -> bytes
         for _ in range(_MAX_REDIRECTS + 1):
             async with session.get(place, headers=headers, timeout=timeout, allow_redirects=False) as answer:
                 if answer.status in _REDIRECTS:
-                    place = answer.url.join(URL(answer.headers.get("Location", "")))
-                    _check_within(place, URL(within))
+                    place, root = answer.url.join(URL(answer.headers.get("Location", ""))), URL(within)
+                    below = place.path == root.path or place.path.startswith(root.path.rstrip("/") + "/")
+                    if place.origin() != root.origin() or not below or ".." in place.path.split("/"):
+                        bare = place.with_user(None), root.with_user(None)
+                        raise PlaceRefused(f"a redirect to {bare[0]}, which is not below {bare[1]}")
                     continue
                 if answer.status == _RANGE_BEYOND_END:
                     return b""
@@ -94,9 +97,3 @@ async def _taken(content: aiohttp.StreamReader, skip: int, length: int) -> bytes
         if len(out) >= length:
             break
     return bytes(out)
-
-
-def _check_within(place: URL, root: URL) -> None:
-    below = place.path == root.path or place.path.startswith(root.path.rstrip("/") + "/")
-    if place.origin() != root.origin() or not below or ".." in place.path.split("/"):
-        raise PlaceRefused(f"a redirect to {place.with_user(None)}, which is not below {root.with_user(None)}")

@@ -289,24 +289,21 @@ def _embed(task: _Task, run: Run, generation: Generation, state: State) -> JobRe
 def _loaded(task: _Task) -> Iterator[Encode]:
     """What encodes captions: in this process, or in one beside a GPU of the cluster, where it has any."""
     config = task.config
+
+    def make(device: str) -> Encode:
+        import torch
+
+        from pipeline.text.encoder import load_encoder
+
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        return load_encoder(task.files, task.encoder, batch_size=config.embed.batch_size, device=device).encode
+
     with reserved_gpu(config.device, config.cluster) as device:
-        make = partial(_load, task.files, task.encoder, config.embed.batch_size, config.threads)
         if device is None:
             yield make(own_device(config.device, config.cluster))
         else:
             yield reserved_function(partial(make, device))
-
-
-def _load(
-    files: EncoderFiles, encoder: TextEncoderConfig, batch_size: int, threads: int | None, device: str
-) -> Encode:
-    import torch
-
-    from pipeline.text.encoder import load_encoder
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return load_encoder(files, encoder, batch_size=batch_size, device=device).encode
 
 
 def _result(

@@ -222,9 +222,11 @@ def train(
             state.images += settings.batch_size
 
             # Gradients, accumulated over micro-batches and averaged over ranks by the last of them.
-            torch.manual_seed(_step_seed(state))
+            # For a model that draws its own dropout: by run, step and rank, hence the same after a resume.
+            torch.manual_seed((state.seed * 1_000_003 + state.step * 8_191 + collectives.rank()) % (1 << 63))
             sums = _backward(state, engine, task, batch, settings)
-            norm = _clip_gradients(state, settings.clip_norm)
+            norm = nn.utils.clip_grad_norm_(list(state.params.values()), settings.clip_norm)
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
             # One small reduction: everything that every rank must decide alike is decided on its result.
             totals = _totals(sums, norm, call.should_stop(), call.poll_due())
@@ -233,8 +235,13 @@ def train(
             loss = totals.loss_sum / settings.batch_size
             rate = _learning_rate(state.images, settings)
             if math.isfinite(loss) and math.isfinite(totals.norm) and totals.norm <= settings.guard_norm:
-                _update(state, rate, settings.batch_size)
-                _add_to_window(state, totals.window)
+                for group in state.optimizer.param_groups:
+                    group["lr"] = rate
+                state.optimizer.step()
+                state.ema.update(state.params, state.images, settings.batch_size)
+                state.skipped_in_a_row = 0
+                window = state.window.get("sums", [0.0] * (1 + 2 * NUM_BINS))
+                state.window["sums"] = [a + b for a, b in zip(window, totals.window, strict=True)]
             else:
                 _skip(state, batch.source, loss, totals.norm, call.skip)
                 if state.skipped_in_a_row >= settings.max_skipped_in_a_row:
@@ -273,7 +280,7 @@ def _backward(state: TrainState, engine: Engine, task: Task, batch: DeviceBatch,
         labels = None if batch.labels is None else batch.labels[part]
         text = None if batch.text is None else (batch.text[0][part].float(), batch.text[1][part])
         with engine.without_sync(i < num_micro - 1):
-            with _autocast(device, settings.precision):
+            with torch.autocast(device.type, torch.bfloat16) if settings.precision == "bf16" else nullcontext():
                 losses, t = task.training_losses(
                     engine.forward, batch.latents[part].float(), batch.ids[part], labels, batch.source.epoch, text
                 )
@@ -287,17 +294,6 @@ def _backward(state: TrainState, engine: Engine, task: Task, batch: DeviceBatch,
             sums[1 : 1 + NUM_BINS].index_add_(0, bins, values)
             sums[1 + NUM_BINS :].index_add_(0, bins, torch.full_like(values, counts))
     return sums
-
-
-def _autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
-def _clip_gradients(state: TrainState, clip_norm: float) -> Tensor:
-    """Clip the gradients to a total norm of `clip_norm`; returns the norm before, the same on every rank."""
-    norm = nn.utils.clip_grad_norm_(list(state.params.values()), clip_norm)
-    full: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    return full
 
 
 @dataclass(frozen=True)
@@ -334,14 +330,6 @@ def _learning_rate(images: int, s: Settings) -> float:
         final_ratio=s.decay_final_ratio,
         shape=s.decay_shape,
     )
-
-
-def _update(state: TrainState, rate: float, batch_size: int) -> None:
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate
-    state.optimizer.step()
-    state.ema.update(state.params, state.images, batch_size)
-    state.skipped_in_a_row = 0
 
 
 def _skip(state: TrainState, batch: BatchLike, loss: float, norm: float, on_skip: Log) -> None:
@@ -387,11 +375,6 @@ def _roll_back(state: TrainState, checkpoints: CheckpointStore, loss: float, nor
     )
 
 
-def _add_to_window(state: TrainState, sums: list[float]) -> None:
-    window = state.window.setdefault("sums", [0.0] * (1 + 2 * NUM_BINS))
-    state.window["sums"] = [a + b for a, b in zip(window, sums, strict=True)]
-
-
 def _record(state: TrainState, batch: BatchLike, rate: float, norm: float, meter: Meter) -> dict[str, Any]:
     """The figures since the last record; the open window is part of the checkpoint, so a resume leaves no seam.
 
@@ -413,8 +396,3 @@ def _record(state: TrainState, batch: BatchLike, rate: float, norm: float, meter
 
 def _crossed(before: int, after: int, every: int) -> bool:
     return before // every != after // every
-
-
-def _step_seed(state: TrainState) -> int:
-    """For a model that draws its own dropout: a function of run, step and rank, hence the same after a resume."""
-    return (state.seed * 1_000_003 + state.step * 8_191 + collectives.rank()) % (1 << 63)

@@ -201,14 +201,16 @@ class Reporter:
 
     def show(self, state: TrainState, png: bytes) -> None:
         """Pictures of the run as it is now."""
-        self.background.submit(partial(self._keep_pictures, f"grids/{state.images:012d}.png", png))
+        name = f"grids/{state.images:012d}.png"
 
-    def _keep_pictures(self, name: str, png: bytes) -> None:
-        self.root.put(name, png)
-        with tempfile.NamedTemporaryFile(suffix=".png") as file:
-            file.write(png)
-            file.flush()
-            self.tracker.log_file(file.name, name)
+        def keep() -> None:
+            self.root.put(name, png)
+            with tempfile.NamedTemporaryFile(suffix=".png") as file:
+                file.write(png)
+                file.flush()
+                self.tracker.log_file(file.name, name)
+
+        self.background.submit(keep)
 
     def skip(self, record: Record) -> None:
         """A skipped step, with the ids of its samples and, of several datasets, the one they are of."""

@@ -43,7 +43,7 @@ PLAYED = {
     "train/retention.py: History.write: put_if_absent": "Trainers._save: objects of one checkpoint",
     "train/job.py: run: put": "done.json: the result of one configuration, the same whoever reaches it",
     "train/worker.py: Quarantine._put: put": "Quarantine: a key of one start, test_quarantine",
-    "train/worker.py: Reporter._keep_pictures: put": "a grid of one count of images: shown to people",
+    "train/worker.py: Reporter.show.keep: put": "a grid of one count of images: shown to people",
 }
 
 

@@ -161,18 +161,15 @@ def is_risky(data: bytes, kind: Format) -> bool:
     if len(data) > _RISKY_BYTES:
         return True
     if kind == "png":
-        return _has_many(png_chunks(data)) or _has_wide_key(data)
+        # RGB of 16 bits with a transparency key is read by another decoder, see `_load`.
+        before_pixels = takewhile(lambda chunk: chunk[0] != b"IDAT", png_chunks(data))
+        is_wide = data[24:26] == b"\x10\x02"
+        return _has_many(png_chunks(data)) or (is_wide and any(name == b"tRNS" for name, _, _ in before_pixels))
     return kind == "gif" and _has_many(gif_blocks(data))
 
 
 def _has_many(parts: Iterator[object]) -> bool:
     return next(islice(parts, _RISKY_PARTS, None), None) is not None
-
-
-def _has_wide_key(png: bytes) -> bool:
-    """Whether the PNG has RGB samples of 16 bits and a transparency key: read by another decoder, see `_load`."""
-    before_pixels = takewhile(lambda chunk: chunk[0] != b"IDAT", png_chunks(png))
-    return png[24:26] == b"\x10\x02" and any(name == b"tRNS" for name, _, _ in before_pixels)
 
 
 def open_image(data: bytes, limits: DecodeLimits) -> Opened:
@@ -186,7 +183,7 @@ def open_image(data: bytes, limits: DecodeLimits) -> Opened:
         raise DecodeError(Reason.UNSUPPORTED_FORMAT, f"{kind} is not among the configured formats")
     _quiet_pillow()
     try:
-        opened = _open_tiff(data) if kind == "tiff" else _open_with_pillow(data, kind)
+        opened = _opened(data, kind)
     except UnidentifiedImageError:
         # Pillow's message prints the address of a buffer, which is nothing to keep.
         raise DecodeError(Reason.CORRUPT, f"the {kind} header cannot be read") from None
@@ -212,12 +209,10 @@ def load_image(opened: Opened, limits: DecodeLimits, *, scale: int = 1) -> Image
     return picture
 
 
-def _open_tiff(data: bytes) -> Opened:
-    source = Tiff(data)
-    return Opened("tiff", source.size, source.profile, source.orientation, Stripped(data), source)
-
-
-def _open_with_pillow(data: bytes, kind: Format) -> Opened:
+def _opened(data: bytes, kind: Format) -> Opened:
+    if kind == "tiff":
+        source = Tiff(data)
+        return Opened("tiff", source.size, source.profile, source.orientation, Stripped(data), source)
     if kind in EXTRAS:
         _add_decoder(kind)
     stripped = _STRIP[kind](data) if kind in _STRIP else Stripped(data)
@@ -266,15 +261,10 @@ def _load(opened: Opened, scale: int) -> Image.Image:
     picture = simplify(source)
     if opened.kind == "bmp" and picture.mode == "RGBA" and picture.getchannel("A").getextrema() == (0, 0):
         return picture.convert("RGB")  # a fourth byte that nobody set
-    if opened.stripped.frame is not None:
-        return _on_canvas(picture, opened.stripped.frame)
-    return picture
-
-
-def _on_canvas(picture: Image.Image, frame: tuple[int, int, int, int]) -> Image.Image:
-    """A GIF's first picture where it lies on its canvas, which is transparent around it."""
-    if frame[0] <= 0 and frame[1] <= 0 and frame[2] >= picture.width and frame[3] >= picture.height:
+    left, top, right, bottom = frame = opened.stripped.frame or (0, 0, *picture.size)
+    if left <= 0 and top <= 0 and right >= picture.width and bottom >= picture.height:
         return picture
+    # A GIF's first picture where it lies on its canvas, which is transparent around it.
     picture = picture.convert("RGBA")
     canvas = Image.new("RGBA", picture.size)
     canvas.paste(picture.crop(frame), frame)

@@ -173,14 +173,14 @@ def strip_png(data: bytes) -> Stripped:
     chunks += [(b"IDAT", b"".join(pixels)), (b"IEND", b"")]
     orientation = exif_orientation(kept.get(b"eXIf")) or exif_orientation(_hexadecimal(texts))
     return Stripped(
-        b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(name, content) for name, content in chunks),
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            b"".join((struct.pack(">I", len(content)), name, content, struct.pack(">I", zlib.crc32(name + content))))
+            for name, content in chunks
+        ),
         _unpacked(kept.get(b"iCCP", b"").partition(b"\0")[2], MAX_PROFILE_BYTES),
         orientation or xmp_orientation(texts.get(b"XML:com.adobe.xmp")),
     )
-
-
-def _chunk(name: bytes, content: bytes) -> bytes:
-    return b"".join((struct.pack(">I", len(content)), name, content, struct.pack(">I", zlib.crc32(name + content))))
 
 
 def _expanded_key(key: bytes, bits: int, colour: int) -> bytes:

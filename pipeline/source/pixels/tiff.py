@@ -131,7 +131,12 @@ class Tiff:
         colour, extra = samples[..., :number], samples[..., number:]
         alpha, associated = self._alpha(extra.shape[-1])
         if photometric == _PALETTE:
-            colour = self._palette(bits)[np.minimum(colour[..., 0], (1 << bits) - 1).astype(np.intp)]
+            table: np.ndarray | None = self._page.colormap
+            if table is None or table.shape != (3, 1 << bits):
+                raise DecodeError(Reason.CORRUPT, "a palette image without a palette")
+            # Values of 16 bits, or of 8 where all are small, as libtiff has it.
+            palette = (table if table.max() < 256 else table >> 8).astype(np.uint8).T
+            colour = palette[np.minimum(colour[..., 0], (1 << bits) - 1).astype(np.intp)]
         else:
             colour = _to_bytes(colour, bits)
         if photometric == _WHITE_IS_ZERO:
@@ -160,13 +165,6 @@ class Tiff:
             if meaning in (_ASSOCIATED, _UNASSOCIATED):
                 return index, meaning == _ASSOCIATED
         return None, False
-
-    def _palette(self, bits: int) -> np.ndarray:
-        """uint8 [colours, 3] of the colour map: values of 16 bits, or of 8 where all are small, as libtiff has it."""
-        table: np.ndarray | None = self._page.colormap
-        if table is None or table.shape != (3, 1 << bits):
-            raise DecodeError(Reason.CORRUPT, "a palette image without a palette")
-        return (table if table.max() < 256 else table >> 8).astype(np.uint8).T
 
 
 def _to_bytes(values: np.ndarray, bits: int) -> np.ndarray:

@@ -201,12 +201,10 @@ class Cell(str):
 
 def keeps(text: str, record: Mapping[str, Any]) -> bool:
     """Whether a filter keeps a record; ValueError when a field is of a type that the filter cannot use."""
-    return _truth(_value(_tree(text), record)) is True
+    return _truth(_value(_parsed(text), record)) is True
 
 
-@lru_cache(maxsize=64)
-def _tree(text: str) -> ast.expr:
-    return parse_filter(text)
+_parsed = lru_cache(maxsize=64)(parse_filter)
 
 
 def _value(node: ast.AST, record: Mapping[str, Any]) -> Any:

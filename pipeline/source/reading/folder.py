@@ -127,14 +127,11 @@ class FolderMetadata:
                 return
             line = directory.lines[directory.next]
             directory.next += 1
-            if not line.found and not self._comes_later(line.key):
+            forms = {unicodedata.normalize(form, line.key) for form in ("NFC", "NFD")} - {line.key}
+            if not line.found and not any(self._root.exists(form) for form in forms):  # such a one comes later
                 problem = f"{directory.file}, line {line.number} names this file, and it is not there"
                 bad = PROBLEM in parse_object(line.meta)
                 yield line.key, line.meta if bad else self._problem(problem, directory.file, line.number)
-
-    def _comes_later(self, key: str) -> bool:
-        forms = {unicodedata.normalize(form, key) for form in ("NFC", "NFD")} - {key}
-        return any(self._root.exists(form) for form in forms)
 
     def _problem(self, problem: str, file: str, line: int) -> str:
         """What stands for a line that is of no use; an InputError where the source is strict."""
@@ -209,7 +206,10 @@ class FolderMetadata:
 
     def _csv_lines(self, file: str) -> Iterator[tuple[int, Any, str]]:
         text = self._root.read_bytes(file).decode("utf-8-sig", "surrogateescape")
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text), strict=True)
+        # Divided by what gives the first line a cell file_name; by commas where nothing does.
+        first = next(iter(text[: MAX_TEXT_BYTES // 2].splitlines()), "")
+        named = (d for d in ",;\t|" if "file_name" in next(csv.reader([first], delimiter=d), []))
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=next(named, ","), strict=True)
         try:
             names = next(reader, [])
             wrong = [f"there is no column {name}, which source.filter names" for name in self._needed - set(names)]
@@ -286,12 +286,6 @@ def picked(source: FolderSource, record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _normal(name: str) -> str:
     return unicodedata.normalize("NFC", name)
-
-
-def _delimiter(text: str) -> str:
-    """With which the first line has a cell file_name; a comma where there is none."""
-    first = next(iter(text[: MAX_TEXT_BYTES // 2].splitlines()), "")
-    return next((d for d in ",;\t|" if "file_name" in next(csv.reader([first], delimiter=d), [])), ",")
 
 
 # -- From a directory to entries, each with what is to be read beside it -------------------------------------------

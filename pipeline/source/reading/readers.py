@@ -17,9 +17,11 @@ from pipeline.source.reading.listing import source_root
 from pipeline.source.reading.parquet import read_parquets
 from pipeline.source.reading.rows import EndOfUnit, Entry, Ranges, SourceRow
 from pipeline.source.reading.webdataset import read_tars
-from pipeline.storage.root import Root
 
 _log = logging.getLogger(__name__)
+
+
+_root = lru_cache(maxsize=16)(source_root)  # asks the store once per process, not once per unit
 
 
 def read_unit(
@@ -35,8 +37,3 @@ def read_unit(
         assert isinstance(source, ParquetSource)
 
         yield from read_parquets(root, source, entries, wanted)
-
-
-@lru_cache(maxsize=16)
-def _root(source: SourceConfig) -> Root:
-    return source_root(source)  # asks the store once per process, not once per unit

@@ -150,6 +150,9 @@ class Failure:
     message: str
 
 
+_resolved = lru_cache(maxsize=64)(os.path.realpath)
+
+
 def fetch(
     root: Root,
     key: str,
@@ -165,7 +168,8 @@ def fetch(
     those of a local root that lead out of it, too.
     """
     local = root.local_path()
-    if links == "inside" and local is not None and not _is_inside(local, key):
+    real = None if local is None or links == "any" else Path(os.path.realpath(local / key))
+    if real is not None and not real.is_relative_to(_resolved(local)):
         rule = "links lead to files below the source (source.links=any follows all)"
         return Failure(Reason.URI_REFUSED, f"a link out of the source: {rule}")
     if known_size is not None and known_size > max_bytes:
@@ -182,15 +186,6 @@ def fetch(
     if len(data) > max_bytes:
         return Failure(Reason.TOO_MANY_BYTES, f"more than source.max_bytes {max_bytes}")
     return data
-
-
-def _is_inside(local: Path, key: str) -> bool:
-    return Path(os.path.realpath(local / key)).is_relative_to(_resolved(local))
-
-
-@lru_cache(maxsize=64)
-def _resolved(path: Path) -> Path:
-    return Path(os.path.realpath(path))
 
 
 def failure_of(error: Exception) -> Failure:

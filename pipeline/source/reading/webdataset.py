@@ -123,7 +123,12 @@ def _read_tar(
         with open_file(root, entry.key, entry.size_bytes, entry) as file:
             for sample in _samples(file, source, row, wanted):
                 row = sample.next_row
-                yield from _rows_of(sample, source, entry, wanted)
+                if sample.row in wanted:
+                    yield _to_row(sample, source, entry)
+                for place, (name, reason, message) in enumerate(sample.others, sample.row + 1):  # its further images
+                    if place in wanted:
+                        key = f"{entry.key}/{name[:_MAX_NAME]}?{place}".encode("utf-8", "backslashreplace").decode()
+                        yield SourceRow.without_image(place, key, reason, message, source.name)
                 if wanted.beyond(row):
                     return row
             return row
@@ -250,17 +255,6 @@ def _take(sample: _Sample, member: Member, extension: str, limit: int, reason: R
         sample.failures[extension] = too_many
     else:
         sample.parts[extension] = member.read()
-
-
-def _rows_of(sample: _Sample, source: WebDatasetSource, entry: Entry, wanted: Ranges) -> Iterator[SourceRow]:
-    """The sample's row, then one for each further image of it."""
-    if sample.row in wanted:
-        yield _to_row(sample, source, entry)
-    for row, (name, reason, message) in enumerate(sample.others, sample.row + 1):
-        if row in wanted:
-            key = f"{entry.key}/{name[:_MAX_NAME]}?{row}"
-            safe = key.encode("utf-8", "backslashreplace").decode()
-            yield SourceRow.without_image(row, safe, reason, message, source.name)
 
 
 def _to_row(sample: _Sample, source: WebDatasetSource, entry: Entry) -> SourceRow:

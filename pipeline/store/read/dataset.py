@@ -186,7 +186,11 @@ class Dataset:
         self.root, self.identity, self.state = root, identity, state
         self._footers: dict[str, pq.FileMetaData] = {}
         self._lock = threading.Lock()
-        self.row_groups = ReadableGroups(state.files, self._count_visible)
+
+        def count_visible(file: VisibleFile, number: int) -> int:
+            return int(_alive(file, self._read_group(file.info, number, ["unit", "row"], True)).sum())
+
+        self.row_groups = ReadableGroups(state.files, count_visible)
         self.num_rows = int(self.row_groups.rows.sum())
 
     @classmethod
@@ -280,9 +284,6 @@ class Dataset:
         if not self.row_groups.partial[row_group]:
             return values
         return values[_alive(file, self._read_group(file.info, number, ["unit", "row"], verify))]
-
-    def _count_visible(self, file: VisibleFile, number: int) -> int:
-        return int(_alive(file, self._read_group(file.info, number, ["unit", "row"], True)).sum())
 
     def _bytes(self, path: str, start: int, length: int) -> Bytes:
         local = self.root.local_path(path)
