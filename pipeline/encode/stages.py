@@ -36,7 +36,7 @@ from pipeline.encode.rows import (
 from pipeline.errors import ConfigError, argument_keys, keyed
 from pipeline.source.config import ImageConfig, SourceConfig
 from pipeline.source.pixels.prepare import Reject, prepare
-from pipeline.source.reading.readers import read_unit
+from pipeline.source.reading.listing import read_unit
 from pipeline.source.reading.rows import EndOfUnit, Entry, SourceRow
 from pipeline.storage.root import Root
 from pipeline.store.plan import EntrySpan, Work, read_entries

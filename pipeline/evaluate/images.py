@@ -22,8 +22,7 @@ from pipeline.errors import InputError
 from pipeline.media.images import caption_of, decode_image
 from pipeline.source.config import ImageConfig, SourceConfig
 from pipeline.source.pixels.prepare import PreparedImage, Reject, prepare
-from pipeline.source.reading.listing import list_entries
-from pipeline.source.reading.readers import read_unit
+from pipeline.source.reading.listing import list_entries, read_unit
 from pipeline.source.reading.rows import EndOfUnit, Entry, SourceRow
 from pipeline.store.ledger.layout import canonical_json
 from pipeline.store.read.dataset import Dataset, read_outside

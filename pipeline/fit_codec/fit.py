@@ -25,8 +25,7 @@ from pipeline.codec.config import FitConfig
 from pipeline.errors import ConfigError, InputError
 from pipeline.source.config import ImageConfig, SourceConfig
 from pipeline.source.pixels.prepare import Reject, prepare
-from pipeline.source.reading.listing import list_entries
-from pipeline.source.reading.readers import read_unit
+from pipeline.source.reading.listing import list_entries, read_unit
 from pipeline.source.reading.rows import EndOfUnit, Entry
 
 # -- A keyed choice of images of a source, as one uint8 array to fit on ----------------------------------------

@@ -3,20 +3,258 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from itertools import chain, pairwise
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.errors import ConfigError, ConflictError
-from pipeline.stream.assemble import batches
+from pipeline.store.read.row_groups import Bytes, gather
 from pipeline.stream.data import RULE, Batch, LatentRows, TextRows, layout_of, split_rows
-from pipeline.stream.order import Order, OrderSpec
-from pipeline.stream.reader import Channel, WindowReader
+from pipeline.stream.order import Order, OrderSpec, Window
+from pipeline.stream.reader import Channel, Shape, WindowReader, WindowRows
 
 if TYPE_CHECKING:
     from pipeline.storage.root import Root
+
+
+# -- Windows of a rank's lanes put together to batches, in the order's sequence of steps -----------------------
+
+
+# Prepared in one go, because small rows are too many to handle batch by batch: stored bytes for each thread that
+# copies, and batches. All buckets together have so many bytes at most, but for a batch each.
+_CHUNK_BYTES = 16 << 20
+_CHUNK_BATCHES = 512
+_ALL_CHUNKS_BYTES = 512 << 20
+# Values of at least so many bytes are copied by several threads: one waits for memory most of the time. With smaller
+# ones, on two cores, handing over costs what it gains.
+_SHARED_BYTES = 16 << 10
+
+T = TypeVar("T")
+Submit = Callable[[Window], "Future[WindowRows]"]
+
+
+def batches(
+    order: Order,
+    lanes: range,
+    start_step: int,
+    dtype: str,
+    submit: Submit,
+    text: TextRows | None = None,
+    threads: int = 1,
+) -> Iterator[list[Batch]]:
+    """Batches from `start_step` on, without end, made of the given lanes' shares, in packets of some.
+
+    `threads` copy large latents, this one among them; the others end with the iteration.
+    """
+    with ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="latent-copier") as pool:
+        copiers = _Copiers(pool, threads)
+        epoch, before = order.served_before(start_step)
+        feeds = {}
+        buckets = np.flatnonzero(order.batches).tolist()
+        room = _ALL_CHUNKS_BYTES // max(1, len(buckets))
+        for bucket in buckets:
+            row = int(before[bucket]) * order.slot
+            cursors = [_LaneCursor(order, bucket, lane, epoch, row, submit) for lane in lanes]
+            feeds[bucket] = _Feed(order.layout.buckets[bucket], order.slot, cursors, dtype, text, copiers, room)
+        packet: list[Batch] = []
+        for step, epoch, bucket in order.steps_from(start_step):
+            feed = feeds[bucket]
+            if packet and not feed.ready:
+                yield packet  # before the wait for the next ones
+                packet = []
+            packet.append(feed.batch(step, epoch))
+
+
+class _Copiers:
+    """Threads that share the copying of several batches: it is most of the work on the way to a batch."""
+
+    def __init__(self, pool: Executor, threads: int) -> None:
+        self._pool, self._threads = pool, threads
+
+    def share(self, wide: int) -> int:
+        """How many threads copy values of `wide` bytes."""
+        return self._threads if wide >= _SHARED_BYTES else 1
+
+    def map(self, count: int, wide: int, copy: Callable[[int, int], list[T]]) -> list[T]:
+        """What `copy` returns for the batches [begin, end), for all of `count` in order; values are `wide` bytes."""
+        runs = min(count, self.share(wide))
+        ends = [count * (run + 1) // runs for run in range(runs)]
+        others = [self._pool.submit(copy, begin, end) for begin, end in pairwise(ends)]
+        return list(chain(copy(0, ends[0]), *(other.result() for other in others)))
+
+
+class _Feed:
+    """A bucket's batches in order, without end, several of them prepared in one go."""
+
+    def __init__(
+        self,
+        bucket: str,
+        slot: int,
+        cursors: list[_LaneCursor],
+        dtype: str,
+        text: TextRows | None,
+        copiers: _Copiers,
+        room: int,
+    ) -> None:
+        self._bucket, self._slot, self._cursors, self._dtype, self._text = bucket, slot, cursors, dtype, text
+        self._copiers, self._room = copiers, room
+        self._count, self._at = 0, 0
+        self._chunk: _Chunk | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next batch is at hand."""
+        return self._at < self._count
+
+    def batch(self, step: int, epoch: int) -> Batch:
+        """The next batch, as that of a step."""
+        if self._chunk is None or not self.ready:
+            first = self._cursors[0].peek()
+            shape = first.shape
+            del first  # or it would outlive its window's turn
+            text_bytes = 0 if self._text is None else self._text.row_bytes
+            wide = 2 * math.prod(shape)
+            batch_bytes = (wide + text_bytes) * self._slot * len(self._cursors)
+            room = min(_CHUNK_BYTES * self._copiers.share(wide), self._room)
+            # The first batch is not kept waiting for others, and a resume not made to read far ahead.
+            self._chunk = None
+            self._count = max(1, min(2 * self._count, _CHUNK_BATCHES, room // batch_bytes))
+            self._at = 0
+            chunk = _Chunk(self._bucket, shape, self._dtype, self._count, len(self._cursors), self._slot)
+            for cursor in self._cursors:
+                chunk.fill(cursor)
+            chunk.finish(self._text, self._copiers)
+            self._chunk = chunk
+        self._at += 1
+        return self._chunk.batch(self._at - 1, step, epoch)
+
+
+class _LaneCursor:
+    """Walks one lane of one bucket through its windows, one window read ahead, epoch after epoch."""
+
+    def __init__(self, order: Order, bucket: int, lane: int, epoch: int, row: int, submit: Submit) -> None:
+        self._windows = _windows_from(order, bucket, lane, epoch, row)
+        self._submit = submit
+        self._rows: WindowRows | None = None
+        window, self._at = next(self._windows)
+        self._ahead = submit(window)
+
+    def peek(self) -> WindowRows:
+        """The window that holds the next row."""
+        if self._rows is not None and self._at == len(self._rows.labels):
+            self._rows, self._at = None, 0  # let go before the next but one is asked for
+        if self._rows is None:
+            self._rows = self._ahead.result()
+            self._ahead = self._submit(next(self._windows)[0])
+        return self._rows
+
+    def take(self, count: int) -> Iterator[tuple[WindowRows, int, int]]:
+        """The next `count` rows, as stretches of windows."""
+        while count:
+            rows = self.peek()
+            stop = min(self._at + count, len(rows.labels))
+            yield rows, self._at, stop
+            del rows  # or it would outlive its window's turn
+            count -= stop - self._at
+            self._at = stop
+
+
+def _windows_from(order: Order, bucket: int, lane: int, epoch: int, row: int) -> Iterator[tuple[Window, int]]:
+    """Windows from a row of a lane on, without end, and how many of their rows come before that row."""
+    windows = order.windows(epoch, bucket, lane)
+    index = windows.find(row)
+    if index == len(windows):  # the bucket's epoch is over; that of others may not be
+        epoch, index, row = epoch + 1, 0, 0
+        windows = order.windows(epoch, bucket, lane)
+    while True:
+        for at in range(index, len(windows)):
+            window = windows[at]
+            yield window, max(0, row - window.first_row)
+            row = 0
+        epoch, index = epoch + 1, 0
+        windows = order.windows(epoch, bucket, lane)
+
+
+class _Chunk:
+    """Several consecutive batches of one bucket, filled lane by lane so that one numpy call does many rows."""
+
+    def __init__(self, bucket: str, shape: Shape, dtype: str, count: int, lanes: int, slot: int) -> None:
+        self._bucket, self._shape, self._count, self._lanes, self._slot = bucket, shape, count, lanes, slot
+        self._dtype = np.float16 if dtype == "float16" else np.uint16
+        self._wide = 2 * math.prod(shape)
+        self._memory: list[Bytes] = []
+        # Of stretches of rows, lane after lane: which of `memory` their latents lie in, and from which byte on; ids,
+        # labels, sizes.
+        self._stretches: list[tuple[Any, ...]] = []
+        self._captions: list[list[str | None]] = []
+        self._parts: list[tuple[Any, ...]] = []
+
+    def fill(self, cursor: _LaneCursor) -> None:
+        """Take every batch's share of the next lane."""
+        captions: list[str | None] | None = None
+        for rows, begin, end in cursor.take(self._count * self._slot):
+            if rows.captions is not None:
+                captions = [*(captions or ()), *rows.captions.slice(begin, end - begin).to_pylist()]
+            if end == len(rows.labels):
+                # Copies the rest, so that the window can go while a batch still lacks rows.
+                rest = gather(rows.memory, rows.part[begin:], rows.start[begin:], self._wide)
+                start = (np.arange(len(rows.start), dtype=np.int64) - begin) * self._wide
+                rows = replace(rows, memory=(rest.reshape(-1),), part=np.zeros_like(rows.part), start=start)
+            own = slice(begin, end)
+            part = rows.part[own] + np.int32(len(self._memory))
+            sizes = None if rows.sizes is None else rows.sizes[own]
+            self._stretches.append((part, rows.start[own], rows.sample_ids[own], rows.labels[own], sizes))
+            self._memory += rows.memory
+            del rows
+        if captions is not None:
+            self._captions.append(captions)
+
+    def finish(self, text: TextRows | None, copiers: _Copiers) -> None:
+        """Cut into batches, and ask what is asked of whole batches, when all lanes are there."""
+        count = self._count
+        part, start, sample_ids, tags, extents = map(self._by_batch, zip(*self._stretches, strict=True))
+        latents = copiers.map(count, self._wide, partial(self._latents, part, start))
+        self._memory, self._stretches = [], []  # the windows are free to go
+        labels: list[NDArray[np.int64] | None] = list(tags)
+        for at in np.flatnonzero((tags < 0).all(axis=1)).tolist():
+            labels[at] = None
+        sizes = [None] * count if extents is None else list(extents)
+        captions: list[list[str] | None] = [None] * count
+        embeddings: list[Any] = [None] * count
+        if self._captions:
+            for at in range(count):
+                own = slice(at * self._slot, (at + 1) * self._slot)
+                asked = list(chain.from_iterable(lane[own] for lane in self._captions))
+                if text is not None:
+                    embeddings[at] = text.lookup_stored(asked)
+                if any(caption is not None for caption in asked):
+                    captions[at] = [caption or "" for caption in asked]
+        self._parts = list(zip(latents, list(sample_ids), labels, captions, sizes, embeddings, strict=True))
+
+    def _by_batch(self, stretches: tuple[Any, ...]) -> Any:
+        """Values lane after lane as [batches, rows of all lanes, ...]; None where they are."""
+        if stretches[0] is None:
+            return None
+        values = np.concatenate(stretches)
+        lanes = values.reshape(self._lanes, self._count, self._slot, *values.shape[1:])
+        return np.moveaxis(lanes, 1, 0).reshape(self._count, -1, *values.shape[1:])
+
+    def _latents(self, part: NDArray[np.int32], start: NDArray[np.int64], begin: int, end: int) -> list[NDArray[Any]]:
+        """Of the batches [begin, end), copied out of the windows' memory."""
+        stored = gather(self._memory, part[begin:end].ravel(), start[begin:end].ravel(), self._wide)
+        return list(stored.view(self._dtype).reshape(end - begin, -1, *self._shape))
+
+    def batch(self, index: int, step: int, epoch: int) -> Batch:
+        return Batch(step, epoch, self._bucket, *self._parts[index])
 
 
 # -- The state of a stream: a step number, and what must be unchanged for that number to mean the same rows ----

@@ -21,8 +21,7 @@ from pipeline.encode.encoder import Encoder
 from pipeline.encode.rows import encoded_table, raw_table
 from pipeline.encode.stages import ImageDecoder
 from pipeline.source.config import FolderSource, ImageConfig, ParquetSource, SourceConfig, WebDatasetSource
-from pipeline.source.reading.listing import list_entries
-from pipeline.source.reading.readers import read_unit
+from pipeline.source.reading.listing import list_entries, read_unit
 from pipeline.source.reading.rows import SourceRow
 from tests.support.images import make_codec, make_images
 

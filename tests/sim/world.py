@@ -20,8 +20,7 @@ import pyarrow as pa
 
 from pipeline.encode.plan import update_plan
 from pipeline.source.config import FolderSource
-from pipeline.source.reading.listing import list_entries
-from pipeline.source.reading.readers import read_unit
+from pipeline.source.reading.listing import list_entries, read_unit
 from pipeline.source.reading.rows import Entry, SourceRow
 from pipeline.storage.remote import RangedFile
 from pipeline.storage.root import Root

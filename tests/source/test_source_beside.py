@@ -17,8 +17,7 @@ from test_source_fuzz import mutate
 from pipeline.errors import InputError
 from pipeline.source.config import FolderSource
 from pipeline.source.reading.fields import MAX_STORED_BYTES
-from pipeline.source.reading.listing import list_entries
-from pipeline.source.reading.readers import read_unit
+from pipeline.source.reading.listing import list_entries, read_unit
 from pipeline.source.reading.rows import SourceRow
 
 JPEG = encode(gradient(), "JPEG")

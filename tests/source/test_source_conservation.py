@@ -18,8 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.source.config import FolderSource, ParquetSource, SourceConfig, WebDatasetSource
-from pipeline.source.reading.listing import list_entries
-from pipeline.source.reading.readers import read_unit
+from pipeline.source.reading.listing import list_entries, read_unit
 from pipeline.source.reading.rows import EndOfUnit, SourceRow
 
 pytestmark = pytest.mark.integration

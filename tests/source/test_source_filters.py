@@ -200,8 +200,7 @@ def test_one_filter_over_every_kind_of_source(tmp_path):
     from source_images import encode, gradient, write
     from test_source_webdataset import tar_of
 
-    from pipeline.source.reading.listing import list_entries
-    from pipeline.source.reading.readers import read_unit
+    from pipeline.source.reading.listing import list_entries, read_unit
     from pipeline.source.reading.rows import EndOfUnit
 
     image = encode(gradient(), "PNG")

@@ -12,8 +12,7 @@ from source_images import write
 
 from pipeline.errors import InputError
 from pipeline.source.config import FolderSource
-from pipeline.source.reading.listing import list_entries
-from pipeline.source.reading.readers import read_unit
+from pipeline.source.reading.listing import list_entries, read_unit
 from pipeline.source.reading.rows import Ranges, map_ahead
 from pipeline.source.reasons import Reason
 from pipeline.storage.root import Root

@@ -14,8 +14,7 @@ from source_images import encode, gradient, write
 from pipeline.errors import InputError
 from pipeline.source.config import FolderSource, ImageConfig, ParquetSource, WebDatasetSource
 from pipeline.source.pixels.prepare import prepare
-from pipeline.source.reading.listing import list_entries
-from pipeline.source.reading.readers import read_unit
+from pipeline.source.reading.listing import list_entries, read_unit
 from pipeline.source.reading.rows import EndOfUnit
 from pipeline.storage.root import Root
 

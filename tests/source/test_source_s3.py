@@ -22,8 +22,7 @@ from source_images import encode, gradient, write
 from pipeline.errors import InputError
 from pipeline.source.config import FolderSource, ImageConfig, ParquetSource, SourceConfig, WebDatasetSource
 from pipeline.source.pixels.prepare import PreparedImage, prepare
-from pipeline.source.reading.listing import list_entries
-from pipeline.source.reading.readers import read_unit
+from pipeline.source.reading.listing import list_entries, read_unit
 from pipeline.source.reading.rows import EndOfUnit, Entry, SourceRow
 from pipeline.source.reasons import Reason
 from pipeline.storage import root as storage

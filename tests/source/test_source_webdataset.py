@@ -17,8 +17,7 @@ from source_images import encode, gradient, write
 from test_source_fuzz import mutate
 
 from pipeline.source.config import WebDatasetSource
-from pipeline.source.reading.listing import list_entries
-from pipeline.source.reading.readers import read_unit
+from pipeline.source.reading.listing import list_entries, read_unit
 from pipeline.source.reading.rows import EndOfUnit, SourceRow
 from pipeline.source.reading.tar import Archive, TarError
 from pipeline.storage.root import Root

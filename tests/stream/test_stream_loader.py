@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError, ConflictError, InputError
-from pipeline.stream import assemble
+from pipeline.stream import loader
 from pipeline.stream.data import Batch, layout_of, widened
 from pipeline.stream.loader import LatentStream, check_state
 from pipeline.stream.order import Order, OrderSpec, Window
@@ -74,8 +74,8 @@ def _no_thread_is_left() -> Iterator[None]:
 def test_batches_hold_the_rows_of_the_order_with_everything_that_belongs_to_them(
     dtype: str, chunk_bytes: int, copied_by_several: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(assemble, "_CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr(assemble, "_SHARED_BYTES", 1 if copied_by_several else 1 << 30)
+    monkeypatch.setattr(loader, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(loader, "_SHARED_BYTES", 1 if copied_by_several else 1 << 30)
     dataset = MemoryRows(GROUPS, dtype)
     stream = stream_of(dataset, lanes=2, window_bytes=70_000, threads=3)
     for step, batch in enumerate(take(stream, 2 * stream.steps_per_epoch + 3)):
@@ -160,7 +160,7 @@ def test_before_the_first_batch_a_resume_reads_nothing_but_the_window_of_its_ste
         submitted.append(window)
         return reader.submit(window)
 
-    next(assemble.batches(order, range(2), step, "float16", submit))
+    next(loader.batches(order, range(2), step, "float16", submit))
     reader.close()
     for lane in range(2):
         windows = list(order.windows(0, 0, lane)) + list(order.windows(1, 0, lane))
@@ -206,7 +206,7 @@ def test_the_windows_held_at_any_time_fit_their_memory() -> None:
         return future
 
     stop = 4 * order.steps_per_epoch
-    for packet in assemble.batches(order, range(4), 0, "float16", submit):
+    for packet in loader.batches(order, range(4), 0, "float16", submit):
         if packet[-1].step >= stop:
             break
     reader.close()
@@ -217,21 +217,21 @@ def test_the_windows_held_at_any_time_fit_their_memory() -> None:
 def test_batches_prepared_in_one_go_fit_the_memory_of_their_bucket(
     threads: int, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(assemble, "_CHUNK_BYTES", 1000)
-    monkeypatch.setattr(assemble, "_SHARED_BYTES", 1)
-    monkeypatch.setattr(assemble, "_ALL_CHUNKS_BYTES", together)
-    whole, gathered = assemble.gather, []
+    monkeypatch.setattr(loader, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(loader, "_SHARED_BYTES", 1)
+    monkeypatch.setattr(loader, "_ALL_CHUNKS_BYTES", together)
+    whole, gathered = loader.gather, []
 
     def counted(parts: Sequence[Any], part_of: Any, starts: Any, width: int) -> Any:
         gathered.append((width, len(starts) * width))
         return whole(parts, part_of, starts, width)
 
     most: dict[int, int] = {}
-    monkeypatch.setattr(assemble, "gather", counted)
+    monkeypatch.setattr(loader, "gather", counted)
     dataset = MemoryRows([("64x64", 640), ("64x96", 640)])
     order = Order(layout_of(dataset), OrderSpec(0, 8, 1, 1 << 20))
     reader = WindowReader(dataset, None, captions=False, threads=1)
-    for packet in assemble.batches(order, range(1), 0, "float16", reader.submit, threads=threads):
+    for packet in loader.batches(order, range(1), 0, "float16", reader.submit, threads=threads):
         for wide in {width for width, _ in gathered}:
             most[wide] = max(most.get(wide, 0), sum(size for width, size in gathered if width == wide))
         gathered.clear()
@@ -262,8 +262,8 @@ def test_an_error_on_a_reading_thread_reaches_the_consumer_after_the_good_batche
 
 
 def test_what_a_copying_thread_raises_reaches_the_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assemble, "_SHARED_BYTES", 1)
-    whole, copied = assemble.gather, []
+    monkeypatch.setattr(loader, "_SHARED_BYTES", 1)
+    whole, copied = loader.gather, []
 
     def broken(parts: Sequence[Any], part_of: Any, starts: Any, width: int) -> Any:
         name = threading.current_thread().name
@@ -273,7 +273,7 @@ def test_what_a_copying_thread_raises_reaches_the_consumer(monkeypatch: pytest.M
                 raise MemoryError("no room for a copy")
         return whole(parts, part_of, starts, width)
 
-    monkeypatch.setattr(assemble, "gather", broken)
+    monkeypatch.setattr(loader, "gather", broken)
     with pytest.raises(MemoryError, match="no room for a copy"):
         take(stream_of(MemoryRows([("64x64", 160)]), threads=2, window_bytes=1 << 20), 20)
 
@@ -283,7 +283,7 @@ def test_what_a_copying_thread_raises_reaches_the_consumer(monkeypatch: pytest.M
 def test_closing_in_the_middle_leaves_no_thread(
     taken: int, shared_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(assemble, "_SHARED_BYTES", shared_bytes)
+    monkeypatch.setattr(loader, "_SHARED_BYTES", shared_bytes)
     with stream_of(MemoryRows(GROUPS)) as stream:
         first, second = iter(stream), iter(stream)
         for _ in range(taken):

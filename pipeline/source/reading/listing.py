@@ -10,20 +10,22 @@ Entries ascend strictly by (key, row_start). Memory is that of one directory and
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import groupby
 from typing import Protocol
 
 from pipeline.errors import ConfigError, InputError
 from pipeline.source.config import FolderSource, ParquetSource, SourceConfig, WebDatasetSource
 from pipeline.source.reading import tar
-from pipeline.source.reading.folder import asked_fields, check_fields, list_folder
-from pipeline.source.reading.parquet import spans
-from pipeline.source.reading.rows import Entry, is_hidden, map_ahead
-from pipeline.source.reading.webdataset import known_fields
+from pipeline.source.reading.folder import asked_fields, check_fields, list_folder, read_folder
+from pipeline.source.reading.parquet import read_parquets, spans
+from pipeline.source.reading.rows import EndOfUnit, Entry, Ranges, SourceRow, is_hidden, map_ahead
+from pipeline.source.reading.webdataset import known_fields, read_tars
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import CONTENT, KeyRefused, ObjectInfo, Root
 
@@ -373,3 +375,27 @@ def _check_order(last: tuple[str, int] | None, entry: Entry, root: Root) -> None
             rule="a source does not change while it is listed",
             next_step="run the same command again when nothing writes there",
         )
+
+
+# -- The rows of a unit, whatever kind of source it comes from -------------------------------------------------
+
+
+_log = logging.getLogger(__name__)
+
+
+_root = lru_cache(maxsize=16)(source_root)  # asks the store once per process, not once per unit
+
+
+def read_unit(
+    source: SourceConfig, entries: Sequence[Entry], ranges: Sequence[tuple[int, int | None]]
+) -> Iterator[SourceRow | EndOfUnit]:
+    """Rows of the concatenated entries inside the half-open ranges (a stop of None is the unit's end), in order."""
+    wanted, root = Ranges(ranges), _root(source)
+    if isinstance(source, FolderSource):
+        yield from read_folder(root, source, entries, wanted)
+    elif isinstance(source, WebDatasetSource):
+        yield from read_tars(root, source, entries, wanted)
+    else:
+        assert isinstance(source, ParquetSource)
+
+        yield from read_parquets(root, source, entries, wanted)
