@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -15,6 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
+from pydantic_core import from_json
 
 from pipeline.errors import InputError
 from pipeline.storage.root import Root
@@ -166,7 +166,7 @@ def _names(root: Root, path: str) -> list[str]:
         )
     # The shards of the index.
     try:
-        names = sorted(set(json.loads(root.read_bytes(INDEX))["weight_map"].values()))
+        names = sorted(set(from_json(root.read_bytes(INDEX))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"The index {INDEX} cannot be read: {error!r}", key="path", value=path) from error
     # A name with a slash would lead out of the directory.
@@ -189,9 +189,9 @@ def _header(root: Root, name: str, size: int, path: str) -> tuple[dict[str, Any]
     if length > min(size - 8, _MAX_HEADER_BYTES):
         _broken(name, f"its header claims {length} bytes", path)
     try:
-        header: dict[str, Any] = json.loads(root.read_range(name, 8, length))
+        header: dict[str, Any] = from_json(root.read_range(name, 8, length))
         ends = [int(v["data_offsets"][1]) for k, v in header.items() if k != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         _broken(name, f"its header is unreadable ({type(error).__name__})", path)
     return header, 8 + length + max(ends, default=0)
 
@@ -206,21 +206,28 @@ def _broken(name: str, why: str, path: str) -> NoReturn:
     )
 
 
+def _decoded(root: Root, name: str, entry: dict[str, Any]) -> npt.NDArray[np.float64]:
+    """The values that an entry of a header describes; ValueError and its like when it describes none."""
+    start, stop = entry["data_offsets"]
+    (length,) = struct.unpack("<Q", root.read_range(name, 0, 8))
+    data, dtype = root.read_range(name, 8 + length + start, stop - start), entry["dtype"]
+    if dtype == "BF16":  # the upper half of a float32
+        values = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    elif dtype in ("F16", "F32", "F64"):
+        values = np.frombuffer(data, "<f" + str(int(dtype[1:]) // 8))
+    else:
+        raise ValueError(f"statistics of type {dtype}")
+    return values.astype(np.float64).reshape(entry["shape"])
+
+
 def read_tensor(root: Root, names: list[str], tensor: str, path: str) -> npt.NDArray[np.float64]:
     """One small floating-point tensor out of the weight files, by ranged reads."""
     for name in names:
         header, _ = _header(root, name, root.info(name).size_bytes, path)
         if tensor not in header:
             continue
-        entry = header[tensor]
-        start, stop = entry["data_offsets"]
-        (length,) = struct.unpack("<Q", root.read_range(name, 0, 8))
-        data, dtype = root.read_range(name, 8 + length + start, stop - start), entry["dtype"]
-        if dtype == "BF16":  # the upper half of a float32
-            values = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
-        elif dtype in ("F16", "F32", "F64"):
-            values = np.frombuffer(data, "<f" + str(int(dtype[1:]) // 8))
-        else:
-            _broken(name, f"statistics of type {dtype}", path)
-        return values.astype(np.float64).reshape(entry["shape"])
+        try:
+            return _decoded(root, name, header[tensor])
+        except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+            _broken(name, f"its tensor {tensor} is unreadable ({error})", path)
     raise InputError(f"The weights hold no tensor {tensor}", key="path", value=path)

@@ -60,7 +60,7 @@ def check_same_reading(config: EncodeJobConfig, root: Root) -> None:
             next_step="run with the settings that it had and encode.reread=[captions]",
         )
     changes: list[tuple[str, Any, Any]] = []
-    old, new = (r if isinstance(r, list) else [r] for r in (i["image"]["resolution"] for i in (before, now)))
+    old, new = (r if isinstance(r, list) else [r] for r in (i["image"].get("resolution") for i in (before, now)))
     if old != new:  # the fingerprint has the same sizes, yet not their order, which numbers the variants
         changes.append(("image.resolution", old, new))
     there, here = before["source"], now["source"]

@@ -8,6 +8,7 @@ valid, and adding requests costs the added ones only.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.sample.requests import FIELDS, REQUEST_SCHEMA
+from pipeline.sample.requests import FIELDS, REQUEST, REQUEST_SCHEMA
+from pipeline.storage.stored import parse, unreadable
+from pipeline.store.ledger.layout import PLAN_PARTS
 from pipeline.store.ledger.rowset import RowSet
-from pipeline.store.plan import Plan, append_version
+from pipeline.store.plan import Plan, PlannedEntry, append_version
 
 PLAN_SCHEMA = pa.schema(
     [pa.field("unit", pa.int64(), nullable=False), pa.field("row", pa.int64(), nullable=False), *REQUEST_SCHEMA]
@@ -115,17 +118,17 @@ class RequestEntry:
 
 def planned_requests(plan: Plan) -> pa.Table:
     """All requests of a stored plan with their addresses, as PLAN_SCHEMA rows."""
-    rows = [
-        {
-            "unit": entry.unit,
-            "row": entry.first_row,
-            "request_id": bytes.fromhex(entry.key),
-            **json.loads(entry.meta or "{}"),
-        }
-        for version in plan.versions
-        for entry in plan.iter_entries(version)
-    ]
+    rows = [request_row(entry) for version in plan.versions for entry in plan.iter_entries(version)]
     return pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)
+
+
+def request_row(entry: PlannedEntry) -> dict[str, Any]:
+    """The request of a planned entry with its address, a row of PLAN_SCHEMA; InputError when it holds none."""
+    where = f"the request {entry.key!r} in a part below {PLAN_PARTS}/"
+    request = parse(REQUEST, (entry.meta or "{}").encode(), where)
+    if not re.fullmatch("[0-9a-f]{32}", entry.key):
+        raise unreadable(where, "its key is no request id")
+    return {"unit": entry.unit, "row": entry.first_row, "request_id": bytes.fromhex(entry.key), **request}
 
 
 def freeze_requests(

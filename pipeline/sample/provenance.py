@@ -12,13 +12,18 @@ absolute difference is at most TOLERANCE_LEVELS.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import ConfigDict, Field, TypeAdapter, with_config
+from typing_extensions import TypedDict
 
 from pipeline.errors import ConflictError, InputError
-from pipeline.sample.requests import FIELDS, request_id
+from pipeline.sample.requests import FIELDS, StoredRequest, request_id
+from pipeline.storage.stored import OPEN, parse
 
 FORMAT = "latentloom image 1"
 # Mean absolute difference of two drawings of one image, in levels of 0..255, up to which they count as the same.
@@ -37,9 +42,9 @@ class Draw:
     seed: int
     sampler: str
     shift: float
-    batch_size: int
+    batch_size: Annotated[int, Field(ge=1, le=1 << 16)]
     device: str
-    threads: int
+    threads: Annotated[int, Field(ge=1, le=1 << 12)]
     dtype: str
     image: str
     quality: int
@@ -98,10 +103,72 @@ def provenance(request: Mapping[str, Any], draw: Draw, origin: Origin) -> dict[s
     }
 
 
-def request_of(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The request of a provenance, complete with its id; InputError when the two do not belong together."""
+@with_config(OPEN)
+class _Model(TypedDict):
+    uri: str
+    digest: str
+    run_id: str | None
+    ema: str | None
+
+
+@with_config(OPEN)
+class _Dataset(TypedDict):
+    uri: str | None
+    digest: str | None
+
+
+@with_config(OPEN)
+class _Codec(TypedDict):
+    path: str
+    weights_sha256: str
+
+
+@with_config(OPEN)
+class _Drawn(TypedDict):
+    """What of a draw decides more than numbers; `Draw` has the rest."""
+
+    device: Literal["auto", "cpu", "cuda"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    image: Literal["png", "jpeg", "webp"]
+    quality: Annotated[int, Field(ge=1, le=100)]
+    seed: Annotated[int, Field(ge=0, lt=1 << 64)]
+    sampler: str
+
+
+@with_config(OPEN)
+class _Story(TypedDict):
+    format: str
+    request_id: str
+    request: StoredRequest
+    draw: _Drawn
+    model: _Model
+    dataset: _Dataset
+    mixture: NotRequired[list[tuple[str | None, str | None, float]]]
+    codec: _Codec
+    versions: dict[str, str]
+
+
+_STORY, _DRAW = TypeAdapter(_Story), TypeAdapter(with_config(ConfigDict(strict=True, extra="forbid"))(Draw))
+_ORIGINAL = "use an unedited copy of the image"
+
+
+def checked_story(found: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A provenance whose fields are what they must be; InputError names the image and every other one."""
     if found.get("format") != FORMAT:
-        raise InputError(f"The provenance has the format {found.get('format')!r}", rule=f"known is {FORMAT!r}")
+        raise InputError(
+            f"The provenance of {where} has the format {found.get('format')!r}",
+            key="format",
+            rule=f"known is {FORMAT!r}",
+            next_step="upgrade latentloom",
+        )
+    data = json.dumps(found).encode()
+    story = parse(_STORY, data, f"the provenance of {where}", next_step=_ORIGINAL)
+    parse(_DRAW, json.dumps(found["draw"]).encode(), f"the provenance of {where}, draw", next_step=_ORIGINAL)
+    return dict(story)
+
+
+def request_of(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The request of a checked provenance, complete with its id; InputError when the two do not belong together."""
     request = {key: found["request"].get(key) for key in (*FIELDS, "extra")}
     name = request_id(request)
     if name.hex() != found["request_id"]:
@@ -110,7 +177,7 @@ def request_of(found: Mapping[str, Any]) -> dict[str, Any]:
             key="request_id",
             value=found["request_id"],
             rule="a request id is the hash of the request",
-            next_step="use an unedited copy of the image",
+            next_step=_ORIGINAL,
         )
     return {"request_id": name, **request}
 

@@ -23,7 +23,7 @@ from pipeline.sample.config import RegenerateJobConfig
 from pipeline.sample.output import IMAGES, encode_rows
 from pipeline.sample.plan import PLAN_SCHEMA
 from pipeline.sample.prepare import text_of
-from pipeline.sample.provenance import TOLERANCE_LEVELS, Draw, check_origin, origin_of, request_of
+from pipeline.sample.provenance import TOLERANCE_LEVELS, Draw, check_origin, checked_story, origin_of, request_of
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import place_of
 
@@ -47,7 +47,7 @@ def regenerate(image: bytes, *, model_uri: str | None = None, codec_path: str | 
     from pipeline.sample.denoise import Denoiser, LatentDecoder, use_threads
     from pipeline.sample.prompts import PromptEmbedder
 
-    story = read_provenance(image)
+    story = checked_story(read_provenance(image), "this image")
     request, draw, origin = request_of(story), draw_here(Draw(**story["draw"])), origin_of(story)
     model_uri, codec_path = model_uri or origin.model_uri, codec_path or origin.codec_path
     model = read_model(model_uri, origin.ema)
@@ -164,7 +164,10 @@ def _read(config: RegenerateJobConfig) -> tuple[bytes, dict[str, Any]]:
             rule="a PNG, JPEG or WebP file that jobs.sample made",
             next_step="correct the path",
         ) from None
-    return data, read_provenance(data)
+    try:
+        return data, checked_story(read_provenance(data), config.image)
+    except InputError as error:
+        raise error.but(key="image", value=config.image) from None
 
 
 def _unreadable() -> tuple[type[Exception], ...]:

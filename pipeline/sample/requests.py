@@ -12,9 +12,11 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
 import pyarrow as pa
+from pydantic import ConfigDict, Field, TypeAdapter, with_config
+from typing_extensions import TypedDict
 
 from pipeline.errors import InputError
 
@@ -45,6 +47,31 @@ MAX_SIDE = 16_384
 SHOWN_PROBLEMS = 40
 
 Columns = Mapping[str, Sequence[Any]]
+
+
+_Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+_Guidance = Annotated[float, Field(ge=-MAX_GUIDANCE, le=MAX_GUIDANCE)]
+_Time = Annotated[float, Field(ge=0, le=1)]
+
+
+@with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
+class StoredRequest(TypedDict):
+    """A request as plans and images keep it: FIELDS and `extra`, those that are set."""
+
+    label: NotRequired[Annotated[int, Field(ge=0, lt=1 << 31)] | None]
+    prompt: NotRequired[str | None]
+    negative_prompt: NotRequired[str | None]
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+    height: _Side
+    width: _Side
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
+    guidance: _Guidance
+    guidance_low: NotRequired[_Time | None]
+    guidance_high: NotRequired[_Time | None]
+    extra: NotRequired[str | None]
+
+
+REQUEST = TypeAdapter(StoredRequest)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ Count = Annotated[int, Field(ge=0, lt=1 << 63)]  # what an int64 of Arrow and nu
 OBJECT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 RESTORE = "restore it from a backup or an older version of it"
 _SHOWN = 5
+_MOST_LAYERS, _MOST = 1 << 10, 1 << 20
 
 
 def parse(shape: TypeAdapter[T], data: bytes, where: str, *, key: str | None = None, next_step: str = RESTORE) -> T:
@@ -41,6 +42,20 @@ def read_required(shape: TypeAdapter[T], root: Root, name: str) -> T:
         return read_stored(shape, root, name)
     except FileNotFoundError:
         raise unreadable(root.uri_of(name), "it is gone") from None
+
+
+def check_sizes(description: Any, name: str = "") -> None:
+    """ValueError when the description of a network asks for sizes that none has: building it would never end."""
+    if isinstance(description, dict):
+        for field, value in description.items():
+            check_sizes(value, str(field))
+    elif isinstance(description, list | tuple):
+        for value in description:
+            check_sizes(value, name)
+    elif isinstance(description, int) and abs(description) > (
+        _MOST_LAYERS if "layers" in name or "depth" in name else _MOST
+    ):
+        raise ValueError(f"{name} {str(description)[:30]} is more than any network has")
 
 
 def problems(error: ValidationError) -> str:

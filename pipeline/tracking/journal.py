@@ -23,7 +23,10 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, with_config
+from pydantic_core import from_json
 
 _log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
@@ -54,9 +57,13 @@ class Header:
 class Confirmed:
     """How far the store has taken a journal: bytes, the run's id, and records it will never take."""
 
-    offset: int = 0
+    offset: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     run_id: str | None = None
-    refused: int = 0
+    refused: Annotated[int, Field(ge=0)] = 0
+
+
+_STRICT = ConfigDict(strict=True, extra="forbid")
+_CONFIRMED, _HEADER = TypeAdapter(with_config(_STRICT)(Confirmed)), TypeAdapter(with_config(_STRICT)(Header))
 
 
 class JournalWriter:
@@ -134,8 +141,8 @@ class JournalReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.confirmed = Confirmed(**json.loads(_state_path(path).read_text()))
-        except (FileNotFoundError, ValueError, TypeError):
+            self.confirmed = _CONFIRMED.validate_json(_state_path(path).read_bytes())
+        except (FileNotFoundError, ValueError):
             self.confirmed = Confirmed()  # sending again is harmless
 
     def header(self) -> Header | None:
@@ -145,8 +152,8 @@ class JournalReader:
         if record is None or record.pop("kind", None) != "open" or record.get("version") != FORMAT_VERSION:
             return None
         try:
-            return Header(**record)
-        except TypeError:
+            return _HEADER.validate_json(json.dumps(record))
+        except ValueError:
             return None
 
     def pending(self, max_bytes: int = 1 << 18) -> Iterator[tuple[int, Record | None]]:
@@ -248,7 +255,7 @@ def _try_lock(descriptor: int) -> bool:
 
 def _decode(line: bytes) -> Record | None:
     try:
-        record = json.loads(line)
+        record = from_json(line)
     except ValueError:
         return None
     return record if isinstance(record, dict) and isinstance(record.get("kind"), str) else None

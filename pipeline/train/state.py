@@ -164,7 +164,7 @@ def rebuild(checkpoints: Root, sigma_rel: float, images: int | None = None) -> d
     stored = [
         (c, track["name"], float(track["sigma_rel"]))
         for c in kept
-        for track in c.meta["ema_tracks"]
+        for track in c.meta.get("ema_tracks", ())
         if track["sigma_rel"] is not None
     ]
     if not stored:
@@ -190,6 +190,7 @@ def read_track(checkpoints: Root, complete: Complete, track: str) -> dict[str, T
 
 
 FORMAT_VERSION = 1
+_REQUIRED = {"format_version", "step", "images", "seed", "skipped_steps", "skipped_in_a_row", "window", "identity"}
 _SLOTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -250,7 +251,15 @@ class TrainState:
         self.window = {k: list(v) for k, v in meta["window"].items()}
 
     def check(self, meta: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint of another run: raises ConflictError that lists every differing field."""
+        """Refuse a checkpoint of another run: ConflictError lists what differs, InputError what is missing."""
+        lacking = sorted(_REQUIRED - meta.keys())
+        if lacking:
+            raise InputError(
+                f"The state of a checkpoint, meta in its COMPLETE.json, lacks {', '.join(lacking)}",
+                key="output.uri",
+                rule="a checkpoint is written by latentloom and not changed",
+                next_step="remove this checkpoint, or start anew with another output.uri",
+            )
         ours: dict[str, Any] = {"format_version": FORMAT_VERSION, "seed": self.seed, **self.identity}
         theirs = {"format_version": meta["format_version"], "seed": meta["seed"], **meta["identity"]}
         differences = [
