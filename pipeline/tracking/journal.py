@@ -70,7 +70,7 @@ class JournalWriter:
     """Appends records; thread-safe; never raises after opening (a full disk must not end a training run)."""
 
     def __init__(self, folder: Path, header: Header) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
         name = f"{header.start_ms:013d}-{header.role}-{uuid.uuid4().hex[:12]}"
         self.path = folder / f"{name}.jsonl"
         self._files = files_dir(self.path)
@@ -106,11 +106,14 @@ class JournalWriter:
             self._num_files += 1
             folder = self._files / f"{self._num_files:06d}"
         try:
-            folder.mkdir(parents=True)
-            if isinstance(data, bytes):
-                (folder / name).write_bytes(data)
-            else:
-                shutil.copyfile(data, folder / name)
+            make_private(self._files)
+            make_private(folder)
+            with open(folder / name, "xb", opener=_private) as sink:
+                if isinstance(data, bytes):
+                    sink.write(data)
+                else:
+                    with data.open("rb") as source:
+                        shutil.copyfileobj(source, sink)
         except OSError as error:
             self._note_loss(error)
             return None
@@ -179,7 +182,8 @@ class JournalReader:
         )
         target = _state_path(self.path)
         temporary = target.with_suffix(".state-new")
-        temporary.write_text(json.dumps(vars(self.confirmed)))
+        with open(temporary, "w", opener=_private) as file:
+            file.write(json.dumps(vars(self.confirmed)))
         temporary.replace(target)
 
     def num_unsent_bytes(self) -> int:
@@ -203,6 +207,17 @@ class JournalReader:
         shutil.rmtree(files_dir(self.path), ignore_errors=True)
         self.path.unlink(missing_ok=True)
         _state_path(self.path).unlink(missing_ok=True)
+
+
+def make_private(folder: Path) -> None:
+    """A folder for this user alone, where there is none; one that somebody made keeps its mode."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def _private(path: str, flags: int) -> int:
+    """The opener of a file that this user alone reads, whatever the umask: texts and prompts wait in it."""
+    return os.open(path, flags, 0o600)
 
 
 def files_dir(path: Path) -> Path:
@@ -232,7 +247,7 @@ def adopt(path: Path) -> Iterator[bool]:
 @contextlib.contextmanager
 def gate(folder: Path) -> Iterator[bool]:
     """Only one process of a folder replays at a time; yields False when it is another's turn."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private(folder)
     descriptor = os.open(folder / "replay.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         yield _try_lock(descriptor)

@@ -267,6 +267,7 @@ def _train_on_ray(payload: dict[str, Any]) -> dict[str, Any]:
     # One name for all ranks of this start on a node, another for every restart.
     token = collectives.broadcast_json(secrets.token_hex(8))
     scratch = Path(tempfile.gettempdir()) / f"latentloom-train-{token}"
+    scratch.mkdir(mode=0o700, exist_ok=True)  # weights pass through it
     place = WorkerContext(
         device=str(ray.train.torch.get_device()) if payload["device"] == "cuda" else "cpu",
         generation=generation,
