@@ -85,13 +85,16 @@ def test_messages_and_tracebacks_are_masked(tmp_path: Path) -> None:
     assert PLANTED not in done.stdout + done.stderr
 
 
-def test_ray_listens_on_loopback_and_keeps_its_token_authentication(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_listens_on_loopback_and_keeps_its_token_authentication(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ray = pytest.importorskip("ray")
     from pipeline.dataflow.cluster import ClusterConfig, ensure_ray
 
     seen: dict[str, Any] = {}
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **options: seen.update(options))
     ensure_ray(ClusterConfig())

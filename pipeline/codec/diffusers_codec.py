@@ -13,6 +13,8 @@ from pipeline.diffusion.compiled import compile_for_shapes
 from pipeline.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What the constructor of an autoencoder makes of a configuration that is not its own.
+_UNFIT = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, MemoryError)
 _COMPILED_SHAPES = 64  # aspect-ratio buckets; beyond torch's own limit of eight the rest would not be compiled
 
 
@@ -59,9 +61,9 @@ class DiffusersCodec:
                 low_cpu_mem_usage=False,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError, TypeError) as error:
+        except (OSError, RuntimeError, *_UNFIT) as error:
             raise InputError(
-                f"The codec cannot be loaded: {str(error).strip().splitlines()[0]}",
+                f"The codec cannot be loaded: {(str(error).strip() or repr(error)).splitlines()[0]}",
                 key="path",
                 value=name or directory,
                 rule=f"config.json and weights must belong to one {info.class_name}",

@@ -205,7 +205,7 @@ def _header(root: Root, name: str, size: int, path: str) -> tuple[dict[str, Any]
     try:
         header: dict[str, Any] = json.loads(root.read_range(name, 8, length))
         ends = [int(v["data_offsets"][1]) for k, v in header.items() if k != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         _broken(name, f"its header is unreadable ({type(error).__name__})", path)
     return header, 8 + length + max(ends, default=0)
 
@@ -220,21 +220,28 @@ def _broken(name: str, why: str, path: str) -> NoReturn:
     )
 
 
+def _decoded(root: Root, name: str, entry: dict[str, Any]) -> npt.NDArray[np.float64]:
+    """The values that an entry of a header describes; ValueError and its like when it describes none."""
+    start, stop = entry["data_offsets"]
+    (length,) = struct.unpack("<Q", root.read_range(name, 0, 8))
+    data, dtype = root.read_range(name, 8 + length + start, stop - start), entry["dtype"]
+    if dtype == "BF16":  # the upper half of a float32
+        values = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    elif dtype in ("F16", "F32", "F64"):
+        values = np.frombuffer(data, "<f" + str(int(dtype[1:]) // 8))
+    else:
+        raise ValueError(f"statistics of type {dtype}")
+    return values.astype(np.float64).reshape(entry["shape"])
+
+
 def read_tensor(root: Root, names: list[str], tensor: str, path: str) -> npt.NDArray[np.float64]:
     """One small floating-point tensor out of the weight files, by ranged reads."""
     for name in names:
         header, _ = _header(root, name, root.info(name).size_bytes, path)
         if tensor not in header:
             continue
-        entry = header[tensor]
-        start, stop = entry["data_offsets"]
-        (length,) = struct.unpack("<Q", root.read_range(name, 0, 8))
-        data, dtype = root.read_range(name, 8 + length + start, stop - start), entry["dtype"]
-        if dtype == "BF16":  # the upper half of a float32
-            values = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
-        elif dtype in ("F16", "F32", "F64"):
-            values = np.frombuffer(data, "<f" + str(int(dtype[1:]) // 8))
-        else:
-            _broken(name, f"statistics of type {dtype}", path)
-        return values.astype(np.float64).reshape(entry["shape"])
+        try:
+            return _decoded(root, name, header[tensor])
+        except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+            _broken(name, f"its tensor {tensor} is unreadable ({error})", path)
     raise InputError(f"The weights hold no tensor {tensor}", key="path", value=path)

@@ -17,6 +17,7 @@ from pipeline.codec.files import codec_root, read_tensor, weight_files
 from pipeline.errors import ConfigError, InputError
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root
+from pipeline.storage.trust import check_sizes
 
 if TYPE_CHECKING:
     from pipeline.codec.codec import Codec
@@ -30,6 +31,7 @@ DIFFUSERS_CLASSES = {
     "AutoencoderTiny": ("autoencoder_tiny", "encoder_block_out_channels", False),
     "AutoencoderDC": ("autoencoder_dc", "encoder_block_out_channels", False),
 }
+_MAX_CHANNELS, _MAX_DEPTH = 1 << 12, 16  # of latents; levels of halved sides
 FITTED = (
     "fit_codec.complete.json"  # in a codec that jobs.fit_codec made: which weights those are, which run made them
 )
@@ -116,7 +118,7 @@ def diffusers_info(root: Root, path: str) -> CodecInfo:
     """The information of a codec in diffusers layout at `root`; `path` is what the user wrote."""
     raw = _read_config(root, path)
     class_name = raw.get("_class_name")
-    if class_name not in DIFFUSERS_CLASSES:
+    if not isinstance(class_name, str) or class_name not in DIFFUSERS_CLASSES:
         raise InputError(
             f"The codec's config.json declares the class {class_name!r}",
             key="path",
@@ -132,9 +134,15 @@ def diffusers_info(root: Root, path: str) -> CodecInfo:
     listing = "".join(f"{f.sha256}  {f.name}\n" for f in files)
     sha256 = files[0].sha256 if len(files) == 1 else hashlib.sha256(listing.encode()).hexdigest()
     mean, std = resolved.get("latents_mean"), resolved.get("latents_std")
-    if class_name == "AutoencoderKLFlux2":
-        mean, std = _flux2_statistics(root, [f.name for f in files], resolved, path)
     try:
+        check_sizes(config)
+        if class_name == "AutoencoderKLFlux2":
+            mean, std = _flux2_statistics(root, [f.name for f in files], resolved, path)
+        if (
+            not 0 < int(resolved["latent_channels"]) <= _MAX_CHANNELS
+            or not 0 < len(resolved[factor_key]) <= _MAX_DEPTH
+        ):
+            raise ValueError(f"latent_channels or {factor_key} are out of all bounds")
         return CodecInfo(
             class_name=class_name,
             config=config,
@@ -147,9 +155,13 @@ def diffusers_info(root: Root, path: str) -> CodecInfo:
             latents_std=None if std is None else tuple(float(v) for v in std),
             has_posterior=has_posterior,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise InputError(
-            f"The codec's config.json cannot be understood: {error!r}", key="path", value=path
+            f"The codec's config.json cannot be understood: {error!r}"[:500],
+            key="path",
+            value=path,
+            rule="the fields that a diffusers autoencoder is saved with",
+            next_step="save the codec again with save_pretrained",
         ) from error
 
 
@@ -202,10 +214,17 @@ def _read_config(root: Root, path: str) -> dict[str, Any]:
             f"The codec's config.json is no valid JSON: {error}",
             key="path",
             value=path,
+            rule="a JSON object",
             next_step="save the codec again with save_pretrained",
         ) from error
     if not isinstance(data, dict):
-        raise InputError("The codec's config.json holds no JSON object", key="path", value=path)
+        raise InputError(
+            "The codec's config.json holds no JSON object",
+            key="path",
+            value=path,
+            rule="a JSON object",
+            next_step="save the codec again with save_pretrained",
+        )
     return data
 
 

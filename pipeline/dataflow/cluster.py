@@ -6,9 +6,11 @@ import atexit
 import contextlib
 import logging
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import AfterValidator, Field
@@ -103,15 +105,17 @@ def ensure_ray(cluster: ClusterConfig) -> Any:
             ) from None
         _grow(ray, cluster)
         return ray
+    private_token()
     try:
-        ray.init(
-            address="local",
-            num_cpus=cluster.num_cpus,
-            object_store_memory=cluster.object_store_bytes,
-            include_dashboard=cluster.dashboard,
-            dashboard_host="127.0.0.1",
-            **common,
-        )
+        with _on_loopback():
+            ray.init(
+                address="local",
+                num_cpus=cluster.num_cpus,
+                object_store_memory=cluster.object_store_bytes,
+                include_dashboard=cluster.dashboard,
+                dashboard_host="127.0.0.1",
+                **common,
+            )
     except Exception as error:  # noqa: BLE001 - Ray raises bare Exception when a process of its own does not come up
         raise StoppedError(
             f"Ray did not start on this machine: {' '.join(str(error).split())[:300]}",
@@ -119,6 +123,45 @@ def ensure_ray(cluster: ClusterConfig) -> Any:
             next_step="see that the machine has room, then run the same command again",
         ) from None
     return ray
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that starts in the block, and all its processes, listen on loopback alone.
+
+    Whoever reaches its ports and has its token runs code. Ray takes this machine's address for its own, even where it
+    is told another, but on systems where it keeps to itself: so it is told that this is one.
+    """
+    from ray._private import ray_constants
+
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    told = os.environ.get(name)
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        del os.environ[name]
+        os.environ.update({} if told is None else {name: told})
+
+
+def private_token() -> None:
+    """Ray's token file, made where there is none, is readable by this user alone: Ray makes it by the umask."""
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    # A home that cannot be written to is Ray's to complain about, which may need no token.
+    with contextlib.suppress(PermissionError, NotADirectoryError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not path.exists():
+            fresh = path.with_name(f".auth_token-{os.getpid()}")
+            with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(secrets.token_hex(32))
+            with contextlib.suppress(FileExistsError):
+                os.link(fresh, path)  # whole, or another process's
+            fresh.unlink()
+        if path.stat().st_uid == os.getuid():
+            path.chmod(0o600)
 
 
 def shutdown_ray() -> None:

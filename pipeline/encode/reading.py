@@ -23,7 +23,7 @@ import pyarrow as pa
 from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.plan import recipe
 from pipeline.encode.stages import UnitReader
-from pipeline.errors import ConflictError, StoppedError
+from pipeline.errors import ConflictError, InputError, StoppedError
 from pipeline.source.config import SourceConfig
 from pipeline.source.reasons import Reason
 from pipeline.storage.root import Root
@@ -67,7 +67,7 @@ def check_same_reading(config: EncodeJobConfig, root: Root) -> None:
             next_step="run with the settings that it had and encode.reread=[captions]",
         )
     changes: list[tuple[str, Any, Any]] = []
-    old, new = (r if isinstance(r, list) else [r] for r in (i["image"]["resolution"] for i in (before, now)))
+    old, new = (r if isinstance(r, list) else [r] for r in (i["image"].get("resolution") for i in (before, now)))
     if old != new:  # the fingerprint has the same sizes, yet not their order, which numbers the variants
         changes.append(("image.resolution", old, new))
     there, here = before["source"], now["source"]
@@ -167,8 +167,10 @@ def carry_over(
         generation.check()
         try:
             rows = rows_in_span(before, (start, stop))
-        except FileNotFoundError as error:
-            _log.warning("latents of before are gone, their images are encoded again: %s", error)
+        except InputError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            _log.warning("latents of before are gone, their images are encoded again: %s", error.what)
             continue
         if rows is None:
             continue

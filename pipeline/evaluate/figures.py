@@ -10,10 +10,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import TypeAdapter, with_config
+from typing_extensions import TypedDict
+
+from pipeline.errors import InputError
 from pipeline.evaluate.config import EvaluateJobConfig, ThresholdsConfig
 from pipeline.evaluate.statistics import Estimate, frechet, kid, precision_recall, wilson
+from pipeline.storage.stored import OPEN, parse
 
 if TYPE_CHECKING:
     from pipeline.evaluate.inputs import Inputs
@@ -101,13 +106,23 @@ class Record:
     def from_bytes(cls, data: bytes) -> Record | None:
         """None for anything that is no record of this format."""
         try:
-            body = json.loads(data)
-            if body.pop("format", None) != FORMAT:
-                return None
-            figures = tuple(Figure(**f) for f in body.pop("figures"))
-            return cls(figures=figures, missed=tuple(body.pop("missed")), **body)
-        except (ValueError, TypeError, KeyError, AttributeError):
+            return read_record(data, "")
+        except InputError:
             return None
+
+
+@with_config(OPEN)
+class _Format(TypedDict):
+    format: Literal["latentloom.evaluation.v1"]
+
+
+_FORMAT, _RECORD = TypeAdapter(_Format), TypeAdapter(Record)
+
+
+def read_record(data: bytes, where: str, key: str | None = None) -> Record:
+    """The record in some bytes; InputError, naming `where` they lie and the fields, for any other bytes."""
+    parse(_FORMAT, data, where, key=key)
+    return parse(_RECORD, data, where, key=key, next_step="run the evaluate job again")
 
 
 def missed_thresholds(figures: Sequence[Figure], thresholds: ThresholdsConfig) -> tuple[str, ...]:

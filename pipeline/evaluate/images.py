@@ -26,6 +26,7 @@ from pipeline.source.reading.listing import list_entries, read_unit
 from pipeline.source.reading.rows import EndOfUnit, Entry, SourceRow
 from pipeline.store.ledger.layout import canonical_json
 from pipeline.store.read.dataset import Dataset, read_outside
+from pipeline.store.tables import reading_table
 
 ENTRIES_AT_ONCE = 256
 ROUNDS = 16
@@ -246,10 +247,12 @@ def sample_batches(samples: Dataset, batch_size: int) -> Iterator[SampleBatch]:
         table = samples.read(group.index, SAMPLE_COLUMNS)
         for start in range(0, table.num_rows, batch_size):
             rows: list[dict[str, Any]] = table.slice(start, batch_size).to_pylist()
-            encoded = [row["image"] or read_outside(samples.root, row["file"]) for row in rows]
+            with reading_table(samples.root.uri_of(group.file)):
+                encoded = [row["image"] or read_outside(samples.root, row["file"]) for row in rows]
+                images_NHWC = np.stack([decode_image(data) for data in encoded])
             yield SampleBatch(
                 ids=tuple(row["sample_id"] for row in rows),
-                images_NHWC=np.stack([decode_image(data) for data in encoded]),
+                images_NHWC=images_NHWC,
                 labels=tuple(row["label"] for row in rows),
                 captions=tuple(caption_of(row) for row in rows),
                 prompts=tuple(row["prompt"] for row in rows),

@@ -12,7 +12,7 @@ import math
 from dataclasses import replace
 
 from pipeline.errors import InputError
-from pipeline.evaluate.figures import Record
+from pipeline.evaluate.figures import Record, read_record
 from pipeline.result import JobResult
 from pipeline.runs.session import open_run
 from pipeline.storage.errors import describe, storage_errors
@@ -86,19 +86,16 @@ def read_evaluation(uri: str) -> Record:
     """The newest evaluation in an output of the evaluate job; InputError when there is none."""
     root = Root(uri)
     try:
-        record = Record.from_bytes(root.read_bytes(EVALUATION))
-        cause = "it is no evaluation of this version"
+        data = root.read_bytes(EVALUATION)
     except storage_errors() as error:
-        record, cause = None, describe(error)
-    if record is None:
         raise InputError(
-            f"There is no readable evaluation at {root.uri}: {cause}",
+            f"There is no readable evaluation at {root.uri}: {describe(error)}",
             key="evaluation.uri",
             value=uri,
             rule=f"the output of the evaluate job, which holds {EVALUATION}",
             next_step="run the evaluate job, or name its output.uri",
-        )
-    return record
+        ) from None
+    return read_record(data, root.uri_of(EVALUATION), "evaluation.uri")
 
 
 def missed_figures(record: Record, config: PromoteJobConfig) -> list[str]:

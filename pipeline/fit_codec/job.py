@@ -13,7 +13,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired
+
+from pydantic import TypeAdapter, with_config
+from typing_extensions import TypedDict
 
 from pipeline.codec.config import FitCodecJobConfig, FitConfig, FitIdentity
 from pipeline.codec.info import FITTED, CodecInfo, codec_info, decode_flops, encode_flops
@@ -25,6 +28,7 @@ from pipeline.runs.session import open_run
 from pipeline.source.reading.listing import list_entries
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root
+from pipeline.storage.stored import OPEN, read_stored
 from pipeline.store.ledger.identity import Identity, check_same
 from pipeline.tracking.tracker import Tracker
 
@@ -32,6 +36,24 @@ if TYPE_CHECKING:
     from pipeline.fit_codec.fit import FitImages
 
 CLAIM = "fit_codec.json"
+
+
+@with_config(OPEN)
+class _Claim(TypedDict):
+    config_digest: str
+    config: dict[str, Any]
+
+
+@with_config(OPEN)
+class _Fitted(TypedDict):
+    weights_sha256: str
+    counts: dict[str, int]
+    figures: dict[str, float]
+    rates: dict[str, float]
+    run_id: NotRequired[str | None]
+
+
+_SHAPES: dict[str, TypeAdapter[Any]] = {CLAIM: TypeAdapter(_Claim), FITTED: TypeAdapter(_Fitted)}
 _LOG_EVERY = 10
 
 
@@ -128,16 +150,9 @@ def _same_identity(root: Root, claim: dict[str, Any], identity: FitIdentity) -> 
 
 def _read_json(root: Root, key: str) -> dict[str, Any] | None:
     try:
-        data = json.loads(root.read_bytes(key))
+        return dict(read_stored(_SHAPES[key], root, key, key="output.uri"))
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise InputError(
-            f"{key} in the output is no valid JSON: {error}", key="output.uri", value=root.uri
-        ) from error
-    if not isinstance(data, dict):
-        raise InputError(f"{key} in the output holds no JSON object", key="output.uri", value=root.uri)
-    return data
 
 
 def _result(status: str, root: Root, record: dict[str, Any]) -> JobResult:

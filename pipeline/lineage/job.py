@@ -19,7 +19,8 @@ from typing import Any
 from pipeline.errors import InputError
 from pipeline.media.images import read_provenance
 from pipeline.result import JobResult
-from pipeline.sample.provenance import FORMAT, origin_of
+from pipeline.sample.provenance import origin_of
+from pipeline.sample.regenerate import checked_story
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import noted_runs
@@ -119,14 +120,11 @@ def find_start(name: str) -> LineageStart:
 
 def _of_image(root: Root) -> LineageStart:
     parent, _, name = root.uri.rpartition("/")
-    recorded = read_provenance(Root(parent or "/").read_range(name, 0, _MAX_IMAGE_BYTES))
-    if recorded.get("format") != FORMAT:
-        raise InputError(
-            f"The provenance of {root.uri} has the format {recorded.get('format')!r}",
-            key="start",
-            rule=f"known is {FORMAT!r}",
-            next_step="upgrade latentloom",
-        )
+    image = Root(parent or "/").read_range(name, 0, _MAX_IMAGE_BYTES)
+    try:
+        recorded = checked_story(read_provenance(image), root.uri)
+    except InputError as error:
+        raise error.but(key="start", value=root.uri) from None
     origin = origin_of(recorded)
     facts = {"request_id": recorded["request_id"], "request": recorded["request"], **asdict(origin)}
     runs = (origin.model_run_id,) if origin.model_run_id else ()

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from pydantic_core import from_json
 
 from pipeline.errors import InputError
 
@@ -74,9 +75,13 @@ def read_provenance(data: bytes) -> dict[str, Any]:
                 raw = comment.encode("latin-1", "replace") if isinstance(comment, str) else bytes(comment)
                 text = raw.removeprefix(_ASCII).decode("ascii", "replace")
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"These bytes are no readable PNG, JPEG or WebP: {error}") from None
+        raise InputError(
+            f"These bytes are no readable PNG, JPEG or WebP: {error}",
+            rule="an image that this project has drawn",
+            next_step="use the original file",
+        ) from None
     try:
-        provenance = json.loads(text) if text else None
+        provenance = from_json(text) if text else None
     except ValueError:
         provenance = None
     if not isinstance(provenance, dict):

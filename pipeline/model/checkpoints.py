@@ -9,21 +9,65 @@ anything but tensors.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, cast
 
+from pydantic import StringConstraints, TypeAdapter, with_config
+from typing_extensions import TypedDict
+
+from pipeline.errors import InputError
 from pipeline.storage.root import Root
+from pipeline.storage.stored import OBJECT, OPEN, Count, parse
 
 MARKER = "COMPLETE.json"
 NAME = re.compile(r"^(?:(\d{6})-(\d{6})-)?(\d{15})-([0-9a-f]{8})$")
-_SHARD = re.compile(r"^shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")
+_Shard = Annotated[str, StringConstraints(pattern=r"^shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")]
 _log = logging.getLogger(__name__)
+
+
+@with_config(OPEN)
+class _Track(TypedDict):
+    name: str
+    sigma_rel: float | None
+
+
+@with_config(OPEN)
+class _Meta(TypedDict):
+    """A training state. Who resumes from it asks for all of it; `model` and `inputs` are checked by their readers."""
+
+    images: Count
+    format_version: NotRequired[int]
+    step: NotRequired[Count]
+    seed: NotRequired[int]
+    skipped_steps: NotRequired[Count]
+    skipped_in_a_row: NotRequired[Count]
+    rollbacks: NotRequired[Count]
+    window: NotRequired[dict[str, list[float]]]
+    identity: NotRequired[dict[str, Any]]
+    model: NotRequired[dict[str, Any] | None]
+    ema_tracks: NotRequired[list[_Track]]
+
+
+@with_config(OPEN)
+class _File(TypedDict):
+    bytes: Count
+    sha256: str
+
+
+@with_config(OPEN)
+class _Marker(TypedDict):
+    meta: _Meta
+    files: dict[_Shard, _File]
+    resumed: NotRequired[Count | None]
+    history_records: NotRequired[Count]
+
+
+_MARKER = TypeAdapter(_Marker)
 
 
 @dataclass(frozen=True)
@@ -65,18 +109,15 @@ def list_complete(root: Root) -> list[Complete]:
     places = [(place, name) for name in root.list_dirs() if (place := place_in_run(name)) is not None]
     for place, name in sorted(places):
         try:
-            marker = json.loads(root.read_bytes(f"{name}/{MARKER}"))
-            if "removed" in marker:
-                continue  # before it was complete
-            if all(_SHARD.match(file) for file in marker["files"]) and int(marker["meta"]["images"]) >= 0:
-                complete.append(Complete(name, place[2], marker))
-                continue
-            problem = "its marker names files that are no shards"
+            data = root.read_bytes(f"{name}/{MARKER}")
         except FileNotFoundError:
             continue  # still being written, or torn: no marker, no checkpoint
-        except (ValueError, KeyError, TypeError) as error:
-            problem = f"its marker cannot be read ({error})"
-        _log.warning("checkpoint %s is skipped: %s", root.uri_of(name), problem)
+        try:
+            if "removed" not in parse(OBJECT, data, f"{name}/{MARKER}"):  # before it was complete
+                marker = parse(_MARKER, data, f"{name}/{MARKER}")
+                complete.append(Complete(name, place[2], cast(Mapping[str, Any], marker)))
+        except InputError as error:
+            _log.warning("checkpoint %s is skipped: %s", root.uri_of(name), error.what)
     return complete
 
 

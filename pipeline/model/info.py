@@ -12,6 +12,8 @@ from pipeline.diffusion.config import ObjectiveConfig
 from pipeline.errors import InputError
 from pipeline.model.config import ModelConfig, PublishedConfig
 
+Bucket = Annotated[str, Field(pattern=r"^[1-9]\d{0,5}x[1-9]\d{0,5}$")]
+
 
 class CodecReference(BaseModel):
     """Where the codec of a model lies and which weights it has; what else a dataset says of it is carried along."""
@@ -51,19 +53,21 @@ class ModelInfo:
 
     model: Annotated[ModelConfig | PublishedConfig, Field(discriminator="kind")]
     objective: ObjectiveConfig
-    latent_channels: int
-    num_classes: int | None  # label index num_classes means "no label"
-    text_dim: int | None
-    factor: int  # image pixels per latent pixel
+    latent_channels: Annotated[int, Field(ge=1)]
+    num_classes: Annotated[int, Field(ge=1)] | None  # label index num_classes means "no label"
+    text_dim: Annotated[int, Field(ge=1)] | None
+    factor: Annotated[int, Field(ge=1)]  # image pixels per latent pixel
     latent_mean: tuple[float, ...]
     latent_std: tuple[float, ...]
     codec: CodecReference
     dataset: dict[str, str]  # uri, digest; of several, the first one's; empty where nobody knows
     fingerprint_digest: str
     run_id: str | None
-    images_seen: int
+    images_seen: Annotated[int, Field(ge=0)]
     ema: str  # name of the average the weights are, "raw" for none
-    buckets: tuple[str, ...]  # image sizes trained on, "HxW" in pixels, the most frequent first
+    buckets: tuple[
+        Annotated[str, Field(pattern=r"^[1-9]\d{0,5}x[1-9]\d{0,5}$")], ...
+    ]  # image sizes trained on, "HxW" in pixels, the most frequent first
     license: str = "unknown"
     sampling_shift: float = 1.0  # shift of the sampling grid that suits the training density
     always_labelled: bool = False  # it has classes and was never trained without one

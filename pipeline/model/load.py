@@ -19,8 +19,9 @@ from pipeline.model.build import build_model
 from pipeline.model.checkpoints import CheckpointPlace, fetch_checked
 from pipeline.model.info import ModelInfo
 from pipeline.model.published import PublishedPipeline
-from pipeline.model.read import RAW, WEIGHTS_KEY, StoredModel, read_model
+from pipeline.model.read import DAMAGED, MARKER, RAW, WEIGHTS_KEY, StoredModel, read_model
 from pipeline.storage.root import Root
+from pipeline.storage.stored import unreadable
 
 # --------------------------------------------------------------------------------------------------------------
 # Tensors out of safetensors files: one file, or the shards of a checkpoint whatever number of ranks wrote them.
@@ -40,7 +41,13 @@ def read_file(root: Root, key: str, sha256: str, scratch: Path) -> dict[str, Ten
                     sink.write(chunk)
         present = file_sha256(path)
     except FileNotFoundError as error:
-        raise InputError("the model lost its weights", key="model.uri", value=root.uri_of(key)) from error
+        raise InputError(
+            "the model lost its weights",
+            key="model.uri",
+            value=root.uri_of(key),
+            rule="a model lies beside its description",
+            next_step="restore the file, or export the model again",
+        ) from error
     if present != sha256:
         raise InputError(
             "the weights are not those that the model is described with",
@@ -73,7 +80,7 @@ def read_tensors(files: Sequence[Path], prefix: str) -> dict[str, Tensor]:
                     at = offsets.get(key, {}).get("saved_offsets")
                     value = file.get_tensor(key)
                     pieces.setdefault(key.removeprefix(prefix), []).append((at or [0] * value.ndim, value))
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for key, parts in pieces.items():
         first = parts[0][1]
         if len(parts) == 1:
@@ -95,9 +102,12 @@ def load_model(
     """The model that `read_model(uri, ema)` describes, in evaluation mode, its files checked; InputError."""
     stored = read_model(uri, ema)
     info = stored.info
-    model = build_model(
-        info.model, latent_channels=info.latent_channels, num_classes=info.num_classes, text_dim=info.text_dim
-    )
+    try:
+        model = build_model(
+            info.model, latent_channels=info.latent_channels, num_classes=info.num_classes, text_dim=info.text_dim
+        )
+    except (RuntimeError, MemoryError, *DAMAGED) as error:
+        raise unreadable(stored.uri, f"no model has this description: {error}", key="model.uri") from error
     whole = isinstance(stored.place, CheckpointPlace) or not isinstance(model, DiffusersAdapter)
     with tempfile.TemporaryDirectory(prefix="latentloom-load-") as scratch:
         weights = _weights(stored, Path(scratch))
@@ -110,6 +120,7 @@ def load_model(
             key="model.uri",
             value=stored.uri,
             rule=str(error),
+            next_step=f"restore {stored.uri}/{MARKER}, or export the model again",
         ) from error
     return model.to(device).eval(), info
 

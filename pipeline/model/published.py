@@ -8,10 +8,11 @@ the model was trained with), a vae and, for text models, encoders with their tok
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
+
+from pydantic_core import from_json
 
 from pipeline.diffusion.solvers import NUM_TRAIN_STEPS
 from pipeline.errors import InputError
@@ -193,7 +194,7 @@ def _weights(component: Root) -> tuple[tuple[str, ...], list[str]]:
 
 def _json(root: Root, key: str) -> dict[str, Any]:
     try:
-        values = json.loads(root.read_bytes(key))
+        values = from_json(root.read_bytes(key))
     except FileNotFoundError as error:
         raise refused(root, key, "the file is missing") from error
     except ValueError as error:

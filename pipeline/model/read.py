@@ -7,10 +7,12 @@ directory of exports or of checkpoints, which stands for the one trained longest
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from pydantic import TypeAdapter, with_config
+from typing_extensions import TypedDict
 
 from pipeline.errors import ConfigError, InputError
 from pipeline.model import checkpoints, published
@@ -19,6 +21,8 @@ from pipeline.model.info import ModelInfo
 from pipeline.model.published import PublishedPipeline, read_pipeline_dir
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root
+from pipeline.storage.stored import OBJECT, OPEN, parse, unreadable
+from pipeline.storage.trust import check_sizes
 from pipeline.store.ledger.layout import canonical_json
 
 FORMAT = "latentloom-export"
@@ -30,7 +34,23 @@ CARD_KEY = "README.md"
 FILE_KEYS = ("model/config.json", WEIGHTS_KEY, SCHEDULER_KEY, CARD_KEY)
 RAW = "raw"  # the weights as trained, no average of them
 # What changes an image, of all that a model tells about itself.
+# What a parser makes of JSON that is not what it should be.
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 _IDENTITY = ("model", "objective", "num_classes", "latent_channels", "factor", "latent_mean", "latent_std")
+
+
+@with_config(OPEN)
+class _File(TypedDict):
+    sha256: str
+
+
+@with_config(OPEN)
+class _Export(TypedDict):
+    info: dict[str, Any]
+    files: dict[str, _File]
+
+
+_EXPORT = TypeAdapter(_Export)
 
 
 @dataclass(frozen=True)
@@ -62,7 +82,7 @@ def read_model(uri: str, ema: str | None = None) -> StoredModel:
     ema: the average whose weights are meant; a checkpoint holds several, the others one each. InputError when there
     is no model, ConfigError when it does not hold that average.
     """
-    unreadable: tuple[type[Exception], ...] = (*storage_errors(), ValueError, KeyError, TypeError, AttributeError)
+    damaged: tuple[type[Exception], ...] = (*storage_errors(), *DAMAGED)
     try:
         root = Root(uri)
         if published.is_pipeline_dir(root):
@@ -72,7 +92,7 @@ def read_model(uri: str, ema: str | None = None) -> StoredModel:
         else:
             place = find_checkpoint(root)
             model = _read_export(root) if place is None else _read_checkpoint(place, ema)
-    except unreadable as error:
+    except damaged as error:
         raise InputError(
             f"There is no readable model at {uri}: {describe(error)}",
             key="model.uri",
@@ -101,7 +121,15 @@ def _stored(
 ) -> StoredModel:
     # Out of what is stored, not of what was understood: a field that is added one day renames no older model.
     identity = {key: info[key] for key in _IDENTITY}
-    return StoredModel(uri, kind, ModelInfo.from_json(info), files, identity, place)
+    try:
+        check_sizes({name: info[name] for name in ("model", "latent_channels", "num_classes", "text_dim", "factor")})
+        understood = ModelInfo.from_json(info)
+    except InputError as error:
+        place_of_info = f"{uri}/{MARKER if kind == 'export' else checkpoints.MARKER}"
+        raise unreadable(
+            place_of_info, f"its description is not one of a model: {error.value}", key="model.uri"
+        ) from None
+    return StoredModel(uri, kind, understood, files, identity, place)
 
 
 def _read_export(root: Root) -> StoredModel:
@@ -110,13 +138,9 @@ def _read_export(root: Root) -> StoredModel:
         if not complete:
             raise FileNotFoundError(f"neither it nor a directory in it holds {MARKER}")
         root = root.child(max(complete))  # their names sort by progress
-    try:
-        document = json.loads(root.read_bytes(MARKER))
-    except ValueError as error:
-        raise InputError(
-            "the export's description is damaged", key=MARKER, value=root.uri, rule=str(error)
-        ) from error
-    version = (document.get("format"), document.get("version")) if isinstance(document, dict) else None
+    data = root.read_bytes(MARKER)
+    document = parse(OBJECT, data, root.uri_of(MARKER), key="model.uri")
+    version = (document.get("format"), document.get("version"))
     if version != (FORMAT, VERSION):
         raise InputError(
             "an export of an unknown format",
@@ -125,7 +149,8 @@ def _read_export(root: Root) -> StoredModel:
             rule=f"format {FORMAT!r}, version {VERSION}",
             next_step="use the version of latentloom that wrote it, or export again",
         )
-    files = document["files"]
+    described = parse(_EXPORT, data, root.uri_of(MARKER), key="model.uri")
+    files = described["files"]
     if set(files) != set(FILE_KEYS):
         # A closed list of names: nothing in the document can point outside the directory.
         raise InputError(
@@ -133,9 +158,10 @@ def _read_export(root: Root) -> StoredModel:
             key=f"{MARKER}: files",
             value=sorted(files),
             rule=f"exactly {', '.join(FILE_KEYS)}",
+            next_step="export the model again",
         )
     weights = {key: file["sha256"] for key, file in files.items() if key.startswith("model/")}
-    return _stored(root.uri, "export", document["info"], weights)
+    return _stored(root.uri, "export", described["info"], weights)
 
 
 def _read_checkpoint(place: CheckpointPlace, ema: str | None) -> StoredModel:

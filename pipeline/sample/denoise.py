@@ -18,8 +18,8 @@ from pipeline.diffusion.compiled import compile_for_shapes
 from pipeline.diffusion.draw import Drawer, Embedding, Solving, Texts, padded
 from pipeline.diffusion.objectives import Objective
 from pipeline.errors import argument_keys
-from pipeline.sample.plan import shape_groups
 from pipeline.sample.provenance import Draw
+from pipeline.sample.requests import shape_groups
 
 if TYPE_CHECKING:
     from pipeline.model.info import ModelInfo

@@ -8,36 +8,59 @@ valid, and adding requests costs the added ones only.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
 import pyarrow as pa
+from pydantic import ConfigDict, Field, TypeAdapter, with_config
+from typing_extensions import TypedDict
 
-from pipeline.sample.requests import FIELDS, REQUEST_SCHEMA
+from pipeline.sample.requests import (
+    FIELDS,
+    MAX_GUIDANCE,
+    MAX_SIDE,
+    MAX_STEPS,
+    MAX_TEXT_BYTES,
+    REQUEST_SCHEMA,
+    shape_groups,
+)
+from pipeline.storage.stored import parse, unreadable
+from pipeline.store.ledger.layout import PLAN_PARTS
 from pipeline.store.ledger.rowset import RowSet
-from pipeline.store.plan import Plan, append_version
+from pipeline.store.plan import Plan, PlannedEntry, append_version
 
 PLAN_SCHEMA = pa.schema(
     [pa.field("unit", pa.int64(), nullable=False), pa.field("row", pa.int64(), nullable=False), *REQUEST_SCHEMA]
 )
-SHAPE_KEY = ("height", "width", "steps", "guidance", "guidance_low", "guidance_high")
 
 
-def shape_groups(requests: pa.Table) -> Iterator[np.ndarray]:
-    """Row indices (int64 [n]) of each group that shares size, steps and guidance, in a fixed order of groups.
+_Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+_Guidance = Annotated[float, Field(ge=-MAX_GUIDANCE, le=MAX_GUIDANCE)]
+_Prompt = Annotated[str, Field(max_length=MAX_TEXT_BYTES)]
+_Time = Annotated[float, Field(ge=0, le=1)]
 
-    Within a group the order of the table is kept. The batches of one group have one shape and one schedule.
-    """
-    if requests.num_rows == 0:
-        return
-    keys = [requests[name].to_pylist() for name in SHAPE_KEY]
-    groups: dict[tuple[float | None, ...], list[int]] = {}
-    for i, key in enumerate(zip(*keys, strict=True)):
-        groups.setdefault(key, []).append(i)
-    for key in sorted(groups, key=lambda k: [(v is None, v or 0.0) for v in k]):
-        yield np.asarray(groups[key], dtype=np.int64)
+
+@with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
+class StoredRequest(TypedDict):
+    """A request as plans and images keep it: FIELDS and `extra`, those that are set."""
+
+    label: NotRequired[Annotated[int, Field(ge=0, lt=1 << 31)] | None]
+    prompt: NotRequired[_Prompt | None]
+    negative_prompt: NotRequired[_Prompt | None]
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+    height: _Side
+    width: _Side
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
+    guidance: _Guidance
+    guidance_low: NotRequired[_Time | None]
+    guidance_high: NotRequired[_Time | None]
+    extra: NotRequired[_Prompt | None]
+
+
+REQUEST = TypeAdapter(StoredRequest)
 
 
 def extend_plan(planned: pa.Table | None, requests: pa.Table, unit_requests: int) -> pa.Table:
@@ -115,17 +138,17 @@ class RequestEntry:
 
 def planned_requests(plan: Plan) -> pa.Table:
     """All requests of a stored plan with their addresses, as PLAN_SCHEMA rows."""
-    rows = [
-        {
-            "unit": entry.unit,
-            "row": entry.first_row,
-            "request_id": bytes.fromhex(entry.key),
-            **json.loads(entry.meta or "{}"),
-        }
-        for version in plan.versions
-        for entry in plan.iter_entries(version)
-    ]
+    rows = [request_row(entry) for version in plan.versions for entry in plan.iter_entries(version)]
     return pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)
+
+
+def request_row(entry: PlannedEntry) -> dict[str, Any]:
+    """The request of a planned entry with its address, a row of PLAN_SCHEMA; InputError when it holds none."""
+    where = f"the request {entry.key!r} in a part below {PLAN_PARTS}/"
+    request = parse(REQUEST, (entry.meta or "{}").encode(), where)
+    if not re.fullmatch("[0-9a-f]{32}", entry.key):
+        raise unreadable(where, "its key is no request id")
+    return {"unit": entry.unit, "row": entry.first_row, "request_id": bytes.fromhex(entry.key), **request}
 
 
 def freeze_requests(

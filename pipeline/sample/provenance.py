@@ -99,9 +99,7 @@ def provenance(request: Mapping[str, Any], draw: Draw, origin: Origin) -> dict[s
 
 
 def request_of(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The request of a provenance, complete with its id; InputError when the two do not belong together."""
-    if found.get("format") != FORMAT:
-        raise InputError(f"The provenance has the format {found.get('format')!r}", rule=f"known is {FORMAT!r}")
+    """The request of a checked provenance, complete with its id; InputError when the two do not belong together."""
     request = {key: found["request"].get(key) for key in (*FIELDS, "extra")}
     name = request_id(request)
     if name.hex() != found["request_id"]:

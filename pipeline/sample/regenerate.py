@@ -7,14 +7,16 @@ another order: the pixels are compared, and count as the same up to `TOLERANCE_L
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, cast
 
 import pyarrow as pa
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, with_config
+from typing_extensions import TypedDict
 
 from pipeline.codec.info import codec_info
 from pipeline.diffusion.solvers import SamplerName
@@ -24,12 +26,12 @@ from pipeline.model.read import read_model
 from pipeline.result import JobResult
 from pipeline.sample.config import RegenerateJobConfig
 from pipeline.sample.output import IMAGES, encode_rows
-from pipeline.sample.plan import PLAN_SCHEMA
+from pipeline.sample.plan import PLAN_SCHEMA, StoredRequest
 from pipeline.sample.prepare import text_of
-from pipeline.sample.provenance import TOLERANCE_LEVELS, Draw, check_origin, origin_of, request_of
-from pipeline.sample.requests import MAX_GUIDANCE, MAX_SIDE, MAX_STEPS, MAX_TEXT_BYTES
+from pipeline.sample.provenance import FORMAT, TOLERANCE_LEVELS, Draw, check_origin, origin_of, request_of
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import place_of
+from pipeline.storage.stored import OPEN, parse
 from pipeline.storage.trust import follow
 
 if TYPE_CHECKING:
@@ -41,70 +43,76 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _MAX_PIXELS = 1 << 27
-_Text = Field(None, max_length=MAX_TEXT_BYTES)
-_Place = Field(..., min_length=1, max_length=4096)
 
 
-class _Asked(BaseModel, strict=True):
-    """What a request may be, wherever it comes from: the limits of `requests`."""
-
-    label: int | None = None
-    prompt: str | None = _Text
-    negative_prompt: str | None = _Text
-    extra: str | None = _Text
-    seed: int = Field(..., ge=0, lt=2**63)
-    height: int = Field(..., ge=1, le=MAX_SIDE)
-    width: int = Field(..., ge=1, le=MAX_SIDE)
-    steps: int = Field(..., ge=1, le=MAX_STEPS)
-    guidance: float = Field(..., ge=0, le=MAX_GUIDANCE)
-    guidance_low: float | None = None
-    guidance_high: float | None = None
+_Place = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
-class _Drawn(BaseModel, strict=True, extra="forbid"):
-    """What a `Draw` may be."""
-
-    seed: int = Field(..., ge=0, lt=2**63)
-    sampler: SamplerName
-    shift: float = Field(..., gt=0, allow_inf_nan=False)
-    batch_size: int = Field(..., ge=1, le=4096)
-    device: Literal["cpu", "cuda"]
-    threads: int = Field(..., ge=1, le=1024)
-    dtype: Literal["float32", "bfloat16", "float16"]
-    image: Literal["png", "jpeg", "webp"]
-    quality: int = Field(..., ge=1, le=100)
-    compile: bool = False
-
-
-class _Model(BaseModel, strict=True):
-    uri: str = _Place
+@with_config(OPEN)
+class _Model(TypedDict):
+    uri: _Place
     digest: str
     run_id: str | None
     ema: str | None
 
 
-class _Dataset(BaseModel, strict=True):
+@with_config(OPEN)
+class _Dataset(TypedDict):
     uri: str | None
     digest: str | None
 
 
-class _Codec(BaseModel, strict=True):
-    path: str = _Place
+@with_config(OPEN)
+class _Codec(TypedDict):
+    path: _Place
     weights_sha256: str
 
 
-class _Story(BaseModel, strict=True):
-    """A provenance whose every field is of its kind and within its bounds: an image may say anything."""
+@with_config(ConfigDict(strict=True, extra="forbid"))
+class _Drawn(TypedDict):
+    """What a `Draw` may be."""
 
+    device: Literal["auto", "cpu", "cuda"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    image: Literal["png", "jpeg", "webp"]
+    quality: Annotated[int, Field(ge=1, le=100)]
+    seed: Annotated[int, Field(ge=0, lt=1 << 64)]
+    sampler: SamplerName
+    shift: Annotated[float, Field(gt=0, le=1e6)]
+    batch_size: Annotated[int, Field(ge=1, le=1 << 16)]
+    threads: Annotated[int, Field(ge=1, le=1 << 12)]
+    compile: NotRequired[bool]
+
+
+@with_config(OPEN)
+class _Story(TypedDict):
     format: str
     request_id: str
-    request: _Asked
+    request: StoredRequest
     draw: _Drawn
     model: _Model
     dataset: _Dataset
+    mixture: NotRequired[list[tuple[str | None, str | None, float]]]
     codec: _Codec
     versions: dict[str, str]
-    mixture: list[tuple[str, str, float]] = []
+
+
+_STORY = TypeAdapter(_Story)
+_ORIGINAL = "use an unedited copy of the image"
+
+
+def checked_story(found: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A provenance whose fields are what they must be; InputError names the image and every other one."""
+    if found.get("format") != FORMAT:
+        raise InputError(
+            f"The provenance of {where} has the format {found.get('format')!r}",
+            key="format",
+            rule=f"known is {FORMAT!r}",
+            next_step="upgrade latentloom",
+        )
+    data = json.dumps(found).encode()
+    story = parse(_STORY, data, f"the provenance of {where}", next_step=_ORIGINAL)
+    return cast(dict[str, Any], story)
 
 
 def regenerate(
@@ -125,7 +133,7 @@ def regenerate(
     from pipeline.sample.denoise import Denoiser, LatentDecoder, use_threads
     from pipeline.sample.prompts import PromptEmbedder
 
-    story = checked_provenance(image, max_pixels)
+    story = checked_provenance(image, "this image", max_pixels)
     request, draw, origin = request_of(story), draw_here(Draw(**story["draw"])), origin_of(story)
     named = {"model_uri": origin.model_uri} if model_uri is None else {}
     named |= {"codec": origin.codec_path} if codec_path is None else {}
@@ -163,21 +171,10 @@ def regenerate(
     return data
 
 
-def checked_provenance(image: bytes, max_pixels: int = _MAX_PIXELS) -> dict[str, Any]:
-    """The provenance inside an image, each field of its kind and within its bounds; InputError names the first."""
-    story = read_provenance(image)
-    try:
-        checked = _Story.model_validate(story)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise InputError(
-            f"The provenance of the image cannot be used: {first['msg']}",
-            key=".".join(str(part) for part in first["loc"]),
-            value=str(first["input"])[:200],
-            rule="an image is drawn again from what this project wrote into it, within the limits of a request",
-            next_step="use an unedited copy of the image",
-        ) from None
-    pixels = checked.draw.batch_size * checked.request.height * checked.request.width
+def checked_provenance(image: bytes, where: str, max_pixels: int = _MAX_PIXELS) -> dict[str, Any]:
+    """The provenance inside an image, each field of its kind and within its bounds; InputError names what is not."""
+    story = checked_story(read_provenance(image), where)
+    pixels = story["draw"]["batch_size"] * story["request"]["height"] * story["request"]["width"]
     if pixels > max_pixels:
         raise InputError(
             f"The image says it was drawn in batches of {pixels:,} pixels",
@@ -277,7 +274,10 @@ def _read(config: RegenerateJobConfig) -> tuple[bytes, dict[str, Any]]:
             rule="a PNG, JPEG or WebP file that jobs.sample made",
             next_step="correct the path",
         ) from None
-    return data, checked_provenance(data, config.max_pixels)
+    try:
+        return data, checked_provenance(data, config.image, config.max_pixels)
+    except InputError as error:
+        raise error if error.key == "max_pixels" else error.but(key="image", value=config.image) from None
 
 
 def _unreadable() -> tuple[type[Exception], ...]:

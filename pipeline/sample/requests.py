@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import InputError
@@ -44,7 +45,23 @@ MAX_GUIDANCE = 100.0
 MAX_SIDE = 16_384
 SHOWN_PROBLEMS = 40
 
+SHAPE_KEY = ("height", "width", "steps", "guidance", "guidance_low", "guidance_high")
 Columns = Mapping[str, Sequence[Any]]
+
+
+def shape_groups(requests: pa.Table) -> Iterator[np.ndarray]:
+    """Row indices (int64 [n]) of each group that shares size, steps and guidance, in a fixed order of groups.
+
+    Within a group the order of the table is kept. The batches of one group have one shape and one schedule.
+    """
+    if requests.num_rows == 0:
+        return
+    keys = [requests[name].to_pylist() for name in SHAPE_KEY]
+    groups: dict[tuple[float | None, ...], list[int]] = {}
+    for i, key in enumerate(zip(*keys, strict=True)):
+        groups.setdefault(key, []).append(i)
+    for key in sorted(groups, key=lambda k: [(v is None, v or 0.0) for v in k]):
+        yield np.asarray(groups[key], dtype=np.int64)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from pipeline.media.images import FORMATS, caption_of, choose, contact_sheet, thumbnail
 from pipeline.media.pages import PagePicture, render_page
+from pipeline.storage.stored import OBJECT, parse
 from pipeline.store.read.dataset import Dataset, read_outside
 
 CONTACT_KEY = "contact.png"
@@ -40,7 +41,7 @@ def show(uri: str, plan: pa.Table, wanted: Iterable[bytes], count: int, facts: d
             thumbnail(image, THUMBNAIL),
             FORMATS["png"],
             caption,
-            details=json.dumps(json.loads(row["provenance"]), indent=1),
+            details=json.dumps(parse(OBJECT, row["provenance"].encode(), f"a provenance in {dataset.uri}"), indent=1),
         )
         for image, caption, row in zip(images, captions, rows, strict=True)
     ]

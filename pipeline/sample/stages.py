@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,7 +18,7 @@ from pipeline.dataflow.device_faults import ends_with_its_device, out_of_memory
 from pipeline.dataflow.monitor import Reports, answer, held, one_by_one
 from pipeline.errors import ConfigError
 from pipeline.sample.output import IMAGES, encode_rows
-from pipeline.sample.plan import PLAN_SCHEMA
+from pipeline.sample.plan import PLAN_SCHEMA, request_row
 from pipeline.sample.prepare import TextSpec
 from pipeline.sample.provenance import Draw, Origin
 from pipeline.storage.root import Root
@@ -139,12 +138,7 @@ class RequestReader:
 
     def __call__(self, work: Work) -> Iterator[pa.Table]:
         rows = [
-            {
-                "unit": entry.unit,
-                "row": entry.first_row,
-                "request_id": bytes.fromhex(entry.key),
-                **json.loads(entry.meta or "{}"),
-            }
+            request_row(entry)
             for entry in read_entries(self.root, self.spans[work.unit])
             if any(
                 start <= entry.first_row and (stop is None or entry.first_row < stop) for start, stop in work.ranges

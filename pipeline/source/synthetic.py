@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 
 from pipeline.errors import ConflictError
 from pipeline.storage.root import Root
+from pipeline.storage.stored import OBJECT, read_stored
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLORS = ("red", "green", "blue")
@@ -56,7 +57,7 @@ def write_shapes(
     root = Root(uri)
     marker = {"version": _VERSION, "count": count, "seed": seed, "size": size}
     try:
-        present = json.loads(root.read_bytes(_MARKER))
+        present = read_stored(OBJECT, root, _MARKER)
     except FileNotFoundError:
         present = None
     if present is not None and present != marker:

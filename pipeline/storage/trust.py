@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 from pipeline.errors import InputError
@@ -54,6 +55,25 @@ def follow(places: Mapping[str, str], allowed: Sequence[str], *, written_in: str
 def _whole(place: str) -> str:
     """A path from the root of the disk on; a URI as it is. (A hub id passes for a path on both sides.)"""
     return place if "://" in place else os.path.abspath(os.path.expanduser(place))
+
+
+# -- Sizes: a description asks for memory ---------------------------------------------------------------------------
+
+_MOST_LAYERS, _MOST = 1 << 10, 1 << 20
+
+
+def check_sizes(description: Any, name: str = "") -> None:
+    """ValueError when the description of a network asks for sizes that none has: building it would never end."""
+    if isinstance(description, dict):
+        for field, value in description.items():
+            check_sizes(value, str(field))
+    elif isinstance(description, list | tuple):
+        for value in description:
+            check_sizes(value, name)
+    elif isinstance(description, int) and abs(description) > (
+        _MOST_LAYERS if "layers" in name or "depth" in name else _MOST
+    ):
+        raise ValueError(f"{name} {str(description)[:30]} is more than any network has")
 
 
 # -- Files: what was hashed is what is loaded ----------------------------------------------------------------------

@@ -11,21 +11,23 @@ new units of that version. Nothing is ever renumbered, and a crash before the he
 from __future__ import annotations
 
 import heapq
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field, TypeAdapter
 
 from pipeline.errors import ConflictError
 from pipeline.storage.root import CONTENT, Root
+from pipeline.storage.stored import Count, Key, read_stored, unreadable
 from pipeline.store.ledger import layout
 from pipeline.store.ledger.generation import at_one_generation, check_newest, visible_headers
 from pipeline.store.ledger.rowset import MAX_ROWS, Int64s, RowSet
+from pipeline.store.tables import reading_table
 
 _ENTRIES_PER_GROUP = 1024
 _ENTRIES_PER_PART = 1 << 18
@@ -116,32 +118,40 @@ def read_entries(root: Root, span: EntrySpan) -> list[PlannedEntry]:
     """The entries of a unit in row order; reads only the row groups that hold them."""
     first, last = span.offset, span.offset + span.count
     groups = range(first // _ENTRIES_PER_GROUP, (last - 1) // _ENTRIES_PER_GROUP + 1)
-    with root.open(span.part) as file:
+    with reading_table(root.uri_of(span.part)), root.open(span.part) as file:
         table = pq.ParquetFile(file, page_checksum_verification=True).read_row_groups(list(groups))
-    rows = table.slice(first - groups[0] * _ENTRIES_PER_GROUP, span.count).to_pylist()
+        rows = table.cast(ENTRY_SCHEMA).slice(first - groups[0] * _ENTRIES_PER_GROUP, span.count).to_pylist()
+        if len(rows) != span.count:
+            raise ValueError(f"it holds {len(rows)} of {span.count} entries")
     return [PlannedEntry(**row) for row in rows]
+
+
+Address = Annotated[int, Field(ge=0, le=MAX_ROWS)]
 
 
 @dataclass(frozen=True)
 class PlanVersion:
     """The header of one version."""
 
-    number: int
-    units_part: str
-    entry_parts: tuple[str, ...]
-    num_units: int
-    num_entries: int
-    num_rows: int
-    size_bytes: int
-    retired: tuple[tuple[int, int, int], ...]
-    removed: int
+    number: Count
+    units_part: Key
+    entry_parts: tuple[Key, ...]
+    num_units: Count
+    num_entries: Count
+    num_rows: Count
+    size_bytes: Count
+    retired: tuple[tuple[Address, Address, Address], ...]
+    removed: Count
     source: dict[str, Any]
-    generation: int
+    generation: Count
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The keys of all its parts: its entries', then its units'."""
         return (*self.entry_parts, self.units_part)
+
+
+_VERSION = TypeAdapter(PlanVersion)
 
 
 @dataclass(frozen=True)
@@ -165,12 +175,14 @@ class Plan:
     @cached_property
     def units(self) -> pa.Table:
         """The units of all versions, ascending by number, with the index of their version."""
-        tables = []
+        tables: list[pa.Table] = []
         for i, version in enumerate(self.versions):
             key = version.units_part
             if key not in self._tables:
-                with self.root.open(key) as file:
-                    self._tables[key] = pq.read_table(file, schema=UNIT_SCHEMA, page_checksum_verification=True)
+                with reading_table(self.root.uri_of(key)), self.root.open(key) as file:
+                    units = pq.ParquetFile(file, page_checksum_verification=True).read().cast(UNIT_SCHEMA)
+                    _check_units(units, version, sum(len(table) for table in tables))
+                    self._tables[key] = units
             table = self._tables[key]
             tables.append(table.append_column("version", pa.array(np.full(len(table), i, np.int32))))
         if not tables:
@@ -195,10 +207,10 @@ class Plan:
     def iter_entries(self, version: PlanVersion) -> Iterator[PlannedEntry]:
         """All entries of one version in planned order, one row group in memory at a time."""
         for part in version.entry_parts:
-            with self.root.open(part) as file:
+            with reading_table(self.root.uri_of(part)), self.root.open(part) as file:
                 reader = pq.ParquetFile(file, page_checksum_verification=True)
                 for batch in reader.iter_batches(batch_size=_ENTRIES_PER_GROUP):
-                    for row in batch.to_pylist():
+                    for row in batch.cast(ENTRY_SCHEMA).to_pylist():
                         yield PlannedEntry(**row)
 
 
@@ -206,19 +218,26 @@ def read_plan(root: Root, number: int | None = None) -> Plan:
     """The plan of a root as generation `number` sees it, by default the newest; empty when none was made."""
     if number is None:
         return at_one_generation(root, lambda newest: read_plan(root, newest))
-    return plan_of(root, visible_headers(root, number))
+    headers = visible_headers(root, number)
+    try:
+        return plan_of(root, headers)
+    except FileNotFoundError as error:
+        raise unreadable(root.uri_of(layout.PLAN), f"it has lost one of {', '.join(headers)}") from error
 
 
 def plan_of(root: Root, headers: Iterable[str]) -> Plan:
-    """The plan whose versions have some headers, in their order."""
-    versions = []
-    for key in headers:
-        body = json.loads(root.read_bytes(key))
-        fields = {name: body[name] for name in PlanVersion.__dataclass_fields__}
-        fields["entry_parts"] = tuple(fields["entry_parts"])
-        fields["retired"] = tuple((t[0], t[1], t[2]) for t in fields["retired"])
-        versions.append(PlanVersion(**fields))
-    return Plan(root, tuple(versions))
+    """The plan whose versions have some headers, in their order; FileNotFoundError when one is gone."""
+    return Plan(root, tuple(read_stored(_VERSION, root, key) for key in headers))
+
+
+def _check_units(units: pa.Table, version: PlanVersion, first: int) -> None:
+    """ValueError unless the units of a version are numbered from `first` and lie in its entry parts."""
+    places = {name: units[name].to_numpy() for name in ("unit", "rows", "part", "offset", "entries")}
+    inside = (places["part"] >= 0) & (places["part"] < len(version.entry_parts))
+    sound = inside & (places["offset"] >= 0) & (places["entries"] > 0) & (places["rows"] >= -1)
+    numbered = places["unit"] == first + np.arange(len(units))
+    if len(units) != version.num_units or not sound.all() or not numbered.all():
+        raise ValueError("its units are not those of its header")
 
 
 def append_version(

@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError
-from pipeline.storage.errors import storage_errors
 from pipeline.store.plan import Plan
 from pipeline.store.read.dataset import Dataset, LatentDataset
 from pipeline.store.read.pins import Pins
 from pipeline.store.schema import to_float32
+from pipeline.store.tables import reading_table
 
 # -- Which captions there are, and which of them are new: distinct by hash, in order of first occurrence -------
 
@@ -87,9 +87,12 @@ def planned_hashes(plan: Plan) -> Hashes:
     """The hashes of all captions of all versions, whether embedded yet or not."""
     parts = []
     for name in [part for version in plan.versions for part in version.entry_parts]:
-        with plan.root.open(name) as file:
+        with reading_table(plan.root.uri_of(name)), plan.root.open(name) as file:
             keys = pq.read_table(file, columns=["key"], page_checksum_verification=True)["key"]
-        parts.append(as_hashes([bytes.fromhex("".join(keys.to_pylist()))]))
+            digests = bytes.fromhex("".join(keys.to_pylist()))
+            if len(digests) != 16 * len(keys):
+                raise ValueError("a key is no hash of a caption")
+        parts.append(as_hashes([digests]))
     return np.concatenate(parts) if parts else as_hashes([])
 
 
@@ -101,16 +104,11 @@ def new_captions(latents: LatentDataset, known: HashSet) -> Iterator[PlannedCapt
     """
     if known.add_new([caption_hash(EMPTY_PROMPT)]):
         yield _planned(EMPTY_PROMPT, caption_hash(EMPTY_PROMPT))
-    for index, group in enumerate(latents.row_groups):
+    for index in range(len(latents.row_groups)):
         try:
             column = latents.read(index, ["caption"])["caption"]
-        except (pa.ArrowException, *storage_errors()) as error:
-            raise InputError(
-                f"The captions in {latents.uri}/{group.file} cannot be read: {error}",
-                key="data.uri",
-                value=latents.uri,
-                next_step="python -m jobs.verify shows all damage",
-            ) from None
+        except InputError as error:
+            raise error.but(key="data.uri", value=latents.uri) from None
         captions = [c for c in dict.fromkeys(column.to_pylist()) if c is not None]
         digests = [caption_hash(c) for c in captions]
         for i in known.add_new(digests):
@@ -299,10 +297,4 @@ class TextEmbeddings:
         return hashes[order], groups[order], rows[order]
 
     def _read(self, group: int, columns: list[str]) -> pa.Table:
-        try:
-            return self._dataset.read(group, columns)
-        except (pa.ArrowException, *storage_errors()) as error:
-            raise InputError(
-                f"The embeddings in {self.uri}/{self._dataset.row_groups[group].file} cannot be read: {error}",
-                next_step=f"python -m jobs.verify data.uri={self.uri} shows all damage",
-            ) from None
+        return self._dataset.read(group, columns)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import from_json
+
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.text.config import TextEncoderConfig
 
@@ -172,7 +174,7 @@ def _directory(encoder: TextEncoderConfig) -> Path:
 
 def _read_config(folder: Path, encoder: TextEncoderConfig) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = from_json((folder / "config.json").read_bytes())
     except FileNotFoundError:
         raise _refusal(f"The encoder {encoder.name} has no config.json", encoder) from None
     except ValueError as error:
@@ -230,7 +232,7 @@ def _weight_names(folder: Path, encoder: TextEncoderConfig) -> tuple[str, ...]:
             "where you trust the files, load and save_pretrained() them once; or copy the missing file",
         )
     try:
-        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(from_json((folder / INDEX).read_bytes())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise _refusal(f"The index {INDEX} of {encoder.name} cannot be read: {error!r}", encoder) from None
     # A name with a slash would lead out of the directory.

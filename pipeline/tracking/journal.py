@@ -23,7 +23,10 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, with_config
+from pydantic_core import from_json
 
 _log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
@@ -54,16 +57,20 @@ class Header:
 class Confirmed:
     """How far the store has taken a journal: bytes, the run's id, and records it will never take."""
 
-    offset: int = 0
+    offset: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     run_id: str | None = None
-    refused: int = 0
+    refused: Annotated[int, Field(ge=0)] = 0
+
+
+_STRICT = ConfigDict(strict=True, extra="forbid")
+_CONFIRMED, _HEADER = TypeAdapter(with_config(_STRICT)(Confirmed)), TypeAdapter(with_config(_STRICT)(Header))
 
 
 class JournalWriter:
     """Appends records; thread-safe; never raises after opening (a full disk must not end a training run)."""
 
     def __init__(self, folder: Path, header: Header) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
         name = f"{header.start_ms:013d}-{header.role}-{uuid.uuid4().hex[:12]}"
         self.path = folder / f"{name}.jsonl"
         self._files = files_dir(self.path)
@@ -99,11 +106,14 @@ class JournalWriter:
             self._num_files += 1
             folder = self._files / f"{self._num_files:06d}"
         try:
-            folder.mkdir(parents=True)
-            if isinstance(data, bytes):
-                (folder / name).write_bytes(data)
-            else:
-                shutil.copyfile(data, folder / name)
+            make_private(self._files)
+            make_private(folder)
+            with open(folder / name, "xb", opener=_private) as sink:
+                if isinstance(data, bytes):
+                    sink.write(data)
+                else:
+                    with data.open("rb") as source:
+                        shutil.copyfileobj(source, sink)
         except OSError as error:
             self._note_loss(error)
             return None
@@ -134,8 +144,8 @@ class JournalReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.confirmed = Confirmed(**json.loads(_state_path(path).read_text()))
-        except (FileNotFoundError, ValueError, TypeError):
+            self.confirmed = _CONFIRMED.validate_json(_state_path(path).read_bytes())
+        except (FileNotFoundError, ValueError):
             self.confirmed = Confirmed()  # sending again is harmless
 
     def header(self) -> Header | None:
@@ -145,8 +155,8 @@ class JournalReader:
         if record is None or record.pop("kind", None) != "open" or record.get("version") != FORMAT_VERSION:
             return None
         try:
-            return Header(**record)
-        except TypeError:
+            return _HEADER.validate_json(json.dumps(record))
+        except ValueError:
             return None
 
     def pending(self, max_bytes: int = 1 << 18) -> Iterator[tuple[int, Record | None]]:
@@ -172,7 +182,8 @@ class JournalReader:
         )
         target = _state_path(self.path)
         temporary = target.with_suffix(".state-new")
-        temporary.write_text(json.dumps(vars(self.confirmed)))
+        with open(temporary, "w", opener=_private) as file:
+            file.write(json.dumps(vars(self.confirmed)))
         temporary.replace(target)
 
     def num_unsent_bytes(self) -> int:
@@ -196,6 +207,17 @@ class JournalReader:
         shutil.rmtree(files_dir(self.path), ignore_errors=True)
         self.path.unlink(missing_ok=True)
         _state_path(self.path).unlink(missing_ok=True)
+
+
+def make_private(folder: Path) -> None:
+    """A folder for this user alone, where there is none; one that somebody made keeps its mode."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def _private(path: str, flags: int) -> int:
+    """The opener of a file that this user alone reads, whatever the umask: texts and prompts wait in it."""
+    return os.open(path, flags, 0o600)
 
 
 def files_dir(path: Path) -> Path:
@@ -225,7 +247,7 @@ def adopt(path: Path) -> Iterator[bool]:
 @contextlib.contextmanager
 def gate(folder: Path) -> Iterator[bool]:
     """Only one process of a folder replays at a time; yields False when it is another's turn."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private(folder)
     descriptor = os.open(folder / "replay.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         yield _try_lock(descriptor)
@@ -248,7 +270,7 @@ def _try_lock(descriptor: int) -> bool:
 
 def _decode(line: bytes) -> Record | None:
     try:
-        record = json.loads(line)
+        record = from_json(line)
     except ValueError:
         return None
     return record if isinstance(record, dict) and isinstance(record.get("kind"), str) else None

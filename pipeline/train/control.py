@@ -15,10 +15,13 @@ import threading
 import time
 from collections.abc import Callable
 
-from pipeline import errors
+from pydantic import TypeAdapter, with_config
+from typing_extensions import TypedDict
+
 from pipeline.dataflow.device_faults import out_of_memory
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, InputError, PipelineError
 from pipeline.storage.root import Root
+from pipeline.storage.stored import OPEN, read_stored
 from pipeline.store.ledger.generation import fenced, is_superseded, latest_number, read_claim
 
 _GENERATION = re.compile(r"^control/generation-(\d{6})\.json$")
@@ -81,12 +84,25 @@ def lasting(error: Exception) -> PipelineError | None:
 def recorded_failure(root: Root, generation: int) -> PipelineError | None:
     """The error that ended a generation, None when none did."""
     try:
-        failure = json.loads(root.read_bytes(f"control/failure-{generation:06d}.json"))
+        failure = read_stored(_FAILURE, root, f"control/failure-{generation:06d}.json")
     except FileNotFoundError:
         return None
-    kind = getattr(errors, failure.pop("type"), PipelineError)
-    error: PipelineError = kind(failure.pop("what"), **failure)
-    return error
+    kinds = {kind.__name__: kind for kind in (*PipelineError.__subclasses__(), *InputError.__subclasses__())}
+    parts = {name: failure[name] for name in ("key", "value", "rule", "next_step")}
+    return kinds.get(failure["type"], PipelineError)(failure["what"], **parts)
+
+
+@with_config(OPEN)
+class _Failure(TypedDict):
+    type: str
+    what: str
+    key: str | None
+    value: str | None
+    rule: str | None
+    next_step: str | None
+
+
+_FAILURE = TypeAdapter(_Failure)
 
 
 class StopWatch:

@@ -12,10 +12,13 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, with_config
+from typing_extensions import TypedDict
 
 from pipeline.config import config_digest, validate
 from pipeline.dataflow.cluster import WORKER_ENV, device_of, ensure_ray
@@ -25,6 +28,7 @@ from pipeline.result import JobResult
 from pipeline.runs.session import Run, open_run
 from pipeline.storage.errors import storage_errors
 from pipeline.storage.root import Root
+from pipeline.storage.stored import OPEN, read_stored
 from pipeline.store.ledger.generation import last_run
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.tracking.config import resolve_paths
@@ -42,6 +46,20 @@ _WATCH_S = 1.0
 Data = TypeVar("Data", TrainDataConfig, MixConfig)
 
 
+@with_config(OPEN)
+class _Done(TypedDict):
+    config: str
+    result: JobResult
+
+
+@with_config(OPEN)
+class _EarlierRun(TypedDict):
+    run: str
+
+
+_DONE, _EARLIER_RUN = TypeAdapter(_Done), TypeAdapter(_EarlierRun)
+
+
 def run(config: TrainJobConfig) -> JobResult:
     """Train to `train.images` and export; the same command resumes, and returns at once when all is done.
 
@@ -50,10 +68,8 @@ def run(config: TrainJobConfig) -> JobResult:
     config = _absolute(config)
     root = Root(config.output.uri)
     # An earlier run of this very configuration has its result.
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        done = json.loads(root.read_bytes(DONE))
-        if done["config"] == config_digest(config):
-            return JobResult(**{**done["result"], "status": "unchanged"})
+    if (before := finished(root, config_digest(config))) is not None:
+        return before
     begun = look(config, root)
     _check_cluster(config)
     root.probe()
@@ -74,6 +90,15 @@ def run(config: TrainJobConfig) -> JobResult:
         result = run.done(_result(config, root, outcome, tracker), step=None)
         root.put(DONE, json.dumps({"config": config_digest(config), "result": vars(result)}).encode())
         return result
+
+
+def finished(root: Root, digest: str) -> JobResult | None:
+    """The result of an earlier run of the configuration with this digest; None when there is none."""
+    try:
+        done = read_stored(_DONE, root, DONE)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return replace(done["result"], status="unchanged") if done["config"] == digest else None
 
 
 def dry_run(config: TrainJobConfig) -> JobResult:
@@ -141,7 +166,7 @@ def _track(config: TrainJobConfig, root: Root, run: Run, datasets: tuple[LatentD
     resume = last_run(root, job="train").get("handle")
     if not resume:
         with contextlib.suppress(FileNotFoundError):  # of earlier releases
-            resume = str(json.loads(root.read_bytes("run.json"))["run"])
+            resume = read_stored(_EARLIER_RUN, root, "run.json")["run"]
     mix = ", ".join(f"{part.weight:g} x {part.uri}" for part in config.data.parts.values())
     tracker = run.track(
         f"train {config.model.kind}",
@@ -242,6 +267,7 @@ def _train_on_ray(payload: dict[str, Any]) -> dict[str, Any]:
     # One name for all ranks of this start on a node, another for every restart.
     token = collectives.broadcast_json(secrets.token_hex(8))
     scratch = Path(tempfile.gettempdir()) / f"latentloom-train-{token}"
+    scratch.mkdir(mode=0o700, exist_ok=True)  # weights pass through it
     place = WorkerContext(
         device=str(ray.train.torch.get_device()) if payload["device"] == "cuda" else "cpu",
         generation=generation,

@@ -13,16 +13,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
 from pipeline.train import collectives
-from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.state import TrainState
 from pipeline.train.task import BatchLike, DeviceBatch, Forward, Task, on_device
+
+if TYPE_CHECKING:
+    from pipeline.train.checkpoint import CheckpointStore
 
 # -- The learning rate as a pure function of images seen, so that no scheduler object needs to be saved --------
 

@@ -15,16 +15,28 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
+
+from pydantic import TypeAdapter, with_config
+from typing_extensions import TypedDict
 
 from pipeline.errors import ConflictError, InputError
 from pipeline.model.checkpoints import MARKER, Complete, list_complete, place_in_run
 from pipeline.storage.root import Root
+from pipeline.storage.stored import OPEN, Count, Key, parse, read_stored, unreadable
 
 STARTS = "starts"
 # In place of the marker of a checkpoint that was removed before it was complete: no late marker makes it so.
 REMOVED = b'{"removed": true}'
 _START = re.compile(rf"^{STARTS}/(\d{{6}})-(\d{{6}})\.json$")
+
+
+@with_config(OPEN)
+class _Begun(TypedDict):
+    checkpoints: list[str]
+
+
+_BEGUN = TypeAdapter(_Begun)
 
 
 @dataclass(frozen=True)
@@ -161,7 +173,7 @@ def _key(place: tuple[int, int]) -> str:
 
 
 def _read(root: Root, place: tuple[int, int]) -> WorkerStart:
-    return WorkerStart(*place, tuple(json.loads(root.read_bytes(_key(place)))["checkpoints"]))
+    return WorkerStart(*place, tuple(read_stored(_BEGUN, root, _key(place))["checkpoints"]))
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -185,6 +197,26 @@ _STARTS = f"{HISTORY}/starts"
 _ONE_FILE = "history.jsonl"
 
 Record = dict[str, Any]
+
+
+@with_config(OPEN)
+class _Head(TypedDict):
+    before: Key | None
+
+
+@with_config(OPEN)
+class _Step(TypedDict, total=False):
+    step: Count
+    images: Count
+
+
+@with_config(OPEN)
+class _Earlier(TypedDict):
+    kept: list[tuple[Key, Count | None]]
+    segment_records: Count
+
+
+_HEAD, _RECORD, _EARLIER = TypeAdapter(_Head), TypeAdapter(_Step), TypeAdapter(_Earlier)
 
 
 class History:
@@ -236,13 +268,15 @@ def read_records(root: Root) -> list[Record]:
     if not complete or COUNT not in complete[-1].marker:
         return _of_earlier_releases(root)
     key: str | None = _tail_key(complete[-1].name)
-    segments = []
+    segments: dict[str, list[bytes]] = {}
     while key is not None:
-        key, lines = _read_history(root, key)
-        segments.append(lines)
-    records = [json.loads(line) for lines in reversed(segments) for line in lines]
+        if key in segments:
+            raise unreadable(root.uri_of(key), "before: the history leads round in a circle")
+        before, segments[key] = _read_history(root, key)
+        key = before
+    records = [_record(root, at, line) for at, lines in reversed(segments.items()) for line in lines]
     if len(records) != complete[-1].marker[COUNT]:
-        raise _damaged(root, root.uri_of(HISTORY), len(records), complete[-1].marker[COUNT])
+        raise _damaged(root, root.uri_of(_tail_key(complete[-1].name)), len(records), complete[-1].marker[COUNT])
     return records
 
 
@@ -257,11 +291,17 @@ def _segment(before: str | None, lines: list[bytes]) -> bytes:
 def _read_history(root: Root, key: str) -> tuple[str | None, list[bytes]]:
     """The key of the segment before one, and its lines."""
     try:
-        head, *lines = root.read_bytes(key).splitlines(keepends=True)
+        head, *lines = root.read_bytes(key).splitlines(keepends=True) or [b""]
     except FileNotFoundError:
         raise _damaged(root, root.uri_of(key), 0, None) from None
-    before: str | None = json.loads(head)["before"]
+    before = parse(_HEAD, head, root.uri_of(key))["before"]
+    if before is not None and not before.startswith(f"{HISTORY}/"):
+        raise unreadable(root.uri_of(key), "before: it names no segment of the history")
     return before, lines
+
+
+def _record(root: Root, key: str, line: bytes) -> Record:
+    return cast(Record, parse(_RECORD, line, f"a record in {root.uri_of(key)}"))
 
 
 def _of_earlier_releases(root: Root) -> list[Record]:
@@ -273,9 +313,9 @@ def _of_earlier_releases(root: Root) -> list[Record]:
     starts = [match.group(1) for info in root.list(_STARTS) if (match := re.search(r"(\d+-\d+)\.json$", info.key))]
     pieces: list[tuple[str, int | None]] = [(_ONE_FILE, None)] if root.exists(_ONE_FILE) else []
     if starts:
-        head = json.loads(root.read_bytes(f"{_STARTS}/{max(starts)}.json"))
+        head = read_stored(_EARLIER, root, f"{_STARTS}/{max(starts)}.json")
         own: list[tuple[str, int | None]] = [
-            (info.key, int(head["segment_records"])) for info in root.list(f"{HISTORY}/{max(starts)}")
+            (info.key, head["segment_records"]) for info in root.list(f"{HISTORY}/{max(starts)}")
         ]
         pieces = [*((key, count) for key, count in head["kept"]), *own[:-1], *((key, None) for key, _ in own[-1:])]
     records: list[Record] = []
@@ -283,7 +323,7 @@ def _of_earlier_releases(root: Root) -> list[Record]:
         lines = root.read_bytes(key).splitlines() if root.exists(key) else []
         if count is not None and len(lines) < count:
             raise _damaged(root, root.uri_of(key), len(lines), count)
-        records += [json.loads(line) for line in lines[:count] if line]
+        records += [_record(root, key, line) for line in lines[:count] if line]
     return records
 
 

@@ -14,15 +14,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConflictError, InputError
-from pipeline.model.checkpoints import Complete, fetch_checked, list_complete
 from pipeline.storage.root import Root
+
+if TYPE_CHECKING:
+    from pipeline.model.checkpoints import Complete
 
 # -- Averages of the weights: named tracks, each one dict of float32 tensors under the parameters' own names ---
 #
@@ -160,11 +162,13 @@ def rebuild(checkpoints: Root, sigma_rel: float, images: int | None = None) -> d
     checkpoints: the `checkpoints` directory of a run. Uses every power-function track of every kept checkpoint up to
     then; the more were kept, the nearer (see `ema.reconstruction`). InputError when there is none.
     """
+    from pipeline.model.checkpoints import list_complete  # what is stored is checked by what a step does without
+
     kept = [c for c in list_complete(checkpoints) if images is None or c.images <= images]
     stored = [
         (c, track["name"], float(track["sigma_rel"]))
         for c in kept
-        for track in c.meta["ema_tracks"]
+        for track in c.meta.get("ema_tracks", ())
         if track["sigma_rel"] is not None
     ]
     if not stored:
@@ -180,6 +184,7 @@ def rebuild(checkpoints: Root, sigma_rel: float, images: int | None = None) -> d
 
 def read_track(checkpoints: Root, complete: Complete, track: str) -> dict[str, Tensor]:
     """One EMA track of a checkpoint, whole tensors by parameter name; InputError when a file is damaged."""
+    from pipeline.model.checkpoints import fetch_checked
     from pipeline.model.load import read_tensors  # safetensors, which a training step does without
 
     with tempfile.TemporaryDirectory(prefix="latentloom-") as scratch:
@@ -190,6 +195,7 @@ def read_track(checkpoints: Root, complete: Complete, track: str) -> dict[str, T
 
 
 FORMAT_VERSION = 1
+_REQUIRED = {"format_version", "step", "images", "seed", "skipped_steps", "skipped_in_a_row", "window", "identity"}
 _SLOTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -250,7 +256,15 @@ class TrainState:
         self.window = {k: list(v) for k, v in meta["window"].items()}
 
     def check(self, meta: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint of another run: raises ConflictError that lists every differing field."""
+        """Refuse a checkpoint of another run: ConflictError lists what differs, InputError what is missing."""
+        lacking = sorted(_REQUIRED - meta.keys())
+        if lacking:
+            raise InputError(
+                f"The state of a checkpoint, meta in its COMPLETE.json, lacks {', '.join(lacking)}",
+                key="output.uri",
+                rule="a checkpoint is written by latentloom and not changed",
+                next_step="remove this checkpoint, or start anew with another output.uri",
+            )
         ours: dict[str, Any] = {"format_version": FORMAT_VERSION, "seed": self.seed, **self.identity}
         theirs = {"format_version": meta["format_version"], "seed": meta["seed"], **meta["identity"]}
         differences = [

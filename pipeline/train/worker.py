@@ -24,6 +24,7 @@ from pipeline.model.build import build_model, repeated_blocks
 from pipeline.model.flops import forward_flops, train_flops
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import is_superseded
+from pipeline.store.tables import reading_table
 from pipeline.tracking.tracker import NoopTracker, Tracker, attach_tracker
 from pipeline.train import collectives
 from pipeline.train.checkpoint import CheckpointStore
@@ -150,7 +151,9 @@ def read_quarantine(root: Root) -> pa.Table:
         data = root.read_bytes(newest)
     except FileNotFoundError:
         return SCHEMA.empty_table()
-    return pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+    with reading_table(root.uri_of(newest)):
+        rows = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+        return rows.cast(MIXED if MIXED.names == rows.column_names else SCHEMA)
 
 
 # -- Rank 0's reports: to the run's own history, to the tracker and to whoever watches the job and the cluster -

@@ -265,7 +265,7 @@ def test_output_that_cannot_be_read(data: dict[str, Any], monkeypatch: pytest.Mo
         job.run(_config(data))
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "no valid JSON"), ("[]", "holds no JSON object")])
+@pytest.mark.parametrize(("text", "message"), [("{", "Invalid JSON"), ("[]", "valid")])
 def test_unreadable_claim(tmp_path: Path, data: dict[str, Any], text: str, message: str) -> None:
     (tmp_path / "codec").mkdir()
     (tmp_path / "codec" / job.CLAIM).write_text(text)

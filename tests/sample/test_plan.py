@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.diffusion.draw import padded
-from pipeline.sample.plan import PLAN_SCHEMA, extend_plan, planned_rows, shape_groups, unit_tables
-from pipeline.sample.requests import Defaults, RequestLimits, validate_requests
+from pipeline.sample.plan import PLAN_SCHEMA, extend_plan, planned_rows, unit_tables
+from pipeline.sample.requests import Defaults, RequestLimits, shape_groups, validate_requests
 from pipeline.store.ledger.rowset import RowSet
 
 ONE_SHAPE = ("height", "width", "steps", "guidance", "guidance_low", "guidance_high")

@@ -13,6 +13,7 @@ from pipeline.sample.provenance import (
     Draw,
     Origin,
     check_origin,
+    checked_story,
     origin_of,
     provenance,
     request_of,
@@ -73,7 +74,7 @@ def test_an_edited_request_is_noticed() -> None:
     with pytest.raises(InputError, match="not the one it was drawn for"):
         request_of(found)
     with pytest.raises(InputError, match="has the format 'other'"):
-        request_of({**found, "format": "other"})
+        checked_story({**found, "format": "other"}, "this image")
 
 
 @pytest.mark.parametrize("field", ["model_digest", "codec_sha256"])

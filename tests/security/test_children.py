@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -22,11 +24,13 @@ ROOT = Path(__file__).parents[2]
 CONFIG = ImageConfig(resolution=16, multiple_of=1, max_upscale=1e6, isolate="all")
 
 
-def in_a_child(code: str) -> str:
-    """What a confined process prints when it tries something."""
+def in_a_child(code: str, user: int | None = None) -> str:
+    """What a confined process prints when it tries something, as this user or as another."""
     program = f"""
-import os, sys
+import ctypes, os, subprocess, sys, threading
 from pipeline.source.pixels.child_process import limited_pipes
+if {user is not None}:
+    os.setuid({user or 0})
 pipes = limited_pipes(2048)
 try:
     {code}
@@ -54,6 +58,38 @@ def test_a_child_has_no_network() -> None:
         pytest.skip("this kernel gives no network of its own to a process without rights")
     assert "OSError" in in_a_child("import socket; socket.create_connection(('127.0.0.1', 9), 2)")
     assert "unreachable" in in_a_child("import socket; socket.create_connection(('192.0.2.1', 9), 2)")
+
+
+NOBODY, CALL = 65534, "ctypes.CDLL(None).syscall"
+MAKES_A_PROCESS = {
+    "fork": "os._exit(0) if os.fork() == 0 else print('made')",
+    "spawn": "os.posix_spawn('/bin/true', ['true'], {}); print('made')",
+    "run": "subprocess.run(['/bin/true']); print('made')",
+    "exec": "os.execv('/bin/echo', ['echo', 'made'])",
+    "clone": f"print(['made', 'refused'][{CALL}({56 if platform.machine() == 'x86_64' else 220}, 17) < 0])",
+    "clone3": f"print(['made', 'refused'][{CALL}(435, ctypes.create_string_buffer(88), 88) < 0])",
+    "another numbering": f"print(['made', 'refused'][{CALL}(0x40000000 + 57) < 0])",
+}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the filter is Linux's")
+@pytest.mark.parametrize("user", [None, NOBODY])
+@pytest.mark.parametrize("way", MAKES_A_PROCESS)
+def test_a_child_starts_no_process(way: str, user: int | None) -> None:
+    if user is not None and os.getuid() != 0:
+        pytest.skip("only a superuser may become another user")
+    told = in_a_child(MAKES_A_PROCESS[way], user)
+    assert "made" not in told
+    assert "PermissionError" in told or "refused" in told
+
+
+@pytest.mark.parametrize("user", [None, NOBODY])
+def test_a_child_starts_threads(user: int | None) -> None:
+    if user is not None and os.getuid() != 0:
+        pytest.skip("only a superuser may become another user")
+    several = "threads = [threading.Thread(target=print, args=('thread',)) for _ in range(4)]"
+    told = in_a_child(f"{several}; [t.start() for t in threads]; [t.join() for t in threads]", user)
+    assert told.count("thread") == 4
 
 
 @pytest.mark.parametrize("name", ["numpy", "PIL"])

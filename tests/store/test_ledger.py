@@ -216,7 +216,7 @@ def test_a_damaged_bundle_is_named(root: Root) -> None:
     path = root.local_path(bundle)
     assert path is not None
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(InputError, match=r"ledger bundle .* cannot be read"):
+    with pytest.raises(InputError, match=r"snapshots/.*parquet cannot be read"):
         read_state(root)
 
 
@@ -502,7 +502,7 @@ def test_a_damaged_seal_is_named_and_can_be_deleted(root: Root) -> None:
     generation.close({})
     (key,) = [info.key for info in root.list("ledger") if info.key.endswith(".parquet")]
     root.put(key, root.read_bytes(key)[:-20])
-    with pytest.raises(InputError, match=r"ledger bundle .* cannot be read[\s\S]*delete this one object"):
+    with pytest.raises(InputError, match=r"ledger/.*parquet cannot be read[\s\S]*delete this one object"):
         visible_records(root)
     root.delete(key)
     assert len(visible_records(root)) == 70

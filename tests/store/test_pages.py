@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.errors import InputError
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.read.row_groups import fixed_width_pages, fixed_width_values, gather, plain_span
 from tests.support.rows import claim, committer, latent_rows, planned_root
@@ -127,7 +128,7 @@ def test_a_flipped_byte_is_noticed_where_checksums_are_asked_for(uri: str) -> No
     assert again.read_fixed(0, "latent", verify=False)[:1].values().tobytes() != values
     again.read(0, ["latent"], verify=False)
     for read in (again.read, again.read_fixed):
-        with pytest.raises(OSError, match=r"(?i)crc|checksum"):
+        with pytest.raises(InputError, match=r"(?i)crc|checksum"):
             read(0, ["latent"] if read == again.read else "latent", verify=True)
 
 

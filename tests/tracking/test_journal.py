@@ -182,3 +182,19 @@ def test_a_journal_with_refused_records_is_kept_but_not_offered_again(tmp_path: 
     reader.discard()
     assert journals(tmp_path) == []
     assert writer.path.with_suffix(".refused").is_file()
+
+
+def test_what_waits_for_the_store_is_private_whatever_the_umask(tmp_path: Path, header: Build) -> None:
+    (tmp_path / "figure.png").write_bytes(b"png")
+    before = os.umask(0)
+    try:
+        writer = JournalWriter(tmp_path / "deep" / "journal", header())
+        writer.spool("text.txt", b"a prompt")
+        writer.spool("figure.png", tmp_path / "figure.png")
+        writer.close()
+        JournalReader(writer.path).confirm(1)
+    finally:
+        os.umask(before)
+    below = [tmp_path / "deep" / "journal", *(tmp_path / "deep" / "journal").rglob("*")]
+    assert len(below) >= 7
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in below if path.stat().st_mode & 0o077} == {}

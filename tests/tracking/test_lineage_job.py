@@ -54,7 +54,14 @@ class Chain:
         return str(tracker.run_id)
 
     def draw(self, path: Path, kind: str, run_id: str | None, dataset_digest: str | None) -> str:
-        request = dict.fromkeys((*FIELDS, "extra")) | {"label": 3, "seed": 5, "height": 8, "width": 8}
+        request = dict.fromkeys((*FIELDS, "extra")) | {
+            "label": 3,
+            "seed": 5,
+            "height": 8,
+            "width": 8,
+            "steps": 2,
+            "guidance": 1.0,
+        }
         origin = Origin("s3://m/model", MODEL, run_id, "ema", self.data.uri, dataset_digest, "codec", "ff" * 32)
         story = provenance({"request_id": request_id(request), **request}, DRAW, origin)
         path.write_bytes(encode_image(np.zeros((8, 8, 3), np.uint8), story, kind=kind))

@@ -125,7 +125,7 @@ def test_a_damaged_history_is_refused(root: Root, tmp_path: Path) -> None:
     second = max(tmp_path.glob("history/*"))
     whole = second.read_text()
     second.write_text("".join(whole.splitlines(keepends=True)[:-1]))
-    with pytest.raises(InputError, match=r"history is damaged: .*history holds 4 of 5 records"):
+    with pytest.raises(InputError, match=r"history is damaged: .*history.jsonl holds 4 of 5 records"):
         read_records(root)
     second.unlink()
     with pytest.raises(InputError, match=r"history is damaged: .*000001\.jsonl is gone"):

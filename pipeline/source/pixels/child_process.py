@@ -11,17 +11,21 @@ clock for whatever waits. Its address space is limited. A parent that dies close
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
+import platform
 import queue
 import resource
 import select
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Generic, TypeVar
 
@@ -172,7 +176,7 @@ def read_header(pipe: IO[bytes]) -> dict[str, Any]:
 
 
 def limited_pipes(memory_mb: int) -> tuple[IO[bytes], IO[bytes]]:
-    """(from the parent, to the parent); from here on this process has limits, no network and no way to rights."""
+    """(from the parent, to the parent); from here on limits hold: no network, no further rights or processes."""
     source, sink = os.fdopen(0, "rb", buffering=0), os.fdopen(1, "wb", buffering=0)
     # Signals of a terminal or a scheduler are for the parent, whose end closes our pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -183,18 +187,61 @@ def limited_pipes(memory_mb: int) -> tuple[IO[bytes], IO[bytes]]:
     return source, sink
 
 
-_PR_SET_NO_NEW_PRIVS = 38
-_CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
+_PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 22, 38
+_CLONE_THREAD, _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000, 0x10000000, 0x40000000
 
 
 def _confine() -> None:
-    """Linux: no program gains rights, and a network without any device, where the kernel gives one to everybody."""
+    """Linux: no program gains rights, no other process starts, and no network, where the kernel lets everybody."""
     if not sys.platform.startswith("linux"):
         return
     system = ctypes.CDLL(None, use_errno=True)
     system.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if system.unshare(_CLONE_NEWNET):  # only a superuser may by itself
         system.unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
+    _stay_alone(system)
+
+
+@dataclass(frozen=True)
+class _Calls:
+    """Numbers of a machine: its audit name (linux/audit.h) and its system calls (asm/unistd.h)."""
+
+    audit: int
+    clone: int
+    refused: tuple[int, ...]  # fork and vfork where there are any, execve, execveat
+    clone3: int = 435
+
+
+_MACHINES = {
+    "x86_64": _Calls(0xC000003E, clone=56, refused=(57, 58, 59, 322)),
+    "aarch64": _Calls(0xC00000B7, clone=220, refused=(221, 281)),
+}
+# Classic BPF (linux/bpf_common.h) over struct seccomp_data: number at 0, machine at 4, first argument at 16.
+_LOAD, _IF_EQUAL, _IF_AT_LEAST, _IF_SET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_ALLOW, _ERRNO, _KILL_PROCESS = 0x7FFF0000, 0x50000, 0x80000000
+_X32 = 0x40000000  # the second numbering of x86-64 begins here
+
+
+def _stay_alone(system: ctypes.CDLL) -> None:
+    """Refuse every system call that makes a process or runs a program; threads may start, as decoders use some.
+
+    A limit on processes would count all of this user's, threads too, and bind no superuser; a filter binds everybody.
+    """
+    calls = _MACHINES.get(platform.machine())
+    if calls is None:
+        return
+    refusal = (_RETURN, 0, 0, _ERRNO | errno.EPERM)
+    steps = [(_LOAD, 0, 0, 4), (_IF_EQUAL, 1, 0, calls.audit), (_RETURN, 0, 0, _KILL_PROCESS), (_LOAD, 0, 0, 0)]
+    steps += [(_IF_AT_LEAST, 0, 1, _X32), refusal]
+    for number in calls.refused:
+        steps += [(_IF_EQUAL, 0, 1, number), refusal]
+    # Its arguments lie in memory, where no filter looks: without it the C library starts threads by clone.
+    steps += [(_IF_EQUAL, 0, 1, calls.clone3), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
+    steps += [(_IF_EQUAL, 0, 3, calls.clone), (_LOAD, 0, 0, 16), (_IF_SET, 1, 0, _CLONE_THREAD), refusal]
+    code = b"".join(struct.pack("HBBI", *step) for step in [*steps, (_RETURN, 0, 0, _ALLOW)])
+    buffer = ctypes.create_string_buffer(code, len(code))
+    program = ctypes.create_string_buffer(struct.pack("HP", len(code) // 8, ctypes.addressof(buffer)))
+    system.prctl(_PR_SET_SECCOMP, 2, ctypes.byref(program), 0, 0)
 
 
 def alarms(cpu_s: float, wall_s: float) -> None:

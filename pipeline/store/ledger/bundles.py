@@ -14,10 +14,10 @@ from itertools import islice
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import InputError
-from pipeline.storage.errors import StoreUnavailable
 from pipeline.storage.root import Root
+from pipeline.storage.stored import RESTORE
 from pipeline.store.ledger import layout
+from pipeline.store.tables import reading_table
 
 # Fewer loose records than this are read in about the time that one more object would cost.
 SEAL_AT_LEAST = 64
@@ -89,21 +89,13 @@ def read_bundle(root: Root, name: str) -> Iterator[Named]:
 
 
 def _batches(root: Root, name: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    try:
-        with root.open(name) as file:
-            reader = pq.ParquetFile(file, page_checksum_verification=True)
-            yield from reader.iter_batches(batch_size=_PER_GROUP, columns=columns)
-    except StoreUnavailable:
-        raise
-    except (pa.ArrowException, OSError) as error:
-        spare = name.startswith(f"{layout.LEDGER}/")
-        raise InputError(
-            f"The ledger bundle {root.uri_of(name)} cannot be read: {error}",
-            rule="bundles are written once and never changed",
-            next_step="delete this one object: it only repeats the records that lie beside it"
-            if spare
-            else "restore the object from a backup or an older version of it",
-        ) from None
+    schema = pa.schema([_SCHEMA.field(column) for column in columns])
+    spare = name.startswith(f"{layout.LEDGER}/")
+    remedy = "delete this one object: it only repeats the records that lie beside it" if spare else RESTORE
+    with reading_table(root.uri_of(name), remedy), root.open(name) as file:
+        reader = pq.ParquetFile(file, page_checksum_verification=True)
+        for batch in reader.iter_batches(batch_size=_PER_GROUP, columns=columns):
+            yield batch.cast(schema)
 
 
 def _ledger(root: Root, number: int) -> tuple[list[str], list[str]]:

@@ -20,11 +20,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NotRequired, TypeVar, cast
+
+from pydantic import TypeAdapter, with_config
+from typing_extensions import TypedDict
 
 from pipeline.errors import ConflictError, InputError
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root
+from pipeline.storage.stored import OBJECT, OPEN, Count, Key, read_required, read_stored
 from pipeline.store.ledger import layout
 from pipeline.store.ledger.bundles import seal
 
@@ -37,6 +41,59 @@ HEARTBEAT_S = 5.0
 PATIENCE_S = 4 * HEARTBEAT_S
 _ANNOUNCED, _CLAIM = "announced.json", "open.json"
 _HEADER = re.compile(rf"{layout.PLAN}/v\d{{8}}(-\d{{8}})?\.json")
+
+
+@with_config(OPEN)
+class _Owner(TypedDict, total=False):
+    host: str
+    boot: str
+    namespace: str
+    pid: Count
+    started: str
+
+
+@with_config(OPEN)
+class _Claim(TypedDict):
+    """What is read of a claim; those of format version 1 list no plan and name no identity."""
+
+    job: str
+    owner: NotRequired[_Owner]
+    bundles: list[Key]
+    plan: NotRequired[list[Key] | None]
+    identity: NotRequired[Key]
+    at: NotRequired[float]
+    checkpoints: NotRequired[list[str] | None]
+
+
+@with_config(OPEN)
+class _Beat(TypedDict):
+    count: int
+
+
+@with_config(OPEN)
+class _Source(TypedDict, total=False):
+    kind: str
+    uri: str
+    classes: list[str]
+
+
+@with_config(OPEN)
+class _Recipe(TypedDict):
+    source: _Source
+    image: dict[str, Any]
+    batch_size: Count
+
+
+@with_config(OPEN)
+class _Note(TypedDict, total=False):
+    job: str | None
+    handle: str | None
+    run_id: str | None
+    about: str | None
+    recipe: _Recipe
+
+
+_CLAIMED, _BEAT, _NOTE = TypeAdapter(_Claim), TypeAdapter(_Beat), TypeAdapter(_Note)
 
 
 @dataclass
@@ -193,17 +250,15 @@ def newest_of(root: Root, job: str, before: int | None = None) -> int:
 
 def read_claim(root: Root, number: int) -> dict[str, Any]:
     """The content of a generation's claim."""
-    claim: dict[str, Any] = json.loads(root.read_bytes(f"{layout.generation_dir(number)}/{_CLAIM}"))
-    return claim
+    return cast(dict[str, Any], read_required(_CLAIMED, root, f"{layout.generation_dir(number)}/{_CLAIM}"))
 
 
 def read_closing(root: Root, number: int) -> dict[str, Any] | None:
     """The closing note of a generation, or None while it is open or when its run died."""
     try:
-        closing: dict[str, Any] = json.loads(root.read_bytes(f"{layout.generation_dir(number)}/closed.json"))
+        return read_stored(OBJECT, root, f"{layout.generation_dir(number)}/closed.json")
     except FileNotFoundError:
         return None
-    return closing
 
 
 def claim_next(
@@ -279,8 +334,8 @@ def _wait_for_silence(root: Root, number: int, patience_s: float) -> None:
 
 def _heartbeat(root: Root, number: int) -> int:
     try:
-        return int(json.loads(root.read_bytes(f"{layout.generation_dir(number)}/heartbeat.json"))["count"])
-    except (FileNotFoundError, ValueError):
+        return read_stored(_BEAT, root, f"{layout.generation_dir(number)}/heartbeat.json")["count"]
+    except (FileNotFoundError, InputError):  # no sign of life
         return 0
 
 
@@ -336,7 +391,7 @@ def _notes(root: Root, upto: int | None = None) -> Iterator[tuple[int, dict[str,
     """(generation, note) of every generation, up to one where it is given, that left one, the newest first."""
     for number in range(latest_number(root) if upto is None else upto, 0, -1):
         try:
-            yield number, json.loads(root.read_bytes(f"{layout.generation_dir(number)}/run.json"))
+            yield number, cast(dict[str, Any], read_stored(_NOTE, root, f"{layout.generation_dir(number)}/run.json"))
         except FileNotFoundError:
             continue
 

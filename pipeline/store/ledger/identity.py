@@ -10,14 +10,68 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, with_config
+from typing_extensions import TypedDict
 
 from pipeline.errors import ConflictError, InputError
 from pipeline.storage.root import Root
+from pipeline.storage.stored import OPEN, Count, parse, unreadable
 from pipeline.store.ledger import layout
 from pipeline.store.ledger.generation import at_one_generation, identity_key
 
 Kind = Literal["latents", "images", "text", "codec"]
+
+
+@with_config(OPEN)
+class _Format(TypedDict):
+    format: Literal["latentloom"]
+    format_version: int
+
+
+@with_config(OPEN)
+class _Codec(TypedDict, total=False):
+    """What readers use of the codec of latents: see `CodecInfo`."""
+
+    class_name: str
+    weights_sha256: str | None
+    latent_channels: Annotated[int, Field(ge=1, le=1 << 16)]
+    factor: Annotated[int, Field(ge=1, le=1 << 16)]
+    path: str | None
+    revision: str | None
+    kind: str
+
+
+@with_config(OPEN)
+class _About(TypedDict, total=False):
+    codec: _Codec
+    encoder: dict[str, Any]
+
+
+@with_config(OPEN)
+class _Fingerprint(TypedDict, total=False):
+    codec: dict[str, Any]
+    codec_dtype: str
+    latent_dtype: str
+    posterior: str
+    max_length: Count
+    width: Count
+    layer: str
+    pooled: str
+    embedding_dtype: str
+    encoder_dtype: str
+
+
+@with_config(OPEN)
+class _Body(_Format):
+    kind: Kind
+    fingerprint: _Fingerprint
+    fingerprint_digest: str
+    about: _About
+
+
+_FORMAT, _BODY = TypeAdapter(_Format), TypeAdapter(_Body)
 
 
 @dataclass(frozen=True)
@@ -66,7 +120,7 @@ def identity_at(root: Root, number: int, key: str = "root") -> Identity:
 
 def _read(root: Root, name: str, key: str) -> Identity:
     try:
-        body = json.loads(root.read_bytes(name))
+        data = root.read_bytes(name)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"There is no dataset at {root.uri}",
@@ -75,18 +129,26 @@ def _read(root: Root, name: str, key: str) -> Identity:
             rule=f"a dataset root holds {layout.IDENTITY}",
             next_step="correct the URI, or run the job that writes this dataset first",
         ) from None
-    except ValueError as error:
-        raise InputError(f"{root.uri_of(name)} is no valid JSON: {error}", key=key, value=root.uri) from None
-    if not isinstance(body, dict) or body.get("format") != layout.FORMAT:
-        raise InputError(f"{root.uri_of(name)} does not describe a latentloom dataset", key=key)
-    if body["format_version"] > layout.FORMAT_VERSION:
+    version = parse(_FORMAT, data, root.uri_of(name), key=key)["format_version"]
+    if version > layout.FORMAT_VERSION:
         raise InputError(
-            f"The dataset at {root.uri} has format version {body['format_version']}",
+            f"The dataset at {root.uri} has format version {version}: see {name}",
             key=key,
             rule=f"this release reads versions up to {layout.FORMAT_VERSION}",
             next_step="upgrade latentloom",
         )
-    return Identity(body["kind"], body["fingerprint"], body["about"])
+    body = parse(_BODY, data, root.uri_of(name), key=key)
+    identity = Identity(body["kind"], dict(body["fingerprint"]), dict(body["about"]))
+    if body["fingerprint_digest"] != _digest_or_none(identity.fingerprint):
+        raise unreadable(root.uri_of(name), "fingerprint: it has not the digest fingerprint_digest", key=key)
+    return identity
+
+
+def _digest_or_none(fingerprint: Mapping[str, Any]) -> str | None:
+    try:
+        return fingerprint_digest(fingerprint)
+    except ValueError:  # NaN, which no fingerprint holds
+        return None
 
 
 def claim_identity(root: Root, identity: Identity) -> Identity:

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic_core import from_json
+from pydantic import TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
 
 from pipeline.errors import InputError
+from pipeline.storage.stored import OPEN, Count, Key, problems
 from pipeline.store.ledger import layout
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.read.row_groups import RowGroups
@@ -85,11 +87,10 @@ class CommitRecord:
 def parse_record(data: bytes, origin: str) -> CommitRecord:
     """The record in some bytes; InputError, naming `origin`, when they are damaged or from a newer release."""
     try:
-        body = from_json(data)
-        version = body["version"]
-        if version > RECORD_VERSION:
+        body = _BODY.validate_json(data)
+        if body["version"] > RECORD_VERSION:
             raise InputError(
-                f"The commit record {origin} has version {version}",
+                f"The commit record {origin} has version {body['version']}",
                 rule=f"this release reads versions up to {RECORD_VERSION}",
                 next_step="upgrade latentloom",
             )
@@ -102,9 +103,10 @@ def parse_record(data: bytes, origin: str) -> CommitRecord:
             filtered={reason: RowSet.from_triples(t) for reason, t in body["filtered"].items()},
             unit_rows=dict(body["unit_rows"]),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+        why = problems(error) if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
         raise InputError(
-            f"The commit record {origin} is damaged: {type(error).__name__}: {error}",
+            f"The commit record {origin} is damaged: {why}",
             rule="commit records are written once and never changed",
             next_step="restore the object from a backup or an older version of it; jobs.verify shows all damage",
         ) from None
@@ -120,6 +122,30 @@ def _file_json(file: FileInfo) -> dict[str, Any]:
     }
 
 
-def _file(body: Mapping[str, Any]) -> FileInfo:
+@with_config(OPEN)
+class _File(TypedDict):
+    path: Key
+    bytes: Count
+    sha256: str
+    rows: Count
+    groups: Any  # long lists of numbers, which numpy checks faster, as it does those below
+
+
+@with_config(OPEN)
+class _Body(TypedDict):
+    version: int
+    generation: Count
+    covered: Any
+    files: list[_File]
+    reject_file: _File | None
+    rejects: dict[str, Any]
+    filtered: dict[str, Any]
+    unit_rows: list[tuple[Count, Count]]
+
+
+_BODY = TypeAdapter(_Body)
+
+
+def _file(body: _File) -> FileInfo:
     groups = RowGroups.from_columns(body["groups"])
     return FileInfo(body["path"], body["bytes"], body["sha256"], body["rows"], groups)

@@ -28,6 +28,7 @@ from pipeline.store.ledger.rowset import Int64s, RowSet
 from pipeline.store.ledger.state import State, VisibleFile, read_state
 from pipeline.store.read.dataset import Dataset
 from pipeline.store.schema import LATENTS, REJECTS
+from pipeline.store.tables import reading_table
 from pipeline.store.writer import Committer
 
 REASON = "duplicate_content"
@@ -112,7 +113,7 @@ def released(root: Root, state: State) -> RowSet:
 
 def _left_alone(root: Root, file: VisibleFile, there: RowSet) -> RowSet:
     """The duplicates of one reject file whose kept row is not among those that are there."""
-    with root.open(file.info.path) as source:
+    with reading_table(root.uri_of(file.info.path)), root.open(file.info.path) as source:
         table = pq.read_table(source, columns=["unit", "row", "reason", "message"], page_checksum_verification=True)
     table = table.filter(pc.equal(table["reason"], REASON))
     if not len(table):

@@ -22,6 +22,7 @@ from pipeline.errors import InputError
 from pipeline.storage.errors import storage_errors
 from pipeline.storage.remote import RangedFile
 from pipeline.storage.root import Root
+from pipeline.storage.stored import unreadable
 from pipeline.store.ledger import layout
 from pipeline.store.ledger.generation import at_one_generation, last_run
 from pipeline.store.ledger.identity import Identity, identity_at, read_identity
@@ -37,6 +38,7 @@ from pipeline.store.read.row_groups import (
     fixed_width_values,
     plain_span,
 )
+from pipeline.store.tables import reading_table
 from pipeline.store.writer import channel_totals
 
 # -- The `data:` section of the jobs that read a dataset -------------------------------------------------------
@@ -137,6 +139,12 @@ class ReadableGroups(Sequence[RowGroup]):
     def channel_sums(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """The ledger's sums and sums of squares of each group: float64 [n, channels]."""
         whole = [f.info.row_groups for f in self.files if len(f.info.row_groups)]
+        if len({g.sums.shape[1] for g in whole}) > 1:
+            raise InputError(
+                "Files of one dataset hold latents of different numbers of channels",
+                rule="all latents of a dataset have the channels of its codec",
+                next_step="python -m jobs.verify shows all damage",
+            )
         return (
             np.concatenate([g.sums for g in whole])[self._positions],
             np.concatenate([g.sumsqs for g in whole])[self._positions],
@@ -259,7 +267,7 @@ class Dataset:
     def read(self, row_group: int, columns: Sequence[str] | None, *, verify: bool = True) -> pa.Table:
         """The visible rows of one row group, in (unit, row, variant) order; None reads all columns.
 
-        verify: check the checksums of all pages read. OSError or ArrowInvalid when the file is damaged or gone.
+        verify: check the checksums of all pages read. InputError when the file is damaged or gone.
         Safe to call from several threads.
         """
         file, number = self.row_groups.place(row_group)
@@ -280,7 +288,9 @@ class Dataset:
         span = None if verify else plain_span(self._footer(file.info), number, column)
         if span is None:
             return fixed_width_values(self.read(row_group, [column], verify=verify)[column])
-        values = fixed_width_pages(self._bytes(file.info.path, *span), int(file.info.row_groups.rows[number]))
+        with reading_table(self.root.uri_of(file.info.path)):
+            chunk = self._bytes(file.info.path, *span)
+        values = fixed_width_pages(chunk, int(file.info.row_groups.rows[number]))
         if not self.row_groups.partial[row_group]:
             return values
         return values[_alive(file, self._read_group(file.info, number, ["unit", "row"], verify))]
@@ -305,8 +315,12 @@ class Dataset:
     def _footer(self, file: FileInfo) -> pq.FileMetaData:
         footer = self._footers.get(file.path)
         if footer is None:
-            with self._opened(file) as source:
+            with reading_table(self.root.uri_of(file.path)), self._opened(file) as source:
+                if not isinstance(source, RangedFile) and source.size() != file.size_bytes:
+                    raise ValueError(f"it has {source.size():,} bytes, committed were {file.size_bytes:,}")
                 footer = pq.read_metadata(source)
+                if footer.num_row_groups != len(file.row_groups):
+                    raise ValueError(f"it has {footer.num_row_groups} row groups of {len(file.row_groups)}")
             with self._lock:
                 self._footers[file.path] = footer
                 while len(self._footers) > _FOOTERS:
@@ -320,11 +334,14 @@ class Dataset:
 
     def _read_group(self, file: FileInfo, number: int, columns: Sequence[str] | None, verify: bool) -> pa.Table:
         footer = self._footer(file)
-        with self._opened(file) as source:
+        with reading_table(self.root.uri_of(file.path)), self._opened(file) as source:
             remote = isinstance(source, RangedFile)
             reader = pq.ParquetFile(source, metadata=footer, pre_buffer=remote, page_checksum_verification=verify)
             names = None if columns is None else list(columns)
-            return reader.read_row_group(number, columns=names, use_threads=False)
+            table = reader.read_row_group(number, columns=names, use_threads=False)
+            if names is not None and set(names) - set(table.column_names):
+                raise ValueError(f"it has no column {min(set(names) - set(table.column_names))}")
+            return table
 
 
 class LatentDataset(Dataset):
@@ -339,17 +356,22 @@ class LatentDataset(Dataset):
     @property
     def codec(self) -> dict[str, Any]:
         """The encoder, as `CodecInfo.as_dict()` gave it."""
-        return dict(self.identity.about["codec"])
+        return dict(self._told(self.identity.about, "codec"))
 
     @property
     def latent_dtype(self) -> str:
         """How latents are stored: float16 or bfloat16."""
-        return str(self.fingerprint["latent_dtype"])
+        return str(self._told(self.fingerprint, "latent_dtype"))
 
     @property
     def posterior(self) -> str:
         """What a stored latent is: "mode", "sample" or "moments" (mean and log-variance, twice the channels)."""
-        return str(self.fingerprint["posterior"])
+        return str(self._told(self.fingerprint, "posterior"))
+
+    def _told(self, section: dict[str, Any], name: str) -> Any:
+        if name not in section:
+            raise unreadable(self.root.uri_of(layout.IDENTITY), f"{name}: not told, as a dataset of latents does")
+        return section[name]
 
     def has_any(self, column: str) -> bool:
         """Whether some row has a value in a column, by the files' statistics: rows since replaced count, too."""
@@ -381,7 +403,11 @@ class LatentDataset(Dataset):
     def _channel_moments(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         groups = self.row_groups
         if not len(groups):
-            raise InputError(f"The dataset {self.uri} has no visible row", next_step="run jobs.encode to its end")
+            raise InputError(
+                f"The dataset {self.uri} has no visible row: see {layout.LEDGER}/ and {layout.SNAPSHOTS}/",
+                rule="statistics are those of stored rows",
+                next_step="run jobs.encode to its end",
+            )
         whole = ~groups.partial
         sums, squares = groups.channel_sums()
         total, square = sums[whole].sum(axis=0), squares[whole].sum(axis=0)
@@ -391,6 +417,12 @@ class LatentDataset(Dataset):
             alive = channel_totals(self.read(index, ["latent", "latent_shape"]), self.latent_dtype)
             total, square = total + alive["channel_sum"], square + alive["channel_sumsq"]
             values += alive["values"]
+        if values < 1 or not np.isfinite(square).all():
+            raise InputError(
+                f"The ledger of {self.uri} holds no sums of its latents",
+                rule="every commit record tells the sums of the latents that it stores",
+                next_step="python -m jobs.verify shows all damage",
+            )
         mean = total / values
         return mean, np.sqrt(np.maximum(square / values - mean**2, 0.0))
 

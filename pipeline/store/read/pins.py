@@ -13,10 +13,14 @@ from __future__ import annotations
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Literal, NotRequired
 
-from pipeline.errors import ConflictError, InputError
+from pydantic import TypeAdapter, with_config
+from typing_extensions import TypedDict
+
+from pipeline.errors import ConflictError
 from pipeline.storage.root import Root
+from pipeline.storage.stored import OPEN, Key, parse, unreadable
 from pipeline.store.ledger import layout
 from pipeline.store.ledger.bundles import read_bundle, write_bundle
 from pipeline.store.ledger.generation import at_one_generation, visible_headers
@@ -26,6 +30,17 @@ from pipeline.store.plan import Plan, plan_of, read_plan
 
 VERSION = 1
 _READERS = 16
+
+
+@with_config(OPEN)
+class _Pin(TypedDict):
+    version: Literal[1]
+    plan: list[Key]
+    headers: NotRequired[list[Key]]
+    bundle: Key
+
+
+_PIN = TypeAdapter(_Pin)
 
 
 class Pins:
@@ -89,23 +104,13 @@ class Pins:
     def _uri(self, dataset: Root) -> str:
         return str(self._root.uri_of(self._key(dataset)))
 
-    def _parse(self, data: bytes, dataset: Root) -> dict[str, Any]:
-        try:
-            body: dict[str, Any] = json.loads(data)
-            name = body["bundle"]
-            sound = body["version"] == VERSION and isinstance(body["plan"], list)
-            # It names an object to read: one of this directory, and no other.
-            sound = sound and name.startswith(f"{self._directory}/") and ".." not in name
-            headers = body.get("headers", [])
-            sound = sound and all(key.startswith(f"{layout.PLAN}/") and ".." not in key for key in headers)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            sound = False
-        if not sound:
-            raise InputError(
-                f"{self._uri(dataset)} cannot be read: it says what was visible of {dataset.uri}",
-                rule=f"an object of version {VERSION}, written by latentloom and not changed",
-                next_step="restore it from a backup, or start anew with another output.uri",
-            )
+    def _parse(self, data: bytes, dataset: Root) -> _Pin:
+        where, remedy = self._uri(dataset), "restore it from a backup, or start anew with another output.uri"
+        body = parse(_PIN, data, where, next_step=remedy)
+        # It names objects to read: of this directory, and of the plan, and no others.
+        own = body["bundle"].startswith(f"{self._directory}/")
+        if not own or not all(key.startswith(f"{layout.PLAN}/") for key in body.get("headers", [])):
+            raise unreadable(where, "it names objects that are not its own", next_step=remedy)
         return body
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -11,7 +12,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+_BUCKET = re.compile(r"[1-9]\d{0,5}x[1-9]\d{0,5}")
+_UNITS = 1 << 31
 _WHOLE = ("rows", "bytes", "first_unit", "last_unit", "values", "label_max", "unlabelled")
+_LEAST = np.array([[0], [0], [0], [0], [0], [-1], [0]])
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,10 @@ class RowGroups(Sequence[RowGroupInfo]):
         sums, sumsqs = _floats(columns["sum"]), _floats(columns["sumsq"])
         if not len(buckets) == whole.shape[1] == len(sums) == len(sumsqs) or sums.shape != sumsqs.shape:
             raise ValueError("the columns of the row groups differ in length")
+        if not all(_BUCKET.fullmatch(name) for name in names):
+            raise ValueError("a bucket is no HxW")
+        if ((whole < _LEAST) | (whole[3] >= _UNITS)).any():
+            raise ValueError("the row groups hold impossible numbers")
         return cls(tuple(names[b] for b in buckets), np.ascontiguousarray(whole.T), sums, sumsqs)
 
     def to_columns(self) -> dict[str, Any]:

@@ -1,0 +1,59 @@
+"""A Ray that a job starts on this machine: what listens where, and who may read its token."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.dataflow.cluster import private_token
+
+ROOT = Path(__file__).parents[2]
+STARTED = """
+import psutil
+from pipeline.dataflow.cluster import ClusterConfig, ensure_ray, shutdown_ray
+ray = ensure_ray(ClusterConfig(num_cpus=1, object_store_bytes=80 << 20))
+assert ray.get(ray.remote(lambda: 1).remote()) == 1
+for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+    for connection in process.net_connections("inet"):
+        if connection.status == "LISTEN":
+            print("LISTENS", connection.laddr.ip, process.name())
+shutdown_ray()
+"""
+
+
+@pytest.mark.ray
+def test_it_listens_on_loopback_alone_and_keeps_its_token_private(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", STARTED], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    listening = [line.split() for line in done.stdout.splitlines() if line.startswith("LISTENS")]
+    assert len(listening) >= 5, done.stderr[-2000:]
+    assert [line for line in listening if line[1] not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")] == []
+    assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_token_that_others_may_read_is_made_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    token = tmp_path / ".ray" / "auth_token"
+    private_token()
+    first = token.read_text()
+    assert (len(first), token.stat().st_mode & 0o777) == (64, 0o600)
+    token.chmod(0o644)
+    private_token()
+    assert (token.read_text(), token.stat().st_mode & 0o777) == (first, 0o600)
+    assert [path.name for path in token.parent.iterdir()] == ["auth_token"]
+
+
+def test_a_token_of_the_operator_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 64)
+    private_token()
+    assert not (tmp_path / ".ray").exists()
