@@ -121,8 +121,10 @@ resource "aws_s3_bucket_policy" "data" {
   depends_on = [aws_s3_bucket_public_access_block.data]
 }
 
-# Pods present their service account's token; the cluster's issuer vouches for it.
+# Pods present their service account's token; the cluster's issuer vouches for it. Heads and workers have a role each.
 data "aws_iam_policy_document" "trust" {
+  for_each = var.service_accounts
+
   dynamic "statement" {
     for_each = var.oidc_issuers
 
@@ -138,7 +140,7 @@ data "aws_iam_policy_document" "trust" {
       condition {
         test     = "StringEquals"
         variable = "${statement.key}:sub"
-        values   = [for account in var.service_accounts : "system:serviceaccount:${account}"]
+        values   = ["system:serviceaccount:${each.value}"]
       }
 
       condition {
@@ -151,6 +153,8 @@ data "aws_iam_policy_document" "trust" {
 }
 
 data "aws_iam_policy_document" "access" {
+  for_each = var.service_accounts
+
   statement {
     sid       = "List"
     effect    = "Allow"
@@ -161,8 +165,24 @@ data "aws_iam_policy_document" "access" {
   statement {
     sid       = "ReadWrite"
     effect    = "Allow"
-    actions   = ["s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts"]
+    actions   = ["s3:GetObject", "s3:PutObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts"]
     resources = ["${aws_s3_bucket.data.arn}/*"]
+  }
+
+  # Drivers collect garbage; a worker removes old checkpoints of a training, and nothing else.
+  statement {
+    sid       = "Delete"
+    effect    = "Allow"
+    actions   = ["s3:DeleteObject"]
+    resources = [for pattern in var.deletable_patterns[each.key] : "${aws_s3_bucket.data.arn}/${pattern}"]
+  }
+
+  # Jobs read images and codecs; whoever brings them has another role.
+  statement {
+    sid       = "SourcesStay"
+    effect    = "Deny"
+    actions   = ["s3:PutObject", "s3:DeleteObject"]
+    resources = [for prefix in var.source_prefixes : "${aws_s3_bucket.data.arn}/${prefix}/*"]
   }
 
   # Old versions are what a mistake is undone with: jobs cannot remove them.
@@ -175,13 +195,17 @@ data "aws_iam_policy_document" "access" {
 }
 
 resource "aws_iam_role" "jobs" {
-  name                 = "latentloom"
-  assume_role_policy   = data.aws_iam_policy_document.trust.json
+  for_each = var.service_accounts
+
+  name                 = "latentloom-${each.key}"
+  assume_role_policy   = data.aws_iam_policy_document.trust[each.key].json
   max_session_duration = 43200
 }
 
 resource "aws_iam_role_policy" "jobs" {
+  for_each = var.service_accounts
+
   name   = "bucket"
-  role   = aws_iam_role.jobs.id
-  policy = data.aws_iam_policy_document.access.json
+  role   = aws_iam_role.jobs[each.key].id
+  policy = data.aws_iam_policy_document.access[each.key].json
 }

@@ -3,7 +3,7 @@ output "store" {
   value       = "s3://${aws_s3_bucket.data.id}"
 }
 
-output "role_arn" {
-  description = "For the annotation of the service account (EKS) or AWS_ROLE_ARN (GKE)."
-  value       = aws_iam_role.jobs.arn
+output "role_arns" {
+  description = "Of heads and of workers: for the annotations of the service accounts (EKS) or AWS_ROLE_ARN (GKE)."
+  value       = { for part, role in aws_iam_role.jobs : part => role.arn }
 }

@@ -24,9 +24,27 @@ variable "oidc_issuers" {
 }
 
 variable "service_accounts" {
-  description = "The service accounts that may take the role, as namespace:name."
+  description = "Who may take which role: the service account, as namespace:name, by the part of a cluster it is for."
+  type        = map(string)
+  default = {
+    head   = "latentloom:latentloom-head"
+    worker = "latentloom:latentloom-worker"
+  }
+}
+
+variable "source_prefixes" {
+  description = "Where what jobs only read lies in the bucket: source.uri, reference.uri and codec.path are below these."
   type        = list(string)
-  default     = ["latentloom:latentloom"]
+  default     = ["images", "codecs"]
+}
+
+variable "deletable_patterns" {
+  description = "Keys that each role may delete."
+  type        = map(list(string))
+  default = {
+    head   = ["*"]
+    worker = ["*/checkpoints/*"]
+  }
 }
 
 variable "noncurrent_days" {

@@ -7,6 +7,8 @@ import contextlib
 import logging
 import os
 import secrets
+import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -114,6 +116,9 @@ def ensure_ray(cluster: ClusterConfig) -> Any:
                 object_store_memory=cluster.object_store_bytes,
                 include_dashboard=cluster.dashboard,
                 dashboard_host="127.0.0.1",
+                _temp_dir=None
+                if os.environ.get("RAY_TMPDIR")
+                else f"{private_folder()}/ray",  # which Ray opens to all
                 **common,
             )
     except Exception as error:  # noqa: BLE001 - Ray raises bare Exception when a process of its own does not come up
@@ -143,6 +148,21 @@ def _on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
         del os.environ[name]
         os.environ.update({} if told is None else {name: told})
+
+
+def private_folder(above: str = "/tmp") -> str:
+    """Above the folder of a local Ray, with its sockets, logs and packages: nobody else may enter here.
+
+    The name is short, for those of sockets are limited.
+    """
+    path = os.path.join(above, f"ray-{os.getuid()}")
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    found = os.lstat(path)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():  # somebody else was there first
+        return tempfile.mkdtemp(prefix="ray-", dir=above)
+    os.chmod(path, 0o700)
+    return path
 
 
 def private_token() -> None:

@@ -11,18 +11,21 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as functional
+from pydantic import Field, TypeAdapter, with_config
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
+from typing_extensions import TypedDict
 
 from pipeline.errors import InputError
 from pipeline.evaluate.statistics import Estimate, Features, wilson
+from pipeline.storage.stored import OPEN, parse
 
 FORMAT = "latentloom.classifier.v1"
 SCALED_BY = 1024  # images that the unit of the features is taken from
@@ -210,6 +213,20 @@ def _digest(net: ConvNet, classes: Sequence[int], width: int) -> str:
     return state.hexdigest()
 
 
+@with_config(OPEN)
+class _About(TypedDict):
+    classes: Annotated[list[int], Field(min_length=1, max_length=1 << 16)]
+    resolution: Annotated[int, Field(ge=1, le=1 << 12)]
+    width: Annotated[int, Field(ge=1, le=1 << 10)]
+    holdout: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]]
+    fitted_on: Annotated[int, Field(ge=0)]
+    digest: str
+    key: str
+
+
+_ABOUT, _HEADER = TypeAdapter(_About), TypeAdapter(dict[str, dict[str, Any]])
+
+
 def to_bytes(classifier: Classifier, key: str) -> bytes:
     """A safetensors file that `from_bytes` reads back; `key` says what it was fitted on and how."""
     width = classifier.net.head.in_features // 4
@@ -231,16 +248,16 @@ def from_bytes(data: bytes, key: str) -> Classifier | None:
     """The classifier of a file written for this `key`; None when it is another one or not whole."""
     try:
         length = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-        about = json.loads(metadata.get("about", "{}"))
-        if metadata.get("format") != FORMAT or about.get("key") != key:
+        metadata = parse(_HEADER, data[8 : 8 + length], "the classifier").get("__metadata__", {})
+        about = parse(_ABOUT, str(metadata.get("about")).encode(), "the classifier")
+        if metadata.get("format") != FORMAT or about["key"] != key:
             return None
         net = ConvNet(len(about["classes"]), resolution=about["resolution"], width=about["width"])
         net.load_state_dict(load(data))
-    except (ValueError, KeyError, TypeError, RuntimeError, OSError, SafetensorError):
+    except (InputError, RuntimeError, OSError, SafetensorError):
         return None  # a torn or foreign file: the caller fits again, which is always right
     net.eval().requires_grad_(False)
-    classes = tuple(int(c) for c in about["classes"])
+    classes = tuple(about["classes"])
     if _digest(net, classes, about["width"]) != about["digest"]:
         return None
     return Classifier(net, classes, wilson(*about["holdout"]), about["fitted_on"], about["digest"])

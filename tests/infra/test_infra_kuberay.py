@@ -246,11 +246,59 @@ def test_pods_run_unprivileged_with_probes_and_limits(rendered: list[Manifest]) 
             assert user["runAsUser"] > 0, where
             assert user["seccompProfile"] == {"type": "RuntimeDefault"}, where
             assert container["securityContext"]["allowPrivilegeEscalation"] is False, where
+            assert container["securityContext"]["readOnlyRootFilesystem"] is True, where
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}, where
             assert "memory" in container["resources"]["limits"], where
             if group != "submitter":
                 assert {"startupProbe", "readinessProbe", "livenessProbe"} <= set(container), where
                 assert container["resources"]["limits"]["cpu"], where
+
+
+def test_every_part_of_a_cluster_has_an_account_of_its_own_and_no_token(rendered: list[Manifest]) -> None:
+    for account in of_kind(rendered, "ServiceAccount"):
+        assert account["automountServiceAccountToken"] is False, account["metadata"]["name"]
+    for name, spec in ray_job_specs(rendered).items():
+        for group, template in ray_templates(spec).items():
+            pod, part = template["spec"], group if group in ("submitter", "head") else "worker"
+            assert pod["serviceAccountName"] == f"latentloom-{part}", (name, group)
+            assert pod["automountServiceAccountToken"] is False, (name, group)
+            mounts = [m["mountPath"] for c in pod["containers"] for m in c["volumeMounts"]]
+            assert not [m for m in mounts if m.startswith("/var/run/secrets/kubernetes.io")], (name, group)
+
+
+def test_the_autoscaler_alone_speaks_to_the_kubernetes_api(base: list[Manifest]) -> None:
+    for name, spec in ray_job_specs(base).items():
+        cluster, head = spec["rayClusterSpec"], ray_templates(spec)["head"]["spec"]
+        holding = [v["name"] for v in head["volumes"] if "serviceAccountToken" in yaml.safe_dump(v)]
+        assert holding == (["kubernetes-api"] if cluster.get("enableInTreeAutoscaling") else []), name
+    options = ray_job_specs(base)["encode"]["rayClusterSpec"]["autoscalerOptions"]
+    assert options["securityContext"]["readOnlyRootFilesystem"] is True
+    assert {m["name"]: m["mountPath"] for m in options["volumeMounts"]} == {
+        "tmp": "/tmp",
+        "home": settings(base)["HOME"],
+        "kubernetes-api": "/var/run/secrets/kubernetes.io/serviceaccount",
+    }
+
+
+def test_what_is_written_to_a_pod_is_a_volume_of_its_own(rendered: list[Manifest]) -> None:
+    home = settings(rendered)["HOME"]
+    for name, spec in ray_job_specs(rendered).items():
+        for group, template in ray_templates(spec).items():
+            pod = template["spec"]
+            volumes = {v["name"]: v for v in pod["volumes"]}
+            places = {m["mountPath"]: volumes[m["name"]] for m in pod["containers"][0]["volumeMounts"]}
+            journal = set() if group == "submitter" else {"/var/lib/latentloom/journal"}
+            assert {"/tmp", home} | journal <= {p for p, v in places.items() if "emptyDir" in v}, (name, group)
+
+
+def test_credentials_of_the_tracker_are_where_it_is_spoken_to(rendered: list[Manifest]) -> None:
+    for name, spec in ray_job_specs(rendered).items():
+        holding = {
+            group
+            for group, template in ray_templates(spec).items()
+            if any("secretRef" in source for source in template["spec"]["containers"][0]["envFrom"])
+        }
+        assert holding == ({"head", "gpu"} if name == "train" else {"head"}), name
 
 
 def test_no_keys_anywhere(rendered: list[Manifest]) -> None:
@@ -280,7 +328,12 @@ def test_service_accounts_and_settings_exist(rendered: list[Manifest]) -> None:
 
 def test_workload_identity(base: list[Manifest]) -> None:
     eks = render(next(p for p in OVERLAYS if p.name == "eks-spot"))
-    assert "eks.amazonaws.com/role-arn" in named(eks, "ServiceAccount", "latentloom")["metadata"]["annotations"]
+    for part in ("head", "worker"):
+        role = named(eks, "ServiceAccount", f"latentloom-{part}")["metadata"]["annotations"][
+            "eks.amazonaws.com/role-arn"
+        ]
+        assert role.endswith(f":role/latentloom-{part}")
+    assert "annotations" not in named(eks, "ServiceAccount", "latentloom-submitter")["metadata"]
     gke = render(next(p for p in OVERLAYS if p.name == "gke-spot"))
     token = settings(gke)["AWS_WEB_IDENTITY_TOKEN_FILE"]
     for name, spec in ray_job_specs(gke).items():
@@ -288,6 +341,10 @@ def test_workload_identity(base: list[Manifest]) -> None:
             if group != "submitter":
                 mounts = template["spec"]["containers"][0]["volumeMounts"]
                 assert any(token.startswith(m["mountPath"] + "/") for m in mounts), (name, group)
+                (role,) = [
+                    e["value"] for e in template["spec"]["containers"][0]["env"] if e["name"] == "AWS_ROLE_ARN"
+                ]
+                assert role.endswith("-head" if group == "head" else "-worker"), (name, group)
 
 
 def test_versions_are_one() -> None:

@@ -198,6 +198,7 @@ def test_mlflow_objects_are_valid(mlflow: list[Manifest]) -> None:
     kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
     for manifest in mlflow:
         kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
+    assert named(mlflow, "ServiceAccount", "mlflow")["automountServiceAccountToken"] is False
 
 
 def test_mlflow_upgrades_before_it_serves(mlflow: list[Manifest]) -> None:
@@ -271,6 +272,30 @@ def test_terraform_bucket() -> None:
     assert "s3:if-none-match" in text
     declared = {name for block in blocks["variable"] for name in block if not name.startswith("__")}
     assert set(re.findall(r"\bvar\.(\w+)", text)) == declared
+
+
+def test_roles_write_no_source_and_workers_delete_checkpoints_alone() -> None:
+    defaults = {name: body.get("default") for v in terraform()["variable"] for name, body in v.items()}
+    assert set(defaults["service_accounts"]) == set(defaults["deletable_patterns"]) == {"head", "worker"}
+    assert defaults["deletable_patterns"]["worker"] == ["*/checkpoints/*"]
+    (access,) = [d["aws_iam_policy_document"]["access"] for d in terraform()["data"] if "access" in str(d)[:60]]
+    statements = {s["sid"]: s for s in access["statement"]}
+    assert (statements["SourcesStay"]["effect"], "var.source_prefixes" in str(statements["SourcesStay"])) == (
+        "Deny",
+        True,
+    )
+    assert set(statements["SourcesStay"]["actions"]) == {"s3:PutObject", "s3:DeleteObject"}
+    allowed = [
+        a for s in statements.values() if s["effect"] == "Allow" and s["sid"] != "Delete" for a in s["actions"]
+    ]
+    assert not [action for action in allowed if "Delete" in action]
+    # What the base reads without writing it lies below those prefixes.
+    entrypoints = " ".join(p.read_text() for p in (REPOSITORY / "infra" / "kuberay" / "base").glob("*.yaml"))
+    read = re.findall(
+        r"(?:source\.uri|reference\.uri|codec\.path|model\.codec)=\$\{LATENTLOOM_STORE\}/(\w+)", entrypoints
+    )
+    assert read
+    assert set(read) <= set(defaults["source_prefixes"])
 
 
 def test_the_bucket_policy_asks_for_conditions_exactly_where_the_store_sets_them(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.dataflow.cluster import private_token
+from pipeline.dataflow.cluster import private_folder, private_token
 
 ROOT = Path(__file__).parents[2]
 STARTED = """
@@ -17,6 +17,7 @@ import psutil
 from pipeline.dataflow.cluster import ClusterConfig, ensure_ray, shutdown_ray
 ray = ensure_ray(ClusterConfig(num_cpus=1, object_store_bytes=80 << 20))
 assert ray.get(ray.remote(lambda: 1).remote()) == 1
+print("FOLDER", ray._private.worker._global_node.get_session_dir_path())
 for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
     for connection in process.net_connections("inet"):
         if connection.status == "LISTEN":
@@ -36,6 +37,21 @@ def test_it_listens_on_loopback_alone_and_keeps_its_token_private(tmp_path: Path
     assert len(listening) >= 5, done.stderr[-2000:]
     assert [line for line in listening if line[1] not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")] == []
     assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
+    (session,) = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("FOLDER")]
+    assert Path(session).parents[1].stat().st_mode & 0o777 == 0o700
+
+
+def test_its_folder_is_private_even_where_somebody_else_was_first(tmp_path: Path) -> None:
+    mine = Path(private_folder(str(tmp_path)))
+    mine.chmod(0o777)
+    assert Path(private_folder(str(tmp_path))) == mine
+    assert mine.stat().st_mode & 0o777 == 0o700
+    mine.rmdir()
+    (tmp_path / "trap").mkdir()
+    mine.symlink_to(tmp_path / "trap")
+    other = Path(private_folder(str(tmp_path)))
+    assert other != mine
+    assert other.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_token_that_others_may_read_is_made_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

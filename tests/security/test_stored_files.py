@@ -19,8 +19,10 @@ from PIL import ExifTags, Image, PngImagePlugin
 from pipeline.codec.codec import load_codec
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.evaluate import promotion
+from pipeline.evaluate.classifier import Classifier, ConvNet, _digest, from_bytes, to_bytes
 from pipeline.evaluate.figures import Figure, Record
 from pipeline.evaluate.images import open_samples, sample_batches
+from pipeline.evaluate.statistics import wilson
 from pipeline.lineage.job import find_start
 from pipeline.media.images import KEYWORD, encode_image
 from pipeline.model.load import load_model
@@ -28,6 +30,7 @@ from pipeline.model.read import read_model
 from pipeline.result import JobResult
 from pipeline.sample import regenerate as regenerate_job
 from pipeline.sample.config import RegenerateJobConfig
+from pipeline.sample.plan import RequestEntry, planned_requests
 from pipeline.sample.provenance import Origin, provenance
 from pipeline.sample.requests import request_id
 from pipeline.storage.errors import job_error
@@ -36,9 +39,10 @@ from pipeline.store.ledger.generation import last_recipe, last_run, note_run, no
 from pipeline.store.ledger.state import read_state
 from pipeline.store.maintain.dedup import is_due
 from pipeline.store.maintain.verify import verify
-from pipeline.store.plan import live_entries, read_entries
+from pipeline.store.plan import Plan, append_version, live_entries, read_entries
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.read.pins import Pins
+from pipeline.text.dataset import TextEmbeddings, planned_hashes
 from pipeline.tracking.config import PromoteJobConfig
 from pipeline.tracking.journal import Header, JournalReader, JournalWriter
 from pipeline.train.checkpoint import CheckpointStore
@@ -52,6 +56,7 @@ from tests.security.mutations import mutations
 from tests.support import draws
 from tests.support.rows import claim, committer, latent_rows, planned_root, rejected_rows
 from tests.support.training import new_start
+from tests.text.test_text_dataset import write as write_text
 from tests.train.helpers import new_run
 
 Read = Callable[[], Any]
@@ -345,3 +350,58 @@ def test_a_journal(tmp_path: Path, suffix: str) -> None:
             _ = reader.header(), list(reader.pending()), reader.num_unsent_bytes(), int(reader.confirmed.offset)
 
     assert wrongly_ended(writer.path.with_suffix(suffix), read) == []
+
+
+def test_the_classifier_of_an_evaluation(tmp_path: Path) -> None:
+    net = ConvNet(2, resolution=8, width=8)
+    path, digest = tmp_path / "classifier.safetensors", _digest(net, (0, 1), 8)
+    path.write_bytes(to_bytes(Classifier(net, (0, 1), wilson(3, 4), 8, digest), "key"))
+
+    def read() -> None:
+        if path.exists():
+            from_bytes(path.read_bytes(), "key")
+
+    read()
+    header = json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])
+    assert from_bytes(path.read_bytes(), "key") is not None
+    assert wrongly_ended(path, read) == []
+    about = json.loads(header["__metadata__"]["about"])
+    for name in about:
+        for value in (None, [], {}, "text", 10**30, -1):
+            header["__metadata__"]["about"] = json.dumps({**about, name: value})
+            text = json.dumps(header).encode()
+            assert from_bytes(len(text).to_bytes(8, "little") + text, "key") is None
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(write_text(tmp_path_factory.mktemp("text") / "toy", ["", "a", "a red circle"]))
+
+
+@pytest.mark.parametrize("pattern", ["dataset.json", "data/*.parquet", "plan/parts/*.parquet"])
+def test_embeddings(text: Path, pattern: str) -> None:
+    def read() -> None:
+        TextEmbeddings.open(str(text)).lookup_pooled(["a", None])
+        TextEmbeddings.open(str(text)).lookup(["a", None])
+        planned_hashes(read_state(Root(str(text))).plan)
+
+    for path in sorted(text.glob(pattern)):
+        assert wrongly_ended(path, read) == []
+
+
+def test_the_requests_of_a_plan(tmp_path: Path) -> None:
+    meta, root = tmp_path / "meta.json", Root(str(tmp_path / "plan"))
+    request = {"seed": 3, "label": 1, **SIZE}
+    meta.write_text(json.dumps(request))
+    key = request_id(request).hex()
+
+    def read() -> None:
+        text = meta.read_bytes().decode("latin-1") if meta.exists() else None
+        plan = append_version(Plan(root), [[RequestEntry(key, text or "")]], source={}, generation=0)
+        try:
+            planned_requests(plan)
+        finally:
+            for info in list(root.list()):
+                root.delete(info.key)
+
+    assert wrongly_ended(meta, read, names=(key,)) == []

@@ -69,7 +69,9 @@ with DAG(
                 seccomp_profile=k8s.V1SeccompProfile(type="RuntimeDefault"),
             ),
             container_security_context=k8s.V1SecurityContext(
-                allow_privilege_escalation=False, capabilities=k8s.V1Capabilities(drop=["ALL"])
+                allow_privilege_escalation=False,
+                read_only_root_filesystem=True,
+                capabilities=k8s.V1Capabilities(drop=["ALL"]),
             ),
             container_resources=k8s.V1ResourceRequirements(
                 requests={"cpu": "50m", "memory": "64Mi"}, limits={"memory": "256Mi"}

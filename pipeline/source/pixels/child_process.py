@@ -228,7 +228,7 @@ def _stay_alone(system: ctypes.CDLL) -> None:
     A limit on processes would count all of this user's, threads too, and bind no superuser; a filter binds everybody.
     """
     calls = _MACHINES.get(platform.machine())
-    if calls is None:
+    if calls is None or sys.maxsize < 1 << 32:  # a program of 32 bits has other numbers
         return
     refusal = (_RETURN, 0, 0, _ERRNO | errno.EPERM)
     steps = [(_LOAD, 0, 0, 4), (_IF_EQUAL, 1, 0, calls.audit), (_RETURN, 0, 0, _KILL_PROCESS), (_LOAD, 0, 0, 0)]
