@@ -181,7 +181,7 @@ def _names(root: Root, path: str) -> list[str]:
     # The shards of the index.
     try:
         names = sorted(set(json.loads(root.read_bytes(INDEX))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"The index {INDEX} cannot be read: {error!r}", key="path", value=path) from error
     # A name with a slash would lead out of the directory.
     missing = [n for n in names if "/" in n or "\\" in n or not n.endswith(".safetensors") or not root.exists(n)]
@@ -205,7 +205,7 @@ def _header(root: Root, name: str, size: int, path: str) -> tuple[dict[str, Any]
     try:
         header: dict[str, Any] = json.loads(root.read_range(name, 8, length))
         ends = [int(v["data_offsets"][1]) for k, v in header.items() if k != "__metadata__"]
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         _broken(name, f"its header is unreadable ({type(error).__name__})", path)
     return header, 8 + length + max(ends, default=0)
 

@@ -173,7 +173,7 @@ def fitted_by(path: str, weights_sha256: str) -> str | None:
     try:
         record = json.loads(root.read_bytes(FITTED))
         return str(record["run_id"]) if record["weights_sha256"] == weights_sha256 and record["run_id"] else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None  # no record of ours: then nothing is known about the codec's origin
 
 
@@ -209,7 +209,7 @@ def check_dtype(info: CodecInfo, dtype: str) -> None:
 def _read_config(root: Root, path: str) -> dict[str, Any]:
     try:
         data = json.loads(root.read_bytes("config.json"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"The codec's config.json is no valid JSON: {error}",
             key="path",

@@ -13,12 +13,12 @@ from pipeline.sample.provenance import (
     Draw,
     Origin,
     check_origin,
-    checked_story,
     origin_of,
     provenance,
     request_of,
     without_credentials,
 )
+from pipeline.sample.regenerate import checked_story
 from pipeline.sample.requests import Defaults, RequestLimits, validate_requests
 from tests.support.draws import DRAW
 

@@ -92,12 +92,12 @@ class Trainers:
         return 0
 
     def _problem(self, complete: Complete) -> str | None:
-        for name, digest in complete.marker["files"].items():
+        for name, recorded in complete.marker["files"].items():
             try:
                 data = self.checkpoints.read_bytes(f"{complete.name}/{name}")
             except FileNotFoundError:
                 return f"{name} is gone"
-            if hashlib.sha256(data).hexdigest() != digest:
+            if hashlib.sha256(data).hexdigest() != recorded["sha256"]:
                 return f"{name} is another one"
         return None
 
@@ -106,7 +106,7 @@ class Trainers:
         files = {}
         for shard in SHARDS:
             data = f"{inputs} {rows} {step} {shard}".encode()
-            files[shard] = hashlib.sha256(data).hexdigest()
+            files[shard] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             self.checkpoints.put(f"{name}/{shard}", data)
         meta = {"images": step, "inputs": inputs, "rows": rows}
         objects, count = history.cut(name)
