@@ -11,7 +11,8 @@ import pytest
 
 from pipeline.config import load_config
 from pipeline.encode.config import EncodeJobConfig
-from pipeline.encode.plan import dry_run, epochs_until_ahead
+from pipeline.encode.job import dry_run
+from pipeline.encode.plan import epochs_until_ahead
 from pipeline.errors import ConfigError
 from pipeline.result import JobResult
 from tests.support.images import make_codec, make_images
