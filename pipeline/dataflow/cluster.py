@@ -151,7 +151,7 @@ def _probe(address: str) -> None:
                 f"No Ray cluster answers at {place} within {_ANSWER_S:g} seconds",
                 key="RAY_ADDRESS",
                 value=address,
-                rule="RAY_ADDRESS names a running cluster: HOST:PORT of its head, or ray://HOST:PORT of its client port",
+                rule="RAY_ADDRESS names a running cluster: HOST:PORT of its head, or ray://HOST:PORT of its clients",
                 next_step="start the cluster, correct the address, or unset RAY_ADDRESS to run on this machine",
             ) from None
 
