@@ -23,11 +23,12 @@ from typing import Any, NoReturn, TextIO
 from jobs._supervise import Ending, supervised
 from pipeline.config import StrictModel, dump_yaml, help_text, load_config
 from pipeline.dataflow.device_faults import device_fault, stopped_by
-from pipeline.errors import StoppedError, visible
+from pipeline.errors import PipelineError, StoppedError, visible
 from pipeline.result import JobResult
 from pipeline.storage.errors import job_error
 from pipeline.tracking.uris import Redactor
 
+_MOST = 2000  # characters of a part of an error in the answer
 EXIT_CODES = """exit codes:
   0   done                      4   conflict: another run holds the output, or it or an input was made differently
   1   a bug (please report)     5   done, but more rows were rejected than the budget allows
@@ -131,17 +132,17 @@ def _run(job: Job, arguments: argparse.Namespace) -> Ending:
         return 0, result.to_json(job.name)
     except KeyboardInterrupt:
         _say(job, "interrupted; the same command goes on where it stopped")
-        return StoppedError.exit_code, _failure(job, StoppedError.exit_code, "interrupted")
+        return StoppedError.exit_code, _failure(job, StoppedError.exit_code, StoppedError("interrupted"))
     except Exception as error:  # noqa: BLE001 - the outermost frame: whatever is left is a bug, and said to be one
         known = job_error(error)  # what has a meaning of its own keeps it, whatever it came from
         if known is None and (fault := device_fault(error)) is not None:
             known = stopped_by(fault, f"The {job.name} job")
         if known is not None:
             _say(job, known)
-            return known.exit_code, _failure(job, known.exit_code, known.what, known.result)
+            return known.exit_code, _failure(job, known.exit_code, known)
         print(visible(_redacted(traceback.format_exc())), file=sys.stderr)
         _say(job, "this is a bug in latentloom; nothing committed was lost.")
-        return 1, _failure(job, 1, f"{type(error).__name__}: {error}")
+        return 1, _failure(job, 1, PipelineError(f"{type(error).__name__}: {error}"))
 
 
 def _died(job: Job, cause: str) -> Ending:
@@ -153,14 +154,16 @@ def _died(job: Job, cause: str) -> Ending:
         "like this, too), then run the same command again",
     )
     _say(job, error)
-    return error.exit_code, _failure(job, error.exit_code, what)
+    return error.exit_code, _failure(job, error.exit_code, error)
 
 
-def _failure(job: Job, code: int, what: str, result: JobResult | None = None) -> str:
-    """The answer of a job that failed: the fields of any other, and why."""
+def _failure(job: Job, code: int, error: PipelineError) -> str:
+    """The answer of a job that failed: the fields of any other, and why, as it is told to people but in one line."""
     status = {4: "conflict", 5: "rejects-over-budget", 75: "stopped"}.get(code, "failed")
-    done = json.loads((result or JobResult(status)).to_json(job.name))
-    why = {"status": status, "exit_code": code, "error": _redacted(what.splitlines()[0])}
+    done = json.loads((error.result or JobResult(status)).to_json(job.name))
+    parts = {"error": error.what, "key": error.key, "value": error.value, "rule": error.rule, "next": error.next_step}
+    told = {name: _redacted(" ".join(str(part).split()))[:_MOST] for name, part in parts.items() if part is not None}
+    why = {"status": status, "exit_code": code, **told}
     return json.dumps({"job": job.name, **why, **{key: value for key, value in done.items() if key not in why}})
 
 

@@ -7,7 +7,7 @@ JOB = Job(
     summary="Encode images to a dataset of VAE latents, exactly once.",
     config="pipeline.encode.config:EncodeJobConfig",
     run="pipeline.encode.job:run",
-    dry_run="pipeline.encode.plan:dry_run",
+    dry_run="pipeline.encode.job:dry_run",
     example="python -m jobs.encode configs/encode/sd15_512.yaml source.uri=s3://bucket/images output.uri=s3://bucket/latents",
 )
 

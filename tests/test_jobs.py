@@ -127,6 +127,16 @@ def test_the_example_of_a_job_names_files_that_are_there(job: str) -> None:
     assert [word for word in named if not (REPOSITORY / word).is_file()] == []
 
 
+def test_the_answer_of_a_refusal_carries_all_that_a_person_is_told(tmp_path: Path) -> None:
+    code, answer, errors = run("verify", "data.uri=nowhere", "tracking.enabled=false", cwd=tmp_path)
+    assert (code, answer["exit_code"], answer["key"], Path(answer["value"]).name) == (3, 3, "data.uri", "nowhere")
+    for name in ("error", "rule", "next"):
+        assert answer[name] in " ".join(errors.split())
+    code, answer, _ = run("verify", "data.uri=x", "levle=ledger", cwd=tmp_path)
+    assert code == 2
+    assert "levle = ledger: there is no such key; did you mean level?" in answer["error"]
+
+
 def test_help_names_flags_keys_and_exit_codes() -> None:
     done = subprocess.run(
         command("encode", "--help"), cwd=REPOSITORY, env=environment(), text=True, capture_output=True, check=True

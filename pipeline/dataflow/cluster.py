@@ -10,6 +10,7 @@ import secrets
 import stat
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ WORKER_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_P
 # allocated has its arena already, and only the first arena holds large blocks. Training and fitting gain
 # nothing: their blocks are smaller.
 CPU_WORKER_ENV = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 62)}
+_ANSWER_S = 10.0  # for which a named cluster is waited for
 
 
 def _part_or_whole(value: float) -> float:
@@ -94,7 +96,10 @@ def ensure_ray(cluster: ClusterConfig) -> Any:
     os.environ.update(store)
     common: dict[str, Any] = {"runtime_env": {"env_vars": {**WORKER_ENV, **store}}, "logging_level": logging.ERROR}
     address = os.environ.get("RAY_ADDRESS")
+    # What Ray Data says of small data is true of small data.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"ray\.data\.")
     if address:
+        _probe(address)
         try:
             ray.init(address=address, **common)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -128,6 +133,27 @@ def ensure_ray(cluster: ClusterConfig) -> Any:
             next_step="see that the machine has room, then run the same command again",
         ) from None
     return ray
+
+
+def _probe(address: str) -> None:
+    """InputError unless such a server as Ray's answers at the address: Ray would ask for minutes, in silence."""
+    place = address.removeprefix("ray://")
+    host, _, port = place.rpartition(":")
+    if not host or not port.isdigit() or os.environ.get("RAY_USE_TLS", "0") != "0":
+        return  # a word of Ray's such as auto, or a channel that only Ray can open
+    import grpc  # type: ignore[import-untyped]
+
+    with grpc.insecure_channel(place, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=_ANSWER_S)
+        except grpc.FutureTimeoutError:
+            raise InputError(
+                f"No Ray cluster answers at {place} within {_ANSWER_S:g} seconds",
+                key="RAY_ADDRESS",
+                value=address,
+                rule="RAY_ADDRESS names a running cluster: HOST:PORT of its head, or ray://HOST:PORT of its clients",
+                next_step="start the cluster, correct the address, or unset RAY_ADDRESS to run on this machine",
+            ) from None
 
 
 @contextmanager

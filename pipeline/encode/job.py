@@ -16,6 +16,8 @@ from pipeline.encode.plan import (
     REHEARSED,
     StoredContent,
     adopted,
+    count_source,
+    estimate,
     fingerprint_of,
     finish,
     known_entries,
@@ -48,6 +50,7 @@ _BEFORE_AMPERE = ("K80", "P4", "P100", "V100", "T4")  # as Ray names them
 def run(config: EncodeJobConfig) -> JobResult:
     """Encode what is planned and not settled; returns at once, without Ray or torch, when nothing is."""
     root, info = _check(config)
+    root.probe()
     config = _with_known_dtype(config, root, info)
     known = read_identity(root, "output.uri").fingerprint if root.exists(IDENTITY) else None
     rehearsal = _is_rehearsal(config, known)
@@ -114,8 +117,44 @@ def _check(config: EncodeJobConfig) -> tuple[Root, CodecInfo]:
         with argument_keys({"root": "output.uri"}):
             check_same(root, recorded, _identity(adopted(config, recorded.fingerprint), info, rehearsal=rehearsal))
         check_same_reading(config, root)
-    root.probe()
     return root, info
+
+
+def dry_run(config: EncodeJobConfig) -> JobResult:
+    """Check all that the job checks, count what is there and what is to be done, and reckon what that would take.
+
+    Writes nothing: whether an object store may be written to is seen by the job alone.
+    """
+    root, info = _check(config)
+    if root.local_path() is not None:
+        root.probe()  # which leaves a disk as it was
+    count = count_source(config, root, read_state(root) if root.exists(IDENTITY) else None)
+    source = f"source     {count.objects:,} objects, {count.size_bytes / 1e9:,.3f} GB, {count.images:,} images"
+    if count.guessed:
+        source += (
+            f", those in {count.guessed:,} files of unknown length guessed at "
+            f"{config.estimate.tar_image_bytes:,} bytes each (estimate.tar_image_bytes)"
+        )
+    todo = (
+        f"to do      {count.todo:,} images in {count.units:,} units of work" if count.todo else "to do      nothing"
+    )
+    if count.removed:
+        todo += (
+            f"; {count.removed:,} planned objects are no longer listed (encode.on_removed={config.encode.on_removed})"
+        )
+    lines, figures = estimate(config, info, count)
+    for line in (source, todo, *(lines if count.todo else ())):
+        _log.info("%s", line)
+    counts = {
+        "images": count.images,
+        "to_encode": count.todo,
+        "units": count.units,
+        "source_objects": count.objects,
+        "source_bytes": count.size_bytes,
+        "source_removed": count.removed,
+        "unknown_length": count.guessed,
+    }
+    return JobResult("dry-run", counts, {"dataset": root.uri}, None, {}, figures)
 
 
 def _with_known_dtype(config: EncodeJobConfig, root: Root, info: CodecInfo) -> EncodeJobConfig:

@@ -12,9 +12,9 @@ from typing import Any, get_args
 import numpy as np
 
 from pipeline.codec.config import CodecConfig
-from pipeline.codec.info import CodecInfo, check_posterior, encode_flops, read_codec_info
+from pipeline.codec.info import CodecInfo, encode_flops
 from pipeline.encode.config import EncodeJobConfig
-from pipeline.errors import ConfigError, RejectBudgetError, argument_keys, keyed
+from pipeline.errors import ConfigError, RejectBudgetError, keyed
 from pipeline.result import JobResult
 from pipeline.source.config import ImageConfig
 from pipeline.source.pixels.prepare import policy_fingerprint
@@ -23,7 +23,7 @@ from pipeline.source.reading.listing import list_entries
 from pipeline.source.reasons import ENCODING
 from pipeline.storage.root import Root
 from pipeline.store.ledger.identity import read_identity
-from pipeline.store.ledger.rowset import RowSet
+from pipeline.store.ledger.rowset import MAX_ROWS, RowSet
 from pipeline.store.ledger.state import State
 from pipeline.store.plan import (
     DiffReport,
@@ -221,38 +221,22 @@ _SHARD_BYTES = 384 << 20
 
 
 @dataclass
-class _Count:
-    """What a listing says; images in tar files are guessed by their size."""
+class SourceCount:
+    """What a listing says, and what of it is to be done; images of `guessed` objects are reckoned by their size."""
 
     objects: int = 0
     images: int = 0
-    units: int = 0
     size_bytes: int = 0
-    tars: int = 0
-    tar_images: int = 0
-
-    @property
-    def all_images(self) -> int:
-        return self.images + self.tar_images
+    guessed: int = 0
+    removed: int = 0
+    todo: int = 0
+    units: int = 0
 
 
-def dry_run(config: EncodeJobConfig) -> JobResult:
-    """Count the source and reckon cost and sizes; raises the same errors as the job would."""
-    with argument_keys("codec"):
-        info = read_codec_info(config.codec)
-        check_posterior(info, config.codec.posterior)
-    count = _count(config)
+def estimate(config: EncodeJobConfig, info: CodecInfo, count: SourceCount) -> tuple[list[str], dict[str, float]]:
+    """What encoding the images that are to be done would take, for people and as figures."""
     figures: dict[str, float] = {}
-    source = (
-        f"source     {count.objects:,} objects, {count.size_bytes / 1e9:,.3f} GB, {count.all_images:,} images in "
-        f"{count.units:,} units of work"
-    )
-    if count.tars:
-        source += (
-            f", {count.tar_images:,} of them guessed in {count.tars:,} files of unknown length at "
-            f"{config.estimate.tar_image_bytes:,} bytes each (estimate.tar_image_bytes)"
-        )
-    lines = [source, *_output_lines(config, info, count.all_images, figures)]
+    lines = _output_lines(config, info, count.todo, figures)
     # Of all variants of one image; a bucket table counts with its mean, and nobody knows those of a plug-in's codec.
     each: float | None = 0.0
     for resolution in config.image.resolutions:
@@ -264,35 +248,49 @@ def dry_run(config: EncodeJobConfig) -> JobResult:
     if each is None:
         lines.append(f"VAE work   unknown for a {info.class_name}")
     else:
-        lines += _device_lines(config, count.all_images * each, figures)
+        lines += _device_lines(config, count.todo * each, figures)
         lines += _epoch_lines(config, figures)
-    for line in lines:
-        _log.info("%s", line)
-    counts = {
-        "images": count.all_images,
-        "units": count.units,
-        "source_objects": count.objects,
-        "source_bytes": count.size_bytes,
-        "unknown_length": count.tars,
-    }
-    return JobResult("dry-run", counts, {"dataset": config.output.uri}, None, {}, figures)
+    return lines, figures
 
 
-def _count(config: EncodeJobConfig) -> _Count:
-    count = _Count()
-    for unit in group_units(
-        keyed(list_entries(config.source), "source"), config.encode.unit_rows, config.encode.unit_bytes
-    ):
-        count.units += 1
-        for entry in unit:
+def count_source(config: EncodeJobConfig, root: Root, state: State | None) -> SourceCount:
+    """What the source holds, and of it what a run would do: as it plans, but nothing is written.
+
+    state: of a dataset that exists.
+    """
+    encode, count, report = config.encode, SourceCount(), DiffReport()
+
+    def listed() -> Iterator[EntryLike]:
+        known = () if state is None else known_entries(root, config.source.kind)
+        for entry in keyed(list_entries(config.source, known), "source"):
             count.objects += 1
             count.size_bytes += entry.size_bytes
-            if entry.row_stop is None:
-                count.tars += 1
-                count.tar_images += entry.size_bytes // config.estimate.tar_image_bytes
-            else:
-                count.images += entry.row_stop - entry.row_start
+            count.images += _images(config, entry.size_bytes, entry.row_start, entry.row_stop)
+            count.guessed += entry.row_stop is None
+            yield entry
+
+    if state is None:
+        new: Iterator[EntryLike] = listed()
+    else:
+        drop, content = encode.on_removed == "drop", StoredContent(root.uri)
+        new = diff(state.plan, listed(), report, drop_removed=drop, content=content)
+    for unit in group_units(new, encode.unit_rows, encode.unit_bytes):
+        count.units += 1
+        count.todo += sum(_images(config, e.size_bytes, e.row_start, e.row_stop) for e in unit)
+    count.removed = report.removed
+    if state is not None:
+        gaps = state.gaps(state.retryable(encode.retry_rejects)) - RowSet.from_triples(report.retired)
+        for unit_number, start, stop in gaps.triples():
+            if stop >= MAX_ROWS:  # its length is not known yet
+                size = state.plan.units["size_bytes"][unit_number].as_py()
+                stop = max(start, size // config.estimate.tar_image_bytes)
+            count.todo += stop - start
+        count.units += len(gaps.units())
     return count
+
+
+def _images(config: EncodeJobConfig, size_bytes: int, start: int, stop: int | None) -> int:
+    return size_bytes // config.estimate.tar_image_bytes if stop is None else stop - start
 
 
 def _output_lines(config: EncodeJobConfig, info: CodecInfo, images: int, figures: dict[str, float]) -> list[str]:

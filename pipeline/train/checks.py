@@ -5,6 +5,7 @@ Every refusal names both sides. What is compared on a resume is kept by `identit
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ from pipeline.model.config import kinds_for
 from pipeline.store.ledger.identity import differences
 from pipeline.store.read.dataset import Dataset, LatentDataset
 from pipeline.store.read.pins import Pins
+from pipeline.stream.data import layout_of
 from pipeline.stream.mixture import shares_of
+from pipeline.stream.order import Order, OrderSpec
 from pipeline.train.config import CodecOverride, TrainJobConfig
 
 # -- Do the datasets of a mixture belong together? Every refusal names the two that do not. Torch-free ---------
@@ -168,6 +171,32 @@ class Facts:
         return cls(**{**values, "buckets": tuple(values["buckets"]), "layouts": tuple(values["layouts"])})
 
 
+# What a stream calls its arguments, and a configuration of a training its keys.
+STREAM_KEYS = {
+    "batch_size": "train.batch_size",
+    "world_size": "train.num_workers",
+    "weights": "data.mix",
+    "share": "stream.holdout",
+    **{name: f"stream.{name}" for name in ("lanes", "window_bytes")},
+}
+
+
+def check_batches(config: TrainJobConfig, datasets: Datasets) -> None:
+    """ConfigError where a dataset, even with what is held out of it, gives no batch, or its windows do not fit.
+
+    Of several datasets the memory of each is known when they are mixed.
+    """
+    s = config.stream
+    window_bytes = s.window_bytes if len(datasets) == 1 else sys.maxsize
+    spec = OrderSpec(config.train.seed, config.train.batch_size, s.lanes, window_bytes, s.shuffle)
+    for key, dataset in datasets.items():
+        try:
+            with argument_keys(STREAM_KEYS):
+                Order(layout_of(dataset), spec)
+        except ConfigError as error:
+            raise error.but(what=f"{error.what}: {key}.uri={dataset.uri}") from None
+
+
 def handshake(config: TrainJobConfig, dataset: LatentDataset, *mix: LatentDataset, pins: Pins | None = None) -> Facts:
     """The facts of a dataset that fits; ConfigError or ConflictError, naming both sides, of one that does not.
 
@@ -187,6 +216,7 @@ def handshake(config: TrainJobConfig, dataset: LatentDataset, *mix: LatentDatase
                 next_step="verify the dataset with jobs.verify",
             )
     check_mixture(config, datasets)
+    check_batches(config, datasets)
     num_classes, codec = common_classes(config, datasets), locate_codec(config.codec, dataset.codec)
     check_text_uris(config)
     texts = {

@@ -21,23 +21,15 @@ from pipeline.stream.loader import LatentStream
 from pipeline.stream.mixture import BLOCK, MixtureStream, Part, apportion, naming, open_mixture, shares_of
 from pipeline.text.dataset import TextEmbeddings
 from pipeline.train import collectives
-from pipeline.train.checks import Facts
+from pipeline.train.checks import STREAM_KEYS, Facts
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.hooks import Chunk
 from pipeline.train.task import BatchLike, Task, Text, stored_values
 
 CACHE = "cache"  # below output.uri: what was counted once about the dataset
 
+
 # Where a stream's arguments come from.
-STREAM_KEYS = {
-    "batch_size": "train.batch_size",
-    "world_size": "train.num_workers",
-    "weights": "data.mix",
-    "share": "stream.holdout",
-    **{name: f"stream.{name}" for name in ("lanes", "window_bytes")},
-}
-
-
 @dataclass(frozen=True)
 class Served:
     """A dataset of the run; weight: as given; share: of the batches, 1 when it is the only one."""

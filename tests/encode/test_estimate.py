@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import pytest
 
 from pipeline.config import load_config
 from pipeline.encode.config import EncodeJobConfig
-from pipeline.encode.plan import dry_run, epochs_until_ahead
-from pipeline.errors import ConfigError
+from pipeline.encode.job import dry_run
+from pipeline.encode.plan import epochs_until_ahead
+from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.result import JobResult
+from tests.support.encode_here import encode_here
 from tests.support.images import make_codec, make_images
 
 
@@ -52,7 +55,15 @@ def test_a_dry_run_counts_and_reckons_and_writes_nothing(base: Path, caplog: pyt
     assert figures["cost.H100"] == pytest.approx(3 * figures["hours.H100"])
     assert figures["hours.read_epoch"] == pytest.approx(figures["stored_bytes"] / 500e6 / 3600)
     assert "cost.T4" not in figures
-    for said in ("10 images in 3 units", "20 latents", "TFLOP", "H100", "cost", "encode + n * read < n * encode"):
+    for said in (
+        "10 images",
+        "10 images in 3 units",
+        "20 latents",
+        "TFLOP",
+        "H100",
+        "cost",
+        "encode + n * read < n * encode",
+    ):
         assert said in caplog.text
     assert not (base / "latents").exists()
 
@@ -93,3 +104,51 @@ def test_images_in_tars_are_guessed_by_their_size(base: Path, tmp_path: Path) ->
 def test_a_price_without_a_peak_is_refused(base: Path) -> None:
     with pytest.raises(ConfigError, match="price for B300 but no peak rate"):
         estimate(base, "estimate.price_per_hour={B300: 9.0}")
+
+
+def test_a_dry_run_refuses_what_the_run_refuses(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded(base, tmp_path, monkeypatch)
+    make_codec(tmp_path / "other", seed=1)
+    with pytest.raises(ConflictError, match="weights_sha256"):
+        estimate(base, f"output.uri={tmp_path / 'latents'}", f"codec.path={tmp_path / 'other'}")
+    with pytest.raises(ConfigError, match="lies inside the source"):
+        estimate(base, f"output.uri={base / 'images' / 'out'}")
+    assert not (base / "images" / "out").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        estimate(base, f"output.uri={tmp_path / 'file'}")
+
+
+def test_a_dry_run_prices_what_is_to_be_done(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoded(base, tmp_path, monkeypatch)
+    output = f"output.uri={tmp_path / 'latents'}"
+    with caplog.at_level(logging.INFO, logger="pipeline"):
+        nothing = estimate(base, output)
+    assert (nothing.counts["images"], nothing.counts["to_encode"], nothing.figures["latents"]) == (10, 0, 0)
+    assert "nothing" in caplog.text
+    assert "TFLOP" not in caplog.text
+    shutil.copytree(base / "images", tmp_path / "more")
+    first, second, third, *_, last = sorted((tmp_path / "more").glob("*.png"))
+    for path in (first, second, tmp_path / "more" / "new.png"):
+        path.write_bytes(third.read_bytes())
+    last.unlink()
+    lines = (tmp_path / "more" / "metadata.jsonl").read_text().splitlines()
+    (tmp_path / "more" / "metadata.jsonl").write_text("\n".join(lines[:-1]))
+    counts = estimate(base, output, f"source.uri={tmp_path / 'more'}").counts
+    assert (counts["images"], counts["to_encode"], counts["source_removed"]) == (10, 3, 1)
+
+
+def encoded(base: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dataset that the dry runs look at, made."""
+    encode_here(
+        monkeypatch,
+        source__kind="folder",
+        source__uri=base / "images",
+        image__resolution=32,
+        image__multiple_of=4,
+        codec__path=base / "codec",
+        output__uri=folder / "latents",
+        encode__unit_rows=4,
+    )

@@ -32,6 +32,23 @@ def test_what_fits_is_described(uri: str, tmp_path: Path) -> None:
     assert (facts.latent_size, facts.codec) == ((8, 8), None)
 
 
+@pytest.mark.parametrize(
+    ("train", "stream", "key", "said"),
+    [
+        ({"batch_size": 128, "micro_batch": 8}, {}, "train.batch_size", "do not fill a single batch"),
+        ({"batch_size": 12, "micro_batch": 4}, {"lanes": 8}, "stream.lanes", "cut evenly into lanes"),
+        ({}, {"window_bytes": 1}, "stream.window_bytes", "do not fit their memory"),
+    ],
+)
+def test_what_a_stream_would_refuse_is_refused_before_any_worker_starts(
+    uri: str, tmp_path: Path, train: dict[str, Any], stream: dict[str, Any], key: str, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said) as refused:
+        shake(tmp_path, uri, {"train": train, "stream": stream})
+    assert refused.value.key == key
+    assert uri in str(refused.value)
+
+
 def test_labels_can_be_ignored(uri: str, tmp_path: Path) -> None:
     assert shake(tmp_path, uri, {"train": {"conditional": False}}).num_classes is None
 
