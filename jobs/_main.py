@@ -26,7 +26,7 @@ from pipeline.dataflow.device_faults import device_fault, stopped_by
 from pipeline.errors import PipelineError, StoppedError, visible
 from pipeline.result import JobResult
 from pipeline.storage.errors import job_error
-from pipeline.tracking.uris import Redactor
+from pipeline.tracking.config import Redactor
 
 _MOST = 2000  # characters of a part of an error in the answer
 EXIT_CODES = """exit codes:

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from pipeline.errors import InputError
 from pipeline.storage import root as storage
 from pipeline.storage.errors import ObjectChanged, StoreUnavailable, describe, job_error, note_answer, plain_error
-from pipeline.storage.remote import RangedFile, put_whole
 from pipeline.storage.root import KeyRefused, Root, check_key
+from pipeline.storage.stores import RangedFile, put_whole
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from pydantic import AfterValidator, Field
 from pipeline.config import StrictModel
 from pipeline.dataflow.device_faults import cuda_problem, device_fault, driver_version, stopped_by, unusable_cuda
 from pipeline.errors import InputError, StoppedError
-from pipeline.storage.remote import process_settings
+from pipeline.storage.stores import process_settings
 
 _log = logging.getLogger(__name__)
 # Whether this process has a request with an autoscaler, which outlives processes.

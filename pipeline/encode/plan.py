@@ -37,7 +37,7 @@ from pipeline.store.plan import (
     read_plan,
 )
 from pipeline.store.read.dataset import LatentDataset
-from pipeline.tracking.uris import without_credentials
+from pipeline.tracking.config import without_credentials
 
 REHEARSED = "computed_on"
 

@@ -209,7 +209,11 @@ def _commit(committer: Committer, config: EncodeJobConfig, rows: pa.Table | None
     left_out = {place: values for place, values in told.items() if values["status"] != "ok"}
     rejected = [values for values in left_out.values() if not Reason(values["reason"]).retryable]
     sound = {place: values for place, values in told.items() if place not in left_out}
-    outcomes = [_outcome(values, config.source.uri) for values in rejected]
+    kept = ("unit", "row", "key", "reason", "message")
+    outcomes = [
+        {name: v[name] for name in kept} | {"uri": f"{config.source.uri}/{v['key']}", "outcome": v["status"]}
+        for v in rejected
+    ]
     committer.commit(
         LATENTS.empty_table() if rows is None else _with_texts(rows, sound),
         pa.Table.from_pylist(outcomes, schema=REJECTS),
@@ -226,11 +230,6 @@ def _told(plan: Plan, source: SourceConfig, wanted: RowSet) -> Told:
         for block in reader(Work(unit, tuple(wanted.of_unit(unit)))):
             told |= {(v["unit"], v["row"]): v for v in block.select(_TOLD).to_pylist() if v["row"] >= 0}
     return told
-
-
-def _outcome(values: dict[str, Any], uri: str) -> dict[str, Any]:
-    kept = {name: values[name] for name in ("unit", "row", "key", "reason", "message")}
-    return {**kept, "uri": f"{uri}/{values['key']}", "outcome": values["status"]}
 
 
 def _with_texts(table: pa.Table, sound: Told) -> pa.Table:

@@ -26,8 +26,7 @@ from pipeline.errors import InputError
 from pipeline.evaluate.classifier import Classifier, FitSettings, fit_classifier, from_bytes, to_bytes
 from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.evaluate.figures import Figure, contract_of, figures_of
-from pipeline.evaluate.images import ReferenceBatch, reference_batches, sample_batches
-from pipeline.evaluate.inputs import Inputs, inspect
+from pipeline.evaluate.inputs import Inputs, ReferenceBatch, inspect, reference_batches, sample_batches
 from pipeline.evaluate.metrics import ClipScorer, FidelitySums, Lpips, compare
 from pipeline.evaluate.networks import Extractor, load_extractor
 from pipeline.evaluate.report import ReportContent, report_content

@@ -20,8 +20,8 @@ from pipeline.model.checkpoints import CheckpointPlace, fetch_checked
 from pipeline.model.info import ModelInfo
 from pipeline.model.published import PublishedPipeline
 from pipeline.model.read import DAMAGED, MARKER, RAW, WEIGHTS_KEY, StoredModel, read_model
+from pipeline.storage.errors import unreadable
 from pipeline.storage.root import Root
-from pipeline.storage.stored import unreadable
 
 # --------------------------------------------------------------------------------------------------------------
 # Tensors out of safetensors files: one file, or the shards of a checkpoint whatever number of ranks wrote them.

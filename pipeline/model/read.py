@@ -19,9 +19,9 @@ from pipeline.model import checkpoints, published
 from pipeline.model.checkpoints import CheckpointPlace, find_checkpoint
 from pipeline.model.info import ModelInfo
 from pipeline.model.published import PublishedPipeline, read_pipeline_dir
-from pipeline.storage.errors import describe, storage_errors
+from pipeline.storage.errors import describe, storage_errors, unreadable
 from pipeline.storage.root import Root
-from pipeline.storage.stored import OBJECT, OPEN, parse, unreadable
+from pipeline.storage.stored import OBJECT, OPEN, parse
 from pipeline.storage.trust import check_sizes
 from pipeline.store.ledger.layout import canonical_json
 

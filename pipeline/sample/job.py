@@ -15,10 +15,10 @@ from pipeline.errors import InputError, RejectBudgetError, argument_keys
 from pipeline.result import JobResult
 from pipeline.runs.session import Run, open_run
 from pipeline.sample.config import SampleJobConfig
+from pipeline.sample.output import CONTACT_KEY, GALLERY_KEY, show
 from pipeline.sample.plan import freeze_requests, planned_requests, planned_rows
 from pipeline.sample.prepare import SamplingInputs, prepare
 from pipeline.sample.provenance import without_credentials
-from pipeline.sample.showing import CONTACT_KEY, GALLERY_KEY, show
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import (
     Generation,

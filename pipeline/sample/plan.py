@@ -27,7 +27,8 @@ from pipeline.sample.requests import (
     REQUEST_SCHEMA,
     shape_groups,
 )
-from pipeline.storage.stored import parse, unreadable
+from pipeline.storage.errors import unreadable
+from pipeline.storage.stored import parse
 from pipeline.store.ledger.layout import PLAN_PARTS
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.plan import Plan, PlannedEntry, append_version

@@ -96,18 +96,16 @@ def _read_parquet(data: bytes) -> Cells:
         )
     texts = [f.name for f in file.schema_arrow if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
     table = pq.read_table(io.BytesIO(data), read_dictionary=texts)
-    return Cells({name: _shared(table[name]) for name in table.column_names})
-
-
-def _shared(column: pa.ChunkedArray) -> list[Any]:
-    """The column's values; of dictionary-encoded ones every text once."""
-    if not pa.types.is_dictionary(column.type):
-        return list(column.to_pylist())
-    out: list[Any] = []
-    for chunk in column.chunks:
-        texts = chunk.dictionary.to_pylist()
-        out += [None if index is None else texts[index] for index in chunk.indices.to_pylist()]
-    return out
+    columns: dict[str, list[Any]] = {}
+    for name in table.column_names:
+        columns[name] = []
+        for chunk in table[name].chunks:
+            if pa.types.is_dictionary(chunk.type):
+                values = chunk.dictionary.to_pylist()
+                columns[name] += [None if index is None else values[index] for index in chunk.indices.to_pylist()]
+            else:
+                columns[name] += chunk.to_pylist()
+    return Cells(columns)
 
 
 def _read_csv(text: str) -> Cells:

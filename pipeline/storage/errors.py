@@ -214,3 +214,17 @@ def _one_line(error: BaseException) -> str:
 def without_user(text: str) -> str:
     """Text with the user parts of its URIs, where passwords are, masked."""
     return _USER_PART.sub(r"\1***@", text)
+
+
+RESTORE = "restore it from a backup or an older version of it"
+
+
+def unreadable(where: str, why: str, *, key: str | None = None, next_step: str = RESTORE) -> InputError:
+    """The error about a file that this project has written and that cannot be what was written."""
+    return InputError(
+        f"{where} cannot be read: {why}",
+        key=key,
+        value=None if key is None else where,
+        rule="a file that this program has written is not changed by others",
+        next_step=next_step,
+    )

@@ -35,19 +35,22 @@ from pipeline.storage.errors import (
     storage_errors,
     without_user,
 )
-from pipeline.storage.local import half_written, read_unchanged, scanned, written_beside
-from pipeline.storage.remote import (
+from pipeline.storage.stores import (
     BUFFER_BYTES,
     RangedFile,
     create_whole,
+    half_written,
     is_marked,
     make_filesystem,
     put_whole,
     read_if_match,
     read_part,
+    read_unchanged,
     read_whole,
     refuse_or_warn,
+    scanned,
     single_writer,
+    written_beside,
 )
 
 # -- What may be the name of an object below its root ----------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from pipeline.errors import InputError
+from pipeline.storage.errors import RESTORE, unreadable
 from pipeline.storage.root import Root, check_key
 
 T = TypeVar("T")
@@ -18,7 +18,6 @@ OPEN = ConfigDict(strict=True, extra="allow")  # of documents that carry along w
 Key = Annotated[str, AfterValidator(check_key)]  # names an object below the document's own root
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]  # what an int64 of Arrow and numpy holds
 OBJECT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
-RESTORE = "restore it from a backup or an older version of it"
 _SHOWN = 5
 
 
@@ -48,14 +47,3 @@ def problems(error: ValidationError) -> str:
     found = [f"{'.'.join(map(str, e['loc'])) or 'the document'}: {e['msg']}" for e in error.errors(include_url=False)]
     more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return "; ".join(text[:200] for text in found[:_SHOWN]) + more
-
-
-def unreadable(where: str, why: str, *, key: str | None = None, next_step: str = RESTORE) -> InputError:
-    """The error about a file that this project has written and that cannot be what was written."""
-    return InputError(
-        f"{where} cannot be read: {why}",
-        key=key,
-        value=None if key is None else where,
-        rule="a file that this program has written is not changed by others",
-        next_step=next_step,
-    )

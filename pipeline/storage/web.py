@@ -19,7 +19,7 @@ from aiohttp.resolver import DefaultResolver
 from yarl import URL
 
 from pipeline.storage.errors import PlaceRefused
-from pipeline.storage.remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, SLOWEST_BYTES_PER_S
+from pipeline.storage.stores import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, SLOWEST_BYTES_PER_S
 
 PRIVATE_HOSTS = "LATENTLOOM_PRIVATE_HOSTS"  # names, with commas between
 _REDIRECTS, _MAX_REDIRECTS = (301, 302, 303, 307, 308), 5

@@ -22,12 +22,13 @@ import pyarrow.parquet as pq
 from pydantic import Field, TypeAdapter
 
 from pipeline.errors import ConflictError
+from pipeline.storage.errors import unreadable
 from pipeline.storage.root import CONTENT, Root
-from pipeline.storage.stored import Count, Key, read_stored, unreadable
+from pipeline.storage.stored import Count, Key, read_stored
 from pipeline.store.ledger import layout
 from pipeline.store.ledger.generation import at_one_generation, check_newest, visible_headers
 from pipeline.store.ledger.rowset import MAX_ROWS, Int64s, RowSet
-from pipeline.store.tables import reading_table
+from pipeline.store.read.row_groups import reading_table
 
 _ENTRIES_PER_GROUP = 1024
 _ENTRIES_PER_PART = 1 << 18

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from itertools import chain, pairwise
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -221,8 +220,23 @@ class _Chunk:
     def finish(self, text: TextRows | None, copiers: _Copiers) -> None:
         """Cut into batches, and ask what is asked of whole batches, when all lanes are there."""
         count = self._count
-        part, start, sample_ids, tags, extents = map(self._by_batch, zip(*self._stretches, strict=True))
-        latents = copiers.map(count, self._wide, partial(self._latents, part, start))
+
+        def by_batch(stretches: tuple[Any, ...]) -> Any:
+            """Values lane after lane as [batches, rows of all lanes, ...]; None where they are."""
+            if stretches[0] is None:
+                return None
+            values = np.concatenate(stretches)
+            lanes = values.reshape(self._lanes, count, self._slot, *values.shape[1:])
+            return np.moveaxis(lanes, 1, 0).reshape(count, -1, *values.shape[1:])
+
+        part, start, sample_ids, tags, extents = map(by_batch, zip(*self._stretches, strict=True))
+
+        def copied(begin: int, end: int) -> list[NDArray[Any]]:
+            """Latents of the batches [begin, end), copied out of the windows' memory."""
+            stored = gather(self._memory, part[begin:end].ravel(), start[begin:end].ravel(), self._wide)
+            return list(stored.view(self._dtype).reshape(end - begin, -1, *self._shape))
+
+        latents = copiers.map(count, self._wide, copied)
         self._memory, self._stretches = [], []  # the windows are free to go
         labels: list[NDArray[np.int64] | None] = list(tags)
         for at in np.flatnonzero((tags < 0).all(axis=1)).tolist():
@@ -239,19 +253,6 @@ class _Chunk:
                 if any(caption is not None for caption in asked):
                     captions[at] = [caption or "" for caption in asked]
         self._parts = list(zip(latents, list(sample_ids), labels, captions, sizes, embeddings, strict=True))
-
-    def _by_batch(self, stretches: tuple[Any, ...]) -> Any:
-        """Values lane after lane as [batches, rows of all lanes, ...]; None where they are."""
-        if stretches[0] is None:
-            return None
-        values = np.concatenate(stretches)
-        lanes = values.reshape(self._lanes, self._count, self._slot, *values.shape[1:])
-        return np.moveaxis(lanes, 1, 0).reshape(self._count, -1, *values.shape[1:])
-
-    def _latents(self, part: NDArray[np.int32], start: NDArray[np.int64], begin: int, end: int) -> list[NDArray[Any]]:
-        """Of the batches [begin, end), copied out of the windows' memory."""
-        stored = gather(self._memory, part[begin:end].ravel(), start[begin:end].ravel(), self._wide)
-        return list(stored.view(self._dtype).reshape(end - begin, -1, *self._shape))
 
     def batch(self, index: int, step: int, epoch: int) -> Batch:
         return Batch(step, epoch, self._bucket, *self._parts[index])

@@ -19,8 +19,8 @@ from pipeline.errors import InputError
 from pipeline.store.plan import Plan
 from pipeline.store.read.dataset import Dataset, LatentDataset
 from pipeline.store.read.pins import Pins
+from pipeline.store.read.row_groups import reading_table
 from pipeline.store.schema import to_float32
-from pipeline.store.tables import reading_table
 
 # -- Which captions there are, and which of them are new: distinct by hash, in order of first occurrence -------
 

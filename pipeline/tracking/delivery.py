@@ -18,7 +18,15 @@ from urllib.parse import urlsplit
 
 from pipeline.errors import InputError
 from pipeline.result import JobResult
-from pipeline.tracking.config import SyncTrackingJobConfig
+from pipeline.tracking.config import (
+    SyncTrackingJobConfig,
+    check_access,
+    check_uri,
+    masked_uri,
+    sqlite_path,
+    store_identity,
+    without_credentials,
+)
 from pipeline.tracking.journal import Header, JournalReader, Record, adopt, gate, journals
 from pipeline.tracking.store import (
     ATTEMPT_TAG,
@@ -30,14 +38,6 @@ from pipeline.tracking.store import (
     RunState,
     StoreRefused,
     TrackingUnavailable,
-)
-from pipeline.tracking.uris import (
-    check_access,
-    check_uri,
-    masked_uri,
-    sqlite_path,
-    store_identity,
-    without_credentials,
 )
 
 _log = logging.getLogger(__name__)

@@ -112,7 +112,11 @@ class Flusher:
             assert self._delivery is not None
             while self._delivery.send_next():
                 pass
-            self._replay_others(self._store)
+            if not (self._others_replayed or self._closing.is_set()):
+                with gate(self._writer.path.parent) as mine:
+                    if mine:
+                        replay_orphans(self._writer.path.parent, self._store, self._delivery.header.server)
+                        self._others_replayed = True
         except Exception as error:  # noqa: BLE001 - whatever the store does must not end this thread
             self._is_others_turn = False
             self._is_early = self._delivery is None and self._is_made_by_owner and isinstance(error, RunMissing)
@@ -151,15 +155,6 @@ class Flusher:
         if held and self._wait_until is None:
             self._wait_until = time.monotonic() + EARLIER_ATTEMPT_S
         return held and self._wait_until is not None and time.monotonic() < self._wait_until
-
-    def _replay_others(self, store: Store) -> None:
-        if self._others_replayed or self._closing.is_set():
-            return
-        assert self._delivery is not None
-        with gate(self._writer.path.parent) as mine:
-            if mine:
-                replay_orphans(self._writer.path.parent, store, self._delivery.header.server)
-                self._others_replayed = True
 
 
 def _same_run(mine: Header, other: Header, other_run_id: str | None) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import InputError
+from pipeline.tracking.config import check_readable, masked_uri
 from pipeline.tracking.store import (
     RUN_KEY_TAG,
     URI_TAG,
@@ -20,7 +21,6 @@ from pipeline.tracking.store import (
     TrackingUnavailable,
 )
 from pipeline.tracking.tracker import HANDLE_PREFIX, JOB_TAG, PARENT_TAG, PARENTS_TAG
-from pipeline.tracking.uris import check_readable, masked_uri
 
 # -- Walks from a run to the runs and datasets it came from, and on to what was made of it ---------------------
 #

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from pipeline.tracking.config import Redactor, sqlite_path, without_credentials
 from pipeline.tracking.journal import Header
-from pipeline.tracking.uris import Redactor, sqlite_path, without_credentials
 
 RUN_KEY_TAG = "latentloom.run_key"
 ATTEMPT_TAG = "latentloom.attempt"

@@ -26,12 +26,11 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from pipeline.errors import ConfigError, InputError, escaped
-from pipeline.tracking.config import TrackingConfig, resolve_paths
+from pipeline.tracking.config import Redactor, TrackingConfig, check_access, check_uri, resolve_paths, store_identity
 from pipeline.tracking.delivery import Store
 from pipeline.tracking.flusher import Flusher
 from pipeline.tracking.journal import Header, JournalWriter, now_ms
 from pipeline.tracking.store import MlflowStore
-from pipeline.tracking.uris import Redactor, check_access, check_uri, store_identity
 
 # --------------------------------------------------------------------------------------------------------------
 # What a run ran on: code version, package versions, Python and host, as run tags; never an environment

@@ -22,8 +22,9 @@ from typing_extensions import TypedDict
 
 from pipeline.errors import ConflictError, InputError
 from pipeline.model.checkpoints import MARKER, Complete, list_complete, place_in_run
+from pipeline.storage.errors import unreadable
 from pipeline.storage.root import Root
-from pipeline.storage.stored import OPEN, Count, Key, parse, read_stored, unreadable
+from pipeline.storage.stored import OPEN, Count, Key, parse, read_stored
 
 STARTS = "starts"
 # In place of the marker of a checkpoint that was removed before it was complete: no late marker makes it so.

@@ -24,7 +24,7 @@ from pipeline.model.build import build_model, repeated_blocks
 from pipeline.model.flops import forward_flops, train_flops
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import is_superseded
-from pipeline.store.tables import reading_table
+from pipeline.store.read.row_groups import reading_table
 from pipeline.tracking.tracker import NoopTracker, Tracker, attach_tracker
 from pipeline.train import collectives
 from pipeline.train.checkpoint import CheckpointStore

@@ -47,8 +47,8 @@ def make_model(folder: Path, hidden: int, depth: int) -> Path:
     from pipeline.diffusion.config import ObjectiveConfig
     from pipeline.model.build import build_model
     from pipeline.model.config import DiTConfig
-    from pipeline.model.export import save_export
     from pipeline.model.info import CodecReference, ModelInfo
+    from pipeline.train.export import save_export
     from tests.support.images import make_codec
 
     codec_path = make_codec(folder / "codec")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.evaluate.images import ReferenceBatch, ranges_over, reference_batches, summarize
+from pipeline.evaluate.inputs import ReferenceBatch, ranges_over, reference_batches, summarize
 from pipeline.source.config import FolderSource, ImageConfig, SourceConfig, WebDatasetSource
 
 CLASSES, PER_CLASS = 4, 30

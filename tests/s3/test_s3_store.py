@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.storage import remote as storage_remote
 from pipeline.storage import root as storage
+from pipeline.storage import stores
 from pipeline.storage.errors import StoreUnavailable, describe
 from pipeline.storage.root import Root
 from tests.support.fault_proxy import FaultProxy, Kind
@@ -34,7 +34,7 @@ def far(s3_environment: Radosgw, s3_proxy: FaultProxy, monkeypatch: pytest.Monke
     """A root behind the proxy; retries do not wait, and nobody waits long for an answer."""
     bucket = s3_environment.make_bucket()
     monkeypatch.setattr(storage, "_BACKOFF_CAP_S", 0.0)
-    monkeypatch.setattr(storage_remote, "READ_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(stores, "READ_TIMEOUT_S", 1.0)
     use_store(monkeypatch, s3_environment.environment(endpoint=s3_proxy.url))
     yield Root(f"s3://{bucket}/far")
     forget_clients()
@@ -152,7 +152,7 @@ def test_a_frozen_server_takes_a_large_body_once_it_thaws(
 ) -> None:
     """More than the sockets' buffers hold: the client is stuck while it sends, where it has no limit of its own."""
     monkeypatch.setattr(storage, "_ATTEMPTS", 50)
-    monkeypatch.setattr(storage_remote, "SLOWEST_BYTES_PER_S", 64 << 20)
+    monkeypatch.setattr(stores, "SLOWEST_BYTES_PER_S", 64 << 20)
     body = bytes(32 << 20)
     far.put("before", b"x")
     s3_environment.freeze_gateway()

@@ -31,8 +31,8 @@ def make_tiny(root: Path, codec_kind: str = "auto") -> Tiny:
     from pipeline.diffusion.config import ObjectiveConfig
     from pipeline.model.build import build_model
     from pipeline.model.config import DiTConfig
-    from pipeline.model.export import save_export
     from pipeline.model.info import CodecReference, ModelInfo
+    from pipeline.train.export import save_export
 
     with torch.random.fork_rng():
         torch.manual_seed(0)

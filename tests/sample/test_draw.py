@@ -22,7 +22,6 @@ from pipeline.dataflow.device_faults import DeviceFault
 from pipeline.diffusion.config import ObjectiveConfig
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.media.images import decode_image, read_provenance
-from pipeline.model.export import save_export
 from pipeline.model.load import load_model
 from pipeline.model.read import read_model
 from pipeline.sample.config import SampleJobConfig
@@ -32,6 +31,7 @@ from pipeline.sample.plan import extend_plan
 from pipeline.sample.prepare import SamplingInputs, on_device, prepare
 from pipeline.sample.regenerate import regenerate
 from pipeline.store.schema import REJECTS
+from pipeline.train.export import save_export
 from tests.sample.conftest import Tiny
 
 pytestmark = pytest.mark.integration

@@ -18,7 +18,6 @@ from pipeline.diffusion.rng import ids_from_bytes, keyed_normal
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.media.images import decode_image
 from pipeline.model import load
-from pipeline.model.export import save_export
 from pipeline.model.load import load_model
 from pipeline.model.read import read_model
 from pipeline.sample.config import SampleJobConfig
@@ -30,6 +29,7 @@ from pipeline.sample.prompts import PromptEmbedder
 from pipeline.sample.regenerate import regenerate
 from pipeline.storage.root import Root
 from pipeline.train.checkpoint import CheckpointStore
+from pipeline.train.export import save_export
 from pipeline.train.state import Track, make_state
 from tests.sample.conftest import Tiny
 from tests.sample.pipelines import SIDE, make_dit_pipeline, make_sd3_pipeline, make_sd_pipeline

@@ -16,7 +16,6 @@ from pipeline.config import validate
 from pipeline.errors import ConflictError, InputError
 from pipeline.model.build import build_model
 from pipeline.model.config import UNet2DConditionConfig
-from pipeline.model.export import save_export
 from pipeline.model.info import TextReference
 from pipeline.model.read import read_model
 from pipeline.sample.config import SampleJobConfig
@@ -25,6 +24,7 @@ from pipeline.sample.prepare import SamplingInputs, on_device, prepare, text_of
 from pipeline.sample.prompts import PromptEmbedder
 from pipeline.text.config import TextEncoderConfig
 from pipeline.text.files import encoder_files
+from pipeline.train.export import save_export
 from tests.sample.conftest import Tiny
 from tests.text.text_builders import CLIP_LENGTH, WIDTH, make_clip
 

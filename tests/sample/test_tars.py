@@ -17,9 +17,9 @@ import pytest
 
 from pipeline.media.images import read_provenance
 from pipeline.sample.denoise import Denoiser, use_threads
+from pipeline.sample.output import show
 from pipeline.sample.plan import freeze_requests
 from pipeline.sample.prepare import SamplingInputs, on_device, prepare
-from pipeline.sample.showing import show
 from pipeline.sample.stages import FINISHED, CommitImages, DecodeLatents, DecoderSpec, EncodeImages, pack_units
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import claim_next

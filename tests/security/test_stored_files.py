@@ -21,7 +21,7 @@ from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.evaluate import promotion
 from pipeline.evaluate.classifier import Classifier, ConvNet, _digest, from_bytes, to_bytes
 from pipeline.evaluate.figures import Figure, Record
-from pipeline.evaluate.images import open_samples, sample_batches
+from pipeline.evaluate.inputs import open_samples, sample_batches
 from pipeline.evaluate.statistics import wilson
 from pipeline.lineage.job import find_start
 from pipeline.media.images import KEYWORD, encode_image

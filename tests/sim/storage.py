@@ -156,7 +156,7 @@ fsspec.register_implementation("sim", SimFileSystem, clobber=True)
 
 
 def read_if_match(fs: SimFileSystem, path: str, etag: str, start: int, length: int | None) -> bytes:
-    """S3's conditional read, for `pipeline.storage.remote.read_if_match`."""
+    """S3's conditional read, for `pipeline.storage.stores.read_if_match`."""
 
     def read() -> bytes:
         stored = fs._get(path)

@@ -30,7 +30,7 @@ PLAYED = {
     "sample/job.py: settle_identity: put_if_absent": "Samplers.sample",
     "sample/stages.py: EncodeImages.__call__: put_if_absent": "Samplers.sample",
     "sample/stages.py: CommitImages.__call__: put_if_absent": "Samplers.sample with tars",
-    "sample/showing.py: show: put": "contact sheet and gallery: shown to people, read by nothing",
+    "sample/output.py: show: put": "contact sheet and gallery: shown to people, read by nothing",
     "sample/regenerate.py: run: put": "one image somewhere else",
     # Training.
     "train/checkpoint.py: CheckpointStore._publish: put": "Trainers._save: shards and receipts of one start",
@@ -43,6 +43,8 @@ PLAYED = {
     "train/retention.py: History.write: put_if_absent": "Trainers._save: objects of one checkpoint",
     "train/job.py: run: put": "done.json: the result of one configuration, the same whoever reaches it",
     "train/worker.py: Quarantine._put: put": "Quarantine: a key of one start, test_quarantine",
+    "train/export.py: save_export: put": "files of an export, under the name of its progress: the same bytes by whoever",
+    "train/export.py: save_export: put_if_absent": "its marker, written last: readers look at nothing else before",
     "train/worker.py: Reporter.show.keep: put": "a grid of one count of images: shown to people",
 }
 

@@ -22,8 +22,8 @@ from pipeline.encode.plan import update_plan
 from pipeline.source.config import FolderSource
 from pipeline.source.reading.listing import list_entries, read_unit
 from pipeline.source.reading.rows import Entry, SourceRow
-from pipeline.storage.remote import RangedFile
 from pipeline.storage.root import Root
+from pipeline.storage.stores import RangedFile
 from pipeline.store.ledger.generation import Generation
 from pipeline.store.ledger.identity import Identity, claim_identity
 from pipeline.store.ledger.ledger import claimed

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.tracking.uris import (
+from pipeline.tracking.config import (
     Redactor,
     masked_uri,
     secrets_of,

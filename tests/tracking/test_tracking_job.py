@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError, InputError
-from pipeline.tracking.config import SyncTrackingJobConfig, TrackingConfig
+from pipeline.tracking.config import SyncTrackingJobConfig, TrackingConfig, store_identity
 from pipeline.tracking.delivery import plan_sync, run_sync
 from pipeline.tracking.journal import Header, JournalWriter, files_dir
 from pipeline.tracking.store import MlflowStore
-from pipeline.tracking.uris import store_identity
 from tests.tracking.fake_tracking_store import build_header
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.tracking.uris import check_access, check_uri
+from pipeline.tracking.config import check_access, check_uri
 from tests.support.mlflow_server import free_port
 
 SECRET = "planted-Secret-77"

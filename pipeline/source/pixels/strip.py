@@ -9,6 +9,7 @@ linear in the bytes, every text that is unpacked has a limit, and what is broken
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import struct
@@ -171,7 +172,12 @@ def strip_png(data: bytes) -> Stripped:
     if b"tRNS" in kept and header[9] in (0, 2, 3):
         chunks.append((b"tRNS", _expanded_key(kept[b"tRNS"], header[8], header[9])))
     chunks += [(b"IDAT", b"".join(pixels)), (b"IEND", b"")]
-    orientation = exif_orientation(kept.get(b"eXIf")) or exif_orientation(_hexadecimal(texts))
+    orientation = exif_orientation(kept.get(b"eXIf"))
+    if not orientation:
+        # ImageMagick's EXIF text: a name and a length on lines of their own, then hexadecimal digits.
+        digits = b"".join(texts.get(b"Raw profile type exif", b"").split(b"\n")[3:])
+        with contextlib.suppress(ValueError):
+            orientation = exif_orientation(bytes.fromhex(digits.decode("ascii")))
     return Stripped(
         b"\x89PNG\r\n\x1a\n"
         + b"".join(
@@ -219,15 +225,6 @@ def _keep_text(name: bytes, content: bytes, texts: dict[bytes, bytes]) -> None:
             text = _unpacked(rest[1:2] + text, _MAX_TEXT_BYTES)
     if text is not None:
         texts[keyword] = text
-
-
-def _hexadecimal(texts: dict[bytes, bytes]) -> bytes | None:
-    """ImageMagick's EXIF text: a name and a length on lines of their own, then hexadecimal digits."""
-    lines = texts.get(b"Raw profile type exif", b"").split(b"\n")[3:]
-    try:
-        return bytes.fromhex(b"".join(lines).decode("ascii"))
-    except ValueError:
-        return None
 
 
 # -- GIF -----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ is lost without a word. Texts beside an image are read with it; which they are, 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import logging
@@ -22,7 +23,6 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
@@ -307,9 +307,10 @@ def list_folder(root: Root, source: FolderSource, excluded: re.Pattern[str] | No
         record = metadata.record_of(info.key)
         if name in NAMES or is_hidden(info.key):
             continue
-        # A local pipe, socket or device could be read for ever.
-        if local is not None and _is_special(local / info.key):
-            continue
+        # A local pipe, socket or device could be read for ever; nothing at all, as behind a broken link, is a reject.
+        with contextlib.suppress(OSError):
+            if local is not None and not stat.S_ISREG((local / info.key).stat().st_mode):
+                continue
         if excluded is not None and excluded.fullmatch(info.key):
             continue
         if texts:
@@ -383,14 +384,6 @@ def _told_of(texts: list[ObjectInfo], source: FolderSource, record: str | None) 
     beside = [[t.key, t.size_bytes, t.etag, t.mtime_ns if t.etag is None else None] for t in texts]
     use = [source.caption, source.label, list(source.extra), list(source.classes), source.filter]
     return canonical({**fields, TEXTS: beside, "use": use})
-
-
-def _is_special(path: Path) -> bool:
-    """Whether there is something that is no regular file; nothing at all, as behind a broken link, is not special."""
-    try:
-        return not stat.S_ISREG(path.stat().st_mode)
-    except OSError:
-        return False
 
 
 def asked_fields(source: FolderSource | WebDatasetSource) -> Iterator[tuple[str, str]]:

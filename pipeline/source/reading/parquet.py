@@ -28,8 +28,8 @@ from pipeline.source.reading.rows import (
 )
 from pipeline.source.reasons import Reason
 from pipeline.storage.errors import ObjectChanged
-from pipeline.storage.remote import RangedFile
 from pipeline.storage.root import KeyRefused, ObjectInfo, Root, Version, check_key
+from pipeline.storage.stores import RangedFile
 from pipeline.storage.trust import key_below, tidy_key
 
 # -- Images that a table only points to: URIs out of data are followed only where the configuration allows it --

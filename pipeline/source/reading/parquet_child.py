@@ -27,7 +27,7 @@ from pipeline.source.reading import parquet_file
 from pipeline.source.reading.parquet_file import Item, Span, TableError
 from pipeline.source.reading.rows import ReadRange, SourceRow
 from pipeline.source.reasons import Reason
-from pipeline.storage.remote import RangedFile
+from pipeline.storage.stores import RangedFile
 
 Message = tuple[dict[str, Any], bytes | None]  # a header, and the image of a row
 
@@ -61,7 +61,13 @@ def _run(read: ReadRange, source: ParquetSource, task: dict[str, Any]) -> Iterat
             message = child.receive_header(time.monotonic() + _SILENCE_S)
             kind = message["kind"]
             if kind == "read":
-                broken = _answer(child, read, message) or broken
+                try:
+                    data = read(message["start"], min(message["length"], _REQUEST_BYTES))
+                except Exception as error:  # noqa: BLE001 - stores raise anything; raised when the child has ended its task
+                    broken = error
+                    child.send({"size": -1}, [])
+                else:
+                    child.send({"size": len(data)}, [data])
             elif kind in ("row", "layout"):
                 size = message.get("size")
                 yield message, None if size is None else child.receive(size, time.monotonic() + _SILENCE_S)
@@ -89,17 +95,6 @@ def _run(read: ReadRange, source: ParquetSource, task: dict[str, Any]) -> Iterat
             children.give_back(child)
         else:
             child.kill()
-
-
-def _answer(child: Child, read: ReadRange, message: dict[str, Any]) -> Exception | None:
-    """Give the child the bytes it asked for; returns the store's error where there are none."""
-    try:
-        data = read(message["start"], min(message["length"], _REQUEST_BYTES))
-    except Exception as error:  # noqa: BLE001 - stores raise anything; it is raised when the child has ended its task
-        child.send({"size": -1}, [])
-        return error
-    child.send({"size": len(data)}, [data])
-    return None
 
 
 children: Pool[Child] = Pool(lambda memory_mb: Child("pipeline.source.reading.parquet_child", memory_mb))

@@ -30,7 +30,7 @@ from pipeline.source.reading.fields import (
 from pipeline.source.reading.filters import filter_columns, to_arrow
 from pipeline.source.reading.rows import Ranges, SourceRow
 from pipeline.source.reasons import Reason
-from pipeline.storage.remote import RangedFile
+from pipeline.storage.stores import RangedFile
 
 Item = SourceRow | tuple[SourceRow, str]  # with a URI: the image is elsewhere
 

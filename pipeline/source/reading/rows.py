@@ -17,8 +17,8 @@ from typing import BinaryIO, TypeVar
 from pipeline.errors import PipelineError
 from pipeline.source.reasons import Reason
 from pipeline.storage.errors import PlaceRefused, describe
-from pipeline.storage.remote import RangedFile
 from pipeline.storage.root import Root, Version
+from pipeline.storage.stores import RangedFile
 
 
 @dataclass(frozen=True)

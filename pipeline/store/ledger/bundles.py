@@ -14,10 +14,10 @@ from itertools import islice
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.storage.errors import RESTORE
 from pipeline.storage.root import Root
-from pipeline.storage.stored import RESTORE
 from pipeline.store.ledger import layout
-from pipeline.store.tables import reading_table
+from pipeline.store.read.row_groups import reading_table
 
 # Fewer loose records than this are read in about the time that one more object would cost.
 SEAL_AT_LEAST = 64

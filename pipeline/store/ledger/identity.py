@@ -16,8 +16,9 @@ from pydantic import Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from pipeline.errors import ConflictError, InputError
+from pipeline.storage.errors import unreadable
 from pipeline.storage.root import Root
-from pipeline.storage.stored import OPEN, Count, parse, unreadable
+from pipeline.storage.stored import OPEN, Count, parse
 from pipeline.store.ledger import layout
 from pipeline.store.ledger.generation import at_one_generation, identity_key
 

@@ -119,9 +119,15 @@ def fold(plan: Plan, records: Sequence[tuple[str, CommitRecord]]) -> State:
         for reason, rows in record.filtered.items():
             filtered.setdefault(reason, []).append(rows - gone)
         lengths.state(record.generation, record.unit_rows)
+
+    def by_unit(file: VisibleFile) -> tuple[int, int, str]:
+        groups = file.info.row_groups
+        first = int(groups.first_unit.min()) if len(groups) else 0
+        return first, int(groups.last_unit.max()) if len(groups) else 0, file.info.path
+
     return State(
         plan=plan,
-        files=_in_unit_order(files),
+        files=tuple(sorted({file.info.path: file for file in files}.values(), key=by_unit)),
         reject_files=tuple(reject_files),
         covered=RowSet.union_all([r.covered for _, r in records]) - plan.retired,
         rejects=_merged(rejects),
@@ -157,16 +163,6 @@ class _Lengths:
                 if stated <= generation and any(start < rows <= stop for start, stop in rejects.of_unit(unit)):
                     del self._stated[unit]
         return {unit: rows for unit, (_, rows) in self._stated.items()}
-
-
-def _in_unit_order(files: Sequence[VisibleFile]) -> tuple[VisibleFile, ...]:
-    def first_unit(file: VisibleFile) -> tuple[int, int, str]:
-        groups = file.info.row_groups
-        first = int(groups.first_unit.min()) if len(groups) else 0
-        return first, int(groups.last_unit.max()) if len(groups) else 0, file.info.path
-
-    unique = {file.info.path: file for file in files}
-    return tuple(sorted(unique.values(), key=first_unit))
 
 
 def _merged(sets: dict[str, list[RowSet]]) -> dict[str, RowSet]:

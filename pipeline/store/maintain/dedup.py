@@ -27,8 +27,8 @@ from pipeline.store.ledger.identity import read_identity
 from pipeline.store.ledger.rowset import Int64s, RowSet
 from pipeline.store.ledger.state import State, VisibleFile, read_state
 from pipeline.store.read.dataset import Dataset
+from pipeline.store.read.row_groups import reading_table
 from pipeline.store.schema import LATENTS, REJECTS
-from pipeline.store.tables import reading_table
 from pipeline.store.writer import Committer
 
 REASON = "duplicate_content"
@@ -151,7 +151,16 @@ class _Work:
         """
         known = np.zeros(0, _ROW)
         waiting: list[Rows] = []
-        for done, rows in enumerate(self._shares(number, passes), 1):
+
+        def shares() -> Iterator[Rows]:
+            """The rows of one share of the hashes, row group by row group; few row groups are held at a time."""
+            with ThreadPoolExecutor(_READERS) as pool:
+                for first in range(0, len(self.dataset.row_groups), _READ_WINDOW):
+                    self.generation.check()
+                    groups = self.dataset.row_groups[first : first + _READ_WINDOW]
+                    yield from pool.map(lambda g: self._share(g.index, number, passes), groups)
+
+        for done, rows in enumerate(shares(), 1):
             waiting.append(rows)
             if sum(map(len, waiting)) > self.limit:
                 known = self._settle(known, waiting)
@@ -166,14 +175,6 @@ class _Work:
             part = slice(start, start + _ROWS_PER_COMMIT)
             self._commit(others[part], kept[part])
         return known
-
-    def _shares(self, number: int, passes: int) -> Iterator[Rows]:
-        """The rows of one share of the hashes, row group by row group; few row groups are held at a time."""
-        with ThreadPoolExecutor(_READERS) as pool:
-            for first in range(0, len(self.dataset.row_groups), _READ_WINDOW):
-                self.generation.check()
-                groups = self.dataset.row_groups[first : first + _READ_WINDOW]
-                yield from pool.map(lambda g: self._share(g.index, number, passes), groups)
 
     def _share(self, group: int, number: int, passes: int) -> Rows:
         table = self.dataset.read(group, ["content_sha256", "unit", "row"])

@@ -19,10 +19,9 @@ from pydantic import Field
 
 from pipeline.config import StrictModel
 from pipeline.errors import InputError
-from pipeline.storage.errors import storage_errors
-from pipeline.storage.remote import RangedFile
+from pipeline.storage.errors import storage_errors, unreadable
 from pipeline.storage.root import Root
-from pipeline.storage.stored import unreadable
+from pipeline.storage.stores import RangedFile
 from pipeline.store.ledger import layout
 from pipeline.store.ledger.generation import at_one_generation, last_run
 from pipeline.store.ledger.identity import Identity, identity_at, read_identity
@@ -37,8 +36,8 @@ from pipeline.store.read.row_groups import (
     fixed_width_pages,
     fixed_width_values,
     plain_span,
+    reading_table,
 )
-from pipeline.store.tables import reading_table
 from pipeline.store.writer import channel_totals
 
 # -- The `data:` section of the jobs that read a dataset -------------------------------------------------------

@@ -19,8 +19,9 @@ from pydantic import TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from pipeline.errors import ConflictError
+from pipeline.storage.errors import unreadable
 from pipeline.storage.root import Root
-from pipeline.storage.stored import OPEN, Key, parse, unreadable
+from pipeline.storage.stored import OPEN, Key, parse
 from pipeline.store.ledger import layout
 from pipeline.store.ledger.bundles import read_bundle, write_bundle
 from pipeline.store.ledger.generation import at_one_generation, visible_headers

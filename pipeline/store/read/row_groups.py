@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -11,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from pipeline.storage.errors import job_error, unreadable
 
 _BUCKET = re.compile(r"[1-9]\d{0,5}x[1-9]\d{0,5}")
 _UNITS = 1 << 31
@@ -317,3 +320,25 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
 def _integer(data: memoryview, at: int) -> tuple[int, int]:
     value, at = _varint(data, at)
     return (value >> 1) ^ -(value & 1), at
+
+
+# -- Files read back: what is wrong with one is an input error that names it -----------------------------------
+
+
+_REPAIR = "restore it from a backup; python -m jobs.verify shows all damage"
+
+
+@contextmanager
+def reading_table(where: str, next_step: str = _REPAIR) -> Iterator[None]:
+    """InputError, naming `where`, for whatever a damaged, lost or foreign Parquet file makes of the block.
+
+    The block opens and decodes that one file, and no more. What a store refuses, or its silence, stays what it is.
+    """
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, TypeError, LookupError, OverflowError) as error:
+        lost = isinstance(error, FileNotFoundError)
+        if not lost and job_error(error) is not None:
+            raise
+        detail = " ".join(str(error).split())[:300]
+        raise unreadable(where, "it is gone" if lost else detail, next_step=next_step) from error
