@@ -140,16 +140,13 @@ def _read(root: Root, name: str, key: str) -> Identity:
         )
     body = parse(_BODY, data, root.uri_of(name), key=key)
     identity = Identity(body["kind"], dict(body["fingerprint"]), dict(body["about"]))
-    if body["fingerprint_digest"] != _digest_or_none(identity.fingerprint):
+    try:
+        digest = fingerprint_digest(identity.fingerprint)
+    except ValueError:  # NaN, which no fingerprint holds
+        digest = ""
+    if body["fingerprint_digest"] != digest:
         raise unreadable(root.uri_of(name), "fingerprint: it has not the digest fingerprint_digest", key=key)
     return identity
-
-
-def _digest_or_none(fingerprint: Mapping[str, Any]) -> str | None:
-    try:
-        return fingerprint_digest(fingerprint)
-    except ValueError:  # NaN, which no fingerprint holds
-        return None
 
 
 def claim_identity(root: Root, identity: Identity) -> Identity:
