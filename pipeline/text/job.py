@@ -289,15 +289,17 @@ def _embed(task: _Task, run: Run, generation: Generation, state: State) -> JobRe
 def _loaded(task: _Task) -> Iterator[Encode]:
     """What encodes captions: in this process, or in one beside a GPU of the cluster, where it has any."""
     config = task.config
+    # It may travel to another process: without the datasets of the task.
+    files, encoder, batch_size, threads = task.files, task.encoder, config.embed.batch_size, config.threads
 
     def make(device: str) -> Encode:
         import torch
 
         from pipeline.text.encoder import load_encoder
 
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        return load_encoder(task.files, task.encoder, batch_size=config.embed.batch_size, device=device).encode
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return load_encoder(files, encoder, batch_size=batch_size, device=device).encode
 
     with reserved_gpu(config.device, config.cluster) as device:
         if device is None:
