@@ -8,9 +8,10 @@ import logging
 import os
 import secrets
 import stat
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
@@ -92,7 +93,13 @@ def ensure_ray(cluster: ClusterConfig) -> Any:
         return ray
     store = process_settings()
     os.environ.update(store)
-    common: dict[str, Any] = {"runtime_env": {"env_vars": {**WORKER_ENV, **store}}, "logging_level": logging.ERROR}
+    job_config = ray.job_config.JobConfig()
+    job_config._py_driver_sys_path = DriversPath()
+    common: dict[str, Any] = {
+        "runtime_env": {"env_vars": {**WORKER_ENV, **store}},
+        "job_config": job_config,
+        "logging_level": logging.ERROR,
+    }
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
@@ -128,6 +135,24 @@ def ensure_ray(cluster: ClusterConfig) -> Any:
             next_step="see that the machine has room, then run the same command again",
         ) from None
     return ray
+
+
+class DriversPath(list[str]):
+    """Where Ray's workers look for modules first; of what it holds the last comes first.
+
+    Ray adds the driver's folder and its script's, which then come before all that is installed: a file pipeline.py
+    there would pass for this package. Workers get the driver's own order instead, with these two last.
+    """
+
+    def extend(self, added: Iterable[str]) -> None:
+        """Take Ray's two places, and what must come before them."""
+        last = list(added)
+        home = str(Path(__file__).parents[2])
+        super().extend(last)
+        if os.getcwd() == os.path.realpath(home):
+            return  # a checkout at work: here it is first, whatever is installed
+        first = [place for place in sys.path if place and place not in last]
+        super().extend(reversed(first if home in first else [*first, home]))
 
 
 @contextmanager
