@@ -1,6 +1,7 @@
 """`latentloom`: every job as one command, beside `python -m jobs.NAME`, and what else a newcomer asks for.
 
     latentloom JOB CONFIG... [key=value ...]     the job, as `python -m jobs.JOB` runs it
+    latentloom files URI [--format jsonl | duckdb | polars]
     latentloom configs list | show NAME | copy NAME [DEST]
     latentloom completion bash | zsh | fish
     latentloom --help | --version
@@ -12,18 +13,22 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import json
 import pkgutil
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import jobs
 from jobs._main import EXIT_CODES, Job, Parser, main, reported
 from pipeline.config import SHIPPED, StrictModel, field_tree
-from pipeline.errors import ConfigError, ConflictError
+from pipeline.errors import ConfigError, ConflictError, InputError
+
+if TYPE_CHECKING:
+    from pipeline.store.ledger.state import DataFile
 
 # The journey's stages, with the jobs of each in the order they are met.
 STAGES = {
@@ -34,6 +39,7 @@ STAGES = {
     "look after": ("lineage", "sync_tracking"),
 }
 HELPERS = {
+    "files": "print the files of a dataset and which of their rows are visible, for readers that know Parquet alone",
     "configs": "list, show or copy the configurations that come with the package",
     "completion": "print the completion of this command for bash, zsh or fish",
 }
@@ -168,6 +174,65 @@ def _copy(source: Path, destination: Path) -> Path:
     return target
 
 
+# -- What is visible in a dataset, for DuckDB, Polars and whoever else reads Parquet ---------------------------
+
+
+def _files(words: Sequence[str]) -> str:
+    parser = Parser(prog="latentloom files", description=HELPERS["files"], allow_abbrev=False)
+    parser.add_argument("uri", metavar="URI", help="the dataset: latents, embeddings or images")
+    parser.add_argument("--format", choices=list(_READERS), default="jsonl", help="lines of JSON, or a query")
+    arguments = parser.parse_args(words)
+    from pipeline.storage.root import Root
+    from pipeline.store.ledger.identity import read_identity
+    from pipeline.store.read.dataset import Dataset
+
+    kind = read_identity(Root(arguments.uri), "URI").kind
+    files: list[DataFile] = Dataset.open_kind(arguments.uri, kind, "URI").files()
+    if not files:
+        raise InputError(
+            "The dataset has no visible row",
+            key="URI",
+            value=arguments.uri,
+            rule="what no commit has made visible is not there for others",
+            next_step="run the job that writes it to its end",
+        )
+    return _READERS[arguments.format](files)
+
+
+def _jsonl(files: Sequence[DataFile]) -> str:
+    return "\n".join(
+        json.dumps({"uri": f.uri, "rows": f.num_rows, "size_bytes": f.size_bytes, "filter": f.row_filter})
+        for f in files
+    )
+
+
+def _by_filter(files: Sequence[DataFile]) -> dict[str | None, list[str]]:
+    """URIs by what is visible in them: those that are visible as a whole are read by one call."""
+    grouped: dict[str | None, list[str]] = {}
+    for file in files:
+        grouped.setdefault(file.row_filter, []).append(file.uri)
+    return grouped
+
+
+def _duckdb(files: Sequence[DataFile]) -> str:
+    parts = []
+    for condition, uris in _by_filter(files).items():
+        listed = ", ".join("'" + uri.replace("'", "''") + "'" for uri in uris)
+        parts.append(f"SELECT * FROM read_parquet([{listed}])" + (f" WHERE {condition}" if condition else ""))
+    return "\nUNION ALL BY NAME\n".join(parts) + ";"
+
+
+def _polars(files: Sequence[DataFile]) -> str:
+    parts = [
+        f"    pl.scan_parquet({uris!r})" + (f".filter(pl.sql_expr({condition!r}))" if condition else "")
+        for condition, uris in _by_filter(files).items()
+    ]
+    return "\n".join(["import polars as pl", "", "rows = pl.concat([", ",\n".join(parts), "])"])
+
+
+_READERS: dict[str, Callable[[Sequence[DataFile]], str]] = {"jsonl": _jsonl, "duckdb": _duckdb, "polars": _polars}
+
+
 # -- Completion, printed from the list of jobs and the fields of their configurations --------------------------
 
 
@@ -189,7 +254,7 @@ def _completion(words: Sequence[str]) -> str:
 
 def _actions() -> dict[str, list[str]]:
     """What may follow each command."""
-    helpers = {"configs": ["list", "show", "copy", *shipped()], "completion": list(_SHELLS)}
+    helpers = {"files": ["--format"], "configs": ["list", "show", "copy", *shipped()], "completion": list(_SHELLS)}
     return helpers | {name: [*_JOB_FLAGS, *keys] if (keys := _keys(name)) else ["--help"] for name in job_names()}
 
 
@@ -254,7 +319,11 @@ def _fish_quoted(text: str) -> str:
 
 
 _SHELLS: dict[str, Callable[[], str]] = {"bash": _bash, "zsh": _zsh, "fish": _fish}
-_HELPER_OF: dict[str, Callable[[Sequence[str]], str]] = {"configs": _configs, "completion": _completion}
+_HELPER_OF: dict[str, Callable[[Sequence[str]], str]] = {
+    "files": _files,
+    "configs": _configs,
+    "completion": _completion,
+}
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any, NoReturn, TextIO
 from jobs._supervise import Ending, supervised
 from pipeline.config import StrictModel, check_installed, dump_yaml, help_text, load_config
 from pipeline.dataflow.device_faults import device_fault, stopped_by
-from pipeline.errors import ConfigError, PipelineError, StoppedError, visible
+from pipeline.errors import ConfigError, StoppedError, visible
 from pipeline.result import JobResult
 from pipeline.storage.errors import job_error
 from pipeline.tracking.uris import Redactor
@@ -99,10 +99,13 @@ def reported(name: str) -> Iterator[None]:
     """An error of the block ends the process with its code, said on standard error and as the answer's last line."""
     try:
         yield
-    except PipelineError as error:
-        _say(name, error)
-        print(_failure(name, error.exit_code, error.what, error.result), flush=True)
-        sys.exit(error.exit_code)
+    except Exception as error:
+        known = job_error(error)
+        if known is None:
+            raise
+        _say(name, known)
+        print(_failure(name, known.exit_code, known.what, known.result), flush=True)
+        sys.exit(known.exit_code)
 
 
 class _Discreet(logging.Formatter):

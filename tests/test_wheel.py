@@ -123,3 +123,18 @@ def test_a_job_runs_on_ray_from_a_folder_that_holds_its_names(installed: Path, e
     answer = json.loads(done.stdout.splitlines()[-1])
     assert (answer["job"], answer["status"]) == ("encode", "done")
     assert answer["counts"]["latents"] == 6
+    (listed,) = call(installed, "files", "out", cwd=elsewhere).stdout.splitlines()
+    assert json.loads(listed)["rows"] == 6
+    code = (
+        "import latentloom as ll; out = ll.open_latents('out'); print(ll.__file__, len(out), out[0]['latent'].shape)"
+    )
+    said = subprocess.run(  # -P: the folder is not looked through for modules
+        [installed / "bin" / "python", "-P", "-c", code],
+        cwd=elsewhere,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout
+    assert said.startswith(str(installed))
+    assert said.split(maxsplit=1)[1] == "6 (4, 8, 8)\n"

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ConflictError
 from pipeline.store.ledger.state import DataFile
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.schema import LATENTS, latents_from
@@ -47,6 +47,10 @@ class Latents(Sequence[dict[str, Any]]):
         self.dataset = dataset
         self._ends = np.cumsum(dataset.row_groups.rows)
         self._last: tuple[int, list[dict[str, Any]]] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # For other processes, which open it anew: the locks and the memory maps stay here.
+        return _opened_again, (self.uri, self.dataset.layout_digest)
 
     @property
     def uri(self) -> str:
@@ -111,16 +115,22 @@ class Latents(Sequence[dict[str, Any]]):
         for row, latent in zip(table.drop_columns(["latent", "latent_shape"]).to_pylist(), latents, strict=True):
             yield {**row, "latent": latent}
 
-    def to_arrow(self, columns: Sequence[str] | None = None) -> pa.Table:
+    def to_arrow(self, columns: Sequence[str] | None = None, *, part: int = 0, parts: int = 1) -> pa.Table:
         """All rows as one table, as they are stored; columns: names out of `schema`, None for all of them.
 
+        part, parts: one of so many parts alone, for processes that share the reading; some are empty where there are
+        fewer row groups.
         Without `latent` it is small. ConfigError for a column there is not, InputError for a file that is damaged.
         """
         for name in columns or ():
             if name not in LATENTS.names:
                 raise ConfigError("There is no such column", key="columns", value=name, rule=", ".join(LATENTS.names))
         schema = LATENTS if columns is None else pa.schema([LATENTS.field(name) for name in columns])
-        tables = [self.dataset.read(group, columns) for group in range(len(self.dataset.row_groups))]
+        if not 0 <= part < parts:
+            raise ValueError(f"part is {part}; it is at least 0 and below parts={parts}")
+        count = len(self.dataset.row_groups)
+        groups = range(part * count // parts, (part + 1) * count // parts)
+        tables = [self.dataset.read(group, columns) for group in groups]
         return pa.concat_tables([schema.empty_table(), *tables])
 
     def files(self) -> list[DataFile]:
@@ -169,3 +179,16 @@ def open_latents(uri: str) -> Latents:
     damaged one.
     """
     return Latents(LatentDataset.open(uri))
+
+
+def _opened_again(uri: str, layout: str) -> Latents:
+    latents = open_latents(uri)
+    if latents.dataset.layout_digest != layout:
+        raise ConflictError(
+            "The dataset has changed since it was opened in another process",
+            key="uri",
+            value=uri,
+            rule="all processes that share the reading read one state of it",
+            next_step="begin again, and share what was opened once no job writes",
+        )
+    return latents

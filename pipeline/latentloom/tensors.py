@@ -28,6 +28,8 @@ from pipeline.stream.loader import LatentStream
 from pipeline.train.inputs import Served, latent_scale
 from pipeline.train.task import Task, stored_values
 
+from .latents import Latents
+
 # -- Batches ---------------------------------------------------------------------------------------------------
 
 
@@ -132,20 +134,11 @@ class LatentBatches(IterableDataset[dict[str, Any]]):
     def __getstate__(self) -> dict[str, Any]:
         # For processes that are not forked: threads and locks stay here, the data are opened again there.
         kept = {name: value for name, value in vars(self).items() if name not in ("_stream", "_dataset", "_task")}
-        return kept | {"uri": self._dataset.uri, "layout": self._dataset.layout_digest}
+        return kept | {"latents": Latents(self._dataset)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         kept = dict(state)
-        uri, layout = kept.pop("uri"), kept.pop("layout")
-        dataset = LatentDataset.open(uri)
-        if dataset.layout_digest != layout:
-            raise ConflictError(
-                "The dataset has changed since this stream was made",
-                key="uri",
-                value=uri,
-                rule="all processes of a stream read one state of the dataset",
-                next_step="make the stream anew, or start DataLoader workers by fork",
-            )
+        dataset = kept.pop("latents").dataset
         self.__init__(dataset, kept["_settings"], normalised=kept["_normalised"])  # type: ignore[misc]
         vars(self).update(kept)
 

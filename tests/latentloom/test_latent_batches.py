@@ -201,7 +201,7 @@ def test_workers_that_are_no_forks_read_the_same_state(uri: str, tmp_path: Path)
     assert flat(again) == flat(own)
     kept = pickle.dumps(own)
     grow_dataset(made)
-    with pytest.raises(ll.ConflictError, match="has changed since this stream was made"):
+    with pytest.raises(ll.ConflictError, match="has changed since it was opened"):
         pickle.loads(kept)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,15 @@ def test_the_table_has_the_schema_it_tells(root: Root) -> None:
     with pytest.raises(ll.ConfigError, match="no such column") as caught:
         latents.to_arrow(["lable"])
     assert caught.value.value == "lable"
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_parts_are_the_whole(root: Root, parts: int) -> None:
+    latents = pickle.loads(pickle.dumps(ll.open_latents(root.uri)))
+    tables = [latents.to_arrow(["key"], part=part, parts=parts) for part in range(parts)]
+    assert [key for table in tables for key in table["key"].to_pylist()] == latents.to_arrow()["key"].to_pylist()
+    with pytest.raises(ValueError, match="below parts"):
+        latents.to_arrow(part=parts, parts=parts)
 
 
 def test_statistics_are_exact(root: Root) -> None:
