@@ -16,6 +16,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -391,4 +392,16 @@ def check_installed() -> None:
             next_step="pip install latentloom in an environment of its own, or "
             + "pip install "
             + " ".join(f"'{requirement.name}{requirement.specifier}'" for requirement, _ in wrong),
+        )
+
+
+def need_package(name: str, extra: str) -> None:
+    """Raise ConfigError unless a package that only an extra brings is installed; it is not imported."""
+    if find_spec(name) is None:
+        raise ConfigError(
+            f"The package {name} is not installed",
+            key="extra",
+            value=extra,
+            rule=f"what needs {name} comes with the extra {extra}",
+            next_step=f"pip install 'latentloom[{extra}]', on every node",
         )

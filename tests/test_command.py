@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from jobs import _command
-from pipeline.config import check_installed
+from pipeline.config import check_installed, need_package
 from pipeline.errors import ConfigError
 from tests.support.jobs import REPOSITORY, environment
 from tests.test_jobs import CONFIGS, JOBS
@@ -273,3 +275,19 @@ def test_a_job_refuses_packages_out_of_range(tmp_path: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert "rule:  ray<1" in done.stderr
     assert json.loads(done.stdout)["exit_code"] == 2
+
+
+def test_what_only_an_extra_brings_is_named_with_it() -> None:
+    need_package("json", "text")
+    with pytest.raises(ConfigError, match="not_there is not installed") as caught:
+        need_package("not_there", "text")
+    assert caught.value.next_step == "pip install 'latentloom[text]', on every node"
+
+
+def test_every_extra_that_is_named_exists() -> None:
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    sources = [path.read_text() for path in (REPOSITORY / "pipeline").rglob("*.py")]
+    needed = {found for text in sources for found in re.findall(r'need_package\("([\w]+)", "(\w+)"\)', text)}
+    assert len(needed) >= 2
+    for package, extra in needed:
+        assert any(line.startswith(package) for line in extras[extra])

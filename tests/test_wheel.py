@@ -19,6 +19,19 @@ from tests.support.jobs import REPOSITORY
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.ray]
 
+# In every process of this environment: what only an extra brings is not there.
+WITHOUT_EXTRAS = """
+import sys
+from importlib.machinery import PathFinder
+
+class Hiding(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        hidden = ("transformers", "s3fs", "gcsfs", "adlfs", "matplotlib", "timm", "torchvision")
+        return None if name.partition(".")[0] in hidden else super().find_spec(name, path, target)
+
+sys.meta_path[:] = [Hiding if finder is PathFinder else finder for finder in sys.meta_path]
+"""
 INPUTS = ("pyproject.toml", "README.md", "LICENSE", "pipeline", "jobs", "configs")
 
 
@@ -52,6 +65,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Lines of a .pth file are added to the path as they are: the .pth files inside those places, with what they make
     # importable, are not read.
     (purelib / "parent.pth").write_text("\n".join(sorted(places)) + "\n")
+    (purelib / "sitecustomize.py").write_text(WITHOUT_EXTRAS)
     pip = [sys.executable, "-m", "pip", f"--python={folder}/bin/python"]
     subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
     return folder
