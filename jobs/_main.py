@@ -21,9 +21,9 @@ from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 from jobs._supervise import Ending, supervised
-from pipeline.config import StrictModel, dump_yaml, help_text, load_config
+from pipeline.config import StrictModel, check_installed, dump_yaml, help_text, load_config
 from pipeline.dataflow.device_faults import device_fault, stopped_by
-from pipeline.errors import PipelineError, StoppedError, visible
+from pipeline.errors import ConfigError, PipelineError, StoppedError, visible
 from pipeline.result import JobResult
 from pipeline.storage.errors import job_error
 from pipeline.tracking.config import Redactor
@@ -49,11 +49,12 @@ class Job:
     notes: str = ""
 
 
-def main(job: Job, argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a job from the command line and exit with its code."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m jobs.{job.name}",
-        usage=f"python -m jobs.{job.name} CONFIG.yaml... [key=value ...] [--dry-run | --print-config | --help]",
+def main(job: Job, argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
+    """Run a job from the command line and exit with its code; prog: how it was called, if not as `python -m`."""
+    prog = prog or f"python -m jobs.{job.name}"
+    parser = Parser(
+        prog=prog,
+        usage=f"{prog} CONFIG.yaml... [key=value ...] [--dry-run | --print-config | --help]",
         description=job.summary,
         add_help=False,
         allow_abbrev=False,
@@ -62,7 +63,8 @@ def main(job: Job, argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--print-config", action="store_true")
     parser.add_argument("-h", "--help", action=_Help, job=job)
-    arguments = parser.parse_args(argv)
+    with reported(job.name):
+        arguments = parser.parse_args(argv)
     # Modules of the current directory are found, plug-ins and this program's own in a checkout, but pass for no
     # installed package: python -m puts it first.
     here = os.getcwd()
@@ -84,6 +86,29 @@ def main(job: Job, argv: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
+class Parser(argparse.ArgumentParser):
+    """Arguments whose errors are those of a configuration: exit code 2, and an answer on the last line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError; argparse would exit without an answer."""
+        usage = " ".join(self.format_usage().removeprefix("usage: ").split())
+        raise ConfigError(f"The arguments are wrong: {message}", rule=usage, next_step=f"see {self.prog} --help")
+
+
+@contextmanager
+def reported(name: str) -> Iterator[None]:
+    """An error of the block ends the process with its code, said on standard error and as the answer's last line."""
+    try:
+        yield
+    except Exception as error:
+        known = job_error(error)
+        if known is None:
+            raise
+        _say(name, known)
+        print(_failure(name, known.exit_code, known), flush=True)
+        sys.exit(known.exit_code)
+
+
 class _Discreet(logging.Formatter):
     """Messages without the secrets that this process knows."""
 
@@ -95,8 +120,8 @@ def _redacted(text: str) -> str:
     return Redactor.for_uri("")(text)
 
 
-def _say(job: Job, text: object) -> None:
-    print(visible(_redacted(f"\n{job.name}: {text}")), file=sys.stderr, flush=True)
+def _say(name: str, text: object) -> None:
+    print(visible(_redacted(f"\n{name}: {text}")), file=sys.stderr, flush=True)
 
 
 class _Help(argparse.Action):
@@ -108,7 +133,8 @@ class _Help(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         model = _load(self.job.config)
-        print(f"usage: {parser.usage}\n\n{self.job.summary}\n\nexample:\n  {self.job.example}\n")
+        example = self.job.example.replace(f"python -m jobs.{self.job.name}", parser.prog)
+        print(f"usage: {parser.usage}\n\n{self.job.summary}\n\nexample:\n  {example}\n")
         print("flags:\n  --dry-run       say what would be done, and what it would cost; writes nothing")
         print("  --print-config  print the merged configuration and exit\n  --help          this text\n")
         print(f"keys (in CONFIG files, or as key=value):\n{help_text(model)}\n\n{EXIT_CODES}")
@@ -126,23 +152,24 @@ def _run(job: Job, arguments: argparse.Namespace) -> Ending:
         config = load_config(model, files, overrides)
         if arguments.print_config:
             return 0, _redacted(dump_yaml(config).rstrip())
+        check_installed()
         function: Callable[[Any], JobResult] = _load(job.dry_run if arguments.dry_run else job.run)
         with _stop_signals():
             result = function(config)
         return 0, result.to_json(job.name)
     except KeyboardInterrupt:
-        _say(job, "interrupted; the same command goes on where it stopped")
-        return StoppedError.exit_code, _failure(job, StoppedError.exit_code, StoppedError("interrupted"))
+        _say(job.name, "interrupted; the same command goes on where it stopped")
+        return StoppedError.exit_code, _failure(job.name, StoppedError.exit_code, StoppedError("interrupted"))
     except Exception as error:  # noqa: BLE001 - the outermost frame: whatever is left is a bug, and said to be one
         known = job_error(error)  # what has a meaning of its own keeps it, whatever it came from
         if known is None and (fault := device_fault(error)) is not None:
             known = stopped_by(fault, f"The {job.name} job")
         if known is not None:
-            _say(job, known)
-            return known.exit_code, _failure(job, known.exit_code, known)
+            _say(job.name, known)
+            return known.exit_code, _failure(job.name, known.exit_code, known)
         print(visible(_redacted(traceback.format_exc())), file=sys.stderr)
-        _say(job, "this is a bug in latentloom; nothing committed was lost.")
-        return 1, _failure(job, 1, PipelineError(f"{type(error).__name__}: {error}"))
+        _say(job.name, "this is a bug in latentloom; nothing committed was lost.")
+        return 1, _failure(job.name, 1, PipelineError(f"{type(error).__name__}: {error}"))
 
 
 def _died(job: Job, cause: str) -> Ending:
@@ -153,18 +180,18 @@ def _died(job: Job, cause: str) -> Ending:
         next_step="see that the machine has memory and disk space left (the end of Ray's own node process looks "
         "like this, too), then run the same command again",
     )
-    _say(job, error)
-    return error.exit_code, _failure(job, error.exit_code, error)
+    _say(job.name, error)
+    return error.exit_code, _failure(job.name, error.exit_code, error)
 
 
-def _failure(job: Job, code: int, error: PipelineError) -> str:
+def _failure(name: str, code: int, error: PipelineError) -> str:
     """The answer of a job that failed: the fields of any other, and why, as it is told to people but in one line."""
     status = {4: "conflict", 5: "rejects-over-budget", 75: "stopped"}.get(code, "failed")
-    done = json.loads((error.result or JobResult(status)).to_json(job.name))
+    done = json.loads((error.result or JobResult(status)).to_json(name))
     parts = {"error": error.what, "key": error.key, "value": error.value, "rule": error.rule, "next": error.next_step}
     told = {name: _redacted(" ".join(str(part).split()))[:_MOST] for name, part in parts.items() if part is not None}
     why = {"status": status, "exit_code": code, **told}
-    return json.dumps({"job": job.name, **why, **{key: value for key, value in done.items() if key not in why}})
+    return json.dumps({"job": name, **why, **{key: value for key, value in done.items() if key not in why}})
 
 
 def _load(target: str) -> Any:

@@ -13,11 +13,16 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pipeline.config import SHIPPED
+
 CONFIGS = Path("configs/quickstart")
+if not CONFIGS.is_dir():  # outside a checkout: those that come with the package
+    CONFIGS = SHIPPED / "quickstart"
 PLACE = "quickstart"
 NUM_IMAGES = 4096
 LEAST_ACCURACY = 0.90
@@ -40,20 +45,15 @@ class Done:
     seconds: float
 
 
-def main() -> NoReturn:
+def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run every stage in turn; exits with the code of the first that fails."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
     from pipeline.progress import Progress
     from pipeline.source.synthetic import write_shapes
 
-    if len(sys.argv) > 1:
+    if arguments:
         print(__doc__)
-        sys.exit(0 if sys.argv[1:] in (["--help"], ["-h"]) else 2)
-    if not CONFIGS.is_dir():
-        print(
-            f"quickstart: there is no {CONFIGS}/ here; run it from the repository's top folder",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        sys.exit(0 if arguments in (["--help"], ["-h"]) else 2)
     print(f"[1/{1 + len(STAGES)}] Write {NUM_IMAGES:,} pictures of shapes to {PLACE}/images", flush=True)
     began = time.monotonic()
     with Progress("write", NUM_IMAGES) as progress:

@@ -15,6 +15,8 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +26,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 from pipeline.errors import ConfigError
+
+SHIPPED = Path(__file__).parent / "configs"  # the configurations that come with the package: a checkout's configs/
 
 
 class StrictModel(BaseModel):
@@ -79,7 +83,8 @@ def load_config(model: type[M], files: Sequence[str], overrides: Sequence[str] =
             raise ConfigError(
                 f"There is no configuration file {name}{hint}",
                 rule="arguments are YAML files, then key=value overrides",
-                next_step="name an existing file, or write key=value to set a single key",
+                next_step="name an existing file, or write key=value to set a single key; `latentloom configs list` "
+                "and `latentloom configs copy NAME` have those that come with the package",
             ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"The configuration file {name} cannot be read: {error}") from None
@@ -356,3 +361,47 @@ def help_text(model: type[BaseModel]) -> str:
         if info.description:
             lines.append(f"{indent}    {info.description}")
     return "\n".join(lines)
+
+
+def check_installed() -> None:
+    """Raise ConfigError that names every installed package whose version is outside the range this package needs.
+
+    Nothing happens where its own metadata is not installed, as in a bare checkout, nor for what is missing: whoever
+    imports that says so.
+    """
+    try:
+        needed = [line for line in metadata.requires("latentloom") or () if "extra ==" not in line]
+    except metadata.PackageNotFoundError:
+        return
+    from packaging.requirements import Requirement
+
+    wrong = []
+    for requirement in map(Requirement, needed):
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            wrong.append((requirement, version))
+    if wrong:
+        raise ConfigError(
+            "This environment holds packages of versions that were never tried",
+            key=", ".join(requirement.name for requirement, _ in wrong),
+            value=", ".join(version for _, version in wrong),
+            rule=", ".join(f"{requirement.name}{requirement.specifier}" for requirement, _ in wrong),
+            next_step="pip install latentloom in an environment of its own, or "
+            + "pip install "
+            + " ".join(f"'{requirement.name}{requirement.specifier}'" for requirement, _ in wrong),
+        )
+
+
+def need_package(name: str, extra: str) -> None:
+    """Raise ConfigError unless a package that only an extra brings is installed; it is not imported."""
+    if find_spec(name) is None:
+        raise ConfigError(
+            f"The package {name} is not installed",
+            key="extra",
+            value=extra,
+            rule=f"what needs {name} comes with the extra {extra}",
+            next_step=f"pip install 'latentloom[{extra}]', on every node",
+        )

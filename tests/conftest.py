@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,19 @@ pytest_plugins = ("tests.support.servers",)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+
+def _this_checkouts_package() -> None:
+    """`import latentloom` is this checkout's pipeline/latentloom, whichever is installed, if any."""
+    place = Path(__file__).parents[1] / "pipeline" / "latentloom" / "__init__.py"
+    spec = importlib.util.spec_from_file_location("latentloom", place)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["latentloom"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["latentloom"])
+
+
+_this_checkouts_package()
 
 
 # Markers of what needs processes, servers, a cluster or patience: all that --quick leaves out.

@@ -17,9 +17,7 @@ from tests.support.jobs import REPOSITORY, command, environment, run
 pytestmark = pytest.mark.integration
 
 JOBS = sorted(
-    p.stem
-    for p in (REPOSITORY / "jobs").glob("*.py")
-    if p.stem not in ("__init__", "_main", "_supervise", "quickstart")
+    p.stem for p in (REPOSITORY / "jobs").glob("*.py") if not p.stem.startswith("_") and p.stem != "quickstart"
 )
 CONFIGS = sorted(p.relative_to(REPOSITORY) for p in (REPOSITORY / "configs").rglob("*.yaml"))
 GOLDEN = REPOSITORY / "tests" / "golden" / "configs"

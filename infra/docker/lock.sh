@@ -19,6 +19,8 @@ compile() {
   mv "infra/docker/requirements-$kind.lock.new" "infra/docker/requirements-$kind.lock"
 }
 
-compile gpu pyproject.toml --constraints constraints.txt
-compile cpu pyproject.toml --find-links "${TORCH_CPU:?}" --constraints <(grep -v '^torch==' constraints.txt) --override <(echo "torch==$torch+cpu")
+# What the images hold besides the dependencies; the other stores' clients are for those who build their own.
+extras=(--extra report --extra s3 --extra text)
+compile gpu pyproject.toml "${extras[@]}" --constraints constraints.txt
+compile cpu pyproject.toml "${extras[@]}" --find-links "${TORCH_CPU:?}" --constraints <(grep -v '^torch==' constraints.txt) --override <(echo "torch==$torch+cpu")
 compile mlflow infra/docker/mlflow.in --constraints constraints.txt

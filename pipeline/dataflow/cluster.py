@@ -8,10 +8,11 @@ import logging
 import os
 import secrets
 import stat
+import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
@@ -94,7 +95,13 @@ def ensure_ray(cluster: ClusterConfig) -> Any:
         return ray
     store = process_settings()
     os.environ.update(store)
-    common: dict[str, Any] = {"runtime_env": {"env_vars": {**WORKER_ENV, **store}}, "logging_level": logging.ERROR}
+    job_config = ray.job_config.JobConfig()
+    job_config._py_driver_sys_path = DriversPath()
+    common: dict[str, Any] = {
+        "runtime_env": {"env_vars": {**WORKER_ENV, **store}},
+        "job_config": job_config,
+        "logging_level": logging.ERROR,
+    }
     address = os.environ.get("RAY_ADDRESS")
     # What Ray Data says of small data is true of small data.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"ray\.data\.")
@@ -154,6 +161,24 @@ def _probe(address: str) -> None:
                 rule="RAY_ADDRESS names a running cluster: HOST:PORT of its head, or ray://HOST:PORT of its clients",
                 next_step="start the cluster, correct the address, or unset RAY_ADDRESS to run on this machine",
             ) from None
+
+
+class DriversPath(list[str]):
+    """Where Ray's workers look for modules first; of what it holds the last comes first.
+
+    Ray adds the driver's folder and its script's, which then come before all that is installed: a file pipeline.py
+    there would pass for this package. Workers get the driver's own order instead, with these two last.
+    """
+
+    def extend(self, added: Iterable[str]) -> None:
+        """Take Ray's two places, and what must come before them."""
+        last = list(added)
+        home = str(Path(__file__).parents[2])
+        super().extend(last)
+        if os.getcwd() == os.path.realpath(home):
+            return  # a checkout at work: here it is first, whatever is installed
+        first = [place for place in sys.path if place and place not in last]
+        super().extend(reversed(first if home in first else [*first, home]))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from pipeline.config import need_package
 from pipeline.dataflow.cluster import own_device, reserved_gpu, run_reserved
 from pipeline.errors import InputError
 from pipeline.evaluate.config import EvaluateJobConfig
@@ -52,6 +53,9 @@ def dry_run(config: EvaluateJobConfig) -> JobResult:
 
 def _evaluate(config: EvaluateJobConfig, inputs: Inputs, output: Root, run: Run) -> Record:
     """Measure, name the figures, write: the classifier, the report, and last the record that refers to them."""
+    need_package("matplotlib", "report")
+    if config.clip is not None:
+        need_package("transformers", "text")
     # Only here: a run that finds its inputs evaluated loads neither torch nor anything that draws.
     from pipeline.evaluate.passes import evaluate, evaluate_again_inspected
     from pipeline.evaluate.report import render_report

@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as functional
-import transformers
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
@@ -203,6 +202,8 @@ class ClipScorer:
     """
 
     def __init__(self, path: str, *, device: str = "cpu") -> None:
+        import transformers  # of an extra: only here is it needed
+
         verbosity = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()
         try:

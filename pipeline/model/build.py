@@ -9,15 +9,17 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, InputError
 from pipeline.model import adapters
 from pipeline.model.config import (
     DiTConfig,
     DiTTransformer2DConfig,
+    InstalledConfig,
     ModelConfig,
     PublishedConfig,
     UNet2DConditionConfig,
     UNet2DConfig,
+    installed_network,
     kinds_for,
 )
 from pipeline.model.dit import DiT
@@ -41,6 +43,8 @@ def build_model(
             next_step=f"choose {kinds_for(labels=labels, text=text)}, or another dataset",
         )
     fit: dict[str, Any] = {"latent_channels": latent_channels, "num_classes": num_classes, "text_dim": text_dim}
+    if isinstance(model, InstalledConfig):
+        return _of_a_package(model, fit)
     if isinstance(model, DiTConfig):
         return DiT(**model.model_dump(exclude={"kind"}), **fit)
     if isinstance(model, UNet2DConfig):
@@ -50,6 +54,24 @@ def build_model(
     if isinstance(model, DiTTransformer2DConfig):
         return adapters.build_dit_transformer2d(model, **fit)
     return adapters.build_sd3_transformer2d(model, **fit)
+
+
+def _of_a_package(model: InstalledConfig, fit: dict[str, Any]) -> nn.Module:
+    point = installed_network(model.name)
+    remedy: dict[str, Any] = {
+        "key": "model.name",
+        "value": model.name,
+        "rule": "an entry point is called with latent_channels, num_classes, text_dim and the options, and returns "
+        "an nn.Module",
+        "next_step": f"repair {point.value}, or correct model.options",
+    }
+    try:
+        network = point.load()(**model.options, **fit)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"The network cannot be made: {type(error).__name__}: {error}", **remedy) from error
+    if not isinstance(network, nn.Module):
+        raise InputError(f"The entry point returned a {type(network).__name__}", **remedy)
+    return network
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:

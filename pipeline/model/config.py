@@ -5,13 +5,16 @@ Channels, classes and text width are not here: they come from the dataset and ar
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, JsonValue, model_validator
 
 from pipeline.config import StrictModel
+from pipeline.errors import ConfigError
 
 Use = Literal["required", "optional", "refused"]
 # The diffusers classes that published pipelines may name: a closed list, for each has an adapter.
@@ -234,16 +237,57 @@ class PublishedConfig(NetworkConfig):
         return _of_levels(self.config["block_out_channels"])
 
 
+class InstalledConfig(NetworkConfig):
+    """A network of an installed package: its entry point in the group `latentloom.models` makes it.
+
+    The entry point is called with latent_channels, num_classes and text_dim (None where the data have none) and the
+    options, and returns an nn.Module with the calling convention of `pipeline.model`, its parameters initialised.
+    """
+
+    kind: Literal["installed"] = Field("installed", description="A network that an installed package offers.")
+    name: str = Field(..., min_length=1, description="Its entry point in the group latentloom.models.")
+    options: dict[str, JsonValue] = Field({}, description="Keyword arguments for it, as that package describes them.")
+    multiple: int = Field(1, ge=1, description="Sides of latents that it takes are multiples of this.")
+
+    @property
+    def sides(self) -> Sides:
+        return Sides("multiple", self.multiple)
+
+
 ModelConfig = Annotated[
-    DiTConfig | UNet2DConfig | UNet2DConditionConfig | DiTTransformer2DConfig | SD3Transformer2DConfig,
+    DiTConfig
+    | UNet2DConfig
+    | UNet2DConditionConfig
+    | DiTTransformer2DConfig
+    | SD3Transformer2DConfig
+    | InstalledConfig,
     Field(discriminator="kind"),
 ]
 
 
+GROUP = "latentloom.models"
+
+
+def installed_network(name: str) -> EntryPoint:
+    """The entry point of a network, not loaded; ConfigError when no installed package has it."""
+    points = {point.name: point for point in entry_points(group=GROUP)}
+    if name not in points:
+        near = difflib.get_close_matches(name, list(points), n=1)
+        raise ConfigError(
+            "No installed package offers this network",
+            key="model.name",
+            value=name,
+            rule=f"the entry points of {GROUP} here: {', '.join(sorted(points)) or 'there is none'}",
+            next_step=f"did you mean {near[0]}?" if near else "install the package that offers it, on every node",
+        )
+    return points[name]
+
+
 def kinds_for(*, labels: bool, text: bool) -> str:
-    """The kinds that learn from just these conditions, for a message."""
+    """The kinds that learn from just these conditions, for a message; of installed packages nobody knows."""
     networks: tuple[type[NetworkConfig], ...] = get_args(get_args(ModelConfig)[0])
     fitting = [network for network in networks if network.misfit(labels=labels, text=text) is None]
+    fitting.remove(InstalledConfig)
     return ", ".join(network.model_fields["kind"].default for network in fitting)
 
 

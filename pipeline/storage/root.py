@@ -164,7 +164,7 @@ class Root:
                 raise InputError(
                     f"The store {without_user(self.uri)} cannot be used: {without_user(str(error))}",
                     rule="the scheme needs an installed fsspec backend",
-                    next_step="pip install the backend (s3fs, gcsfs, adlfs, ...) or correct the scheme",
+                    next_step="pip install 'latentloom[s3]' ([gcs], [azure], another backend), or correct the scheme",
                 ) from None
         return self._fs
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
+from pipeline.config import need_package
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.text.config import TextEncoderConfig
 
@@ -99,6 +100,7 @@ class EncoderFiles:
 
 def encoder_files(encoder: TextEncoderConfig) -> EncoderFiles:
     """Find, check and hash an encoder; InputError or ConfigError says what is wrong with which key."""
+    need_package("transformers", "text")
     base = _directory(encoder).absolute()  # who loads it may run in another directory
     model_dir, tokenizer_dir = base / encoder.subfolder, base / encoder.tokenizer_subfolder
     config = _read_config(model_dir, encoder)

@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.codec.info import codec_info
 from pipeline.errors import ConfigError, ConflictError, argument_keys
-from pipeline.model.config import kinds_for
+from pipeline.model.config import InstalledConfig, installed_network, kinds_for
 from pipeline.store.ledger.identity import differences
 from pipeline.store.read.dataset import Dataset, LatentDataset
 from pipeline.store.read.pins import Pins
@@ -255,6 +255,8 @@ def handshake(config: TrainJobConfig, dataset: LatentDataset, *mix: LatentDatase
 
 
 def _check_model(config: TrainJobConfig, facts: Facts, uri: str) -> None:
+    if isinstance(config.model, InstalledConfig):
+        installed_network(config.model.name)  # here, before a worker finds out
     model, given = config.model, {"labels": facts.num_classes is not None, "text": facts.text is not None}
     misfit = model.misfit(**given)
     if misfit is not None:

@@ -21,6 +21,7 @@ from pipeline.diffusion.timesteps import TimestepDensity
 from pipeline.errors import ConflictError
 from pipeline.model.adapters import DiffusersAdapter
 from pipeline.model.build import build_model
+from pipeline.model.config import InstalledConfig
 from pipeline.model.info import CodecReference, DatasetShare, ModelInfo, TextReference
 from pipeline.model.load import file_sha256
 from pipeline.model.read import (
@@ -174,7 +175,9 @@ def save_export(destination: str | Path | Root, model: nn.Module, info: ModelInf
             diffusers_class = type(inner).__name__
             inner.save_pretrained(weights.parent, safe_serialization=True, max_shard_size="100TB")
         else:
-            description = {"_class_name": "latentloom.DiT", **info.model.model_dump(mode="json")}
+            ours = not isinstance(info.model, InstalledConfig)
+            class_name = "latentloom.DiT" if ours else f"{type(model).__module__}.{type(model).__qualname__}"
+            description = {"_class_name": class_name, **info.model.model_dump(mode="json")}
             shape = {name: getattr(info, name) for name in ("latent_channels", "num_classes", "text_dim")}
             _write_json(weights.parent / "config.json", description | shape)
             tensors = {name: value.detach().contiguous().cpu() for name, value in model.state_dict().items()}

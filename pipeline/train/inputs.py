@@ -71,15 +71,13 @@ def embedded(text: TextEmbeddings, captions: list[str | None]) -> Text:
 
 def make_task(config: TrainJobConfig, served: Sequence[Served], facts: Facts) -> Task:
     """The learning problem of a configuration; latents are normalised by the statistics of what is served."""
-    mean, std = pooled_statistics(served)
-    c = facts.latent_channels
+    mean, std = latent_scale(served, facts.latent_channels)
     text = served[0].text
     return Task(
         objective=Objective(**config.objective.model_dump()),
         density=TimestepDensity(**config.timesteps.model_dump()),
-        mean=torch.from_numpy(mean[:c]).float(),
-        # A channel that never varies is shifted, not blown up. Of stored posteriors, the means' spread is taken.
-        std=torch.from_numpy(std[:c]).float().clamp_min(1e-6),
+        mean=mean,
+        std=std,
         num_classes=facts.num_classes,
         label_dropout=config.train.label_dropout,
         seed=config.train.seed,
@@ -87,6 +85,15 @@ def make_task(config: TrainJobConfig, served: Sequence[Served], facts: Facts) ->
         text_dropout=config.train.text_dropout,
         empty_text=None if text is None else embedded(text, [None]),
     )
+
+
+def latent_scale(served: Sequence[Served], channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation that latents of so many channels are normalised by, float32 [c] each.
+
+    A channel that never varies is shifted, not blown up. Of stored posteriors, the means' spread is taken.
+    """
+    mean, std = (torch.from_numpy(values[:channels]).float() for values in pooled_statistics(served))
+    return mean, std.clamp_min(1e-6)
 
 
 def pooled_statistics(served: Sequence[Served]) -> tuple[np.ndarray, np.ndarray]:

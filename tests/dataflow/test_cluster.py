@@ -1,4 +1,4 @@
-"""A worker that computes on the CPU finds the memory it has freed there for its next batch."""
+"""Workers: memory that is freed stays there for the next batch, and modules are found in the driver's order."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from pipeline.dataflow.cluster import CPU_WORKER_ENV
+import pipeline
+from pipeline.dataflow.cluster import CPU_WORKER_ENV, DriversPath
 
 SCRIPT = """
 import resource, threading
@@ -52,3 +54,31 @@ def page_faults(**environment: str) -> list[int]:
 def test_freed_memory_is_kept_and_not_mapped_anew() -> None:
     worker, plain = page_faults(**CPU_WORKER_ENV), page_faults()
     assert all(few * 20 < many for few, many in zip(worker, plain, strict=True)), (worker, plain)
+
+
+def workers_path(places: list[str], own: list[str]) -> list[str]:
+    """Where a Ray worker looks for modules: Ray puts the job's places before its own, one after the other."""
+    path = list(own)
+    for place in places:
+        path.insert(0, place)
+    return path
+
+
+def test_workers_look_where_the_driver_looks_and_in_its_folder_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["/env/bin", "/lib/python", "/lib/site-packages", str(tmp_path)])
+    places = DriversPath()
+    places.extend(["/env/bin", str(tmp_path)])
+    home = str(Path(pipeline.__file__).parents[1])
+    expected = ["/lib/python", "/lib/site-packages", home, str(tmp_path), "/env/bin"]
+    assert workers_path(places, ["/lib/python"])[:5] == expected
+
+
+def test_in_a_checkout_workers_look_there_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    home = str(Path(pipeline.__file__).parents[1])
+    monkeypatch.chdir(home)
+    places = DriversPath()
+    places.extend([home])
+    assert workers_path(places, ["/lib/site-packages"]) == [home, "/lib/site-packages"]

@@ -86,6 +86,12 @@ class RowSet:
         base = units << _SHIFT
         return np.stack([units, self.starts - base, self.stops - base], axis=1).tolist()  # type: ignore[no-any-return]
 
+    def sql(self) -> str:
+        """A condition on the columns unit and row that is true for its rows; the set has some."""
+        return " OR ".join(
+            f'("unit" = {unit} AND "row" >= {start} AND "row" < {stop})' for unit, start, stop in self.triples()
+        )
+
     def count(self) -> int:
         """The number of rows."""
         return int((self.stops - self.starts).sum())

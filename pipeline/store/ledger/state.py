@@ -23,12 +23,29 @@ from pipeline.store.plan import Plan, read_plan
 
 
 @dataclass(frozen=True)
+class DataFile:
+    """A file with visible rows for other readers: where it lies, how many they are, and which.
+
+    row_filter: SQL over the columns unit and row that is true for the visible rows; None where all are.
+    """
+
+    uri: str
+    num_rows: int
+    size_bytes: int
+    row_filter: str | None
+
+
+@dataclass(frozen=True)
 class VisibleFile:
     """A visible file, the rows inside it that are dead, and the commit record that names it."""
 
     info: FileInfo
     dead: RowSet
     record: CommitRecord
+
+    def for_others(self, uri: str, num_rows: int) -> DataFile:
+        """What another reader of Parquet must know of it."""
+        return DataFile(uri, num_rows, self.info.size_bytes, f"NOT ({self.dead.sql()})" if self.dead else None)
 
 
 @dataclass(frozen=True)

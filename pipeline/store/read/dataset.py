@@ -27,7 +27,7 @@ from pipeline.store.ledger.generation import at_one_generation, last_run
 from pipeline.store.ledger.identity import Identity, identity_at, read_identity
 from pipeline.store.ledger.record import FileInfo
 from pipeline.store.ledger.rowset import RowSet, address
-from pipeline.store.ledger.state import State, VisibleFile, read_state, state_at
+from pipeline.store.ledger.state import DataFile, State, VisibleFile, read_state, state_at
 from pipeline.store.read.pins import Pins
 from pipeline.store.read.row_groups import (
     Bytes,
@@ -259,6 +259,12 @@ class Dataset:
         note = last_run(self.root, max(written, default=None))
         return {"run_id": note.get("run_id") or note.get("handle"), "source": note.get("source")} if note else {}
 
+    def files(self) -> list[DataFile]:
+        """The files with visible rows, in order, for readers that know Parquet alone."""
+        rows = np.bincount(self.row_groups.file_of, self.row_groups.rows, len(self.row_groups.files)).astype(np.int64)
+        files = zip(self.row_groups.files, rows.tolist(), strict=True)
+        return [file.for_others(self.root.uri_of(file.info.path), count) for file, count in files if count]
+
     def groups_within(self, first_unit: int, stop_unit: int) -> Iterator[tuple[int, RowGroupInfo]]:
         """(index, info) of the readable row groups that may hold rows of units [first_unit, stop_unit)."""
         return self.row_groups.within(first_unit, stop_unit)
@@ -441,10 +447,7 @@ def _alive(file: VisibleFile, rows: pa.Table) -> npt.NDArray[np.bool_]:
     return ~file.dead.contains(rows["unit"].to_numpy(), rows["row"].to_numpy())
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Blobs that rows keep outside their Parquet file: whole objects, or ranges of one, with the hash of their
-# bytes.
-#
+# -- Blobs that rows keep outside their Parquet file: whole objects, or ranges of one, with the hash of their bytes
 # A row that does names the place in `file`, "key" or "key#offset+length" relative to the root, and the sha256 of the
 # bytes in `content_sha256`; its own blob is empty. Rows become visible after what they name was put, so a visible row
 # always has its bytes. Garbage collection knows data/ and rejects/ only and leaves such objects alone.

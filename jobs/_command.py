@@ -1,0 +1,330 @@
+"""`latentloom`: every job as one command, beside `python -m jobs.NAME`, and what else a newcomer asks for.
+
+    latentloom JOB CONFIG... [key=value ...]     the job, as `python -m jobs.JOB` runs it
+    latentloom files URI [--format jsonl | duckdb | polars]
+    latentloom configs list | show NAME | copy NAME [DEST]
+    latentloom completion bash | zsh | fish
+    latentloom --help | --version
+
+Light: none of these but the jobs themselves imports Ray, torch, MLflow or an image library.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import pkgutil
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import jobs
+from jobs._main import EXIT_CODES, Job, Parser, main, reported
+from pipeline.config import SHIPPED, StrictModel, field_tree
+from pipeline.errors import ConfigError, ConflictError, InputError
+
+if TYPE_CHECKING:
+    from pipeline.store.ledger.state import DataFile
+
+# The journey's stages, with the jobs of each in the order they are met.
+STAGES = {
+    "try it": ("quickstart",),
+    "prepare": ("fit_codec", "encode", "embed_text", "compact", "verify"),
+    "train": ("train",),
+    "use": ("sample", "regenerate", "evaluate", "promote"),
+    "look after": ("lineage", "sync_tracking"),
+}
+HELPERS = {
+    "files": "print the files of a dataset and which of their rows are visible, for readers that know Parquet alone",
+    "configs": "list, show or copy the configurations that come with the package",
+    "completion": "print the completion of this command for bash, zsh or fish",
+}
+_JOB_FLAGS = ("--dry-run", "--print-config", "--help")
+
+
+def run(argv: Sequence[str] | None = None) -> NoReturn:
+    """The console command; exits as the job does, or 0, or with code 2 for what it does not know."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    with reported("latentloom"):
+        name = words[0] if words else "--help"
+        if name in ("--help", "-h", "help"):
+            print(_overview())
+            sys.exit(0)
+        if name == "--version":
+            print(f"latentloom {_version()}")
+            sys.exit(0)
+        if name in HELPERS:
+            print(_HELPER_OF[name](words[1:]))
+            sys.exit(0)
+        if name not in job_names():
+            raise _unknown("command", name, [*job_names(), *HELPERS], "latentloom --help lists all of them")
+    module = importlib.import_module(f"jobs.{name}")
+    if not hasattr(module, "JOB"):  # the quickstart, which runs several
+        module.main(words[1:])
+    main(module.JOB, words[1:], prog=f"latentloom {name}")
+
+
+def job_names() -> tuple[str, ...]:
+    """Every job there is, in the order of the journey; one of no stage comes last."""
+    there = sorted(found.name for found in pkgutil.iter_modules(jobs.__path__) if not found.name.startswith("_"))
+    staged = [name for names in STAGES.values() for name in names]
+    return (*(name for name in staged if name in there), *(name for name in there if name not in staged))
+
+
+def _summary(name: str) -> str:
+    module = importlib.import_module(f"jobs.{name}")
+    job: Job | None = getattr(module, "JOB", None)
+    return job.summary if job else str(module.__doc__).partition("\n")[0].partition(": ")[2].capitalize()
+
+
+def _overview() -> str:
+    names = job_names()
+    staged = {name for stage in STAGES.values() for name in stage}
+    stages = {**STAGES, "other": tuple(name for name in names if name not in staged)}
+    lines = ["usage: latentloom COMMAND ...\n\nImages to VAE latents to a trained diffusion model to images.\n"]
+    for stage, members in stages.items():
+        there = [name for name in members if name in names]
+        if there:
+            lines += [f"{stage}:", *(f"  {name:<14} {_summary(name)}" for name in there), ""]
+    lines += ["besides:", *(f"  {name:<14} {what}" for name, what in HELPERS.items()), ""]
+    lines.append("latentloom JOB --help prints every key of a job; python -m jobs.JOB is the same.\n")
+    return "\n".join([*lines, EXIT_CODES])
+
+
+def _version() -> str:
+    try:
+        return metadata.version("latentloom")
+    except metadata.PackageNotFoundError:
+        return "(a checkout that is not installed)"
+
+
+def _unknown(what: str, value: str, known: Sequence[str], next_step: str) -> ConfigError:
+    near = difflib.get_close_matches(value, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return ConfigError(
+        f"There is no such {what}{hint}", key=what, value=value, rule=", ".join(known), next_step=next_step
+    )
+
+
+# -- Configurations that come with the package -----------------------------------------------------------------
+
+
+def shipped() -> dict[str, Path]:
+    """The configurations that come with the package, by their names: folder/stem."""
+    return {path.relative_to(SHIPPED).with_suffix("").as_posix(): path for path in sorted(SHIPPED.glob("*/*.yaml"))}
+
+
+def _configs(words: Sequence[str]) -> str:
+    parser = Parser(prog="latentloom configs", description=HELPERS["configs"], allow_abbrev=False)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="list | show NAME | copy NAME [DEST]")
+    actions.add_parser("list", help="one line for each")
+    actions.add_parser("show", help="print one").add_argument("name")
+    copying = actions.add_parser("copy", help="put one into DEST, a folder or a file; here by default")
+    copying.add_argument("name")
+    copying.add_argument("destination", nargs="?", default=".")
+    arguments = parser.parse_args(words)
+    files = shipped()
+    if arguments.action == "list":
+        return "\n".join(f"{name:<26} {_purpose(path)}" for name, path in files.items())
+    name = arguments.name.removeprefix("configs/").removesuffix(".yaml")
+    if name not in files:
+        raise _unknown("configuration", name, list(files), "latentloom configs list says what each is for")
+    if arguments.action == "show":
+        return files[name].read_text(encoding="utf-8").rstrip("\n")
+    return str(_copy(files[name], Path(arguments.destination)))
+
+
+def _purpose(path: Path) -> str:
+    """The first sentence of a configuration's comment."""
+    words: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("# "):
+            break
+        words += line[2:].split()
+    text = " ".join(words)
+    return text.partition(". ")[0].rstrip(".")
+
+
+def _copy(source: Path, destination: Path) -> Path:
+    target = destination / source.name if destination.is_dir() else destination
+    text = source.read_text(encoding="utf-8")
+    try:
+        with open(target, "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ConflictError(
+            "The file is there already: nothing was changed",
+            key="DEST",
+            value=target,
+            rule="a copy replaces nothing: what is there may be somebody's own",
+            next_step="name another file or folder, or move that one away",
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"The configuration cannot be written: {error.strerror}",
+            key="DEST",
+            value=target,
+            rule="an existing folder, or a file to be made in one",
+            next_step="make the folder, or name another one",
+        ) from None
+    return target
+
+
+# -- What is visible in a dataset, for DuckDB, Polars and whoever else reads Parquet ---------------------------
+
+
+def _files(words: Sequence[str]) -> str:
+    parser = Parser(prog="latentloom files", description=HELPERS["files"], allow_abbrev=False)
+    parser.add_argument("uri", metavar="URI", help="the dataset: latents, embeddings or images")
+    parser.add_argument("--format", choices=list(_READERS), default="jsonl", help="lines of JSON, or a query")
+    arguments = parser.parse_args(words)
+    from pipeline.storage.root import Root
+    from pipeline.store.ledger.identity import read_identity
+    from pipeline.store.read.dataset import Dataset
+
+    kind = read_identity(Root(arguments.uri), "URI").kind
+    files: list[DataFile] = Dataset.open_kind(arguments.uri, kind, "URI").files()
+    if not files:
+        raise InputError(
+            "The dataset has no visible row",
+            key="URI",
+            value=arguments.uri,
+            rule="what no commit has made visible is not there for others",
+            next_step="run the job that writes it to its end",
+        )
+    return _READERS[arguments.format](files)
+
+
+def _jsonl(files: Sequence[DataFile]) -> str:
+    return "\n".join(
+        json.dumps({"uri": f.uri, "rows": f.num_rows, "size_bytes": f.size_bytes, "filter": f.row_filter})
+        for f in files
+    )
+
+
+def _by_filter(files: Sequence[DataFile]) -> dict[str | None, list[str]]:
+    """URIs by what is visible in them: those that are visible as a whole are read by one call."""
+    grouped: dict[str | None, list[str]] = {}
+    for file in files:
+        grouped.setdefault(file.row_filter, []).append(file.uri)
+    return grouped
+
+
+def _duckdb(files: Sequence[DataFile]) -> str:
+    parts = []
+    for condition, uris in _by_filter(files).items():
+        listed = ", ".join("'" + uri.replace("'", "''") + "'" for uri in uris)
+        parts.append(f"SELECT * FROM read_parquet([{listed}])" + (f" WHERE {condition}" if condition else ""))
+    return "\nUNION ALL BY NAME\n".join(parts) + ";"
+
+
+def _polars(files: Sequence[DataFile]) -> str:
+    parts = [
+        f"    pl.scan_parquet({uris!r})" + (f".filter(pl.sql_expr({condition!r}))" if condition else "")
+        for condition, uris in _by_filter(files).items()
+    ]
+    return "\n".join(["import polars as pl", "", "rows = pl.concat([", ",\n".join(parts), "])"])
+
+
+_READERS: dict[str, Callable[[Sequence[DataFile]], str]] = {"jsonl": _jsonl, "duckdb": _duckdb, "polars": _polars}
+
+
+# -- Completion, printed from the list of jobs and the fields of their configurations --------------------------
+
+
+def _keys(name: str) -> list[str]:
+    """The keys of a job that take a value, as they are typed; sections are no keys of an override."""
+    job: Job | None = getattr(importlib.import_module(f"jobs.{name}"), "JOB", None)
+    if job is None:
+        return []
+    module, _, attribute = job.config.partition(":")
+    model: type[StrictModel] = getattr(importlib.import_module(module), attribute)
+    return [f"{key}=" for key in dict.fromkeys(key for key, kind, _ in field_tree(model) if kind != "section")]
+
+
+def _completion(words: Sequence[str]) -> str:
+    parser = Parser(prog="latentloom completion", description=HELPERS["completion"], allow_abbrev=False)
+    parser.add_argument("shell", choices=list(_SHELLS))
+    return _SHELLS[parser.parse_args(words).shell]()
+
+
+def _actions() -> dict[str, list[str]]:
+    """What may follow each command."""
+    helpers = {"files": ["--format"], "configs": ["list", "show", "copy", *shipped()], "completion": list(_SHELLS)}
+    return helpers | {name: [*_JOB_FLAGS, *keys] if (keys := _keys(name)) else ["--help"] for name in job_names()}
+
+
+def _bash() -> str:
+    cases = "\n".join(f"    {name}) words={shlex.quote(' '.join(after))} ;;" for name, after in _actions().items())
+    # bash ends a word at "=": what stands behind it is completed as a file's name.
+    return f"""\
+# latentloom for bash: eval "$(latentloom completion bash)"
+_latentloom() {{
+  local words="{" ".join([*job_names(), *HELPERS, "--help", "--version"])}"
+  if [ "$COMP_CWORD" -gt 1 ]; then
+    case "${{COMP_WORDS[1]}}" in
+{cases}
+    *) words="" ;;
+    esac
+  fi
+  local current="${{COMP_WORDS[COMP_CWORD]}}" word
+  COMPREPLY=()
+  [ "$current" = "=" ] || [ "${{COMP_WORDS[COMP_CWORD-1]}}" = "=" ] && return
+  for word in $(compgen -W "$words" -- "$current"); do
+    case "$word" in *=) COMPREPLY+=("$word") ;; *) COMPREPLY+=("$word ") ;; esac
+  done
+}}
+complete -o default -o nospace -F _latentloom latentloom"""
+
+
+def _zsh() -> str:
+    cases = "\n".join(
+        f"    {name}) compadd -S '' -- {' '.join(word for word in after if word.endswith('='))}; "
+        f"compadd -- {' '.join(word for word in after if not word.endswith('='))}; _files ;;"
+        for name, after in _actions().items()
+    )
+    return f"""\
+#compdef latentloom
+# latentloom for zsh: eval "$(latentloom completion zsh)"
+_latentloom() {{
+  if (( CURRENT == 2 )); then
+    compadd -- {" ".join([*job_names(), *HELPERS, "--help", "--version"])}
+    return
+  fi
+  case "$words[2]" in
+{cases}
+  esac
+}}
+compdef _latentloom latentloom"""
+
+
+def _fish() -> str:
+    lines = ["# latentloom for fish: latentloom completion fish | source"]
+    told = {**{name: _summary(name) for name in job_names()}, **HELPERS}
+    for name, what in told.items():
+        lines.append(f"complete -c latentloom -n __fish_use_subcommand -f -a {name} -d {_fish_quoted(what)}")
+    for name, after in _actions().items():
+        lines.append(
+            f"complete -c latentloom -n '__fish_seen_subcommand_from {name}' -a {_fish_quoted(' '.join(after))}"
+        )
+    return "\n".join(lines)
+
+
+def _fish_quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+_SHELLS: dict[str, Callable[[], str]] = {"bash": _bash, "zsh": _zsh, "fish": _fish}
+_HELPER_OF: dict[str, Callable[[Sequence[str]], str]] = {
+    "files": _files,
+    "configs": _configs,
+    "completion": _completion,
+}
+
+
+if __name__ == "__main__":
+    run()
