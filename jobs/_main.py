@@ -7,26 +7,79 @@ and MLflow's messages, errors) goes to standard error.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import json
 import logging
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, NoReturn, TextIO
+from typing import Any, BinaryIO, NoReturn, TextIO
 
-from jobs._supervise import Ending, supervised
 from pipeline.config import StrictModel, check_installed, dump_yaml, help_text, load_config
 from pipeline.dataflow.device_faults import device_fault, stopped_by
 from pipeline.errors import ConfigError, PipelineError, StoppedError, visible
 from pipeline.result import JobResult
 from pipeline.storage.errors import job_error
 from pipeline.tracking.config import Redactor
+
+# -- A process that watches over the one that works ------------------------------------------------------------
+
+
+# What a job ends with: its exit code, and the line that goes to standard output.
+Ending = tuple[int, str | None]
+_PR_SET_PDEATHSIG = 1
+
+
+def supervised(work: Callable[[], Ending], on_death: Callable[[str], Ending]) -> Ending:
+    """The ending of `work`, run in a forked process; of `on_death`, given the cause in words, when that one died.
+
+    SIGTERM is passed on, SIGINT reaches the worker by itself (a terminal sends it to the whole group). When this
+    process dies the worker is killed, too.
+    """
+    with tempfile.TemporaryFile() as note:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        me, worker = os.getpid(), os.fork()
+        if worker == 0:
+            _work(me, work, note)
+
+        def forward(signum: int, frame: FrameType | None) -> None:
+            os.kill(worker, signum)
+
+        previous = signal.signal(signal.SIGTERM, forward), signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            status = os.waitpid(worker, 0)[1]
+        finally:
+            signal.signal(signal.SIGTERM, previous[0])
+            signal.signal(signal.SIGINT, previous[1])
+        note.seek(0)
+        ending = note.read()
+    if ending:
+        code, line = json.loads(ending)
+        return code, line
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        return on_death(f"it was killed by {signal.Signals(-code).name}")
+    return on_death(f"it ended with status {code} and said nothing")
+
+
+def _work(parent: int, work: Callable[[], Ending], note: BinaryIO) -> NoReturn:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before it could be watched
+            os._exit(1)
+    code, line = work()
+    note.write(json.dumps([code, line]).encode())
+    note.flush()
+    sys.exit(code)
+
 
 _MOST = 2000  # characters of a part of an error in the answer
 EXIT_CODES = """exit codes:

@@ -17,8 +17,7 @@ from pipeline.errors import InputError
 from pipeline.model.adapters import DiffusersAdapter
 from pipeline.model.build import build_model
 from pipeline.model.checkpoints import CheckpointPlace, fetch_checked
-from pipeline.model.info import ModelInfo
-from pipeline.model.published import PublishedPipeline
+from pipeline.model.info import ModelInfo, PublishedPipeline
 from pipeline.model.read import DAMAGED, MARKER, RAW, WEIGHTS_KEY, StoredModel, read_model
 from pipeline.storage.errors import unreadable
 from pipeline.storage.root import Root

@@ -15,10 +15,9 @@ from pydantic import TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from pipeline.errors import ConfigError, InputError
-from pipeline.model import checkpoints, published
+from pipeline.model import checkpoints
 from pipeline.model.checkpoints import CheckpointPlace, find_checkpoint
-from pipeline.model.info import ModelInfo
-from pipeline.model.published import PublishedPipeline, read_pipeline_dir
+from pipeline.model.info import INDEX, ModelInfo, PublishedPipeline, is_pipeline_dir, read_pipeline_dir
 from pipeline.storage.errors import describe, storage_errors, unreadable
 from pipeline.storage.root import Root
 from pipeline.storage.stored import OBJECT, OPEN, parse
@@ -85,7 +84,7 @@ def read_model(uri: str, ema: str | None = None) -> StoredModel:
     damaged: tuple[type[Exception], ...] = (*storage_errors(), *DAMAGED)
     try:
         root = Root(uri)
-        if published.is_pipeline_dir(root):
+        if is_pipeline_dir(root):
             pipeline = read_pipeline_dir(root)
             files = {"pipeline": pipeline.info["weights_sha256"]}
             model = _stored(root.uri, "pipeline", pipeline.info, files, pipeline)
@@ -98,7 +97,7 @@ def read_model(uri: str, ema: str | None = None) -> StoredModel:
             key="model.uri",
             value=uri,
             rule=f"a model is an export ({MARKER}), a checkpoint ({checkpoints.MARKER}), a diffusers pipeline "
-            f"({published.INDEX}), or a directory of the first two",
+            f"({INDEX}), or a directory of the first two",
             next_step="name the export directory that jobs.train printed, or train one",
         ) from None
     if ema is not None and model.info.ema != ema:

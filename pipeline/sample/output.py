@@ -16,8 +16,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.media.images import FORMATS, SUFFIXES, caption_of, choose, contact_sheet, encode_image, thumbnail
-from pipeline.media.pages import PagePicture, render_page
+from pipeline.media.images import (
+    FORMATS,
+    SUFFIXES,
+    PagePicture,
+    caption_of,
+    choose,
+    contact_sheet,
+    encode_image,
+    render_page,
+    thumbnail,
+)
 from pipeline.sample.provenance import Draw, Origin, provenance
 from pipeline.sample.requests import FIELDS, REQUEST_SCHEMA
 from pipeline.storage.stored import OBJECT, parse

@@ -13,8 +13,7 @@ from pydantic import ValidationError
 from pipeline.codec.info import CodecInfo, codec_info
 from pipeline.diffusion.solvers import solver_for
 from pipeline.errors import ConfigError, ConflictError, InputError, argument_keys
-from pipeline.model.info import ModelInfo
-from pipeline.model.published import INDEX, PublishedPipeline, refused
+from pipeline.model.info import INDEX, ModelInfo, PublishedPipeline, refused
 from pipeline.model.read import StoredModel, read_model
 from pipeline.sample.config import FileRequests, GridRequests, SampleJobConfig
 from pipeline.sample.provenance import Draw, Origin

@@ -21,7 +21,6 @@ import torch
 from pipeline.diffusion.draw import Solving
 from pipeline.errors import ConflictError
 from pipeline.model.build import build_model, repeated_blocks
-from pipeline.model.flops import forward_flops, train_flops
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import is_superseded
 from pipeline.store.read.row_groups import reading_table
@@ -42,7 +41,17 @@ from pipeline.train.inputs import (
     open_stream,
     validation_chunks,
 )
-from pipeline.train.loop import Callbacks, Engine, Hook, Meter, Settings, peak_flops, train
+from pipeline.train.loop import (
+    Callbacks,
+    Engine,
+    Hook,
+    Meter,
+    Settings,
+    forward_flops,
+    peak_flops,
+    train,
+    train_flops,
+)
 from pipeline.train.parallel import wrap
 from pipeline.train.pinned_inputs import pins_of
 from pipeline.train.retention import History, Record

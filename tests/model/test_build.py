@@ -20,7 +20,7 @@ from pipeline.model.config import (
     UNet2DConditionConfig,
     UNet2DConfig,
 )
-from pipeline.model.flops import forward_flops, train_flops
+from pipeline.train.loop import forward_flops, train_flops
 
 pytestmark = pytest.mark.integration
 

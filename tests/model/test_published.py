@@ -22,8 +22,8 @@ from diffusers import (
 from pipeline.diffusion.objectives import Objective
 from pipeline.diffusion.samplers import sample
 from pipeline.errors import InputError
+from pipeline.model.info import is_pipeline_dir
 from pipeline.model.load import load_model
-from pipeline.model.published import is_pipeline_dir
 from pipeline.storage.root import Root
 
 

@@ -16,15 +16,16 @@ from PIL import Image
 
 from pipeline.errors import InputError
 from pipeline.media.images import (
+    PagePicture,
     caption_of,
     choose,
     contact_sheet,
     decode_image,
     encode_image,
     read_provenance,
+    render_page,
     thumbnail,
 )
-from pipeline.media.pages import PagePicture, render_page
 
 KINDS = ("png", "jpeg", "webp")
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)

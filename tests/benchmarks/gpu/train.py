@@ -17,9 +17,8 @@ from pipeline.diffusion.objectives import Objective
 from pipeline.diffusion.timesteps import TimestepDensity
 from pipeline.model.adapters import build_dit_transformer2d
 from pipeline.model.dit import DiT
-from pipeline.model.flops import module_flops, train_flops
 from pipeline.stream.data import Batch
-from pipeline.train.loop import Callbacks, Settings, train
+from pipeline.train.loop import Callbacks, Settings, module_flops, train, train_flops
 from pipeline.train.parallel import wrap
 from pipeline.train.state import Track, make_state
 from pipeline.train.task import Task
