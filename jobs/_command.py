@@ -18,7 +18,9 @@ import pkgutil
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -55,7 +57,10 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
             print(_overview())
             sys.exit(0)
         if name == "--version":
-            print(f"latentloom {_version()}")
+            with suppress(metadata.PackageNotFoundError):
+                print(f"latentloom {metadata.version('latentloom')}")
+                sys.exit(0)
+            print("latentloom (a checkout that is not installed)")
             sys.exit(0)
         if name in HELPERS:
             print(_HELPER_OF[name](words[1:]))
@@ -95,13 +100,6 @@ def _overview() -> str:
     return "\n".join([*lines, EXIT_CODES])
 
 
-def _version() -> str:
-    try:
-        return metadata.version("latentloom")
-    except metadata.PackageNotFoundError:
-        return "(a checkout that is not installed)"
-
-
 def _unknown(what: str, value: str, known: Sequence[str], next_step: str) -> ConfigError:
     near = difflib.get_close_matches(value, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
@@ -118,7 +116,8 @@ def shipped() -> dict[str, Path]:
     return {path.relative_to(SHIPPED).with_suffix("").as_posix(): path for path in sorted(SHIPPED.glob("*/*.yaml"))}
 
 
-def _configs(words: Sequence[str]) -> str:
+def configurations(words: Sequence[str]) -> str:
+    """What `latentloom configs` prints."""
     parser = Parser(prog="latentloom configs", description=HELPERS["configs"], allow_abbrev=False)
     actions = parser.add_subparsers(dest="action", required=True, metavar="list | show NAME | copy NAME [DEST]")
     actions.add_parser("list", help="one line for each")
@@ -129,24 +128,19 @@ def _configs(words: Sequence[str]) -> str:
     arguments = parser.parse_args(words)
     files = shipped()
     if arguments.action == "list":
-        return "\n".join(f"{name:<26} {_purpose(path)}" for name, path in files.items())
+        lines = []
+        for name, path in files.items():
+            # What each is for: the first sentence of its comment.
+            comment = takewhile(lambda line: line.startswith("# "), path.read_text(encoding="utf-8").splitlines())
+            purpose = " ".join(line[2:].strip() for line in comment).partition(". ")[0].rstrip(".")
+            lines.append(f"{name:<26} {purpose}")
+        return "\n".join(lines)
     name = arguments.name.removeprefix("configs/").removesuffix(".yaml")
     if name not in files:
         raise _unknown("configuration", name, list(files), "latentloom configs list says what each is for")
     if arguments.action == "show":
         return files[name].read_text(encoding="utf-8").rstrip("\n")
     return str(_copy(files[name], Path(arguments.destination)))
-
-
-def _purpose(path: Path) -> str:
-    """The first sentence of a configuration's comment."""
-    words: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("# "):
-            break
-        words += line[2:].split()
-    text = " ".join(words)
-    return text.partition(". ")[0].rstrip(".")
 
 
 def _copy(source: Path, destination: Path) -> Path:
@@ -177,7 +171,8 @@ def _copy(source: Path, destination: Path) -> Path:
 # -- What is visible in a dataset, for DuckDB, Polars and whoever else reads Parquet ---------------------------
 
 
-def _files(words: Sequence[str]) -> str:
+def print_files(words: Sequence[str]) -> str:
+    """The files of a dataset and which of their rows are visible, in the form that was asked for."""
     parser = Parser(prog="latentloom files", description=HELPERS["files"], allow_abbrev=False)
     parser.add_argument("uri", metavar="URI", help="the dataset: latents, embeddings or images")
     parser.add_argument("--format", choices=list(_READERS), default="jsonl", help="lines of JSON, or a query")
@@ -199,7 +194,8 @@ def _files(words: Sequence[str]) -> str:
     return _READERS[arguments.format](files)
 
 
-def _jsonl(files: Sequence[DataFile]) -> str:
+def as_jsonl(files: Sequence[DataFile]) -> str:
+    """One JSON object a file."""
     return "\n".join(
         json.dumps({"uri": f.uri, "rows": f.num_rows, "size_bytes": f.size_bytes, "filter": f.row_filter})
         for f in files
@@ -214,7 +210,8 @@ def _by_filter(files: Sequence[DataFile]) -> dict[str | None, list[str]]:
     return grouped
 
 
-def _duckdb(files: Sequence[DataFile]) -> str:
+def as_duckdb(files: Sequence[DataFile]) -> str:
+    """A query for DuckDB."""
     parts = []
     for condition, uris in _by_filter(files).items():
         listed = ", ".join("'" + uri.replace("'", "''") + "'" for uri in uris)
@@ -222,7 +219,8 @@ def _duckdb(files: Sequence[DataFile]) -> str:
     return "\nUNION ALL BY NAME\n".join(parts) + ";"
 
 
-def _polars(files: Sequence[DataFile]) -> str:
+def as_polars(files: Sequence[DataFile]) -> str:
+    """A script for Polars."""
     parts = [
         f"    pl.scan_parquet({uris!r})" + (f".filter(pl.sql_expr({condition!r}))" if condition else "")
         for condition, uris in _by_filter(files).items()
@@ -230,35 +228,39 @@ def _polars(files: Sequence[DataFile]) -> str:
     return "\n".join(["import polars as pl", "", "rows = pl.concat([", ",\n".join(parts), "])"])
 
 
-_READERS: dict[str, Callable[[Sequence[DataFile]], str]] = {"jsonl": _jsonl, "duckdb": _duckdb, "polars": _polars}
+_READERS: dict[str, Callable[[Sequence[DataFile]], str]] = {
+    "jsonl": as_jsonl,
+    "duckdb": as_duckdb,
+    "polars": as_polars,
+}
 
 
 # -- Completion, printed from the list of jobs and the fields of their configurations --------------------------
 
 
-def _keys(name: str) -> list[str]:
-    """The keys of a job that take a value, as they are typed; sections are no keys of an override."""
-    job: Job | None = getattr(importlib.import_module(f"jobs.{name}"), "JOB", None)
-    if job is None:
-        return []
-    module, _, attribute = job.config.partition(":")
-    model: type[StrictModel] = getattr(importlib.import_module(module), attribute)
-    return [f"{key}=" for key in dict.fromkeys(key for key, kind, _ in field_tree(model) if kind != "section")]
-
-
-def _completion(words: Sequence[str]) -> str:
+def completion(words: Sequence[str]) -> str:
+    """The script that a shell evaluates."""
     parser = Parser(prog="latentloom completion", description=HELPERS["completion"], allow_abbrev=False)
     parser.add_argument("shell", choices=list(_SHELLS))
     return _SHELLS[parser.parse_args(words).shell]()
 
 
 def _actions() -> dict[str, list[str]]:
-    """What may follow each command."""
-    helpers = {"files": ["--format"], "configs": ["list", "show", "copy", *shipped()], "completion": list(_SHELLS)}
-    return helpers | {name: [*_JOB_FLAGS, *keys] if (keys := _keys(name)) else ["--help"] for name in job_names()}
+    """What may follow each command: of a job its flags and the keys that take a value."""
+    found = {"files": ["--format"], "configs": ["list", "show", "copy", *shipped()], "completion": list(_SHELLS)}
+    for name in job_names():
+        job: Job | None = getattr(importlib.import_module(f"jobs.{name}"), "JOB", None)
+        found[name] = ["--help"]
+        if job is not None:
+            module, _, attribute = job.config.partition(":")
+            model: type[StrictModel] = getattr(importlib.import_module(module), attribute)
+            keys = dict.fromkeys(key for key, kind, _ in field_tree(model) if kind != "section")
+            found[name] = [*_JOB_FLAGS, *(f"{key}=" for key in keys)]
+    return found
 
 
-def _bash() -> str:
+def for_bash() -> str:
+    """The completion for bash."""
     cases = "\n".join(f"    {name}) words={shlex.quote(' '.join(after))} ;;" for name, after in _actions().items())
     # bash ends a word at "=": what stands behind it is completed as a file's name.
     return f"""\
@@ -281,7 +283,8 @@ _latentloom() {{
 complete -o default -o nospace -F _latentloom latentloom"""
 
 
-def _zsh() -> str:
+def for_zsh() -> str:
+    """The completion for zsh."""
     cases = "\n".join(
         f"    {name}) compadd -S '' -- {' '.join(word for word in after if word.endswith('='))}; "
         f"compadd -- {' '.join(word for word in after if not word.endswith('='))}; _files ;;"
@@ -302,7 +305,8 @@ _latentloom() {{
 compdef _latentloom latentloom"""
 
 
-def _fish() -> str:
+def for_fish() -> str:
+    """The completion for fish."""
     lines = ["# latentloom for fish: latentloom completion fish | source"]
     told = {**{name: _summary(name) for name in job_names()}, **HELPERS}
     for name, what in told.items():
@@ -318,11 +322,11 @@ def _fish_quoted(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-_SHELLS: dict[str, Callable[[], str]] = {"bash": _bash, "zsh": _zsh, "fish": _fish}
+_SHELLS: dict[str, Callable[[], str]] = {"bash": for_bash, "zsh": for_zsh, "fish": for_fish}
 _HELPER_OF: dict[str, Callable[[Sequence[str]], str]] = {
-    "files": _files,
-    "configs": _configs,
-    "completion": _completion,
+    "files": print_files,
+    "configs": configurations,
+    "completion": completion,
 }
 
 

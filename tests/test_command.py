@@ -208,7 +208,7 @@ def test_bash_completes_jobs_flags_keys_and_configurations(
         f"COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _latentloom; printf '%s\\n' \"${{COMPREPLY[@]}}\"\n"
     )
     done = subprocess.run(
-        [bash, "--norc", "-c", f"{_command._bash()}\n{script}"], text=True, capture_output=True, check=True
+        [bash, "--norc", "-c", f"{_command.for_bash()}\n{script}"], text=True, capture_output=True, check=True
     )
     offered = done.stdout.splitlines()
     assert set(some) <= set(offered), done.stderr

@@ -23,7 +23,6 @@ from pipeline.sample.denoise import Denoiser, LatentDecoder
 from pipeline.sample.prepare import SamplingInputs, on_device, prepare
 from pipeline.sample.prompts import PromptEmbedder
 from pipeline.store.read.dataset import LatentDataset
-from pipeline.stream.data import Batch
 from pipeline.stream.loader import LatentStream
 from pipeline.train.inputs import Served, latent_scale
 from pipeline.train.task import Task, stored_values
@@ -97,20 +96,25 @@ class LatentBatches(IterableDataset[dict[str, Any]]):
         try:
             for batch in islice(batches, 0, max(0, end - first), workers):
                 self._step = batch.step + 1
-                yield self._tensors(batch)
+                ids = ids_from_words(batch.sample_ids)
+                raw = stored_values(batch.latents).float()
+                labels = torch.full((len(raw),), -1) if batch.labels is None else torch.from_numpy(batch.labels)
+                out: dict[str, Any] = {
+                    "latents": self._task.clean(raw, ids, batch.epoch) if self._normalised else raw
+                }
+                out |= {
+                    "labels": labels,
+                    "ids": ids,
+                    "step": batch.step,
+                    "epoch": batch.epoch,
+                    "bucket": batch.bucket,
+                }
+                if self._settings["captions"]:
+                    out["captions"] = batch.captions or [""] * len(raw)
+                yield out
         finally:
             batches.close()  # type: ignore[attr-defined]
         self._step = end
-
-    def _tensors(self, batch: Batch) -> dict[str, Any]:
-        ids = ids_from_words(batch.sample_ids)
-        raw = stored_values(batch.latents).float()
-        labels = torch.full((len(raw),), -1) if batch.labels is None else torch.from_numpy(batch.labels)
-        out: dict[str, Any] = {"latents": self._task.clean(raw, ids, batch.epoch) if self._normalised else raw}
-        out |= {"labels": labels, "ids": ids, "step": batch.step, "epoch": batch.epoch, "bucket": batch.bucket}
-        if self._settings["captions"]:
-            out["captions"] = batch.captions or [""] * len(raw)
-        return out
 
     def state_dict(self) -> dict[str, Any]:
         """From where to go on: JSON values. In a DataLoader's worker it is the worker's own."""

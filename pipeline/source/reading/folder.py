@@ -315,7 +315,13 @@ def list_folder(root: Root, source: FolderSource, excluded: re.Pattern[str] | No
             continue
         if texts:
             captioned = True
-            record = _told_of(texts, source, record)
+            # The texts to be read with it, and for what, stand in its metadata: another version, or use, is a change.
+            fields = parse_object(record) if record is not None else {}
+            if set(fields) == {FILTERED}:
+                fields = {}  # nothing was known of it yet: its texts will be filtered
+            beside = [[t.key, t.size_bytes, t.etag, t.mtime_ns if t.etag is None else None] for t in texts]
+            use = [source.caption, source.label, list(source.extra), list(source.classes), source.filter]
+            record = canonical({**fields, TEXTS: beside, "use": use})
         if source.label_from == "directory":
             label = directory.rpartition("/")[2]
             if label not in source.classes:
@@ -374,16 +380,6 @@ def _stem(key: str) -> str:
     """A key without the ending of its name."""
     directory, slash, name = key.rpartition("/")
     return directory + slash + (name.rpartition(".")[0] or name)
-
-
-def _told_of(texts: list[ObjectInfo], source: FolderSource, record: str | None) -> str:
-    """A file's metadata with the texts to be read with it, and for what: another version, or use, is a change."""
-    fields = parse_object(record) if record is not None else {}
-    if set(fields) == {FILTERED}:
-        fields = {}  # nothing was known of it yet: its texts will be filtered
-    beside = [[t.key, t.size_bytes, t.etag, t.mtime_ns if t.etag is None else None] for t in texts]
-    use = [source.caption, source.label, list(source.extra), list(source.classes), source.filter]
-    return canonical({**fields, TEXTS: beside, "use": use})
 
 
 def asked_fields(source: FolderSource | WebDatasetSource) -> Iterator[tuple[str, str]]:
