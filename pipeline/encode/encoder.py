@@ -94,6 +94,7 @@ class Usage:
     device_s: float = 0.0
     stored: int = 0
     rejected: int = 0
+    filtered: int = 0
     halvings: int = 0
 
     def since(self, before: Usage) -> Usage:
@@ -176,7 +177,9 @@ class Encoder:
         self._finish(call)
         call.done.sort(key=lambda outcome: outcome.place)
         with self._state:
-            self.usage.rejected += sum(isinstance(outcome, Rejected) for outcome in call.done)
+            statuses = [outcome.status for outcome in call.done if isinstance(outcome, Rejected)]
+            self.usage.rejected += statuses.count("rejected")
+            self.usage.filtered += statuses.count("filtered")
         # A source row has one outcome: where a variant was rejected, that alone.
         rejected: dict[tuple[int, int], Rejected] = {}
         for outcome in call.done:

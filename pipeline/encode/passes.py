@@ -237,7 +237,8 @@ class Shares:
                 self._gauge.set(share, tags={"stage": stage})
             self._shown = {"busy": " ".join(f"{stage} {100 * share:.0f}%" for stage, share in shares.items())}
             self._then = elapsed_s, totals
-        return {"rejected": int(totals.get("rejected", 0)), **self._shown}
+        filtered = {"filtered": int(totals["filtered"])} if totals.get("filtered") else {}
+        return {"rejected": int(totals.get("rejected", 0)), **filtered, **self._shown}
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,8 @@ class EncodeBlocks:
         """What came since the last report: with every batch, so that the busy shares are those of any few seconds."""
         usage = encoder.unreported()
         decode_s = self._decoder.unreported_s() if self._decoder else 0.0
-        amounts = {"rows": stored + usage.rejected, "rejected": usage.rejected}
+        left_out = {"rejected": usage.rejected, "filtered": usage.filtered}
+        amounts = {"rows": stored + sum(left_out.values()), **left_out}
         return amounts | {"wait_s": usage.wait_s, "device_s": usage.device_s, "decode_s": decode_s}
 
 

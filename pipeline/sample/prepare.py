@@ -206,7 +206,7 @@ def load_requests(config: GridRequests | FileRequests, limits: RequestLimits) ->
         )
     labels = list(range(limits.num_classes or 0)) if config.classes == "all" else config.classes
     if config.classes == "all" and limits.num_classes is None:
-        raise InputError(
+        raise ConfigError(
             "The model was trained without classes",
             key="requests.classes",
             value="all",
@@ -216,7 +216,12 @@ def load_requests(config: GridRequests | FileRequests, limits: RequestLimits) ->
     grid = grid_columns(
         labels=labels, prompts=config.prompts, negative_prompt=config.negative_prompt, seeds=list(seeds)
     )
-    return validate_requests(grid, limits=limits, defaults=defaults, keep_first=keep_first, origin="the grid")
+    try:
+        return validate_requests(grid, limits=limits, defaults=defaults, keep_first=keep_first, origin="the grid")
+    except InputError as error:  # a grid is written in the configuration
+        raise ConfigError(
+            error.what, key=error.key, value=error.value, rule=error.rule, next_step=error.next_step
+        ) from None
 
 
 def _read_file(uri: str) -> bytes:

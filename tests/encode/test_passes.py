@@ -74,6 +74,7 @@ def test_the_busiest_stage_is_the_one_with_the_largest_share(monkeypatch: pytest
     shares = Shares({"read": 4.0, "decode": 2.0, "device": 1.0, "write": 4.0})
     assert shares({}, 5.0) == {"rejected": 0}  # nothing has begun
     assert shares({"rejected": 1.0, "read_s": 1.0}, 100.0) == {"rejected": 1}
+    assert shares({"rejected": 1.0, "filtered": 6.0, "read_s": 1.0}, 101.0) == {"rejected": 1, "filtered": 6}
     assert shares({"read_s": 2.0}, 105.0) == {"rejected": 0}  # half a window
     totals = {"read_s": 10.0, "decode_s": 5.0, "device_s": 9.0, "write_s": 0.0}
     # 10 seconds, from nothing: 10 of 4x10 CPU seconds, 5 of 2x10, 9 of 10.

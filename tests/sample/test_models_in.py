@@ -88,9 +88,9 @@ def test_a_dit_pipeline_draws_its_own_pictures(tmp_path: Path, monkeypatch: pyte
     theirs = pipe([3, 977], guidance_scale=3.0, num_inference_steps=4, output_type="np").images
     assert_same_pictures(ours, theirs)
     # Its label for "none" is not one that can be asked for, and its size is the only one.
-    with pytest.raises(InputError, match="label 1000: the model has classes 0 to 999"):
+    with pytest.raises(ConfigError, match="label 1000: the model has classes 0 to 999"):
         ready(tmp_path, {"classes": [1000]})
-    with pytest.raises(InputError, match="size 32x32: the model was trained on 16x16"):
+    with pytest.raises(ConfigError, match="size 32x32: the model was trained on 16x16"):
         ready(tmp_path, {"classes": [1], "height": 32, "width": 32})
     assert regenerate(ours[0], places=["/"]) == ours[0]
 
@@ -152,7 +152,7 @@ def test_a_pipeline_that_does_not_fit_together_is_refused(tmp_path: Path, tiny: 
     (tmp_path / "pipe" / "text_encoder" / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"has no model\.safetensors"):
         text_of(read_model(str(tmp_path / "pipe")))
-    with pytest.raises(InputError, match="prompt 'a'"):
+    with pytest.raises(ConfigError, match="prompt 'a'"):
         ready(tiny.model_uri, {"prompts": ["a"]})
 
 
@@ -170,7 +170,7 @@ def test_an_export_that_was_never_trained_without_a_class_is_not_guided(tiny: Ti
     model, info = load_model(tiny.model_uri)
     save_export(str(tmp_path / "model"), model, replace(info, always_labelled=True, guidable=False))
     assert ready(tmp_path / "model", {"classes": [0], "guidance": 1.0}).requests.table.num_rows == 1
-    with pytest.raises(InputError, match=r"guidance 2\.0: the model was always trained with its condition"):
+    with pytest.raises(ConfigError, match=r"guidance 2\.0: the model was always trained with its condition"):
         ready(tmp_path / "model", {"classes": [0], "guidance": 2.0})
 
 
