@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from typing import Any, BinaryIO, NoReturn, TextIO
 from pipeline.config import StrictModel, check_installed, dump_yaml, help_text, load_config
 from pipeline.dataflow.device_faults import device_fault, stopped_by
 from pipeline.errors import ConfigError, PipelineError, StoppedError, visible
+from pipeline.progress import as_json
 from pipeline.result import JobResult
 from pipeline.storage.errors import job_error
 from pipeline.tracking.config import Redactor
@@ -163,10 +165,15 @@ def reported(name: str) -> Iterator[None]:
 
 
 class _Discreet(logging.Formatter):
-    """Messages without the secrets that this process knows."""
+    """Messages without the secrets that this process knows; as JSON where that is asked for."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return visible(_redacted(super().format(record)))
+        text = _redacted(super().format(record))
+        return _as_json(record.levelname.lower(), text) if as_json() else visible(text)
+
+
+def _as_json(level: str, text: str) -> str:
+    return json.dumps({"time": time.time(), "level": level, "message": text})
 
 
 def _redacted(text: str) -> str:
@@ -174,7 +181,8 @@ def _redacted(text: str) -> str:
 
 
 def _say(name: str, text: object) -> None:
-    print(visible(_redacted(f"\n{name}: {text}")), file=sys.stderr, flush=True)
+    told = _redacted(f"{name}: {text}")
+    print(_as_json("error", told) if as_json() else visible(f"\n{told}"), file=sys.stderr, flush=True)
 
 
 class _Help(argparse.Action):

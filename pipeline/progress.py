@@ -1,9 +1,11 @@
 """Progress of a long step as one line on standard error: how far, how fast, how much longer.
 
 On a terminal the line is rewritten in place; into a file or a pipe a line is printed now and then, at growing
-intervals, so that a run of days leaves a log of hundreds of lines and not of millions.
+intervals, so that a run of days leaves a log of thousands of lines and not of millions. LATENTLOOM_LOG=json makes it,
+and every other message of a job on standard error, one JSON object a line.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -15,10 +17,15 @@ from typing import Self, TextIO
 
 TERMINAL_INTERVAL_S = 0.1
 FIRST_LOG_INTERVAL_S = 10.0
-LAST_LOG_INTERVAL_S = 60.0
+LAST_LOG_INTERVAL_S = 30.0
 LOG_INTERVAL_GROWTH = 1.25
 
 Figure = int | float | str
+
+
+def as_json() -> bool:
+    """Whether messages are to be read by machines: LATENTLOOM_LOG=json."""
+    return os.environ.get("LATENTLOOM_LOG") == "json"
 
 
 class Progress:
@@ -46,7 +53,8 @@ class Progress:
         self._began_s = clock()
         self._first: tuple[float, int] | None = None  # when the first update came, and what was done by then
         self._next_s = self._began_s
-        self._terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._json = as_json()
+        self._terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb" and not self._json
         self._interval_s = TERMINAL_INTERVAL_S if self._terminal else FIRST_LOG_INTERVAL_S
         self._closed = self._mute = False
         self._lock = threading.Lock()
@@ -115,6 +123,9 @@ class Progress:
     def _write(self, text: str) -> None:
         if self._mute:
             return
+        if self._json:
+            counts = {"progress": self._name, "done": self._done, "total": self._total, "unit": self._unit}
+            text = json.dumps({"time": time.time(), **counts, **self._figures, "message": text.strip()}) + "\n"
         try:
             self._stream.write(text)
             self._stream.flush()

@@ -135,6 +135,14 @@ def test_the_answer_of_a_refusal_carries_all_that_a_person_is_told(tmp_path: Pat
     assert "levle = ledger: there is no such key; did you mean level?" in answer["error"]
 
 
+def test_logs_are_json_where_that_is_asked_for(tmp_path: Path) -> None:
+    arguments = ("data.uri=nowhere", "tracking.enabled=false")
+    code, answer, errors = run("verify", *arguments, cwd=tmp_path, env={"LATENTLOOM_LOG": "json"})
+    lines = [json.loads(line) for line in errors.splitlines()]
+    assert (code, lines[-1]["level"]) == (3, "error")
+    assert answer["error"] in lines[-1]["message"]
+
+
 def test_help_names_flags_keys_and_exit_codes() -> None:
     done = subprocess.run(
         command("encode", "--help"), cwd=REPOSITORY, env=environment(), text=True, capture_output=True, check=True

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 
 import pytest
 
@@ -78,8 +79,20 @@ def test_without_a_terminal_intervals_grow_and_stay_bounded(clock: FakeClock) ->
     gaps = [later - earlier for earlier, later in itertools.pairwise(seen)]
     assert gaps[0] == 10
     assert gaps == sorted(gaps)
-    assert max(gaps) == 60
+    assert max(gaps) == 30
     assert "\r" not in out.getvalue()
+
+
+def test_machines_are_told_in_json(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATENTLOOM_LOG", "json")
+    out = Terminal()  # who asks for it means it on a terminal, too
+    with Progress("encode", 100, stream=out, clock=clock) as progress:
+        progress.update(40, rejected=2)
+    first, last = map(json.loads, out.getvalue().splitlines())
+    told = {"progress": "encode", "done": 40, "total": 100, "unit": "images", "rejected": 2}
+    assert first.items() >= told.items()
+    assert last.items() >= told.items()
+    assert first["message"].startswith("encode  40/100 images 40%")
 
 
 def test_terminal_rewrites_one_line_within_its_width(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
