@@ -44,7 +44,8 @@ def codec_root(path: str, revision: str | None = None) -> Root:
             key="path",
             value=path,
             rule=_LAYOUT,
-            next_step="correct the path; to take it from the hub, pin it with revision=<commit or tag>",
+            next_step="correct the path; to take it from the hub, pin it with revision=<commit or tag>; "
+            "without any, fit a small one: python -m jobs.fit_codec source.uri=IMAGES output.uri=CODEC",
         )
     for candidate in (root, root.child("vae")):
         if candidate.exists("config.json"):
