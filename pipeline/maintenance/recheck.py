@@ -25,6 +25,7 @@ from pipeline.encode.rows import Decoded, EncodedImage
 from pipeline.encode.stages import ImageDecoder, UnitReader
 from pipeline.errors import InputError, argument_keys
 from pipeline.maintenance.config import DecodeCheckConfig, RecheckLimits
+from pipeline.progress import Progress
 from pipeline.source.config import FolderSource, ImageConfig, ParquetSource, SourceConfig
 from pipeline.source.reading.listing import source_root
 from pipeline.storage.trust import follow
@@ -99,7 +100,14 @@ def recheck(uri: str, config: DecodeCheckConfig) -> Recheck:
             _judge_change(result, dataset, recipe.source, row)
         else:
             wanted[row["sample_id"]] = item
-    outcomes = encoder.encode(wanted.values())
+    done = 0
+    with Progress("encode again", len(wanted), "rows") as progress:
+
+        def on_batch(stored: int) -> None:
+            nonlocal done
+            progress.update(done := done + stored)
+
+        outcomes = encoder.encode(wanted.values(), on_batch=on_batch)
     again = {o.decoded.values["sample_id"]: o for o in outcomes if isinstance(o, EncodedImage)}
     for row in rows:
         if row["sample_id"] in wanted:
