@@ -83,6 +83,25 @@ def test_a_child_starts_no_process(way: str, user: int | None) -> None:
     assert "PermissionError" in told or "refused" in told
 
 
+NUMBERS = (234, 200, 310) if platform.machine() == "x86_64" else (131, 130, 270)
+AT = dict(zip(("tgkill", "tkill", "read"), NUMBERS, strict=True))
+REACHES_OTHERS = {
+    "kill": "os.kill(os.getppid(), 0); print('made')",
+    "a thread of another": f"p = os.getppid(); print(['made', 'refused'][{CALL}({AT['tgkill']}, p, p, 0) < 0])",
+    "any thread": f"print(['made', 'refused'][{CALL}({AT['tkill']}, os.getppid(), 0) < 0])",
+    "memory": f"print(['made', 'refused'][{CALL}({AT['read']}, os.getppid(), 0, 0, 0, 0, 0) < 0])",
+}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the filter is Linux's")
+@pytest.mark.parametrize("way", REACHES_OTHERS)
+def test_a_child_reaches_into_no_other_process(way: str) -> None:
+    told = in_a_child(REACHES_OTHERS[way])
+    assert "made" not in told
+    assert "PermissionError" in told or "refused" in told
+    assert "sent" in in_a_child("import signal; signal.raise_signal(signal.SIGCHLD); print('sent')")
+
+
 @pytest.mark.parametrize("user", [None, NOBODY])
 def test_a_child_starts_threads(user: int | None) -> None:
     if user is not None and os.getuid() != 0:

@@ -208,13 +208,17 @@ class _Calls:
 
     audit: int
     clone: int
-    refused: tuple[int, ...]  # fork and vfork where there are any, execve, execveat
+    tgkill: int
+    # fork and vfork where there are any, execve, execveat; then what reaches into other processes: kill, tkill,
+    # ptrace, process_vm_readv and writev, rt_sigqueueinfo, rt_tgsigqueueinfo.
+    refused: tuple[int, ...]
     clone3: int = 435
+    pidfds: tuple[int, ...] = (424, 438)  # pidfd_send_signal, pidfd_getfd
 
 
 _MACHINES = {
-    "x86_64": _Calls(0xC000003E, clone=56, refused=(57, 58, 59, 322)),
-    "aarch64": _Calls(0xC00000B7, clone=220, refused=(221, 281)),
+    "x86_64": _Calls(0xC000003E, 56, 234, (57, 58, 59, 322, 62, 200, 101, 310, 311, 129, 297)),
+    "aarch64": _Calls(0xC00000B7, 220, 131, (221, 281, 129, 130, 117, 270, 271, 138, 240)),
 }
 # Classic BPF (linux/bpf_common.h) over struct seccomp_data: number at 0, machine at 4, first argument at 16.
 _LOAD, _IF_EQUAL, _IF_AT_LEAST, _IF_SET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -223,7 +227,7 @@ _X32 = 0x40000000  # the second numbering of x86-64 begins here
 
 
 def _stay_alone(system: ctypes.CDLL) -> None:
-    """Refuse every system call that makes a process or runs a program; threads may start, as decoders use some.
+    """Refuse what makes a process, runs a program or reaches into others; threads may start, as decoders use some.
 
     A limit on processes would count all of this user's, threads too, and bind no superuser; a filter binds everybody.
     """
@@ -233,8 +237,11 @@ def _stay_alone(system: ctypes.CDLL) -> None:
     refusal = (_RETURN, 0, 0, _ERRNO | errno.EPERM)
     steps = [(_LOAD, 0, 0, 4), (_IF_EQUAL, 1, 0, calls.audit), (_RETURN, 0, 0, _KILL_PROCESS), (_LOAD, 0, 0, 0)]
     steps += [(_IF_AT_LEAST, 0, 1, _X32), refusal]
-    for number in calls.refused:
+    for number in calls.refused + calls.pidfds:
         steps += [(_IF_EQUAL, 0, 1, number), refusal]
+    # A signal to itself is how a process aborts.
+    steps += [(_IF_EQUAL, 0, 4, calls.tgkill), (_LOAD, 0, 0, 16), (_IF_EQUAL, 1, 0, os.getpid()), refusal]
+    steps += [(_RETURN, 0, 0, _ALLOW)]
     # Its arguments lie in memory, where no filter looks: without it the C library starts threads by clone.
     steps += [(_IF_EQUAL, 0, 1, calls.clone3), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
     steps += [(_IF_EQUAL, 0, 3, calls.clone), (_LOAD, 0, 0, 16), (_IF_SET, 1, 0, _CLONE_THREAD), refusal]
