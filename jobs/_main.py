@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, BinaryIO, NoReturn, TextIO
@@ -29,7 +29,8 @@ from pipeline.errors import ConfigError, PipelineError, StoppedError, visible
 from pipeline.progress import as_json
 from pipeline.result import JobResult
 from pipeline.storage.errors import job_error
-from pipeline.tracking.config import Redactor
+from pipeline.tracking.config import Redactor, resolve_paths
+from pipeline.tracking.delivery import mlflow_ui_command
 
 # -- A process that watches over the one that works ------------------------------------------------------------
 
@@ -93,7 +94,10 @@ EXIT_CODES = """exit codes:
 
 @dataclass(frozen=True)
 class Job:
-    """One job: its name, one sentence, and "module:attribute" of its configuration, run and dry run."""
+    """One job: its name, one sentence, and "module:attribute" of its configuration, run and dry run.
+
+    then: the command that usually comes next, with {names} of the job's outputs.
+    """
 
     name: str
     summary: str
@@ -102,6 +106,7 @@ class Job:
     dry_run: str
     example: str
     notes: str = ""
+    then: str = ""
 
 
 def main(job: Job, argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
@@ -217,6 +222,8 @@ def _run(job: Job, arguments: argparse.Namespace) -> Ending:
         function: Callable[[Any], JobResult] = _load(job.dry_run if arguments.dry_run else job.run)
         with _stop_signals():
             result = function(config)
+        if not arguments.dry_run:
+            logging.getLogger("pipeline").info("%s", _last_words(job, config, result))
         return 0, result.to_json(job.name)
     except KeyboardInterrupt:
         _say(job.name, "interrupted; the same command goes on where it stopped")
@@ -231,6 +238,21 @@ def _run(job: Job, arguments: argparse.Namespace) -> Ending:
         print(visible(_redacted(traceback.format_exc())), file=sys.stderr)
         _say(job.name, "this is a bug in latentloom; nothing committed was lost.")
         return 1, _failure(job.name, 1, PipelineError(f"{type(error).__name__}: {error}"))
+
+
+def _last_words(job: Job, config: Any, result: JobResult) -> str:
+    """For a person: what came out, where it lies, how to look at the run, and what usually comes next."""
+    counts = ", ".join(f"{value:,} {name}" for name, value in result.counts.items() if value and "." not in name)
+    lines = [f"\n{job.name}: {result.status}" + (f": {counts}" if counts else "")]
+    lines += [f"  {name:<10}{uri}" for name, uri in result.outputs.items()]
+    tracking = getattr(config, "tracking", None)
+    if result.run_id and tracking is not None:
+        shown = mlflow_ui_command(resolve_paths(tracking).uri)
+        lines.append(f"  {'MLflow':<10}run {result.run_id}; to look at it: {shown}")
+    with suppress(KeyError):  # an output that this run did not make
+        if job.then:
+            lines.append(f"  {'next':<10}{job.then.format_map(result.outputs)}")
+    return "\n".join(lines)
 
 
 def _died(job: Job, cause: str) -> Ending:

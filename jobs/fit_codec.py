@@ -8,6 +8,7 @@ JOB = Job(
     config="pipeline.codec.config:FitCodecJobConfig",
     run="pipeline.fit_codec.job:run",
     dry_run="pipeline.fit_codec.job:dry_run",
+    then="python -m jobs.encode source.kind=folder source.uri=IMAGES codec.path={codec} output.uri=LATENTS",
     example="python -m jobs.fit_codec configs/quickstart/fit_codec.yaml source.uri=my/images output.uri=my/codec",
 )
 

@@ -8,6 +8,7 @@ JOB = Job(
     config="pipeline.train.config:TrainJobConfig",
     run="pipeline.train.job:run",
     dry_run="pipeline.train.job:dry_run",
+    then="python -m jobs.sample model.uri={model} output.uri=IMAGES requests.kind=grid",
     example="python -m jobs.train configs/train/dit_b2_512.yaml data.uri=s3://bucket/latents output.uri=s3://bucket/model",
 )
 

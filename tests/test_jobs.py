@@ -7,10 +7,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pipeline.config import dump_yaml, load_config
+from pipeline.result import JobResult
+from pipeline.tracking.config import TrackingConfig
 from tests.support.images import make_images
 from tests.support.jobs import REPOSITORY, command, environment, run
 
@@ -133,6 +136,19 @@ def test_the_answer_of_a_refusal_carries_all_that_a_person_is_told(tmp_path: Pat
     code, answer, _ = run("verify", "data.uri=x", "levle=ledger", cwd=tmp_path)
     assert code == 2
     assert "levle = ledger: there is no such key; did you mean level?" in answer["error"]
+
+
+def test_last_words_say_what_came_out_and_what_comes_next(tmp_path: Path) -> None:
+    from jobs._main import _last_words
+    from jobs.encode import JOB as ENCODE
+
+    tracked = SimpleNamespace(tracking=TrackingConfig(uri=f"sqlite:///{tmp_path}/db"))
+    result = JobResult("done", {"latents": 1234, "rejected": 0, "rejected.corrupt": 5}, {"dataset": "place"}, "r1")
+    told = _last_words(ENCODE, tracked, result)
+    assert "encode: done: 1,234 latents\n" in told
+    assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/db" in told
+    assert "data.uri=place" in told.splitlines()[-1]
+    assert "next" not in _last_words(ENCODE, tracked, JobResult("done"))
 
 
 def test_logs_are_json_where_that_is_asked_for(tmp_path: Path) -> None:
