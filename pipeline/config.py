@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 import types
 import typing
@@ -88,7 +89,7 @@ def load_config(model: type[M], files: Sequence[str], overrides: Sequence[str] =
             ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"The configuration file {name} cannot be read: {error}") from None
-        merged = merge(merged, _mapping(text, f"file {name}"))
+        merged = merge(merged, _with_environment(_mapping(text, f"file {name}"), "", name))
     for override in overrides:
         key, equals, value = override.partition("=")
         parts = key.split(".")
@@ -103,6 +104,42 @@ def load_config(model: type[M], files: Sequence[str], overrides: Sequence[str] =
             nested = {part: nested}
         merged = merge(merged, nested)
     return validate(model, merged)
+
+
+_VARIABLE = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
+_SECRET_NAME = re.compile(r"(?i)password|passwd|secret|token|api_?key|access_?key|credential")
+
+
+def _with_environment(data: Any, key: str, file: str) -> Any:
+    """Values of a file with ${env:NAME} replaced; one that is nothing else is read as that of an override is.
+
+    ConfigError for a variable that is not set, or that is a secret by its name: values are stored and shown.
+    """
+    if isinstance(data, Mapping):
+        return {n: _with_environment(value, f"{key}.{n}" if key else str(n), file) for n, value in data.items()}
+    if isinstance(data, list):
+        return [_with_environment(value, key, file) for value in data]
+    if not isinstance(data, str):
+        return data
+
+    def value_of(found: re.Match[str]) -> str:
+        name = found[1]
+        if _SECRET_NAME.search(name):
+            rule = "configurations are stored beside the data and shown in many places"
+            step = "give credentials as the store's own environment variables, files or roles"
+            raise ConfigError(
+                f"{file} puts a secret into a value", key=key, value=found[0], rule=rule, next_step=step
+            )
+        if name not in os.environ:
+            step = f"set {name} in the environment of the job, or write the value"
+            rule = "${env:NAME} is the value of the environment variable NAME"
+            raise ConfigError(
+                f"{file} needs a variable that is not set", key=key, value=found[0], rule=rule, next_step=step
+            )
+        return os.environ[name]
+
+    text = _VARIABLE.sub(value_of, data)
+    return _override_value(text, f"{file}, {key}") if _VARIABLE.fullmatch(data) else text
 
 
 def _override_value(text: str, origin: str) -> Any:

@@ -200,6 +200,38 @@ def test_merging_is_associative_when_shapes_agree(a: dict, b: dict, c: dict) -> 
     assert merge(merge(a, b), b) == merge(a, b)
 
 
+def test_files_take_values_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BUCKET", "s3://b: #1")
+    monkeypatch.setenv("DEPTH", "7")
+    file = write(
+        tmp_path,
+        "name: ${env:BUCKET}/x-${env:DEPTH}\n"
+        "source: {kind: folder, depth: '${env:DEPTH}'}\nnote: '$DEPTH ${DEPTH}'\n",
+    )
+    config = load_config(Model, [file])
+    assert config.name == "s3://b: #1/x-7"
+    assert isinstance(config.source, Folder)
+    assert config.source.depth == 7
+    assert config.note == "$DEPTH ${DEPTH}"
+    # An override is its text: a shell has an environment of its own.
+    assert load_config(Model, [file], ["note=${env:DEPTH}"]).note == "${env:DEPTH}"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("NOT_SET_ANYWHERE", "not set"), ("AWS_SECRET_ACCESS_KEY", "secret"), ("HF_TOKEN", "secret")]
+)
+def test_variables_that_are_not_set_or_secret_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str
+) -> None:
+    if said == "secret":
+        monkeypatch.setenv(name, "planted")
+    file = write(tmp_path, f"name: a\ninner: {{}}\nnote: x ${{env:{name}}}\n")
+    with pytest.raises(ConfigError, match=said) as refused:
+        load_config(Model, [file])
+    assert (refused.value.key, refused.value.value) == ("note", f"${{env:{name}}}")
+    assert "planted" not in str(refused.value)
+
+
 def test_help_lists_every_key_with_type_default_and_description() -> None:
     text = help_text(Model)
     assert "name  (text; required)\n    The name." in text
