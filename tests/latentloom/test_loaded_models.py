@@ -53,9 +53,9 @@ def test_a_model_tells_what_it_is(model: ll.LoadedModel) -> None:
 
 
 def test_what_a_model_cannot_draw_is_refused(model: ll.LoadedModel) -> None:
-    with pytest.raises(ll.InputError, match="label 9: the model has classes 0 to 2"):
+    with pytest.raises(ll.ConfigError, match="label 9: the model has classes 0 to 2"):
         model.sample(labels=[9])
-    with pytest.raises(ll.InputError, match="the model was trained without text"):
+    with pytest.raises(ll.ConfigError, match="the model was trained without text"):
         model.sample(prompts=["a cat"])
     with pytest.raises(ll.ConfigError, match=r"requests\.steps"):
         model.sample(labels=[1], steps=0)
