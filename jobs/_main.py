@@ -1,4 +1,4 @@
-"""What every job's command line shares: parse, build the configuration, run, report, exit.
+"""What every job's command line shares: parse, build the configuration, run under a watch, report, exit.
 
 Standard output carries the answer alone: the last line is one JSON object. Everything else (progress, Ray's
 and MLflow's messages, errors) goes to standard error.

@@ -11,7 +11,8 @@ The journey, with the shape at each arrow::
     images         --evaluate--> figures with their contract, a report
 
 Every arrow is one job, one MLflow run, and can be killed at any moment: run the same command again and it
-goes on. Imports point one way: jobs -> {encode, train, fit_codec, sample, evaluate, text, lineage, maintenance} ->
+goes on. `latentloom` is what other programs import; it stands beside the jobs. Imports point one way:
+jobs -> {encode, train, fit_codec, sample, evaluate, text, lineage, maintenance} ->
 {runs, dataflow, media} -> {codec, stream, model} -> diffusion -> {source, store} -> tracking -> storage -> {config,
 errors}.
 

@@ -107,7 +107,8 @@ def load_config(model: type[M], files: Sequence[str], overrides: Sequence[str] =
 
 
 _VARIABLE = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
-_SECRET_NAME = re.compile(r"(?i)password|passwd|secret|token|api_?key|access_?key|credential")
+# Variables that hold secrets, by their names; TOKENIZERS_PARALLELISM is none.
+SECRET_NAME = re.compile(r"(?i)(?:password|passwd|secret|credential|token$|_token_|api_?key|access_key$)")
 
 
 def _with_environment(data: Any, key: str, file: str) -> Any:
@@ -124,7 +125,7 @@ def _with_environment(data: Any, key: str, file: str) -> Any:
 
     def value_of(found: re.Match[str]) -> str:
         name = found[1]
-        if _SECRET_NAME.search(name):
+        if SECRET_NAME.search(name):
             rule = "configurations are stored beside the data and shown in many places"
             step = "give credentials as the store's own environment variables, files or roles"
             raise ConfigError(
@@ -398,6 +399,25 @@ def help_text(model: type[BaseModel]) -> str:
         if info.description:
             lines.append(f"{indent}    {info.description}")
     return "\n".join(lines)
+
+
+def installed_plugin(group: str, name: str, *, key: str, others: Sequence[str] = ()) -> metadata.EntryPoint:
+    """The entry point of a plug-in, not loaded; ConfigError when no installed package has it.
+
+    `key` is the setting that names it; `others` are values which that setting takes besides.
+    """
+    points = {point.name: point for point in metadata.entry_points(group=group)}
+    if name not in points:
+        near = difflib.get_close_matches(name, [*points, *others], n=1)
+        offered = f"an installed entry point of {group}: {', '.join(sorted(points)) or 'there is none'}"
+        raise ConfigError(
+            "No installed package offers this plug-in",
+            key=key,
+            value=name,
+            rule=", or ".join([*others, offered]),
+            next_step=f"did you mean {near[0]}?" if near else "install the package that offers it, on every node",
+        )
+    return points[name]
 
 
 def check_installed() -> None:

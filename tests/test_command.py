@@ -17,7 +17,7 @@ import pytest
 from jobs import _command
 from pipeline.config import check_installed, need_package
 from pipeline.errors import ConfigError
-from tests.support.jobs import REPOSITORY, environment
+from tests.support.jobs import REPOSITORY, completed, environment
 from tests.test_jobs import CONFIGS, JOBS
 
 pytestmark = pytest.mark.integration
@@ -35,15 +35,7 @@ finally:
 
 def call(*words: object, cwd: Path = REPOSITORY) -> tuple[int, str, str]:
     """(exit code, standard output, standard error)."""
-    done = subprocess.run(
-        [sys.executable, "-c", LIGHT, *map(str, words)],
-        cwd=cwd,
-        env=environment(),
-        text=True,
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
+    done = completed([sys.executable, "-c", LIGHT, *map(str, words)], cwd)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -82,15 +74,7 @@ def test_help_lists_every_job_in_a_stage_of_the_journey() -> None:
 def test_a_job_is_the_same_by_both_names(tmp_path: Path) -> None:
     arguments = ["data.uri=nowhere"]
     one = call("verify", *arguments, cwd=tmp_path)
-    other = subprocess.run(
-        [sys.executable, "-m", "jobs.verify", *arguments],
-        cwd=tmp_path,
-        env=environment(),
-        text=True,
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
+    other = completed([sys.executable, "-m", "jobs.verify", *arguments], tmp_path)
     assert one[0] == other.returncode == 3
     assert json.loads(one[1]) == json.loads(other.stdout)
 

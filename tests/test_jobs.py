@@ -15,7 +15,7 @@ from pipeline.config import dump_yaml, load_config
 from pipeline.result import JobResult
 from pipeline.tracking.config import TrackingConfig
 from tests.support.images import make_images
-from tests.support.jobs import REPOSITORY, command, environment, run
+from tests.support.jobs import REPOSITORY, command, completed, environment, run
 
 pytestmark = pytest.mark.integration
 
@@ -101,15 +101,7 @@ def test_flags_answer_without_ray_torch_or_mlflow(job: str, flag: str, tmp_path:
     """The flags are a contract: their names, and that they are quick whatever is installed."""
     config = REPOSITORY / "configs" / OTHERS.get(job, f"quickstart/{job}.yaml")
     arguments = [str(config)] if config.exists() else ABSENT.get(job, ["data.uri=nowhere"])
-    done = subprocess.run(
-        [sys.executable, "-c", LIGHT, f"jobs.{job}", *arguments, flag],
-        cwd=tmp_path,
-        env=environment(),
-        text=True,
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
+    done = completed([sys.executable, "-c", LIGHT, f"jobs.{job}", *arguments, flag], tmp_path)
     assert "HEAVY []" in done.stderr, done.stderr
     if flag == "--dry-run":
         # There is no input here: the dry run must say so like the job itself.

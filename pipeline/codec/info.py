@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import hashlib
 import importlib.util
 import json
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -303,29 +301,24 @@ class CodecPlugin(Protocol):
 
 def find_plugin(kind: str) -> CodecPlugin:
     """The plug-in called `kind`; ConfigError when there is none, InputError when it cannot be imported."""
-    plugins = {point.name: point for point in entry_points(group=GROUP)}
-    if kind not in plugins:
-        near = difflib.get_close_matches(kind, [*plugins, "auto"], n=1)
-        raise ConfigError(
-            "There is no such codec plug-in",
-            key="kind",
-            value=kind,
-            rule=f"auto, or an installed entry point of {GROUP}: {', '.join(sorted(plugins)) or 'there is none'}",
-            next_step=f"did you mean {near[0]}?" if near else "install the package that offers it, or use auto",
-        )
+    from pipeline.config import (
+        installed_plugin,  # where diffusers' own codecs are used, nothing of pydantic is needed
+    )
+
+    point = installed_plugin(GROUP, kind, key="kind", others=("auto",))
     try:
-        plugin = plugins[kind].load()
+        plugin = point.load()
     except (ImportError, AttributeError) as error:
         raise InputError(
             f"The codec plug-in cannot be imported: {error}",
             key="kind",
             value=kind,
-            next_step=f"repair {plugins[kind].value}",
+            next_step=f"repair {point.value}",
         ) from error
     missing = [name for name in ("read_info", "load") if not callable(getattr(plugin, name, None))]
     if missing:
         raise InputError(
-            f"The codec plug-in {plugins[kind].value} lacks the method {' and '.join(missing)}",
+            f"The codec plug-in {point.value} lacks the method {' and '.join(missing)}",
             key="kind",
             value=kind,
             rule="a plug-in has read_info(path, revision) and load(path, revision, info, ...)",

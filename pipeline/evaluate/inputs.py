@@ -1,4 +1,4 @@
-"""What an evaluation reads, found and named by digest before any of it is loaded. No torch."""
+"""What an evaluation reads, samples and reference images among it, found and named by digest first. No torch."""
 
 from __future__ import annotations
 

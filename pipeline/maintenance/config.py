@@ -7,21 +7,23 @@ from typing import Literal
 from pydantic import Field
 
 from pipeline.config import StrictModel
-from pipeline.source.config import MAX_PIXELS
+from pipeline.source.config import MAX_PIXELS, ImageConfig, ParquetSource
 from pipeline.store.read.dataset import DatasetConfig
 from pipeline.tracking.config import TrackingConfig
+
+_SOURCE, _IMAGE = ParquetSource(uri="."), ImageConfig()  # limits are by default what they are for encode
 
 
 class RecheckLimits(StrictModel):
     """What reading and decoding may cost here, whatever the dataset says that it was made with."""
 
-    max_bytes: int = Field(64 << 20, ge=1, description="Bytes of an image.")
-    max_pixels: int = Field(100_000_000, ge=1, le=MAX_PIXELS, description="Pixels of an image.")
+    max_bytes: int = Field(_SOURCE.max_bytes, ge=1, description="Bytes of an image.")
+    max_pixels: int = Field(_IMAGE.max_pixels, ge=1, le=MAX_PIXELS, description="Pixels of an image.")
     batch_pixels: int = Field(1 << 27, ge=1, description="Pixels of a batch that the codec encodes.")
     links: Literal["inside", "any"] = Field("inside", description="Links of a folder that are followed.")
-    decode_cpu_s: float = Field(20.0, gt=0, description="CPU seconds of a decoder's child process on one image.")
-    decode_memory_mb: int = Field(3072, ge=256, description="Address space of such a child, MiB.")
-    memory_mb: int = Field(4096, ge=512, description="Address space of the child that parses Parquet, MiB.")
+    decode_cpu_s: float = Field(_IMAGE.decode_cpu_s, gt=0, description="CPU seconds of a decoder's child.")
+    decode_memory_mb: int = Field(_IMAGE.decode_memory_mb, ge=256, description="Address space of such a child, MiB.")
+    memory_mb: int = Field(_SOURCE.memory_mb, ge=512, description="Address space of Parquet's child, MiB.")
 
 
 class DecodeCheckConfig(StrictModel):

@@ -2,7 +2,7 @@
 
 The provenance is one JSON object in ASCII: in PNG a tEXt chunk named "latentloom", in JPEG and WebP the EXIF
 field UserComment (Exif 2.32, section 4.6.5: eight bytes of character code, then the text). The same pixels and
-provenance always give the same bytes.
+provenance always give the same bytes. Pages are one file each, by jinja2 templates that escape every text.
 """
 
 from __future__ import annotations

@@ -5,16 +5,14 @@ Channels, classes and text width are not here: they come from the dataset and ar
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import ConfigDict, Field, JsonValue, model_validator
 
-from pipeline.config import StrictModel
-from pipeline.errors import ConfigError
+from pipeline.config import StrictModel, installed_plugin
 
 Use = Literal["required", "optional", "refused"]
 # The diffusers classes that published pipelines may name: a closed list, for each has an adapter.
@@ -270,17 +268,7 @@ GROUP = "latentloom.models"
 
 def installed_network(name: str) -> EntryPoint:
     """The entry point of a network, not loaded; ConfigError when no installed package has it."""
-    points = {point.name: point for point in entry_points(group=GROUP)}
-    if name not in points:
-        near = difflib.get_close_matches(name, list(points), n=1)
-        raise ConfigError(
-            "No installed package offers this network",
-            key="model.name",
-            value=name,
-            rule=f"the entry points of {GROUP} here: {', '.join(sorted(points)) or 'there is none'}",
-            next_step=f"did you mean {near[0]}?" if near else "install the package that offers it, on every node",
-        )
-    return points[name]
+    return installed_plugin(GROUP, name, key="model.name")
 
 
 def kinds_for(*, labels: bool, text: bool) -> str:

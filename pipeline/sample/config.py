@@ -11,6 +11,8 @@ from pipeline.dataflow.cluster import ClusterConfig, GpuShare
 from pipeline.diffusion.solvers import SamplerName
 from pipeline.tracking.config import TrackingConfig
 
+MAX_BATCH_PIXELS = 1 << 27  # of what is drawn again: 128 images of 1024 x 1024
+
 
 class RequestDefaults(StrictModel):
     """What every request has unless its own row says otherwise, and what is done with repeated ones."""
@@ -195,7 +197,7 @@ class RegenerateJobConfig(StrictModel):
         description="Paths, URIs or hub ids that are followed where the image names them or what lies below.",
     )
     max_pixels: int = Field(
-        1 << 27,
+        MAX_BATCH_PIXELS,
         ge=1,
         description="Pixels of a batch, as the image says it was drawn; with more it is refused unread.",
     )

@@ -3,7 +3,7 @@
 Rows follow the store's address columns, so ledger, verification and reading are those of every dataset. With
 `files` the row names the image's file, which is put before the row is committed: a file that no row names is
 what a crash left. Its name tells its content: a run that was fenced off, or has other settings, changes no file of
-another's, and the same bytes are put there but once.
+another's, and the same bytes are put there but once. Contact sheet and gallery are made of what is stored.
 """
 
 from __future__ import annotations

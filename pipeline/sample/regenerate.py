@@ -24,7 +24,7 @@ from pipeline.errors import InputError, argument_keys
 from pipeline.media.images import decode_image, read_provenance
 from pipeline.model.read import read_model
 from pipeline.result import JobResult
-from pipeline.sample.config import RegenerateJobConfig
+from pipeline.sample.config import MAX_BATCH_PIXELS, RegenerateJobConfig
 from pipeline.sample.output import IMAGES, encode_rows
 from pipeline.sample.plan import PLAN_SCHEMA, StoredRequest
 from pipeline.sample.prepare import text_of
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 
 _log = logging.getLogger(__name__)
-_MAX_PIXELS = 1 << 27
 
 
 _Place = Annotated[str, Field(min_length=1, max_length=4096)]
@@ -121,7 +120,7 @@ def regenerate(
     model_uri: str | None = None,
     codec_path: str | None = None,
     places: Sequence[str] = (),
-    max_pixels: int = _MAX_PIXELS,
+    max_pixels: int = MAX_BATCH_PIXELS,
 ) -> bytes:
     """The bytes of the image that `image` says it is, drawn anew; on a CPU they are the same bytes.
 
@@ -171,7 +170,7 @@ def regenerate(
     return data
 
 
-def checked_provenance(image: bytes, where: str, max_pixels: int = _MAX_PIXELS) -> dict[str, Any]:
+def checked_provenance(image: bytes, where: str, max_pixels: int = MAX_BATCH_PIXELS) -> dict[str, Any]:
     """The provenance inside an image, each field of its kind and within its bounds; InputError names what is not."""
     story = checked_story(read_provenance(image), where)
     pixels = story["draw"]["batch_size"] * story["request"]["height"] * story["request"]["width"]

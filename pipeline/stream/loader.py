@@ -1,4 +1,4 @@
-"""One rank's stream of batches: the order, read ahead by threads, resumed at any step."""
+"""One rank's stream of batches: the order, read ahead by threads, put together to batches, resumed at any step."""
 
 from __future__ import annotations
 

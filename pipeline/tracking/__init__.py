@@ -17,5 +17,5 @@ and marks the run KILLED unless a newer attempt has taken it over. A torn last l
 A finished training's model is a record like any other, so a version is registered even when the server is down at
 the end. `store` is the only module that sends to mlflow; `queries` walks from a run to the runs and data it came
 from, and resolves the names and aliases of registered models.
-Credentials are removed from everything before it is written (`uris`).
+Credentials are removed from everything before it is written, and what acts on a terminal is escaped (`config`).
 """

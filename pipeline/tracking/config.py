@@ -1,4 +1,4 @@
-"""The `tracking:` section of every job, and the configurations of the jobs about runs."""
+"""The `tracking:` section of every job, configurations of the jobs about runs, and what a tracking URI may be."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config import StrictModel
+from pipeline.config import SECRET_NAME, StrictModel
 from pipeline.errors import ConfigError, InputError
 
 # -- Tracking URIs: what of them may be shown, and whether the server behind one can work for us ---------------
@@ -32,7 +32,6 @@ _NAMED_VALUE = re.compile(
     r"(?i)(?P<name>\b(?:[\w-]*(?:password|passwd|secret|token|api_?key|access_?key|signature|credential)=|sig=|"
     r"bearer +|authorization: *basic +))[^&\s'\";,)]+"
 )
-_SECRET_NAME = re.compile(r"(?i)(?:password|passwd|secret|token$|_token_|api_?key|access_key$)")
 
 
 class Redactor:
@@ -45,7 +44,7 @@ class Redactor:
     @classmethod
     def for_uri(cls, uri: str) -> Redactor:
         """The secrets of `uri` plus those that this process's environment holds under telling names."""
-        from_env = {value for name, value in os.environ.items() if _SECRET_NAME.search(name)}
+        from_env = {value for name, value in os.environ.items() if SECRET_NAME.search(name)}
         return cls(secrets_of(uri) | from_env)
 
     def __call__(self, text: str) -> str:

@@ -11,8 +11,8 @@
     reports --worker----->  history, quarantine, tracker             beside the step, before its checkpoint counts
     EMA     --export----->  <output>/model/<images>                  what sampling loads; written last
 
-`loop`, `task`, `state`, `checkpoint`, `hooks` know torch only. `worker` joins them to the dataset, the
-stream and the tracker on one rank; `job` starts workers with Ray Train and watches them.
+`loop` (which also counts FLOPs), `task`, `state`, `checkpoint`, `hooks` know torch only. `worker` joins them to the
+dataset, the stream and the tracker on one rank; `job` starts workers with Ray Train and watches them.
 
 The store of `output.uri` is all that starts of a job share: `checkpoints/`, `history/`, `quarantine/`
 (samples of skipped steps), `generations/` (the claims of its starts: see `runs`), `control/` (which of them should

@@ -1,4 +1,4 @@
-"""Configuration of the training job; every count of progress is in images over all workers."""
+"""Configuration of the training job, its stream included; every count of progress is in images over all workers."""
 
 from __future__ import annotations
 

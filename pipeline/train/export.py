@@ -1,4 +1,4 @@
-"""The end of a run: the averaged weights as an exported model, in the output's own store."""
+"""The end of a run: the averaged weights as an exported model in the output's store, and how exports are written."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +36,18 @@ def start(job: str, *arguments: object, cwd: Path, env: Mapping[str, str] | None
     )
 
 
+def completed(
+    words: Sequence[str], cwd: Path, *, timeout: float = 120, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """A command run to its end, whatever its exit code."""
+    variables = {**environment(), **(env or {})}
+    return subprocess.run(words, cwd=cwd, env=variables, text=True, capture_output=True, timeout=timeout, check=False)
+
+
 def run(
     job: str, *arguments: object, cwd: Path, timeout: float = 600, env: Mapping[str, str] | None = None
 ) -> tuple[int, dict[str, Any], str]:
     """(exit code, the JSON object on the last line of standard output, standard error)."""
-    done = subprocess.run(
-        command(job, *arguments),
-        cwd=cwd,
-        env={**environment(), **(env or {})},
-        text=True,
-        capture_output=True,
-        timeout=timeout,
-        check=False,
-    )
+    done = completed(command(job, *arguments), cwd, timeout=timeout, env=env)
     lines = done.stdout.strip().splitlines()
     return done.returncode, json.loads(lines[-1]) if lines else {}, done.stderr

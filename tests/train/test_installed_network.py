@@ -77,7 +77,7 @@ def test_it_is_trained_exported_and_loaded(tmp_path: Path, monkeypatch: pytest.M
 def test_a_training_does_not_begin_without_it(tmp_path: Path) -> None:
     uri = make_dataset(tmp_path / "latents")
     config = job_config(tmp_path, uri).model_copy(update={"model": InstalledConfig(name="mixer")})
-    with pytest.raises(ConfigError, match="No installed package offers this network") as caught:
+    with pytest.raises(ConfigError, match="No installed package offers this plug-in") as caught:
         job.dry_run(config)
     assert (caught.value.key, caught.value.value) == ("model.name", "mixer")
 

@@ -4,7 +4,7 @@
     prepare   a row to its variants or to one Reject; policy_fingerprint says all that decides pixels (DECODE.md)
     sandbox   the same in a child process with CPU and memory limits, for decoders that may be slow or crash
     render    (height, width) to bucket and crop box, and every resolution of one image from one decode
-    decode    by format: Pillow, `tiff` for every layout of TIFF
+    decode    by format: Pillow, and tifffile for every layout of TIFF
     strip     what a decoder need not see is left out; a JPEG without its end, told from one that was cut
     samples   bits and modes to six kinds of picture, and those to sRGB by what of a profile can be trusted
 

@@ -1,9 +1,9 @@
 """From a URI to rows of compressed bytes: listing, and one reader for each kind of source.
 
-    SourceConfig --listing--> Entry ... --(the plan makes units of them)--> readers --> SourceRow | EndOfUnit
+    SourceConfig --list_entries--> Entry ... --(the plan makes units of them)--> read_unit --> SourceRow | EndOfUnit
 
-listing    streams entries in one strict order (key, row), the same on local disks and object stores
-readers    give a unit's rows, any sub-ranges of them: those of `folder`, `webdataset`, `parquet`
+listing    entries in one strict order (key, row), the same on local disks and object stores; and a unit's rows, any
+           sub-ranges of them: those of `folder`, `webdataset`, `parquet`
 folder     files, metadata files and texts beside them; webdataset: samples out of `tar` archives
 parquet_file  what is inside one Parquet file; parquet_child runs it in a child that asks for its bytes
 filters    which rows to keep, the same expression over tables and over single records

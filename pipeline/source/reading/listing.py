@@ -4,7 +4,8 @@
     webdataset: one entry per tar, whose number of rows is not known before it is read
     parquet:    one entry per run of row groups of a file
 
-Entries ascend strictly by (key, row_start). Memory is that of one directory and its metadata.
+Entries ascend strictly by (key, row_start). Memory is that of one directory and its metadata. `read_unit` gives the
+rows of entries, whatever kind of source they come from.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A dataset as a reader sees it: the state of one moment, its live rows and their row groups.
 
-    Dataset.open --state--> visible files, dead rows --readable--> row groups --pages--> columns, straight from pages
+    Dataset.open --state--> visible files, dead rows --row_groups--> live ones --> columns, straight from pages
 
-`pins` keeps a state for a training that goes on for weeks, `external` reads what rows name beside the Parquet files.
+`pins` keeps a state for a training that goes on for weeks; `dataset` also reads what rows name beside the Parquet
+files. A file that is lost or damaged is an input error that names it (`row_groups.reading_table`).
 Nothing here writes but a pin.
 """
