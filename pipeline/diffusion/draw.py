@@ -7,7 +7,7 @@ latent is bit for bit the same whatever is drawn beside it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -51,7 +51,8 @@ class Solving:
 class Drawer:
     """A model that draws. mean, std: float32 [c], of raw latents; num_classes: None for a model without classes.
 
-    seed, purpose: key the noise with each row's id; dtype: float32, or what autocast computes in.
+    seed, purpose: key the noise with each row's id; dtype: float32, or what autocast computes in. factor: image
+    pixels per latent pixel, given where the model reads sizes. distilled: guidance is one of its inputs.
     """
 
     predict: Predict
@@ -63,6 +64,8 @@ class Drawer:
     purpose: str
     device: torch.device
     dtype: torch.dtype
+    factor: int | None = None
+    distilled: bool = False
 
     @torch.no_grad()
     def __call__(
@@ -76,6 +79,14 @@ class Drawer:
         """Raw latents, float32 [n, *shape] on the device, of n rows in one batch; ids of 16 bytes."""
         noise = keyed_normal(self.seed, ids_from_bytes(ids), purpose=self.purpose, shape=shape)
         cond, uncond = self._conditioning(labels, texts)
+        if self.factor is not None:
+            # The whole of an original of the target's very size.
+            height, width = (side * self.factor for side in shape[1:])
+            sizes = torch.tensor([[height, width, 0, 0, height, width]], device=self.device).repeat(len(ids), 1)
+            cond["sizes_B6"] = uncond["sizes_B6"] = sizes
+        if self.distilled:
+            cond["guidance_B"] = torch.full((len(ids),), solving.guidance, device=self.device)
+            solving = replace(solving, guidance=1.0)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             normalised = sample(
                 self.predict,

@@ -52,6 +52,12 @@ class DiffusersAdapter(nn.Module):
         return self._predict(x_BCHW, t_B, **arguments)
 
     def _predict(self, x_BCHW: Tensor, t_B: Tensor, **arguments: Any) -> Tensor:
+        self._check_size(x_BCHW)
+        prediction: Tensor = self.inner(x_BCHW, timestep=t_B * _TIME_SCALE, return_dict=False, **arguments)[0]
+        # Published models with a learned variance predict it in a second set of channels; no solver here uses it.
+        return prediction[:, : x_BCHW.shape[1]]
+
+    def _check_size(self, x_BCHW: Tensor) -> None:
         height, width = x_BCHW.shape[-2:]
         if not self.sides.take(height, width):
             raise InputError(
@@ -61,9 +67,6 @@ class DiffusersAdapter(nn.Module):
                 rule=f"it takes {self.sides.rule()}",
                 next_step="use image buckets that give such latents, or another model",
             )
-        prediction: Tensor = self.inner(x_BCHW, timestep=t_B * _TIME_SCALE, return_dict=False, **arguments)[0]
-        # Published models with a learned variance predict it in a second set of channels; no solver here uses it.
-        return prediction[:, : x_BCHW.shape[1]]
 
     def _arguments(
         self, batch: int, device: torch.device, labels: Tensor | None, text: Tensor | None, mask: Tensor | None
@@ -138,8 +141,21 @@ class SD3Transformer2D(DiffusersAdapter):
         return {"encoder_hidden_states": text, "pooled_projections": pooled}
 
 
-class PublishedSD3(SD3Transformer2D):
-    """SD3Transformer2DModel as published: its pooled vector comes from the encoders, and no text is masked."""
+class Published(DiffusersAdapter):
+    """A class as published models have it: its text, pooled vectors and sizes are those that its pipeline gives it.
+
+    forward(x, t, labels, text, mask, pooled, sizes, guidance): pooled [b, p]; sizes [b, 6], in pixels the original's
+    height and width, top and left of the crop once it has the target's scale, and the target's height and width;
+    guidance [b] of a distilled network, without it that of its configuration.
+    """
+
+    def __init__(self, inner: nn.Module, network: PublishedConfig) -> None:
+        # Of these classes only DiT reserves a label for "no label"; a UNet's last class is a class.
+        null_label = network.num_classes if network.class_name == "DiTTransformer2DModel" else None
+        super().__init__(inner, sides=network.sides, null_label=null_label)
+        self.network = network
+        if network.activation_checkpointing:
+            _checkpointing(inner, True)
 
     def forward(
         self,
@@ -149,32 +165,65 @@ class PublishedSD3(SD3Transformer2D):
         text_BLD: Tensor | None = None,
         text_mask_BL: Tensor | None = None,
         pooled_BP: Tensor | None = None,
+        sizes_B6: Tensor | None = None,
+        guidance_B: Tensor | None = None,
     ) -> Tensor:
-        if pooled_BP is None:
-            raise InputError(
-                "SD3Transformer2DModel was called without a pooled text vector",
-                key="text",
-                rule="a published model reads the pooled states of its CLIP encoders",
+        name, network, batch = self.network.class_name, self.network, len(x_BCHW)
+        arguments: dict[str, Any] = {}
+        if network.num_classes is not None:
+            arguments["class_labels"] = self._labels(batch, x_BCHW.device, labels_B)
+        if network.uses[1] == "required":
+            arguments["encoder_hidden_states"] = self._need_text(text_BLD)
+        if network.masked:
+            arguments["encoder_attention_mask"] = text_mask_BL
+        if network.arrangement in ("sdxl", "sd3", "flux"):
+            pooled_BP = self._need(
+                "a pooled text vector", pooled_BP, "it reads the pooled states of its CLIP encoders"
             )
-        return self._predict(
-            x_BCHW, t_B, encoder_hidden_states=self._need_text(text_BLD), pooled_projections=pooled_BP
-        )
+        if name in ("SD3Transformer2DModel", "FluxTransformer2DModel"):
+            arguments["pooled_projections"] = pooled_BP
+        if network.micro_conditions:
+            sizes = self._need("sizes", sizes_B6, "this model reads the sizes of original, crop and target").float()
+            arguments["added_cond_kwargs"] = (
+                {"text_embeds": pooled_BP, "time_ids": sizes}
+                if name == "UNet2DConditionModel"
+                else {"resolution": sizes[:, 4:], "aspect_ratio": sizes[:, 4:5] / sizes[:, 5:6]}
+            )
+        if network.distilled:
+            scale = (
+                float(network.arguments.get("guidance_embeds_scale", 0.1)) if name != "FluxTransformer2DModel" else 1
+            )
+            told = x_BCHW.new_full((batch,), network.distilled_guidance) if guidance_B is None else guidance_B
+            arguments["guidance"] = told * scale
+        if name == "FluxTransformer2DModel":
+            return self._flux(x_BCHW, t_B, **arguments)
+        return self._predict(x_BCHW, t_B * float(network.arguments.get("timestep_scale", 1.0)), **arguments)
+
+    def _flux(self, x_BCHW: Tensor, t_B: Tensor, **arguments: Any) -> Tensor:
+        """Squares of 2 x 2 latent pixels are its tokens, their places given beside them; its times are 0 to 1."""
+        self._check_size(x_BCHW)
+        batch, channels, height, width = x_BCHW.shape
+        rows, columns = height // 2, width // 2
+        squares = x_BCHW.reshape(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
+        tokens = squares.reshape(batch, rows * columns, channels * 4)
+        places = torch.zeros(rows, columns, 3, device=x_BCHW.device)
+        places[..., 1] += torch.arange(rows, device=x_BCHW.device)[:, None]
+        places[..., 2] += torch.arange(columns, device=x_BCHW.device)
+        text_places = torch.zeros(arguments["encoder_hidden_states"].shape[1], 3, device=x_BCHW.device)
+        out: Tensor = self.inner(
+            tokens, timestep=t_B, img_ids=places.reshape(-1, 3), txt_ids=text_places, return_dict=False, **arguments
+        )[0]
+        return out.reshape(batch, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x_BCHW.shape)
+
+    def _need(self, name: str, value: Tensor | None, rule: str) -> Tensor:
+        if value is None:
+            raise InputError(f"{type(self.inner).__name__} was called without {name}", key=name, rule=rule)
+        return value
 
 
-_PUBLISHED: dict[str, type[DiffusersAdapter]] = {
-    "UNet2DModel": UNet2D,
-    "UNet2DConditionModel": UNet2DCondition,
-    "DiTTransformer2DModel": DiTTransformer2D,
-    "SD3Transformer2DModel": PublishedSD3,
-}
-
-
-def build_published(config: PublishedConfig, num_classes: int | None) -> DiffusersAdapter:
+def build_published(network: PublishedConfig) -> DiffusersAdapter:
     """A published class from its own configuration, its weights unset."""
-    # Of these classes only DiT reserves a label for "no label"; a UNet's last class is a class.
-    null_label = num_classes if config.class_name == "DiTTransformer2DModel" else None
-    inner = _diffusers(config.class_name).from_config(config.config)
-    return _PUBLISHED[config.class_name](inner, sides=config.sides, null_label=null_label)
+    return Published(_diffusers(str(network.class_name)).from_config(network.arguments), network)
 
 
 def build_unet2d(

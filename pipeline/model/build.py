@@ -26,11 +26,11 @@ from pipeline.model.dit import DiT
 
 
 def build_model(
-    model: ModelConfig | PublishedConfig, *, latent_channels: int, num_classes: int | None, text_dim: int | None
+    model: ModelConfig, *, latent_channels: int, num_classes: int | None, text_dim: int | None
 ) -> nn.Module:
     """A freshly initialised model (from torch's global generator); ConfigError where model and data do not fit."""
     if isinstance(model, PublishedConfig):
-        return adapters.build_published(model, num_classes)
+        return adapters.build_published(model)
     labels, text = num_classes is not None, text_dim is not None
     misfit = model.misfit(labels=labels, text=text)
     if misfit is not None:
@@ -46,7 +46,7 @@ def build_model(
     if isinstance(model, InstalledConfig):
         return _of_a_package(model, fit)
     if isinstance(model, DiTConfig):
-        return DiT(**model.model_dump(exclude={"kind"}), **fit)
+        return DiT(**model.model_dump(exclude={"kind", "init"}), **fit)
     if isinstance(model, UNet2DConfig):
         return adapters.build_unet2d(model, **fit)
     if isinstance(model, UNet2DConditionConfig):

@@ -16,7 +16,17 @@ from pipeline.config import StrictModel, installed_plugin
 
 Use = Literal["required", "optional", "refused"]
 # The diffusers classes that published pipelines may name: a closed list, for each has an adapter.
-PublishedClass = Literal["UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "SD3Transformer2DModel"]
+PublishedClass = Literal[
+    "UNet2DModel",
+    "UNet2DConditionModel",
+    "DiTTransformer2DModel",
+    "SD3Transformer2DModel",
+    "FluxTransformer2DModel",
+    "PixArtTransformer2DModel",
+    "SanaTransformer2DModel",
+]
+# How the states of a model's text encoders become what it reads, see `text.dataset.arrange`.
+Arrangement = Literal["none", "single", "sdxl", "sd3", "flux"]
 
 
 @dataclass(frozen=True)
@@ -44,23 +54,75 @@ class Sides:
         )
 
 
+class InitConfig(StrictModel):
+    """The weights that a run starts from, safetensors only."""
+
+    uri: str = Field(
+        ...,
+        min_length=1,
+        description="An export, a checkpoint, models:/NAME@ALIAS, a diffusers pipeline or model directory, or a hub "
+        "id with its revision.",
+    )
+    revision: str | None = Field(None, description="Commit or tag that pins a hub id.")
+    subfolder: str | None = Field(
+        None, pattern=r"^\w[\w-]*$", description="The denoiser's folder of a hub id that is no pipeline."
+    )
+    ema: str | None = Field(
+        None, description="Which average of a checkpoint's; raw: the weights as trained. null: its first."
+    )
+    codec: Literal["same", "any"] = Field(
+        "same",
+        description="same: the latents are of the codec that these weights learned with; any: of one that gives the "
+        "same latents, such as a copy in another precision.",
+    )
+
+
 class NetworkConfig(StrictModel):
     """What each kind declares of itself: whether it learns from classes and from text, and its sizes."""
 
     labels: ClassVar[Use] = "optional"
     text: ClassVar[Use] = "optional"
 
+    init: InitConfig | None = Field(None, description="Weights to start from; null: random ones, by train.seed.")
+
+    @property
+    def uses(self) -> tuple[Use, Use]:
+        """Whether it learns from classes, and from text."""
+        return self.labels, self.text
+
     @property
     def sides(self) -> Sides:
         """Of the latents that it takes."""
         raise NotImplementedError
 
-    @classmethod
-    def misfit(cls, *, labels: bool, text: bool) -> Literal["labels", "text"] | None:
+    @property
+    def micro_conditions(self) -> bool:
+        """Whether it reads sizes: of the original, of the crop, and the target's."""
+        return False
+
+    @property
+    def distilled(self) -> bool:
+        """Whether guidance is one of its inputs."""
+        return False
+
+    @property
+    def pooled_dim(self) -> int | None:
+        """Width of the pooled text vector that it reads; None for none."""
+        return None
+
+    def misfit(self, *, labels: bool, text: bool) -> Literal["labels", "text"] | None:
         """The condition that it requires and is not given, or is given and refuses; None where all fit."""
-        if cls.text == ("refused" if text else "required"):
-            return "text"
-        return "labels" if cls.labels == ("refused" if labels else "required") else None
+        return _misfit(*self.uses, labels=labels, text=text)
+
+    def described(self) -> dict[str, Any]:
+        """The network as JSON, without where its weights came from."""
+        return self.model_dump(mode="json", by_alias=True, exclude={"init"})
+
+
+def _misfit(of_labels: Use, of_text: Use, *, labels: bool, text: bool) -> Literal["labels", "text"] | None:
+    if of_text == ("refused" if text else "required"):
+        return "text"
+    return "labels" if of_labels == ("refused" if labels else "required") else None
 
 
 class DiTConfig(NetworkConfig):
@@ -218,21 +280,124 @@ class SD3Transformer2DConfig(NetworkConfig):
 
 
 class PublishedConfig(NetworkConfig):
-    """The network of a published pipeline, as the config.json of its diffusers class says it."""
+    """A network of diffusers as published models have it: its class and config.json, most often out of `init`.
+
+    It reads text and sizes as that class was trained to, see `pipeline.model.adapters`.
+    """
 
     model_config = ConfigDict(validate_by_name=True)
 
-    kind: Literal["diffusers"] = "diffusers"
-    class_name: PublishedClass = Field(alias="class")
-    config: dict[str, Any]
+    kind: Literal["diffusers"] = Field("diffusers", description="A class of diffusers, as published models have it.")
+    class_name: PublishedClass | None = Field(
+        None, alias="class", description="Its name in diffusers; null: what model.init.uri says."
+    )
+    config: dict[str, Any] | None = Field(
+        None, description="The arguments that make it, as in its config.json; null: what model.init.uri says."
+    )
+    distilled_guidance: float = Field(
+        1.0,
+        ge=0,
+        description="What a guidance-distilled network (guidance_embeds, as FLUX has it) is told while it trains.",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Recompute each block in the backward pass: less memory, more compute."
+    )
+
+    @model_validator(mode="after")
+    def _known(self) -> PublishedConfig:
+        if (self.class_name is None) != (self.config is None):
+            raise ValueError("class and config belong together: give both, or neither and init")
+        if self.class_name is None and self.init is None:
+            raise ValueError("it needs init.uri, or class and config")
+        return self
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Its configuration; only of one that is known."""
+        assert self.config is not None
+        return self.config
+
+    @property
+    def uses(self) -> tuple[Use, Use]:
+        text: Use = "refused" if self.class_name in ("UNet2DModel", "DiTTransformer2DModel") else "required"
+        return "refused" if self.num_classes is None else "required", text
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes that it has embeddings for; None without."""
+        if self.class_name == "DiTTransformer2DModel":
+            return int(self.arguments.get("num_embeds_ada_norm") or 1000)
+        classes = self.arguments.get("num_class_embeds") if str(self.class_name).startswith("UNet") else None
+        return None if classes is None else int(classes)
+
+    @property
+    def latent_channels(self) -> int:
+        """Of the latents; a Flux sees squares of 2 x 2 latent pixels."""
+        default = {"UNet2DModel": 3, "SD3Transformer2DModel": 16, "FluxTransformer2DModel": 64}
+        channels = self.arguments.get("in_channels") or default.get(str(self.class_name), 4)
+        return int(channels) // (4 if self.class_name == "FluxTransformer2DModel" else 1)
+
+    @property
+    def micro_conditions(self) -> bool:
+        if self.class_name == "PixArtTransformer2DModel":
+            asked = self.arguments.get("use_additional_conditions")
+            return bool(self.arguments.get("sample_size", 128) == 128 if asked is None else asked)
+        return self.class_name == "UNet2DConditionModel" and bool(self.arguments.get("addition_embed_type"))
+
+    @property
+    def distilled(self) -> bool:
+        return bool(self.arguments.get("guidance_embeds", False))
+
+    @property
+    def pooled_dim(self) -> int | None:
+        if self.arrangement == "sdxl":
+            embedded = int(self.arguments.get("projection_class_embeddings_input_dim") or 2816)
+            return embedded - 6 * int(self.arguments.get("addition_time_embed_dim") or 256)
+        default = {"sd3": 2048, "flux": 768}.get(self.arrangement)
+        return None if default is None else int(self.arguments.get("pooled_projection_dim") or default)
+
+    @property
+    def arrangement(self) -> Arrangement:
+        """How text encoders become its text."""
+        if self.uses[1] == "refused":
+            return "none"
+        if self.class_name == "UNet2DConditionModel":
+            return "sdxl" if self.micro_conditions else "single"
+        named: dict[str, Arrangement] = {"SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}
+        return named.get(str(self.class_name), "single")
+
+    @property
+    def masked(self) -> bool:
+        """Whether padding of the text is hidden from it; else it reads the states of padding like any others."""
+        return self.class_name in ("PixArtTransformer2DModel", "SanaTransformer2DModel")
+
+    @property
+    def text_dim(self) -> int | None:
+        """Width of a text state; None for one that reads none."""
+        names = {
+            "UNet2DConditionModel": ("cross_attention_dim", 1280),
+            "SD3Transformer2DModel": ("joint_attention_dim", 4096),
+            "FluxTransformer2DModel": ("joint_attention_dim", 4096),
+            "PixArtTransformer2DModel": ("caption_channels", 4096),
+            "SanaTransformer2DModel": ("caption_channels", 2304),
+        }
+        if self.class_name not in names:
+            return None
+        name, default = names[self.class_name]
+        return int(self.arguments.get(name) or default)
 
     @property
     def sides(self) -> Sides:
         if self.class_name == "DiTTransformer2DModel":
-            return Sides("sample_size", self.config["patch_size"], only=self.config["sample_size"])
-        if "patch_size" in self.config:
-            return Sides("patch_size", self.config["patch_size"])
-        return _of_levels(self.config["block_out_channels"])
+            size = int(self.arguments.get("sample_size") or 32)
+            return Sides("sample_size", int(self.arguments.get("patch_size") or 2), only=size)
+        if self.class_name == "FluxTransformer2DModel":
+            return Sides("patch_size", 2)
+        if str(self.class_name).startswith("UNet"):
+            return _of_levels(self.arguments.get("block_out_channels") or (0,) * 4)
+        patch = int(self.arguments.get("patch_size") or (1 if self.class_name == "SanaTransformer2DModel" else 2))
+        most = self.arguments.get("pos_embed_max_size") if self.class_name == "SD3Transformer2DModel" else None
+        return Sides("pos_embed_max_size" if most else "patch_size", patch, most=most and int(most) * patch)
 
 
 class InstalledConfig(NetworkConfig):
@@ -258,6 +423,7 @@ ModelConfig = Annotated[
     | UNet2DConditionConfig
     | DiTTransformer2DConfig
     | SD3Transformer2DConfig
+    | PublishedConfig
     | InstalledConfig,
     Field(discriminator="kind"),
 ]
@@ -272,10 +438,10 @@ def installed_network(name: str) -> EntryPoint:
 
 
 def kinds_for(*, labels: bool, text: bool) -> str:
-    """The kinds that learn from just these conditions, for a message; of installed packages nobody knows."""
+    """The own kinds that learn from just these conditions, for a message."""
     networks: tuple[type[NetworkConfig], ...] = get_args(get_args(ModelConfig)[0])
-    fitting = [network for network in networks if network.misfit(labels=labels, text=text) is None]
-    fitting.remove(InstalledConfig)
+    ours = [network for network in networks if network not in (InstalledConfig, PublishedConfig)]
+    fitting = [n for n in ours if _misfit(n.labels, n.text, labels=labels, text=text) is None]
     return ", ".join(network.model_fields["kind"].default for network in fitting)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
@@ -42,6 +43,38 @@ class TextReference:
 
 
 @dataclass(frozen=True)
+class SizeShift:
+    """How the shift of the sampling times grows with the latent's size, in pixels h*w or in tokens.
+
+    sqrt: sqrt(pixels / base) times the shift (Esser et al. 2024, section 5.3.2). exponential: exp of the line through
+    (base, low) and (most, high), as the schedulers of FLUX say it; `patch` latent pixels to a side make one token.
+    """
+
+    kind: Literal["sqrt", "exponential"]
+    base: Annotated[int, Field(ge=1)]
+    most: Annotated[int, Field(ge=1)] = 1
+    low: float = 0.0
+    high: float = 0.0
+    patch: Annotated[int, Field(ge=1)] = 1
+
+    def times(self, height: int, width: int) -> float:
+        """By what the shift is multiplied for a latent of this size."""
+        if self.kind == "sqrt":
+            return math.sqrt(height * width / self.base)
+        tokens = height * width / self.patch**2
+        return math.exp(self.low + (self.high - self.low) * (tokens - self.base) / (self.most - self.base))
+
+
+@dataclass(frozen=True)
+class InitReference:
+    """The weights that a model's training started from."""
+
+    uri: str
+    digest: str  # of the weights and of what else decides its images
+    run_id: str | None = None  # that trained them
+
+
+@dataclass(frozen=True)
 class DatasetShare:
     """One of the datasets that a model learned from, and its weight among them."""
 
@@ -56,7 +89,7 @@ class ModelInfo:
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-    model: Annotated[ModelConfig | PublishedConfig, Field(discriminator="kind")]
+    model: ModelConfig
     objective: ObjectiveConfig
     latent_channels: Annotated[int, Field(ge=1)]
     num_classes: Annotated[int, Field(ge=1)] | None  # label index num_classes means "no label"
@@ -74,11 +107,13 @@ class ModelInfo:
         Annotated[str, Field(pattern=r"^[1-9]\d{0,5}x[1-9]\d{0,5}$")], ...
     ]  # image sizes trained on, "HxW" in pixels, the most frequent first
     license: str = "unknown"
-    sampling_shift: float = 1.0  # shift of the sampling grid that suits the training density
+    sampling_shift: float = 1.0  # shift of the sampling grid that suits the training density, at the first bucket
+    shift_by_size: SizeShift | None = None  # with it, what the size multiplies a shift of 1 by
     always_labelled: bool = False  # it has classes and was never trained without one
     guidable: bool = True  # it was also trained without any condition
-    text: TextReference | None = None
+    texts: tuple[TextReference, ...] = ()  # its text encoders, in the order of its arrangement
     mixture: tuple[DatasetShare, ...] = ()  # every dataset, where there are several
+    init: InitReference | None = None
     weights_sha256: str = ""  # filled in by save_export
 
     def __post_init__(self) -> None:
@@ -95,17 +130,27 @@ class ModelInfo:
         """Height and width in pixels of each bucket."""
         return tuple((int(h), int(w)) for h, w in (bucket.split("x") for bucket in self.buckets))
 
+    def shift_at(self, height: int, width: int) -> float:
+        """The shift of the sampling times for a latent of this size."""
+        return self.sampling_shift if self.shift_by_size is None else self.shift_by_size.times(height, width)
+
     def to_json(self) -> dict[str, Any]:
-        """Its fields as JSON values; `mixture` only where there is one."""
-        left_out = None if self.mixture else {"mixture"}
-        values: dict[str, Any] = _INFO.dump_python(self, mode="json", by_alias=True, exclude=left_out)
-        return values
+        """Its fields as JSON values; what came later only where there is some. `text`: one encoder, or a list."""
+        later = {name for name in ("mixture", "init", "shift_by_size") if not getattr(self, name)}
+        values: dict[str, Any] = _INFO.dump_python(self, mode="json", by_alias=True, exclude={*later, "texts"})
+        texts = _INFO.dump_python(self, mode="json", include={"texts"})["texts"]
+        return values | {
+            "model": self.model.described(),
+            "text": texts if len(texts) > 1 else next(iter(texts), None),
+        }
 
     @classmethod
     def from_json(cls, values: object) -> ModelInfo:
         """The info of `to_json`; InputError naming every missing, unknown or ill-typed field."""
-        if isinstance(values, dict) and values.get("text_encoder", 0) is None:
-            values = {key: value for key, value in values.items() if key != "text_encoder"}  # its name before `text`
+        if isinstance(values, dict):
+            values = dict(values)
+            texts = values.pop("text", values.pop("text_encoder", None))  # its name before `text`
+            values["texts"] = texts if isinstance(texts, list) else [] if texts is None else [texts]
         try:
             return _INFO.validate_json(json.dumps(values))
         except ValidationError as error:
@@ -126,6 +171,7 @@ _FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteSch
 _SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
 _KINDS = {"epsilon": "epsilon", "v_prediction": "v"}
 _CLASS_SCALES = {"AutoencoderKL": 0.18215}
+_MASKED_LENGTHS = {"PixArtTransformer2DModel": 300, "SanaTransformer2DModel": 300}  # tokens of a prompt
 
 
 @dataclass(frozen=True)
@@ -136,24 +182,30 @@ class PipelineTextEncoder:
     subfolder: str
     tokenizer_subfolder: str
     layer: Literal["last", "penultimate"] = "last"
-    pooled: Literal["none", "projection"] = "none"
+    pooled: Literal["none", "pooler", "projection"] = "none"
     max_length: int | None = None
+    padding: Literal["masked", "attended"] = "attended"
 
 
 @dataclass(frozen=True)
 class PublishedPipeline:
-    """A pipeline directory: the folder of its denoiser, `info` as the fields of a ModelInfo, and its text encoders.
+    """A pipeline directory, or that of its denoiser alone.
 
-    `arrangement` says how encoders become what the model reads: "single" is the one encoder's hidden states, "sd3"
-    the layout of Esser et al. 2024, appendix B.3 (CLIP states side by side and padded to the width of T5, then T5's).
+    component: the denoiser's folder, empty where the directory is one. weights: SHA-256 of its files by name. info:
+    the fields of a ModelInfo, empty for a denoiser alone, which says nothing about latents and noise.
     """
 
     root: Root
     component: str
+    model: PublishedConfig
+    weights: Mapping[str, str]
     info: Mapping[str, Any]
-    weight_names: tuple[str, ...]
-    encoders: tuple[PipelineTextEncoder, ...]
-    arrangement: str
+    encoders: tuple[PipelineTextEncoder, ...] = ()
+
+    @property
+    def folder(self) -> Root:
+        """Where the denoiser's files lie."""
+        return self.root.child(self.component) if self.component else self.root
 
 
 def is_pipeline_dir(root: Root) -> bool:
@@ -161,47 +213,46 @@ def is_pipeline_dir(root: Root) -> bool:
     return root.exists(INDEX)
 
 
+def read_denoiser_dir(root: Root, component: str = "") -> PublishedPipeline:
+    """What one network of diffusers says of itself: config.json and safetensors, which are hashed. InputError."""
+    config = _json(root, f"{component}/config.json".lstrip("/"))
+    class_name = str(config.get("_class_name"))
+    if class_name not in CLASSES:
+        raise refused(root, f"{component or root.uri}", f"{class_name} is not one of {', '.join(CLASSES)}")
+    arguments = {k: v for k, v in config.items() if k[:1] != "_"}
+    if arguments.get("class_embed_type") or arguments.get("addition_embed_type") not in (None, "text_time"):
+        name = "class_embed_type" if arguments.get("class_embed_type") else "addition_embed_type"
+        raise refused(root, f"{component}: {name} {arguments[name]}", "no such conditions are known")
+    model = PublishedConfig.model_validate({"class": class_name, "config": arguments})
+    return PublishedPipeline(root, component, model, _weights(root.child(component) if component else root), {})
+
+
 def read_pipeline_dir(root: Root) -> PublishedPipeline:
     """Everything a sampler must know of a pipeline directory; hashes the denoiser's weights. InputError."""
     index = _json(root, INDEX)
-    named = [(n, index[n]) for n in ("unet", "transformer") if isinstance(index.get(n), list) and len(index[n]) == 2]
+    named = [n for n in ("unet", "transformer") if isinstance(index.get(n), list) and len(index[n]) == 2]
     if not named:
         raise refused(root, INDEX, "it names neither a unet nor a transformer")
-    component, class_name = named[0][0], str(named[0][1][1])
-    if class_name not in CLASSES:
-        raise refused(root, f"{INDEX}: {component}", f"{class_name} is not one of {', '.join(CLASSES)}")
-    config = _json(root, f"{component}/config.json")
-    for name in ("addition_embed_type", "class_embed_type"):
-        if config.get(name):
-            rule = "conditions beside classes and text, such as SDXL's sizes and crops, are not supported"
-            raise refused(root, f"{component}: {name} {config[name]}", rule)
-    objective, shift = _objective(_json(root, "scheduler/scheduler_config.json"), root)
+    if index[named[0]][1] not in CLASSES:
+        raise refused(root, f"{INDEX}: {named[0]}", f"{index[named[0]][1]} is not one of {', '.join(CLASSES)}")
+    network = read_denoiser_dir(root, named[0])
+    model = network.model
+    objective, shift, by_size = _objective(_json(root, "scheduler/scheduler_config.json"), root, model)
     vae = _json(root, "vae/config.json")
-    names, digests = _weights(root.child(component))
-    num_classes = config.get("num_embeds_ada_norm" if class_name == "DiTTransformer2DModel" else "num_class_embeds")
     # Of these classes only DiT reserves a label for "no label"; a UNet's last class is a class.
-    always_labelled = num_classes is not None and class_name != "DiTTransformer2DModel"
-    channels = int(config["in_channels"])
-    # diffusers: for_model = (raw - shift) * scale, or (raw - mean) * scale / std where channels have their own.
-    # The published configurations of the first ones leave the scale to the class.
-    scale = float(vae.get("scaling_factor", _CLASS_SCALES.get(str(vae.get("_class_name")))) or 1.0)
-    mean = tuple(float(m) for m in vae.get("latents_mean") or [vae.get("shift_factor") or 0.0] * channels)
-    std = tuple(float(s) / scale for s in vae.get("latents_std") or [1.0] * channels)
+    always_labelled = model.num_classes is not None and model.class_name != "DiTTransformer2DModel"
+    mean, std = codec_scale(vae, model.latent_channels)
     factor = 2 ** (len(vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or ()) - 1)
     buckets: tuple[str, ...] = ()
-    if size := config.get("sample_size"):
+    if size := model.arguments.get("sample_size"):
         height, width = size if isinstance(size, list) else (size, size)
         buckets = (f"{height * factor}x{width * factor}",)
     info = {
-        "model": {
-            "kind": "diffusers",
-            "class": class_name,
-            "config": {k: v for k, v in config.items() if k[:1] != "_"},
-        },
+        "model": {"kind": "diffusers", "class": model.class_name, "config": model.arguments},
         "objective": objective,
-        "latent_channels": channels,
-        "num_classes": num_classes,
-        "text_dim": config.get("cross_attention_dim") or config.get("joint_attention_dim"),
+        "latent_channels": model.latent_channels,
+        "num_classes": model.num_classes,
+        "text_dim": model.text_dim,
         "factor": factor,
         "latent_mean": mean,
         "latent_std": std,
@@ -213,18 +264,30 @@ def read_pipeline_dir(root: Root) -> PublishedPipeline:
         "ema": "unknown",
         "buckets": buckets,
         "sampling_shift": shift,
+        **({} if by_size is None else {"shift_by_size": by_size}),
         "always_labelled": always_labelled,
         "guidable": not always_labelled,
-        "weights_sha256": ",".join(digests),
+        "weights_sha256": ",".join(network.weights.values()),
     }
-    encoders, arrangement = _encoders(index, class_name)
-    return PublishedPipeline(root, component, info, names, encoders, arrangement)
+    encoders = _encoders(index, model)
+    return PublishedPipeline(root, named[0], model, network.weights, info, encoders)
+
+
+def codec_scale(codec: Mapping[str, Any], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation that models of a diffusers autoencoder see its raw latents by, per channel.
+
+    codec: its config.json. diffusers: for_model = (raw - shift) * scale, or (raw - mean) * scale / std where channels
+    have their own. The published configurations of the first ones leave the scale to the class.
+    """
+    scale = float(codec.get("scaling_factor", _CLASS_SCALES.get(str(codec.get("_class_name")))) or 1.0)
+    mean = tuple(float(m) for m in codec.get("latents_mean") or [codec.get("shift_factor") or 0.0] * channels)
+    return mean, tuple(float(s) / scale for s in codec.get("latents_std") or [1.0] * channels)
 
 
 def refused(root: Root, what: str, rule: str) -> InputError:
-    """The error about a directory that cannot be sampled from."""
+    """The error about a directory that cannot be used."""
     return InputError(
-        f"this diffusers directory cannot be sampled from ({what})",
+        f"this diffusers directory cannot be used ({what})",
         key="model.uri",
         value=root.uri,
         rule=rule,
@@ -232,12 +295,26 @@ def refused(root: Root, what: str, rule: str) -> InputError:
     )
 
 
-def _objective(scheduler: dict[str, Any], root: Root) -> tuple[dict[str, Any], float]:
+def _objective(
+    scheduler: dict[str, Any], root: Root, model: PublishedConfig
+) -> tuple[dict[str, Any], float, dict[str, Any] | None]:
+    """(objective, shift of the sampling times, how it grows with the size) of a scheduler's configuration."""
     key = "scheduler/scheduler_config.json"
     if scheduler.get("num_train_timesteps", NUM_TRAIN_STEPS) != NUM_TRAIN_STEPS:
         raise refused(root, key, f"num_train_timesteps must be {NUM_TRAIN_STEPS}")
-    if scheduler.get("_class_name") in _FLOW_SCHEDULERS:
-        return {"kind": "flow"}, float(scheduler.get("shift", 1.0))
+    if scheduler.get("_class_name") in _FLOW_SCHEDULERS or scheduler.get("prediction_type") == "flow_prediction":
+        if not scheduler.get("use_dynamic_shifting"):
+            return {"kind": "flow"}, float(scheduler.get("shift", scheduler.get("flow_shift", 1.0))), None
+        high = float(scheduler.get("max_shift", 1.15))
+        by_size = {
+            "kind": "exponential",
+            "base": int(scheduler.get("base_image_seq_len", 256)),
+            "most": int(scheduler.get("max_image_seq_len", 4096)),
+            "low": float(scheduler.get("base_shift", 0.5)),
+            "high": high,
+            "patch": model.sides.multiple,
+        }
+        return {"kind": "flow"}, math.exp(high), by_size
     kind = _KINDS.get(scheduler.get("prediction_type", "epsilon"))
     schedule = _SCHEDULES.get(scheduler.get("beta_schedule", "linear"))
     if kind is None or schedule is None:
@@ -246,50 +323,52 @@ def _objective(scheduler: dict[str, Any], root: Root) -> tuple[dict[str, Any], f
         raise refused(root, key, "trained_betas and rescale_betas_zero_snr are not supported")
     # The defaults of diffusers' schedulers, which leave them out of nothing they save.
     betas = {"beta_start": scheduler.get("beta_start", 0.0001), "beta_end": scheduler.get("beta_end", 0.02)}
-    return {"kind": kind, "schedule": schedule, **betas}, 1.0
+    return {"kind": kind, "schedule": schedule, **betas}, 1.0, None
 
 
-def _encoders(index: Mapping[str, Any], class_name: str) -> tuple[tuple[PipelineTextEncoder, ...], str]:
-    """The encoders that the index names, and their arrangement."""
+def _encoders(index: Mapping[str, Any], model: PublishedConfig) -> tuple[PipelineTextEncoder, ...]:
+    """The encoders that the index names, as its class reads them; none where they are others than it reads."""
     there = [
         number
         for number in ("", "_2", "_3")
         if isinstance(index.get(f"text_encoder{number}"), list) and index[f"text_encoder{number}"][1]
     ]
-    if class_name == "UNet2DConditionModel" and there == [""]:
-        return (PipelineTextEncoder("text_encoder", "text_encoder", "tokenizer"),), "single"
-    if class_name == "SD3Transformer2DModel" and there[:2] == ["", "_2"]:
-        clips = [
-            PipelineTextEncoder(f"text_encoder{n}", f"text_encoder{n}", f"tokenizer{n}", "penultimate", "projection")
-            for n in ("", "_2")
-        ]
-        t5 = (
-            [PipelineTextEncoder("text_encoder_3", "text_encoder_3", "tokenizer_3", max_length=256)]
-            if "_3" in there
-            else []
-        )
-        return (*clips, *t5), "sd3"
-    return (), "none"
+
+    def encoder(number: str, **reads: Any) -> PipelineTextEncoder:
+        return PipelineTextEncoder(f"text_encoder{number}", f"text_encoder{number}", f"tokenizer{number}", **reads)
+
+    arrangement = model.arrangement
+    if arrangement == "single" and there == [""]:
+        length = _MASKED_LENGTHS.get(str(model.class_name))
+        return (encoder("", padding="masked", max_length=length) if model.masked else encoder(""),)
+    if arrangement == "sdxl" and there == ["", "_2"]:
+        return (encoder("", layer="penultimate"), encoder("_2", layer="penultimate", pooled="projection"))
+    if arrangement == "sd3" and there[:2] == ["", "_2"]:
+        clips = [encoder(number, layer="penultimate", pooled="projection") for number in ("", "_2")]
+        return (*clips, *([encoder("_3", max_length=256)] if "_3" in there else []))
+    if arrangement == "flux" and there == ["", "_2"]:
+        return (encoder("", pooled="pooler"), encoder("_2", max_length=512))
+    return ()
 
 
-def _weights(component: Root) -> tuple[tuple[str, ...], list[str]]:
-    """The names of the weight files, and the SHA-256 of each."""
+def _weights(component: Root) -> dict[str, str]:
+    """The SHA-256 of each weight file by its name."""
     names, sharded = [WEIGHTS], f"{WEIGHTS}.index.json"
     if component.exists(WEIGHTS) and component.exists(sharded):
         raise refused(component, f"{WEIGHTS} and {sharded}", "weights are there once: remove what is not to be used")
     if not component.exists(WEIGHTS):
         index = _json(component, sharded)
         names = sorted({str(name) for name in dict(index.get("weight_map", {})).values()})
-    digests = []
+    digests = {}
     for name in names:
         if not name.endswith(".safetensors") or "/" in name:
             raise refused(component, name, "weights must be safetensors files beside their index")
         try:
             with component.open(check_key(name)) as file:
-                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
         except FileNotFoundError as error:
             raise refused(component, name, "the file is missing") from error
-    return tuple(names), digests
+    return digests
 
 
 def _json(root: Root, key: str) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from pydantic_core import from_json
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -17,8 +18,9 @@ from pipeline.errors import InputError
 from pipeline.model.adapters import DiffusersAdapter
 from pipeline.model.build import build_model
 from pipeline.model.checkpoints import CheckpointPlace, fetch_checked
+from pipeline.model.config import ModelConfig
 from pipeline.model.info import ModelInfo, PublishedPipeline
-from pipeline.model.read import DAMAGED, MARKER, RAW, WEIGHTS_KEY, StoredModel, read_model
+from pipeline.model.read import DAMAGED, MARKER, RAW, WEIGHTS_KEY, InitialWeights, StoredModel, read_model
 from pipeline.storage.errors import unreadable
 from pipeline.storage.root import Root
 
@@ -27,6 +29,7 @@ from pipeline.storage.root import Root
 
 
 _SHARDING_KEY = "DCP_SHARDING_INFO"
+_MOST_HEAD = 100 << 20  # bytes, as the format itself bounds it
 
 
 def read_file(root: Root, key: str, sha256: str, scratch: Path) -> dict[str, Tensor]:
@@ -124,15 +127,97 @@ def load_model(
     return model.to(device).eval(), info
 
 
+def fill(model: nn.Module, start: InitialWeights) -> None:
+    """Give a model the weights that a run starts from, whatever precision they are stored in.
+
+    InputError, with the first five names that do not fit, when they are another network's, or other files than when
+    they were looked at.
+    """
+    place = start.place
+    within = isinstance(model, DiffusersAdapter) and not (
+        isinstance(place, StoredModel) and isinstance(place.place, CheckpointPlace)
+    )
+    target: nn.Module = model.inner if within and isinstance(model, DiffusersAdapter) else model
+    with tempfile.TemporaryDirectory(prefix="latentloom-init-") as scratch:
+        weights = (
+            _of_files(place, Path(scratch))
+            if isinstance(place, PublishedPipeline)
+            else _weights(place, Path(scratch))
+        )
+    check_fit({name: tuple(value.shape) for name, value in weights.items()}, target, start.uri)
+    target.load_state_dict(weights)
+
+
+def check_fit(there: Mapping[str, tuple[int, ...]], model: nn.Module, uri: str) -> None:
+    """InputError, naming the first five that differ, unless these are the names and shapes of a model's tensors."""
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    wrong = [
+        f"{name}: {list(there[name]) if name in there else 'none'} there, "
+        f"{list(wanted[name]) if name in wanted else 'none'} in the network"
+        for name in sorted(there.keys() | wanted.keys())
+        if there.get(name) != wanted.get(name)
+    ]
+    if wrong:
+        raise InputError(
+            f"The weights do not fit the network: {len(wrong)} of {len(wanted)} tensors, such as\n    "
+            + "\n    ".join(wrong[:5]),
+            key="model.init.uri",
+            value=uri,
+            rule="weights to start from have the names and shapes of the network that is trained",
+            next_step="give the weights of this architecture, or set model to theirs",
+        )
+
+
+def check_start(
+    model: ModelConfig,
+    start: InitialWeights,
+    *,
+    latent_channels: int,
+    num_classes: int | None,
+    text_dim: int | None,
+) -> None:
+    """InputError as `fill` would raise it, without reading a weight: names and shapes out of the files' heads.
+
+    Of a checkpoint, whose pieces have no shape of their own, what its description says. The other arguments are those
+    of `build_model`.
+    """
+    place = start.place.place if isinstance(start.place, StoredModel) else start.place
+    with torch.device("meta"):
+        network = build_model(model, latent_channels=latent_channels, num_classes=num_classes, text_dim=text_dim)
+        if isinstance(place, CheckpointPlace) and start.info is not None:
+            info = start.info
+            theirs = build_model(
+                info.model, latent_channels=info.latent_channels, num_classes=info.num_classes, text_dim=info.text_dim
+            )
+            shapes = {name: tuple(value.shape) for name, value in theirs.state_dict().items()}
+            return check_fit(shapes, network, start.uri)
+    if isinstance(place, PublishedPipeline):
+        files = [(place.folder, name) for name in place.weights]
+    else:
+        files = [(Root(start.uri), name) for name in ([WEIGHTS_KEY] if start.info is not None else [])]
+    there = {name: shape for root, key in files for name, shape in _shapes(root, key).items()}
+    return check_fit(there, network.inner if isinstance(network, DiffusersAdapter) else network, start.uri)
+
+
+def _shapes(root: Root, key: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a safetensors file, out of its head."""
+    with root.open(key) as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            head = from_json(file.read(min(length, _MOST_HEAD)))
+            return {name: tuple(value["shape"]) for name, value in head.items() if name != "__metadata__"}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise unreadable(root.uri_of(key), f"not a safetensors file: {error}", key="model.init.uri") from None
+
+
+def _of_files(place: PublishedPipeline, scratch: Path) -> dict[str, Tensor]:
+    parts = [read_file(place.folder, name, sha256, scratch) for name, sha256 in place.weights.items()]
+    return {name: tensor for part in parts for name, tensor in part.items()}
+
+
 def _weights(stored: StoredModel, scratch: Path) -> dict[str, Tensor]:
     if isinstance(stored.place, PublishedPipeline):
-        folder = stored.place.root.child(stored.place.component)
-        digests = stored.info.weights_sha256.split(",")
-        parts = [
-            read_file(folder, name, sha256, scratch)
-            for name, sha256 in zip(stored.place.weight_names, digests, strict=True)
-        ]
-        return {name: tensor for part in parts for name, tensor in part.items()}
+        return _of_files(stored.place, scratch)
     if isinstance(stored.place, CheckpointPlace):
         place, ema = stored.place, stored.info.ema
         names = place.complete.marker["files"]

@@ -7,8 +7,10 @@ directory of exports or of checkpoints, which stands for the one trained longest
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, with_config
@@ -17,7 +19,15 @@ from typing_extensions import TypedDict
 from pipeline.errors import ConfigError, InputError
 from pipeline.model import checkpoints
 from pipeline.model.checkpoints import CheckpointPlace, find_checkpoint
-from pipeline.model.info import INDEX, ModelInfo, PublishedPipeline, is_pipeline_dir, read_pipeline_dir
+from pipeline.model.config import InitConfig, ModelConfig
+from pipeline.model.info import (
+    INDEX,
+    ModelInfo,
+    PublishedPipeline,
+    is_pipeline_dir,
+    read_denoiser_dir,
+    read_pipeline_dir,
+)
 from pipeline.storage.errors import describe, storage_errors, unreadable
 from pipeline.storage.root import Root
 from pipeline.storage.stored import OBJECT, OPEN, parse
@@ -109,6 +119,71 @@ def read_model(uri: str, ema: str | None = None) -> StoredModel:
             next_step="leave model.ema out, or name a checkpoint of the run and one of its tracks",
         )
     return model
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """The weights that a run starts from: where they lie and what they are; their files are hashed, not read.
+
+    network: that they fit. info: what is known of the model they are, None of a network alone.
+    """
+
+    uri: str
+    network: ModelConfig
+    digest: str
+    info: ModelInfo | None
+    place: StoredModel | PublishedPipeline
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
+_HUB_LEFT = ("*.fp16.*", "*.non_ema.*", "*onnx*", "*flax*", "*openvino*")
+
+
+def read_init(init: InitConfig) -> InitialWeights:
+    """What lies at `init.uri`; InputError when it is no model, an unpinned hub id, or has no safetensors weights."""
+    root = _init_root(init)
+    component = init.subfolder or ""
+    bare = f"{component}/config.json" if component else "config.json"
+    if not is_pipeline_dir(root) and root.exists(bare) and not root.exists(MARKER):
+        network = read_denoiser_dir(root, component)
+        body = {"weights": dict(network.weights), "identity": network.model.described()}
+        digest = hashlib.blake2b(canonical_json(body), digest_size=16).hexdigest()
+        return InitialWeights(root.uri, network.model, digest, None, network)
+    stored = read_model(root.uri, init.ema)
+    return InitialWeights(stored.uri, stored.info.model, stored.digest(), stored.info, stored)
+
+
+def _init_root(init: InitConfig) -> Root:
+    if "://" in init.uri or Path(init.uri).expanduser().exists() or not _HUB_ID.fullmatch(init.uri):
+        return Root(init.uri)
+    remedy: dict[str, Any] = {"key": "model.init.uri", "value": init.uri}
+    if init.revision is None:
+        raise InputError(
+            "There is no such directory, and a hub id without its revision may be other weights tomorrow",
+            rule="weights are a directory, a URI, or a hub id pinned by model.init.revision",
+            next_step="correct the path, or set model.init.revision=<commit or tag>",
+            **remedy,
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    within = [f"{init.subfolder}/{name}" for name in _HUB_FILES] if init.subfolder else None
+    # Of a pipeline what its folders hold: single files beside them are the same weights in other layouts.
+    patterns = within or ["*.json", "diffusion_pytorch_model*.safetensors", *(f"*/{name}" for name in _HUB_FILES)]
+    try:
+        return Root(
+            snapshot_download(
+                init.uri, revision=init.revision, allow_patterns=patterns, ignore_patterns=list(_HUB_LEFT)
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"The hub does not give these weights: {type(error).__name__}: {str(error).splitlines()[0]}",
+            rule="a hub id must exist at its revision and be reachable or cached",
+            next_step="check id, revision, network and HF_TOKEN, or download it and give the directory",
+            **remedy,
+        ) from error
 
 
 def _stored(

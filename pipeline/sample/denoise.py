@@ -78,6 +78,8 @@ class Denoiser:
             purpose=NOISE,
             device=device,
             dtype=dtype,
+            factor=info.factor if info.model.micro_conditions else None,
+            distilled=info.model.distilled,
         )
 
     @classmethod
@@ -130,9 +132,11 @@ class Denoiser:
         texts: Texts | None = None,
     ) -> Tensor:
         """Raw latents, float32 [n, c, h/f, w/f] on the device, of n requests with one schedule, in one batch."""
-        factor = self.info.factor
+        factor, shift = self.info.factor, self.draw.shift
         shape = (self.info.latent_channels, schedule.height // factor, schedule.width // factor)
-        solving = Solving(self.draw.sampler, schedule.steps, schedule.guidance, schedule.interval, self.draw.shift)
+        if self.draw.shift_by_size:
+            shift = self.info.shift_at(*shape[1:])
+        solving = Solving(self.draw.sampler, schedule.steps, schedule.guidance, schedule.interval, shift)
         return self._drawer(names, labels, texts, shape, solving)
 
 

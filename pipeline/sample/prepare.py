@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pipeline.codec.info import CodecInfo, codec_info
 from pipeline.diffusion.solvers import solver_for
 from pipeline.errors import ConfigError, ConflictError, InputError, argument_keys
+from pipeline.model.config import PublishedConfig
 from pipeline.model.info import INDEX, ModelInfo, PublishedPipeline, refused
 from pipeline.model.read import StoredModel, read_model
 from pipeline.sample.config import FileRequests, GridRequests, SampleJobConfig
@@ -24,6 +25,7 @@ from pipeline.storage.root import Root, place_of
 from pipeline.store.ledger.identity import Identity
 from pipeline.store.ledger.layout import canonical_json
 from pipeline.text.config import TextEncoderConfig
+from pipeline.text.dataset import ARRANGEMENTS
 from pipeline.text.files import EncoderFiles, encoder_files
 from pipeline.tracking.config import REGISTERED, resolve_paths
 from pipeline.tracking.queries import resolve
@@ -36,16 +38,16 @@ from pipeline.tracking.queries import resolve
 
 @dataclass(frozen=True)
 class TextSpec:
-    """Encoders in order and their arrangement: "single", or "sd3" (two CLIPs and perhaps a T5).
+    """Encoders in order and how they become one text, see `text.dataset.arrange`.
 
-    `masked`: padding is hidden from the model, which is trained so here; published pipelines show it. `width` is
-    what one token's vector is widened to in the sd3 arrangement. `digest` covers every file that decides a number;
-    `files` are each encoder's.
+    `masked`: padding is hidden from the model. `stored`: it learned from states as they are stored, rounded. `width`
+    is that of one token's vector. `digest` covers every file that decides a number; `files` are each encoder's.
     """
 
     encoders: tuple[TextEncoderConfig, ...]
     arrangement: str
     masked: bool
+    stored: bool
     width: int
     digest: str
     files: tuple[EncoderFiles, ...]
@@ -56,37 +58,47 @@ def text_of(model: StoredModel) -> TextSpec | None:
 
     InputError when its encoders cannot be used, ConflictError when they are others than the model learned from.
     """
-    width = model.info.text_dim
-    if width is None:
+    info, place = model.info, model.place
+    if info.text_dim is None:
         return None
-    if isinstance(model.place, PublishedPipeline):
-        return _of_pipeline(model.place, width)
-    reference = model.info.text
-    if reference is None:
+    published = info.model if isinstance(info.model, PublishedConfig) else None
+    arrangement = "single" if published is None else published.arrangement
+    masked = published is None or published.masked
+    if isinstance(place, PublishedPipeline):
+        encoders = _of_pipeline(place)
+        files = tuple(encoder_files(e) for e in encoders)
+        digest = _digest([f.fingerprint(e) for f, e in zip(files, encoders, strict=True)])
+        return TextSpec(encoders, arrangement, masked, False, info.text_dim, digest, files)
+    if not info.texts:
         return None
-    try:
-        encoder = TextEncoderConfig.model_validate(reference.encoder, strict=False)
-    except ValidationError as error:
-        raise InputError(f"The model does not describe its text encoder: {error}", key="model.uri") from None
-    files = encoder_files(encoder)
-    fingerprint = files.fingerprint(encoder)
-    if reference.fingerprint not in (fingerprint, _digest(fingerprint)):
-        raise ConflictError(
-            f"The text encoder at {encoder.path} is not the one the model learned from",
-            key="model.uri",
-            value=encoder.path,
-            rule="prompts are embedded by the encoder that embedded the captions",
-            next_step="restore the encoder's files",
-        )
-    return TextSpec((encoder,), "single", True, width, _digest(fingerprint), (files,))
+    encoders, files, fingerprints = (), (), []
+    for reference in info.texts:
+        try:
+            encoder = TextEncoderConfig.model_validate(reference.encoder, strict=False)
+        except ValidationError as error:
+            raise InputError(f"The model does not describe its text encoder: {error}", key="model.uri") from None
+        its_files = encoder_files(encoder)
+        fingerprints.append(its_files.fingerprint(encoder))
+        if reference.fingerprint not in (fingerprints[-1], _digest(fingerprints[-1])):
+            raise ConflictError(
+                f"The text encoder at {encoder.path} is not the one the model learned from",
+                key="model.uri",
+                value=encoder.path,
+                rule="prompts are embedded by the encoder that embedded the captions",
+                next_step="restore the encoder's files",
+            )
+        encoders, files = (*encoders, encoder), (*files, its_files)
+    digest = _digest(fingerprints[0] if len(fingerprints) == 1 else fingerprints)
+    return TextSpec(encoders, arrangement, masked, True, info.text_dim, digest, files)
 
 
-def _of_pipeline(pipeline: PublishedPipeline, width: int) -> TextSpec:
+def _of_pipeline(pipeline: PublishedPipeline) -> tuple[TextEncoderConfig, ...]:
     if not pipeline.encoders:
+        fewest, most = ARRANGEMENTS[pipeline.model.arrangement]
         raise refused(
             pipeline.root,
             f"{INDEX}: its text encoders",
-            "a UNet2DConditionModel reads text of one encoder, SD3Transformer2DModel of two or three",
+            f"{pipeline.model.class_name} reads the text of {fewest if fewest == most else f'{fewest} to {most}'}",
         )
     local = pipeline.root.local_path()
     if local is None:
@@ -96,21 +108,7 @@ def _of_pipeline(pipeline: PublishedPipeline, width: int) -> TextSpec:
             value=pipeline.root.uri,
             next_step="copy the pipeline directory to every node, under one path",
         )
-    encoders = tuple(
-        TextEncoderConfig(
-            name=e.name,
-            path=str(local),
-            subfolder=e.subfolder,
-            tokenizer_subfolder=e.tokenizer_subfolder,
-            layer=e.layer,
-            pooled=e.pooled,
-            max_length=e.max_length,
-        )
-        for e in pipeline.encoders
-    )
-    files = tuple(encoder_files(e) for e in encoders)
-    digest = _digest([f.fingerprint(e) for f, e in zip(files, encoders, strict=True)])
-    return TextSpec(encoders, pipeline.arrangement, False, width, digest, files)
+    return tuple(TextEncoderConfig(path=str(local), **asdict(encoder)) for encoder in pipeline.encoders)
 
 
 def _digest(value: Any) -> str:
@@ -275,6 +273,7 @@ def _draw(config: SampleJobConfig, info: ModelInfo) -> Draw:
         seed=config.seed,
         sampler=solver.name,
         shift=info.sampling_shift if config.sampler.shift is None else config.sampler.shift,
+        shift_by_size=info.shift_by_size is not None and config.sampler.shift is None,
         batch_size=config.batch_size,
         device="auto",
         threads=config.threads,

@@ -11,15 +11,16 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.diffusion.draw import Embedding
 from pipeline.sample.prepare import TextSpec
 from pipeline.store.schema import pack_latents, to_float32
+from pipeline.text.dataset import arrange
 from pipeline.text.encoder import TextEncoder, load_encoder
 
 BATCH = 8
 CACHE_BYTES = 1 << 30
-SD3_LENGTH = 256  # tokens that stand for a T5 which a pipeline leaves out
 
 
 class PromptEmbedder:
@@ -28,7 +29,7 @@ class PromptEmbedder:
     def __init__(self, spec: TextSpec, *, device: str = "cpu", cache_bytes: int = CACHE_BYTES) -> None:
         self._spec, self._cache_bytes, self.embedded = spec, cache_bytes, 0
         self._encoders: list[TextEncoder] = [
-            load_encoder(files, encoder, batch_size=BATCH, device=device, attend_padding=not spec.masked)
+            load_encoder(files, encoder, batch_size=BATCH, device=device)
             for files, encoder in zip(spec.files, spec.encoders, strict=True)
         ]
         self._cache: OrderedDict[str, Embedding] = OrderedDict()
@@ -53,22 +54,24 @@ class PromptEmbedder:
         return embeddings
 
     def _embed(self, prompts: Sequence[str]) -> list[Embedding]:
-        spec, outputs = self._spec, [encoder.encode(prompts) for encoder in self._encoders]
-        if spec.arrangement == "sd3":
-            # Two CLIPs side by side, widened with zeros, then T5's tokens (zeros where there is no T5).
-            clips = np.concatenate([output.embeddings_NLD for output in outputs[:2]], axis=2)
-            wide = np.pad(clips, ((0, 0), (0, 0), (0, spec.width - clips.shape[2])))
-            third = np.zeros((len(prompts), SD3_LENGTH, spec.width), np.float32)
-            if len(outputs) > 2:
-                third = outputs[2].embeddings_NLD
-            pooled = np.concatenate([o.pooled_NP for o in outputs[:2] if o.pooled_NP is not None], axis=1)
-            return [Embedding(np.concatenate([w, t]), None, p) for w, t, p in zip(wide, third, pooled, strict=True)]
-        values_NLD = outputs[0].embeddings_NLD
-        if not spec.masked:  # a published model saw them as they are
-            return [Embedding(values, None, None) for values in values_NLD]
-        # At the precision the model saw while it learned.
-        dtype = spec.encoders[0].embedding_dtype
-        packed = b"".join(pack_latents(values_NLD, dtype))
-        stored_NLD = to_float32(np.frombuffer(packed, np.uint8), dtype).reshape(values_NLD.shape)
-        length = np.arange(values_NLD.shape[1])
-        return [Embedding(stored_NLD[i], length < outputs[0].tokens[i], None) for i in range(len(prompts))]
+        spec, parts = self._spec, []
+        for encoder, loaded in zip(spec.encoders, self._encoders, strict=True):
+            output = loaded.encode(prompts)
+            values_NLD, pooled_NP = output.embeddings_NLD, output.pooled_NP
+            if spec.stored:  # at the precision the model saw while it learned
+                values_NLD, dtype = _as_stored(values_NLD, encoder.embedding_dtype), encoder.embedding_dtype
+                pooled_NP = None if pooled_NP is None else _as_stored(pooled_NP, dtype)
+            mask_NL = np.arange(values_NLD.shape[1]) < output.tokens[:, None]
+            if encoder.padding == "masked":
+                values_NLD = np.where(mask_NL[:, :, None], values_NLD, np.float32(0))
+            parts.append((values_NLD, mask_NL, pooled_NP))
+        states_NLD, mask_NL, *pooled = arrange(spec.arrangement, parts, spec.width)
+        return [
+            Embedding(states_NLD[i], mask_NL[i] if spec.masked else None, pooled[0][i] if pooled else None)
+            for i in range(len(prompts))
+        ]
+
+
+def _as_stored(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.float32]:
+    packed = b"".join(pack_latents(values, dtype))
+    return to_float32(np.frombuffer(packed, np.uint8), dtype).reshape(values.shape)

@@ -30,8 +30,8 @@ class Draw:
     """How requests become pixels, apart from the model: every value that can change a bit of an image.
 
     `device` is the kind ("cpu", "cuda"); `threads` are those of one CPU actor: another number sums in another
-    order. `image` and `quality` are those of the encoded file. `compile`: torch.compile fuses what is otherwise
-    rounded in between.
+    order. `shift_by_size`: the model's own shift at each size, not `shift`. `image` and `quality` are those of the
+    encoded file. `compile`: torch.compile fuses what is otherwise rounded in between.
     """
 
     seed: int
@@ -44,11 +44,11 @@ class Draw:
     image: str
     quality: int
     compile: bool = False
+    shift_by_size: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields by name; `compile` only where it is true: images from before it was told say the same."""
-        fields = asdict(self)
-        return fields if self.compile else {key: value for key, value in fields.items() if key != "compile"}
+        """The fields by name; the last ones only where they are true: images from before say the same."""
+        return {key: value for key, value in asdict(self).items() if value is not False}
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ class _Drawn(TypedDict):
     batch_size: Annotated[int, Field(ge=1, le=1 << 16)]
     threads: Annotated[int, Field(ge=1, le=1 << 12)]
     compile: NotRequired[bool]
+    shift_by_size: NotRequired[bool]
 
 
 @with_config(OPEN)

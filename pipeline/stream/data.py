@@ -117,7 +117,7 @@ class TextRows(Protocol):
     def digest(self) -> str: ...
     @property
     def row_bytes(self) -> int: ...
-    def lookup_stored(self, captions: Sequence[str | None]) -> tuple[NDArray[Any], NDArray[np.bool_]]: ...
+    def lookup_stored(self, captions: Sequence[str | None]) -> tuple[NDArray[Any], ...]: ...
 
 
 # Not frozen: that takes five times as long to make, which counts where latents are small.
@@ -130,7 +130,8 @@ class Batch:
     id as two little-endian words; labels: int64 [b], -1 where a row has none; captions: "" where a row has none;
     both None when no row of the share has one. sizes: int32 [b, 6], in original pixels: height, width, crop top,
     left, height, width; None when they are not read. text: embeddings [b, l, d] as stored, like latents, and which
-    of the l are tokens, bool [b, l]; None without text. dataset: which one of a mixture.
+    of the l are tokens, bool [b, l], and of several encoders a pooled vector [b, p], too; None without text. dataset:
+    which one of a mixture.
     """
 
     step: int
@@ -141,7 +142,7 @@ class Batch:
     labels: NDArray[np.int64] | None
     captions: list[str] | None
     sizes: NDArray[np.int32] | None
-    text: tuple[NDArray[Any], NDArray[np.bool_]] | None = None
+    text: tuple[NDArray[Any], ...] | None = None
     dataset: int = 0
 
 

@@ -42,6 +42,11 @@ class TextEncoderConfig(StrictModel):
     pooled: Literal["none", "pooler", "projection"] = Field(
         "none", description="CLIP only, stored as well: the pooled state as it is, or through the text projection."
     )
+    padding: Literal["masked", "attended"] = Field(
+        "masked",
+        description="masked: padding is hidden from encoder and model; attended: its states are part of the text, as "
+        "Stable Diffusion, SDXL, SD3 and FLUX read them.",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Arithmetic of the encoder.")
     embedding_dtype: Literal["float16", "bfloat16"] = Field("float16", description="How embeddings are stored.")
 

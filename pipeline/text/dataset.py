@@ -138,6 +138,63 @@ Halves = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
 
 
+# How the states of several encoders become the one text that a model reads, and its pooled vector. Each arrangement
+# is that of a published family, by the number of its encoders: SDXL's (Podell et al. 2023, section 2.1) are the two
+# CLIPs side by side and the second one's pooled vector; SD3's (Esser et al. 2024, appendix B.3) the two side by side
+# and widened with zeros, then T5's, and both pooled vectors; FLUX's are T5's states and CLIP's pooled vector.
+ARRANGEMENTS = {"single": (1, 1), "sdxl": (2, 2), "sd3": (2, 3), "flux": (2, 2)}
+SD3_LENGTH = 256  # tokens that stand for a T5 which is left out
+
+Encoding = tuple[npt.NDArray[Any], npt.NDArray[np.bool_], npt.NDArray[Any] | None]
+
+
+def arrange(arrangement: str, parts: Sequence[Encoding], width: int) -> tuple[npt.NDArray[Any], ...]:
+    """(states [n, l, width], which count [n, l][, pooled [n, p]]) out of those of each encoder, in any one dtype.
+
+    Zeros are zeros as bits, too. ValueError for another number of encoders, or where a pooled vector is lacking.
+    """
+    fewest, most = ARRANGEMENTS[arrangement]
+    if not fewest <= len(parts) <= most:
+        raise ValueError(f"{arrangement} is of {fewest} to {most} encoders, not {len(parts)}")
+    if arrangement == "single":
+        return parts[0][:2]
+    pooling = {"sdxl": parts[1:], "sd3": parts[:2], "flux": parts[:1]}[arrangement]
+    vectors = [pooled for _, _, pooled in pooling if pooled is not None]
+    if len(vectors) < len(pooling):
+        raise ValueError(f"{arrangement} needs pooled states")
+    pooled_NP = np.concatenate(vectors, axis=1)
+    if arrangement == "flux":
+        return *parts[1][:2], pooled_NP
+    states_NLD = np.concatenate([values for values, _, _ in parts[:2]], axis=2)
+    if arrangement == "sd3":
+        states_NLD = np.pad(states_NLD, ((0, 0), (0, 0), (0, width - states_NLD.shape[2])))
+        third = parts[2][0] if len(parts) > 2 else np.zeros((len(states_NLD), SD3_LENGTH, width), states_NLD.dtype)
+        states_NLD = np.concatenate([states_NLD, third], axis=1)
+    return states_NLD, np.ones(states_NLD.shape[:2], np.bool_), pooled_NP
+
+
+class ArrangedText:
+    """The embeddings of several encoders as the one text of a model of `width`; see `stream.data.TextRows`."""
+
+    def __init__(self, parts: Sequence[TextEmbeddings], arrangement: str, width: int) -> None:
+        self.parts, self._arrangement, self._width = tuple(parts), arrangement, width
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of the content of all."""
+        return ",".join(part.digest for part in self.parts)
+
+    @property
+    def row_bytes(self) -> int:
+        """Memory of one caption that `lookup_stored` gives, at most."""
+        return sum(part.max_length for part in self.parts) * (2 * self._width + 1) + 2 * SD3_LENGTH * self._width
+
+    def lookup_stored(self, captions: Sequence[str | None]) -> tuple[npt.NDArray[Any], ...]:
+        """The text of n captions as `arrange` gives it, as stored."""
+        parts = [part.lookup_all(captions) for part in self.parts]
+        return arrange(self._arrangement, parts, self._width)
+
+
 class TextEmbeddings:
     """The embeddings of one encoder as they were visible when opened; safe to use from several threads.
 
@@ -206,14 +263,22 @@ class TextEmbeddings:
 
     def lookup_stored(self, captions: Sequence[str | None]) -> tuple[Halves, npt.NDArray[np.bool_]]:
         """The same, embeddings as they are stored: float16, or the bits of bfloat16 as uint16."""
+        return self.lookup_all(captions)[:2]
+
+    def lookup_all(self, captions: Sequence[str | None]) -> Encoding:
+        """As `lookup_stored`, and the pooled states [n, p] where the encoder stored them."""
         halves = np.float16 if self._dtype == "float16" else np.uint16
         embeddings_NLD = np.zeros((len(captions), self.max_length, self.width), halves)
         mask_NL = np.zeros((len(captions), self.max_length), np.bool_)
+        pooled: dict[int, npt.NDArray[Any]] = {}
         for table, i, row in self._places(captions):
             values_LD = np.frombuffer(table["embedding"][row].as_buffer(), halves).reshape(-1, self.width)
             embeddings_NLD[i, : len(values_LD)] = values_LD
             mask_NL[i, : len(values_LD)] = True
-        return embeddings_NLD, mask_NL
+            if self._has_pooled:
+                pooled[i] = np.frombuffer(table["pooled"][row].as_buffer(), halves)
+        pooled_NP = np.stack([pooled[i] for i in range(len(captions))]) if pooled else None
+        return embeddings_NLD, mask_NL, pooled_NP
 
     @property
     def row_bytes(self) -> int:
@@ -228,10 +293,10 @@ class TextEmbeddings:
                 rule="they are stored only where the encoder's pooled says so",
                 next_step="embed with pooled: pooler or projection under another encoder name",
             )
-        pooled: dict[int, Floats] = {}
-        for table, i, row in self._places(captions):
-            pooled[i] = to_float32(np.frombuffer(table["pooled"][row].as_buffer(), np.uint8), self._dtype)
-        return np.stack([pooled[i] for i in range(len(captions))]) if pooled else np.zeros((0, 0), np.float32)
+        pooled_NP = self.lookup_all(captions)[2]
+        if pooled_NP is None:
+            return np.zeros((0, 0), np.float32)
+        return to_float32(pooled_NP.view(np.uint8).reshape(-1), self._dtype).reshape(pooled_NP.shape)
 
     def missing(self, captions: Sequence[str | None]) -> list[str]:
         """The distinct captions among some that have no embedding, in order."""

@@ -20,7 +20,7 @@ from pipeline.text.files import EncoderFiles
 class Encoded:
     """What some captions became: the first `tokens[i]` rows of `embeddings[i]` count, the rest is padding."""
 
-    tokens: npt.NDArray[np.int32]  # [n], special tokens included
+    tokens: npt.NDArray[np.int32]  # [n], special tokens included, and padding where it is attended to
     truncated: npt.NDArray[np.bool_]  # [n]
     embeddings_NLD: npt.NDArray[np.float32]
     pooled_NP: npt.NDArray[np.float32] | None
@@ -66,7 +66,7 @@ class TextEncoder:
 
     @torch.inference_mode()
     def _batch(self, captions: Sequence[str]) -> Encoded:
-        count = len(captions)
+        count, length = len(captions), self._max_length
         filled = [*captions, *[""] * (self._batch_size - count)]
         batch = self._tokenizer(
             filled, padding="max_length", truncation=True, max_length=self._max_length, return_tensors="pt"
@@ -81,10 +81,12 @@ class TextEncoder:
         tokens = mask_NL[:count].sum(dim=1).to(torch.int32).numpy()
         # Only captions that fill the length can have been cut: these are counted again, whole.
         truncated = np.zeros(count, np.bool_)
-        full: list[int] = np.flatnonzero(tokens == self._max_length).tolist()
+        full: list[int] = np.flatnonzero(tokens == length).tolist()
         if full:
             longer = self._tokenizer([captions[i] for i in full], truncation=False, verbose=False)["input_ids"]
-            truncated[full] = [len(ids) > self._max_length for ids in longer]
+            truncated[full] = [len(ids) > length for ids in longer]
+        if self._attend_padding:
+            tokens = np.full_like(tokens, length)
         pooled_NP: npt.NDArray[np.float32] | None = None
         if self._pooled != "none":
             pooled = states.text_embeds if self._pooled == "projection" else states.pooler_output
@@ -98,11 +100,8 @@ def load_encoder(
     *,
     batch_size: int,
     device: str = "cpu",
-    attend_padding: bool = False,
 ) -> TextEncoder:
     """The encoder that `files` describe, ready to use; InputError when its files do not fit together.
-
-    attend_padding: padding is not masked, as published pipelines call their encoders.
 
     Weights come from safetensors, nothing is downloaded, and no code in the directory is run. ConflictError when the
     files are no longer those that were hashed.
@@ -149,7 +148,7 @@ def load_encoder(
         layer=encoder.layer,
         pooled=encoder.pooled,
         device=device,
-        attend_padding=attend_padding,
+        attend_padding=encoder.padding == "attended",
     )
 
 

@@ -29,6 +29,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
 )
 _CLIP = ("clip", "clip_text_model")
+_OTHERS = {"t5": "T5EncoderModel", "gemma2": "Gemma2Model"}  # which pool nothing and hold texts of any length
 _PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LAYOUT = f"an encoder is a directory with config.json, {WEIGHTS} and its tokenizer's files"
@@ -93,6 +94,8 @@ class EncoderFiles:
             "width": self.width,
             "layer": encoder.layer,
             "pooled": encoder.pooled,
+            # Masked in every fingerprint of before there was another way.
+            **({} if encoder.padding == "masked" else {"padding": encoder.padding}),
             "encoder_dtype": encoder.dtype,
             "embedding_dtype": encoder.embedding_dtype,
         }
@@ -105,11 +108,11 @@ def encoder_files(encoder: TextEncoderConfig) -> EncoderFiles:
     model_dir, tokenizer_dir = base / encoder.subfolder, base / encoder.tokenizer_subfolder
     config = _read_config(model_dir, encoder)
     kind = config.get("model_type")
-    if kind not in (*_CLIP, "t5"):
+    if kind not in (*_CLIP, *_OTHERS):
         raise _refusal(
             f"The encoder {encoder.name} is of model_type {kind!r}",
             encoder,
-            "encoders are CLIP text models (OpenAI's and OpenCLIP's, in transformers format) and T5",
+            "encoders are CLIP text models (OpenAI's and OpenCLIP's, in transformers format), T5 and Gemma 2",
             "name another model, or the subfolder that holds the text encoder of a pipeline",
         )
     if kind == "clip":
@@ -118,9 +121,9 @@ def encoder_files(encoder: TextEncoderConfig) -> EncoderFiles:
     width = text.get("d_model" if kind == "t5" else "hidden_size")
     if not isinstance(width, int):
         raise _refusal(f"config.json of {encoder.name} does not say how wide an embedding is", encoder)
-    if kind == "t5" and encoder.pooled != "none":
+    if kind in _OTHERS and encoder.pooled != "none":
         raise ConfigError(
-            f"The encoder {encoder.name} is a T5, which pools nothing",
+            f"The encoder {encoder.name} is a {_OTHERS[kind]}, which pools nothing",
             key="encoders.pooled",
             value=encoder.pooled,
             rule="only CLIP has a pooled state",
@@ -131,9 +134,9 @@ def encoder_files(encoder: TextEncoderConfig) -> EncoderFiles:
     return EncoderFiles(
         model_dir,
         tokenizer_dir,
-        "T5EncoderModel" if kind == "t5" else clip_class,
+        _OTHERS.get(str(kind), clip_class),
         width,
-        _max_length(encoder, None if kind == "t5" else text.get("max_position_embeddings")),
+        _max_length(encoder, None if kind in _OTHERS else text.get("max_position_embeddings")),
         config,
         weights,
         _joined([_sha256(model_dir / name) for name in weights if name != INDEX]),

@@ -2,7 +2,7 @@
 
     dataset --checks----->  facts: channels, classes, codec          refused before anything starts, naming both
     datasets --checks---->  one codec, one kind of condition         of several (data.mix), served by weight
-    captions' embeddings --stream, task--> text [b, l, d], mask     the empty prompt for a keyed share (data.text_uri)
+    captions' embeddings --stream, task--> text [b, l, d], mask     the empty prompt for a keyed share (data.text)
     stream  --batches---->  latents, ids, labels, text on the device one ahead, pinned, on a stream of their own
     batches --task------->  x0, noise, t  [b, c, h, w], [b]          draws keyed by (seed, sample id, epoch)
     model   --loop------->  loss, one update per global batch        guard, clip, AdamW, EMA; counted in images

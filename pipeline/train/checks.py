@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.codec.info import codec_info
 from pipeline.errors import ConfigError, ConflictError, argument_keys
-from pipeline.model.config import InstalledConfig, installed_network, kinds_for
+from pipeline.model.config import InstalledConfig, PublishedConfig, installed_network, kinds_for
 from pipeline.store.ledger.identity import differences
 from pipeline.store.read.dataset import Dataset, LatentDataset
 from pipeline.store.read.pins import Pins
@@ -25,6 +25,7 @@ from pipeline.stream.data import layout_of
 from pipeline.stream.mixture import shares_of
 from pipeline.stream.order import Order, OrderSpec
 from pipeline.train.config import CodecOverride, TrainJobConfig
+from pipeline.train.start import Start, check_arrangement, check_start_fits, scale_of
 
 # -- Do the datasets of a mixture belong together? Every refusal names the two that do not. Torch-free ---------
 #
@@ -97,33 +98,42 @@ def common_classes(config: TrainJobConfig, datasets: Datasets) -> int | None:
 def check_text_uris(config: TrainJobConfig) -> None:
     """ConfigError when only some of the datasets have embeddings."""
     parts = config.data.parts
-    embedded = [key for key, part in parts.items() if part.text_uri is not None]
-    bare = [key for key, part in parts.items() if part.text_uri is None]
+    embedded = [key for key, part in parts.items() if part.text]
+    bare = [key for key, part in parts.items() if not part.text]
     if embedded and bare:
         raise ConfigError(
             f"The captions of {parts[embedded[0]].uri} are embedded, those of {parts[bare[0]].uri} are not",
-            key=f"{bare[0]}.text_uri",
-            value="null",
+            key=f"{bare[0]}.text",
+            value="[]",
             rule="text is learned from all datasets of a mixture or from none",
             next_step=f"run jobs.embed_text on {parts[bare[0]].uri} and name what it wrote, or set "
-            f"{embedded[0]}.text_uri=null",
+            f"{embedded[0]}.text=[]",
         )
 
 
-def check_same_encoder(config: TrainJobConfig, texts: Mapping[str, dict[str, Any]]) -> None:
+def check_same_encoders(texts: Mapping[str, Sequence[dict[str, Any]]]) -> None:
     """ConflictError when embeddings (`text_facts`, by key) were made by different encoders."""
     (first, *others) = texts
     for key in others:
-        differing = list(differences(texts[first]["fingerprint"], texts[key]["fingerprint"]))
+        made, other = ([text["fingerprint"] for text in texts[name]] for name in (first, key))
+        differing = [
+            each
+            for at in range(max(len(made), len(other)))
+            for each in differences(*(each[at] if at < len(each) else "absent" for each in (made, other)))
+        ]
         if differing:
             raise ConflictError(
-                f"The embeddings at {texts[first]['uri']} and {texts[key]['uri']} were made in different ways:\n"
+                f"The embeddings at {_uris(texts[first])} and {_uris(texts[key])} were made in different ways:\n"
                 + _shown(differing),
-                key=f"{key}.text_uri",
-                value=config.data.parts[key].text_uri,
+                key=f"{key}.text",
+                value=_uris(texts[key]),
                 rule="all datasets of a mixture share one text encoder and its settings",
                 next_step="run jobs.embed_text on one of the datasets with the other's encoder",
             )
+
+
+def _uris(texts: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(str(text["uri"]) for text in texts)
 
 
 def _meaning(dataset: LatentDataset) -> dict[str, Any]:
@@ -146,13 +156,16 @@ class Facts:
     moments: bool
     buckets: tuple[str, ...]  # the most frequent first
     codec: dict[str, Any] | None  # path, revision, kind: where it lies now; None when nobody knows
-    text: dict[str, Any] | None = None  # see `text_facts`; None when no text is learned from
+    texts: tuple[dict[str, Any], ...] = ()  # see `text_facts`, one for each text encoder
+    text_dim: int | None = None  # width of a text state as the model reads it; None when no text is learned from
     layouts: tuple[str, ...] = ()  # digests of the rows and their places, by dataset
+    init: dict[str, Any] | None = None  # see `Start.init`
+    scale: dict[str, list[float]] | None = None  # see `scale_of`
 
     @property
-    def text_dim(self) -> int | None:
-        """Width of a text embedding."""
-        return None if self.text is None else int(self.text["width"])
+    def text_length(self) -> int:
+        """Most states of a text."""
+        return sum(int(text["max_length"]) for text in self.texts)
 
     @property
     def latent_sizes(self) -> dict[str, tuple[int, int]]:
@@ -168,7 +181,7 @@ class Facts:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Facts:
         """The inverse of `dataclasses.asdict`, after a way through JSON."""
-        return cls(**{**values, "buckets": tuple(values["buckets"]), "layouts": tuple(values["layouts"])})
+        return cls(**{**values, **{name: tuple(values[name]) for name in ("buckets", "layouts", "texts")}})
 
 
 # What a stream calls its arguments, and a configuration of a training its keys.
@@ -197,12 +210,13 @@ def check_batches(config: TrainJobConfig, datasets: Datasets) -> None:
             raise error.but(what=f"{error.what}: {key}.uri={dataset.uri}") from None
 
 
-def handshake(config: TrainJobConfig, dataset: LatentDataset, *mix: LatentDataset, pins: Pins | None = None) -> Facts:
+def handshake(start: Start, dataset: LatentDataset, *mix: LatentDataset, pins: Pins | None = None) -> Facts:
     """The facts of a dataset that fits; ConfigError or ConflictError, naming both sides, of one that does not.
 
     mix: the datasets of `data.mix`, in order; the facts are then those of all together. pins: where the states of
     their embeddings may be kept.
     """
+    config = start.config
     datasets = dict(zip(config.data.parts, (dataset, *mix), strict=True))
     for key, each in datasets.items():
         channels, stored = int(each.codec["latent_channels"]), len(each.channel_mean)
@@ -220,12 +234,24 @@ def handshake(config: TrainJobConfig, dataset: LatentDataset, *mix: LatentDatase
     num_classes, codec = common_classes(config, datasets), locate_codec(config.codec, dataset.codec)
     check_text_uris(config)
     texts = {
-        key: text_facts(part.text_uri, datasets[key], f"{key}.text_uri", pins)
+        key: tuple(text_facts(uri, datasets[key], f"{key}.text", pins) for uri in part.text)
         for key, part in config.data.parts.items()
-        if part.text_uri is not None
+        if part.text
     }
     if texts:
-        check_same_encoder(config, texts)
+        check_same_encoders(texts)
+    its_texts = texts.get("data", ())
+    check_arrangement(config, its_texts)
+    check_start_fits(start, dataset, its_texts)
+    network = config.model
+    text_dim = int(its_texts[0]["width"]) if its_texts else None
+    if isinstance(network, PublishedConfig):
+        text_dim = network.text_dim if its_texts else None
+    info = None if start.weights is None else start.weights.info
+    theirs = (
+        network.num_classes if isinstance(network, PublishedConfig) else None if info is None else info.num_classes
+    )
+    num_classes = _all_classes(config, num_classes, theirs)
     # All buckets, those of which most rows are served first, then by name.
     shares: Counter[str] = Counter()
     for key, part in config.data.parts.items():
@@ -240,10 +266,23 @@ def handshake(config: TrainJobConfig, dataset: LatentDataset, *mix: LatentDatase
         moments=dataset.posterior == "moments",
         buckets=tuple(sorted(shares, key=lambda bucket: (-shares[bucket], bucket))),
         codec=codec,
-        text=texts.get("data"),
+        texts=its_texts,
+        text_dim=text_dim,
         layouts=tuple(each.layout_digest for each in datasets.values()),
+        init=start.init,
+        scale=scale_of(start, dataset),
     )
     _check_model(config, facts, " and ".join(each.uri for each in datasets.values()))
+    if start.weights is not None:
+        from pipeline.model.load import check_start  # torch, which most runs' drivers do without
+
+        check_start(
+            network,
+            start.weights,
+            latent_channels=facts.latent_channels,
+            num_classes=num_classes,
+            text_dim=text_dim,
+        )
     if config.grid.every_images is not None and facts.codec is None:
         raise ConfigError(
             f"Grids are pictures, and the dataset {dataset.uri} does not say where its codec lies",
@@ -254,16 +293,40 @@ def handshake(config: TrainJobConfig, dataset: LatentDataset, *mix: LatentDatase
     return facts
 
 
+def _all_classes(config: TrainJobConfig, given: int | None, theirs: int | None) -> int | None:
+    """Classes of the model: the data's, or as many as the network has that they are taught to."""
+    if given is None or theirs is None:
+        return given
+    if given > theirs:
+        raise ConflictError(
+            f"The rows have {given:,} classes, the network was made for {theirs:,}",
+            key="train.conditional",
+            value=str(config.train.conditional),
+            rule="a network that exists has an embedding for each class",
+            next_step="start from other weights, or set train.conditional=false where the network allows it",
+        )
+    foreign = isinstance(config.model, PublishedConfig) and config.model.class_name != "DiTTransformer2DModel"
+    if foreign and config.train.label_dropout:
+        raise ConfigError(
+            f"A {config.model.class_name} has no embedding that means no class",  # type: ignore[union-attr]
+            key="train.label_dropout",
+            value=config.train.label_dropout,
+            rule="labels are dropped for the label that means none",
+            next_step="set train.label_dropout=0",
+        )
+    return theirs
+
+
 def _check_model(config: TrainJobConfig, facts: Facts, uri: str) -> None:
     if isinstance(config.model, InstalledConfig):
         installed_network(config.model.name)  # here, before a worker finds out
-    model, given = config.model, {"labels": facts.num_classes is not None, "text": facts.text is not None}
+    model, given = config.model, {"labels": facts.num_classes is not None, "text": bool(facts.texts)}
     misfit = model.misfit(**given)
     if misfit is not None:
         if misfit == "text":
-            name, key, value = "text embeddings", "data.text_uri", config.data.text_uri
-            absent = f"and data.text_uri names none for {uri}"
-            give, leave = "run jobs.embed_text on the dataset and name what it wrote", "set data.text_uri=null"
+            name, key, value = "text embeddings", "data.text", _uris(facts.texts) or "[]"
+            absent = f"and data.text names none for {uri}"
+            give, leave = "run jobs.embed_text on the dataset and name what it wrote", "set data.text=[]"
         else:
             name, key, value = "classes", "train.conditional", str(config.train.conditional)
             absent = f"rows of {uri} have no label" if config.train.conditional else "train.conditional is false"
@@ -273,7 +336,7 @@ def _check_model(config: TrainJobConfig, facts: Facts, uri: str) -> None:
             + (f"cannot read {name} such as those of {uri}" if given[misfit] else f"needs {name}, {absent}"),
             key=key,
             value=value,
-            rule=f"for {model.kind} classes are {model.labels}, and text is {model.text}",
+            rule="for {} classes are {}, and text is {}".format(model.kind, *model.uses),
             next_step=f"{leave if given[misfit] else give}, or choose {kinds_for(**given)}",
         )
     wrong = [bucket for bucket, size in facts.latent_sizes.items() if not model.sides.take(*size)]
@@ -288,9 +351,7 @@ def _check_model(config: TrainJobConfig, facts: Facts, uri: str) -> None:
         )
 
 
-def text_facts(
-    uri: str, latents: LatentDataset, key: str = "data.text_uri", pins: Pins | None = None
-) -> dict[str, Any]:
+def text_facts(uri: str, latents: LatentDataset, key: str = "data.text", pins: Pins | None = None) -> dict[str, Any]:
     """What a model must know of the embeddings at `uri`; ConflictError when they are not of these latents' captions.
 
     {"uri", "digest", "width", "max_length", "encoder": a TextEncoderConfig as JSON, "fingerprint"}.
@@ -311,6 +372,7 @@ def text_facts(
         )
     made_by, where = text.fingerprint, dict(text.identity.about["encoder"])
     shared = {name: made_by[name] for name in ("max_length", "layer", "pooled", "embedding_dtype")}
+    shared |= {"padding": made_by["padding"]} if "padding" in made_by else {}
     path = where["path"]
     encoder = {
         **where,
@@ -352,8 +414,10 @@ def identity(config: TrainJobConfig, dataset: LatentDataset, facts: Facts) -> di
 
     Learning rate, length, intervals and numbers of workers are free: they may be tuned while a run goes on.
     """
-    model = {f"model.{k}": v for k, v in config.model.model_dump(mode="json").items()}
+    model = {f"model.{k}": v for k, v in config.model.described().items()}
     model.pop("model.activation_checkpointing", None)
+    # Both None in checkpoints of before they could be anything else, which lack them.
+    model |= {"model.init": facts.init and facts.init["digest"], "data.normalise": facts.scale}
     sections = {"objective": config.objective, "timesteps": config.timesteps}
     return {
         **model,
@@ -362,6 +426,6 @@ def identity(config: TrainJobConfig, dataset: LatentDataset, facts: Facts) -> di
         "train.label_dropout": config.train.label_dropout,
         "train.ema": [t.model_dump(mode="json") for t in config.train.ema],
         "num_classes": facts.num_classes,
-        **({} if facts.text is None else {"train.text_dropout": config.train.text_dropout}),
+        **({} if not facts.texts else {"train.text_dropout": config.train.text_dropout}),
         "dataset.fingerprint": dataset.fingerprint_digest,
     }

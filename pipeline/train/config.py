@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.config import StrictModel, renamed_from
 from pipeline.dataflow.cluster import ClusterConfig
@@ -54,6 +54,12 @@ class StreamConfig(StrictModel):
 
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+# Embeddings of captions, one URI for each of a model's text encoders; a single one may stand for itself.
+Texts = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    Field(strict=False),
+    BeforeValidator(lambda given: [given] if isinstance(given, str) else given or []),
+]
 
 
 class MixConfig(StrictModel):
@@ -61,10 +67,10 @@ class MixConfig(StrictModel):
 
     uri: str = Field(..., min_length=1, description="Latent dataset, made by the same codec as that of data.uri.")
     weight: float = Field(1.0, gt=0, description="Its part of the images served, in proportion to the other weights.")
-    text_uri: str | None = Field(
-        None,
-        min_length=1,
-        description="Embeddings of its captions by the same encoder; all datasets have them or none.",
+    text: Texts = Field(
+        (),
+        description="Embeddings of its captions by the same encoders; all datasets have them or none.",
+        json_schema_extra=renamed_from("text_uri"),
     )
 
 
@@ -75,22 +81,30 @@ class TrainDataConfig(StrictModel):
     weight: float = Field(
         1.0, gt=0, description="Its part of the images served, in proportion to the weights in data.mix."
     )
-    text_uri: str | None = Field(
-        None, min_length=1, description="Embeddings of its captions, made by jobs.embed_text; null: no text."
+    text: Texts = Field(
+        (),
+        description="Embeddings of its captions, made by jobs.embed_text: one URI, or those of the model's encoders "
+        "in their order (SDXL: [l, g]; SD3: [l, g, t5]; FLUX: [clip, t5]); none: no text.",
+        json_schema_extra=renamed_from("text_uri"),
+    )
+    normalise: Literal["dataset", "codec"] | None = Field(
+        None,
+        description="What latents are normalised by: the statistics of the data, or the codec's own scale and shift, "
+        "which published models learned with. null: as the weights of model.init learned, without any: dataset.",
     )
     text_cache_bytes: int = Field(
         256 << 20, ge=1, description="Embeddings a worker keeps in memory; shared by weight with those of data.mix."
     )
     mix: tuple[MixConfig, ...] = Field(
         (),
-        description="Further datasets: [{uri, weight, text_uri}]. Every batch is of one dataset; within each 1,024 "
+        description="Further datasets: [{uri, weight, text}]. Every batch is of one dataset; within each 1,024 "
         "steps each has its part exactly, whatever the sizes. A class number must mean the same in all.",
     )
 
     @property
     def parts(self) -> dict[str, MixConfig]:
         """Every dataset by the key of its section: "data" first, then "data.mix.0" and so on."""
-        first = MixConfig(uri=self.uri, weight=self.weight, text_uri=self.text_uri)
+        first = MixConfig(uri=self.uri, weight=self.weight, text=self.text)
         return {"data": first, **{f"data.mix.{at}": part for at, part in enumerate(self.mix)}}
 
 

@@ -22,7 +22,7 @@ from pipeline.errors import ConflictError
 from pipeline.model.adapters import DiffusersAdapter
 from pipeline.model.build import build_model
 from pipeline.model.config import InstalledConfig
-from pipeline.model.info import CodecReference, DatasetShare, ModelInfo, TextReference
+from pipeline.model.info import CodecReference, DatasetShare, InitReference, ModelInfo, SizeShift, TextReference
 from pipeline.model.load import file_sha256
 from pipeline.model.read import (
     CARD_KEY,
@@ -177,7 +177,7 @@ def save_export(destination: str | Path | Root, model: nn.Module, info: ModelInf
         else:
             ours = not isinstance(info.model, InstalledConfig)
             class_name = "latentloom.DiT" if ours else f"{type(model).__module__}.{type(model).__qualname__}"
-            description = {"_class_name": class_name, **info.model.model_dump(mode="json")}
+            description = {"_class_name": class_name, **info.model.described()}
             shape = {name: getattr(info, name) for name in ("latent_channels", "num_classes", "text_dim")}
             _write_json(weights.parent / "config.json", description | shape)
             tensors = {name: value.detach().contiguous().cpu() for name, value in model.state_dict().items()}
@@ -217,7 +217,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 MODELS = "model"
-_TEXT = ("encoder", "fingerprint", "width", "max_length")  # what of Facts.text a sampler needs
+_TEXT = ("encoder", "fingerprint", "width", "max_length")  # what of Facts.texts a sampler needs
 
 
 def export_model(
@@ -287,16 +287,18 @@ def export_info(
         ema=ema,
         buckets=facts.buckets,
         sampling_shift=sampling_shift(config, facts),
+        shift_by_size=_shift_by_size(config),
         always_labelled=facts.num_classes is not None and config.train.label_dropout == 0.0,
         guidable=is_guidable(config, facts),
-        text=None if facts.text is None else TextReference(**{k: facts.text[k] for k in _TEXT}),
+        texts=tuple(TextReference(**{k: text[k] for k in _TEXT}) for text in facts.texts),
+        init=None if facts.init is None else InitReference(**facts.init),
     )
 
 
 def is_guidable(config: TrainJobConfig, facts: Facts) -> bool:
     """Whether the model also learns without any condition, which is what guidance leads away from."""
     by_label = facts.num_classes is None or config.train.label_dropout > 0.0
-    return by_label and (facts.text is None or config.train.text_dropout > 0.0)
+    return by_label and (not facts.texts or config.train.text_dropout > 0.0)
 
 
 def sampling_shift(config: TrainJobConfig, facts: Facts) -> float:
@@ -307,6 +309,15 @@ def sampling_shift(config: TrainJobConfig, facts: Facts) -> float:
     if config.objective.kind != "flow":
         return 1.0
     return TimestepDensity(**config.timesteps.model_dump()).shift_for(math.prod(facts.latent_size))
+
+
+def _shift_by_size(config: TrainJobConfig) -> SizeShift | None:
+    """How the shift of the training times grows with the size, so that sampling follows it."""
+    times = config.timesteps
+    if config.objective.kind != "flow" or times.shift_base_pixels is None:
+        return None
+    # The shift is as given at the base: it is sqrt(pixels / (base / shift^2)).
+    return SizeShift("sqrt", base=max(1, round(times.shift_base_pixels / times.shift**2)))
 
 
 def whole_weights(state: TrainState, track: str | None) -> dict[str, Tensor]:

@@ -37,6 +37,7 @@ class Chunk:
     ids: Tensor
     labels: Tensor | None
     text: Text | None = None
+    sizes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,13 @@ class Validation:
             x0 = task.clean(chunk.latents.to(self.device), ids, 0)
             u = keyed_uniform(task.seed, ids, purpose="validate/timestep")
             labels = None if chunk.labels is None or task.num_classes is None else chunk.labels.to(self.device)
-            text = None if chunk.text is None else (chunk.text[0].to(self.device), chunk.text[1].to(self.device))
+            text = None if chunk.text is None else tuple(part.to(self.device) for part in chunk.text)
+            sizes = None if chunk.sizes is None else chunk.sizes.to(self.device)
             for j in range(self.num_timesteps):
                 t = (j + u) / self.num_timesteps
                 noise = keyed_normal(task.seed, ids, purpose="validate/noise", counter=j, shape=x0.shape[1:])
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                    value = task.losses(self.forward, x0, noise, t, labels, text)
+                    value = task.losses(self.forward, x0, noise, t, labels, text, sizes)
                 if index < count:
                     losses[starts[index] : starts[index + 1], j] = value.double().cpu()
         return collectives.total(losses)
@@ -108,7 +110,8 @@ _CPU_GRID = torch.device("cpu")
 class SampleGrid:
     """How a grid is drawn. shape: (c, h, w) of a latent.
 
-    prompts: the prompt of each picture, and their embeddings; None for a model that reads no text.
+    prompts: the prompt of each picture, and their embeddings; None for a model that reads no text. factor, distilled:
+    see `Drawer`.
     collective: every rank draws it (sharded models need that); otherwise rank 0 alone. precision: that of training.
     `show` gets the PNG bytes on rank 0.
     """
@@ -122,6 +125,8 @@ class SampleGrid:
     show: Callable[[TrainState, bytes], None]
     collective: bool = False
     prompts: tuple[tuple[str, ...], Text] | None = None
+    factor: int | None = None
+    distilled: bool = False
     device: torch.device = _CPU_GRID
     precision: str = "fp32"
 
@@ -160,6 +165,8 @@ class SampleGrid:
             seed=task.seed,
             purpose="grid",
             device=self.device,
+            factor=self.factor,
+            distilled=self.distilled,
             dtype=torch.bfloat16 if self.precision == "bf16" else torch.float32,
         )
         ids = [id_from_text(f"grid {i}") for i in range(self.images)]
@@ -194,4 +201,5 @@ class SampleGrid:
 
 
 def _embeddings(text: Text) -> list[Embedding]:
-    return [Embedding(values, mask, None) for values, mask in zip(*(part.numpy() for part in text), strict=True)]
+    values, mask, *pooled = (part.numpy() for part in text)
+    return [Embedding(values[at], mask[at], pooled[0][at] if pooled else None) for at in range(len(values))]

@@ -14,17 +14,18 @@ from pipeline.diffusion.objectives import Objective
 from pipeline.diffusion.rng import ids_from_words
 from pipeline.diffusion.timesteps import TimestepDensity
 from pipeline.errors import ConfigError, argument_keys
+from pipeline.model.config import PublishedConfig
 from pipeline.storage.root import Root
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.read.pins import Pins
 from pipeline.stream.loader import LatentStream
 from pipeline.stream.mixture import BLOCK, MixtureStream, Part, apportion, naming, open_mixture, shares_of
-from pipeline.text.dataset import TextEmbeddings
+from pipeline.text.dataset import ArrangedText, TextEmbeddings
 from pipeline.train import collectives
 from pipeline.train.checks import STREAM_KEYS, Facts
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.hooks import Chunk
-from pipeline.train.task import BatchLike, Task, Text, stored_values
+from pipeline.train.task import BatchLike, Task, Text, micro_conditions, stored_values, text_tensors
 
 CACHE = "cache"  # below output.uri: what was counted once about the dataset
 
@@ -37,7 +38,7 @@ class Served:
     latents: LatentDataset
     weight: float = 1.0
     share: float = 1.0
-    text: TextEmbeddings | None = None
+    text: TextEmbeddings | ArrangedText | None = None
 
     @property
     def name(self) -> str | None:
@@ -55,23 +56,27 @@ def open_served(config: TrainJobConfig, pins: Pins | None = None) -> tuple[Serve
     shares = (shares_of(weights, len(weights)) / BLOCK).tolist()
     served = []
     for (key, part), share in zip(parts.items(), shares, strict=True):
-        text = None
-        if part.text_uri is not None:
-            memory = max(1, int(share * config.data.text_cache_bytes))
-            text = TextEmbeddings.open(part.text_uri, cache_bytes=memory, key=f"{key}.text_uri", pins=pins)
+        text: TextEmbeddings | ArrangedText | None = None
+        if part.text:
+            memory = max(1, int(share * config.data.text_cache_bytes / len(part.text)))
+            texts = [TextEmbeddings.open(u, cache_bytes=memory, key=f"{key}.text", pins=pins) for u in part.text]
+            text = texts[0]
+            if isinstance(config.model, PublishedConfig):
+                text = ArrangedText(texts, config.model.arrangement, config.model.text_dim or 0)
         served.append(Served(LatentDataset.open(part.uri, f"{key}.uri", pins), part.weight, share, text))
     return tuple(served)
 
 
-def embedded(text: TextEmbeddings, captions: list[str | None]) -> Text:
-    """The embeddings of some captions as tensors: float32 [n, l, d] and bool [n, l]."""
-    values, mask = text.lookup_stored(captions)
-    return stored_values(values).float(), torch.from_numpy(mask)
+def embedded(text: TextEmbeddings | ArrangedText, captions: list[str | None]) -> Text:
+    """The text of some captions as tensors: float32 [n, l, d], bool [n, l] and, where it has them, pooled [n, p]."""
+    return text_tensors(text.lookup_stored(captions))
 
 
 def make_task(config: TrainJobConfig, served: Sequence[Served], facts: Facts) -> Task:
     """The learning problem of a configuration; latents are normalised by the statistics of what is served."""
     mean, std = latent_scale(served, facts.latent_channels)
+    if facts.scale is not None:
+        mean, std = (torch.tensor(facts.scale[name], dtype=torch.float32) for name in ("mean", "std"))
     text = served[0].text
     return Task(
         objective=Objective(**config.objective.model_dump()),
@@ -116,7 +121,7 @@ def open_stream(config: TrainJobConfig, served: Sequence[Served], root: Root) ->
         "rank": collectives.rank(),
         "world_size": collectives.world_size(),
         "captions": False,
-        "sizes": False,
+        "sizes": config.model.micro_conditions,
         "cache": root.child(CACHE),
         **config.stream.model_dump(),
     }
@@ -148,7 +153,12 @@ def _held_out(config: TrainJobConfig, part: Served, root: Root, count: int) -> l
         return []
     # Only `holdout` decides which rows these are; one lane, so that a few rows fill a chunk.
     settings = config.stream.model_dump() | {"lanes": 1, "batch_size": config.validation.chunk, "split": "holdout"}
-    settings |= {"captions": False, "sizes": False, "text": part.text, "cache": root.child(CACHE)}
+    settings |= {
+        "captions": False,
+        "sizes": config.model.micro_conditions,
+        "text": part.text,
+        "cache": root.child(CACHE),
+    }
     # What a stream calls a batch is a chunk of the validation here, and errors say so.
     keys, chunks = argument_keys({**STREAM_KEYS, "batch_size": "validation.chunk"}), []
     try:
@@ -156,11 +166,9 @@ def _held_out(config: TrainJobConfig, part: Served, root: Root, count: int) -> l
             first_epoch = takewhile(lambda batch: batch.epoch == 0, stream)
             for batch in islice(first_epoch, count):
                 labels = None if batch.labels is None else torch.from_numpy(batch.labels)
-                text = None
-                if batch.text is not None:
-                    text = (stored_values(batch.text[0]).float(), torch.from_numpy(batch.text[1]))
-                ids = ids_from_words(batch.sample_ids)
-                chunks.append(Chunk(stored_values(batch.latents).float(), ids, labels, text))
+                text = None if batch.text is None else text_tensors(batch.text)
+                ids, sizes = ids_from_words(batch.sample_ids), micro_conditions(batch)
+                chunks.append(Chunk(stored_values(batch.latents).float(), ids, labels, text, sizes))
     except ConfigError as error:
         if error.key != "validation.chunk":
             raise
@@ -171,7 +179,9 @@ def _held_out(config: TrainJobConfig, part: Served, root: Root, count: int) -> l
     return chunks
 
 
-def grid_prompts(dataset: LatentDataset, text: TextEmbeddings, count: int) -> tuple[tuple[str, ...], Text]:
+def grid_prompts(
+    dataset: LatentDataset, text: TextEmbeddings | ArrangedText, count: int
+) -> tuple[tuple[str, ...], Text]:
     """The first distinct captions of the dataset, taking turns where there are fewer than `count`."""
     captions: dict[str, None] = {}
     for group in range(len(dataset.row_groups)):

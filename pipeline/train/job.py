@@ -23,6 +23,7 @@ from typing_extensions import TypedDict
 from pipeline.config import config_digest, validate
 from pipeline.dataflow.cluster import WORKER_ENV, device_of, ensure_ray
 from pipeline.errors import InputError, PipelineError, StoppedError
+from pipeline.model.config import NetworkConfig
 from pipeline.progress import Progress
 from pipeline.result import JobResult
 from pipeline.runs.session import Run, open_run
@@ -30,7 +31,6 @@ from pipeline.storage.errors import storage_errors
 from pipeline.storage.root import Root
 from pipeline.storage.stored import OPEN, read_stored
 from pipeline.store.ledger.generation import last_run
-from pipeline.store.read.dataset import LatentDataset
 from pipeline.tracking.config import resolve_paths
 from pipeline.tracking.tracker import Tracker
 from pipeline.train.checks import Facts
@@ -68,7 +68,8 @@ def run(config: TrainJobConfig) -> JobResult:
     config = _absolute(config)
     root = Root(config.output.uri)
     # An earlier run of this very configuration has its result.
-    if (before := finished(root, config_digest(config))) is not None:
+    digest = config_digest(config)
+    if (before := finished(root, digest)) is not None:
         return before
     begun = look(config, root)
     _check_cluster(config)
@@ -80,7 +81,8 @@ def run(config: TrainJobConfig) -> JobResult:
         if run.generation.claim["checkpoints"] != begun.checkpoints:
             begun = look(config, root)
         begun = pinned(config, root, begun)
-        tracker = _track(config, root, run, begun.datasets)
+        config = begun.start.config
+        tracker = _track(config, root, run, begun)
         outcome = _fit(config, root, run.generation.number, tracker.handle, begun)
         if outcome["status"] == "stopped":
             raise StoppedError(
@@ -88,7 +90,7 @@ def run(config: TrainJobConfig) -> JobResult:
                 next_step="run the same command again to go on",
             )
         result = run.done(_result(config, root, outcome, tracker), step=None)
-        root.put(DONE, json.dumps({"config": config_digest(config), "result": vars(result)}).encode())
+        root.put(DONE, json.dumps({"config": digest, "result": vars(result)}).encode())
         return result
 
 
@@ -144,25 +146,35 @@ def _absolute(config: TrainJobConfig) -> TrainJobConfig:
         update={
             "data": _absolute_data(data),
             "output": config.output.model_copy(update={"uri": Root(config.output.uri).uri}),
+            "model": _absolute_init(config.model),
             "tracking": resolve_paths(config.tracking),
         }
     )
 
 
+def _absolute_init(model: NetworkConfig) -> NetworkConfig:
+    init = model.init
+    if init is None or "://" in init.uri or not Path(init.uri).expanduser().exists():
+        return model
+    return model.model_copy(update={"init": init.model_copy(update={"uri": Root(init.uri).uri})})
+
+
 def _absolute_data(section: Data) -> Data:
-    text = None if section.text_uri is None else Root(section.text_uri).uri
-    return section.model_copy(update={"uri": Root(section.uri).uri, "text_uri": text})
+    text = tuple(Root(uri).uri for uri in section.text)
+    return section.model_copy(update={"uri": Root(section.uri).uri, "text": text})
 
 
-def _track(config: TrainJobConfig, root: Root, run: Run, datasets: tuple[LatentDataset, ...]) -> Tracker:
+def _track(config: TrainJobConfig, root: Root, run: Run, begun: Begun) -> Tracker:
     """The MLflow run: one for all starts of this training."""
-    t = config.train
+    t, datasets, init = config.train, begun.datasets, begun.facts.init
     # The runs that made the datasets: "encode" the first one's, "encode.mix<n>" that of `data.mix[n]`.
     parents = {}
     for at, dataset in enumerate(datasets):
         run_id = dataset.provenance.get("run_id")
         if run_id:
             parents[f"encode.mix{at - 1}" if at else "encode"] = str(run_id)
+    if init and init["run_id"]:
+        parents["init"] = str(init["run_id"])
     resume = last_run(root, job="train").get("handle")
     if not resume:
         with contextlib.suppress(FileNotFoundError):  # of earlier releases
@@ -185,6 +197,7 @@ def _track(config: TrainJobConfig, root: Root, run: Run, datasets: tuple[LatentD
             "ema": ", ".join(e.name for e in t.ema),
             "data.uri": config.data.uri,
             **({"data.mix": mix} if config.data.mix else {}),
+            **({"model.init": init["uri"], "model.init.digest": init["digest"]} if init else {}),
         },
     )
     for part, dataset in zip(config.data.parts.values(), datasets, strict=True):

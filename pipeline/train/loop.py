@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.errors import PipelineError
 from pipeline.train import collectives
 from pipeline.train.state import TrainState
-from pipeline.train.task import BatchLike, DeviceBatch, Forward, Task, on_device
+from pipeline.train.task import BatchLike, DeviceBatch, Forward, Task, on_device, widened_text
 
 if TYPE_CHECKING:
     from pipeline.model.config import ModelConfig
@@ -283,11 +283,18 @@ def _backward(state: TrainState, engine: Engine, task: Task, batch: DeviceBatch,
         part = slice(int(rows[0]), int(rows[-1]) + 1) if len(rows) else slice(0, 1)
         counts = float(len(rows) > 0)
         labels = None if batch.labels is None else batch.labels[part]
-        text = None if batch.text is None else (batch.text[0][part].float(), batch.text[1][part])
+        text = None if batch.text is None else widened_text(batch.text, part)
+        sizes = None if batch.sizes is None else batch.sizes[part]
         with engine.without_sync(i < num_micro - 1):
             with torch.autocast(device.type, torch.bfloat16) if settings.precision == "bf16" else nullcontext():
                 losses, t = task.training_losses(
-                    engine.forward, batch.latents[part].float(), batch.ids[part], labels, batch.source.epoch, text
+                    engine.forward,
+                    batch.latents[part].float(),
+                    batch.ids[part],
+                    labels,
+                    batch.source.epoch,
+                    text,
+                    sizes,
                 )
             # Ranks are averaged, samples of the global batch are meant: undo the one, do the other.
             scale = counts * collectives.world_size() / settings.batch_size
@@ -419,11 +426,13 @@ def forward_flops(
     """FLOPs of one forward pass on one latent [latent_channels, height, width]."""
     from pipeline.model.build import build_model  # it reads configurations; who counts a module has none
 
+    more = {"pooled_BP": (model.pooled_dim,)} if model.pooled_dim else {}
     return module_flops(
         lambda: build_model(model, latent_channels=latent_channels, num_classes=num_classes, text_dim=text_dim),
         shape=(latent_channels, height, width),
         labelled=num_classes is not None,
         text_shape=None if text_dim is None else (text_length, text_dim),
+        more=more | ({"sizes_B6": (6,)} if model.micro_conditions else {}),
     )
 
 
@@ -433,14 +442,19 @@ def module_flops(
     shape: tuple[int, int, int],
     labelled: bool,
     text_shape: tuple[int, int] | None = None,
+    more: Mapping[str, tuple[int, ...]] | None = None,
 ) -> int:
-    """The same of the module that `make` returns, on one latent of `shape` and text embeddings of `text_shape`."""
+    """The same of the module that `make` returns, on one latent of `shape` and text embeddings of `text_shape`.
+
+    more: the shapes of what else it is given, by name.
+    """
     with torch.device("meta"), torch.no_grad():
         module = make()
         text = None if text_shape is None else torch.empty(1, *text_shape)
         labels = torch.zeros(1, dtype=torch.int64) if labelled else None
         with FlopCounterMode(display=False) as counter:
-            module(torch.empty(1, *shape), torch.empty(1), labels, text)
+            others = {name: torch.empty(1, *size) for name, size in (more or {}).items()}
+            module(torch.empty(1, *shape), torch.empty(1), labels, text, **others)
     return int(counter.get_total_flops())
 
 

@@ -23,6 +23,7 @@ from pipeline.store.read.pins import Pins, lost_files
 from pipeline.train.checks import Facts, handshake
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.retention import counting, newest_start
+from pipeline.train.start import Start, start_of
 
 INPUTS = "inputs"  # below output.uri
 _NAME = re.compile(r"[0-9a-f]{16}")
@@ -33,12 +34,14 @@ _log = logging.getLogger(__name__)
 class Begun:
     """The datasets of a run, the first one first, what they are, and the name under which their states are kept.
 
-    checkpoints: the names of those that count.
+    start: the weights that it starts from, and the configuration as they complete it. checkpoints: the names of
+    those that count.
     """
 
     datasets: tuple[LatentDataset, ...]
     facts: Facts
     inputs: str | None
+    start: Start
     checkpoints: tuple[str, ...] = ()
 
 
@@ -50,7 +53,7 @@ def pinned(config: TrainJobConfig, root: Root, begun: Begun) -> Begun:
     for uri in new:  # all of them, or what has come to lie elsewhere
         pins.pin(Root(uri))
     # What was pinned may be newer than what was looked at.
-    return replace(_open(config, root, name), checkpoints=begun.checkpoints) if new else begun
+    return replace(_open(begun.start, root, name), checkpoints=begun.checkpoints) if new else begun
 
 
 def look(config: TrainJobConfig, root: Root) -> Begun:
@@ -76,7 +79,9 @@ def look(config: TrainJobConfig, root: Root) -> Begun:
             state = pins.state(Root(uri))
             if state is not None:
                 _compare(key, Root(uri), state)
-    return replace(_open(config, root, name), checkpoints=tuple(c.name for c in complete))
+    # An alias may mean other weights by now: the run goes on with those that it began with.
+    start = start_of(config, (complete[-1].meta.get("model") or {}).get("init") if complete else None)
+    return replace(_open(start, root, name), checkpoints=tuple(c.name for c in complete))
 
 
 def counting_names(root: Root) -> tuple[str, ...]:
@@ -98,11 +103,11 @@ def _pins(root: Root, name: str) -> Pins:
     return Pins(root, f"{INPUTS}/{name}")
 
 
-def _open(config: TrainJobConfig, root: Root, name: str | None) -> Begun:
+def _open(start: Start, root: Root, name: str | None) -> Begun:
     pins = pins_of(root, name)
-    parts = config.data.parts.items()
+    parts = start.config.data.parts.items()
     datasets = tuple(LatentDataset.open(part.uri, f"{key}.uri", pins) for key, part in parts)
-    return Begun(datasets, handshake(config, *datasets, pins=pins), name)
+    return Begun(datasets, handshake(start, *datasets, pins=pins), name, start)
 
 
 def _uris(config: TrainJobConfig) -> list[tuple[str, str]]:
@@ -110,8 +115,7 @@ def _uris(config: TrainJobConfig) -> list[tuple[str, str]]:
     uris = []
     for key, part in config.data.parts.items():
         uris.append((f"{key}.uri", part.uri))
-        if part.text_uri is not None:
-            uris.append((f"{key}.text_uri", part.text_uri))
+        uris += [(f"{key}.text", uri) for uri in part.text]
     return uris
 
 

@@ -29,7 +29,8 @@ from pipeline.diffusion.timesteps import TimestepDensity
 
 # (x_t [b, c, h, w], t [b], labels [b] or None[, text [b, l, d], its mask [b, l]]) -> prediction [b, c, h, w]
 Forward = Callable[..., Tensor]
-Text = tuple[Tensor, Tensor]  # embeddings [b, l, d], which of the l are tokens: bool [b, l]
+# Embeddings [b, l, d], which of the l are tokens: bool [b, l], and for models that read it a pooled vector [b, p].
+Text = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Task:
 
     def on(self, device: torch.device) -> Task:
         """The same problem with its constants there, so that no batch has to bring them."""
-        text = None if self.empty_text is None else (self.empty_text[0].to(device), self.empty_text[1].to(device))
+        text = None if self.empty_text is None else tuple(part.to(device) for part in self.empty_text)
         return replace(self, mean=self.mean.to(device), std=self.std.to(device), empty_text=text)
 
     def clean(self, raw_NCHW: Tensor, ids: Tensor, epoch: int) -> Tensor:
@@ -87,10 +88,10 @@ class Task:
         """Text of which a share is replaced by the empty prompt; as far as shares agree, where labels go."""
         if self.empty_text is None or text is None:
             return None
-        drop, (embedding, mask) = uniform_B < self.text_dropout, self.empty_text
-        return (
-            torch.where(drop[:, None, None], embedding.to(text[0]), text[0]),
-            torch.where(drop[:, None], mask.to(text[1]), text[1]),
+        drop = uniform_B < self.text_dropout
+        return tuple(
+            torch.where(drop.reshape(-1, *[1] * (given.ndim - 1)), empty.to(given), given)
+            for given, empty in zip(text, self.empty_text, strict=True)
         )
 
     def training_losses(
@@ -101,6 +102,7 @@ class Task:
         labels: Tensor | None,
         epoch: int,
         text: Text | None = None,
+        sizes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(weighted loss [b] with gradients, timesteps [b]) of one micro-batch.
 
@@ -114,7 +116,7 @@ class Task:
         t = self.density.times(uniform_of(words["time"])[:, 0], latent_pixels=shape[1] * shape[2])
         drop = uniform_of(words["label"])[:, 0]
         labels, text = self.dropped_labels(labels, drop), self.dropped_text(text, drop)
-        return self.losses(forward, x0, normal_of(words["noise"], shape), t, labels, text), t
+        return self.losses(forward, x0, normal_of(words["noise"], shape), t, labels, text, sizes), t
 
     def losses(
         self,
@@ -124,9 +126,11 @@ class Task:
         t: Tensor,
         labels: Tensor | None,
         text: Text | None = None,
+        sizes: Tensor | None = None,
     ) -> Tensor:
-        """Weighted mean squared error [b] of the prediction, in float32."""
-        prediction = forward(self.objective.noisy(x0, noise, t), t, labels, *(text or ()))
+        """Weighted mean squared error [b] of the prediction, in float32; sizes: see `micro_conditions`."""
+        more = {} if sizes is None else {"sizes_B6": sizes}
+        prediction = forward(self.objective.noisy(x0, noise, t), t, labels, *(text or ()), **more)
         error = prediction.float() - self.objective.target(x0, noise, t).float()
         return error.square().mean(dim=(1, 2, 3)) * self.objective.weight(t)
 
@@ -137,8 +141,9 @@ class Task:
 class BatchLike(Protocol):
     """This rank's share of one global batch: raw latents [b, c, h, w], ids uint64 [b, 2], labels [b] or None.
 
-    text: embeddings [b, l, d] and which of the l are tokens [b, l], or None. Latents and embeddings may be as
-    stored (see `stored_values`). dataset: which of several all its samples are of; epoch: that dataset's.
+    text: see `Text`, or None. Latents and embeddings may be as stored (see `stored_values`). sizes [b, 6] as a stream
+    gives them, None where they are not asked for; bucket: "HxW" in pixels. dataset: which of several all its samples
+    are of; epoch: that dataset's.
     """
 
     @property
@@ -152,7 +157,11 @@ class BatchLike(Protocol):
     @property
     def labels(self) -> np.ndarray | None: ...
     @property
-    def text(self) -> tuple[np.ndarray, np.ndarray] | None: ...
+    def text(self) -> tuple[np.ndarray, ...] | None: ...
+    @property
+    def sizes(self) -> np.ndarray | None: ...
+    @property
+    def bucket(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -164,11 +173,12 @@ class DeviceBatch:
     ids: Tensor
     labels: Tensor | None
     text: Text | None
+    sizes: Tensor | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
         """Every tensor of it."""
-        optional = [self.labels, *(self.text or ())]
+        optional = [self.labels, self.sizes, *(self.text or ())]
         return [self.latents, self.ids, *(tensor for tensor in optional if tensor is not None)]
 
 
@@ -179,19 +189,41 @@ def stored_values(stored: np.ndarray) -> Tensor:
     return torch.from_numpy(stored)
 
 
+def text_tensors(stored: tuple[np.ndarray, ...]) -> Text:
+    """A text as the stream gives it, widened to float32."""
+    return widened_text(tuple(map(stored_values, stored)), slice(None))
+
+
+def widened_text(text: Text, rows: slice) -> Text:
+    """Some rows of a text: its states and its pooled vector in float32, its mask as it is."""
+    return tuple(part[rows] if part.dtype == torch.bool else part[rows].float() for part in text)
+
+
+def micro_conditions(batch: BatchLike) -> Tensor | None:
+    """int64 [b, 6] of a batch whose sizes were asked for: height and width of the original, top and left of the crop
+    once it has the size of the bucket, the bucket's height and width (Podell et al. 2023, section 2.2).
+    """
+    if batch.sizes is None:
+        return None
+    stored, target = batch.sizes.astype(np.int64), np.array([int(side) for side in batch.bucket.split("x")])
+    crop = np.rint(stored[:, 2:4] * (target / stored[:, 4:6])).astype(np.int64)
+    return torch.from_numpy(np.concatenate([stored[:, :2], crop, np.broadcast_to(target, crop.shape)], axis=1))
+
+
 def copied(batch: BatchLike, device: torch.device) -> DeviceBatch:
     """The batch on a device; the host waits for no copy to a GPU, for it is made from pinned memory."""
 
     def copy(tensor: Tensor) -> Tensor:
         return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
-    text = batch.text
+    text, sizes = batch.text, micro_conditions(batch)
     return DeviceBatch(
         batch,
         latents=copy(stored_values(batch.latents)),
         ids=copy(ids_from_words(batch.sample_ids)),
         labels=None if batch.labels is None else copy(torch.from_numpy(batch.labels)),
-        text=None if text is None else (copy(stored_values(text[0])), copy(torch.from_numpy(text[1]))),
+        text=None if text is None else tuple(copy(stored_values(part)) for part in text),
+        sizes=None if sizes is None else copy(sizes),
     )
 
 

@@ -21,6 +21,7 @@ import torch
 from pipeline.diffusion.draw import Solving
 from pipeline.errors import ConflictError
 from pipeline.model.build import build_model, repeated_blocks
+from pipeline.model.load import fill
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import is_superseded
 from pipeline.store.read.row_groups import reading_table
@@ -55,6 +56,7 @@ from pipeline.train.loop import (
 from pipeline.train.parallel import wrap
 from pipeline.train.pinned_inputs import pins_of
 from pipeline.train.retention import History, Record
+from pipeline.train.start import weights_of
 from pipeline.train.state import Track, TrainState, make_state
 from pipeline.train.task import Task, Text
 
@@ -375,6 +377,8 @@ def _build(
     model = build_model(
         config.model, latent_channels=facts.latent_channels, num_classes=facts.num_classes, text_dim=facts.text_dim
     )
+    if facts.init is not None:
+        fill(model, weights_of(config, facts.init))
     engine = wrap(
         model,
         device=device,
@@ -408,7 +412,7 @@ def _meter(config: TrainJobConfig, facts: Facts, device: torch.device) -> Meter:
         width=width,
         num_classes=facts.num_classes,
         text_dim=facts.text_dim,
-        text_length=0 if facts.text is None else int(facts.text["max_length"]),
+        text_length=facts.text_length,
     )
     return Meter(train_flops(forward), peak * collectives.world_size())
 
@@ -467,6 +471,8 @@ def _grid(
         codec=facts.codec,
         show=reporter.show if reporter else lambda _state, _png: None,
         prompts=prompts,
+        factor=facts.factor if config.model.micro_conditions else None,
+        distilled=config.model.distilled,
         collective=config.train.strategy != "ddp",
         device=device,
         precision=config.train.precision,

@@ -42,6 +42,7 @@ from pipeline.store.read.dataset import LatentDataset
 from pipeline.train.checkpoint import list_complete
 from pipeline.train.checks import handshake
 from pipeline.train.config import TrainJobConfig
+from pipeline.train.start import Start
 from pipeline.train.state import make_state
 from pipeline.train.worker import WorkerContext, run_worker
 from tests.benchmarks.report import panels, table, write
@@ -92,7 +93,7 @@ def loop_seconds(data: str, args: argparse.Namespace) -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = validate(TrainJobConfig, settings(folder, data, args))
-        facts = handshake(config, LatentDataset.open(data))
+        facts = handshake(Start(config), LatentDataset.open(data))
         generation = new_start(Root(config.output.uri))
         run_worker(
             config, WorkerContext(args.device, generation, None, facts, True, folder / "scratch", publish=turn)

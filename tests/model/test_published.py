@@ -177,7 +177,7 @@ def test_a_vae_that_leaves_its_scale_to_its_class_has_that_of_its_class(tmp_path
         ("model_index.json", {"transformer": ["evil", "os.system"]}, "os.system is not one of UNet2DModel"),
         ("model_index.json", {"transformer": None}, "neither a unet nor a transformer"),
         ("transformer/config.json", {"num_layers": 3}, "Missing key"),
-        ("transformer/config.json", {"addition_embed_type": "text_time"}, "such as SDXL's sizes and crops, are not"),
+        ("transformer/config.json", {"addition_embed_type": "image"}, "addition_embed_type image"),
         ("transformer/config.json", {"class_embed_type": "projection"}, "class_embed_type projection"),
     ],
 )

@@ -18,6 +18,7 @@ from pipeline.diffusion.rng import ids_from_bytes, keyed_normal
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.media.images import decode_image
 from pipeline.model import load
+from pipeline.model.info import PublishedPipeline
 from pipeline.model.load import load_model
 from pipeline.model.read import read_model
 from pipeline.sample.config import SampleJobConfig
@@ -162,7 +163,7 @@ def test_a_text_pipeline_whose_encoders_are_not_known_is_refused(tmp_path: Path)
     index.write_text(
         json.dumps(json.loads(index.read_text()) | {"text_encoder_2": ["transformers", "CLIPTextModel"]})
     )
-    with pytest.raises(InputError, match=r"its text encoders[\s\S]*UNet2DConditionModel reads text of one encoder"):
+    with pytest.raises(InputError, match=r"its text encoders[\s\S]*UNet2DConditionModel reads the text of 1"):
         text_of(read_model(str(tmp_path / "pipe")))
 
 
@@ -259,9 +260,10 @@ def test_what_a_published_text_model_needs_is_said(tmp_path: Path, monkeypatch: 
     with pytest.raises(InputError, match="without a pooled text vector"):
         model(torch.zeros(1, 4, SIDE, SIDE), torch.ones(1), text_BLD=torch.zeros(1, 3, 80))
     with monkeypatch.context() as patch:  # they change while they are read
-        patch.setattr(
-            load, "read_model", lambda *_: replace(stored, info=replace(stored.info, weights_sha256="0" * 64))
-        )
+        place = stored.place
+        assert isinstance(place, PublishedPipeline)
+        changed = replace(place, weights=dict.fromkeys(place.weights, "0" * 64))
+        patch.setattr(load, "read_model", lambda *_: replace(stored, place=changed))
         with pytest.raises(InputError, match="not those that the model is described with"):
             load_model(stored.uri)
     remote = Root("memory://pipelines/sd3")

@@ -46,7 +46,7 @@ def make_text_export(tiny: Tiny, folder: Path) -> Path:
         model=config,
         num_classes=None,
         text_dim=WIDTH,
-        text=TextReference(encoder.model_dump(mode="json"), encoder_files(encoder).fingerprint(encoder)),
+        texts=(TextReference(encoder.model_dump(mode="json"), encoder_files(encoder).fingerprint(encoder)),),
     )
     save_export(folder / "export", model, info)
     return folder / "export"
@@ -175,6 +175,6 @@ def test_the_encoder_must_be_the_one_the_model_learned_from(tiny: Tiny, tmp_path
     make_clip(tmp_path / "clip", seed=6)
     stored = read_model(str(export))
     assert text_of(stored) == text
-    other = replace(stored.info, text=TextReference({"name": "clip"}, {}))
+    other = replace(stored.info, texts=(TextReference({"name": "clip"}, {}),))
     with pytest.raises(InputError, match="does not describe its text encoder"):
         text_of(replace(stored, info=other))

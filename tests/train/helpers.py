@@ -75,8 +75,10 @@ class FakeBatch:
     latents: np.ndarray
     sample_ids: np.ndarray
     labels: np.ndarray | None
-    text: tuple[np.ndarray, np.ndarray] | None = None
+    text: tuple[np.ndarray, ...] | None = None
     dataset: int = 0
+    sizes: np.ndarray | None = None
+    bucket: str = ""
 
 
 def samples() -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ from pipeline.train import worker
 from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.checks import handshake
 from pipeline.train.retention import History, read_records
+from pipeline.train.start import Start
 from pipeline.train.worker import BackgroundQueue, Reporter, WorkerContext, read_quarantine, run_worker
 from tests.support.training import new_start
 from tests.train.dataset import make_dataset
@@ -143,7 +144,7 @@ def test_a_rank_tells_off_its_training_thread_and_everything_before_it_ends(
     closed = []
     monkeypatch.setattr(worker.BackgroundQueue, "close", lambda self: closed.append(self) or CLOSE(self))  # type: ignore[func-returns-value]
     config = job_config(tmp_path, make_dataset(tmp_path / "latents"), {"train": {"images": 256}})
-    facts = handshake(config, LatentDataset.open(config.data.uri))
+    facts = handshake(Start(config), LatentDataset.open(config.data.uri))
     place = WorkerContext(
         "cpu", new_start(Root(config.output.uri)), None, facts, True, tmp_path / "scratch", publish=publish
     )

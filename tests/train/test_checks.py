@@ -13,6 +13,7 @@ from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.train import checks as module
 from pipeline.train.checks import Facts, _check_model, handshake
+from pipeline.train.start import Start
 from tests.train.dataset import make_dataset
 from tests.train.job_config import job_config
 
@@ -23,7 +24,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def shake(tmp_path: Path, uri: str, changes: dict[str, Any]) -> Facts:
-    return handshake(job_config(tmp_path, uri, changes), LatentDataset.open(uri))
+    return handshake(Start(job_config(tmp_path, uri, changes)), LatentDataset.open(uri))
 
 
 def test_what_fits_is_described(uri: str, tmp_path: Path) -> None:
@@ -71,8 +72,8 @@ def test_channels_that_are_not_the_codecs_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_text_model_on_a_dataset_without_text_is_refused(uri: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"sd3_transformer2d needs text embeddings, and data.text_uri names none"):
-        handshake(_with_model(tmp_path, uri, {"kind": "sd3_transformer2d"}), LatentDataset.open(uri))
+    with pytest.raises(ConfigError, match=r"sd3_transformer2d needs text embeddings, and data.text names none"):
+        handshake(Start(_with_model(tmp_path, uri, {"kind": "sd3_transformer2d"})), LatentDataset.open(uri))
 
 
 def _with_model(tmp_path: Path, uri: str, model: dict[str, Any]) -> Any:
@@ -87,25 +88,25 @@ def _with_model(tmp_path: Path, uri: str, model: dict[str, Any]) -> Any:
 def test_a_fixed_size_model_on_another_size_is_refused(uri: str, tmp_path: Path) -> None:
     config = _with_model(tmp_path, uri, {"kind": "dit_transformer2d", "sample_size": 16})
     with pytest.raises(ConfigError, match=r"sides of 16 \(images with sides of 64\), the dataset has buckets 32x32"):
-        handshake(config, LatentDataset.open(uri))
+        handshake(Start(config), LatentDataset.open(uri))
 
 
 def test_a_model_that_halves_the_latent_too_often_is_refused(uri: str, tmp_path: Path) -> None:
     levels = {"block_out_channels": (32,) * 5, "attention": (False,) * 5, "norm_num_groups": 8}
     config = _with_model(tmp_path, uri, {"kind": "unet2d", **levels})
     with pytest.raises(ConfigError, match=r"sides in multiples of 16 .*64\), .* buckets 32x32[\s\S]*block_out_ch"):
-        handshake(config, LatentDataset.open(uri))
+        handshake(Start(config), LatentDataset.open(uri))
 
 
 def test_a_model_without_positions_for_the_largest_bucket_is_refused(tmp_path: Path) -> None:
     uri = make_dataset(tmp_path / "latents", captions=("a",))
     config = _with_model(tmp_path, uri, {"kind": "sd3_transformer2d", "max_size": 3})
-    facts = handshake(job_config(tmp_path, uri), LatentDataset.open(uri))
-    text = {"width": 8, "max_length": 4}
+    facts = handshake(Start(job_config(tmp_path, uri)), LatentDataset.open(uri))
+    texts = ({"width": 8, "max_length": 4, "uri": "text"},)
     with pytest.raises(ConfigError, match=r"up to 24\), the dataset has buckets 32x32"):
-        _check_model(config, replace(facts, text=text, num_classes=None), uri)
+        _check_model(config, replace(facts, texts=texts, num_classes=None), uri)
     fits = _with_model(tmp_path, uri, {"kind": "sd3_transformer2d", "max_size": 4})
-    _check_model(fits, replace(facts, text=text, num_classes=None), uri)
+    _check_model(fits, replace(facts, texts=texts, num_classes=None), uri)
 
 
 def test_a_class_model_without_classes_is_refused(tmp_path: Path) -> None:
@@ -114,7 +115,7 @@ def test_a_class_model_without_classes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"dit_transformer2d needs classes, rows of .* have no label[\s\S]*dit, unet2d$"
     ):
-        handshake(config, LatentDataset.open(bare))
+        handshake(Start(config), LatentDataset.open(bare))
 
 
 def _info(sha256: str) -> CodecInfo:

@@ -20,6 +20,7 @@ from pipeline.train.checkpoint import list_complete
 from pipeline.train.checks import handshake
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.retention import read_records
+from pipeline.train.start import Start
 from pipeline.train.worker import read_quarantine
 from tests.support.training import new_start
 from tests.train.dataset import make_dataset
@@ -43,7 +44,7 @@ def _undisturbed(values: dict[str, Any], scratch: str) -> None:
     from pipeline.train.worker import WorkerContext, run_worker
 
     config = validate(TrainJobConfig, values)
-    facts = handshake(config, LatentDataset.open(config.data.uri))
+    facts = handshake(Start(config), LatentDataset.open(config.data.uri))
     run_worker(config, WorkerContext("cpu", 1, None, facts, True, Path(scratch)))
 
 

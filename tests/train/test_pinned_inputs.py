@@ -19,6 +19,7 @@ from pipeline.train import job
 from pipeline.train.checks import handshake
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.pinned_inputs import Begun, look, pinned, pins_of
+from pipeline.train.start import Start
 from pipeline.train.worker import WorkerContext, run_worker
 from tests.support.maintain import compact
 from tests.support.training import new_start
@@ -151,7 +152,7 @@ def test_a_dry_run_counts_the_rows_that_the_run_would_go_on_with(
 
 def test_a_rank_that_sees_other_rows_than_the_driver_ends(tmp_path: Path) -> None:
     config = job_config(tmp_path, make_dataset(tmp_path / "a"))
-    facts = handshake(config, LatentDataset.open(config.data.uri))
+    facts = handshake(Start(config), LatentDataset.open(config.data.uri))
     generation = new_start(Root(config.output.uri))
     other = replace(facts, layouts=("0" * 32,))
     with pytest.raises(ConflictError, match="are not those that this start of the job began with"):

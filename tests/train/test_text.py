@@ -25,6 +25,7 @@ from pipeline.train import job
 from pipeline.train.checks import handshake
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.inputs import embedded, grid_prompts, make_task, open_served, open_stream, validation_chunks
+from pipeline.train.start import Start
 from pipeline.train.worker import WorkerContext, run_worker
 from tests.support.training import new_start
 from tests.text.text_builders import CLIP_LENGTH, WIDTH, make_clip
@@ -61,12 +62,12 @@ def embed_captions(latents: str, clip: Path, **settings: Any) -> str:
 
 
 def config_of(tmp_path: Path, uris: tuple[str, str], changes: dict[str, Any] | None = None) -> TrainJobConfig:
-    base = {"data": {"text_uri": uris[1], "uri": uris[0]}, "train": {"images": 96, "text_dropout": 0.5}}
+    base = {"data": {"text": uris[1], "uri": uris[0]}, "train": {"images": 96, "text_dropout": 0.5}}
     return job_config(tmp_path, uris[0], {**base, **(changes or {})})
 
 
 def start(config: TrainJobConfig, tmp_path: Path) -> None:
-    facts = handshake(config, *(LatentDataset.open(part.uri) for part in config.data.parts.values()))
+    facts = handshake(Start(config), *(LatentDataset.open(part.uri) for part in config.data.parts.values()))
     generation = new_start(Root(config.output.uri))
     run_worker(config, WorkerContext("cpu", generation, None, facts, True, tmp_path / "scratch"))
 
@@ -93,14 +94,14 @@ def test_a_text_model_learns_validates_and_says_what_sampling_needs(
     start(config, tmp_path)
     trained, info = load_model(config.output.uri + "/model")
     assert info.text_dim == WIDTH
-    assert info.text is not None
-    assert (info.text.width, info.text.max_length) == (WIDTH, CLIP_LENGTH)
+    (text,) = info.texts
+    assert (text.width, text.max_length) == (WIDTH, CLIP_LENGTH)
     spec = text_of(read_model(config.output.uri + "/model"))
     assert spec is not None
-    assert spec.encoders[0].path == info.text.encoder["path"]
+    assert spec.encoders[0].path == text.encoder["path"]
     # What is asked matters to what is answered.
-    text = TextEmbeddings.open(uris[1])
-    values, mask = embedded(text, [CAPTIONS[0], CAPTIONS[1]])
+    embeddings = TextEmbeddings.open(uris[1])
+    values, mask = embedded(embeddings, [CAPTIONS[0], CAPTIONS[1]])
     x = torch.randn(1, 4, 8, 8).expand(2, -1, -1, -1)
     with torch.no_grad():
         one, other = trained(x, torch.full((2,), 0.5), torch.tensor([0, 0]), values, mask)
@@ -112,7 +113,7 @@ def test_dropped_captions_are_the_empty_prompt_and_go_with_the_labels(uris: tupl
     changes = {"train": {"text_dropout": 0.5, "label_dropout": 0.5}}
     config = config_of(tmp_path, uris, changes)
     dataset = LatentDataset.open(uris[0])
-    task = make_task(config, open_served(config), handshake(config, dataset))
+    task = make_task(config, open_served(config), handshake(Start(config), dataset))
     ids = torch.randint(1 << 62, (200, 2), generator=torch.Generator().manual_seed(0))
     given = embedded(text, [CAPTIONS[0]] * 200)
     uniform = keyed_uniform(task.seed, ids, purpose="label")
@@ -146,26 +147,26 @@ def test_validation_and_grids_ask_with_text(uris: tuple[str, str], tmp_path: Pat
 def test_text_that_does_not_fit_is_refused(uris: tuple[str, str], tmp_path: Path) -> None:
     other = make_dataset(tmp_path / "other", rows=48, captions=CAPTIONS)
     with pytest.raises(ConflictError, match=r"embeddings at .* were made from .*; the latents are .*other"):
-        handshake(config_of(tmp_path, (other, uris[1])), LatentDataset.open(other))
+        handshake(Start(config_of(tmp_path, (other, uris[1]))), LatentDataset.open(other))
     with pytest.raises(InputError, match=r"is a dataset of latents"):
-        handshake(config_of(tmp_path, (uris[0], uris[0])), LatentDataset.open(uris[0]))
+        handshake(Start(config_of(tmp_path, (uris[0], uris[0]))), LatentDataset.open(uris[0]))
     plain = config_of(tmp_path, uris).model_dump(mode="json")
     small = {"kind": "unet2d", "block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 8}
     config = validate(TrainJobConfig, {**plain, "model": small})
     with pytest.raises(ConfigError, match=r"unet2d cannot read text embeddings"):
-        handshake(config, LatentDataset.open(uris[0]))
+        handshake(Start(config), LatentDataset.open(uris[0]))
     config = validate(TrainJobConfig, {**plain, "model": {"kind": "sd3_transformer2d"}})
     with pytest.raises(ConfigError, match=r"sd3_transformer2d cannot read classes"):
-        handshake(config, LatentDataset.open(uris[0]))
+        handshake(Start(config), LatentDataset.open(uris[0]))
 
 
 def test_a_mixture_learns_from_the_text_of_each_dataset(uris: tuple[str, str], tmp_path: Path) -> None:
     clip = Path(uris[0]).parent / "clip"
     latents = make_dataset(tmp_path / "more", rows=48, captions=("seen here only", CAPTIONS[0]), name="more")
-    more = {"uri": latents, "text_uri": embed_captions(latents, clip)}
+    more = {"uri": latents, "text": embed_captions(latents, clip)}
 
     def mixed(part: dict[str, str]) -> TrainJobConfig:
-        return config_of(tmp_path, uris, {"data": {"uri": uris[0], "text_uri": uris[1], "mix": [part]}})
+        return config_of(tmp_path, uris, {"data": {"uri": uris[0], "text": uris[1], "mix": [part]}})
 
     config = mixed(more)
     start(config, tmp_path)
@@ -181,11 +182,11 @@ def test_a_mixture_learns_from_the_text_of_each_dataset(uris: tuple[str, str], t
         assert np.array_equal(batch.text[0].astype(np.float32), text.lookup(batch.captions)[0])
         assert ("seen here only" in batch.captions) == (batch.dataset == 1)
     stream.close()
-    other = {"uri": latents, "text_uri": embed_captions(latents, clip, name="short", max_length=8)}
-    with pytest.raises(ConflictError, match=r"max_length: \d+ in the first, 8 in the second[\s\S]*mix.0.text_uri"):
+    other = {"uri": latents, "text": embed_captions(latents, clip, name="short", max_length=8)}
+    with pytest.raises(ConflictError, match=r"max_length: \d+ in the first, 8 in the second[\s\S]*mix.0.text"):
         start(mixed(other), tmp_path)
-    with pytest.raises(ConflictError, match=r"the latents are .*more[\s\S]*data.mix.0.text_uri"):
-        start(mixed({**more, "text_uri": uris[1]}), tmp_path)
+    with pytest.raises(ConflictError, match=r"the latents are .*more[\s\S]*data.mix.0.text"):
+        start(mixed({**more, "text": uris[1]}), tmp_path)
 
 
 def test_a_run_goes_on_with_the_embeddings_it_began_with(

@@ -29,11 +29,12 @@ from pipeline.store.read.dataset import LatentDataset
 from pipeline.stream.data import Batch, held_out, widened
 from pipeline.tracking.tracker import NoopTracker
 from pipeline.train import collectives, job
-from pipeline.train.checks import Facts, check_same_encoder, handshake
+from pipeline.train.checks import Facts, check_same_encoders, handshake
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.inputs import Served, make_task, open_served, open_stream, pooled_statistics, validation_chunks
 from pipeline.train.pinned_inputs import look
 from pipeline.train.retention import read_records
+from pipeline.train.start import Start
 from pipeline.train.worker import WorkerContext, read_quarantine, run_worker
 from tests.support.training import new_start
 from tests.train.dataset import make_dataset
@@ -61,7 +62,7 @@ def mixed(tmp_path: Path, uris: Uris, weight: float = 1.0, changes: dict[str, An
 
 
 def shake(config: TrainJobConfig) -> Facts:
-    return handshake(config, *(LatentDataset.open(part.uri) for part in config.data.parts.values()))
+    return handshake(Start(config), *(LatentDataset.open(part.uri) for part in config.data.parts.values()))
 
 
 def start(config: TrainJobConfig, tmp_path: Path) -> dict[str, Any]:
@@ -298,21 +299,20 @@ def test_a_weight_too_small_to_be_served_is_refused_before_anything_starts(uris:
 
 def test_text_of_some_datasets_only_is_refused(uris: Uris, tmp_path: Path) -> None:
     config = mixed(tmp_path, uris)
-    part = config.data.mix[0].model_copy(update={"text_uri": "s3://text"})
+    part = config.data.mix[0].model_copy(update={"text": ("s3://text",)})
     config = config.model_copy(update={"data": config.data.model_copy(update={"mix": (part,)})})
     with pytest.raises(ConfigError, match=r"captions of .*two are embedded, those of .*one are not") as caught:
         shake(config)
-    assert "data.text_uri" in str(caught.value)
-    assert "data.mix.0.text_uri=null" in str(caught.value)
+    assert "data.text" in str(caught.value)
+    assert "data.mix.0.text=[]" in str(caught.value)
 
 
-def test_another_text_encoder_is_refused(uris: Uris, tmp_path: Path) -> None:
-    config = mixed(tmp_path, uris)
+def test_another_text_encoder_is_refused() -> None:
     same = {"uri": "s3://a", "fingerprint": {"width": 8, "weights_sha256": "a"}}
-    check_same_encoder(config, {"data": same, "data.mix.0": {**same, "uri": "s3://b"}})
+    check_same_encoders({"data": [same], "data.mix.0": [{**same, "uri": "s3://b"}]})
     other = {"uri": "s3://b", "fingerprint": {"width": 16, "weights_sha256": "a"}}
     with pytest.raises(ConflictError, match=r"s3://a and s3://b[\s\S]*width: 8 in the first, 16 [\s\S]*mix.0.text"):
-        check_same_encoder(config, {"data": same, "data.mix.0": other})
+        check_same_encoders({"data": [same], "data.mix.0": [other]})
 
 
 # -- driver ----------------------------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ def noted(config: TrainJobConfig, monkeypatch: pytest.MonkeyPatch) -> Notes:
     monkeypatch.setattr(session, "open_tracker", open_tracker)
     root = Root(config.output.uri)
     with session.open_run(config, "train", root) as run:
-        job._track(config, root, run, look(config, root).datasets)
+        job._track(config, root, run, look(config, root))
     return notes
 
 
@@ -377,8 +377,8 @@ def test_local_places_of_all_datasets_become_whole_paths(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = mixed(tmp_path, ("one", "two"))
-    part = config.data.mix[0].model_copy(update={"text_uri": "text"})
-    config = config.model_copy(update={"data": config.data.model_copy(update={"mix": (part,), "text_uri": "more"})})
+    part = config.data.mix[0].model_copy(update={"text": ("text",)})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"mix": (part,), "text": ("more",)})})
     data = job._absolute(config).data
-    places = [data.uri, data.text_uri, data.mix[0].uri, data.mix[0].text_uri]
+    places = [data.uri, *data.text, data.mix[0].uri, *data.mix[0].text]
     assert places == [str(tmp_path / name) for name in ("one", "more", "two", "text")]

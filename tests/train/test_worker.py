@@ -18,6 +18,7 @@ from pipeline.train.checks import handshake
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.control import request_stop
 from pipeline.train.retention import COUNT, read_records
+from pipeline.train.start import Start
 from pipeline.train.worker import WorkerContext, run_worker, set_matmul_precision
 from tests.support.training import new_start
 from tests.train.dataset import make_dataset
@@ -34,7 +35,7 @@ def data_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def start(config: TrainJobConfig, tmp_path: Path) -> dict[str, Any]:
-    facts = handshake(config, LatentDataset.open(config.data.uri))
+    facts = handshake(Start(config), LatentDataset.open(config.data.uri))
     generation = new_start(Root(config.output.uri))
     return run_worker(config, WorkerContext("cpu", generation, None, facts, True, tmp_path / "scratch"))
 
@@ -118,7 +119,7 @@ def test_a_newer_start_takes_over(data_uri: str, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(control, "POLL_S", 0.01)
     config = job_config(tmp_path, data_uri, {"train": {"images": 100_000_000}, "checkpoint": {"every_images": 10**9}})
     root = Root(config.output.uri)
-    facts = handshake(config, LatentDataset.open(data_uri))
+    facts = handshake(Start(config), LatentDataset.open(data_uri))
     old = new_start(root)
     new_start(root)
     with pytest.raises(ConflictError, match="Another run has taken over"):
@@ -133,7 +134,7 @@ def test_a_stop_request_of_the_driver_reaches_the_loop(
     monkeypatch.setattr(control, "POLL_S", 0.01)
     config = job_config(tmp_path, data_uri, {"train": {"images": 100_000_000}, "checkpoint": {"every_images": 10**9}})
     root = Root(config.output.uri)
-    facts = handshake(config, LatentDataset.open(data_uri))
+    facts = handshake(Start(config), LatentDataset.open(data_uri))
     generation = new_start(root)
     request_stop(root, generation)
     outcome = run_worker(config, WorkerContext("cpu", generation, None, facts, True, tmp_path / "scratch"))

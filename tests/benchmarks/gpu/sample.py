@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
@@ -40,6 +40,13 @@ HEADS = {
 }
 
 
+class Network(NamedTuple):
+    """What a Denoiser reads of a network's configuration."""
+
+    micro_conditions: bool = False
+    distilled: bool = False
+
+
 @dataclass(frozen=True)
 class ModelFacts:
     """What a Denoiser reads of a ModelInfo."""
@@ -50,6 +57,7 @@ class ModelFacts:
     factor: int
     latent_mean: tuple[float, ...]
     latent_std: tuple[float, ...]
+    model: Network
 
 
 def figures(bench: Bench, scale: Scale) -> Iterator[dict[str, Any]]:
@@ -89,7 +97,7 @@ def measure(
     decoder = LatentDecoder(folder, batch_size=batch, device=str(bench.device), dtype=bench.dtype)
     factor = decoder.codec.info.factor
     ends = ((0.0,) * size.channels, (1.0,) * size.channels)
-    about: Any = ModelFacts(Objective("flow"), size.channels, size.classes, factor, *ends)
+    about: Any = ModelFacts(Objective("flow"), size.channels, size.classes, factor, *ends, Network())
     denoiser = Denoiser(model, about, draw, compile=compiled)
     requests = make_requests(scale, size, side, batch)
     vae = AutoencoderKL.from_pretrained(folder, torch_dtype=bench.torch_dtype, low_cpu_mem_usage=False)
