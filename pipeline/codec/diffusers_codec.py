@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from pipeline.codec.info import CodecInfo, check_dtype, check_posterior
+from pipeline.codec.files import codec_root, local_directory
+from pipeline.codec.info import CodecInfo, check_dtype, check_posterior, diffusers_info
 from pipeline.diffusion.compiled import compile_for_shapes
 from pipeline.errors import InputError
+from pipeline.storage.root import Root
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What the constructor of an autoencoder makes of a configuration that is not its own.
@@ -118,6 +121,58 @@ class DiffusersCodec:
         latents = latents_NCHW.to(self.device, self.dtype, non_blocking=True, memory_format=self._layout)
         pixels: torch.Tensor = self._vae.decode(latents, return_dict=False)[0].float()
         return pixels.add(1).mul(127.5).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def write_scaled(path: str, revision: str | None, mean: Sequence[float], std: Sequence[float], folder: Path) -> str:
+    """Write the codec at `path` so that diffusers' pipelines decode latents normalised as (raw - mean) / std.
+
+    Its own scale and shift stay where they say just that. Else they become 1 and 0, and the affine map goes exactly
+    into the 1x1 convolutions behind the encoder and before the decoder, which are made where the codec has none.
+    Returns the class; InputError for a codec that has no such place.
+    """
+    directory = local_directory(codec_root(path, revision))
+    codec = DiffusersCodec.load(directory, diffusers_info(Root(str(directory)), path), name=path)
+    vae, info = codec._vae, codec.info
+    own_mean = info.latents_mean or (info.shift_factor,) * info.latent_channels
+    own_std = [value / info.scaling_factor for value in info.latents_std or (1.0,) * info.latent_channels]
+    if not (np.allclose(own_mean, mean, rtol=1e-6, atol=1e-9) and np.allclose(own_std, std, rtol=1e-6)):
+        if info.class_name != "AutoencoderKL":
+            raise InputError(
+                "This codec cannot take another scale of its latents exactly",
+                key="codec.path",
+                value=path,
+                rule="an AutoencoderKL has 1x1 convolutions at its latents, or can be given them",
+                next_step="train with data.normalise=codec for a pipeline that diffusers loads",
+            )
+        vae = _rescaled(vae, mean, std)
+    vae.save_pretrained(folder, safe_serialization=True, max_shard_size="100TB")
+    return info.class_name
+
+
+@torch.no_grad()
+def _rescaled(vae: Any, mean: Sequence[float], std: Sequence[float]) -> Any:
+    channels = len(mean)
+    config = {**vae.config, "scaling_factor": 1.0, "shift_factor": 0.0, "latents_mean": None, "latents_std": None}
+    out = type(vae).from_config({**config, "use_quant_conv": True, "use_post_quant_conv": True})
+    for name, size in (("quant_conv", 2 * channels), ("post_quant_conv", channels)):
+        if getattr(vae, name, None) is None:  # the identity
+            convolution = getattr(out, name)
+            convolution.weight.copy_(torch.eye(size)[:, :, None, None])
+            convolution.bias.zero_()
+    out.load_state_dict(vae.state_dict(), strict=False)
+    shift, scale = (torch.tensor(values, dtype=torch.float64) for values in (mean, std))
+    # Encoder: mean' = (mean - shift) / scale, log variance' = log variance - 2 log scale.
+    weight, bias = out.quant_conv.weight.double(), out.quant_conv.bias.double()
+    weight[:channels] /= scale[:, None, None, None]
+    bias[:channels] = (bias[:channels] - shift) / scale
+    bias[channels:] -= 2 * scale.log()
+    out.quant_conv.weight.copy_(weight)
+    out.quant_conv.bias.copy_(bias)
+    # Decoder: what it sees is latent * scale + shift.
+    weight, bias = out.post_quant_conv.weight.double(), out.post_quant_conv.bias.double()
+    out.post_quant_conv.bias.copy_(bias + (weight[:, :, 0, 0] @ shift))
+    out.post_quant_conv.weight.copy_(weight * scale[None, :, None, None])
+    return out.eval()
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:

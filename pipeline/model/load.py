@@ -20,7 +20,7 @@ from pipeline.model.build import build_model
 from pipeline.model.checkpoints import CheckpointPlace, fetch_checked
 from pipeline.model.config import ModelConfig
 from pipeline.model.info import ModelInfo, PublishedPipeline
-from pipeline.model.read import DAMAGED, MARKER, RAW, WEIGHTS_KEY, InitialWeights, StoredModel, read_model
+from pipeline.model.read import DAMAGED, MARKER, RAW, InitialWeights, StoredModel, read_model
 from pipeline.storage.errors import unreadable
 from pipeline.storage.root import Root
 
@@ -194,7 +194,7 @@ def check_start(
     if isinstance(place, PublishedPipeline):
         files = [(place.folder, name) for name in place.weights]
     else:
-        files = [(Root(start.uri), name) for name in ([WEIGHTS_KEY] if start.info is not None else [])]
+        files = [(Root(start.uri), start.place.weights_key)] if isinstance(start.place, StoredModel) else []
     there = {name: shape for root, key in files for name, shape in _shapes(root, key).items()}
     return check_fit(there, network.inner if isinstance(network, DiffusersAdapter) else network, start.uri)
 
@@ -235,7 +235,8 @@ def _weights(stored: StoredModel, scratch: Path) -> dict[str, Tensor]:
         weights = read_tensors(files, "model/")
         return weights if ema == RAW else weights | read_tensors(files, f"ema/{ema}/")
     root = Root(stored.uri)
-    pickles = [entry.key for entry in root.list("model") if entry.key.endswith(_PICKLE_SUFFIXES)]
+    component = stored.weights_key.partition("/")[0]
+    pickles = [entry.key for entry in root.list(component) if entry.key.endswith(_PICKLE_SUFFIXES)]
     if pickles:
         raise InputError(
             "an export holds pickled weights",
@@ -244,4 +245,4 @@ def _weights(stored: StoredModel, scratch: Path) -> dict[str, Tensor]:
             rule="safetensors only: unpickling can run any code",
             next_step="remove the file, or export the model again",
         )
-    return read_file(root, WEIGHTS_KEY, stored.files[WEIGHTS_KEY], scratch)
+    return read_file(root, stored.weights_key, stored.files[stored.weights_key], scratch)

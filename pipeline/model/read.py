@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 from pydantic import TypeAdapter, with_config
 from typing_extensions import TypedDict
@@ -35,11 +35,16 @@ from pipeline.storage.trust import check_sizes
 from pipeline.store.ledger.layout import canonical_json
 
 FORMAT = "latentloom-export"
-VERSION = 1
+VERSIONS = (1, 2)  # 2: a whole diffusers pipeline
 MARKER = "latentloom.json"
 WEIGHTS_KEY = "model/diffusion_pytorch_model.safetensors"
 SCHEDULER_KEY = "scheduler/scheduler_config.json"
 CARD_KEY = "README.md"
+# What a pipeline may hold: nothing in a description can point outside its directory.
+_PIPELINE_KEY = re.compile(
+    r"model_index\.json|README\.md|scheduler/scheduler_config\.json"
+    r"|(?:unet|transformer|vae|text_encoder(?:_[23])?|tokenizer(?:_[23])?)/\w[\w.-]*"
+)
 FILE_KEYS = ("model/config.json", WEIGHTS_KEY, SCHEDULER_KEY, CARD_KEY)
 RAW = "raw"  # the weights as trained, no average of them
 # What changes an image, of all that a model tells about itself.
@@ -57,6 +62,7 @@ class _File(TypedDict):
 class _Export(TypedDict):
     info: dict[str, Any]
     files: dict[str, _File]
+    weights: NotRequired[str]
 
 
 _EXPORT = TypeAdapter(_Export)
@@ -76,6 +82,7 @@ class StoredModel:
     files: Mapping[str, str]
     identity: Mapping[str, Any]
     place: CheckpointPlace | PublishedPipeline | None = None
+    weights_key: str = WEIGHTS_KEY  # of an export
 
     def digest(self, text_digest: str | None = None) -> str:
         """Of all that decides its images; text_digest: of its text encoders, where it reads text."""
@@ -94,7 +101,7 @@ def read_model(uri: str, ema: str | None = None) -> StoredModel:
     damaged: tuple[type[Exception], ...] = (*storage_errors(), *DAMAGED)
     try:
         root = Root(uri)
-        if is_pipeline_dir(root):
+        if is_pipeline_dir(root) and not root.exists(MARKER):
             pipeline = read_pipeline_dir(root)
             files = {"pipeline": pipeline.info["weights_sha256"]}
             model = _stored(root.uri, "pipeline", pipeline.info, files, pipeline)
@@ -192,6 +199,7 @@ def _stored(
     info: Mapping[str, Any],
     files: Mapping[str, str],
     place: CheckpointPlace | PublishedPipeline | None = None,
+    weights_key: str = WEIGHTS_KEY,
 ) -> StoredModel:
     # Out of what is stored, not of what was understood: a field that is added one day renames no older model.
     identity = {key: info[key] for key in _IDENTITY}
@@ -203,7 +211,7 @@ def _stored(
         raise unreadable(
             place_of_info, f"its description is not one of a model: {error.value}", key="model.uri"
         ) from None
-    return StoredModel(uri, kind, understood, files, identity, place)
+    return StoredModel(uri, kind, understood, files, identity, place, weights_key)
 
 
 def _read_export(root: Root) -> StoredModel:
@@ -215,27 +223,32 @@ def _read_export(root: Root) -> StoredModel:
     data = root.read_bytes(MARKER)
     document = parse(OBJECT, data, root.uri_of(MARKER), key="model.uri")
     version = (document.get("format"), document.get("version"))
-    if version != (FORMAT, VERSION):
+    if version not in [(FORMAT, known) for known in VERSIONS]:
         raise InputError(
             "an export of an unknown format",
             key=MARKER,
             value=version,
-            rule=f"format {FORMAT!r}, version {VERSION}",
+            rule=f"format {FORMAT!r}, version {' or '.join(map(str, VERSIONS))}",
             next_step="use the version of latentloom that wrote it, or export again",
         )
     described = parse(_EXPORT, data, root.uri_of(MARKER), key="model.uri")
-    files = described["files"]
-    if set(files) != set(FILE_KEYS):
-        # A closed list of names: nothing in the document can point outside the directory.
+    files, whole = described["files"], version[1] == 2
+    weights_key = described.get("weights", WEIGHTS_KEY)
+    if (
+        not all(_PIPELINE_KEY.fullmatch(key) for key in files) or weights_key not in files
+        if whole
+        else set(files) != set(FILE_KEYS)
+    ):
         raise InputError(
             "an export lists other files than it may",
             key=f"{MARKER}: files",
             value=sorted(files),
-            rule=f"exactly {', '.join(FILE_KEYS)}",
+            rule="the files of a diffusers pipeline" if whole else f"exactly {', '.join(FILE_KEYS)}",
             next_step="export the model again",
         )
-    weights = {key: file["sha256"] for key, file in files.items() if key.startswith("model/")}
-    return _stored(root.uri, "export", described["info"], weights)
+    component = weights_key.partition("/")[0]
+    weights = {key: file["sha256"] for key, file in files.items() if key.partition("/")[0] == component}
+    return _stored(root.uri, "export", described["info"], weights, weights_key=weights_key)
 
 
 def _read_checkpoint(place: CheckpointPlace, ema: str | None) -> StoredModel:

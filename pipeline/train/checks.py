@@ -25,7 +25,7 @@ from pipeline.stream.data import layout_of
 from pipeline.stream.mixture import shares_of
 from pipeline.stream.order import Order, OrderSpec
 from pipeline.train.config import CodecOverride, TrainJobConfig
-from pipeline.train.start import Start, check_arrangement, check_start_fits, scale_of
+from pipeline.train.start import Start, check_arrangement, check_start_fits, license_of, scale_of
 
 # -- Do the datasets of a mixture belong together? Every refusal names the two that do not. Torch-free ---------
 #
@@ -161,6 +161,7 @@ class Facts:
     layouts: tuple[str, ...] = ()  # digests of the rows and their places, by dataset
     init: dict[str, Any] | None = None  # see `Start.init`
     scale: dict[str, list[float]] | None = None  # see `scale_of`
+    license: str | None = None  # of the weights that it starts from
 
     @property
     def text_length(self) -> int:
@@ -271,6 +272,7 @@ def handshake(start: Start, dataset: LatentDataset, *mix: LatentDataset, pins: P
         layouts=tuple(each.layout_digest for each in datasets.values()),
         init=start.init,
         scale=scale_of(start, dataset),
+        license=license_of(start),
     )
     _check_model(config, facts, " and ".join(each.uri for each in datasets.values()))
     if start.weights is not None:

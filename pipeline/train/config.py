@@ -260,6 +260,25 @@ class CodecOverride(StrictModel):
     kind: str = Field("auto", description="auto, or the name of a codec plug-in.")
 
 
+class ExportConfig(StrictModel):
+    """What the trained model is written as."""
+
+    license: str | None = Field(
+        None,
+        min_length=1,
+        description="Licence of the weights, for the model card. null: that of the weights of model.init, which must "
+        "then state one; else unknown.",
+    )
+    pipeline: bool = Field(
+        True,
+        description="A whole diffusers pipeline where there is one that draws with this network, codec included; "
+        "false: the network alone.",
+    )
+    text_encoders: Literal["copy", "reference"] = Field(
+        "copy", description="Whether text encoders and tokenizers lie in it, or are named in its model card."
+    )
+
+
 class TrainJobConfig(StrictModel):
     """Train a diffusion model on a latent dataset: `python -m jobs.train CONFIG... [key=value ...]`."""
 
@@ -274,6 +293,7 @@ class TrainJobConfig(StrictModel):
     validation: ValidationConfig = Field(ValidationConfig(), description="Loss on held-out samples.")
     grid: GridConfig = Field(GridConfig(), description="Pictures while training.")
     codec: CodecOverride = Field(CodecOverride(), description="The codec of the latents.")
+    export: ExportConfig = Field(ExportConfig(), description="What the trained model is written as.")
     cluster: ClusterConfig = Field(ClusterConfig(), description="Where Ray runs.")
     tracking: TrackingConfig = Field(TrackingConfig(), description="Where the run is recorded.")
     registry: RegistryConfig = Field(RegistryConfig(), description="Where the finished model is registered.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import tempfile
@@ -15,10 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.diffusion.config import ObjectiveConfig
-from pipeline.diffusion.solvers import NUM_TRAIN_STEPS
 from pipeline.diffusion.timesteps import TimestepDensity
-from pipeline.errors import ConflictError
+from pipeline.errors import ConflictError, InputError
 from pipeline.model.adapters import DiffusersAdapter
 from pipeline.model.build import build_model
 from pipeline.model.config import InstalledConfig
@@ -26,12 +25,10 @@ from pipeline.model.info import CodecReference, DatasetShare, InitReference, Mod
 from pipeline.model.load import file_sha256
 from pipeline.model.read import (
     CARD_KEY,
-    FILE_KEYS,
     FORMAT,
     MARKER,
     RAW,
     SCHEDULER_KEY,
-    VERSION,
     WEIGHTS_KEY,
     read_model,
 )
@@ -40,8 +37,11 @@ from pipeline.train import collectives
 from pipeline.train.checks import Facts
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.inputs import Served
+from pipeline.train.pipelines import DiffusersPipeline, pipeline_of, scheduler_config, write_around, write_json
 from pipeline.train.state import TrainState
 from pipeline.train.task import Task
+
+_log = logging.getLogger(__name__)
 
 # -- The files of an export, written so that a reader sees all of them or none ---------------------------------
 
@@ -49,31 +49,9 @@ from pipeline.train.task import Task
 # -- The texts beside exported weights: a scheduler configuration that diffusers loads, and the model card -----
 
 
-_BETA_SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
-
-
-def scheduler_config(objective: ObjectiveConfig, sampling_shift: float) -> dict[str, Any]:
-    """scheduler_config.json of an objective: FlowMatchEulerDiscreteScheduler for flows, else DDIMScheduler."""
-    if objective.kind == "flow":
-        return {
-            "_class_name": "FlowMatchEulerDiscreteScheduler",
-            "num_train_timesteps": NUM_TRAIN_STEPS,
-            "shift": sampling_shift,
-        }
-    return {
-        "_class_name": "DDIMScheduler",
-        "num_train_timesteps": NUM_TRAIN_STEPS,
-        "beta_schedule": _BETA_SCHEDULES[objective.schedule],
-        "beta_start": objective.beta_start,
-        "beta_end": objective.beta_end,
-        "prediction_type": "epsilon" if objective.kind == "epsilon" else "v_prediction",
-        "timestep_spacing": "trailing",
-        "set_alpha_to_one": True,
-        "clip_sample": False,
-    }
-
-
-def model_card(info: ModelInfo, diffusers_class: str | None) -> str:
+def model_card(
+    info: ModelInfo, diffusers_class: str | None, form: DiffusersPipeline | None = None, *, copied: bool = True
+) -> str:
     """README.md of an export, with the metadata block model hubs read; URIs lose any user and password."""
     head = {
         "license": info.license,
@@ -106,13 +84,35 @@ def model_card(info: ModelInfo, diffusers_class: str | None) -> str:
         ("License", info.license),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return _CARD.format(
-        front=front,
-        table=table,
-        mean=list(info.latent_mean),
-        std=list(info.latent_std),
-        use=_USE.format(name=diffusers_class) if diffusers_class else "",
-    )
+    use = ""
+    if form is not None:
+        use = _PIPELINE_USE.format(name=form.name, **_snippet(info, form, copied))
+    elif diffusers_class:
+        use = _USE.format(name=diffusers_class)
+    else:
+        use = _OWN_USE
+    return _CARD.format(front=front, table=table, mean=list(info.latent_mean), std=list(info.latent_std), use=use)
+
+
+def _snippet(info: ModelInfo, form: DiffusersPipeline, copied: bool) -> dict[str, str]:
+    """How the pipeline is loaded and asked, for the card."""
+    height, width = info.sizes[0] if info.sizes else (512, 512)
+    asked = ["[0]"] if form.name == "DiTPipeline" else ['"a photograph"', f"height={height}", f"width={width}"]
+    if info.objective.kind == "flow" and form.name in ("StableDiffusion3Pipeline",):
+        asked.append("sigmas=[1 - i / 25 for i in range(25)]")
+    asked += ["num_inference_steps=25", f"guidance_scale={4.0 if info.guidable else 1.0}"]
+    given, before = "", ""
+    if not copied and info.texts:
+        names = []
+        for at, text in enumerate(info.texts):
+            number = "" if at == 0 else f"_{at + 1}"
+            path, sub = text.encoder["path"], text.encoder.get("subfolder", "")
+            words = text.encoder.get("tokenizer_subfolder", "")
+            before += f'text_encoder{number} = AutoModel.from_pretrained("{path}", subfolder="{sub}")\n'
+            before += f'tokenizer{number} = AutoTokenizer.from_pretrained("{path}", subfolder="{words}")\n'
+            names += [f"text_encoder{number}=text_encoder{number}", f"tokenizer{number}=tokenizer{number}"]
+        given, before = ", " + ", ".join(names), "from transformers import AutoModel, AutoTokenizer\n" + before
+    return {"given": given, "before": before, "asked": ", ".join(asked)}
 
 
 _CARD = """---
@@ -146,6 +146,29 @@ model = {name}.from_pretrained("THIS_DIRECTORY", subfolder="model")
 """
 
 
+_PIPELINE_USE = """
+With plain diffusers:
+
+```python
+from diffusers import DiffusionPipeline
+{before}pipe = DiffusionPipeline.from_pretrained("THIS_DIRECTORY"{given})  # a {name}
+pipe({asked}).images[0].save("image.png")
+```
+
+Its autoencoder reads latents as this model has them.
+"""
+
+_OWN_USE = """
+In Python:
+
+```python
+import latentloom as ll
+model = ll.load_model("THIS_DIRECTORY")
+images = model.sample(seed=1)  # uint8 [n, height, width, 3]; labels=[3, 7] or prompts=[...] where it has them
+```
+"""
+
+
 def _count(value: int | None, text: str) -> str:
     return "none" if value is None else f"{value}: {text.format(n=value)}"
 
@@ -159,15 +182,24 @@ def export_name(images_seen: int) -> str:
     return f"{images_seen:012d}"
 
 
-def save_export(destination: str | Path | Root, model: nn.Module, info: ModelInfo) -> ModelInfo:
+def save_export(
+    destination: str | Path | Root,
+    model: nn.Module,
+    info: ModelInfo,
+    *,
+    form: DiffusersPipeline | None = None,
+    copy_text: bool = True,
+) -> ModelInfo:
     """Write a model (from build_model, whole, not sharded) and its info; returns the info with weights_sha256.
 
-    ConflictError when a complete export of another content is there.
+    form: as a whole pipeline, see `pipelines.write_around`; None: the network alone. ConflictError when a complete
+    export of another content is there, InputError where the pipeline's other parts are not usable.
     """
     root = destination if isinstance(destination, Root) else Root(str(destination))
     with tempfile.TemporaryDirectory(prefix="latentloom-export-") as scratch:
         local = Path(scratch)
-        weights = local / WEIGHTS_KEY
+        key = WEIGHTS_KEY if form is None else f"{form.component}/{Path(WEIGHTS_KEY).name}"
+        weights = local / key
         weights.parent.mkdir(parents=True)
         diffusers_class = None
         if isinstance(model, DiffusersAdapter):
@@ -179,21 +211,25 @@ def save_export(destination: str | Path | Root, model: nn.Module, info: ModelInf
             class_name = "latentloom.DiT" if ours else f"{type(model).__module__}.{type(model).__qualname__}"
             description = {"_class_name": class_name, **info.model.described()}
             shape = {name: getattr(info, name) for name in ("latent_channels", "num_classes", "text_dim")}
-            _write_json(weights.parent / "config.json", description | shape)
+            write_json(weights.parent / "config.json", description | shape)
             tensors = {name: value.detach().contiguous().cpu() for name, value in model.state_dict().items()}
             save_file(tensors, weights)
         info = replace(info, weights_sha256=file_sha256(weights))
-        _write_json(local / SCHEDULER_KEY, scheduler_config(info.objective, info.sampling_shift))
-        (local / CARD_KEY).write_text(model_card(info, diffusers_class))
-        files = {
-            key: {"sha256": file_sha256(local / key), "size_bytes": (local / key).stat().st_size} for key in FILE_KEYS
-        }
-        document = {"format": FORMAT, "version": VERSION, "info": info.to_json(), "files": files}
+        if form is None:
+            scheduler = scheduler_config(info.objective, info.sampling_shift, info.shift_by_size)
+            write_json(local / SCHEDULER_KEY, scheduler)
+        else:
+            write_around(local, str(diffusers_class), info, form, copy_text=copy_text)
+        (local / CARD_KEY).write_text(model_card(info, diffusers_class, form, copied=copy_text))
+        keys = sorted(path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file())
+        files = {k: {"sha256": file_sha256(local / k), "size_bytes": (local / k).stat().st_size} for k in keys}
+        document = {"format": FORMAT, "version": 1, "info": info.to_json(), "files": files}
+        document |= {} if form is None else {"version": 2, "weights": key}
         marker = json.dumps(document, indent=2, sort_keys=True, allow_nan=False).encode() + b"\n"
         if root.exists(MARKER):
             return _same_or_conflict(root, marker, info)
-        for key in FILE_KEYS:
-            root.put(key, (local / key).read_bytes())
+        for k in keys:
+            root.put(k, (local / k).read_bytes())
         if not root.put_if_absent(MARKER, marker):
             return _same_or_conflict(root, marker, info)
     return info
@@ -209,11 +245,6 @@ def _same_or_conflict(root: Root, marker: bytes, info: ModelInfo) -> ModelInfo:
         rule="a complete export is never overwritten",
         next_step="choose another directory (one per number of images seen)",
     )
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 MODELS = "model"
@@ -252,8 +283,22 @@ def export_model(
                 advice["buckets"] = info.buckets
             there = replace(there, run_id=info.run_id, weights_sha256="", **advice)
         if there != info:
-            save_export(place, model, info)
+            _save(config, place, model, info)
     collectives.barrier()
+
+
+def _save(config: TrainJobConfig, place: Root, model: nn.Module, info: ModelInfo) -> None:
+    """As a pipeline where it can be one: weights are not lost for want of what should lie beside them."""
+    form = pipeline_of(info) if config.export.pipeline else "export.pipeline is false"
+    if isinstance(form, DiffusersPipeline):
+        try:
+            save_export(place, model, info, form=form, copy_text=config.export.text_encoders == "copy")
+            return
+        except InputError as error:
+            form = f"{error.what} ({error.key} = {error.value})"
+    if isinstance(model, DiffusersAdapter):
+        _log.warning("the export is the network alone, not a diffusers pipeline: %s", form)
+    save_export(place, model, info)
 
 
 def export_info(
@@ -290,6 +335,7 @@ def export_info(
         shift_by_size=_shift_by_size(config),
         always_labelled=facts.num_classes is not None and config.train.label_dropout == 0.0,
         guidable=is_guidable(config, facts),
+        license=config.export.license or facts.license or "unknown",
         texts=tuple(TextReference(**{k: text[k] for k in _TEXT}) for text in facts.texts),
         init=None if facts.init is None else InitReference(**facts.init),
     )

@@ -7,6 +7,7 @@ their latents. What must stay as they learned it is compared with the data befor
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from pipeline.errors import ConfigError, ConflictError, PipelineError, argument_
 from pipeline.model.config import NetworkConfig, PublishedConfig
 from pipeline.model.info import PublishedPipeline, codec_scale
 from pipeline.model.read import InitialWeights, StoredModel, read_init
+from pipeline.storage.root import Root
 from pipeline.store.ledger.identity import differences
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.text.config import TextEncoderConfig
@@ -116,6 +118,29 @@ def scale_of(start: Start, dataset: LatentDataset) -> dict[str, list[float]] | N
         mean, std = codec_scale(dataset.codec, int(dataset.codec["latent_channels"]))
         return {"mean": list(mean), "std": list(std)}
     return None
+
+
+def license_of(start: Start) -> str | None:
+    """The licence that the weights to start from state; ConfigError where none does and export.license says none."""
+    weights, stated = start.weights, None
+    if weights is None:
+        return None
+    if weights.info is not None and weights.info.license != "unknown":
+        stated = weights.info.license
+    card = Root(weights.uri)
+    if stated is None and card.exists("README.md"):
+        front = re.match(r"---\n(.*?)\n---", card.read_bytes("README.md").decode(errors="replace"), re.DOTALL)
+        found = re.search(r"^license:\s*[\"']?([\w.+-]+)", front.group(1), re.MULTILINE) if front else None
+        stated = found.group(1) if found and found.group(1) != "unknown" else None
+    if stated is None and start.config.export.license is None:
+        raise ConfigError(
+            f"The weights at {weights.uri} state no licence",
+            key="export.license",
+            value="null",
+            rule="what is trained from weights carries their licence on",
+            next_step="set export.license to theirs (as their model card or their makers say it)",
+        )
+    return stated
 
 
 def check_start_fits(start: Start, dataset: LatentDataset, texts: tuple[dict[str, Any], ...]) -> None:
