@@ -1,4 +1,5 @@
-"""What each solver is: the objectives it serves and what a run costs. No torch; `samplers` does the arithmetic."""
+"""What can be asked for: solvers, what they serve and cost, and combinations of conditions. No torch; `samplers` does
+the arithmetic."""
 
 from __future__ import annotations
 
@@ -48,3 +49,33 @@ def solver_for(sampler: str, objective: str) -> Solver:
             f"{sampler} serves the objective {', '.join(solver.objectives)}; for {objective} use {fitting}"
         )
     return solver
+
+
+# -- Conditions ------------------------------------------------------------------------------------------------
+
+# What a sample was shown, or a request asks for: its class, its text, both or neither.
+Combination = Literal["class+text", "class", "text", "none"]
+COMBINATIONS: tuple[Combination, ...] = get_args(Combination)
+
+
+def combination(*, labelled: bool, prompted: bool) -> Combination:
+    """The combination of a row that has a label, a text that is not empty, or neither."""
+    return "class+text" if labelled and prompted else "class" if labelled else "text" if prompted else "none"
+
+
+def combination_shares(
+    label_dropout: float | None, text_dropout: float | None, joint_dropout: float
+) -> dict[Combination, float]:
+    """The share of samples that each combination is trained on; a dropout is None where there is no such condition.
+
+    Of two conditions both are dropped together from a share, and from the rest each by a draw of its own.
+    """
+    labels, texts = (1.0 if dropout is None else dropout for dropout in (label_dropout, text_dropout))
+    joint = 0.0 if label_dropout is None or text_dropout is None else joint_dropout
+    rest = 1.0 - joint
+    return {
+        "class+text": rest * (1.0 - labels) * (1.0 - texts),
+        "class": rest * (1.0 - labels) * texts,
+        "text": rest * labels * (1.0 - texts),
+        "none": joint + rest * labels * texts,
+    }

@@ -10,7 +10,8 @@ Images pass in batches and are never held together; what stays is sums that merg
 order-independent choice of feature vectors. Every figure carries its contract: how many images, which resize,
 which feature network by hash, which sampler. That network is given as a file or by name, or it is the classifier
 fitted here on the real images; distances in the latter's space compare runs of one data set and nothing else, and
-are not the Inception figures of the literature. CLIP and LPIPS are used where their weights are given.
+are not the Inception figures of the literature. `fid: published` is: the figure `fid` is there with the weights of
+the published Inception alone, known by their hash. CLIP and LPIPS are used where their weights are given.
 
 The classifier and the reference's feature sums are kept under a key made of the reference's digest and their
 settings, and evaluations of other samples against the same reference reuse them. `evaluation.json` is written

@@ -76,6 +76,14 @@ class QualityConfig(StrictModel):
     batch_size: int = Field(64, ge=1, description="Images a batch.")
 
 
+# The Inception of published FIDs: NVIDIA's TorchScript of the network of 2015-12-05, by the hash that k-diffusion's
+# evaluation.py pins. It resizes images itself, as TensorFlow 1 did.
+INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+INCEPTION = f"inception-2015-12-05.pt (SHA-256 {INCEPTION_SHA256})"
+# What `fid: published` makes of the extractor: pixels go into that network as they are.
+PUBLISHED_EXTRACTOR: dict[str, str | None] = {"kind": "torchscript", "resolution": None, "values": "uint8"}
+
+
 class ExtractorConfig(StrictModel):
     """The feature space in which sets of images are compared."""
 
@@ -85,7 +93,9 @@ class ExtractorConfig(StrictModel):
         "(optional packages).",
     )
     path: str | None = Field(
-        None, description="torchscript: the file; images NCHW in, features [n, d] or (features, logits) out."
+        None,
+        description="torchscript: the file; images NCHW in, features [n, d] or (features, logits) out. Where its "
+        "forward takes return_features, as the usual Inception's, features are asked for by it.",
     )
     name: str | None = Field(None, description="torchvision or timm: the network's name, such as inception_v3.")
     weights: str | None = Field(
@@ -133,6 +143,7 @@ class ThresholdsConfig(StrictModel):
     precision: float | None = Field(None, ge=0, le=1, description="Least precision.")
     recall: float | None = Field(None, ge=0, le=1, description="Least recall.")
     frechet: float | None = Field(None, ge=0, description="Largest Frechet distance.")
+    fid: float | None = Field(None, ge=0, description="Largest published FID (fid: published).")
     kid: float | None = Field(None, description="Largest kernel distance.")
     inception_score: float | None = Field(None, ge=1, description="Least inception score.")
     clip_score: float | None = Field(None, ge=0, le=100, description="Least CLIP score.")
@@ -154,6 +165,12 @@ class EvaluateJobConfig(StrictModel):
     fidelity: FidelityConfig = Field(FidelityConfig(), description="The codec's round trip.")
     quality: QualityConfig = Field(QualityConfig(), description="Distances between sets.")
     extractor: ExtractorConfig = Field(ExtractorConfig(), description="The feature space of these distances.")
+    fid: Literal["published"] | None = Field(
+        None,
+        description="published: FID as in the literature, in the space of the TorchScript Inception of 2015-12-05 "
+        "(extractor.path). It resizes the images itself, as torchmetrics does with antialias=False. With other "
+        "weights the distance is told as frechet and not as fid.",
+    )
     clip: ClipConfig | None = Field(None, description="Judges images against their prompts; null: no CLIP score.")
     lpips: LpipsConfig | None = Field(None, description="Judges the codec's round trip; null: no LPIPS.")
     reference_cache: str | None = Field(
@@ -167,6 +184,26 @@ class EvaluateJobConfig(StrictModel):
     )
     cluster: ClusterConfig = Field(ClusterConfig(), description="The Ray cluster, where RAY_ADDRESS names one.")
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow tracking.")
+
+    @model_validator(mode="after")
+    def _published_fid(self) -> Self:
+        if self.fid is None:
+            return self
+        if self.extractor.path is None:
+            raise ValueError(
+                f"fid=published needs extractor.path: {INCEPTION}, which comes with no package; a distance in any "
+                "other feature space cannot be called FID: leave fid out for it"
+            )
+        for name, wanted in PUBLISHED_EXTRACTOR.items():
+            value = getattr(self.extractor, name)
+            if name in self.extractor.model_fields_set and value != wanted:
+                raise ValueError(
+                    f"fid=published takes extractor.{name}={wanted or 'null'}, got {value}: a distance taken "
+                    "otherwise is no published FID; leave one of the two settings out"
+                )
+        # Said in full wherever the configuration is shown and stored.
+        object.__setattr__(self, "extractor", self.extractor.model_copy(update=PUBLISHED_EXTRACTOR))
+        return self
 
     @model_validator(mode="after")
     def _something_to_judge(self) -> Self:

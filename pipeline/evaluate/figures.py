@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 FORMAT = "latentloom.evaluation.v1"
 SPREAD = "jackknife interval over 20 blocks"
-SMALLER_IS_BETTER = ("frechet", "kid", "rfid", "lpips")
+SMALLER_IS_BETTER = ("frechet", "fid", "kid", "rfid", "lpips")
 
 
 @dataclass(frozen=True)
@@ -174,17 +174,27 @@ def _add_sample_figures(measured: Measured, neighbours: int, out: list[Figure], 
         method = f"exp of the mean KL(p(y|x) | p(y)), Salimans et al. 2016, {networks.space_name}; {SPREAD}"
         out.append(Figure.of("inception_score", samples.classes.score(), method))
     elif networks.extractor is not None:
-        absent["inception_score"] = f"{networks.extractor.name} has no classes"
+        absent["inception_score"] = f"{networks.extractor.name} gives no classes beside its features"
     real, drawn = measured.real, samples.stats
     if real is None or drawn is None:
         return
     # Each distance by its own need: a covariance more images than features, a manifold more than neighbours.
-    space = networks.space_name
+    space, published = networks.space_name, networks.extractor is not None and networks.extractor.published
     fewest, kept = min(real.n, drawn.n), min(len(real.features_MD), len(drawn.features_MD))
     if fewest > real.dims:
-        out.append(Figure.of("frechet", frechet(real, drawn), f"squared Frechet distance {space}; {SPREAD}"))
+        distance = frechet(real, drawn)
+        out.append(Figure.of("frechet", distance, f"squared Frechet distance {space}; {SPREAD}"))
+        if published:
+            method = (
+                f"published FID (Heusel et al. 2017): {real.dims} features of the Inception of 2015-12-05, which "
+                f"resizes the images, {real.n} real ones and {drawn.n} samples; {SPREAD}"
+            )
+            out.append(Figure.of("fid", distance, method))
     else:
-        absent.setdefault("frechet", f"{fewest} images are too few for a covariance of {real.dims} features")
+        reason = f"{fewest} images are too few for a covariance of {real.dims} features"
+        absent.setdefault("frechet", reason)
+        if published:
+            absent.setdefault("fid", reason)
     if kept >= 2:
         method = f"unbiased cubic-kernel distance {space}; leans negative for small class-balanced sets; {SPREAD}"
         out.append(Figure.of("kid", kid(real, drawn), method))

@@ -269,7 +269,7 @@ def sample_batches(samples: Dataset, batch_size: int) -> Iterator[SampleBatch]:
 
 
 SSIM_WINDOW = 11  # pixels, the side of its window
-VERSION = 2  # raised when a figure changes its meaning, so that recorded evaluations are taken again
+VERSION = 3  # raised when a figure changes its meaning, so that recorded evaluations are taken again
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, InputError
-from pipeline.evaluate.config import ExtractorConfig
+from pipeline.evaluate.config import INCEPTION_SHA256, ExtractorConfig
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INCEPTION_SIDE, USUAL_SIDE = 299, 224
@@ -100,8 +100,25 @@ class Extractor:
                 rule="features are [n, d], or maps [n, d, h, w] that are averaged",
                 next_step="name a network that pools its tokens, or save one that does as TorchScript",
             )
+        # Features that sum to 1 now and then are features: a softmax does so for each image.
+        off_N = (features.float().sum(dim=1) - 1).abs()
+        if features.shape[1] > 1 and bool((off_N < 1e-3).all()) and bool((features >= 0).all()):
+            raise InputError(
+                f"The network gives class probabilities where features are asked for: {features.shape[1]} numbers an "
+                "image, none negative, that sum to 1",
+                key="extractor",
+                value=self.name,
+                rule="FID, KID, precision and recall are distances of features; of a softmax they mean nothing",
+                next_step="save the network so that it gives the features before its classifying layer, alone or as "
+                "(features, logits), or with an argument return_features",
+            )
         probabilities = None if logits is None else logits.float().softmax(dim=1).cpu().numpy()
         return features.float().cpu().numpy(), probabilities
+
+    @property
+    def published(self) -> bool:
+        """Whether it is the Inception of published FIDs, asked as it was for them."""
+        return self.digest == INCEPTION_SHA256 and self.resolution is None and self.mean_std is None
 
     @property
     def contract(self) -> dict[str, Any]:
@@ -160,11 +177,23 @@ def _torchscript(config: ExtractorConfig, device: str) -> Extractor:
             next_step="correct the path, or save the network again",
         ) from None
 
+    # NVIDIA's networks give a softmax unless they are asked for what is before it.
+    arguments = [argument.name for argument in module.forward.schema.arguments]
+    asked = {"return_features": True} if "return_features" in arguments else {}
+
     def network(x_NCHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        out = module(x_NCHW)
+        out = module(x_NCHW, **asked)
         return (out[0], out[1]) if isinstance(out, tuple | list) and len(out) > 1 else (_first(out), None)
 
     digest = hashlib.sha256(data).hexdigest()
+    if digest == INCEPTION_SHA256 and config.values != "uint8":
+        raise ConfigError(
+            "The Inception of 2015-12-05 scales pixel values itself",
+            key="extractor.values",
+            value=config.values,
+            rule="it reads values of 0..255",
+            next_step="set extractor.values=uint8, or fid=published",
+        )
     return Extractor(f"TorchScript {path.name}", digest, network, device, config.resolution, _RANGES[config.values])
 
 

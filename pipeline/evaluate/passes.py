@@ -24,7 +24,7 @@ from safetensors.numpy import save as save_arrays
 from pipeline.codec.codec import load_codec
 from pipeline.errors import InputError
 from pipeline.evaluate.classifier import Classifier, FitSettings, fit_classifier, from_bytes, to_bytes
-from pipeline.evaluate.config import EvaluateJobConfig
+from pipeline.evaluate.config import INCEPTION, EvaluateJobConfig
 from pipeline.evaluate.figures import Figure, contract_of, figures_of
 from pipeline.evaluate.inputs import Inputs, ReferenceBatch, inspect, reference_batches, sample_batches
 from pipeline.evaluate.metrics import ClipScorer, FidelitySums, Lpips, compare
@@ -200,6 +200,12 @@ class Evaluation:
             if lpips and config.codec
             else None,
         )
+        extractor = networks.extractor
+        if config.fid is not None and extractor is not None and not extractor.published:
+            measured.absent["fid"] = (
+                f"{extractor.name} (SHA-256 {extractor.digest}) is not {INCEPTION}: the distance is told as frechet "
+                "and cannot be called FID"
+            )
         if networks.space_digest is not None and config.samples is not None:
             measured.real = self._reference_stats(networks, networks.space_digest)
         measured.real_shown = [

@@ -34,6 +34,7 @@ HEADLINE = {
     "psnr_db": "codec PSNR",
     "ssim": "codec SSIM",
     "frechet": "Frechet distance",
+    "fid": "FID (published)",
     "clip_score": "CLIP score",
 }
 CODEC_NOTE = (

@@ -9,7 +9,7 @@ rounding of the sums.
 
 Features are those of whichever network looked at both sets. Those of the classifier fitted on the reference images
 compare runs of one data set with each other, and are not comparable with published FID or KID, which use an Inception
-network; given that network as the extractor, they are.
+network: see `fid` in the configuration.
 """
 
 from __future__ import annotations

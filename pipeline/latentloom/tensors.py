@@ -174,14 +174,15 @@ class LoadedModel:
         width: int | None = None,
         batch_size: int | None = None,
     ) -> Tensor:
-        """Images, uint8 [n, h, w, 3] on the CPU: `count` of each label, then of each prompt; of neither, `count`.
+        """Images, uint8 [n, h, w, 3] on the CPU: `count` of each label, each prompt or each label with each
+        prompt; of neither, `count`.
 
         They are those that jobs.sample draws with these settings: requests.classes, requests.prompts, requests.count,
         seed, requests.steps, requests.guidance, requests.height and requests.width; on a CPU bit for bit with its
         threads and batch_size, which is here the number of images up to 16. InputError for what the model cannot
         draw, ConflictError for a codec that is another than it was trained with.
         """
-        asked = max(1, len(labels or ()) + len(prompts)) * count
+        asked = max(1, len(labels or ())) * max(1, len(prompts)) * count
         grid = {"classes": None if labels is None else list(labels), "prompts": list(prompts), "count": count}
         sizes = {"steps": steps, "guidance": guidance, "height": height, "width": width}
         inputs = prepare(

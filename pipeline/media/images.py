@@ -159,7 +159,7 @@ def contact_sheet(images: Sequence[bytes], captions: Sequence[str], *, tile: int
 
 
 def choose(requests: pa.Table, count: int) -> list[bytes]:
-    """At most `count` request ids, spread evenly over the conditions (labels or prompts), condition by condition.
+    """At most `count` request ids, spread evenly over the conditions (label and prompt), condition by condition.
 
     The choice depends only on the requests: every condition gets its share, within a condition the first by id. With
     more conditions than `count`, an evenly spaced part of them is shown with one image each.
@@ -187,11 +187,10 @@ def choose(requests: pa.Table, count: int) -> list[bytes]:
 
 def caption_of(request: Mapping[str, Any]) -> str:
     """One line that tells a sample from its neighbours."""
-    if request["prompt"] is not None:
-        condition = str(request["prompt"])
-    else:
-        condition = "unconditional" if request["label"] is None else f"class {request['label']}"
-    return f"{condition} · seed {request['seed']}"
+    label, prompt = request["label"], request["prompt"]
+    conditions = [] if label is None else [f"class {label}"]
+    conditions += [] if prompt is None else [str(prompt)]
+    return " · ".join([*(conditions or ["unconditional"]), f"seed {request['seed']}"])
 
 
 # -- HTML pages for people, by jinja2 templates that escape every text -----------------------------------------

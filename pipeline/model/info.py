@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
 from pipeline.diffusion.config import ObjectiveConfig
-from pipeline.diffusion.solvers import NUM_TRAIN_STEPS
+from pipeline.diffusion.solvers import NUM_TRAIN_STEPS, Combination, combination
 from pipeline.errors import InputError
 from pipeline.model.config import ModelConfig, PublishedClass, PublishedConfig
 from pipeline.storage.root import Root, check_key
@@ -109,12 +109,15 @@ class ModelInfo:
     license: str = "unknown"
     sampling_shift: float = 1.0  # shift of the sampling grid that suits the training density, at the first bucket
     shift_by_size: SizeShift | None = None  # with it, what the size multiplies a shift of 1 by
-    always_labelled: bool = False  # it has classes and was never trained without one
-    guidable: bool = True  # it was also trained without any condition
+    # It has classes and was never trained without one; it was also trained without any condition. Earlier releases
+    # tell no more than these two.
+    always_labelled: bool = False
+    guidable: bool = True
     texts: tuple[TextReference, ...] = ()  # its text encoders, in the order of its arrangement
     mixture: tuple[DatasetShare, ...] = ()  # every dataset, where there are several
     init: InitReference | None = None
     weights_sha256: str = ""  # filled in by save_export
+    combinations: tuple[Combination, ...] = ()  # see `trained_on`; empty where the above tell
 
     def __post_init__(self) -> None:
         if not len(self.latent_mean) == len(self.latent_std) == self.latent_channels:
@@ -124,6 +127,22 @@ class ModelInfo:
             )
         if min(self.latent_std) <= 0:
             raise ValueError(f"latent_std must be positive, got {min(self.latent_std)}")
+        if self.combinations == self._implied():
+            object.__setattr__(self, "combinations", ())  # one form for what means the same
+
+    @property
+    def trained_on(self) -> tuple[Combination, ...]:
+        """The combinations of conditions that it may be asked for."""
+        return self.combinations or self._implied()
+
+    def _implied(self) -> tuple[Combination, ...]:
+        """What is known of a training that tells no combinations: of labels and texts, both went by one draw."""
+        labelled, prompted = self.num_classes is not None, self.text_dim is not None
+        full = combination(labelled=labelled, prompted=prompted)
+        if self.guidable:
+            return (full,) if full == "none" else (full, "none")
+        # Labels, or texts, were never dropped; of a model that was always labelled nothing tells whether texts were.
+        return (full,) if self.always_labelled or not (labelled and prompted) else (full, "text")
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -136,7 +155,7 @@ class ModelInfo:
 
     def to_json(self) -> dict[str, Any]:
         """Its fields as JSON values; what came later only where there is some. `text`: one encoder, or a list."""
-        later = {name for name in ("mixture", "init", "shift_by_size") if not getattr(self, name)}
+        later = {name for name in ("mixture", "init", "shift_by_size", "combinations") if not getattr(self, name)}
         values: dict[str, Any] = _INFO.dump_python(self, mode="json", by_alias=True, exclude={*later, "texts"})
         texts = _INFO.dump_python(self, mode="json", include={"texts"})["texts"]
         return values | {

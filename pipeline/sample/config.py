@@ -34,15 +34,20 @@ class RequestDefaults(StrictModel):
 
 
 class GridRequests(RequestDefaults):
-    """Every class and every prompt, each with every seed."""
+    """Every class with every prompt, each with every seed; without classes every prompt, and the other way round."""
 
     kind: Literal["grid"] = Field(..., description="A grid written in the configuration.")
     classes: Literal["all"] | tuple[int, ...] | None = Field(
         None, description="Class labels to draw: all, or a list; null with no prompts draws unconditional images."
     )
-    prompts: tuple[str, ...] = Field((), description="Prompts to draw, for models trained with text.")
+    prompts: tuple[str, ...] = Field(
+        (),
+        description="Prompts to draw, for models trained with text; where there are classes, each with each class.",
+    )
     negative_prompt: str | None = Field(None, description="What guidance leads away from; null: the empty prompt.")
-    count: int = Field(1, ge=1, description="Images for each class and prompt: seeds first_seed, first_seed + 1, ...")
+    count: int = Field(
+        1, ge=1, description="Images for each class with each prompt: seeds first_seed, first_seed + 1, ..."
+    )
     first_seed: int = Field(0, ge=0, lt=2**62, description="First of the counted seeds.")
     seeds: tuple[int, ...] | None = Field(None, min_length=1, description="Seeds to use instead of counted ones.")
 

@@ -29,6 +29,7 @@ from pipeline.sample.output import IMAGES, encode_rows
 from pipeline.sample.plan import PLAN_SCHEMA, StoredRequest
 from pipeline.sample.prepare import text_of
 from pipeline.sample.provenance import FORMAT, TOLERANCE_LEVELS, Draw, check_origin, origin_of, request_of
+from pipeline.sample.requests import untrained
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import place_of
 from pipeline.storage.stored import OPEN, parse
@@ -147,6 +148,14 @@ def regenerate(
         origin, model_digest=model.digest(None if text is None else text.digest), codec_sha256=codec.weights_sha256
     )
     check_origin(story, here)
+    for _, fault in untrained(request, model.info.trained_on):
+        raise InputError(
+            f"The image {fault}",
+            key="request",
+            value=story["request_id"],
+            rule="a model draws what a share of its training showed",
+            next_step="draw with jobs.sample what the model was trained on",
+        )
     use_threads(draw.threads)
     plan_row = pa.Table.from_pylist([{**request, "unit": 0, "row": 0}], schema=PLAN_SCHEMA)
     embed = None if text is None else PromptEmbedder(text, device=draw.device)

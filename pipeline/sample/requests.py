@@ -12,11 +12,13 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
+from pipeline.diffusion.solvers import COMBINATIONS, Combination, combination
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:
@@ -69,8 +71,8 @@ class RequestLimits:
     """What one model can be asked for.
 
     `multiple` is the side in pixels that every height and width must be a multiple of. `sizes` are the (height,
-    width) the model was trained on; with `any_size` others are accepted too. `always_labelled`: the model has classes
-    and no label for "none", so every request needs one. `guidable`: it also knows what is there without a condition.
+    width) the model was trained on; with `any_size` others are accepted too. `combinations` of conditions
+    are those it was trained on: what is asked for, and what guidance leads away from, is one of them.
     """
 
     num_classes: int | None
@@ -78,8 +80,7 @@ class RequestLimits:
     multiple: int
     sizes: tuple[tuple[int, int], ...]
     any_size: bool = False
-    always_labelled: bool = False
-    guidable: bool = True
+    combinations: tuple[Combination, ...] = COMBINATIONS
 
     @classmethod
     def of(cls, info: ModelInfo, *, takes_text: bool, any_size: bool) -> RequestLimits:
@@ -90,8 +91,7 @@ class RequestLimits:
             multiple=info.factor * info.model.sides.multiple,
             sizes=info.sizes,
             any_size=any_size,
-            always_labelled=info.always_labelled,
-            guidable=info.guidable,
+            combinations=info.trained_on,
         )
 
 
@@ -122,19 +122,15 @@ def grid_columns(
     negative_prompt: str | None,
     seeds: Sequence[int],
 ) -> dict[str, list[Any]]:
-    """Every condition times every seed, condition by condition; no condition at all is one unconditional one."""
-    conditions: list[tuple[int | None, str | None]] = [(label, None) for label in labels or ()]
-    conditions += [(None, prompt) for prompt in prompts]
-    if not conditions:
-        conditions = [(None, None)]
-    pairs = [(label, prompt, seed) for label, prompt in conditions for seed in seeds]
+    """Every label with every prompt, each with every seed; of no labels or no prompts, every one of the others."""
+    asked = list(product(labels or (None,), prompts or (None,), seeds))
     columns: dict[str, list[Any]] = {
-        "label": [label for label, _, _ in pairs],
-        "prompt": [prompt for _, prompt, _ in pairs],
-        "seed": [seed for _, _, seed in pairs],
+        "label": [label for label, _, _ in asked],
+        "prompt": [prompt for _, prompt, _ in asked],
+        "seed": [seed for _, _, seed in asked],
     }
     if negative_prompt is not None:
-        columns["negative_prompt"] = [negative_prompt if prompt is not None else None for _, prompt, _ in pairs]
+        columns["negative_prompt"] = [negative_prompt if prompt is not None else None for _, prompt, _ in asked]
     return columns
 
 
@@ -272,13 +268,35 @@ def _condition_faults(request: Mapping[str, Any], limits: RequestLimits) -> Iter
         yield ("prompt",), f"prompt {_clip(prompt)}: the model was trained without text"
     if request["negative_prompt"] is not None and prompt is None:
         yield ("negative_prompt", "prompt"), "negative_prompt without a prompt"
-    if limits.always_labelled and label is None:
-        yield ("label",), "no label: the model was trained without an unconditional label"
-    if not limits.guidable and guidance != 1.0:
-        yield ("guidance",), f"guidance {guidance}: the model was always trained with its condition, so 1 only"
-    elif label is None and prompt is None and guidance != 1.0:
+    if guidance != 1.0 and label is None and prompt is None:
         about = ("label", "prompt", "guidance")
         yield about, f"guidance {guidance} without a label or prompt: there is nothing to guide towards"
+    known = (label is None or limits.num_classes is not None) and (prompt is None or limits.takes_text)
+    if known:
+        yield from untrained(request, limits.combinations)
+
+
+def untrained(request: Mapping[str, Any], combinations: Sequence[Combination]) -> Iterator[_Fault]:
+    """What a completed request asks a model that was trained on these combinations of conditions in vain.
+
+    An empty prompt is none: it is what texts are dropped for.
+    """
+    guidance, told = request["guidance"], ", ".join(_WORDS[one] for one in combinations)
+    asked = combination(labelled=request["label"] is not None, prompted=bool(request["prompt"]))
+    away = combination(labelled=False, prompted=bool(request["negative_prompt"]))
+    if asked not in combinations:
+        yield ("label", "prompt"), f"asks for {_WORDS[asked]}: the model was trained on {told}, and draws no other"
+    elif guidance != 1.0 and asked != "none" and away not in combinations:
+        about = ("label", "prompt", "negative_prompt", "guidance")
+        yield about, f"guidance {guidance} leads away from {_WORDS[away]}: the model was trained on {told}, so 1 only"
+
+
+_WORDS: dict[Combination, str] = {
+    "class+text": "label with prompt",
+    "class": "label without prompt",
+    "text": "prompt without label",
+    "none": "neither label nor prompt",
+}
 
 
 def _typed(name: str, values: Sequence[Any], problems: _Problems) -> list[Any]:

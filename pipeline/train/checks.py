@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.codec.info import codec_info
+from pipeline.diffusion.solvers import COMBINATIONS, Combination, combination, combination_shares
 from pipeline.errors import ConfigError, ConflictError, argument_keys
 from pipeline.model.config import InstalledConfig, PublishedConfig, installed_network, kinds_for
 from pipeline.store.ledger.identity import differences
@@ -285,14 +286,50 @@ def handshake(start: Start, dataset: LatentDataset, *mix: LatentDataset, pins: P
             num_classes=num_classes,
             text_dim=text_dim,
         )
-    if config.grid.every_images is not None and facts.codec is None:
-        raise ConfigError(
-            f"Grids are pictures, and the dataset {dataset.uri} does not say where its codec lies",
-            key="codec.path",
-            rule="grid.every_images decodes latents with the codec that made them",
-            next_step="set codec.path, or grid.every_images=null",
-        )
+    if config.grid.every_images is not None:
+        if facts.codec is None:
+            raise ConfigError(
+                f"Grids are pictures, and the dataset {dataset.uri} does not say where its codec lies",
+                key="codec.path",
+                rule="grid.every_images decodes latents with the codec that made them",
+                next_step="set codec.path, or grid.every_images=null",
+            )
+        _check_grid(config, facts)
     return facts
+
+
+def trained_combinations(config: TrainJobConfig, facts: Facts) -> tuple[Combination, ...]:
+    """The combinations of conditions that a share of the samples is trained on."""
+    t = config.train
+    label_dropout = None if facts.num_classes is None else t.label_dropout
+    text_dropout = None if not facts.texts else t.text_dropout
+    shares = combination_shares(label_dropout, text_dropout, t.joint_dropout)
+    return tuple(one for one in COMBINATIONS if shares[one] > 0.0)
+
+
+def _check_grid(config: TrainJobConfig, facts: Facts) -> None:
+    """ConfigError when grids would ask for a combination of conditions that is never trained."""
+    learned, t = trained_combinations(config, facts), config.train
+    full = combination(labelled=facts.num_classes is not None, prompted=bool(facts.texts))
+    if full not in learned:
+        dropouts = {"class": "label_dropout", "text": "text_dropout", "class+text": "joint_dropout"}
+        name = next(name for what, name in dropouts.items() if what in full and getattr(t, name) == 1.0)
+        raise ConfigError(
+            f"Grids show {full}, and the model is trained on {', '.join(learned)} only",
+            key=f"train.{name}",
+            value=getattr(t, name),
+            rule="pictures are drawn of conditions that are trained",
+            next_step=f"set train.{name} below 1, or grid.every_images=null",
+        )
+    # With one condition such grids have always been drawn without guidance, and runs that have them go on.
+    if full == "class+text" and "none" not in learned and config.grid.sampler.guidance != 1.0:
+        raise ConfigError(
+            f"Guidance leads away from no condition, and the model is trained on {', '.join(learned)} only",
+            key="grid.sampler.guidance",
+            value=config.grid.sampler.guidance,
+            rule="guidance other than 1 needs a model that is also trained without label and text",
+            next_step="set grid.sampler.guidance=1, or train.joint_dropout above 0",
+        )
 
 
 def _all_classes(config: TrainJobConfig, given: int | None, theirs: int | None) -> int | None:
@@ -429,5 +466,7 @@ def identity(config: TrainJobConfig, dataset: LatentDataset, facts: Facts) -> di
         "train.ema": [t.model_dump(mode="json") for t in config.train.ema],
         "num_classes": facts.num_classes,
         **({} if not facts.texts else {"train.text_dropout": config.train.text_dropout}),
+        # Checkpoints from when both were dropped by one draw have no such key: they do not go on with three.
+        **({"train.joint_dropout": config.train.joint_dropout} if facts.texts and facts.num_classes else {}),
         "dataset.fingerprint": dataset.fingerprint_digest,
     }

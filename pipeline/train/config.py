@@ -190,7 +190,14 @@ class TrainConfig(StrictModel):
         0.1, ge=0, le=1, description="Share of samples trained without their label, for guidance."
     )
     text_dropout: float = Field(
-        0.1, ge=0, le=1, description="Share of samples trained on the empty prompt, together with label_dropout's."
+        0.1, ge=0, le=1, description="Share of samples trained on the empty prompt, for guidance."
+    )
+    joint_dropout: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="Where there are labels and texts: share trained without either, for guidance; from the others "
+        "label_dropout and text_dropout take each by a draw of its own, so that either can be asked for alone.",
     )
     conditional: bool = Field(True, description="false: ignore labels even where the dataset has them.")
     ema: tuple[EmaConfig, ...] = Field(

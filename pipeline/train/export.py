@@ -34,7 +34,7 @@ from pipeline.model.read import (
 )
 from pipeline.storage.root import Root
 from pipeline.train import collectives
-from pipeline.train.checks import Facts
+from pipeline.train.checks import Facts, trained_combinations
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.inputs import Served
 from pipeline.train.pipelines import DiffusersPipeline, pipeline_of, scheduler_config, write_around, write_json
@@ -80,6 +80,7 @@ def model_card(
         ("Image sizes (height x width)", ", ".join(info.buckets) or "not recorded"),
         ("Classes", _count(info.num_classes, "label index {n} means no label")),
         ("Text", _count(info.text_dim, "embeddings of width {n}")),
+        ("Trained on", ", ".join(info.trained_on)),
         ("Training run", info.run_id or "not tracked"),
         ("License", info.license),
     ]
@@ -278,7 +279,8 @@ def export_model(
         if there is not None:
             # An earlier start may have finished this very export without knowing its run's id yet. What only advises
             # was told otherwise, or not at all, by earlier releases.
-            advice = {name: getattr(info, name) for name in ("sampling_shift", "always_labelled", "guidable")}
+            told = ("sampling_shift", "always_labelled", "guidable", "combinations")
+            advice = {name: getattr(info, name) for name in told}
             if set(there.buckets) == set(info.buckets):
                 advice["buckets"] = info.buckets
             there = replace(there, run_id=info.run_id, weights_sha256="", **advice)
@@ -313,7 +315,7 @@ def export_info(
 ) -> ModelInfo:
     """What a sampler must know about the model of a run; kept in exports and in every checkpoint."""
     shares = tuple(DatasetShare(part.latents.uri, part.latents.digest, part.weight) for part in served)
-    dataset = served[0].latents
+    dataset, learned = served[0].latents, trained_combinations(config, facts)
     return ModelInfo(
         model=config.model,
         objective=config.objective,
@@ -333,18 +335,13 @@ def export_info(
         buckets=facts.buckets,
         sampling_shift=sampling_shift(config, facts),
         shift_by_size=_shift_by_size(config),
-        always_labelled=facts.num_classes is not None and config.train.label_dropout == 0.0,
-        guidable=is_guidable(config, facts),
+        always_labelled=all("class" in one for one in learned),
+        guidable="none" in learned,
+        combinations=learned,
         license=config.export.license or facts.license or "unknown",
         texts=tuple(TextReference(**{k: text[k] for k in _TEXT}) for text in facts.texts),
         init=None if facts.init is None else InitReference(**facts.init),
     )
-
-
-def is_guidable(config: TrainJobConfig, facts: Facts) -> bool:
-    """Whether the model also learns without any condition, which is what guidance leads away from."""
-    by_label = facts.num_classes is None or config.train.label_dropout > 0.0
-    return by_label and (not facts.texts or config.train.text_dropout > 0.0)
 
 
 def sampling_shift(config: TrainJobConfig, facts: Facts) -> float:

@@ -88,6 +88,7 @@ def make_task(config: TrainJobConfig, served: Sequence[Served], facts: Facts) ->
         seed=config.train.seed,
         moments=facts.moments,
         text_dropout=config.train.text_dropout,
+        joint_dropout=config.train.joint_dropout,
         empty_text=None if text is None else embedded(text, [None]),
     )
 

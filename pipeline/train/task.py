@@ -51,6 +51,7 @@ class Task:
     seed: int
     moments: bool = False
     text_dropout: float = 0.0
+    joint_dropout: float = 0.0
     empty_text: Text | None = None
 
     def on(self, device: torch.device) -> Task:
@@ -78,18 +79,33 @@ class Task:
         shape = (1, -1, 1, 1)
         return (raw_NCHW - self.mean.to(raw_NCHW.device).view(shape)) / self.std.to(raw_NCHW.device).view(shape)
 
-    def dropped_labels(self, labels: Tensor | None, uniform_B: Tensor) -> Tensor | None:
-        """Labels [b] of which those with a number below the share are the index that means "no label"."""
-        if self.num_classes is None or labels is None:
-            return None
-        return torch.where(uniform_B < self.label_dropout, torch.full_like(labels, self.num_classes), labels)
+    @property
+    def dropout_draws(self) -> tuple[str, ...]:
+        """The purposes that key the dropout of conditions; a single condition has gone by "label" from the first."""
+        both = self.num_classes is not None and self.empty_text is not None
+        return ("label", "text", "joint") if both else ("label",)
 
-    def dropped_text(self, text: Text | None, uniform_B: Tensor) -> Text | None:
-        """Text of which a share is replaced by the empty prompt; as far as shares agree, where labels go."""
+    def dropped(
+        self, labels: Tensor | None, text: Text | None, uniform_BK: Tensor
+    ) -> tuple[Tensor | None, Text | None]:
+        """Labels [b] of which a share is the index that means "no label", texts of which one is the empty prompt.
+
+        uniform_BK: a number for each of `dropout_draws`. Of two conditions each is dropped by its own number, and
+        both by the third: so all four combinations are learned. A condition that the model lacks comes back as None.
+        """
+        by_label, *others = uniform_BK.unbind(1)
+        by_text = by_label
+        if others:
+            both = others[1] < self.joint_dropout
+            by_label, by_text = by_label.masked_fill(both, -1.0), others[0].masked_fill(both, -1.0)
+        if self.num_classes is None:
+            labels = None
+        elif labels is not None:
+            labels = torch.where(by_label < self.label_dropout, torch.full_like(labels, self.num_classes), labels)
         if self.empty_text is None or text is None:
-            return None
-        drop = uniform_B < self.text_dropout
-        return tuple(
+            return labels, None
+        drop = by_text < self.text_dropout
+        return labels, tuple(
             torch.where(drop.reshape(-1, *[1] * (given.ndim - 1)), empty.to(given), given)
             for given, empty in zip(text, self.empty_text, strict=True)
         )
@@ -110,12 +126,14 @@ class Task:
         """
         shape = self._latent_shape(raw_NCHW)
         of_noise = num_words_of_normal(shape)
-        counts = {"noise": of_noise, "time": 1, "label": 1} | ({"posterior": of_noise} if self.moments else {})
+        counts = {"noise": of_noise, "time": 1, **dict.fromkeys(self.dropout_draws, 1)}
+        counts |= {"posterior": of_noise} if self.moments else {}
         words = keyed_words_for(self.seed, ids, counts, counter=epoch)
         x0 = self._normalised(raw_NCHW, normal_of(words["posterior"], shape) if self.moments else None)
         t = self.density.times(uniform_of(words["time"])[:, 0], latent_pixels=shape[1] * shape[2])
-        drop = uniform_of(words["label"])[:, 0]
-        labels, text = self.dropped_labels(labels, drop), self.dropped_text(text, drop)
+        # Side by side: as many launches for three as for one.
+        drop = uniform_of(torch.cat([words[purpose] for purpose in self.dropout_draws], dim=1))
+        labels, text = self.dropped(labels, text, drop)
         return self.losses(forward, x0, normal_of(words["noise"], shape), t, labels, text, sizes), t
 
     def losses(

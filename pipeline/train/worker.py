@@ -28,10 +28,10 @@ from pipeline.store.read.row_groups import reading_table
 from pipeline.tracking.tracker import NoopTracker, Tracker, attach_tracker
 from pipeline.train import collectives
 from pipeline.train.checkpoint import CheckpointStore
-from pipeline.train.checks import Facts, identity
+from pipeline.train.checks import Facts, identity, trained_combinations
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.control import Notices, StopWatch, listed_checkpoints
-from pipeline.train.export import export_info, export_model, is_guidable, sampling_shift
+from pipeline.train.export import export_info, export_model, sampling_shift
 from pipeline.train.hooks import SampleGrid, Validation
 from pipeline.train.inputs import (
     Served,
@@ -456,6 +456,7 @@ def _grid(
     assert facts.codec is not None  # the handshake made sure
     s = config.grid.sampler
     conditional = facts.num_classes is not None or prompts is not None
+    guided = conditional and "none" in trained_combinations(config, facts)
     return SampleGrid(
         task=task,
         ema=config.train.ema[0].name,
@@ -464,7 +465,7 @@ def _grid(
         solving=Solving(
             sampler=s.name,
             steps=s.steps,
-            guidance=s.guidance if conditional and is_guidable(config, facts) else 1.0,
+            guidance=s.guidance if guided else 1.0,
             guidance_interval=s.guidance_interval,
             shift=sampling_shift(config, facts) if s.shift is None else s.shift,
         ),

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from evaluate_networks import linear_weights, make_whole_clip, random_backbone
+from evaluate_networks import SmallInception, linear_weights, make_whole_clip, random_backbone, save_inception
 from evaluate_world import config_of, real_images, write_codec, write_samples
 from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from pipeline.errors import InputError
 from pipeline.evaluate.figures import Record
 from pipeline.evaluate.job import run
-from pipeline.source.synthetic import write_shapes
+from pipeline.source.synthetic import draw_shape, write_shapes
 
 
 class Eye(nn.Module):
@@ -132,3 +136,44 @@ def test_few_round_trips_have_no_distance_and_samples_without_prompts_no_clip_sc
     absent = record_of(world / "few").absent
     assert absent["clip_score"] == "no sample has a prompt"
     assert absent["rfid"] == "6 round trips are too few for a distance over 8 features"
+
+
+class Features(nn.Module):
+    """What torchmetrics takes as a feature network: uint8 images in, features out."""
+
+    num_features = 8
+
+    def __init__(self, inception: SmallInception) -> None:
+        super().__init__()
+        self.inception = inception
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inception(x, return_features=True)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_published_fid_is_that_of_torchmetrics_and_has_its_name_only_with_its_weights(
+    world: Path, tmp_path: Path, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = save_inception(tmp_path / "inception.pt")
+    if known:
+        digest = hashlib.sha256((tmp_path / "inception.pt").read_bytes()).hexdigest()
+        monkeypatch.setattr("pipeline.evaluate.networks.INCEPTION_SHA256", digest)
+    preset = {"fid": "published", "extractor": {"path": str(tmp_path / "inception.pt")}}
+    run(config(world, f"published {known}", clip=None, lpips=None, codec=None, **preset))
+    record = record_of(world / f"published {known}")
+
+    theirs = FrechetInceptionDistance(Features(network))
+    # Images of which neither side has resized anything, 32 x 32: the network reads 299 x 299.
+    real = [draw_shape(0, i, 32) for i in range(120)]
+    for pictures, is_real in ((np.stack(real), True), (real_images(48, seed=5)[0], False)):
+        theirs.update(torch.from_numpy(pictures).permute(0, 3, 1, 2), real=is_real)
+    assert record.value("frechet") == pytest.approx(float(theirs.compute()), rel=1e-3)
+    assert record.contract["extractor_resize"] == "none"
+    if known:
+        (figure,) = (f for f in record.figures if f.name == "fid")
+        assert figure.value == record.value("frechet")
+        assert "120 real ones and 48 samples" in figure.method
+    else:
+        assert record.value("fid") is None
+        assert re.search(r"inception.pt \(SHA-256 .* is not .*f58cb9b6.*cannot be called FID", record.absent["fid"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +13,11 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as functional
+from evaluate_networks import save_inception
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, InputError
-from pipeline.evaluate.config import ExtractorConfig
+from pipeline.evaluate.config import EvaluateJobConfig, ExtractorConfig
 from pipeline.evaluate.networks import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -134,6 +136,53 @@ def test_a_network_without_its_head_gives_its_own_vector_and_no_classes() -> Non
             assert torch.equal(features, net(x))
         assert logits is None
         assert features.shape == (5, 6)
+
+
+def test_a_network_that_can_be_asked_for_features_is_asked_for_them(tmp_path: Path) -> None:
+    network = save_inception(tmp_path / "inception.pt")
+    extractor = loaded(kind="torchscript", path=str(tmp_path / "inception.pt"), values="uint8")
+    features, probabilities = extractor(images(3, 40, 48))
+    assert probabilities is None
+    with torch.no_grad():
+        expected = network(torch.from_numpy(images(3, 40, 48)).permute(0, 3, 1, 2), return_features=True)
+    np.testing.assert_allclose(features, expected.numpy(), rtol=1e-5, atol=1e-6)
+    assert not extractor.published
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_softmax_is_no_feature(tmp_path: Path, traced: bool) -> None:
+    class Classes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.float().mean(dim=(2, 3)).softmax(dim=1)
+
+    network = torch.jit.trace(Classes(), torch.zeros(1, 3, 8, 8)) if traced else torch.jit.script(Classes())
+    network.save(str(tmp_path / "classes.pt"))
+    with pytest.raises(InputError, match=r"class probabilities where features are asked for: 3 numbers"):
+        loaded(kind="torchscript", path=str(tmp_path / "classes.pt"))(images())
+
+
+def test_rows_that_sum_to_one_now_and_then_are_features(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            shares = x.float().mean(dim=(2, 3)).softmax(dim=1)
+            return shares * torch.arange(1, len(x) + 1).unsqueeze(1)
+
+    torch.jit.script(Scaled()).save(str(tmp_path / "scaled.pt"))
+    features, _ = loaded(kind="torchscript", path=str(tmp_path / "scaled.pt"))(images())
+    np.testing.assert_allclose(features.sum(axis=1), [1, 2, 3], rtol=1e-5)
+
+
+def test_the_published_inception_is_known_by_its_hash_and_asked_as_it_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_inception(tmp_path / "inception.pt")
+    digest = hashlib.sha256((tmp_path / "inception.pt").read_bytes()).hexdigest()
+    monkeypatch.setattr("pipeline.evaluate.networks.INCEPTION_SHA256", digest)
+    asked = {"kind": "torchscript", "path": str(tmp_path / "inception.pt")}
+    assert loaded(**asked, values="uint8").published
+    assert not loaded(**asked, values="uint8", resolution=299).published
+    with pytest.raises(ConfigError, match=r"scales pixel values itself[\s\S]*extractor.values = imagenet"):
+        loaded(**asked)
 
 
 def test_a_network_that_gives_no_vectors_is_refused(tmp_path: Path) -> None:
@@ -256,3 +305,39 @@ def test_weights_run_nothing(tmp_path: Path) -> None:
 def test_an_extractor_says_which(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ExtractorConfig(**config)
+
+
+def fid_config(**changes: Any) -> EvaluateJobConfig:
+    values: dict[str, Any] = {
+        "reference": {"kind": "folder", "uri": "real", "name": "r"},
+        "image": {"resolution": 32},
+        "output": {"uri": "/report"},
+        "samples": {"uri": "samples"},
+        "fid": "published",
+        **changes,
+    }
+    return EvaluateJobConfig.model_validate(values, strict=False)
+
+
+def test_the_published_fid_is_a_preset_of_the_extractor() -> None:
+    config = fid_config(extractor={"path": "inception.pt"})
+    extractor = config.extractor
+    assert (extractor.kind, extractor.resolution, extractor.values) == ("torchscript", None, "uint8")
+    assert EvaluateJobConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r"fid=published needs extractor\.path: inception-2015-12-05\.pt .* cannot be called FID"),
+        ({"extractor": {"path": "i.pt", "resolution": 299}}, r"takes extractor\.resolution=null, got 299"),
+        ({"extractor": {"path": "i.pt", "values": "imagenet"}}, r"takes extractor\.values=uint8, got imagenet"),
+        (
+            {"extractor": {"kind": "torchvision", "name": "inception_v3", "path": "i.pt"}},
+            r"takes extractor\.kind=torchscript, got torchvision",
+        ),
+    ],
+)
+def test_a_published_fid_is_not_taken_in_another_way(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fid_config(**changes)

@@ -15,6 +15,7 @@ from torch import nn
 
 from pipeline.diffusion.config import ObjectiveConfig
 from pipeline.diffusion.objectives import Objective
+from pipeline.diffusion.solvers import Combination
 from pipeline.errors import ConflictError, InputError
 from pipeline.model.build import build_model
 from pipeline.model.config import DiTConfig, ModelConfig, UNet2DConfig
@@ -79,6 +80,30 @@ def test_a_model_comes_back_bitwise(config: ModelConfig, text_dim: int | None, w
     assert torch.equal(answer(loaded), answer(model))
     assert not loaded.training
     assert [entry.key for entry in Root(uri).list()] == sorted([*FILE_KEYS, MARKER])
+
+
+@pytest.mark.parametrize(
+    ("text_dim", "told", "implied"),
+    [
+        (None, {}, ("class", "none")),
+        (None, {"always_labelled": True, "guidable": False}, ("class",)),
+        # One draw dropped both: neither was learned alone, or nothing tells that it was.
+        (6, {}, ("class+text", "none")),
+        (6, {"guidable": False}, ("class+text", "text")),
+        (6, {"always_labelled": True, "guidable": False}, ("class+text",)),
+    ],
+)
+def test_an_export_tells_what_it_was_trained_on_and_an_earlier_one_is_understood(
+    text_dim: int | None, told: dict[str, bool], implied: tuple[Combination, ...], tmp_path: Path
+) -> None:
+    model, info = an_export(DIT, text_dim=text_dim, **told)
+    assert "combinations" not in save_export(tmp_path / "earlier", model, info).to_json()
+    assert read_model(str(tmp_path / "earlier")).info.trained_on == implied
+    assert dataclasses.replace(info, combinations=implied) == info, "one form for what means the same"
+    save_export(tmp_path / "now", model, dataclasses.replace(info, combinations=("class+text", "class")))
+    assert read_model(str(tmp_path / "now")).info.trained_on == ("class+text", "class")
+    with pytest.raises(InputError, match=r"combinations.1: Input should be 'class\+text', 'class', 'text' or 'none'"):
+        ModelInfo.from_json({**info.to_json(), "combinations": ["class", "caption"]})
 
 
 def test_plain_diffusers_loads_the_model_and_the_scheduler(tmp_path: Path) -> None:

@@ -114,6 +114,7 @@ def test_a_caption_tells_what_was_asked() -> None:
     assert caption_of(base) == "unconditional · seed 4"
     assert caption_of({**base, "label": 2}) == "class 2 · seed 4"
     assert caption_of({**base, "prompt": "a cat"}) == "a cat · seed 4"
+    assert caption_of({**base, "label": 2, "prompt": "a cat"}) == "class 2 · a cat · seed 4"
 
 
 class Tags(HTMLParser):

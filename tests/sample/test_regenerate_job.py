@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from dataclasses import replace
@@ -64,6 +65,15 @@ def test_a_model_that_moved_is_named_and_another_is_refused(image: Path, tiny: T
     info.write_text(info.read_text().replace("0.1,", "0.2,", 1))
     with pytest.raises(ConflictError, match="made by another model or codec"):
         run(RegenerateJobConfig(image=str(image), output=output, model_uri=str(tmp_path / "moved"), places=("/",)))
+
+
+def test_what_the_model_was_never_trained_on_is_not_drawn_again(image: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "model" / "latentloom.json"
+    document = json.loads(marker.read_text())
+    document["info"]["combinations"] = ["none"]
+    marker.write_text(json.dumps(document))
+    with pytest.raises(InputError, match=r"The image asks for label without prompt: .* trained on neither label nor"):
+        run(RegenerateJobConfig(image=str(image), output=str(tmp_path / "again.png"), places=("/",)))
 
 
 def with_draw(image: Path, **changes: Any) -> Path:

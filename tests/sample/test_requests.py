@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.diffusion.solvers import COMBINATIONS, Combination
 from pipeline.errors import InputError
 from pipeline.sample.requests import (
     REQUEST_SCHEMA,
@@ -185,9 +187,60 @@ def test_the_grid_is_conditions_times_seeds() -> None:
 
 
 def test_a_model_without_a_label_for_none_takes_labels_and_no_guidance() -> None:
-    limits = RequestLimits(
-        num_classes=3, takes_text=False, multiple=8, sizes=((8, 8),), always_labelled=True, guidable=False
-    )
+    limits = replace(LIMITS, combinations=("class",))
     assert check({"label": [0, 2]}, limits).table.num_rows == 2
-    with pytest.raises(InputError, match=r"row 1: no label: [^\n]*\n  - row 2: guidance 2\.0: [^\n]*so 1 only"):
+    told = r"row 1: asks for neither label nor prompt: [^\n]*\n  - row 2: guidance 2\.0 leads away[^\n]*so 1 only"
+    with pytest.raises(InputError, match=told):
         check({"label": [None, 1], "guidance": [1.0, 2.0]}, limits)
+
+
+BOTH = RequestLimits(num_classes=3, takes_text=True, multiple=8, sizes=((64, 64),))
+ASKED: dict[Combination, dict[str, Any]] = {
+    "class+text": {"label": [1], "prompt": ["a"]},
+    "class": {"label": [1]},
+    "text": {"prompt": ["a"]},
+    "none": {"seed": [1]},
+}
+
+
+@pytest.mark.parametrize("trained", COMBINATIONS)
+def test_what_was_not_trained_is_refused(trained: Combination) -> None:
+    limits = replace(BOTH, combinations=(trained,))
+    for asked, columns in ASKED.items():
+        assert check(columns, BOTH).table.num_rows == 1
+        if asked == trained:
+            assert check(columns, limits).table.num_rows == 1
+        else:
+            with pytest.raises(
+                InputError, match=r"row 1: asks for .*: the model was trained on .*, and draws no other"
+            ):
+                check(columns, limits)
+
+
+def test_an_empty_prompt_is_no_prompt() -> None:
+    assert check({"label": [1], "prompt": [""]}, replace(BOTH, combinations=("class",))).table.num_rows == 1
+    with pytest.raises(InputError, match="asks for label without prompt"):
+        check({"label": [1], "prompt": [""]}, replace(BOTH, combinations=("class+text",)))
+
+
+def test_guidance_leads_away_from_what_was_trained() -> None:
+    asked = {"label": [1], "prompt": ["a"], "guidance": [2.0]}
+    away_from_none = replace(BOTH, combinations=("class+text", "none"))
+    assert check(asked, away_from_none).table.num_rows == 1
+    # A negative prompt without the label: that is text alone.
+    with pytest.raises(InputError, match=r"guidance 2\.0 leads away from prompt without label"):
+        check({**asked, "negative_prompt": ["b"]}, away_from_none)
+    away_from_text = replace(BOTH, combinations=("class+text", "text"))
+    assert check({**asked, "negative_prompt": ["b"]}, away_from_text).table.num_rows == 1
+    with pytest.raises(InputError, match=r"guidance 2\.0 leads away from neither label nor prompt"):
+        check(asked, away_from_text)
+    assert check({**asked, "guidance": [1.0]}, away_from_text).table.num_rows == 1
+
+
+def test_the_grid_of_classes_and_prompts_is_every_one_with_every_other() -> None:
+    columns = grid_columns(labels=[2, 0], prompts=["a", "b"], negative_prompt="c", seeds=[5, 6])
+    rows = check(columns, BOTH).table.to_pylist()
+    assert [(row["label"], row["prompt"], row["seed"]) for row in rows] == [
+        (label, prompt, seed) for label in (2, 0) for prompt in ("a", "b") for seed in (5, 6)
+    ]
+    assert {row["negative_prompt"] for row in rows} == {"c"}

@@ -93,9 +93,13 @@ def test_a_step_waits_for_its_device_once_and_for_no_copy_to_it(
     assert step.uploads == 5, "latents, ids, labels, embeddings and their mask"
 
 
-def test_the_keyed_numbers_of_a_micro_batch_are_a_few_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("conditions", [1, 2])
+def test_the_keyed_numbers_of_a_micro_batch_are_a_few_launches(
+    monkeypatch: pytest.MonkeyPatch, conditions: int
+) -> None:
     monkeypatch.setattr(rng, "_fused_words_of_blocks", two_kernels)
-    task = make_task(mean=torch.zeros(4), std=torch.ones(4)).on(META)
+    empty = (torch.zeros(1, 2, 4), torch.ones(1, 2, dtype=torch.bool)) if conditions == 2 else None
+    task = make_task(mean=torch.zeros(4), std=torch.ones(4), empty_text=empty).on(META)
     latents, ids = torch.zeros(ROWS, 4, 8, 8, device=META), torch.zeros(ROWS, 2, dtype=torch.int64, device=META)
     labels = torch.zeros(ROWS, dtype=torch.int64, device=META)
     forward = lambda x, t, labels: x  # noqa: E731
@@ -109,7 +113,7 @@ def test_the_keyed_numbers_of_a_micro_batch_are_a_few_launches(monkeypatch: pyte
     assert all_of_it.launches.total() - without.launches.total() <= 30
 
 
-WORDS = dict.fromkeys(("noise", "time", "label"), torch.zeros(ROWS, 1, device=META))
+WORDS = dict.fromkeys(("noise", "time", "label", "text", "joint"), torch.zeros(ROWS, 1, device=META))
 
 
 def test_stored_values_are_those_that_were_stored() -> None:

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from pipeline.diffusion.rng import ids_from_words, keyed_normal, keyed_uniform
-from tests.train.helpers import make_task, samples
+from pipeline.diffusion.solvers import combination_shares
+from pipeline.train.task import Task
+from tests.train.helpers import CHANNELS, make_task, samples
 
 
 def batch(count: int = 8) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,7 +58,7 @@ def test_a_share_of_labels_is_dropped_by_id() -> None:
     task = make_task(label_dropout=0.25)
     ids = torch.arange(8000).view(-1, 2)
     labels = torch.ones(4000, dtype=torch.int64)
-    dropped = task.dropped_labels(labels, keyed_uniform(11, ids, purpose="label"))
+    dropped, _ = task.dropped(labels, None, keyed_uniform(11, ids, purpose="label", shape=(1,)))
     assert dropped is not None
     assert set(dropped.tolist()) == {1, 3}
     assert float((dropped == 3).float().mean()) == pytest.approx(0.25, abs=0.03)
@@ -64,7 +66,53 @@ def test_a_share_of_labels_is_dropped_by_id() -> None:
 
 def test_an_unconditional_task_sees_no_labels() -> None:
     task, (_, ids, labels) = make_task(num_classes=None), batch()
-    assert task.dropped_labels(labels, torch.zeros(len(ids))) is None
+    assert task.dropped(labels, None, torch.zeros(len(ids), 1)) == (None, None)
+
+
+def shown(task: Task, count: int, epoch: int = 0) -> tuple[Tensor, Tensor]:
+    """Which of so many samples a model sees with their label, and which with their text: bool [n] each."""
+    ids, seen = torch.arange(2 * count).view(-1, 2), []
+
+    def spy(x: Tensor, t: Tensor, labels: Tensor | None, *text: Tensor) -> Tensor:
+        assert labels is not None
+        seen.append((labels != 3, text[0][:, 0, 0] == 1.0) if text else (labels != 3,) * 2)
+        return x
+
+    text = (torch.ones(count, 2, 4), torch.ones(count, 2, dtype=torch.bool))
+    labels = torch.ones(count, dtype=torch.int64)
+    task.training_losses(spy, torch.zeros(count, CHANNELS, 2, 2), ids, labels, epoch, text)
+    return seen[0]
+
+
+EMPTY = (torch.zeros(1, 2, 4), torch.ones(1, 2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("joint", [0.0, 0.15, 1.0])
+def test_two_conditions_are_dropped_independently_and_jointly(joint: float) -> None:
+    count, dropouts = 20_000, {"label_dropout": 0.3, "text_dropout": 0.2, "joint_dropout": joint}
+    labelled, prompted = shown(make_task(empty_text=EMPTY, **dropouts), count)
+    for name, share in combination_shares(0.3, 0.2, joint).items():
+        there = (labelled == ("class" in name)) & (prompted == ("text" in name))
+        # Four standard deviations of a share of so many draws; nothing at all where the share is none.
+        assert float(there.float().mean()) == pytest.approx(share, abs=4 * (share * (1 - share) / count) ** 0.5)
+
+
+def test_the_draws_of_two_conditions_are_keyed_each_by_its_purpose() -> None:
+    dropouts = {"label_dropout": 0.3, "text_dropout": 0.2, "joint_dropout": 0.15}
+    labelled, prompted = shown(make_task(empty_text=EMPTY, **dropouts), 500, epoch=4)
+    ids = torch.arange(1000).view(-1, 2)
+    by_label, by_text, by_both = (
+        keyed_uniform(11, ids, purpose=purpose, counter=4) < share
+        for purpose, share in (("label", 0.3), ("text", 0.2), ("joint", 0.15))
+    )
+    assert torch.equal(labelled, ~(by_label | by_both))
+    assert torch.equal(prompted, ~(by_text | by_both))
+
+
+def test_one_condition_goes_by_the_draw_it_has_always_gone_by() -> None:
+    labelled, _ = shown(make_task(label_dropout=0.3, text_dropout=0.9, joint_dropout=0.9), 500, epoch=4)
+    ids = torch.arange(1000).view(-1, 2)
+    assert torch.equal(labelled, keyed_uniform(11, ids, purpose="label", counter=4) >= 0.3)
 
 
 def test_noise_time_and_labels_are_keyed_by_run_seed_sample_and_epoch() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -108,26 +109,88 @@ def test_a_text_model_learns_validates_and_says_what_sampling_needs(
     assert not torch.equal(one, other)
 
 
-def test_dropped_captions_are_the_empty_prompt_and_go_with_the_labels(uris: tuple[str, str], tmp_path: Path) -> None:
+def test_dropped_captions_are_the_empty_prompt(uris: tuple[str, str], tmp_path: Path) -> None:
     text = TextEmbeddings.open(uris[1])
-    changes = {"train": {"text_dropout": 0.5, "label_dropout": 0.5}}
-    config = config_of(tmp_path, uris, changes)
-    dataset = LatentDataset.open(uris[0])
-    task = make_task(config, open_served(config), handshake(Start(config), dataset))
+    config = config_of(tmp_path, uris, {"train": {"text_dropout": 0.5, "label_dropout": 0.5, "conditional": False}})
+    task = make_task(config, open_served(config), handshake(Start(config), LatentDataset.open(uris[0])))
     ids = torch.randint(1 << 62, (200, 2), generator=torch.Generator().manual_seed(0))
     given = embedded(text, [CAPTIONS[0]] * 200)
-    uniform = keyed_uniform(task.seed, ids, purpose="label")
-    labels = task.dropped_labels(torch.zeros(200, dtype=torch.int64), uniform)
-    kept = task.dropped_text(given, uniform)
-    assert labels is not None
+    # Texts alone go by the draw that labels alone go by, as they always did: begun runs go on bit for bit.
+    assert task.dropout_draws == ("label",)
+    uniform = keyed_uniform(task.seed, ids, purpose="label", shape=(1,))
+    labels, kept = task.dropped(torch.zeros(200, dtype=torch.int64), given, uniform)
+    assert labels is None
     assert kept is not None
-    (empty, empty_mask), dropped = embedded(text, [""]), labels == task.num_classes
+    (empty, empty_mask), dropped = embedded(text, [""]), uniform[:, 0] < 0.5
     assert 60 < int(dropped.sum()) < 140
     for row in range(200):
         want = (empty[0], empty_mask[0]) if dropped[row] else (given[0][row], given[1][row])
         assert torch.equal(kept[0][row], want[0])
         assert torch.equal(kept[1][row], want[1])
-    assert task.dropped_text(None, uniform) is None
+    assert task.dropped(None, None, uniform) == (None, None)
+
+
+def test_a_model_of_labels_and_texts_tells_what_it_was_trained_on(uris: tuple[str, str], tmp_path: Path) -> None:
+    config = config_of(tmp_path, uris)
+    start(config, tmp_path)
+    model = read_model(config.output.uri + "/model")
+    assert model.info.trained_on == ("class+text", "class", "text", "none")
+    assert read_model(config.output.uri + "/checkpoints").info.trained_on == model.info.trained_on
+    shares = {"label_dropout": 0.0, "text_dropout": 0.2, "joint_dropout": 0.0, "images": 32}
+    never = config_of(tmp_path / "never", uris, {"train": shares})
+    start(never, tmp_path)
+    info = read_model(never.output.uri + "/model").info
+    assert (info.trained_on, info.always_labelled, info.guidable) == (("class+text", "class"), True, False)
+
+
+def test_a_run_of_two_conditions_goes_on_with_its_own_scheme_of_dropout(
+    uris: tuple[str, str], tmp_path: Path
+) -> None:
+    config = config_of(tmp_path, uris)
+    start(config, tmp_path)
+    other = config_of(tmp_path, uris, {"train": {"images": 128, "text_dropout": 0.5, "joint_dropout": 0.2}})
+    with pytest.raises(ConflictError, match=r"train.joint_dropout: checkpoint 0.1, now 0.2"):
+        start(other, tmp_path)
+    # Earlier releases dropped both by one draw, and told no share of its own.
+    for place in Root(config.output.uri).list("checkpoints"):
+        if place.key.endswith("COMPLETE.json"):
+            marker = json.loads(Root(config.output.uri).read_bytes(place.key))
+            del marker["meta"]["identity"]["train.joint_dropout"]
+            Root(config.output.uri).put(place.key, json.dumps(marker).encode())
+    with pytest.raises(ConflictError, match=r"train.joint_dropout: checkpoint None, now 0.1"):
+        start(config_of(tmp_path, uris, {"train": {"images": 128, "text_dropout": 0.5}}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shares", "guidance", "message"),
+    [
+        (
+            {"label_dropout": 0.0, "joint_dropout": 0.0},
+            2.0,
+            r"class\+text, class only[\s\S]*grid.sampler.guidance = 2.0",
+        ),
+        ({"joint_dropout": 1.0}, 1.0, r"Grids show class\+text, and .* on none only[\s\S]*train.joint_dropout = 1.0"),
+        ({"text_dropout": 1.0}, 1.0, r"on class, none only[\s\S]*train.text_dropout = 1.0"),
+    ],
+)
+def test_grids_of_what_is_never_trained_are_refused(
+    uris: tuple[str, str], tmp_path: Path, shares: dict[str, float], guidance: float, message: str
+) -> None:
+    grid = {"every_images": 64, "sampler": {"guidance": guidance}}
+    config = config_of(tmp_path, uris, {"train": {"images": 96, **shares}, "grid": grid, "codec": {"path": "x"}})
+    dataset = LatentDataset.open(uris[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.train.checks.locate_codec", lambda *_: {"path": "x"})
+        with pytest.raises(ConfigError, match=message):
+            handshake(Start(config), dataset)
+        fine = config.model_copy(
+            update={
+                "train": config.train.model_copy(
+                    update={"joint_dropout": 0.1, **dict.fromkeys(("label_dropout", "text_dropout"), 0.1)}
+                )
+            }
+        )
+        assert handshake(Start(fine), dataset).texts
 
 
 def test_validation_and_grids_ask_with_text(uris: tuple[str, str], tmp_path: Path) -> None:
