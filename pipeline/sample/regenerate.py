@@ -148,7 +148,7 @@ def regenerate(
         origin, model_digest=model.digest(None if text is None else text.digest), codec_sha256=codec.weights_sha256
     )
     check_origin(story, here)
-    for _, fault in untrained(request, model.info.trained_on):
+    for _, fault in untrained(request, model.info.trained_on, distilled=model.info.model.distilled):
         raise InputError(
             f"The image {fault}",
             key="request",

@@ -72,7 +72,8 @@ class RequestLimits:
 
     `multiple` is the side in pixels that every height and width must be a multiple of. `sizes` are the (height,
     width) the model was trained on; with `any_size` others are accepted too. `combinations` of conditions
-    are those it was trained on: what is asked for, and what guidance leads away from, is one of them.
+    are those it was trained on: what is asked for, and what guidance leads away from, is one of them, unless guidance
+    is an input (`distilled`).
     """
 
     num_classes: int | None
@@ -81,6 +82,7 @@ class RequestLimits:
     sizes: tuple[tuple[int, int], ...]
     any_size: bool = False
     combinations: tuple[Combination, ...] = COMBINATIONS
+    distilled: bool = False
 
     @classmethod
     def of(cls, info: ModelInfo, *, takes_text: bool, any_size: bool) -> RequestLimits:
@@ -92,6 +94,7 @@ class RequestLimits:
             sizes=info.sizes,
             any_size=any_size,
             combinations=info.trained_on,
+            distilled=info.model.distilled,
         )
 
 
@@ -273,20 +276,23 @@ def _condition_faults(request: Mapping[str, Any], limits: RequestLimits) -> Iter
         yield about, f"guidance {guidance} without a label or prompt: there is nothing to guide towards"
     known = (label is None or limits.num_classes is not None) and (prompt is None or limits.takes_text)
     if known:
-        yield from untrained(request, limits.combinations)
+        yield from untrained(request, limits.combinations, distilled=limits.distilled)
 
 
-def untrained(request: Mapping[str, Any], combinations: Sequence[Combination]) -> Iterator[_Fault]:
+def untrained(
+    request: Mapping[str, Any], combinations: Sequence[Combination], *, distilled: bool = False
+) -> Iterator[_Fault]:
     """What a completed request asks a model that was trained on these combinations of conditions in vain.
 
-    An empty prompt is none: it is what texts are dropped for.
+    An empty prompt is none: it is what texts are dropped for. distilled: guidance is an input of the network, and
+    leads away from nothing.
     """
     guidance, told = request["guidance"], ", ".join(_WORDS[one] for one in combinations)
     asked = combination(labelled=request["label"] is not None, prompted=bool(request["prompt"]))
     away = combination(labelled=False, prompted=bool(request["negative_prompt"]))
     if asked not in combinations:
         yield ("label", "prompt"), f"asks for {_WORDS[asked]}: the model was trained on {told}, and draws no other"
-    elif guidance != 1.0 and asked != "none" and away not in combinations:
+    elif guidance != 1.0 and not distilled and asked != "none" and away not in combinations:
         about = ("label", "prompt", "negative_prompt", "guidance")
         yield about, f"guidance {guidance} leads away from {_WORDS[away]}: the model was trained on {told}, so 1 only"
 

@@ -99,12 +99,13 @@ def _snippet(info: ModelInfo, form: DiffusersPipeline, copied: bool) -> dict[str
     """How the pipeline is loaded and asked, for the card."""
     height, width = info.sizes[0] if info.sizes else (512, 512)
     asked = ["[0]"] if form.name == "DiTPipeline" else ['"a photograph"', f"height={height}", f"width={width}"]
-    if info.objective.kind == "flow" and form.name in ("StableDiffusion3Pipeline",):
+    if info.objective.kind == "flow" and form.name in ("StableDiffusion3Pipeline", "SanaPipeline"):
         asked.append("sigmas=[1 - i / 25 for i in range(25)]")
     asked += ["num_inference_steps=25", f"guidance_scale={4.0 if info.guidable else 1.0}"]
-    given, before = "", ""
+    # That pipeline must be told that it has no third encoder.
+    names = ["text_encoder_3=None", "tokenizer_3=None"] if form.name == "StableDiffusion3Pipeline" else []
+    names, before = names if len(info.texts) == 2 else [], ""
     if not copied and info.texts:
-        names = []
         for at, text in enumerate(info.texts):
             number = "" if at == 0 else f"_{at + 1}"
             path, sub = text.encoder["path"], text.encoder.get("subfolder", "")
@@ -112,8 +113,8 @@ def _snippet(info: ModelInfo, form: DiffusersPipeline, copied: bool) -> dict[str
             before += f'text_encoder{number} = AutoModel.from_pretrained("{path}", subfolder="{sub}")\n'
             before += f'tokenizer{number} = AutoTokenizer.from_pretrained("{path}", subfolder="{words}")\n'
             names += [f"text_encoder{number}=text_encoder{number}", f"tokenizer{number}=tokenizer{number}"]
-        given, before = ", " + ", ".join(names), "from transformers import AutoModel, AutoTokenizer\n" + before
-    return {"given": given, "before": before, "asked": ", ".join(asked)}
+        before = "from transformers import AutoModel, AutoTokenizer\n" + before
+    return {"given": "".join(f", {name}" for name in names), "before": before, "asked": ", ".join(asked)}
 
 
 _CARD = """---

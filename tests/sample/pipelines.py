@@ -1,4 +1,4 @@
-"""Small random diffusers pipelines on disk: a class-conditional DiT, a Stable Diffusion and a Stable Diffusion 3."""
+"""Small random diffusers pipelines on disk, one of each family."""
 
 from __future__ import annotations
 
@@ -7,17 +7,32 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
+from transformers import (
+    AutoTokenizer,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    T5EncoderModel,
+)
 
 from tests.text.text_builders import CLIP_LENGTH, WIDTH, make_clip, make_t5
 
@@ -103,4 +118,102 @@ def make_sd3_pipeline(folder: Path, *, with_t5: bool) -> Any:
     )
     pipe.save_pretrained(folder / "pipe", safe_serialization=True)
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_sdxl_pipeline(folder: Path) -> Any:
+    torch.manual_seed(6)
+    make_clip(folder / "clip_1", seed=7)
+    make_clip(folder / "clip_2", seed=8, projection=True)
+    unet = UNet2DConditionModel(
+        sample_size=SIDE, block_out_channels=(16, 32), norm_num_groups=4, layers_per_block=1,
+        cross_attention_dim=2 * WIDTH, attention_head_dim=2, addition_embed_type="text_time",
+        addition_time_embed_dim=4, projection_class_embeddings_input_dim=24 + 24,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()  # fmt: skip
+    pipe = StableDiffusionXLPipeline(
+        vae=a_vae(),
+        text_encoder=CLIPTextModel.from_pretrained(folder / "clip_1").eval(),
+        text_encoder_2=CLIPTextModelWithProjection.from_pretrained(folder / "clip_2").eval(),
+        tokenizer=AutoTokenizer.from_pretrained(folder / "clip_1", model_max_length=CLIP_LENGTH),
+        tokenizer_2=AutoTokenizer.from_pretrained(folder / "clip_2", model_max_length=CLIP_LENGTH),
+        unet=unet,
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+            timestep_spacing="trailing",
+        ),
+        force_zeros_for_empty_prompt=False,
+    )  # fmt: skip
+    pipe.save_pretrained(folder / "pipe", safe_serialization=True)
+    return pipe
+
+
+def make_flux_pipeline(folder: Path, *, guidance: bool = False) -> Any:
+    torch.manual_seed(9)
+    make_clip(folder / "clip", seed=10)
+    make_t5(folder / "t5", seed=11)
+    transformer = FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=(2, 2, 4), guidance_embeds=guidance,
+    ).eval()  # fmt: skip
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=a_vae(shift_factor=0.1),
+        text_encoder=CLIPTextModel.from_pretrained(folder / "clip").eval(),
+        tokenizer=AutoTokenizer.from_pretrained(folder / "clip", model_max_length=CLIP_LENGTH),
+        text_encoder_2=T5EncoderModel.from_pretrained(folder / "t5").eval(),
+        tokenizer_2=AutoTokenizer.from_pretrained(folder / "t5"),
+        transformer=transformer,
+    )
+    pipe.save_pretrained(folder / "pipe", safe_serialization=True)
+    return pipe
+
+
+def make_pixart_pipeline(folder: Path) -> Any:
+    torch.manual_seed(12)
+    make_t5(folder / "t5", seed=13)
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, num_layers=2, sample_size=SIDE, cross_attention_dim=16,
+        caption_channels=WIDTH,
+    ).eval()  # fmt: skip
+    pipe = PixArtSigmaPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(folder / "t5"),
+        text_encoder=T5EncoderModel.from_pretrained(folder / "t5").eval(),
+        vae=a_vae(),
+        transformer=transformer,
+        scheduler=DDIMScheduler(clip_sample=False, timestep_spacing="trailing"),
+    )
+    pipe.save_pretrained(folder / "pipe", safe_serialization=True)
+    return pipe
+
+
+def make_sana_pipeline(folder: Path) -> Any:
+    torch.manual_seed(14)
+    make_t5(folder / "t5", seed=15)  # of which only the tokenizer is used
+    tokenizer = AutoTokenizer.from_pretrained(folder / "t5")
+    gemma = Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=8, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    transformer = SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=WIDTH,
+        sample_size=SIDE,
+    ).eval()  # fmt: skip
+    pipe = SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=gemma.eval(),
+        vae=AutoencoderDC(  # three levels: the pipeline takes sides of 32 pixels
+            latent_channels=4, attention_head_dim=8, encoder_block_types="ResBlock", decoder_block_types="ResBlock",
+            encoder_block_out_channels=(8, 8, 16), decoder_block_out_channels=(8, 8, 16),
+            encoder_layers_per_block=(1, 1, 1), decoder_layers_per_block=(1, 1, 1),
+            encoder_qkv_multiscales=((), (), ()), decoder_qkv_multiscales=((), (), ()),
+            scaling_factor=0.41,
+        ).eval(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )  # fmt: skip
+    pipe.save_pretrained(folder / "pipe", safe_serialization=True)
     return pipe

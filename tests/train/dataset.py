@@ -45,14 +45,16 @@ def make_dataset(
     image: str | None = None,
     shift: float = 0.5,
     unlabelled: int = 0,
+    codec: dict[str, object] | None = None,
 ) -> str:
     """Write the dataset and return its URI; the fingerprint depends on the shape, the weights and `image` only.
 
     Datasets of different names hold different images of other patterns. The first `unlabelled` rows have no label.
+    codec: that made them, as `CodecInfo.as_dict` tells it and its path; else one that does not exist.
     """
     root = Root(str(path))
     stored = channels * (2 if posterior == "moments" else 1)
-    codec = {
+    codec = codec or {
         "class_name": "Fake",
         "weights_sha256": weights_sha256,
         "latent_channels": codec_channels or channels,
@@ -62,7 +64,7 @@ def make_dataset(
     fingerprint |= {"side": side} if image is None else {"image": image}
     claim_identity(root, Identity("latents", fingerprint, {"codec": codec}))
     told = [captions[i % len(captions)] if captions else None for i in range(rows)]
-    table = _rows(rows, classes, stored, side, told, name, shift)
+    table = _rows(rows, classes, stored, side, told, name, shift, int(str(codec["factor"])))
     if unlabelled:
         labels = [None] * unlabelled + table["label"].to_pylist()[unlabelled:]
         at = table.schema.get_field_index("label")
@@ -95,14 +97,21 @@ def _encode(root: Root, table: pa.Table) -> None:
 
 
 def _rows(
-    rows: int, classes: int | None, channels: int, side: int, captions: list[str | None], name: str, shift: float
+    rows: int,
+    classes: int | None,
+    channels: int,
+    side: int,
+    captions: list[str | None],
+    name: str,
+    shift: float,
+    factor: int = 4,
 ) -> pa.Table:
     rng = np.random.default_rng([3, *name.encode()])
     labels = np.arange(rows) % (classes or 1)
     patterns = rng.normal(size=(classes or 1, channels, side, side)) * 2
     latents = (patterns[labels] + 0.3 * rng.normal(size=(rows, channels, side, side)) + shift).astype(np.float32)
     ids = [hashlib.blake2b(f"{name}{i}".encode(), digest_size=16).digest() for i in range(rows)]
-    pixels = side * 4
+    pixels = side * factor
     columns: dict[str, object] = {
         "sample_id": ids,
         "key": [f"{name}{i:06d}.png" for i in range(rows)],

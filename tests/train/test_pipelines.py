@@ -1,0 +1,189 @@
+"""From a published pipeline through training to a pipeline that plain diffusers draws with, one of each family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from diffusers import DiffusionPipeline
+
+from pipeline.codec.info import codec_info
+from pipeline.config import validate
+from pipeline.model.config import InitConfig
+from pipeline.model.info import PublishedPipeline
+from pipeline.model.read import StoredModel, read_init, read_model
+from pipeline.text.config import EmbedTextJobConfig
+from pipeline.text.job import run as embed
+from pipeline.train import job
+from pipeline.train.config import TrainJobConfig
+from tests.sample import pipelines
+from tests.sample.test_models_in import assert_same_pictures, images_of, noise_of, ready
+from tests.train.dataset import make_dataset
+from tests.train.job_config import job_config
+from tests.train.one_process import in_one_process
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+CAPTIONS = ("a red circle", "a blue square", "the green sky of a picture")
+PROMPTS = ["a red circle on the sky", "the sky"]
+SIGMAS = np.linspace(1, 1 / 4, 4)
+SIZE = 2 * pipelines.SIDE
+
+FAMILIES: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
+    "sd": (pipelines.make_sd_pipeline, {}),
+    "sdxl": (pipelines.make_sdxl_pipeline, {"height": SIZE, "width": SIZE}),
+    "sd3": (
+        lambda folder: pipelines.make_sd3_pipeline(folder, with_t5=True),
+        {"height": SIZE, "width": SIZE, "sigmas": SIGMAS},
+    ),
+    "sd3 without t5": (
+        lambda folder: pipelines.make_sd3_pipeline(folder, with_t5=False),
+        {"height": SIZE, "width": SIZE, "sigmas": SIGMAS},
+    ),
+    "flux": (pipelines.make_flux_pipeline, {"height": SIZE, "width": SIZE}),
+    "pixart": (pipelines.make_pixart_pipeline, {"height": SIZE, "width": SIZE, "clean_caption": False}),
+    "sana": (
+        pipelines.make_sana_pipeline,
+        {"height": 2 * SIZE, "width": 2 * SIZE, "sigmas": SIGMAS, "clean_caption": False},
+    ),
+}
+
+
+def latents_of(folder: Path, **changes: Any) -> str:
+    vae = str(folder / "pipe" / "vae")
+    codec = {**codec_info(vae).as_dict(), "path": vae}
+    return make_dataset(
+        folder / "latents", rows=48, classes=None, side=pipelines.SIDE, captions=CAPTIONS, codec=codec, **changes
+    )
+
+
+def embedded_by(folder: Path, latents: str) -> list[str]:
+    """The captions, embedded by the encoders of the pipeline as its network reads them."""
+    start = read_init(InitConfig(uri=str(folder / "pipe")))
+    assert isinstance(start.place, StoredModel)
+    assert isinstance(start.place.place, PublishedPipeline)
+    encoders = [{"path": str(folder / "pipe"), **vars(encoder)} for encoder in start.place.place.encoders]
+    values = {"data": {"uri": latents}, "encoders": encoders, "device": "cpu", "tracking": {"enabled": False}}
+    outputs = embed(validate(EmbedTextJobConfig, values)).outputs
+    return [outputs[encoder["name"]] for encoder in encoders]
+
+
+def config_of(folder: Path, latents: str, texts: list[str], changes: dict[str, Any] | None = None) -> TrainJobConfig:
+    plain: dict[str, Any] = job_config(folder, latents).model_dump(mode="json")
+    for name in ("objective", "timesteps"):  # which the weights say
+        del plain[name]
+    plain["data"] |= {"text": texts}
+    plain["model"] = {"kind": "diffusers", "init": {"uri": str(folder / "pipe")}}
+    plain["train"] |= {"images": 64, "text_dropout": 0.3, "learning_rate": 1e-3}
+    plain["export"] = {"license": "mit"}
+    for section, values in (changes or {}).items():
+        plain[section] = {**plain[section], **values}
+    return validate(TrainJobConfig, plain)
+
+
+@pytest.mark.parametrize("normalise", [None, "dataset"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_published_pipeline_is_trained_and_comes_out_as_one(
+    family: str,
+    normalise: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    make, call = FAMILIES[family]
+    make(tmp_path)
+    latents = latents_of(tmp_path)
+    texts = embedded_by(tmp_path, latents)
+    config = config_of(tmp_path, latents, texts, {"data": {"normalise": normalise}})
+    in_one_process(monkeypatch, tmp_path)
+    assert job.dry_run(config).counts["images"] == 64
+    job.run(config)
+    export = Path(config.output.uri) / "model" / "000000000064"
+    stored = read_model(str(export))
+    assert stored.info.init is not None
+    assert stored.info.init.digest == read_init(InitConfig(uri=str(tmp_path / "pipe"))).digest
+    assert stored.info.license == "mit"
+    if family == "sana" and normalise == "dataset":
+        # Its autoencoder has no place for another scale: the network alone, and the run is told why.
+        assert {path.name for path in export.iterdir() if path.is_dir()} == {"model", "scheduler"}
+        assert "cannot take another scale of its latents exactly" in caplog.text
+        return
+    # The pipeline alone, as it would come from a hub; its own codec and encoders.
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if family == "sd3 without t5" else {}
+    pipe = DiffusionPipeline.from_pretrained(export, **absent)
+    pipe.set_progress_bar_config(disable=True)
+    requests: dict[str, Any] = {"prompts": PROMPTS, "negative_prompt": "blue blue sky"}
+    solver = "euler" if stored.info.objective.kind == "flow" else "ddim"
+    names, ours = images_of(ready(export, requests, sampler={"name": solver}))
+    noise = noise_of(names)
+    if family == "flux":
+        noise = pipe._pack_latents(noise, 2, 4, pipelines.SIDE, pipelines.SIDE)
+        call = call | {"true_cfg_scale": 3.0}
+    elif family == "sana":
+        call = call | {"complex_human_instruction": None, "use_resolution_binning": False}
+    elif family == "pixart":
+        call = call | {"use_resolution_binning": False}
+    negative = ["blue blue sky"] * 2
+    scale = {} if family == "flux" else {"guidance_scale": 3.0}
+    theirs = pipe(
+        PROMPTS, negative_prompt=negative, num_inference_steps=4, latents=noise, output_type="np", **scale, **call
+    ).images
+    assert_same_pictures(ours, theirs)
+
+
+def test_a_dit_pipeline_is_trained_and_comes_out_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipelines.make_dit_pipeline(tmp_path / "pipe")
+    vae = str(tmp_path / "pipe" / "vae")
+    codec = {**codec_info(vae).as_dict(), "path": vae}
+    latents = make_dataset(tmp_path / "latents", rows=48, classes=3, side=pipelines.SIDE, codec=codec)
+    config = config_of(tmp_path, latents, [])
+    in_one_process(monkeypatch, tmp_path)
+    job.run(config)
+    export = Path(config.output.uri) / "model" / "000000000064"
+    assert read_model(str(export)).info.num_classes == 1000, "as many as its network has, not as the rows have"
+    names, ours = images_of(ready(export, {"classes": [0, 2]}, sampler={"name": "ddim"}))
+    pipe = DiffusionPipeline.from_pretrained(export)
+    pipe.set_progress_bar_config(disable=True)
+    monkeypatch.setattr("diffusers.pipelines.dit.pipeline_dit.randn_tensor", lambda **_: noise_of(names))
+    theirs = pipe([0, 2], guidance_scale=3.0, num_inference_steps=4, output_type="np").images
+    assert_same_pictures(ours, theirs)
+
+
+def test_a_distilled_network_is_told_its_guidance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipelines.make_flux_pipeline(tmp_path, guidance=True)
+    latents = latents_of(tmp_path)
+    texts = embedded_by(tmp_path, latents)
+    changes = {"model": {"distilled_guidance": 3.5}, "train": {"images": 32, "text_dropout": 0.0}}
+    config = config_of(tmp_path, latents, texts, changes)
+    in_one_process(monkeypatch, tmp_path)
+    job.run(config)
+    export = Path(config.output.uri) / "model" / "000000000032"
+    pipe = DiffusionPipeline.from_pretrained(export)
+    pipe.set_progress_bar_config(disable=True)
+    names, ours = images_of(ready(export, {"prompts": PROMPTS, "guidance": 3.5}))
+    noise = pipe._pack_latents(noise_of(names), 2, 4, pipelines.SIDE, pipelines.SIDE)
+    theirs = pipe(
+        PROMPTS, num_inference_steps=4, latents=noise, output_type="np", guidance_scale=3.5, height=SIZE, width=SIZE
+    ).images
+    assert_same_pictures(ours, theirs)
+
+
+def test_text_encoders_may_stay_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipelines.make_sd_pipeline(tmp_path)
+    latents = latents_of(tmp_path)
+    config = config_of(tmp_path, latents, embedded_by(tmp_path, latents), {"export": {"text_encoders": "reference"}})
+    in_one_process(monkeypatch, tmp_path)
+    job.run(config)
+    export = Path(config.output.uri) / "model" / "000000000064"
+    assert not (export / "text_encoder").exists()
+    # The card's own words load it.
+    card = (export / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace("THIS_DIRECTORY", str(export))
+    code = code.replace("num_inference_steps=25", "num_inference_steps=1").replace(
+        "image.png", str(tmp_path / "image.png")
+    )
+    exec(compile(code, "card", "exec"), {})
+    assert (tmp_path / "image.png").stat().st_size > 100
