@@ -75,6 +75,9 @@ class InitConfig(StrictModel):
         description="same: the latents are of the codec that these weights learned with; any: of one that gives the "
         "same latents, such as a copy in another precision.",
     )
+    objective: Literal["same", "any"] = Field(
+        "same", description="Whether another objective.kind than these weights learned may be taught to them."
+    )
 
 
 class NetworkConfig(StrictModel):

@@ -72,6 +72,18 @@ class InitReference:
     uri: str
     digest: str  # of the weights and of what else decides its images
     run_id: str | None = None  # that trained them
+    revision: str | None = None  # of a hub id; this and the rest as in an InitConfig
+    subfolder: str | None = None
+    ema: str | None = None
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters in layers whose names end so: alpha / rank times their product is added to the weights."""
+
+    rank: Annotated[int, Field(ge=1)]
+    alpha: Annotated[int, Field(ge=1)]
+    targets: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -116,6 +128,7 @@ class ModelInfo:
     texts: tuple[TextReference, ...] = ()  # its text encoders, in the order of its arrangement
     mixture: tuple[DatasetShare, ...] = ()  # every dataset, where there are several
     init: InitReference | None = None
+    lora: Lora | None = None  # its weights are adapters to those of `init`
     weights_sha256: str = ""  # filled in by save_export
     combinations: tuple[Combination, ...] = ()  # see `trained_on`; empty where the above tell
 
@@ -155,7 +168,9 @@ class ModelInfo:
 
     def to_json(self) -> dict[str, Any]:
         """Its fields as JSON values; what came later only where there is some. `text`: one encoder, or a list."""
-        later = {name for name in ("mixture", "init", "shift_by_size", "combinations") if not getattr(self, name)}
+        later = {
+            name for name in ("mixture", "init", "lora", "shift_by_size", "combinations") if not getattr(self, name)
+        }
         values: dict[str, Any] = _INFO.dump_python(self, mode="json", by_alias=True, exclude={*later, "texts"})
         texts = _INFO.dump_python(self, mode="json", include={"texts"})["texts"]
         return values | {

@@ -14,13 +14,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline.errors import InputError
+from pipeline.errors import ConflictError, InputError
 from pipeline.model.adapters import DiffusersAdapter
 from pipeline.model.build import build_model
 from pipeline.model.checkpoints import CheckpointPlace, fetch_checked
-from pipeline.model.config import ModelConfig
+from pipeline.model.config import InitConfig, ModelConfig
 from pipeline.model.info import ModelInfo, PublishedPipeline
-from pipeline.model.read import DAMAGED, MARKER, RAW, InitialWeights, StoredModel, read_model
+from pipeline.model.lora import adapters_of, merge
+from pipeline.model.read import DAMAGED, MARKER, RAW, InitialWeights, StoredModel, read_init, read_model
 from pipeline.storage.errors import unreadable
 from pipeline.storage.root import Root
 
@@ -113,6 +114,12 @@ def load_model(
     whole = isinstance(stored.place, CheckpointPlace) or not isinstance(model, DiffusersAdapter)
     with tempfile.TemporaryDirectory(prefix="latentloom-load-") as scratch:
         weights = _weights(stored, Path(scratch))
+    if info.lora is not None:
+        fill(model, _base(info, stored.uri))
+        checkpoint = isinstance(stored.place, CheckpointPlace)
+        named = adapters_of(weights) if checkpoint else {n.partition(".")[2]: value for n, value in weights.items()}
+        merge(model, named, info.lora, uri=stored.uri)
+        return model.to(device).eval(), info
     try:
         # Exports and pipelines hold the weights of the diffusers model alone, under its own names.
         (model if whole else model.inner).load_state_dict(weights, strict=True)  # type: ignore[union-attr]
@@ -146,6 +153,23 @@ def fill(model: nn.Module, start: InitialWeights) -> None:
         )
     check_fit({name: tuple(value.shape) for name, value in weights.items()}, target, start.uri)
     target.load_state_dict(weights)
+
+
+def _base(info: ModelInfo, uri: str) -> InitialWeights:
+    """The weights that adapters add to; ConflictError when they are no longer those that they were trained beside."""
+    init = info.init
+    if init is None:
+        raise unreadable(uri, "adapters without the weights that they add to", key="model.uri")
+    base = read_init(InitConfig(uri=init.uri, revision=init.revision, subfolder=init.subfolder, ema=init.ema))
+    if base.digest != init.digest:
+        raise ConflictError(
+            "The weights that these adapters add to have changed",
+            key="model.uri",
+            value=init.uri,
+            rule=f"their digest is {init.digest}, found {base.digest}",
+            next_step="restore them where they were",
+        )
+    return base
 
 
 def check_fit(there: Mapping[str, tuple[int, ...]], model: nn.Module, uri: str) -> None:

@@ -35,7 +35,8 @@ from pipeline.storage.trust import check_sizes
 from pipeline.store.ledger.layout import canonical_json
 
 FORMAT = "latentloom-export"
-VERSIONS = (1, 2)  # 2: a whole diffusers pipeline
+VERSIONS = (1, 2, 3)  # 2: a whole diffusers pipeline; 3: adapters alone
+ADAPTERS_KEY = "pytorch_lora_weights.safetensors"
 MARKER = "latentloom.json"
 WEIGHTS_KEY = "model/diffusion_pytorch_model.safetensors"
 SCHEDULER_KEY = "scheduler/scheduler_config.json"
@@ -132,7 +133,8 @@ def read_model(uri: str, ema: str | None = None) -> StoredModel:
 class InitialWeights:
     """The weights that a run starts from: where they lie and what they are; their files are hashed, not read.
 
-    network: that they fit. info: what is known of the model they are, None of a network alone.
+    network: that they fit. info: what is known of the model they are, None of a network alone. hub: they came from
+    one, `uri` is this node's copy.
     """
 
     uri: str
@@ -140,6 +142,7 @@ class InitialWeights:
     digest: str
     info: ModelInfo | None
     place: StoredModel | PublishedPipeline
+    hub: bool = False
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -149,21 +152,30 @@ _HUB_LEFT = ("*.fp16.*", "*.non_ema.*", "*onnx*", "*flax*", "*openvino*")
 
 def read_init(init: InitConfig) -> InitialWeights:
     """What lies at `init.uri`; InputError when it is no model, an unpinned hub id, or has no safetensors weights."""
-    root = _init_root(init)
+    root, hub = _init_root(init)
     component = init.subfolder or ""
     bare = f"{component}/config.json" if component else "config.json"
     if not is_pipeline_dir(root) and root.exists(bare) and not root.exists(MARKER):
         network = read_denoiser_dir(root, component)
         body = {"weights": dict(network.weights), "identity": network.model.described()}
         digest = hashlib.blake2b(canonical_json(body), digest_size=16).hexdigest()
-        return InitialWeights(root.uri, network.model, digest, None, network)
+        return InitialWeights(root.uri, network.model, digest, None, network, hub)
     stored = read_model(root.uri, init.ema)
-    return InitialWeights(stored.uri, stored.info.model, stored.digest(), stored.info, stored)
+    if stored.info.lora is not None:
+        raise InputError(
+            "These are adapters, not weights to start from",
+            key="model.init.uri",
+            value=stored.uri,
+            rule="a run starts from whole weights",
+            next_step="train them with lora.merge=true, or start from the weights that they add to",
+        )
+    return InitialWeights(stored.uri, stored.info.model, stored.digest(), stored.info, stored, hub)
 
 
-def _init_root(init: InitConfig) -> Root:
+def _init_root(init: InitConfig) -> tuple[Root, bool]:
+    """Where the weights lie, and whether that is a copy of what a hub has."""
     if "://" in init.uri or Path(init.uri).expanduser().exists() or not _HUB_ID.fullmatch(init.uri):
-        return Root(init.uri)
+        return Root(init.uri), False
     remedy: dict[str, Any] = {"key": "model.init.uri", "value": init.uri}
     if init.revision is None:
         raise InputError(
@@ -179,11 +191,10 @@ def _init_root(init: InitConfig) -> Root:
     # Of a pipeline what its folders hold: single files beside them are the same weights in other layouts.
     patterns = within or ["*.json", "diffusion_pytorch_model*.safetensors", *(f"*/{name}" for name in _HUB_FILES)]
     try:
-        return Root(
-            snapshot_download(
-                init.uri, revision=init.revision, allow_patterns=patterns, ignore_patterns=list(_HUB_LEFT)
-            )
+        local = snapshot_download(
+            init.uri, revision=init.revision, allow_patterns=patterns, ignore_patterns=list(_HUB_LEFT)
         )
+        return Root(local), True
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"The hub does not give these weights: {type(error).__name__}: {str(error).splitlines()[0]}",
@@ -232,18 +243,16 @@ def _read_export(root: Root) -> StoredModel:
             next_step="use the version of latentloom that wrote it, or export again",
         )
     described = parse(_EXPORT, data, root.uri_of(MARKER), key="model.uri")
-    files, whole = described["files"], version[1] == 2
-    weights_key = described.get("weights", WEIGHTS_KEY)
-    if (
-        not all(_PIPELINE_KEY.fullmatch(key) for key in files) or weights_key not in files
-        if whole
-        else set(files) != set(FILE_KEYS)
+    files, weights_key = described["files"], described.get("weights", WEIGHTS_KEY)
+    closed = {1: set(FILE_KEYS), 3: {ADAPTERS_KEY, CARD_KEY}}.get(int(document["version"]))
+    if weights_key not in files or (
+        set(files) != closed if closed else not all(_PIPELINE_KEY.fullmatch(key) for key in files)
     ):
         raise InputError(
             "an export lists other files than it may",
             key=f"{MARKER}: files",
             value=sorted(files),
-            rule="the files of a diffusers pipeline" if whole else f"exactly {', '.join(FILE_KEYS)}",
+            rule=f"exactly {', '.join(sorted(closed))}" if closed else "the files of a diffusers pipeline",
             next_step="export the model again",
         )
     component = weights_key.partition("/")[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,8 @@ class Facts:
     init: dict[str, Any] | None = None  # see `Start.init`
     scale: dict[str, list[float]] | None = None  # see `scale_of`
     license: str | None = None  # of the weights that it starts from
+    shift_by_size: dict[str, Any] | None = None  # the fields of a `SizeShift`, of the weights that it starts from
+    lora: dict[str, Any] | None = None  # the fields of a `Lora`; None where all weights are trained
 
     @property
     def text_length(self) -> int:
@@ -274,18 +276,20 @@ def handshake(start: Start, dataset: LatentDataset, *mix: LatentDataset, pins: P
         init=start.init,
         scale=scale_of(start, dataset),
         license=license_of(start),
+        shift_by_size=None if start.shift_by_size is None else asdict(start.shift_by_size),
     )
     _check_model(config, facts, " and ".join(each.uri for each in datasets.values()))
     if start.weights is not None:
         from pipeline.model.load import check_start  # torch, which most runs' drivers do without
 
-        check_start(
-            network,
-            start.weights,
-            latent_channels=facts.latent_channels,
-            num_classes=num_classes,
-            text_dim=text_dim,
-        )
+        sizes: Any = {"latent_channels": facts.latent_channels, "num_classes": num_classes, "text_dim": text_dim}
+        check_start(network, start.weights, **sizes)
+        if config.lora is not None:
+            from pipeline.model.lora import targets_in
+
+            chosen = targets_in(network, config.lora.targets, **sizes)
+            rank = config.lora.rank
+            facts = replace(facts, lora={"rank": rank, "alpha": config.lora.alpha or rank, "targets": list(chosen)})
     if config.grid.every_images is not None:
         if facts.codec is None:
             raise ConfigError(
@@ -456,7 +460,7 @@ def identity(config: TrainJobConfig, dataset: LatentDataset, facts: Facts) -> di
     model = {f"model.{k}": v for k, v in config.model.described().items()}
     model.pop("model.activation_checkpointing", None)
     # Both None in checkpoints of before they could be anything else, which lack them.
-    model |= {"model.init": facts.init and facts.init["digest"], "data.normalise": facts.scale}
+    model |= {"model.init": facts.init and facts.init["digest"], "data.normalise": facts.scale, "lora": facts.lora}
     sections = {"objective": config.objective, "timesteps": config.timesteps}
     return {
         **model,

@@ -267,6 +267,19 @@ class CodecOverride(StrictModel):
     kind: str = Field("auto", description="auto, or the name of a codec plug-in.")
 
 
+class LoraConfig(StrictModel):
+    """Low-rank adapters (Hu et al. 2021) trained beside frozen weights of model.init."""
+
+    rank: int = Field(16, ge=1, description="Columns of the two matrices beside each weight.")
+    alpha: int | None = Field(None, ge=1, description="What is learned counts alpha / rank times; null: rank.")
+    targets: tuple[str, ...] = Field(
+        (), description="Layers, by the ends of their names; none: the projections of attention."
+    )
+    merge: bool = Field(
+        False, description="Export the weights with the adapters added; false: the adapters alone, for diffusers."
+    )
+
+
 class ExportConfig(StrictModel):
     """What the trained model is written as."""
 
@@ -292,6 +305,7 @@ class TrainJobConfig(StrictModel):
     data: TrainDataConfig = Field(..., description="The latents.")
     output: TrainOutputConfig = Field(..., description="The run's own place.")
     model: ModelConfig = Field(..., description="The network.")
+    lora: LoraConfig | None = Field(None, description="Train adapters alone; null: all weights.")
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="What it predicts.")
     timesteps: TimestepConfig = Field(TimestepConfig(), description="At which times.")
     train: TrainConfig = Field(..., description="How it is trained.")
@@ -316,6 +330,8 @@ class TrainJobConfig(StrictModel):
                 solver_for(self.grid.sampler.name, self.objective.kind)
             except ValueError as error:
                 raise ValueError(f"grid.sampler.name: {error}") from None
+        if self.lora is not None and self.model.init is None:
+            raise ValueError("lora trains adapters to weights that there are: it needs model.init")
         uneven = [n for n in self.train.world_sizes if self.stream.lanes % n]
         if uneven:
             raise ValueError(

@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from pipeline.errors import ConflictError, InputError
 from pipeline.model.adapters import DiffusersAdapter
 from pipeline.model.build import build_model
 from pipeline.model.config import InstalledConfig
-from pipeline.model.info import CodecReference, DatasetShare, InitReference, ModelInfo, SizeShift, TextReference
-from pipeline.model.load import file_sha256
+from pipeline.model.info import CodecReference, DatasetShare, InitReference, Lora, ModelInfo, SizeShift, TextReference
+from pipeline.model.load import file_sha256, fill
+from pipeline.model.lora import adapters_of, merge, to_file
 from pipeline.model.read import (
+    ADAPTERS_KEY,
     CARD_KEY,
     FORMAT,
     MARKER,
@@ -38,6 +40,7 @@ from pipeline.train.checks import Facts, trained_combinations
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.inputs import Served
 from pipeline.train.pipelines import DiffusersPipeline, pipeline_of, scheduler_config, write_around, write_json
+from pipeline.train.start import weights_of
 from pipeline.train.state import TrainState
 from pipeline.train.task import Task
 
@@ -76,6 +79,11 @@ def model_card(
         ("Objective", f"`{json.dumps(info.objective.model_dump(mode='json'), sort_keys=True)}`"),
         ("Weights", f"{info.ema}, after {info.images_seen:,} images, SHA-256 `{info.weights_sha256}`"),
         *datasets,
+        *(
+            []
+            if info.init is None
+            else [("Started from", f"`{_public(info.init.uri)}`, digest `{info.init.digest}`")]
+        ),
         ("Codec", f"`{_public(info.codec.path or '')}`, fingerprint `{info.fingerprint_digest}`"),
         ("Image sizes (height x width)", ", ".join(info.buckets) or "not recorded"),
         ("Classes", _count(info.num_classes, "label index {n} means no label")),
@@ -86,7 +94,9 @@ def model_card(
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     use = ""
-    if form is not None:
+    if info.lora is not None and form is not None and info.init is not None:
+        use = _LORA_USE.format(base=_public(info.init.uri), rank=info.lora.rank, alpha=info.lora.alpha)
+    elif form is not None:
         use = _PIPELINE_USE.format(name=form.name, **_snippet(info, form, copied))
     elif diffusers_class:
         use = _USE.format(name=diffusers_class)
@@ -160,6 +170,16 @@ pipe({asked}).images[0].save("image.png")
 Its autoencoder reads latents as this model has them.
 """
 
+_LORA_USE = """
+Adapters of rank {rank} (alpha {alpha}) to the weights named above. With plain diffusers:
+
+```python
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("{base}")
+pipe.load_lora_weights("THIS_DIRECTORY")
+```
+"""
+
 _OWN_USE = """
 In Python:
 
@@ -223,18 +243,34 @@ def save_export(
         else:
             write_around(local, str(diffusers_class), info, form, copy_text=copy_text)
         (local / CARD_KEY).write_text(model_card(info, diffusers_class, form, copied=copy_text))
-        keys = sorted(path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file())
-        files = {k: {"sha256": file_sha256(local / k), "size_bytes": (local / k).stat().st_size} for k in keys}
-        document = {"format": FORMAT, "version": 1, "info": info.to_json(), "files": files}
-        document |= {} if form is None else {"version": 2, "weights": key}
-        marker = json.dumps(document, indent=2, sort_keys=True, allow_nan=False).encode() + b"\n"
-        if root.exists(MARKER):
-            return _same_or_conflict(root, marker, info)
-        for k in keys:
-            root.put(k, (local / k).read_bytes())
-        if not root.put_if_absent(MARKER, marker):
-            return _same_or_conflict(root, marker, info)
-    return info
+        return _publish(root, local, info, {"version": 1} if form is None else {"version": 2, "weights": key})
+
+
+def save_adapters(root: Root, adapters: Mapping[str, Tensor], info: ModelInfo) -> ModelInfo:
+    """Write adapters (`lora.adapters_of` a run) as diffusers loads them; else as `save_export`."""
+    assert info.lora is not None
+    form = pipeline_of(info)
+    component = form.component if isinstance(form, DiffusersPipeline) else "transformer"
+    with tempfile.TemporaryDirectory(prefix="latentloom-export-") as scratch:
+        local = Path(scratch)
+        tensors, metadata = to_file({k: v.cpu() for k, v in adapters.items()}, component, info.lora)
+        save_file(tensors, local / ADAPTERS_KEY, metadata=metadata)
+        info = replace(info, weights_sha256=file_sha256(local / ADAPTERS_KEY))
+        (local / CARD_KEY).write_text(model_card(info, None, form if isinstance(form, DiffusersPipeline) else None))
+        return _publish(root, local, info, {"version": 3, "weights": ADAPTERS_KEY})
+
+
+def _publish(root: Root, local: Path, info: ModelInfo, about: dict[str, Any]) -> ModelInfo:
+    """Put the files of a local directory, then the marker that names them."""
+    keys = sorted(path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file())
+    files = {k: {"sha256": file_sha256(local / k), "size_bytes": (local / k).stat().st_size} for k in keys}
+    document = {"format": FORMAT, "info": info.to_json(), "files": files, **about}
+    marker = json.dumps(document, indent=2, sort_keys=True, allow_nan=False).encode() + b"\n"
+    if root.exists(MARKER):
+        return _same_or_conflict(root, marker, info)
+    for k in keys:
+        root.put(k, (local / k).read_bytes())
+    return info if root.put_if_absent(MARKER, marker) else _same_or_conflict(root, marker, info)
 
 
 def _same_or_conflict(root: Root, marker: bytes, info: ModelInfo) -> ModelInfo:
@@ -273,7 +309,6 @@ def export_model(
             num_classes=facts.num_classes,
             text_dim=facts.text_dim,
         )
-        model.load_state_dict(weights)
         info = export_info(config, facts, served, task, run_id=run_id, images=state.images, ema=track or RAW)
         place = root.child(MODELS).child(export_name(state.images))
         there = read_model(place.uri).info if place.exists(MARKER) else None
@@ -285,7 +320,20 @@ def export_model(
             if set(there.buckets) == set(info.buckets):
                 advice["buckets"] = info.buckets
             there = replace(there, run_id=info.run_id, weights_sha256="", **advice)
-        if there != info:
+        if info.lora is not None:
+            adapters = adapters_of(weights)
+            if config.lora is not None and config.lora.merge:
+                assert facts.init is not None
+                fill(model, weights_of(config, facts.init))
+                merge(model, adapters, info.lora, uri=root.uri)
+                info = replace(info, lora=None)
+        else:
+            model.load_state_dict(weights)
+        if there == info:
+            pass
+        elif info.lora is not None:
+            save_adapters(place, adapters, info)
+        else:
             _save(config, place, model, info)
     collectives.barrier()
 
@@ -335,13 +383,14 @@ def export_info(
         ema=ema,
         buckets=facts.buckets,
         sampling_shift=sampling_shift(config, facts),
-        shift_by_size=_shift_by_size(config),
+        shift_by_size=_shift_by_size(config, facts),
         always_labelled=all("class" in one for one in learned),
         guidable="none" in learned,
         combinations=learned,
         license=config.export.license or facts.license or "unknown",
         texts=tuple(TextReference(**{k: text[k] for k in _TEXT}) for text in facts.texts),
         init=None if facts.init is None else InitReference(**facts.init),
+        lora=None if facts.lora is None else Lora(**{**facts.lora, "targets": tuple(facts.lora["targets"])}),
     )
 
 
@@ -355,9 +404,11 @@ def sampling_shift(config: TrainJobConfig, facts: Facts) -> float:
     return TimestepDensity(**config.timesteps.model_dump()).shift_for(math.prod(facts.latent_size))
 
 
-def _shift_by_size(config: TrainJobConfig) -> SizeShift | None:
+def _shift_by_size(config: TrainJobConfig, facts: Facts) -> SizeShift | None:
     """How the shift of the training times grows with the size, so that sampling follows it."""
     times = config.timesteps
+    if facts.shift_by_size is not None:
+        return SizeShift(**facts.shift_by_size)
     if config.objective.kind != "flow" or times.shift_base_pixels is None:
         return None
     # The shift is as given at the base: it is sqrt(pixels / (base / shift^2)).

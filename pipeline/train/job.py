@@ -75,7 +75,9 @@ def run(config: TrainJobConfig) -> JobResult:
     _check_cluster(config)
     root.probe()
     after = current_generation(root)
-    with open_run(config, "train", root, note=lambda: {"checkpoints": counting_names(root)}, after=after) as run:
+    with open_run(
+        begun.start.config, "train", root, note=lambda: {"checkpoints": counting_names(root)}, after=after
+    ) as run:
         assert run.generation is not None
         # An earlier start may have completed and removed checkpoints until it saw the claim.
         if run.generation.claim["checkpoints"] != begun.checkpoints:

@@ -6,7 +6,6 @@ their latents. What must stay as they learned it is compared with the data befor
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from pipeline.codec.info import codec_info
 from pipeline.diffusion.config import TimestepConfig
 from pipeline.errors import ConfigError, ConflictError, PipelineError, argument_keys
 from pipeline.model.config import NetworkConfig, PublishedConfig
-from pipeline.model.info import PublishedPipeline, codec_scale
+from pipeline.model.info import PublishedPipeline, SizeShift, codec_scale
 from pipeline.model.read import InitialWeights, StoredModel, read_init
 from pipeline.storage.root import Root
 from pipeline.store.ledger.identity import differences
@@ -28,7 +27,6 @@ from pipeline.tracking.config import REGISTERED, resolve_paths
 from pipeline.tracking.queries import resolve
 from pipeline.train.config import TrainJobConfig
 
-_log = logging.getLogger(__name__)
 # What may differ between the network that weights are of and the one that is trained from them.
 _FREE = ("activation_checkpointing", "dropout", "distilled_guidance", "sample_size", "max_size")
 _NEXT = "start from weights of this network, or set model as they have it"
@@ -40,15 +38,24 @@ class Start:
 
     config: TrainJobConfig
     weights: InitialWeights | None = None
+    shift_by_size: SizeShift | None = None  # of the sampling times, where the configuration says none
 
     @property
     def init(self) -> dict[str, Any] | None:
         """As `Facts.init`: where the weights lie, their digest, and the run that trained them."""
         if self.weights is None:
             return None
-        info = self.weights.info
-        run_id = None if info is None else info.run_id
-        return {"uri": self.weights.uri, "digest": self.weights.digest, "run_id": run_id}
+        info, init = self.weights.info, self.config.model.init
+        assert init is not None
+        hub = self.weights.hub
+        return {
+            "uri": init.uri if hub else self.weights.uri,
+            "digest": self.weights.digest,
+            "run_id": None if info is None else info.run_id,
+            "revision": init.revision if hub else None,
+            "subfolder": init.subfolder,
+            "ema": init.ema,
+        }
 
 
 def start_of(config: TrainJobConfig, begun: Mapping[str, Any] | None = None) -> Start:
@@ -77,19 +84,22 @@ def start_of(config: TrainJobConfig, begun: Mapping[str, Any] | None = None) -> 
         objective = weights.info.objective
         if "objective" not in config.model_fields_set:
             changes["objective"] = objective
-        elif config.objective.kind != objective.kind:
-            _log.warning(
-                "the weights at %s learned to predict %s, this run teaches them %s (objective.kind)",
-                weights.uri,
-                objective.kind,
-                config.objective.kind,
+        elif config.objective.kind != objective.kind and init.objective == "same":
+            raise ConflictError(
+                f"The weights at {weights.uri} learned to predict {objective.kind}",
+                key="objective.kind",
+                value=config.objective.kind,
+                rule="a run goes on with the prediction that its weights learned",
+                next_step=f"leave objective out, or set objective.kind={objective.kind}; to teach them another one, "
+                "set model.init.objective=any",
             )
         if "timesteps" not in config.model_fields_set:
             flow = changes.get("objective", config.objective).kind == "flow"
             changes["timesteps"] = (
                 TimestepConfig(shift=weights.info.sampling_shift) if flow else TimestepConfig(density="uniform")
             )
-    return Start(config.model_copy(update=changes), weights)
+    by_size = weights.info.shift_by_size if weights.info and "timesteps" in changes else None
+    return Start(config.model_copy(update=changes), weights, by_size)
 
 
 def weights_of(config: TrainJobConfig, found: Mapping[str, Any]) -> InitialWeights:

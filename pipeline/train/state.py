@@ -224,9 +224,12 @@ class TrainState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by its checkpoint name, by reference: loading fills them in place."""
-        out = {f"model/{k}": v.detach() for k, v in self.model.state_dict().items()}
+        params, weights = self.params, self.model.state_dict()
+        if len(params) < sum(1 for _ in self.model.parameters()):  # adapters: what is frozen lies elsewhere
+            weights = params
+        out = {f"model/{k}": v.detach() for k, v in weights.items()}
         out |= {f"ema/{k}": v for k, v in self.ema.tensors().items()}
-        for name, param in trainable(self.model).items():
+        for name, param in params.items():
             slots = self.optimizer.state[param]
             out |= {f"optimizer/{slot}/{name}": slots[slot] for slot in _SLOTS}
         return out

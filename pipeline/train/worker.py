@@ -21,7 +21,9 @@ import torch
 from pipeline.diffusion.draw import Solving
 from pipeline.errors import ConflictError
 from pipeline.model.build import build_model, repeated_blocks
+from pipeline.model.info import Lora
 from pipeline.model.load import fill
+from pipeline.model.lora import add_adapters
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import is_superseded
 from pipeline.store.read.row_groups import reading_table
@@ -379,6 +381,8 @@ def _build(
     )
     if facts.init is not None:
         fill(model, weights_of(config, facts.init))
+    if facts.lora is not None:
+        add_adapters(model, Lora(**facts.lora))
     engine = wrap(
         model,
         device=device,

@@ -162,6 +162,12 @@ def test_the_weights_say_objective_times_and_scale(published: tuple[Path, str, l
     folder, latents, texts = published
     plain = config_of(folder, latents, texts).model_dump(mode="json") | {"objective": {"kind": "v"}}
     config = validate(TrainJobConfig, plain)
+    with pytest.raises(
+        ConflictError, match=r"learned to predict epsilon[\s\S]*objective\.kind = v[\s\S]*objective=any"
+    ):
+        job.dry_run(config)
+    plain["model"]["init"]["objective"] = "any"
+    config = validate(TrainJobConfig, plain)
     assert job.look(config, job.root_of(config)).start.config.objective.kind == "v"
 
 
