@@ -127,6 +127,7 @@ class ModelInfo:
     guidable: bool = True
     texts: tuple[TextReference, ...] = ()  # its text encoders, in the order of its arrangement
     mixture: tuple[DatasetShare, ...] = ()  # every dataset, where there are several
+    zero_empty_text: bool = False  # without a prompt it reads zeros, not the states of the empty one
     init: InitReference | None = None
     lora: Lora | None = None  # its weights are adapters to those of `init`
     weights_sha256: str = ""  # filled in by save_export
@@ -168,10 +169,9 @@ class ModelInfo:
 
     def to_json(self) -> dict[str, Any]:
         """Its fields as JSON values; what came later only where there is some. `text`: one encoder, or a list."""
-        later = {
-            name for name in ("mixture", "init", "lora", "shift_by_size", "combinations") if not getattr(self, name)
-        }
-        values: dict[str, Any] = _INFO.dump_python(self, mode="json", by_alias=True, exclude={*later, "texts"})
+        optional = ("mixture", "zero_empty_text", "init", "lora", "shift_by_size", "combinations")
+        absent = {name for name in optional if not getattr(self, name)}
+        values: dict[str, Any] = _INFO.dump_python(self, mode="json", by_alias=True, exclude={*absent, "texts"})
         texts = _INFO.dump_python(self, mode="json", include={"texts"})["texts"]
         return values | {
             "model": self.model.described(),
@@ -301,10 +301,30 @@ def read_pipeline_dir(root: Root) -> PublishedPipeline:
         **({} if by_size is None else {"shift_by_size": by_size}),
         "always_labelled": always_labelled,
         "guidable": not always_labelled,
+        **({"zero_empty_text": True} if model.arrangement == "sdxl" and _zeros_for_empty(index) else {}),
         "weights_sha256": ",".join(network.weights.values()),
     }
     encoders = _encoders(index, model)
     return PublishedPipeline(root, named[0], model, network.weights, info, encoders)
+
+
+def read_pipeline_encoders(root: Root) -> tuple[PipelineTextEncoder, ...]:
+    """The text encoders of a pipeline directory as its network reads them; hashes no weights. InputError."""
+    index = _json(root, INDEX)
+    component = "unet" if "unet" in index else "transformer"
+    config = _json(root, f"{component}/config.json")
+    class_name = str(config.get("_class_name"))
+    if class_name not in CLASSES:
+        raise refused(root, component, f"{class_name} is not one of {', '.join(CLASSES)}")
+    arguments = {k: v for k, v in config.items() if k[:1] != "_"}
+    encoders = _encoders(index, PublishedConfig.model_validate({"class": class_name, "config": arguments}))
+    if not encoders:
+        raise refused(root, f"{INDEX}: its text encoders", f"they are not those that a {class_name} reads")
+    return encoders
+
+
+def _zeros_for_empty(index: Mapping[str, Any]) -> bool:
+    return bool(index.get("force_zeros_for_empty_prompt", True))  # as its pipeline's default
 
 
 def codec_scale(codec: Mapping[str, Any], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -16,7 +16,7 @@ from typing import Any, Literal, NotRequired
 from pydantic import TypeAdapter, with_config
 from typing_extensions import TypedDict
 
-from pipeline.errors import ConfigError, InputError
+from pipeline.errors import ConfigError, InputError, argument_keys
 from pipeline.model import checkpoints
 from pipeline.model.checkpoints import CheckpointPlace, find_checkpoint
 from pipeline.model.config import InitConfig, ModelConfig
@@ -152,7 +152,8 @@ _HUB_LEFT = ("*.fp16.*", "*.non_ema.*", "*onnx*", "*flax*", "*openvino*")
 
 def read_init(init: InitConfig) -> InitialWeights:
     """What lies at `init.uri`; InputError when it is no model, an unpinned hub id, or has no safetensors weights."""
-    root, hub = _init_root(init)
+    with argument_keys("model.init"):
+        root, hub = weights_root(init.uri, init.revision, init.subfolder)
     component = init.subfolder or ""
     bare = f"{component}/config.json" if component else "config.json"
     if not is_pipeline_dir(root) and root.exists(bare) and not root.exists(MARKER):
@@ -172,35 +173,37 @@ def read_init(init: InitConfig) -> InitialWeights:
     return InitialWeights(stored.uri, stored.info.model, stored.digest(), stored.info, stored, hub)
 
 
-def _init_root(init: InitConfig) -> tuple[Root, bool]:
-    """Where the weights lie, and whether that is a copy of what a hub has."""
-    if "://" in init.uri or Path(init.uri).expanduser().exists() or not _HUB_ID.fullmatch(init.uri):
-        return Root(init.uri), False
-    remedy: dict[str, Any] = {"key": "model.init.uri", "value": init.uri}
-    if init.revision is None:
+def weights_root(uri: str, revision: str | None, subfolder: str | None = None) -> tuple[Root, bool]:
+    """Where a model's files lie, and whether that is a copy of what a hub has.
+
+    InputError, about `uri`, for a hub id that is not pinned or cannot be had.
+    """
+    if "://" in uri or Path(uri).expanduser().exists() or not _HUB_ID.fullmatch(uri):
+        return Root(uri), False
+    if revision is None:
         raise InputError(
             "There is no such directory, and a hub id without its revision may be other weights tomorrow",
-            rule="weights are a directory, a URI, or a hub id pinned by model.init.revision",
-            next_step="correct the path, or set model.init.revision=<commit or tag>",
-            **remedy,
+            key="uri",
+            value=uri,
+            rule="weights are a directory, a URI, or a hub id pinned by its revision",
+            next_step="correct the path, or set revision=<commit or tag> beside it",
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    within = [f"{init.subfolder}/{name}" for name in _HUB_FILES] if init.subfolder else None
+    within = [f"{subfolder}/{name}" for name in _HUB_FILES] if subfolder else None
     # Of a pipeline what its folders hold: single files beside them are the same weights in other layouts.
     patterns = within or ["*.json", "diffusion_pytorch_model*.safetensors", *(f"*/{name}" for name in _HUB_FILES)]
     try:
-        local = snapshot_download(
-            init.uri, revision=init.revision, allow_patterns=patterns, ignore_patterns=list(_HUB_LEFT)
-        )
+        local = snapshot_download(uri, revision=revision, allow_patterns=patterns, ignore_patterns=list(_HUB_LEFT))
         return Root(local), True
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"The hub does not give these weights: {type(error).__name__}: {str(error).splitlines()[0]}",
+            key="uri",
+            value=f"{uri} at revision {revision}",
             rule="a hub id must exist at its revision and be reachable or cached",
             next_step="check id, revision, network and HF_TOKEN, or download it and give the directory",
-            **remedy,
         ) from error
 
 

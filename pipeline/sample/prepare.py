@@ -42,6 +42,7 @@ class TextSpec:
 
     `masked`: padding is hidden from the model. `stored`: it learned from states as they are stored, rounded. `width`
     is that of one token's vector. `digest` covers every file that decides a number; `files` are each encoder's.
+    `zero_empty`: without a prompt the model reads zeros.
     """
 
     encoders: tuple[TextEncoderConfig, ...]
@@ -51,6 +52,7 @@ class TextSpec:
     width: int
     digest: str
     files: tuple[EncoderFiles, ...]
+    zero_empty: bool = False
 
 
 def text_of(model: StoredModel) -> TextSpec | None:
@@ -67,8 +69,9 @@ def text_of(model: StoredModel) -> TextSpec | None:
     if isinstance(place, PublishedPipeline):
         encoders = _of_pipeline(place)
         files = tuple(encoder_files(e) for e in encoders)
-        digest = _digest([f.fingerprint(e) for f, e in zip(files, encoders, strict=True)])
-        return TextSpec(encoders, arrangement, masked, False, info.text_dim, digest, files)
+        fingerprints: list[Any] = [f.fingerprint(e) for f, e in zip(files, encoders, strict=True)]
+        digest = _digest([*fingerprints, *(["zeros without a prompt"] if info.zero_empty_text else [])])
+        return TextSpec(encoders, arrangement, masked, False, info.text_dim, digest, files, info.zero_empty_text)
     if not info.texts:
         return None
     encoders, files, fingerprints = (), (), []
@@ -89,7 +92,7 @@ def text_of(model: StoredModel) -> TextSpec | None:
             )
         encoders, files = (*encoders, encoder), (*files, its_files)
     digest = _digest(fingerprints[0] if len(fingerprints) == 1 else fingerprints)
-    return TextSpec(encoders, arrangement, masked, True, info.text_dim, digest, files)
+    return TextSpec(encoders, arrangement, masked, True, info.text_dim, digest, files, info.zero_empty_text)
 
 
 def _of_pipeline(pipeline: PublishedPipeline) -> tuple[TextEncoderConfig, ...]:

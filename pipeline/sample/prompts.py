@@ -66,6 +66,9 @@ class PromptEmbedder:
                 values_NLD = np.where(mask_NL[:, :, None], values_NLD, np.float32(0))
             parts.append((values_NLD, mask_NL, pooled_NP))
         states_NLD, mask_NL, *pooled = arrange(spec.arrangement, parts, spec.width)
+        if spec.zero_empty:
+            for values in (states_NLD, *pooled):
+                values[[not prompt for prompt in prompts]] = 0
         return [
             Embedding(states_NLD[i], mask_NL[i] if spec.masked else None, pooled[0][i] if pooled else None)
             for i in range(len(prompts))

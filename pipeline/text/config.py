@@ -67,11 +67,23 @@ class EmbedConfig(StrictModel):
     row_group_bytes: int = Field(4 << 20, ge=1024, le=1 << 30, description="Embedding bytes of a row group.")
 
 
+class PipelineConfig(StrictModel):
+    """Where a pipeline lies whose text encoders are used."""
+
+    uri: str = Field(..., min_length=1, description="A local pipeline directory, or a hub id with its revision.")
+    revision: str | None = Field(None, description="Commit or tag that pins a hub id.")
+
+
 class EmbedTextJobConfig(StrictModel):
     """Everything the embed_text job reads."""
 
     data: DatasetConfig = Field(..., description="The latent dataset whose captions are embedded.")
-    encoders: tuple[TextEncoderConfig, ...] = Field(..., min_length=1, description="The encoders, side by side.")
+    encoders: tuple[TextEncoderConfig, ...] = Field(
+        (), description="The encoders, side by side; none: those of `pipeline`."
+    )
+    pipeline: PipelineConfig | None = Field(
+        None, description="A diffusers pipeline: its text encoders, as its network reads them."
+    )
     output: TextOutputConfig = Field(TextOutputConfig(), description="Where embeddings go.")
     embed: EmbedConfig = Field(EmbedConfig(), description="How the work is cut.")
     device: Literal["auto", "cpu", "cuda"] = Field(
@@ -84,6 +96,8 @@ class EmbedTextJobConfig(StrictModel):
 
     @model_validator(mode="after")
     def _names_differ(self) -> EmbedTextJobConfig:
+        if bool(self.encoders) == bool(self.pipeline):
+            raise ValueError("name either encoders or a pipeline that has them")
         names = [e.name for e in self.encoders]
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:

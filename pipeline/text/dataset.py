@@ -174,10 +174,16 @@ def arrange(arrangement: str, parts: Sequence[Encoding], width: int) -> tuple[np
 
 
 class ArrangedText:
-    """The embeddings of several encoders as the one text of a model of `width`; see `stream.data.TextRows`."""
+    """The embeddings of several encoders as the one text of a model of `width`; see `stream.data.TextRows`.
 
-    def __init__(self, parts: Sequence[TextEmbeddings], arrangement: str, width: int) -> None:
+    zero_empty: the empty prompt, which is that of rows without a caption, too, is zeros.
+    """
+
+    def __init__(
+        self, parts: Sequence[TextEmbeddings], arrangement: str, width: int, *, zero_empty: bool = False
+    ) -> None:
         self.parts, self._arrangement, self._width = tuple(parts), arrangement, width
+        self._zero_empty = zero_empty
 
     @property
     def digest(self) -> str:
@@ -192,7 +198,12 @@ class ArrangedText:
     def lookup_stored(self, captions: Sequence[str | None]) -> tuple[npt.NDArray[Any], ...]:
         """The text of n captions as `arrange` gives it, as stored."""
         parts = [part.lookup_all(captions) for part in self.parts]
-        return arrange(self._arrangement, parts, self._width)
+        states_NLD, mask_NL, *pooled = arrange(self._arrangement, parts, self._width)
+        if self._zero_empty:
+            empty = np.array([not caption for caption in captions])
+            for values in (states_NLD, *pooled):
+                values[empty] = 0
+        return states_NLD, mask_NL, *pooled
 
 
 class TextEmbeddings:

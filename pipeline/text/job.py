@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -23,6 +23,8 @@ import pyarrow as pa
 
 from pipeline.dataflow.cluster import own_device, reserved_function, reserved_gpu
 from pipeline.errors import InputError, argument_keys
+from pipeline.model.info import read_pipeline_encoders
+from pipeline.model.read import weights_root
 from pipeline.progress import Progress
 from pipeline.result import JobResult
 from pipeline.runs.session import Run, open_run
@@ -35,7 +37,7 @@ from pipeline.store.plan import PlannedEntry, append_version, read_entries, read
 from pipeline.store.read.dataset import Dataset, LatentDataset
 from pipeline.store.schema import ADDRESS, pack_latents
 from pipeline.store.writer import Committer
-from pipeline.text.config import EmbedTextJobConfig, TextEncoderConfig
+from pipeline.text.config import EmbedTextJobConfig, PipelineConfig, TextEncoderConfig
 from pipeline.text.dataset import HashSet, in_units, new_captions, planned_hashes
 from pipeline.text.files import EncoderFiles, encoder_files
 
@@ -193,17 +195,21 @@ def dry_run(config: EmbedTextJobConfig) -> JobResult:
     """How many captions each encoder would embed, and the most their embeddings can take; writes nothing."""
     counts: dict[str, int] = {}
     figures: dict[str, float] = {}
+    outputs: dict[str, str] = {}
     for task in _check(config):
+        outputs[task.encoder.name] = task.root.uri
         known = HashSet(planned_hashes(read_plan(task.root)))
         gaps = read_state(task.root).gaps().count()
         todo = gaps + sum(1 for _ in new_captions(task.latents, known))
         counts[f"{task.encoder.name}.new"] = todo
         figures[f"{task.encoder.name}.bytes_at_most"] = 2.0 * todo * task.files.max_length * task.files.width
-    return JobResult("dry-run", counts, {e.name: config.uri_of(e) for e in config.encoders}, None, {}, figures)
+    return JobResult("dry-run", counts, outputs, None, {}, figures)
 
 
 def _check(config: EmbedTextJobConfig) -> list[_Task]:
     """Everything that can be wrong before anything is written."""
+    if config.pipeline is not None:
+        config = config.model_copy(update={"encoders": _encoders_of(config.pipeline), "pipeline": None})
     latents = LatentDataset.open(config.data.uri, "data.uri")
     tasks = [_Task(config, e, encoder_files(e), Root(config.uri_of(e)), latents) for e in config.encoders]
     for task in tasks:
@@ -211,6 +217,15 @@ def _check(config: EmbedTextJobConfig) -> list[_Task]:
             with argument_keys({"root": "output.uri"}):
                 check_same(task.root, read_identity(task.root), task.identity())
     return tasks
+
+
+def _encoders_of(pipeline: PipelineConfig) -> tuple[TextEncoderConfig, ...]:
+    with argument_keys({"uri": "pipeline.uri"}):
+        root, _ = weights_root(pipeline.uri, pipeline.revision)
+        encoders = read_pipeline_encoders(root)
+    # A hub id stays one: every node has a copy of its own.
+    path = pipeline.uri if pipeline.revision is not None else str(root.local_path() or root.uri)
+    return tuple(TextEncoderConfig(path=path, revision=pipeline.revision, **asdict(encoder)) for encoder in encoders)
 
 
 def _embed_one(task: _Task) -> JobResult:

@@ -163,6 +163,7 @@ class Facts:
     init: dict[str, Any] | None = None  # see `Start.init`
     scale: dict[str, list[float]] | None = None  # see `scale_of`
     license: str | None = None  # of the weights that it starts from
+    zero_empty_text: bool = False  # see `ModelInfo`
     shift_by_size: dict[str, Any] | None = None  # the fields of a `SizeShift`, of the weights that it starts from
     lora: dict[str, Any] | None = None  # the fields of a `Lora`; None where all weights are trained
 
@@ -276,6 +277,7 @@ def handshake(start: Start, dataset: LatentDataset, *mix: LatentDataset, pins: P
         init=start.init,
         scale=scale_of(start, dataset),
         license=license_of(start),
+        zero_empty_text=info is not None and info.zero_empty_text,
         shift_by_size=None if start.shift_by_size is None else asdict(start.shift_by_size),
     )
     _check_model(config, facts, " and ".join(each.uri for each in datasets.values()))

@@ -389,6 +389,7 @@ def export_info(
         combinations=learned,
         license=config.export.license or facts.license or "unknown",
         texts=tuple(TextReference(**{k: text[k] for k in _TEXT}) for text in facts.texts),
+        zero_empty_text=facts.zero_empty_text,
         init=None if facts.init is None else InitReference(**facts.init),
         lora=None if facts.lora is None else Lora(**{**facts.lora, "targets": tuple(facts.lora["targets"])}),
     )

@@ -46,10 +46,11 @@ class Served:
         return None if self.share == 1.0 else self.latents.uri
 
 
-def open_served(config: TrainJobConfig, pins: Pins | None = None) -> tuple[Served, ...]:
+def open_served(config: TrainJobConfig, pins: Pins | None = None, *, zero_empty: bool = False) -> tuple[Served, ...]:
     """The datasets of the run, the first one first, with the embeddings to learn from.
 
-    pins: where the states are kept that it began with; without them, what is visible now.
+    pins: where the states are kept that it began with; without them, what is visible now. zero_empty: see
+    `ArrangedText`.
     """
     parts = config.data.parts
     weights = [part.weight for part in parts.values()]
@@ -62,7 +63,8 @@ def open_served(config: TrainJobConfig, pins: Pins | None = None) -> tuple[Serve
             texts = [TextEmbeddings.open(u, cache_bytes=memory, key=f"{key}.text", pins=pins) for u in part.text]
             text = texts[0]
             if isinstance(config.model, PublishedConfig):
-                text = ArrangedText(texts, config.model.arrangement, config.model.text_dim or 0)
+                network = config.model
+                text = ArrangedText(texts, network.arrangement, network.text_dim or 0, zero_empty=zero_empty)
         served.append(Served(LatentDataset.open(part.uri, f"{key}.uri", pins), part.weight, share, text))
     return tuple(served)
 

@@ -44,7 +44,6 @@ _ABSENT: dict[str, dict[str, Any]] = {
     "StableDiffusionXLPipeline": {
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
-        "force_zeros_for_empty_prompt": False,  # without a prompt a model saw the empty one
     },
     "StableDiffusion3Pipeline": {"feature_extractor": [None, None], "image_encoder": [None, None]},
     "FluxPipeline": {"feature_extractor": [None, None], "image_encoder": [None, None]},
@@ -101,6 +100,8 @@ def write_around(
         raise InputError("The codec is none of diffusers", key="codec.kind", value=codec.kind)
     vae = write_scaled(codec.path, codec.revision, info.latent_mean, info.latent_std, folder / "vae")
     index["vae"] = ["diffusers", vae]
+    if form.name == "StableDiffusionXLPipeline":
+        index["force_zeros_for_empty_prompt"] = info.zero_empty_text
     for at, reference in enumerate(info.texts):
         number = "" if at == 0 else f"_{at + 1}"
         encoder = TextEncoderConfig.model_validate(reference.encoder, strict=False)

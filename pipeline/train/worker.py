@@ -281,8 +281,8 @@ def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
     torch.set_num_threads(max(1, int(config.train.num_cpus)))
     set_matmul_precision(place.device, config.train.tf32)
     root = Root(config.output.uri)
-    served = open_served(config, pins_of(root, place.inputs))
     facts = place.facts
+    served = open_served(config, pins_of(root, place.inputs), zero_empty=facts.zero_empty_text)
     for part, expected in zip(served, facts.layouts, strict=True):
         # This rank must see the rows that the driver saw: else ranks would be in different orders.
         if part.latents.layout_digest != expected:

@@ -142,7 +142,6 @@ def make_sdxl_pipeline(folder: Path) -> Any:
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
             timestep_spacing="trailing",
         ),
-        force_zeros_for_empty_prompt=False,
     )  # fmt: skip
     pipe.save_pretrained(folder / "pipe", safe_serialization=True)
     return pipe
