@@ -244,7 +244,7 @@ def _last_words(job: Job, config: Any, result: JobResult) -> str:
     """For a person: what came out, where it lies, how to look at the run, and what usually comes next."""
     counts = ", ".join(f"{value:,} {name}" for name, value in result.counts.items() if value and "." not in name)
     lines = [f"\n{job.name}: {result.status}" + (f": {counts}" if counts else "")]
-    lines += [f"  {name:<10}{uri}" for name, uri in result.outputs.items()]
+    lines += [f"  {name:<9} {uri}" for name, uri in result.outputs.items()]
     tracking = getattr(config, "tracking", None)
     if result.run_id and tracking is not None:
         shown = mlflow_ui_command(resolve_paths(tracking).uri)

@@ -5,12 +5,17 @@ forward(x_BCHW, t_B, labels_B=None, text_BLD=None, text_mask_BL=None) -> predict
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from pipeline.config import need_package
 from pipeline.errors import ConfigError, InputError
 from pipeline.model import adapters
+from pipeline.model.adapters import DiffusersAdapter
 from pipeline.model.config import (
     DiTConfig,
     DiTTransformer2DConfig,
@@ -23,6 +28,10 @@ from pipeline.model.config import (
     kinds_for,
 )
 from pipeline.model.dit import DiT
+
+if TYPE_CHECKING:
+    from pipeline.model.config import ModelConfig
+    from pipeline.model.info import Lora
 
 
 def build_model(
@@ -95,3 +104,107 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 def num_parameters(model: nn.Module) -> int:
     """Number of trained values."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+# -- Low-rank adapters (Hu et al. 2021) through peft: put into a network, as diffusers loads them, merged ------
+
+# The projections of attention, as diffusers and the reference DiT call them.
+_USUAL = ("to_q", "to_k", "to_v", "to_out.0")
+_OF_DIT = ("qkv", "query", "key_value", "out")
+
+
+def targets_of(network: nn.Module, asked: Iterable[str]) -> tuple[str, ...]:
+    """The layers that get adapters, by the ends of their names; ConfigError for one that no layer has."""
+    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+
+    def held(target: str) -> bool:
+        return any(name == target or name.endswith(f".{target}") for name in layers)
+
+    usual = tuple(filter(held, _OF_DIT if isinstance(network, DiT) else _USUAL))
+    targets = tuple(asked) or usual or _USUAL
+    for target in targets:
+        if not held(target):
+            ends = sorted({name.rpartition(".")[2] for name in layers if not name.rpartition(".")[2].isdigit()})
+            raise ConfigError(
+                "No layer of the network has this name",
+                key="lora.targets",
+                value=target,
+                rule=f"a target is the end of a layer's name: {', '.join(ends[:20])}",
+                next_step="name layers of this network, or leave lora.targets out for the projections of attention",
+            )
+    return targets
+
+
+def targets_in(
+    model: ModelConfig,
+    asked: Iterable[str],
+    *,
+    latent_channels: int,
+    num_classes: int | None,
+    text_dim: int | None,
+) -> tuple[str, ...]:
+    """`targets_of` the network that `build_model` would make of these, without making it."""
+    need_package("peft", "lora")
+    with torch.device("meta"):
+        network = build_model(model, latent_channels=latent_channels, num_classes=num_classes, text_dim=text_dim)
+    return targets_of(network, asked)
+
+
+def add_adapters(network: nn.Module, lora: Lora) -> None:
+    """Freeze a network and put adapters into it, their first values from torch's global generator."""
+    import peft
+
+    network.requires_grad_(False)
+    held = network.inner if isinstance(network, DiffusersAdapter) else network
+    settings = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets))
+    peft.inject_adapter_in_model(settings, held)
+
+
+def adapters_of(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a trained network's tensors that are adapters, under the names of the layers that they add to."""
+    adapters = {name: value for name, value in weights.items() if ".lora_A." in name or ".lora_B." in name}
+    return {name.removeprefix("inner.").replace(".default.", "."): value for name, value in adapters.items()}
+
+
+def to_file(adapters: Mapping[str, Tensor], component: str, lora: Lora) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a file that diffusers' `load_lora_weights` reads, out of `adapters_of`.
+
+    component: the network's name in a pipeline (unet, transformer); the metadata tell rank, alpha and targets.
+    """
+    about = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": list(lora.targets), "peft_type": "LORA"}
+    metadata = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps({f"{component}.{k}": v for k, v in about.items()}),
+    }
+    names = {name: name.removeprefix("inner.").replace(".default.", ".") for name in adapters}
+    return {f"{component}.{names[name]}": value.contiguous() for name, value in adapters.items()}, metadata
+
+
+def merge(network: nn.Module, adapters: Mapping[str, Tensor], lora: Lora, *, uri: str) -> None:
+    """Add adapters, named as `adapters_of` names them, to a network's own weights, in float32.
+
+    InputError when they are of another network.
+    """
+    held: Any = network.inner if isinstance(network, DiffusersAdapter) else network
+    layers = dict(held.named_modules())
+    names = {name.rpartition(".lora_")[0] for name in adapters}
+    for name in sorted(names):
+        down, up = (adapters.get(f"{name}.lora_{half}.weight") for half in ("A", "B"))
+        layer = layers.get(name)
+        if down is None or up is None or not isinstance(layer, nn.Linear | nn.Conv2d):
+            raise _unfit(uri, f"{name} is no layer of the network, or lacks one of its two matrices")
+        product = up.float().flatten(1) @ down.float().flatten(1)
+        if product.numel() != layer.weight.numel():
+            raise _unfit(uri, f"{name}: {list(product.shape)} do not add to {list(layer.weight.shape)}")
+        with torch.no_grad():
+            layer.weight += (lora.alpha / lora.rank) * product.reshape(layer.weight.shape)
+
+
+def _unfit(uri: str, why: str) -> InputError:
+    return InputError(
+        f"The adapters do not fit their network: {why}",
+        key="model.uri",
+        value=uri,
+        rule="adapters belong to the network that they were trained in",
+        next_step="restore the export, or train it again",
+    )

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConflictError, InputError
 from pipeline.model.adapters import DiffusersAdapter
-from pipeline.model.build import build_model
+from pipeline.model.build import adapters_of, build_model, merge
 from pipeline.model.checkpoints import CheckpointPlace, fetch_checked
 from pipeline.model.config import InitConfig, ModelConfig
 from pipeline.model.info import ModelInfo, PublishedPipeline
-from pipeline.model.lora import adapters_of, merge
 from pipeline.model.read import DAMAGED, MARKER, RAW, InitialWeights, StoredModel, read_init, read_model
 from pipeline.storage.errors import unreadable
 from pipeline.storage.root import Root

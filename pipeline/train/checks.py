@@ -287,7 +287,7 @@ def handshake(start: Start, dataset: LatentDataset, *mix: LatentDataset, pins: P
         sizes: Any = {"latent_channels": facts.latent_channels, "num_classes": num_classes, "text_dim": text_dim}
         check_start(network, start.weights, **sizes)
         if config.lora is not None:
-            from pipeline.model.lora import targets_in
+            from pipeline.model.build import targets_in
 
             chosen = targets_in(network, config.lora.targets, **sizes)
             rank = config.lora.rank

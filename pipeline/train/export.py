@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from pipeline.diffusion.timesteps import TimestepDensity
 from pipeline.errors import ConflictError, InputError
 from pipeline.model.adapters import DiffusersAdapter
-from pipeline.model.build import build_model
+from pipeline.model.build import adapters_of, build_model, merge, to_file
 from pipeline.model.config import InstalledConfig
 from pipeline.model.info import CodecReference, DatasetShare, InitReference, Lora, ModelInfo, SizeShift, TextReference
 from pipeline.model.load import file_sha256, fill
-from pipeline.model.lora import adapters_of, merge, to_file
 from pipeline.model.read import (
     ADAPTERS_KEY,
     CARD_KEY,

@@ -20,10 +20,9 @@ import torch
 
 from pipeline.diffusion.draw import Solving
 from pipeline.errors import ConflictError
-from pipeline.model.build import build_model, repeated_blocks
+from pipeline.model.build import add_adapters, build_model, repeated_blocks
 from pipeline.model.info import Lora
 from pipeline.model.load import fill
-from pipeline.model.lora import add_adapters
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import is_superseded
 from pipeline.store.read.row_groups import reading_table

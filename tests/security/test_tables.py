@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.encode.stages import BLOCK_BYTES, UnitReader
 from pipeline.source.config import ParquetSource
-from pipeline.source.reading.fields import MAX_STORED_BYTES
+from pipeline.source.reading.rows import MAX_STORED_BYTES
 from pipeline.storage.root import Root
 from pipeline.store.plan import PlannedEntry, Work
 

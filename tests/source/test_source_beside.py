@@ -16,9 +16,8 @@ from test_source_fuzz import mutate
 
 from pipeline.errors import InputError
 from pipeline.source.config import FolderSource
-from pipeline.source.reading.fields import MAX_STORED_BYTES
 from pipeline.source.reading.listing import list_entries, read_unit
-from pipeline.source.reading.rows import SourceRow
+from pipeline.source.reading.rows import MAX_STORED_BYTES, SourceRow
 
 JPEG = encode(gradient(), "JPEG")
 

@@ -25,9 +25,8 @@ from pipeline.source.config import FolderSource, ParquetSource, WebDatasetSource
 from pipeline.source.pixels.child_process import Child, Pool
 from pipeline.source.reading import parquet_child as table_child
 from pipeline.source.reading import webdataset
-from pipeline.source.reading.fields import MAX_STORED_BYTES
 from pipeline.source.reading.listing import list_entries, read_unit
-from pipeline.source.reading.rows import EndOfUnit
+from pipeline.source.reading.rows import MAX_STORED_BYTES, EndOfUnit
 from pipeline.source.reading.tar import Archive, TarError
 from pipeline.source.reasons import Reason
 

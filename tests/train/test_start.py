@@ -108,7 +108,10 @@ def test_a_checkpoint_and_each_of_its_averages_can_be_started_from(first: TrainJ
     ("changes", "message"),
     [
         ({"model": {**SMALL, "depth": 3}}, r"another network[\s\S]*depth: 2 there, 3 in model[\s\S]*model\.depth"),
-        ({"model": {"init": {"uri": "nobody/here"}}}, r"hub id without its revision[\s\S]*model\.init\.uri[\s\S]*revision="),
+        (
+            {"model": {"init": {"uri": "nobody/here"}}},
+            r"hub id without its revision[\s\S]*init\.uri[\s\S]*revision=",
+        ),
         ({"model": {"init": {"uri": "/nobody/here"}}}, r"no readable model at /nobody/here[\s\S]*model\.init\.uri"),
     ],
 )

@@ -27,20 +27,26 @@ from typing import Any
 
 from pipeline.errors import InputError
 from pipeline.source.config import FolderSource, ParquetSource, WebDatasetSource
-from pipeline.source.reading.fields import (
+from pipeline.source.reading.filters import Cell, filter_columns, keeps
+from pipeline.source.reading.parquet import table_rows
+from pipeline.source.reading.parquet_file import TableError
+from pipeline.source.reading.rows import (
     FAILED_STATUSES,
     MAX_STORED_BYTES,
     MAX_TEXT_BYTES,
+    Entry,
+    Failure,
+    Ranges,
+    SourceRow,
     canonical,
+    fetch,
+    is_hidden,
+    map_ahead,
     parse_caption,
     parse_label,
     parse_object,
     pick_extra,
 )
-from pipeline.source.reading.filters import Cell, filter_columns, keeps
-from pipeline.source.reading.parquet import table_rows
-from pipeline.source.reading.parquet_file import TableError
-from pipeline.source.reading.rows import Entry, Failure, Ranges, SourceRow, fetch, is_hidden, map_ahead
 from pipeline.source.reasons import Reason
 from pipeline.storage.errors import ObjectChanged
 from pipeline.storage.root import ObjectInfo, Root, check_key

@@ -18,17 +18,18 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import InputError, PipelineError
 from pipeline.source.config import ParquetSource
-from pipeline.source.reading.fields import (
+from pipeline.source.reading.filters import filter_columns, to_arrow
+from pipeline.source.reading.rows import (
     FAILED_STATUSES,
     MAX_STORED_BYTES,
+    Ranges,
+    SourceRow,
     canonical,
     orientation_of,
     parse_caption,
     parse_label,
     pick_extra,
 )
-from pipeline.source.reading.filters import filter_columns, to_arrow
-from pipeline.source.reading.rows import Ranges, SourceRow
 from pipeline.source.reasons import Reason
 from pipeline.storage.stores import RangedFile
 

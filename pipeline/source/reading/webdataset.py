@@ -17,19 +17,25 @@ from typing import Any, BinaryIO
 
 from pipeline.errors import PipelineError
 from pipeline.source.config import WebDatasetSource
-from pipeline.source.reading.fields import (
+from pipeline.source.reading.filters import keeps
+from pipeline.source.reading.rows import (
     FAILED_STATUSES,
     MAX_STORED_BYTES,
     MAX_TEXT_BYTES,
+    EndOfUnit,
+    Entry,
+    Failure,
+    Ranges,
+    SourceRow,
     canonical,
+    failure_of,
+    open_file,
     orientation_of,
     parse_caption,
     parse_label,
     parse_object,
     pick_extra,
 )
-from pipeline.source.reading.filters import keeps
-from pipeline.source.reading.rows import EndOfUnit, Entry, Failure, Ranges, SourceRow, failure_of, open_file
 from pipeline.source.reading.tar import Archive, LinkError, Member, TarError
 from pipeline.source.reasons import Reason
 from pipeline.storage.errors import ObjectChanged
