@@ -29,6 +29,7 @@ BASES = {
     "cluster/encode_gpu": ("encode", "encode/sd15_512"),
     "cluster/encode_cpu_decode": ("encode", "encode/sd15_512"),
     "cluster/train_8gpu": ("train", "train/dit_b2_512"),
+    "train/lora": ("train", "train/finetune"),
 }
 FOLDERS = {"encode": "encode", "train": "train", "sample": "sample", "text": "embed_text"}
 # Jobs that the quickstart does not run, and a configuration to ask for their flags with.

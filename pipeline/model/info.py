@@ -281,6 +281,8 @@ def read_pipeline_dir(root: Root) -> PublishedPipeline:
     if size := model.arguments.get("sample_size"):
         height, width = size if isinstance(size, list) else (size, size)
         buckets = (f"{height * factor}x{width * factor}",)
+    # True is what its pipeline takes where the index does not say.
+    zeros = model.arrangement == "sdxl" and index.get("force_zeros_for_empty_prompt", True)
     info = {
         "model": {"kind": "diffusers", "class": model.class_name, "config": model.arguments},
         "objective": objective,
@@ -301,7 +303,7 @@ def read_pipeline_dir(root: Root) -> PublishedPipeline:
         **({} if by_size is None else {"shift_by_size": by_size}),
         "always_labelled": always_labelled,
         "guidable": not always_labelled,
-        **({"zero_empty_text": True} if model.arrangement == "sdxl" and _zeros_for_empty(index) else {}),
+        **({"zero_empty_text": True} if zeros else {}),
         "weights_sha256": ",".join(network.weights.values()),
     }
     encoders = _encoders(index, model)
@@ -321,10 +323,6 @@ def read_pipeline_encoders(root: Root) -> tuple[PipelineTextEncoder, ...]:
     if not encoders:
         raise refused(root, f"{INDEX}: its text encoders", f"they are not those that a {class_name} reads")
     return encoders
-
-
-def _zeros_for_empty(index: Mapping[str, Any]) -> bool:
-    return bool(index.get("force_zeros_for_empty_prompt", True))  # as its pipeline's default
 
 
 def codec_scale(codec: Mapping[str, Any], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -237,25 +237,13 @@ def handshake(start: Start, dataset: LatentDataset, *mix: LatentDataset, pins: P
     check_mixture(config, datasets)
     check_batches(config, datasets)
     num_classes, codec = common_classes(config, datasets), locate_codec(config.codec, dataset.codec)
-    check_text_uris(config)
-    texts = {
-        key: tuple(text_facts(uri, datasets[key], f"{key}.text", pins) for uri in part.text)
-        for key, part in config.data.parts.items()
-        if part.text
-    }
-    if texts:
-        check_same_encoders(texts)
-    its_texts = texts.get("data", ())
-    check_arrangement(config, its_texts)
+    its_texts = _texts_of(config, datasets, pins)
     check_start_fits(start, dataset, its_texts)
-    network = config.model
-    text_dim = int(its_texts[0]["width"]) if its_texts else None
-    if isinstance(network, PublishedConfig):
-        text_dim = network.text_dim if its_texts else None
+    network, text_dim = config.model, int(its_texts[0]["width"]) if its_texts else None
     info = None if start.weights is None else start.weights.info
-    theirs = (
-        network.num_classes if isinstance(network, PublishedConfig) else None if info is None else info.num_classes
-    )
+    theirs = None if info is None else info.num_classes
+    if isinstance(network, PublishedConfig):
+        theirs, text_dim = network.num_classes, network.text_dim if its_texts else None
     num_classes = _all_classes(config, num_classes, theirs)
     # All buckets, those of which most rows are served first, then by name.
     shares: Counter[str] = Counter()
@@ -282,16 +270,7 @@ def handshake(start: Start, dataset: LatentDataset, *mix: LatentDataset, pins: P
     )
     _check_model(config, facts, " and ".join(each.uri for each in datasets.values()))
     if start.weights is not None:
-        from pipeline.model.load import check_start  # torch, which most runs' drivers do without
-
-        sizes: Any = {"latent_channels": facts.latent_channels, "num_classes": num_classes, "text_dim": text_dim}
-        check_start(network, start.weights, **sizes)
-        if config.lora is not None:
-            from pipeline.model.build import targets_in
-
-            chosen = targets_in(network, config.lora.targets, **sizes)
-            rank = config.lora.rank
-            facts = replace(facts, lora={"rank": rank, "alpha": config.lora.alpha or rank, "targets": list(chosen)})
+        facts = _with_weights(start, facts)
     if config.grid.every_images is not None:
         if facts.codec is None:
             raise ConfigError(
@@ -302,6 +281,35 @@ def handshake(start: Start, dataset: LatentDataset, *mix: LatentDataset, pins: P
             )
         _check_grid(config, facts)
     return facts
+
+
+def _with_weights(start: Start, facts: Facts) -> Facts:
+    """The facts, adapters included, where the weights to start from fit the network by every name and shape."""
+    from pipeline.model.build import targets_in  # torch, which most runs' drivers do without
+    from pipeline.model.load import check_start
+
+    config, weights = start.config, start.weights
+    assert weights is not None
+    sizes = {name: getattr(facts, name) for name in ("latent_channels", "num_classes", "text_dim")}
+    check_start(config.model, weights, **sizes)
+    if config.lora is None:
+        return facts
+    chosen, rank = targets_in(config.model, config.lora.targets, **sizes), config.lora.rank
+    return replace(facts, lora={"rank": rank, "alpha": config.lora.alpha or rank, "targets": list(chosen)})
+
+
+def _texts_of(config: TrainJobConfig, datasets: Datasets, pins: Pins | None) -> tuple[dict[str, Any], ...]:
+    """The `text_facts` of the first dataset's embeddings, when those of all were made alike and can be read."""
+    check_text_uris(config)
+    texts = {
+        key: tuple(text_facts(uri, datasets[key], f"{key}.text", pins) for uri in part.text)
+        for key, part in config.data.parts.items()
+        if part.text
+    }
+    if texts:
+        check_same_encoders(texts)
+    check_arrangement(config, texts.get("data", ()))
+    return texts.get("data", ())
 
 
 def trained_combinations(config: TrainJobConfig, facts: Facts) -> tuple[Combination, ...]:

@@ -21,7 +21,7 @@ from pipeline.errors import InputError
 from pipeline.model.config import DiTTransformer2DConfig, PublishedConfig, UNet2DConditionConfig
 from pipeline.model.info import INDEX, ModelInfo, SizeShift
 from pipeline.text.config import TextEncoderConfig
-from pipeline.text.files import EncoderFiles, encoder_files
+from pipeline.text.files import encoder_files
 
 # diffusers class of the network -> pipeline class, the denoiser's folder in it
 _PIPELINES = {
@@ -107,10 +107,18 @@ def write_around(
         encoder = TextEncoderConfig.model_validate(reference.encoder, strict=False)
         files = encoder_files(encoder)
         index[f"text_encoder{number}"] = ["transformers", files.class_name]
-        index[f"tokenizer{number}"] = ["transformers", _tokenizer_class(files)]
+        settings = files.tokenizer_dir / "tokenizer_config.json"
+        its_class = json.loads(settings.read_text()).get("tokenizer_class") if settings.is_file() else None
+        index[f"tokenizer{number}"] = ["transformers", str(its_class or "AutoTokenizer")]
         if copy_text:
+            # The very files that were hashed, and the configuration that they were loaded with.
             files.check()
-            _copy(files, folder, number)
+            for name, path in files.paths().items():
+                part, _, rest = name.partition("/")
+                target = folder / f"{'text_encoder' if part == 'model' else 'tokenizer'}{number}"
+                target.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target / rest)
+            (folder / f"text_encoder{number}" / "config.json").write_text(files.model_config())
     if form.name == "StableDiffusion3Pipeline" and len(info.texts) == 2:
         index |= {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
     write_json(folder / INDEX, index)
@@ -156,19 +164,3 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write values where nothing was, folders included."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-
-
-def _tokenizer_class(files: EncoderFiles) -> str:
-    settings = files.tokenizer_dir / "tokenizer_config.json"
-    named = json.loads(settings.read_text()).get("tokenizer_class") if settings.is_file() else None
-    return str(named or "AutoTokenizer")
-
-
-def _copy(files: EncoderFiles, folder: Path, number: str) -> None:
-    """The very files that were hashed, and the configuration that they were loaded with."""
-    for name, path in files.paths().items():
-        part, _, rest = name.partition("/")
-        target = folder / f"{'text_encoder' if part == 'model' else 'tokenizer'}{number}"
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target / rest)
-    (folder / f"text_encoder{number}" / "config.json").write_text(files.model_config())
