@@ -70,6 +70,11 @@ class InitConfig(StrictModel):
     ema: str | None = Field(
         None, description="Which average of a checkpoint's; raw: the weights as trained. null: its first."
     )
+    absent: Literal["refused", "random"] = Field(
+        "refused",
+        description="random: begin with random weights as long as the registry has no such model, as on the first "
+        "night of a chain that goes on from models:/NAME@latest.",
+    )
     codec: Literal["same", "any"] = Field(
         "same",
         description="same: the latents are of the codec that these weights learned with; any: of one that gives the "

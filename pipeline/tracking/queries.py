@@ -156,8 +156,15 @@ class ModelVersion:
     tags: dict[str, str]
 
 
+class NotRegisteredError(InputError):
+    """The registry answers, and has no such model."""
+
+
 def resolve(reference: str, tracking_uri: str) -> ModelVersion:
-    """The version that `models:/NAME@ALIAS`, `models:/NAME/3` or `models:/NAME@latest` means now; InputError."""
+    """The version that `models:/NAME@ALIAS`, `models:/NAME/3` or `models:/NAME@latest` means now.
+
+    NotRegisteredError when the registry has none, InputError when it cannot be asked.
+    """
     parsed = _REFERENCE.fullmatch(reference)
     if parsed is None:
         raise InputError(
@@ -176,7 +183,7 @@ def resolve(reference: str, tracking_uri: str) -> ModelVersion:
             chosen = [v for v in versions if wanted in v.aliases or wanted == str(v.version)]
     if not chosen:
         known = sorted({alias for v in versions for alias in v.aliases} | {str(v.version) for v in versions})
-        raise InputError(
+        raise NotRegisteredError(
             f"The registry has no {reference}",
             key="model.uri",
             value=reference,

@@ -332,6 +332,8 @@ class TrainJobConfig(StrictModel):
                 raise ValueError(f"grid.sampler.name: {error}") from None
         if self.lora is not None and self.model.init is None:
             raise ValueError("lora trains adapters to weights that there are: it needs model.init")
+        if self.lora is not None and self.model.init is not None and self.model.init.absent == "random":
+            raise ValueError("lora trains adapters to weights that there are: set model.init.absent=refused")
         uneven = [n for n in self.train.world_sizes if self.stream.lanes % n]
         if uneven:
             raise ValueError(

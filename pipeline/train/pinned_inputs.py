@@ -80,7 +80,7 @@ def look(config: TrainJobConfig, root: Root) -> Begun:
             if state is not None:
                 _compare(key, Root(uri), state)
     # An alias may mean other weights by now: the run goes on with those that it began with.
-    start = start_of(config, (complete[-1].meta.get("model") or {}).get("init") if complete else None)
+    start = start_of(config, ((complete[-1].meta.get("model") or {}).get("init") or {}) if complete else None)
     return replace(_open(start, root, name), checkpoints=tuple(c.name for c in complete))
 
 

@@ -6,6 +6,7 @@ their latents. What must stay as they learned it is compared with the data befor
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 from pipeline.codec.info import codec_info
 from pipeline.diffusion.config import TimestepConfig
-from pipeline.errors import ConfigError, ConflictError, PipelineError, argument_keys
+from pipeline.errors import ConfigError, ConflictError, InputError, PipelineError, argument_keys
 from pipeline.model.config import NetworkConfig, PublishedConfig
 from pipeline.model.info import PublishedPipeline, SizeShift, codec_scale
 from pipeline.model.read import InitialWeights, StoredModel, read_init
@@ -24,9 +25,10 @@ from pipeline.text.config import TextEncoderConfig
 from pipeline.text.dataset import ARRANGEMENTS
 from pipeline.text.files import encoder_files
 from pipeline.tracking.config import REGISTERED, resolve_paths
-from pipeline.tracking.queries import resolve
+from pipeline.tracking.queries import NotRegisteredError, resolve
 from pipeline.train.config import TrainJobConfig
 
+_log = logging.getLogger(__name__)
 # What may differ between the network that weights are of and the one that is trained from them.
 _FREE = ("activation_checkpointing", "dropout", "distilled_guidance", "sample_size", "max_size")
 _NEXT = "start from weights of this network, or set model as they have it"
@@ -59,17 +61,28 @@ class Start:
 
 
 def start_of(config: TrainJobConfig, begun: Mapping[str, Any] | None = None) -> Start:
-    """The start of a run; begun: `Start.init` of the run that goes on, whose alias may mean other weights by now.
+    """The start of a run; begun: `Start.init` of the run that goes on, empty where that began with random weights.
 
-    InputError or ConfigError where there are no such weights, ConflictError where they are another network's.
+    What an alias means now is not asked of a run that goes on. InputError or ConfigError where there are no such
+    weights, ConflictError where they are another network's.
     """
     network, init = config.model, config.model.init
     if init is None:
         return Start(config)
+    place, named = init.uri, init.uri.startswith(REGISTERED)
+    if named and begun is not None:
+        if not begun:
+            return Start(config)
+        place = str(begun["uri"])
     try:
-        place = init.uri
-        if place.startswith(REGISTERED):
-            place = str(begun["uri"]) if begun else resolve(place, resolve_paths(config.tracking).uri).uri
+        if named and begun is None:
+            place = resolve(place, resolve_paths(config.tracking).uri).uri
+    except InputError as error:
+        if init.absent == "random" and isinstance(error, NotRegisteredError):
+            _log.warning("random weights: %s", error.what)
+            return Start(config)
+        raise error.but(key="model.init.uri") from None
+    try:
         weights = read_init(init.model_copy(update={"uri": place}))
     except PipelineError as error:
         keys = {"model.uri": "model.init.uri", "model.ema": "model.init.ema"}

@@ -14,6 +14,7 @@ from pipeline.config import validate
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.model.load import load_model
 from pipeline.model.read import read_model
+from pipeline.tracking.config import RegistryConfig
 from pipeline.train import job
 from pipeline.train.config import TrainJobConfig
 from tests.sample import pipelines
@@ -212,3 +213,43 @@ def test_weights_that_do_not_fit_and_lack_a_licence_are_refused(
     config_json.write_text(json.dumps(json.loads(config_json.read_text()) | {"_class_name": "EvilModel"}))
     with pytest.raises(InputError, match=r"EvilModel is not one of UNet2DModel"):
         job.dry_run(bare)
+
+
+def test_a_chain_begins_with_random_weights_and_goes_on_from_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = make_dataset(tmp_path / "latents")
+    tracking = {"enabled": True, "uri": f"sqlite:///{tmp_path}/mlflow.db", "journal_dir": str(tmp_path / "journal")}
+
+    def night(name: str, absent: str = "random") -> TrainJobConfig:
+        plain = job_config(tmp_path, uri).model_dump(mode="json", exclude_unset=True)
+        plain |= {"output": {"uri": str(tmp_path / name)}, "export": {"license": "other"}, "tracking": tracking}
+        plain |= {"registry": {"name": "chain"}}
+        plain["model"]["init"] = {"uri": "models:/chain@latest", "absent": absent}
+        plain["train"] |= {"images": 32}
+        return validate(TrainJobConfig, plain)
+
+    in_one_process(monkeypatch, tmp_path)
+    with pytest.raises(InputError, match=r"There is no tracking store"):  # which is no first night
+        job.dry_run(night("none"))
+    alone = night("alone")
+    network = alone.model.model_copy(update={"init": None})
+    job.run(alone.model_copy(update={"model": network, "registry": RegistryConfig()}))
+    with pytest.raises(InputError, match=r"The registry has no models:/chain@latest[\s\S]*model\.init\.uri"):
+        job.dry_run(night("none", "refused"))
+    first, second = night("first"), night("second")
+    job.run(first)
+    assert read_model(f"{first.output.uri}/model").info.init is None
+    job.run(second)
+    init = read_model(f"{second.output.uri}/model").info.init
+    assert init is not None
+    assert init.uri == read_model(f"{first.output.uri}/model").uri
+    assert init.run_id is not None
+    # The first night's run goes on as it began, though the registry has a model by now.
+    longer = first.model_copy(update={"train": first.train.model_copy(update={"images": 64})})
+    job.run(longer)
+    assert read_model(f"{first.output.uri}/model").info.init is None
+    # And the second's from what it began with, though that is no longer the newest.
+    longer = second.model_copy(update={"train": second.train.model_copy(update={"images": 64})})
+    job.run(longer)
+    assert read_model(f"{second.output.uri}/model").info.init == init
