@@ -91,7 +91,8 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     transformer = getattr(inner, "transformer_blocks", None)
     if isinstance(transformer, nn.ModuleList):
         # diffusers' DiT uses a layer of its first block once more at its end, when shards of that have gone again.
-        return list(transformer)[1 if isinstance(model, adapters.DiTTransformer2D) else 0 :]
+        first = 1 if type(inner).__name__ == "DiTTransformer2DModel" else 0
+        return [*transformer[first:], *getattr(inner, "single_transformer_blocks", ())]
     parts = [getattr(inner, name, None) for name in ("down_blocks", "mid_block", "up_blocks")]
     return [
         block

@@ -111,6 +111,14 @@ def start_of(config: TrainJobConfig, begun: Mapping[str, Any] | None = None) -> 
             changes["timesteps"] = (
                 TimestepConfig(shift=weights.info.sampling_shift) if flow else TimestepConfig(density="uniform")
             )
+    elif "objective" not in config.model_fields_set:
+        raise ConfigError(
+            f"The network at {weights.uri} does not say what it learned to predict",
+            key="objective.kind",
+            value=config.objective.kind,
+            rule="a network alone has no scheduler; a pipeline, an export or a checkpoint says it",
+            next_step="set objective (and timesteps) as it was trained, or start from its pipeline",
+        )
     by_size = weights.info.shift_by_size if weights.info and "timesteps" in changes else None
     return Start(config.model_copy(update=changes), weights, by_size)
 

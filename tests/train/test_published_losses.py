@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pipeline.diffusion.objectives import Objective
 from pipeline.diffusion.timesteps import TimestepDensity
-from pipeline.model.build import build_model
+from pipeline.model.build import build_model, repeated_blocks
 from pipeline.model.config import InitConfig, PublishedConfig
 from pipeline.model.load import check_start, fill
 from pipeline.model.read import read_init
@@ -192,6 +192,11 @@ def test_the_loss_is_that_of_diffusers(name: str, tmp_path: Path) -> None:
     check_start(described, start, **fit)
     model = build_model(described, **fit).eval()
     fill(model, start)
+    # What is sharded and compiled block by block is most of it, and each part once.
+    blocks = repeated_blocks(model)
+    assert len({id(block) for block in blocks}) == len(blocks) > 0
+    inside = sum(p.numel() for block in blocks for p in block.parameters())
+    assert inside > 0.3 * sum(p.numel() for p in model.parameters())
     rows = torch.Generator().manual_seed(5)
     x0, noise = (torch.randn(B, 4, SIDE, SIDE, generator=rows) for _ in range(2))
     t = torch.tensor([20, 500, 999]) / 1000

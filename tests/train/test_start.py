@@ -205,6 +205,10 @@ def test_weights_that_do_not_fit_and_lack_a_licence_are_refused(
     weights |= {"conv_in.bias": torch.zeros(3), "conv_out.bias": torch.zeros(7), "a.stranger": torch.zeros(1)}
     save_file(weights, network / "diffusion_pytorch_model.safetensors")
     bare = config_of(folder, latents, texts, {"model": {"init": {"uri": str(network)}}})
+    with pytest.raises(ConfigError, match=r"does not say what it learned to predict[\s\S]*objective\.kind"):
+        job.dry_run(bare)
+    plain = bare.model_dump(mode="json", exclude_unset=True) | {"objective": {"kind": "epsilon"}}
+    bare = validate(TrainJobConfig, plain)
     with pytest.raises(
         InputError, match=r"3 of \d+ tensors[\s\S]*a\.stranger: \[1\] there, none[\s\S]*conv_in\.bias"
     ):
