@@ -46,7 +46,7 @@ class TextReference:
 class SizeShift:
     """How the shift of the sampling times grows with the latent's size, in pixels h*w or in tokens.
 
-    sqrt: sqrt(pixels / base) times the shift (Esser et al. 2024, section 5.3.2). exponential: exp of the line through
+    sqrt: low times sqrt(pixels / base) (Esser et al. 2024, section 5.3.2). exponential: exp of the line through
     (base, low) and (most, high), as the schedulers of FLUX say it; `patch` latent pixels to a side make one token.
     """
 
@@ -57,10 +57,10 @@ class SizeShift:
     high: float = 0.0
     patch: Annotated[int, Field(ge=1)] = 1
 
-    def times(self, height: int, width: int) -> float:
-        """By what the shift is multiplied for a latent of this size."""
+    def at(self, height: int, width: int) -> float:
+        """The shift for a latent of this size."""
         if self.kind == "sqrt":
-            return math.sqrt(height * width / self.base)
+            return self.low * math.sqrt(height * width / self.base)
         tokens = height * width / self.patch**2
         return math.exp(self.low + (self.high - self.low) * (tokens - self.base) / (self.most - self.base))
 
@@ -120,7 +120,7 @@ class ModelInfo:
     ]  # image sizes trained on, "HxW" in pixels, the most frequent first
     license: str = "unknown"
     sampling_shift: float = 1.0  # shift of the sampling grid that suits the training density, at the first bucket
-    shift_by_size: SizeShift | None = None  # with it, what the size multiplies a shift of 1 by
+    shift_by_size: SizeShift | None = None  # with it, the shift at every size
     # It has classes and was never trained without one; it was also trained without any condition. Earlier releases
     # tell no more than these two.
     always_labelled: bool = False
@@ -165,7 +165,7 @@ class ModelInfo:
 
     def shift_at(self, height: int, width: int) -> float:
         """The shift of the sampling times for a latent of this size."""
-        return self.sampling_shift if self.shift_by_size is None else self.shift_by_size.times(height, width)
+        return self.sampling_shift if self.shift_by_size is None else self.shift_by_size.at(height, width)
 
     def to_json(self) -> dict[str, Any]:
         """Its fields as JSON values; what came later only where there is some. `text`: one encoder, or a list."""

@@ -158,6 +158,10 @@ def read_init(init: InitConfig) -> InitialWeights:
     bare = f"{component}/config.json" if component else "config.json"
     if not is_pipeline_dir(root) and root.exists(bare) and not root.exists(MARKER):
         network = read_denoiser_dir(root, component)
+        try:
+            check_sizes(network.model.arguments)
+        except ValueError as error:
+            raise unreadable(root.uri_of(bare), str(error), key="model.init.uri") from None
         body = {"weights": dict(network.weights), "identity": network.model.described()}
         digest = hashlib.blake2b(canonical_json(body), digest_size=16).hexdigest()
         return InitialWeights(root.uri, network.model, digest, None, network, hub)

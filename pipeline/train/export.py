@@ -411,8 +411,7 @@ def _shift_by_size(config: TrainJobConfig, facts: Facts) -> SizeShift | None:
         return SizeShift(**facts.shift_by_size)
     if config.objective.kind != "flow" or times.shift_base_pixels is None:
         return None
-    # The shift is as given at the base: it is sqrt(pixels / (base / shift^2)).
-    return SizeShift("sqrt", base=max(1, round(times.shift_base_pixels / times.shift**2)))
+    return SizeShift("sqrt", base=times.shift_base_pixels, low=times.shift)
 
 
 def whole_weights(state: TrainState, track: str | None) -> dict[str, Tensor]:

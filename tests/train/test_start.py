@@ -214,6 +214,10 @@ def test_weights_that_do_not_fit_and_lack_a_licence_are_refused(
     ):
         job.dry_run(bare)
     config_json = network / "config.json"
+    honest = config_json.read_text()
+    config_json.write_text(json.dumps(json.loads(honest) | {"cross_attention_dim": 10**12}))
+    with pytest.raises(InputError, match=r"cross_attention_dim 1000000000000 is more than any network has"):
+        job.dry_run(bare)
     config_json.write_text(json.dumps(json.loads(config_json.read_text()) | {"_class_name": "EvilModel"}))
     with pytest.raises(InputError, match=r"EvilModel is not one of UNet2DModel"):
         job.dry_run(bare)
