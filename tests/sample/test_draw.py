@@ -22,6 +22,7 @@ from pipeline.dataflow.device_faults import DeviceFault
 from pipeline.diffusion.config import ObjectiveConfig
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.media.images import decode_image, read_provenance
+from pipeline.model.info import SizeShift
 from pipeline.model.load import load_model
 from pipeline.model.read import read_model
 from pipeline.sample.config import SampleJobConfig
@@ -322,6 +323,25 @@ def test_a_sampler_must_fit_the_model(tiny: Tiny, prepared: SamplingInputs, tmp_
     assert prepare(job(tiny, **there)).draw.sampler == "dpmpp"
     with pytest.raises(ConfigError, match="heun serves the objective flow; for epsilon use ddim or dpmpp"):
         prepare(job(tiny, **there, sampler={"name": "heun"}))
+
+
+def test_each_size_is_drawn_with_its_own_shift(tiny: Tiny, tmp_path: Path) -> None:
+    model, info = load_model(tiny.model_uri)
+    save_export(tmp_path, model, replace(info, sampling_shift=2.0, shift_by_size=SizeShift("sqrt", base=16, low=2.0)))
+    for size in ({"height": 16, "width": 16}, {"height": 16, "width": 24}):
+        asked = {"kind": "grid", "classes": [0, 1], "steps": 3, "guidance": 2.0, **size}
+        there: dict[str, Any] = {"model": {"uri": str(tmp_path)}, "requests": asked}
+        own, doubled = (prepare(job(tiny, **there, sampler={"shift": shift})) for shift in (None, 4.0))
+        table = extend_plan(None, own.requests.table, 64)
+
+        def drawn(ready: SamplingInputs, table: pa.Table = table, **changes: Any) -> dict[bytes, bytes]:
+            return latents_of(Denoiser.load(str(tmp_path), replace(on_device(ready.draw, "cpu"), **changes)), table)
+
+        wanted = 2.0 * ((size["height"] // info.factor) * (size["width"] // info.factor) / 16) ** 0.5
+        assert drawn(own) == drawn(doubled, shift=wanted)
+        assert drawn(own) != drawn(doubled, shift=wanted + 1)
+        assert own.draw.as_dict()["shift_by_size"] is True
+        assert "shift_by_size" not in doubled.draw.as_dict()
 
 
 def test_preparing_names_what_is_missing(tiny: Tiny, tmp_path: Path) -> None:
