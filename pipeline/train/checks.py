@@ -468,5 +468,7 @@ def identity(config: TrainJobConfig, dataset: LatentDataset, facts: Facts) -> di
         **({} if not facts.texts else {"train.text_dropout": config.train.text_dropout}),
         # Checkpoints from when both were dropped by one draw have no such key: they do not go on with three.
         **({"train.joint_dropout": config.train.joint_dropout} if facts.texts and facts.num_classes else {}),
+        # Runs of releases that knew AdamW alone have no such key.
+        **({} if config.train.optimizer == "adamw" else {"train.optimizer": config.train.optimizer}),
         "dataset.fingerprint": dataset.fingerprint_digest,
     }

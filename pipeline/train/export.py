@@ -366,9 +366,7 @@ def _shift_by_size(config: TrainJobConfig) -> SizeShift | None:
 def whole_weights(state: TrainState, track: str | None) -> dict[str, Tensor]:
     """The model's state dict on the CPU, unsharded, with parameters taken from an EMA track; a collective."""
     with torch.no_grad():
-        values = dict(state.model.state_dict())
-        if track is not None:
-            values |= state.ema.averages[track]
+        values = state.model.state_dict() | (state.weights if track is None else state.ema.averages[track])
         out = {}
         for key, value in values.items():
             full = value.full_tensor() if hasattr(value, "full_tensor") else value
