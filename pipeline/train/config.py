@@ -297,6 +297,20 @@ class ExportConfig(StrictModel):
     )
 
 
+class EmaJobConfig(StrictModel):
+    """Export an average of any length after a run: `python -m jobs.ema run=... sigma_rel=... output=...`."""
+
+    run: str = Field(..., min_length=1, description="The run: output.uri of jobs.train.")
+    sigma_rel: float = Field(
+        ..., gt=0, lt=0.2886, description="Relative width of the average (Karras et al. 2024), as in train.ema."
+    )
+    images: int | None = Field(
+        None, ge=1, description="As of how many images seen, a kept checkpoint's; null: the newest checkpoint's."
+    )
+    output: str = Field(..., min_length=1, description="The export: a directory or fsspec URI.")
+    export: ExportConfig = Field(ExportConfig(), description="What it is written as.")
+
+
 class TrainJobConfig(StrictModel):
     """Train a diffusion model on a latent dataset: `python -m jobs.train CONFIG... [key=value ...]`."""
 

@@ -35,7 +35,7 @@ from pipeline.model.read import (
 from pipeline.storage.root import Root
 from pipeline.train import collectives
 from pipeline.train.checks import Facts, trained_combinations
-from pipeline.train.config import TrainJobConfig
+from pipeline.train.config import ExportConfig, TrainJobConfig
 from pipeline.train.inputs import Served
 from pipeline.train.pipelines import DiffusersPipeline, pipeline_of, scheduler_config, write_around, write_json
 from pipeline.train.state import TrainState
@@ -285,16 +285,16 @@ def export_model(
                 advice["buckets"] = info.buckets
             there = replace(there, run_id=info.run_id, weights_sha256="", **advice)
         if there != info:
-            _save(config, place, model, info)
+            save_best(config.export, place, model, info)
     collectives.barrier()
 
 
-def _save(config: TrainJobConfig, place: Root, model: nn.Module, info: ModelInfo) -> None:
+def save_best(export: ExportConfig, place: Root, model: nn.Module, info: ModelInfo) -> None:
     """As a pipeline where it can be one: weights are not lost for want of what should lie beside them."""
-    form = pipeline_of(info) if config.export.pipeline else "export.pipeline is false"
+    form = pipeline_of(info) if export.pipeline else "export.pipeline is false"
     if isinstance(form, DiffusersPipeline):
         try:
-            save_export(place, model, info, form=form, copy_text=config.export.text_encoders == "copy")
+            save_export(place, model, info, form=form, copy_text=export.text_encoders == "copy")
             return
         except InputError as error:
             form = f"{error.what} ({error.key} = {error.value})"

@@ -165,12 +165,7 @@ def rebuild(checkpoints: Root, sigma_rel: float, images: int | None = None) -> d
     from pipeline.model.checkpoints import list_complete  # what is stored is checked by what a step does without
 
     kept = [c for c in list_complete(checkpoints) if images is None or c.images <= images]
-    stored = [
-        (c, track["name"], float(track["sigma_rel"]))
-        for c in kept
-        for track in c.meta.get("ema_tracks", ())
-        if track["sigma_rel"] is not None
-    ]
+    stored = [(c, name, sigma) for c in kept for name, sigma in c.power_tracks]
     if not stored:
         raise InputError(
             f"No checkpoint in {checkpoints.uri} holds a power-function average",
