@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 STAGES = {
     "try it": ("quickstart",),
     "prepare": ("fit_codec", "encode", "embed_text", "compact", "verify"),
-    "train": ("train",),
+    "train": ("train", "ema"),
     "use": ("sample", "regenerate", "evaluate", "promote"),
     "look after": ("lineage", "sync_tracking"),
 }

@@ -37,6 +37,7 @@ OTHERS = {"embed_text": "text/clip_l_t5.yaml"}
 
 # Jobs about other things than a dataset, and an input that is not there.
 ABSENT = {
+    "ema": ["run=nowhere", "sigma_rel=0.1", "output=again"],
     "lineage": ["start=nowhere.png"],
     "promote": ["evaluation.uri=nowhere", "model.name=m", "at_least.accuracy=0.5"],
     "regenerate": ["image=nowhere.png", "output=again.png"],
@@ -184,6 +185,7 @@ CONTRACT = {
     ],
     "sample": ["model.uri", "output.uri", "requests.kind", "tracking.uri"],
     "fit_codec": ["source.uri", "output.uri", "tracking.uri"],
+    "ema": ["run", "sigma_rel", "images", "output"],
     "evaluate": ["output.uri", "tracking.uri"],
     "lineage": ["start", "tracking.uri"],
     "promote": ["evaluation.uri", "model.name", "model.alias", "at_least", "at_most", "tracking.uri"],

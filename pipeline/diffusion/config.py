@@ -26,8 +26,16 @@ class ObjectiveConfig(StrictModel):
     )
     min_snr_gamma: float = Field(5.0, gt=0, description="Where min_snr clamps the signal-to-noise ratio.")
 
+    zero_terminal_snr: bool = Field(
+        False,
+        description="Rescale the schedule of v to end, and sampling to begin, at pure noise (Lin et al. 2023).",
+    )
+
     @model_validator(mode="after")
-    def _betas_grow(self) -> ObjectiveConfig:
+    def _fields_fit(self) -> ObjectiveConfig:
+        if self.zero_terminal_snr and self.kind != "v":
+            # At pure noise an error of epsilon says nothing of the data; a flow ends there by itself.
+            raise ValueError(f"zero_terminal_snr needs kind v, not {self.kind}")
         if self.beta_start > self.beta_end:
             raise ValueError(f"beta_start {self.beta_start} must not exceed beta_end {self.beta_end}")
         return self

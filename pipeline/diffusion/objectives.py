@@ -10,7 +10,8 @@ v        target = alpha noise - sigma x0 (Salimans and Ho 2022, section 4, appen
 epsilon and v use the 1000-step discrete schedules that published models were trained with, continued between
 steps by linear interpolation of the log signal-to-noise ratio, so that t = k / 1000 is exactly discrete step k
 (k = 0..999) and a diffusers model may be given 1000 t. Above 0.999 the last step's noise level holds: with
-scaled_linear x_1 still carries alpha = 0.068 of the data, as in every model trained so (Lin et al. 2023).
+scaled_linear x_1 still carries alpha = 0.068 of the data, as in every model trained so (Lin et al. 2023). With
+zero_terminal_snr, for v alone, the last step is pure noise (their algorithm 1) and alpha is what is interpolated.
 """
 
 from __future__ import annotations
@@ -38,11 +39,14 @@ class Objective:
     beta_end: float = 0.012
     weighting: str = "none"
     min_snr_gamma: float = 5.0
+    zero_terminal_snr: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("kind", KINDS), ("schedule", SCHEDULES), ("weighting", WEIGHTINGS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"objective {name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.zero_terminal_snr and self.kind != "v":
+            raise ValueError(f"zero_terminal_snr is for the objective v, got {self.kind!r}")
 
     # -- the forward process --
 
@@ -126,18 +130,20 @@ class Objective:
         return alpha.reshape(shape).to(like_BCHW.dtype), sigma.reshape(shape).to(like_BCHW.dtype)
 
     def _log_snr(self, t: Tensor) -> Tensor:
-        table = _log_snr_table(self.schedule, self.beta_start, self.beta_end, t.device)
+        table = _table(self.schedule, self.beta_start, self.beta_end, self.zero_terminal_snr, t.device)
         position = (t * NUM_TRAIN_STEPS).clamp(0, NUM_TRAIN_STEPS - 1)
         below = position.floor().long().clamp(max=NUM_TRAIN_STEPS - 2)
-        return torch.lerp(table[below], table[below + 1], position - below)
+        between = torch.lerp(table[below], table[below + 1], position - below)
+        return torch.logit(between.square()) if self.zero_terminal_snr else between
 
 
-def alphas_cumprod(schedule: str, beta_start: float, beta_end: float) -> Tensor:
+def alphas_cumprod(schedule: str, beta_start: float, beta_end: float, zero_terminal_snr: bool = False) -> Tensor:
     """Products of (1 - beta) over 1000 steps, float64 [1000].
 
     scaled_linear: sqrt(beta) evenly spaced (the latent diffusion release; Rombach et al. 2022, appendix).
     linear: beta evenly spaced (Ho et al. 2020, section 4).
     cosine: Nichol and Dhariwal 2021, eq. 17, s = 0.008, beta clipped at 0.999.
+    zero_terminal_snr: their roots shifted to end at 0 and scaled to begin as before (Lin et al. 2023, algorithm 1).
     """
     if schedule == "scaled_linear":
         roots = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), NUM_TRAIN_STEPS, dtype=torch.float64)
@@ -148,9 +154,15 @@ def alphas_cumprod(schedule: str, beta_start: float, beta_end: float) -> Tensor:
         f = torch.linspace(0, 1, NUM_TRAIN_STEPS + 1, dtype=torch.float64)
         f = ((f + 0.008) / 1.008 * math.pi / 2).cos().square()
         betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-    return (1 - betas).cumprod(0)
+    products = (1 - betas).cumprod(0)
+    if zero_terminal_snr:
+        roots = products.sqrt()
+        products = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))).square()
+    return products
 
 
 @functools.lru_cache(maxsize=8)
-def _log_snr_table(schedule: str, beta_start: float, beta_end: float, device: torch.device) -> Tensor:
-    return torch.logit(alphas_cumprod(schedule, beta_start, beta_end)).to(device)
+def _table(schedule: str, beta_start: float, beta_end: float, zero_snr: bool, device: torch.device) -> Tensor:
+    """What is interpolated between steps: log-SNR, or alpha where the last log-SNR is infinite."""
+    products = alphas_cumprod(schedule, beta_start, beta_end, zero_snr)
+    return (products.sqrt() if zero_snr else torch.logit(products)).to(device)

@@ -96,6 +96,12 @@ class Complete:
         value: Mapping[str, Any] = self.marker["meta"]
         return value
 
+    @property
+    def power_tracks(self) -> list[tuple[str, float]]:
+        """Name and sigma_rel of the power-function averages it holds."""
+        tracks = self.meta.get("ema_tracks", ())
+        return [(track["name"], float(track["sigma_rel"])) for track in tracks if track["sigma_rel"] is not None]
+
 
 def place_in_run(name: str) -> tuple[int, int, int] | None:
     """(generation, attempt, images) of a checkpoint's directory, which orders them; None for another directory."""

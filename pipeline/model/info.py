@@ -172,6 +172,8 @@ class ModelInfo:
         optional = ("mixture", "zero_empty_text", "init", "lora", "shift_by_size", "combinations")
         absent = {name for name in optional if not getattr(self, name)}
         values: dict[str, Any] = _INFO.dump_python(self, mode="json", by_alias=True, exclude={*absent, "texts"})
+        if not self.objective.zero_terminal_snr:
+            del values["objective"]["zero_terminal_snr"]
         texts = _INFO.dump_python(self, mode="json", include={"texts"})["texts"]
         return values | {
             "model": self.model.described(),
@@ -371,11 +373,12 @@ def _objective(
     schedule = _SCHEDULES.get(scheduler.get("beta_schedule", "linear"))
     if kind is None or schedule is None:
         raise refused(root, key, f"prediction_type must be one of {[*_KINDS]}, beta_schedule one of {[*_SCHEDULES]}")
-    if scheduler.get("trained_betas") is not None or scheduler.get("rescale_betas_zero_snr"):
-        raise refused(root, key, "trained_betas and rescale_betas_zero_snr are not supported")
+    zero_snr = {"zero_terminal_snr": True} if scheduler.get("rescale_betas_zero_snr") else {}
+    if scheduler.get("trained_betas") is not None or (zero_snr and kind != "v"):
+        raise refused(root, key, "trained_betas, and rescale_betas_zero_snr without v_prediction, are not supported")
     # The defaults of diffusers' schedulers, which leave them out of nothing they save.
     betas = {"beta_start": scheduler.get("beta_start", 0.0001), "beta_end": scheduler.get("beta_end", 0.02)}
-    return {"kind": kind, "schedule": schedule, **betas}, 1.0, None
+    return {"kind": kind, "schedule": schedule, **betas, **zero_snr}, 1.0, None
 
 
 def _encoders(index: Mapping[str, Any], model: PublishedConfig) -> tuple[PipelineTextEncoder, ...]:

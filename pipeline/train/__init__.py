@@ -5,11 +5,12 @@
     captions' embeddings --stream, task--> text [b, l, d], mask     the empty prompt for a keyed share (data.text)
     stream  --batches---->  latents, ids, labels, text on the device one ahead, pinned, on a stream of their own
     batches --task------->  x0, noise, t  [b, c, h, w], [b]          draws keyed by (seed, sample id, epoch)
-    model   --loop------->  loss, one update per global batch        guard, clip, AdamW, EMA; counted in images
+    model   --loop------->  loss, one update per global batch        guard, clip, step, EMA; counted in images
     state   --checkpoint->  shards, receipts, COMPLETE.json          DCP safetensors and JSON, no pickle
     state   --hooks------>  fixed questions, fixed seeds             raw and averaged weights, any number of ranks
     reports --worker----->  history, quarantine, tracker             beside the step, before its checkpoint counts
     EMA     --export----->  <output>/model/<images>                  what sampling loads; written last
+    checkpoints --average-> an export of an average of another length  a job of its own, after the run
 
 `loop` (which also counts FLOPs), `task`, `state`, `checkpoint`, `hooks` know torch only. `worker` joins them to the
 dataset, the stream and the tracker on one rank; `job` starts workers with Ray Train and watches them.

@@ -472,9 +472,12 @@ def identity(config: TrainJobConfig, dataset: LatentDataset, facts: Facts) -> di
     # Both None in checkpoints of before they could be anything else, which lack them.
     model |= {"model.init": facts.init and facts.init["digest"], "data.normalise": facts.scale, "lora": facts.lora}
     sections = {"objective": config.objective, "timesteps": config.timesteps}
+    learned = {f"{s}.{k}": v for s, part in sections.items() for k, v in part.model_dump(mode="json").items()}
+    if not config.objective.zero_terminal_snr:
+        del learned["objective.zero_terminal_snr"]  # as in checkpoints of before it could be asked for
     return {
         **model,
-        **{f"{s}.{k}": v for s, part in sections.items() for k, v in part.model_dump(mode="json").items()},
+        **learned,
         "train.batch_size": config.train.batch_size,
         "train.label_dropout": config.train.label_dropout,
         "train.ema": [t.model_dump(mode="json") for t in config.train.ema],
@@ -482,5 +485,7 @@ def identity(config: TrainJobConfig, dataset: LatentDataset, facts: Facts) -> di
         **({} if not facts.texts else {"train.text_dropout": config.train.text_dropout}),
         # Checkpoints from when both were dropped by one draw have no such key: they do not go on with three.
         **({"train.joint_dropout": config.train.joint_dropout} if facts.texts and facts.num_classes else {}),
+        # Runs of releases that knew AdamW alone have no such key.
+        **({} if config.train.optimizer == "adamw" else {"train.optimizer": config.train.optimizer}),
         "dataset.fingerprint": dataset.fingerprint_digest,
     }

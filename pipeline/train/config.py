@@ -168,7 +168,12 @@ class TrainConfig(StrictModel):
         True, description="On GPUs, products of fp32 matrices in TensorFloat-32 (10 bits of mantissa); never on CPUs."
     )
     compile: bool = Field(False, description="torch.compile, block by block where the model has blocks.")
-    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
+    optimizer: Literal["adamw", "muon", "schedule_free"] = Field(
+        "adamw",
+        description="adamw; muon: torch's Muon for matrices, embeddings aside, with steps of AdamW's size; AdamW for "
+        "the rest (strategy=ddp); schedule_free: AdamW whose own average is validated, averaged and exported.",
+    )
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
     warmup_images: int = Field(0, ge=0, description="Linear warm-up over these first images.")
     decay_images: int = Field(0, ge=0, description="Decay over these last images.")
     decay_shape: Literal["cosine", "linear"] = Field("cosine", description="Shape of the decay.")
@@ -213,6 +218,12 @@ class TrainConfig(StrictModel):
             raise ValueError(f"batch_size {self.batch_size} must be at least num_workers {self.num_workers}")
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ValueError(f"min_workers {self.min_workers} must not exceed num_workers {self.num_workers}")
+        if self.optimizer == "muon" and self.strategy != "ddp":
+            raise ValueError(f"optimizer muon needs whole matrices: set strategy=ddp, not {self.strategy}")
+        if self.optimizer == "schedule_free" and self.decay_images:
+            raise ValueError(
+                f"decay_images {self.decay_images} must be 0 with optimizer schedule_free: its average stands for it"
+            )
         names = [t.name for t in self.ema]
         if len(set(names)) != len(names):
             raise ValueError(f"ema names must differ, got {names}")
@@ -297,6 +308,20 @@ class ExportConfig(StrictModel):
     text_encoders: Literal["copy", "reference"] = Field(
         "copy", description="Whether text encoders and tokenizers lie in it, or are named in its model card."
     )
+
+
+class EmaJobConfig(StrictModel):
+    """Export an average of any length after a run: `python -m jobs.ema run=... sigma_rel=... output=...`."""
+
+    run: str = Field(..., min_length=1, description="The run: output.uri of jobs.train.")
+    sigma_rel: float = Field(
+        ..., gt=0, lt=0.2886, description="Relative width of the average (Karras et al. 2024), as in train.ema."
+    )
+    images: int | None = Field(
+        None, ge=1, description="As of how many images seen, a kept checkpoint's; null: the newest checkpoint's."
+    )
+    output: str = Field(..., min_length=1, description="The export: a directory or fsspec URI.")
+    export: ExportConfig = Field(ExportConfig(), description="What it is written as.")
 
 
 class TrainJobConfig(StrictModel):

@@ -36,7 +36,7 @@ from pipeline.model.read import (
 from pipeline.storage.root import Root
 from pipeline.train import collectives
 from pipeline.train.checks import Facts, trained_combinations
-from pipeline.train.config import TrainJobConfig
+from pipeline.train.config import ExportConfig, TrainJobConfig
 from pipeline.train.inputs import Served
 from pipeline.train.pipelines import DiffusersPipeline, pipeline_of, scheduler_config, write_around, write_json
 from pipeline.train.start import weights_of
@@ -333,16 +333,16 @@ def export_model(
         elif info.lora is not None:
             save_adapters(place, adapters, info)
         else:
-            _save(config, place, model, info)
+            save_best(config.export, place, model, info)
     collectives.barrier()
 
 
-def _save(config: TrainJobConfig, place: Root, model: nn.Module, info: ModelInfo) -> None:
+def save_best(export: ExportConfig, place: Root, model: nn.Module, info: ModelInfo) -> None:
     """As a pipeline where it can be one: weights are not lost for want of what should lie beside them."""
-    form = pipeline_of(info) if config.export.pipeline else "export.pipeline is false"
+    form = pipeline_of(info) if export.pipeline else "export.pipeline is false"
     if isinstance(form, DiffusersPipeline):
         try:
-            save_export(place, model, info, form=form, copy_text=config.export.text_encoders == "copy")
+            save_export(place, model, info, form=form, copy_text=export.text_encoders == "copy")
             return
         except InputError as error:
             form = f"{error.what} ({error.key} = {error.value})"
@@ -417,9 +417,7 @@ def _shift_by_size(config: TrainJobConfig, facts: Facts) -> SizeShift | None:
 def whole_weights(state: TrainState, track: str | None) -> dict[str, Tensor]:
     """The model's state dict on the CPU, unsharded, with parameters taken from an EMA track; a collective."""
     with torch.no_grad():
-        values = dict(state.model.state_dict())
-        if track is not None:
-            values |= state.ema.averages[track]
+        values = state.model.state_dict() | (state.weights if track is None else state.ema.averages[track])
         out = {}
         for key, value in values.items():
             full = value.full_tensor() if hasattr(value, "full_tensor") else value

@@ -60,7 +60,7 @@ class Validation:
         state.model.eval()
         for name in (None, *self.ema):
             prefix = "val" if name is None else f"val/{name}"
-            with state.ema.swapped(state.params, name):
+            with state.swapped(name):
                 by_stratum = self._losses().mean(dim=0)
             out[f"{prefix}/loss"] = float(by_stratum.mean())
             out |= {f"{prefix}/loss_t{j}": float(v) for j, v in enumerate(by_stratum)}
@@ -136,7 +136,7 @@ class SampleGrid:
             return {}
         was_training = state.model.training
         state.model.eval()
-        with state.ema.swapped(state.params, self.ema):
+        with state.swapped(self.ema):
             latents = self._latents(state)
         state.model.train(was_training)
         if collectives.rank() == 0:

@@ -243,7 +243,7 @@ def train(
                 for group in state.optimizer.param_groups:
                     group["lr"] = rate
                 state.optimizer.step()
-                state.ema.update(state.params, state.images, settings.batch_size)
+                state.ema.update(state.weights, state.images, settings.batch_size)
                 state.skipped_in_a_row = 0
                 window = state.window.get("sums", [0.0] * (1 + 2 * NUM_BINS))
                 state.window["sums"] = [a + b for a, b in zip(window, totals.window, strict=True)]

@@ -157,6 +157,7 @@ def scheduler_config(
         "timestep_spacing": "trailing",
         "set_alpha_to_one": True,
         "clip_sample": False,
+        **({"rescale_betas_zero_snr": True} if objective.zero_terminal_snr else {}),
     }
 
 

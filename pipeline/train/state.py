@@ -1,6 +1,7 @@
 """Everything a checkpoint holds: tensors by name, and a small JSON value.
 
     tensors   model/<parameter or buffer>   ema/<track>/<parameter>   optimizer/<slot>/<parameter>
+              (schedule-free: model/ has the average x, what is drawn with; optimizer/y/ where gradients are taken)
     meta      format version, step, images, seed, the open logging window, skip counters, run identity
 
 There is no generator state: all randomness is keyed by (seed, sample id, epoch), so the seed is the whole of it;
@@ -9,6 +10,7 @@ the stream's position is a function of the step. There is no schedule state: the
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -100,18 +102,16 @@ class Ema:
         """Every average as "track/parameter": what a checkpoint holds, by reference."""
         return {f"{t}/{k}": v for t, average in self.averages.items() for k, v in average.items()}
 
-    @contextmanager
-    def swapped(self, params: Mapping[str, Tensor], name: str | None) -> Iterator[None]:
-        """The parameters hold the named average inside the block (None: themselves) and their own after it."""
-        if name is None:
-            yield
-            return
-        kept = {k: p.detach().clone() for k, p in params.items()}
-        _assign(params, self.averages[name])
-        try:
-            yield
-        finally:
-            _assign(params, kept)
+
+@contextmanager
+def swapped(params: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """The parameters hold these values inside the block and their own after it."""
+    kept = {k: p.detach().clone() for k, p in params.items()}
+    _assign(params, values)
+    try:
+        yield
+    finally:
+        _assign(params, kept)
 
 
 @torch.no_grad()
@@ -165,12 +165,7 @@ def rebuild(checkpoints: Root, sigma_rel: float, images: int | None = None) -> d
     from pipeline.model.checkpoints import list_complete  # what is stored is checked by what a step does without
 
     kept = [c for c in list_complete(checkpoints) if images is None or c.images <= images]
-    stored = [
-        (c, track["name"], float(track["sigma_rel"]))
-        for c in kept
-        for track in c.meta.get("ema_tracks", ())
-        if track["sigma_rel"] is not None
-    ]
+    stored = [(c, name, sigma) for c in kept for name, sigma in c.power_tracks]
     if not stored:
         raise InputError(
             f"No checkpoint in {checkpoints.uri} holds a power-function average",
@@ -196,7 +191,118 @@ def read_track(checkpoints: Root, complete: Complete, track: str) -> dict[str, T
 
 FORMAT_VERSION = 1
 _REQUIRED = {"format_version", "step", "images", "seed", "skipped_steps", "skipped_in_a_row", "window", "identity"}
-_SLOTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+# -- Optimisers: each keeps its slots in `state[parameter]`, there from the first, so that a checkpoint fits in ----
+
+
+class ScheduleFreeAdamW(torch.optim.Optimizer):
+    """Schedule-free AdamW (Defazio et al. 2024, "The Road Less Scheduled", algorithm 1).
+
+    The parameters hold y, where gradients are taken; slots: x, the average that is the model; z; exp_avg_sq, which is
+    v; step; weight_sum. beta1 interpolates between z and x, lr may only warm up, decay acts at y.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        for group in self.param_groups:
+            for y in group["params"]:
+                self.state[y] = {
+                    # On the host: they are numbers of the formula, not of the device.
+                    "step": torch.zeros(()),
+                    "weight_sum": torch.zeros((), dtype=torch.float64),
+                    "x": y.detach().clone(),
+                    "z": y.detach().clone(),
+                    "exp_avg_sq": torch.zeros_like(y),
+                }
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step from the gradients at y; parameters without one are left as they are."""
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for y in group["params"]:
+                if y.grad is None:
+                    continue
+                slots = self.state[y]
+                x, z, v = slots["x"], slots["z"], slots["exp_avg_sq"]
+                slots["step"] += 1
+                rate = group["lr"] * math.sqrt(1.0 - beta2 ** int(slots["step"]))
+                slots["weight_sum"] += rate**2
+                v.mul_(beta2).addcmul_(y.grad, y.grad, value=1.0 - beta2)
+                z.addcdiv_(y.grad, v.sqrt().add_(group["eps"]), value=-rate)
+                z.add_(y, alpha=-rate * group["weight_decay"])
+                x.lerp_(z, rate**2 / float(slots["weight_sum"]))
+                y.copy_(z).lerp_(x, beta1)
+
+
+class MuonAndAdamW:
+    """torch's Muon for the matrices of hidden layers, AdamW for the rest; one rate and one decay for both.
+
+    Muon's step is scaled to the size of AdamW's (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2).
+    """
+
+    def __init__(self, matrices: list[Tensor], rest: torch.optim.AdamW, *, weight_decay: float) -> None:
+        self.parts: list[torch.optim.Optimizer] = [rest]
+        if matrices:
+            muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            for matrix in matrices:
+                muon.state[matrix] = {"momentum_buffer": torch.zeros_like(matrix)}
+            self.parts.append(muon)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Of both, by reference."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    @property
+    def state(self) -> dict[Tensor, dict[str, Tensor]]:
+        """Slots of every parameter, by reference."""
+        return {param: slots for part in self.parts for param, slots in part.state.items()}
+
+    def step(self) -> None:
+        """One step of each."""
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+
+def make_optimizer(
+    kind: str, model: nn.Module, *, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.optim.Optimizer | MuonAndAdamW:
+    """adamw, muon or schedule_free, its slots in place; ValueError for another.
+
+    Matrices are decayed, vectors (biases, norms, scales) are not. Fused AdamW: one kernel, same mathematics.
+    """
+    params = list(trainable(model).values())
+    matrices: list[Tensor] = []
+    if kind == "muon":
+        # Rows of an embedding are looked up, not multiplied with: they are no matrix in Muon's sense (Jordan 2024).
+        looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        matrices = [p for p in params if p.ndim == 2 and id(p) not in looked_up]
+        theirs = {id(p) for p in matrices}
+        params = [p for p in params if id(p) not in theirs]
+    groups = [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    if kind == "schedule_free":
+        return ScheduleFreeAdamW(groups, lr=0.0, betas=betas, eps=eps)
+    if kind not in ("adamw", "muon"):
+        raise ValueError(f"optimizer {kind!r}: there are adamw, muon and schedule_free")
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+    for param in params:
+        adamw.state[param] = {
+            "step": torch.zeros((), dtype=torch.float32, device=param.device),
+            "exp_avg": torch.zeros_like(param),
+            "exp_avg_sq": torch.zeros_like(param),
+        }
+    return adamw if kind == "adamw" else MuonAndAdamW(matrices, adamw, weight_decay=weight_decay)
 
 
 @dataclass
@@ -204,7 +310,7 @@ class TrainState:
     """The mutable whole of a run: weights, averages, optimiser, and where it stands."""
 
     model: nn.Module
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer | MuonAndAdamW
     ema: Ema
     seed: int
     step: int = 0
@@ -222,6 +328,21 @@ class TrainState:
         """The trainable parameters by name, by reference."""
         return trainable(self.model)
 
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """What the parameters are as a model, by reference: themselves, schedule-free's averages in their place."""
+        slots = self.optimizer.state
+        return {name: slots[param].get("x", param) for name, param in self.params.items()}
+
+    @contextmanager
+    def swapped(self, track: str | None) -> Iterator[None]:
+        """The model's parameters hold an average inside the block (None: `weights`) and their own after it."""
+        if track is None and not isinstance(self.optimizer, ScheduleFreeAdamW):
+            yield
+            return
+        with swapped(self.params, self.weights if track is None else self.ema.averages[track]):
+            yield
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by its checkpoint name, by reference: loading fills them in place."""
         params, weights = self.params, self.model.state_dict()
@@ -229,9 +350,13 @@ class TrainState:
             weights = params
         out = {f"model/{k}": v.detach() for k, v in weights.items()}
         out |= {f"ema/{k}": v for k, v in self.ema.tensors().items()}
+        slots = self.optimizer.state
         for name, param in params.items():
-            slots = self.optimizer.state[param]
-            out |= {f"optimizer/{slot}/{name}": slots[slot] for slot in _SLOTS}
+            out |= {f"optimizer/{slot}/{name}": value for slot, value in slots[param].items()}
+            if "x" in slots[param]:
+                # Who draws from a checkpoint draws with the average: it lies where weights lie.
+                out[f"model/{name}"] = out.pop(f"optimizer/x/{name}")
+                out[f"optimizer/y/{name}"] = param.detach()
         return out
 
     def meta(self) -> dict[str, Any]:
@@ -298,21 +423,8 @@ def make_state(
     eps: float,
     weight_decay: float,
     identity: Mapping[str, Any] | None = None,
+    optimizer: str = "adamw",
 ) -> TrainState:
-    """A state at step 0, its optimiser slots in place so that a checkpoint can be loaded into them.
-
-    Matrices are decayed, vectors (biases, norms, scales) are not. Fused AdamW: one kernel, same mathematics.
-    """
-    params = trainable(model)
-    groups = [
-        {"params": [p for p in params.values() if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in params.values() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
-    for param in params.values():
-        optimizer.state[param] = {
-            "step": torch.zeros((), dtype=torch.float32, device=param.device),
-            "exp_avg": torch.zeros_like(param),
-            "exp_avg_sq": torch.zeros_like(param),
-        }
-    return TrainState(model, optimizer, Ema(tracks, params), seed, identity=dict(identity or {}))
+    """A state at step 0, its optimiser slots in place so that a checkpoint can be loaded into them."""
+    chosen = make_optimizer(optimizer, model, betas=betas, eps=eps, weight_decay=weight_decay)
+    return TrainState(model, chosen, Ema(tracks, trainable(model)), seed, identity=dict(identity or {}))

@@ -399,6 +399,7 @@ def _build(
         eps=t.eps,
         weight_decay=t.weight_decay,
         identity=same_run,
+        optimizer=t.optimizer,
     )
     return state, engine
 

@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from diffusers.training_utils import compute_snr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.diffusion.config import ObjectiveConfig
 from pipeline.diffusion.objectives import NUM_TRAIN_STEPS, Objective, alphas_cumprod
 
 KINDS = ["flow", "epsilon", "v"]
@@ -35,6 +37,37 @@ def test_noise_levels_are_those_of_diffusers_at_every_step(schedule: str) -> Non
     alpha, sigma = Objective("epsilon", schedule).alpha_sigma(t)
     assert torch.allclose(alpha.double().square(), ours, rtol=1e-6)
     assert torch.allclose(alpha.double() ** 2 + sigma.double() ** 2, torch.ones(1000, dtype=torch.float64), atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_zero_terminal_snr_is_lin_et_al_s_algorithm_1(schedule: str) -> None:
+    theirs = rescale_zero_terminal_snr(ddim(schedule).betas.double())
+    roots = alphas_cumprod(schedule, 0.00085, 0.012).sqrt()
+    ours = alphas_cumprod(schedule, 0.00085, 0.012, zero_terminal_snr=True)
+    assert torch.allclose(ours, (1 - theirs).cumprod(0), atol=1e-6)
+    assert ours[0] == pytest.approx(float(roots[0] ** 2), rel=1e-12)
+    assert ours[-1] == 0.0
+    objective = Objective("v", schedule, zero_terminal_snr=True)
+    alpha, sigma = objective.alpha_sigma(torch.arange(NUM_TRAIN_STEPS, dtype=torch.float64) / NUM_TRAIN_STEPS)
+    assert torch.allclose(alpha.double().square(), ours, rtol=1e-5, atol=1e-12)
+    assert (alpha[-1], sigma[-1]) == (0.0, 1.0)
+    # Between steps, up to the very end, everything is finite and noise grows.
+    fine = torch.linspace(0.99, 1.0, 101)
+    assert (objective.snr(fine).diff() <= 0).all()
+    assert objective.snr(fine)[-1] == 0.0
+    x0, noise = latents(3, 101)
+    for values in (objective.noisy(x0, noise, fine), objective.target(x0, noise, fine)):
+        assert values.isfinite().all()
+    weighted = Objective("v", schedule, weighting="min_snr", zero_terminal_snr=True)
+    assert weighted.weight(fine).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["flow", "epsilon"])
+def test_zero_terminal_snr_is_for_v_alone(kind: str) -> None:
+    with pytest.raises(ValueError, match=f"zero_terminal_snr is for the objective v, got '{kind}'"):
+        Objective(kind, zero_terminal_snr=True)
+    with pytest.raises(ValueError, match=f"zero_terminal_snr needs kind v, not {kind}"):
+        ObjectiveConfig(kind=kind, zero_terminal_snr=True)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -10,9 +10,11 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from pipeline.diffusion.config import ObjectiveConfig
 from pipeline.diffusion.objectives import Objective
 from pipeline.diffusion.samplers import sample, time_grid
 from pipeline.diffusion.solvers import SOLVERS
+from pipeline.train.pipelines import scheduler_config
 
 SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
 NOISE = torch.randn(3, 2, 4, 6, generator=torch.Generator().manual_seed(0))
@@ -90,6 +92,35 @@ def test_ddim_is_diffusers_ddim(kind: str, prediction_type: str, schedule: str, 
         x = scheduler.step(a_model(x, (timestep / 1000).expand(3)), timestep, x).prev_sample
     ours = sample(a_model, NOISE, objective=Objective(kind, schedule), sampler="ddim", steps=steps)
     assert torch.allclose(ours, x, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_with_zero_terminal_snr_the_exported_scheduler_draws_the_same(schedule: str) -> None:
+    config = ObjectiveConfig(kind="v", schedule=schedule, zero_terminal_snr=True)
+    exported = scheduler_config(config, 1.0)
+    assert exported["rescale_betas_zero_snr"] is True
+    assert "rescale_betas_zero_snr" not in scheduler_config(ObjectiveConfig(kind="v"), 1.0)
+    scheduler = DDIMScheduler.from_config(exported)
+    scheduler.set_timesteps(10)
+    x = NOISE
+    for timestep in scheduler.timesteps:
+        x = scheduler.step(a_model(x, (timestep / 1000).expand(3)), timestep, x).prev_sample
+    objective = Objective(**config.model_dump())
+    assert torch.allclose(sample(a_model, NOISE, objective=objective, sampler="ddim", steps=10), x, atol=1e-3)
+    for steps in (1, 10, 1000):
+        assert time_grid(objective, steps).alpha[0] == 0.0
+        assert time_grid(objective, steps).sigma[0] == 1.0
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp"])
+def test_with_zero_terminal_snr_pure_noise_becomes_the_mean_of_the_data(sampler: str) -> None:
+    """What Lin et al. 2023 repair: a start that tells nothing of the data ends at all its brightness."""
+    far = 5.0
+    for zero_terminal_snr, right in ((True, True), (False, False)):
+        objective = Objective("v", zero_terminal_snr=zero_terminal_snr)
+        drawn = sample(gaussian_model(objective, far, 0.5), NOISE, objective=objective, sampler=sampler, steps=200)
+        expected = far + 0.5 * NOISE
+        assert torch.allclose(drawn.float(), expected, atol=0.06) is right
 
 
 @pytest.mark.parametrize(("kind", "prediction_type"), [("epsilon", "epsilon"), ("v", "v_prediction")])

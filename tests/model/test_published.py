@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,15 @@ def broken(directory: Path, file: str, **changes: Any) -> str:
 SCHEDULER = "scheduler/scheduler_config.json"
 
 
+def test_betas_rescaled_to_zero_terminal_snr_are_read_where_v_is_predicted(tmp_path: Path) -> None:
+    changes = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    info = load_model(broken(tmp_path, SCHEDULER, **changes))[1]
+    assert Objective(**info.objective.model_dump()) == Objective("v", "linear", 0.0001, 0.02, zero_terminal_snr=True)
+    assert type(info).from_json(info.to_json()) == info
+    plain = replace(info, objective=info.objective.model_copy(update={"zero_terminal_snr": False}))
+    assert "zero_terminal_snr" not in plain.to_json()["objective"]  # which earlier releases would refuse
+
+
 def test_a_vae_that_leaves_its_scale_to_its_class_has_that_of_its_class(tmp_path: Path) -> None:
     write(tmp_path, "transformer", a_dit(), FlowMatchEulerDiscreteScheduler(), a_vae(scaling_factor=0.5))
     path = tmp_path / "vae/config.json"
@@ -173,7 +183,7 @@ def test_a_vae_that_leaves_its_scale_to_its_class_has_that_of_its_class(tmp_path
     [
         (SCHEDULER, {"num_train_timesteps": 500}, "num_train_timesteps must be 1000"),
         (SCHEDULER, {"prediction_type": "sample"}, "prediction_type must be one of"),
-        (SCHEDULER, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr are not supported"),
+        (SCHEDULER, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr without v_prediction, are not"),
         ("model_index.json", {"transformer": ["evil", "os.system"]}, "os.system is not one of UNet2DModel"),
         ("model_index.json", {"transformer": None}, "neither a unet nor a transformer"),
         ("transformer/config.json", {"num_layers": 3}, "Missing key"),

@@ -143,13 +143,26 @@ TRACKS = (Track("power", sigma_rel=0.1), Track("half", half_life_images=30.0))
 
 
 def new_run(
-    root: Path, *, strategy: str = "ddp", keep_last: int = 100, identity: dict[str, Any] | None = None, **options: Any
+    root: Path,
+    *,
+    strategy: str = "ddp",
+    keep_last: int = 100,
+    identity: dict[str, Any] | None = None,
+    optimizer: str = "adamw",
+    **options: Any,
 ) -> tuple[TrainState, Any, CheckpointStore]:
     torch.manual_seed(5)
     model = TinyNet()
     engine = wrap(model, device=torch.device("cpu"), strategy=strategy, **options)
     state = make_state(
-        model, tracks=TRACKS, seed=11, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01, identity=identity
+        model,
+        tracks=TRACKS,
+        seed=11,
+        betas=(0.9, 0.99),
+        eps=1e-8,
+        weight_decay=0.01,
+        identity=identity,
+        optimizer=optimizer,
     )
     store = CheckpointStore(Root(str(root / "checkpoints")), root / "staging", keep_last=keep_last)
     return state, engine, store

@@ -12,7 +12,7 @@ from pipeline.codec.info import CodecInfo
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.train import checks as module
-from pipeline.train.checks import Facts, _check_model, handshake
+from pipeline.train.checks import Facts, _check_model, handshake, identity
 from pipeline.train.start import Start
 from tests.train.dataset import make_dataset
 from tests.train.job_config import job_config
@@ -141,3 +141,16 @@ def test_an_absent_dataset_is_named(tmp_path: Path) -> None:
 def test_grids_without_a_codec_are_refused(uri: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"does not say where its codec lies"):
         shake(tmp_path, uri, {"grid": {"every_images": 64}})
+
+
+def test_later_settings_are_part_of_a_run_only_where_they_are_set(tmp_path: Path) -> None:
+    """So that checkpoints of releases without them go on."""
+    uri = make_dataset(tmp_path / "data")
+    facts, data = handshake(Start(job_config(tmp_path, uri)), LatentDataset.open(uri)), LatentDataset.open(uri)
+    later = {"train.optimizer": "muon", "objective.zero_terminal_snr": True}
+    plain = identity(job_config(tmp_path, uri), data, facts)
+    assert not later.keys() & plain.keys()
+    changes = {"train": {"optimizer": "muon"}, "objective": {"kind": "v", "zero_terminal_snr": True}}
+    asked = identity(job_config(tmp_path, uri, changes), data, facts)
+    assert later.items() <= asked.items()
+    assert asked.keys() - plain.keys() == later.keys()

@@ -28,6 +28,14 @@ from tests.train.job_config import job_config
             {"train": {"ema": [{"name": "a", "sigma_rel": 0.1}, {"name": "a", "sigma_rel": 0.2}]}},
             r"ema names must differ",
         ),
+        (
+            {"train": {"optimizer": "muon", "strategy": "fsdp2"}},
+            "optimizer muon needs whole matrices: set strategy=ddp, not fsdp2",
+        ),
+        (
+            {"train": {"optimizer": "schedule_free", "decay_images": 8}},
+            "decay_images 8 must be 0 with optimizer schedule_free",
+        ),
         ({"validation": {"images": 8}}, r"validation.images 8 needs stream.holdout above 0"),
         ({"grid": {"every_images": 8}, "train": {"ema": []}}, r"needs at least one train.ema track"),
         (

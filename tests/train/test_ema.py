@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.train.state import Ema, Track, combine, gamma_of, reconstruction, sigma_of
+from pipeline.train.state import Ema, Track, combine, gamma_of, reconstruction, sigma_of, swapped
 
 
 @given(st.floats(0.01, 0.28))
@@ -75,7 +75,7 @@ def test_a_parameter_holds_the_average_inside_the_block_only() -> None:
     param = torch.nn.Parameter(torch.ones(2))
     ema = Ema([Track("h", half_life_images=1e9)], {"w": param})
     ema.averages["h"]["w"].fill_(5.0)
-    with pytest.raises(RuntimeError, match="inside"), ema.swapped({"w": param}, "h"):
+    with pytest.raises(RuntimeError, match="inside"), swapped({"w": param}, ema.averages["h"]):
         assert torch.equal(param, torch.full((2,), 5.0))
         raise RuntimeError("inside")
     assert torch.equal(param, torch.ones(2))
