@@ -6,8 +6,8 @@ JOB = Job(
     name="lineage",
     summary="Walk from a generated image, a run or a dataset back to the source and forward to what came of it.",
     config="pipeline.tracking.config:LineageJobConfig",
-    run="pipeline.lineage.job:run",
-    dry_run="pipeline.lineage.job:plan",
+    run="pipeline.lineage:run",
+    dry_run="pipeline.lineage:plan",
     example="python -m jobs.lineage start=samples/images/3f2a.png tracking.uri=sqlite:///mlflow.db",
 )
 

@@ -30,7 +30,7 @@ from pipeline.encode.reading import REREADING, carry_over, check_same_reading, r
 from pipeline.errors import ConfigError, ConflictError, argument_keys, keyed
 from pipeline.progress import Progress
 from pipeline.result import JobResult
-from pipeline.runs.session import Run, open_run
+from pipeline.runs import Run, open_run
 from pipeline.source.reading.listing import check_apart, list_entries, source_root
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import Generation, last_recipe, last_run

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pipeline.codec.info import CodecInfo, read_codec_info
 from pipeline.errors import ConfigError, ConflictError, InputError, argument_keys
 from pipeline.evaluate.config import EvaluateJobConfig
-from pipeline.media.images import caption_of, decode_image
+from pipeline.media import caption_of, decode_image
 from pipeline.source.config import ImageConfig, SourceConfig
 from pipeline.source.pixels.prepare import PreparedImage, Reject, prepare
 from pipeline.source.reading.listing import list_entries, read_unit

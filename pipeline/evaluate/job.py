@@ -15,7 +15,7 @@ from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.evaluate.figures import Record, missed_thresholds
 from pipeline.evaluate.inputs import Inputs, inspect
 from pipeline.result import JobResult
-from pipeline.runs.session import RUN_ID_WAIT_S, Run, open_run
+from pipeline.runs import RUN_ID_WAIT_S, Run, open_run
 from pipeline.storage.root import Root
 from pipeline.tracking.tracker import Tracker
 

@@ -31,7 +31,7 @@ from pipeline.evaluate.metrics import ClipScorer, FidelitySums, Lpips, compare
 from pipeline.evaluate.networks import Extractor, load_extractor
 from pipeline.evaluate.report import ReportContent, report_content
 from pipeline.evaluate.statistics import ClassSums, Features, FeatureStats, Sums
-from pipeline.media.images import PagePicture, choose
+from pipeline.media import PagePicture, choose
 from pipeline.progress import Progress
 from pipeline.storage.root import Root
 from pipeline.store.read.dataset import Dataset

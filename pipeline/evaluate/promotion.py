@@ -14,7 +14,7 @@ from dataclasses import replace
 from pipeline.errors import InputError
 from pipeline.evaluate.figures import Record, read_record
 from pipeline.result import JobResult
-from pipeline.runs.session import open_run
+from pipeline.runs import open_run
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root
 from pipeline.tracking.config import PromoteJobConfig, resolve_paths

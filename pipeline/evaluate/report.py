@@ -24,7 +24,7 @@ from matplotlib.ticker import EngFormatter, PercentFormatter, StrMethodFormatter
 from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.evaluate.figures import Figure, contract_of, number
 from pipeline.evaluate.inputs import Inputs
-from pipeline.media.images import PagePicture, decode_image, render_page
+from pipeline.media import PagePicture, decode_image, render_page
 
 if TYPE_CHECKING:
     from pipeline.evaluate.passes import Measured

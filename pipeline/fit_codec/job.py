@@ -24,7 +24,7 @@ from pipeline.config import config_digest
 from pipeline.errors import ConflictError, InputError, argument_keys, keyed
 from pipeline.progress import Progress
 from pipeline.result import JobResult
-from pipeline.runs.session import open_run
+from pipeline.runs import open_run
 from pipeline.source.reading.listing import list_entries
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root

@@ -12,7 +12,7 @@ from pipeline.errors import ConflictError, InputError
 from pipeline.maintenance.config import CompactJobConfig, VerifyJobConfig
 from pipeline.progress import Progress
 from pipeline.result import JobResult
-from pipeline.runs.session import Run, open_run
+from pipeline.runs import Run, open_run
 from pipeline.storage.root import Root, place_of
 from pipeline.store.ledger.generation import last_run
 from pipeline.store.ledger.identity import read_identity

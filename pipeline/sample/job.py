@@ -13,7 +13,7 @@ import pyarrow as pa
 from pipeline.diffusion.solvers import SOLVERS
 from pipeline.errors import InputError, RejectBudgetError, argument_keys
 from pipeline.result import JobResult
-from pipeline.runs.session import Run, open_run
+from pipeline.runs import Run, open_run
 from pipeline.sample.config import SampleJobConfig
 from pipeline.sample.output import CONTACT_KEY, GALLERY_KEY, show
 from pipeline.sample.plan import freeze_requests, planned_requests, planned_rows

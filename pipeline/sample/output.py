@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.media.images import (
+from pipeline.media import (
     FORMATS,
     SUFFIXES,
     PagePicture,

@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 from pipeline.codec.info import codec_info
 from pipeline.diffusion.solvers import SamplerName
 from pipeline.errors import InputError, argument_keys
-from pipeline.media.images import decode_image, read_provenance
+from pipeline.media import decode_image, read_provenance
 from pipeline.model.read import read_model
 from pipeline.result import JobResult
 from pipeline.sample.config import MAX_BATCH_PIXELS, RegenerateJobConfig

@@ -27,7 +27,7 @@ from pipeline.model.info import read_pipeline_encoders
 from pipeline.model.read import weights_root
 from pipeline.progress import Progress
 from pipeline.result import JobResult
-from pipeline.runs.session import Run, open_run
+from pipeline.runs import Run, open_run
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import Generation, last_run
 from pipeline.store.ledger.identity import Identity, check_same, read_identity

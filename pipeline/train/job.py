@@ -26,7 +26,7 @@ from pipeline.errors import InputError, PipelineError, StoppedError
 from pipeline.model.config import NetworkConfig
 from pipeline.progress import Progress
 from pipeline.result import JobResult
-from pipeline.runs.session import Run, open_run
+from pipeline.runs import Run, open_run
 from pipeline.storage.errors import storage_errors
 from pipeline.storage.root import Root
 from pipeline.storage.stored import OPEN, read_stored

@@ -317,7 +317,7 @@ def test_what_is_tracked(data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
         def wait_run_id(self, timeout_s: float) -> str:
             return "r1"
 
-    monkeypatch.setattr("pipeline.runs.session.open_tracker", lambda *args, **kwargs: Recorder())
+    monkeypatch.setattr("pipeline.runs.open_tracker", lambda *args, **kwargs: Recorder())
     config = _config(data)
     result = job.run(config)
     assert result.run_id == "r1"

@@ -69,7 +69,7 @@ class World:
         self.images.mkdir()
         monkeypatch.setattr(job, "_check", lambda c: (Root(c.output.uri), INFO))
         monkeypatch.setattr(job, "_identity", lambda config, info, rehearsal: IDENTITY)
-        monkeypatch.setattr("pipeline.runs.session.open_tracker", self.open_tracker)
+        monkeypatch.setattr("pipeline.runs.open_tracker", self.open_tracker)
         monkeypatch.setattr("pipeline.store.ledger.ledger.claim_next", _impatient)
         monkeypatch.setitem(
             sys.modules,

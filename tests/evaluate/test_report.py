@@ -17,7 +17,7 @@ from pipeline.evaluate.config import ThresholdsConfig
 from pipeline.evaluate.figures import Figure, Record, missed_thresholds
 from pipeline.evaluate.report import MAX_POINTS, ReportContent, Tile, line_chart, render_report, share_bars
 from pipeline.evaluate.statistics import Estimate
-from pipeline.media.images import PagePicture
+from pipeline.media import PagePicture
 
 
 def noise(side: int, seed: int = 0) -> np.ndarray:

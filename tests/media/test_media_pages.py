@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.evaluate.figures import Figure
 from pipeline.evaluate.report import ReportContent, Tile, render_report
-from pipeline.media.images import PagePicture, render_page
+from pipeline.media import PagePicture, render_page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from pydantic import Field
 
+from pipeline import runs as session
 from pipeline.config import StrictModel, load_config
 from pipeline.errors import ConfigError, ConflictError, InputError, PipelineError, StoppedError
 from pipeline.maintenance.config import CompactJobConfig, VerifyJobConfig
 from pipeline.maintenance.job import run_compact, run_verify
 from pipeline.result import JobResult
-from pipeline.runs import session
-from pipeline.runs.session import open_run
+from pipeline.runs import open_run
 from pipeline.storage.root import Root
 from pipeline.store.ledger import generation as generations
 from pipeline.store.ledger.generation import claim_next, last_run, latest_number, read_closing
@@ -175,7 +175,7 @@ def test_a_codec_its_latents_and_their_upkeep_are_one_chain(
     """Over a real store: fit_codec is the parent of encode, and verify and compact are runs under it."""
     from pipeline.codec.config import FitCodecJobConfig
     from pipeline.fit_codec import job as fit_job
-    from pipeline.lineage.job import run as lineage
+    from pipeline.lineage import run as lineage
 
     images = make_images(tmp_path / "images", 24)
     recorded = [

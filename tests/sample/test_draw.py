@@ -21,7 +21,7 @@ from pipeline.config import validate
 from pipeline.dataflow.device_faults import DeviceFault
 from pipeline.diffusion.config import ObjectiveConfig
 from pipeline.errors import ConfigError, ConflictError, InputError
-from pipeline.media.images import decode_image, read_provenance
+from pipeline.media import decode_image, read_provenance
 from pipeline.model.info import SizeShift
 from pipeline.model.load import load_model
 from pipeline.model.read import read_model

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.errors import InputError
-from pipeline.media.images import (
+from pipeline.media import (
     PagePicture,
     caption_of,
     choose,

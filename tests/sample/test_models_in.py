@@ -16,7 +16,7 @@ from diffusers import DPMSolverMultistepScheduler
 from pipeline.config import validate
 from pipeline.diffusion.rng import ids_from_bytes, keyed_normal
 from pipeline.errors import ConfigError, ConflictError, InputError
-from pipeline.media.images import decode_image
+from pipeline.media import decode_image
 from pipeline.model import load
 from pipeline.model.info import PublishedPipeline
 from pipeline.model.load import load_model

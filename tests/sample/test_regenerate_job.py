@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from pipeline.errors import ConflictError, InputError
-from pipeline.media.images import decode_image, encode_image, read_provenance
+from pipeline.media import decode_image, encode_image, read_provenance
 from pipeline.sample.config import RegenerateJobConfig
 from pipeline.sample.denoise import Denoiser, LatentDecoder, use_threads
 from pipeline.sample.output import encode_rows

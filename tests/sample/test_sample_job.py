@@ -18,7 +18,7 @@ import safetensors.torch
 from pipeline.config import dump_yaml, validate
 from pipeline.dataflow.cluster import ClusterConfig, ensure_ray, shutdown_ray
 from pipeline.errors import ConfigError, ConflictError, InputError, RejectBudgetError
-from pipeline.media.images import read_provenance
+from pipeline.media import read_provenance
 from pipeline.sample import job as sample_job
 from pipeline.sample.config import SampleJobConfig
 from pipeline.sample.regenerate import regenerate
@@ -107,7 +107,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
         tracker.opened = options
         return tracker
 
-    monkeypatch.setattr("pipeline.runs.session.open_tracker", opening)
+    monkeypatch.setattr("pipeline.runs.open_tracker", opening)
     return tracker
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.media.images import read_provenance
+from pipeline.media import read_provenance
 from pipeline.sample.denoise import Denoiser, use_threads
 from pipeline.sample.output import show
 from pipeline.sample.plan import freeze_requests

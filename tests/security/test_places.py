@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.config import validate
 from pipeline.errors import InputError
-from pipeline.media.images import encode_image
+from pipeline.media import encode_image
 from pipeline.sample.config import RegenerateJobConfig
 from pipeline.sample.provenance import Origin, provenance
 from pipeline.sample.regenerate import dry_run, run

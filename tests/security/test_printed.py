@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import visible
-from pipeline.media.images import PagePicture, render_page
+from pipeline.media import PagePicture, render_page
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.store import MlflowStore
 from pipeline.tracking.tracker import open_tracker

@@ -23,8 +23,8 @@ from pipeline.evaluate.classifier import Classifier, ConvNet, _digest, from_byte
 from pipeline.evaluate.figures import Figure, Record
 from pipeline.evaluate.inputs import open_samples, sample_batches
 from pipeline.evaluate.statistics import wilson
-from pipeline.lineage.job import find_start
-from pipeline.media.images import KEYWORD, encode_image
+from pipeline.lineage import find_start
+from pipeline.media import KEYWORD, encode_image
 from pipeline.model.load import load_model
 from pipeline.model.read import read_model
 from pipeline.result import JobResult

@@ -43,8 +43,8 @@ PLAYED = {
     "train/retention.py: History.write: put_if_absent": "Trainers._save: objects of one checkpoint",
     "train/job.py: run: put": "done.json: the result of one configuration, the same whoever reaches it",
     "train/worker.py: Quarantine._put: put": "Quarantine: a key of one start, test_quarantine",
-    "train/export.py: save_export: put": "files of an export, named by its progress: the same bytes by whoever",
-    "train/export.py: save_export: put_if_absent": "its marker, written last: readers look at nothing else before",
+    "train/export.py: _publish: put": "files of an export, named by its progress: the same bytes by whoever",
+    "train/export.py: _publish: put_if_absent": "its marker, written last: readers look at nothing else before",
     "train/worker.py: Reporter.show.keep: put": "a grid of one count of images: shown to people",
 }
 

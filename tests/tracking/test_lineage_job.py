@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.lineage.job import find_start, plan, run
-from pipeline.media.images import encode_image
+from pipeline.lineage import find_start, plan, run
+from pipeline.media import encode_image
 from pipeline.result import JobResult
 from pipeline.sample.provenance import Draw, Origin, provenance
 from pipeline.sample.requests import FIELDS, request_id
@@ -105,7 +105,7 @@ def test_an_image_leads_to_its_source(chain: Chain, tmp_path: Path, kind: str) -
 def test_it_reads_as_text(chain: Chain, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="pipeline"):
         chain.ask(chain.image)
-    lines = [r.getMessage() for r in caplog.records if r.name == "pipeline.lineage.job"]
+    lines = [r.getMessage() for r in caplog.records if r.name == "pipeline.lineage"]
     assert lines[0] == f"image {chain.image}"
     assert lines[1].split() == ["drawn", "by", "s3://m/model", MODEL[:12]]
     places = [

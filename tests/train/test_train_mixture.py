@@ -17,12 +17,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline import runs as session
 from pipeline.config import validate
 from pipeline.errors import ConfigError, ConflictError
 from pipeline.model.info import DatasetShare
 from pipeline.model.load import load_model
 from pipeline.model.read import read_model
-from pipeline.runs import session
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import note_run
 from pipeline.store.read.dataset import LatentDataset
