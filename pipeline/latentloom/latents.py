@@ -130,7 +130,8 @@ class Latents(Sequence[dict[str, Any]]):
             raise ValueError(f"part is {part}; it is at least 0 and below parts={parts}")
         count = len(self.dataset.row_groups)
         groups = range(part * count // parts, (part + 1) * count // parts)
-        tables = [self.dataset.read(group, columns) for group in groups]
+        # Rows that passed through Ray come back as ones that might be null: the schema says which never are.
+        tables = [self.dataset.read(group, columns).cast(schema) for group in groups]
         return pa.concat_tables([schema.empty_table(), *tables])
 
     def files(self) -> list[DataFile]:

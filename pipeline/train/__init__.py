@@ -17,7 +17,8 @@ dataset, the stream and the tracker on one rank; `job` starts workers with Ray T
 
 The store of `output.uri` is all that starts of a job share: `checkpoints/`, `history/`, `quarantine/`
 (samples of skipped steps), `generations/` (the claims of its starts: see `runs`), `control/` (which of them should
-stop, what ended one), `inputs/` (the states of the datasets it began with: see `pinned_inputs`), `done.json`.
+stop, what ended one), `inputs/` (the states of the datasets it began with: see `pinned_inputs`), `grids/` and
+`profiles/` where asked for, `done.json`.
 
 A crash, of a worker, a node or the driver, leaves the checkpoints that have their marker. The next start, Ray's or
 the same command's, takes the newest intact one, with its history, and repeats the steps in between:

@@ -210,6 +210,12 @@ class TrainConfig(StrictModel):
         description="Averages of the weights; the first is used for grids and export.",
     )
     log_images: int = Field(2048, ge=1, description="Figures are logged each time this many images are done.")
+    profile_steps: int = Field(
+        0,
+        ge=0,
+        description="Steps of each start, from its third on, that torch's profiler records on rank 0: "
+        "profiles/<start>.json.gz, for chrome://tracing or Perfetto.",
+    )
     max_failures: int = Field(3, ge=-1, description="Lost workers tolerated before the job fails; -1: any number.")
 
     @model_validator(mode="after")

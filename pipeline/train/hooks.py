@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -203,3 +206,28 @@ class SampleGrid:
 def _embeddings(text: Text) -> list[Embedding]:
     values, mask, *pooled = (part.numpy() for part in text)
     return [Embedding(values[at], mask[at], pooled[0][at] if pooled else None) for at in range(len(values))]
+
+
+# -- What the processor and the device do during a few steps ---------------------------------------------------
+
+
+@contextmanager
+def profiled(steps: int, keep: Callable[[bytes], None]) -> Iterator[Callable[[], object]]:
+    """What is to be called after each step; two steps later so many are recorded, and `keep` gets the trace.
+
+    The trace: Chrome's JSON, gzipped. Nothing is recorded for 0 steps.
+    """
+    if not steps:
+        yield lambda: None
+        return
+
+    def ready(profiler: torch.profiler.profile) -> None:
+        with tempfile.TemporaryDirectory(prefix="latentloom-profile-") as scratch:
+            file = Path(scratch, "trace.json.gz")
+            profiler.export_chrome_trace(str(file))
+            keep(file.read_bytes())
+
+    # The first step allocates and compiles, the second one is slowed by the profiler's own start.
+    schedule = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
+    with torch.profiler.profile(schedule=schedule, on_trace_ready=ready) as profiler:
+        yield profiler.step

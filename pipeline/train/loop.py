@@ -193,6 +193,7 @@ class Callbacks:
     should_stop: Callable[[], bool] = lambda: False
     poll_due: Callable[[], bool] = lambda: False
     preempted: Callable[[], bool] = lambda: False
+    after_step: Callable[[], object] = lambda: None
 
 
 def train(
@@ -254,6 +255,7 @@ def train(
             state.optimizer.zero_grad(set_to_none=True)
             state.step += 1
             meter.step(settings.batch_size)
+            call.after_step()
 
             # Reports, hooks and checkpoints happen when the count of images crosses a multiple, wherever it began.
             done = state.images >= settings.images

@@ -33,7 +33,7 @@ from pipeline.train.checks import Facts, identity, trained_combinations
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.control import Notices, StopWatch, listed_checkpoints
 from pipeline.train.export import export_info, export_model, sampling_shift
-from pipeline.train.hooks import SampleGrid, Validation
+from pipeline.train.hooks import SampleGrid, Validation, profiled
 from pipeline.train.inputs import (
     Served,
     batches_from,
@@ -216,16 +216,23 @@ class Reporter:
 
     def show(self, state: TrainState, png: bytes) -> None:
         """Pictures of the run as it is now."""
-        name = f"grids/{state.images:012d}.png"
+        self.keep(f"grids/{state.images:012d}.png", png)
 
-        def keep() -> None:
-            self.root.put(name, png)
-            with tempfile.NamedTemporaryFile(suffix=".png") as file:
-                file.write(png)
+    def keep(self, name: str, data: bytes) -> None:
+        """A file of the run, with its outputs and with the tracker."""
+
+        def put() -> None:
+            self.root.put(name, data)
+            with tempfile.NamedTemporaryFile(suffix=Path(name).suffix) as file:
+                file.write(data)
                 file.flush()
                 self.tracker.log_file(file.name, name)
 
-        self.background.submit(keep)
+        self.background.submit(put)
+
+    def keep_profile(self, trace: bytes) -> None:
+        """The trace of this start's profiled steps."""
+        self.keep(f"profiles/{self.generation:06d}.json.gz", trace)
 
     def skip(self, record: Record) -> None:
         """A skipped step, with the ids of its samples and, of several datasets, the one they are of."""
@@ -324,24 +331,27 @@ def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
     if background is not None:
         reporter = Reporter(root, history, tracker, checkpoints, background, place.publish, uris, place.generation)
     try:
-        status = train(
-            state,
-            engine,
-            task,
-            lambda step: batches_from(stream, step),
-            loop_settings(config),
-            checkpoints,
-            callbacks=Callbacks(
-                hooks=_hooks(config, served, facts, task, state, device, reporter),
-                log=reporter.log if reporter else lambda _record: None,
-                skip=reporter.skip if reporter else lambda _record: None,
-                resume=reporter.resume if reporter else lambda _state: None,
-                should_stop=watch.requested if watch else lambda: False,
-                poll_due=notices.due if lead else lambda: False,
-                preempted=notices.new_notice,
-            ),
-            meter=_meter(config, facts, device),
-        )
+        steps, keep = (config.train.profile_steps, reporter.keep_profile) if reporter else (0, _log.debug)
+        with profiled(steps, keep) as after_step:
+            status = train(
+                state,
+                engine,
+                task,
+                lambda step: batches_from(stream, step),
+                loop_settings(config),
+                checkpoints,
+                callbacks=Callbacks(
+                    hooks=_hooks(config, served, facts, task, state, device, reporter),
+                    log=reporter.log if reporter else lambda _record: None,
+                    skip=reporter.skip if reporter else lambda _record: None,
+                    resume=reporter.resume if reporter else lambda _state: None,
+                    should_stop=watch.requested if watch else lambda: False,
+                    poll_due=notices.due if lead else lambda: False,
+                    preempted=notices.new_notice,
+                    after_step=after_step,
+                ),
+                meter=_meter(config, facts, device),
+            )
         if watch is not None and status == "stopped":
             watch.check_current()
         if status == "done":

@@ -50,6 +50,10 @@ AREAS: dict[str, Callable[[Path, Path | None, bool], list[str]]] = {
     ],
     "stream_places": lambda out, data, quick: ["--out", f"{out}", *(["--mb", "512"] if quick else [])],
     "train_step": lambda out, data, quick: ["--out", f"{out}", *([] if quick else ["--compile", "--kill"])],
+    "learning": lambda out, data, quick: [
+        *("--out", f"{out}", *(["--quick"] if quick else [])),
+        *(["--data", f"{data / 'cifar10'}"] if data else []),
+    ],
     "tracking_outage": lambda out, data, quick: ["--out", f"{out}"],
     "gpu": lambda out, data, quick: ["--out", f"{out}", *(["--quick"] if quick else [])],
     "sample_throughput": lambda out, data, quick: ["--out", f"{out}", *(["--many", "0"] if quick else [])],
@@ -65,7 +69,7 @@ def main() -> None:
         "--data",
         type=Path,
         default=data_folder(),
-        help="a folder with photos/ and tricky/; without it that of the tests, else photographs are made up",
+        help="a folder with photos/, tricky/, cifar10/; without it that of the tests, else photographs are made up",
     )
     parser.add_argument("--quick", action="store_true", help="smaller inputs: to see that everything runs")
     chosen = parser.parse_args()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import latentloom as ll
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from pipeline.storage.root import Root
@@ -60,6 +61,20 @@ def test_the_table_has_the_schema_it_tells(root: Root) -> None:
     with pytest.raises(ll.ConfigError, match="no such column") as caught:
         latents.to_arrow(["lable"])
     assert caught.value.value == "lable"
+
+
+def test_rows_that_the_encode_job_wrote_have_that_schema_too(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On their way through Ray they lose the note that some columns are never null."""
+    latents = ll.open_latents(root.uri)
+    read = latents.dataset.read
+
+    def through_ray(group: int, columns: list[str] | None) -> pa.Table:
+        table = read(group, columns)
+        return table.cast(pa.schema([field.with_nullable(True) for field in table.schema]))
+
+    monkeypatch.setattr(latents.dataset, "read", through_ray)
+    assert latents.to_arrow().schema == LATENTS
+    assert latents.to_arrow(["latent", "label"]).schema == pa.schema([LATENTS.field(n) for n in ("latent", "label")])
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
