@@ -45,7 +45,7 @@ PLAYED = {
     "train/worker.py: Quarantine._put: put": "Quarantine: a key of one start, test_quarantine",
     "train/export.py: _publish: put": "files of an export, named by its progress: the same bytes by whoever",
     "train/export.py: _publish: put_if_absent": "its marker, written last: readers look at nothing else before",
-    "train/worker.py: Reporter.show.keep: put": "a grid of one count of images: shown to people",
+    "train/worker.py: Reporter.keep.put: put": "a grid of one count of images, a trace of one start: shown to people",
 }
 
 
