@@ -12,7 +12,9 @@ from dataclasses import replace
 from pipeline.errors import InputError
 from pipeline.model.checkpoints import Complete, list_complete
 from pipeline.result import JobResult
+from pipeline.runs import open_run
 from pipeline.storage.root import Root
+from pipeline.tracking.config import resolve_paths
 from pipeline.train.config import EmaJobConfig
 
 
@@ -41,12 +43,18 @@ def run(config: EmaJobConfig) -> JobResult:
             rule="an average of another length is of whole weights",
             next_step="train with the train.ema tracks that are wanted; each is in every checkpoint",
         )
-    # What is not trained, buffers and frozen weights, is the checkpoint's.
-    model.load_state_dict(model.state_dict() | rebuild(checkpoints, config.sigma_rel, kept[-1].images))
-    license = config.export.license or info.license
-    info = replace(info, ema=f"sigma_rel-{config.sigma_rel:g}", weights_sha256="", license=license)
-    save_best(config.export, output, model, info)
-    return JobResult("done", _counts(kept), {"model": output.uri})
+    with open_run(config.model_copy(update={"tracking": resolve_paths(config.tracking)}), "ema") as run:
+        run.track(
+            f"ema {config.sigma_rel:g}",
+            parents={"train": info.run_id} if info.run_id else {},
+            params={"run": config.run, "sigma_rel": config.sigma_rel, "images": kept[-1].images},
+        )
+        # What is not trained, buffers and frozen weights, is the checkpoint's.
+        model.load_state_dict(model.state_dict() | rebuild(checkpoints, config.sigma_rel, kept[-1].images))
+        license = config.export.license or info.license
+        info = replace(info, ema=f"sigma_rel-{config.sigma_rel:g}", weights_sha256="", license=license)
+        save_best(config.export, output, model, info)
+        return run.done(JobResult("done", _counts(kept), {"model": output.uri}))
 
 
 def _checkpoints(config: EmaJobConfig) -> Root:

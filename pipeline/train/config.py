@@ -328,6 +328,7 @@ class EmaJobConfig(StrictModel):
     )
     output: str = Field(..., min_length=1, description="The export: a directory or fsspec URI.")
     export: ExportConfig = Field(ExportConfig(), description="What it is written as.")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="Where the run is recorded.")
 
 
 class TrainJobConfig(StrictModel):

@@ -21,6 +21,7 @@ from tests.train.job_config import job_config
 from tests.train.one_process import in_one_process
 
 pytestmark = pytest.mark.integration
+OFF = {"tracking": {"enabled": False}}
 TRACKS = [{"name": name, "sigma_rel": sigma} for name, sigma in (("a", 0.05), ("b", 0.1), ("wanted", 0.07))]
 
 
@@ -36,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def asked(trained: Path, output: Path, **changes: Any) -> EmaJobConfig:
-    return validate(EmaJobConfig, {"run": str(trained), "sigma_rel": 0.07, "output": str(output), **changes})
+    return validate(EmaJobConfig, {"run": str(trained), "sigma_rel": 0.07, "output": str(output), **OFF, **changes})
 
 
 def test_the_export_is_the_average_that_was_asked_for(trained: Path, tmp_path: Path) -> None:
