@@ -152,11 +152,13 @@ class Latents(Sequence[dict[str, Any]]):
         window_bytes: int = 1 << 30,
         normalised: bool = True,
         captions: bool = False,
+        where: str | None = None,
     ) -> LatentBatches:
         """Batches of torch tensors in the very order in which jobs.train serves them; see `LatentBatches`.
 
         batch_size: of all ranks together, a multiple of `lanes`, which is a multiple of `world`; this rank gets its
         share of each batch. holdout: the share of images that split="train" leaves out and split="holdout" serves.
+        where: serve only rows that meet a condition on stored columns, as data.where of a training.
         The other names are those of the training's `stream.` section. ConfigError for numbers that do not fit, also
         when no bucket fills a batch.
         """
@@ -170,7 +172,8 @@ class Latents(Sequence[dict[str, Any]]):
             "holdout": holdout,
         }
         settings |= {"split": split, "shuffle": shuffle, "lanes": lanes, "window_bytes": window_bytes}
-        return LatentBatches(self.dataset, settings | {"captions": captions}, normalised=normalised)
+        settings |= {"captions": captions, "where": where}
+        return LatentBatches(self.dataset, settings, normalised=normalised)
 
 
 def open_latents(uri: str) -> Latents:

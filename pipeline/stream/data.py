@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,8 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.errors import InputError
+from pipeline.errors import ConfigError, InputError
 from pipeline.store.read.row_groups import FixedRows
+from pipeline.store.schema import LATENTS
 from pipeline.stream.order import Layout
 
 if TYPE_CHECKING:
@@ -245,8 +249,19 @@ def held_out_counts(
     Reads SIDE_COLUMNS of every row group, unless `cache` already has the answer for these data and this
     share. A cached answer that is damaged or does not fit is made again.
     """
-    name = hashlib.blake2b(repr((RULE, dataset.layout_digest, share)).encode(), digest_size=16).hexdigest()
-    key = f"heldout-{name}.npy"
+
+    def count(row_group: int) -> int:
+        images = image_words(dataset.read(row_group, SIDE_COLUMNS, verify=False))
+        return int(np.count_nonzero(held_out(images, share)))
+
+    return _counted(dataset, repr((RULE, dataset.layout_digest, share)), count, cache, threads)
+
+
+def _counted(
+    dataset: LatentRows, asked: str, count: Callable[[int], int], cache: Root | None, threads: int
+) -> NDArray[np.int64]:
+    """A number for each row group, kept in `cache` under what was asked."""
+    key = f"heldout-{hashlib.blake2b(asked.encode(), digest_size=16).hexdigest()}.npy"
     limits = row_counts(dataset.row_groups)
     if cache is not None and cache.exists(key):
         data = cache.read_bytes(key)
@@ -257,11 +272,6 @@ def held_out_counts(
             kept: NDArray[np.int64] = cached
             if ((kept >= 0) & (kept <= limits)).all():
                 return kept
-
-    def count(row_group: int) -> int:
-        images = image_words(dataset.read(row_group, SIDE_COLUMNS, verify=False))
-        return int(np.count_nonzero(held_out(images, share)))
-
     with ThreadPoolExecutor(threads, thread_name_prefix="held-out") as pool:
         counts = np.fromiter(pool.map(count, range(len(limits))), np.int64, len(limits))
     if cache is not None:
@@ -271,17 +281,154 @@ def held_out_counts(
     return counts
 
 
-def split_rows(
-    dataset: LatentRows, share: float, split: str, *, cache: Root | None = None, threads: int = 4
-) -> NDArray[np.int64] | None:
-    """Rows of each row group on one side of the split; None when nothing is held out and all rows count."""
+# -- Which rows are served: one side of the split, and of those the ones that meet a condition -----------------
+
+
+_COMPARE: dict[type[ast.cmpop], str] = {
+    ast.Eq: "equal",
+    ast.NotEq: "not_equal",
+    ast.Lt: "less",
+    ast.LtE: "less_equal",
+    ast.Gt: "greater",
+    ast.GtE: "greater_equal",
+}
+_ARITHMETIC: dict[type[ast.operator], str] = {
+    ast.Add: "add",
+    ast.Sub: "subtract",
+    ast.Mult: "multiply",
+    ast.Div: "divide",
+}
+
+
+class Where:
+    """A condition on stored columns: `original_height >= 512 and extra.aesthetic > 5.5 and label in [1, 2]`.
+
+    Names of columns, and extra.NAME of a row's further fields; numbers, texts in quotes, lists; and, or, not,
+    comparisons, in, is None, + - * /. As in SQL a comparison with a value that a row lacks is neither true nor false,
+    and a row is served where the whole is true. ConfigError, about `where`, for anything else. text: as it was given.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        try:
+            self._tree = ast.parse(text.strip(), mode="eval").body
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise self._refused(f"it cannot be read: {error}") from None
+        named = {node.id for node in ast.walk(self._tree) if isinstance(node, ast.Name)}
+        known = [field.name for field in LATENTS if field.name not in ("latent", "latent_shape")]
+        if strange := sorted(named - set(known)):
+            raise self._refused(f"there is no column {strange[0]}; there are {', '.join(known)}")
+        if not named:
+            raise self._refused("it asks of no column")
+        self.columns = tuple(sorted(named))
+        self(pa.Table.from_batches([], LATENTS.remove_metadata()))  # what cannot be asked is refused now
+
+    def __call__(self, table: pa.Table) -> NDArray[np.bool_]:
+        """Which rows of a table with `columns` meet it: bool [n]."""
+        try:
+            met = self._value(self._tree, table)
+            if not isinstance(met, pa.ChunkedArray | pa.Array) or not pa.types.is_boolean(met.type):
+                raise self._refused("it is no condition, but a value")
+            return np.asarray(pc.fill_null(met, False).to_numpy(zero_copy_only=False), dtype=np.bool_)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+            raise self._refused(str(error)) from None
+
+    def _value(self, node: ast.expr, table: pa.Table, as_text: bool = False) -> Any:
+        """A column, a scalar or a list; as_text: further fields as texts, else as numbers, which others are not."""
+        ask = partial(self._value, table=table)
+        if isinstance(node, ast.Name):
+            return table[node.id]
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "extra":
+            fields = [{} if text is None else json.loads(text) for text in table["extra"].to_pylist()]
+            values = [one.get(node.attr) for one in fields]
+            if as_text:
+                return pa.array([None if value is None else str(value) for value in values], pa.string())
+            return pa.array([float(v) if isinstance(v, bool | int | float) else None for v in values], pa.float64())
+        if isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float | str | None):
+            return pa.scalar(node.value)
+        if isinstance(node, ast.List | ast.Tuple):
+            return pa.array([ask(one).as_py() for one in node.elts])
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub):
+            return (pc.invert if isinstance(node.op, ast.Not) else pc.negate)(ask(node.operand))
+        if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
+            sides = [pc.cast(ask(side), pa.float64()) for side in (node.left, node.right)]
+            return pc.call_function(_ARITHMETIC[type(node.op)], sides)
+        if isinstance(node, ast.BoolOp):
+            join = pc.and_kleene if isinstance(node.op, ast.And) else pc.or_kleene
+            return reduce(join, map(ask, node.values))
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            pairs = zip(sides[:-1], node.ops, sides[1:], strict=True)
+            return reduce(pc.and_kleene, [self._compared(*pair, table) for pair in pairs])
+        raise self._refused(f"{ast.unparse(node)} is nothing that can be asked")
+
+    def _compared(self, left: ast.expr, how: ast.cmpop, right: ast.expr, table: pa.Table) -> Any:
+        words = [one.value for side in (left, right) for one in ast.walk(side) if isinstance(one, ast.Constant)]
+        as_text = isinstance(how, ast.Is | ast.IsNot) or any(isinstance(word, str) for word in words)
+        value = self._value(left, table, as_text)
+        if isinstance(how, ast.Is | ast.IsNot):
+            if not (isinstance(right, ast.Constant) and right.value is None):
+                raise self._refused("is asks for None alone")
+            return pc.is_null(value) if isinstance(how, ast.Is) else pc.is_valid(value)
+        other = self._value(right, table, as_text)
+        if isinstance(how, ast.In | ast.NotIn):
+            within = pc.if_else(pc.is_null(value), None, pc.is_in(value, value_set=other.cast(value.type)))
+            return within if isinstance(how, ast.In) else pc.invert(within)
+        return pc.call_function(_COMPARE[type(how)], [value, other])
+
+    def _refused(self, why: str) -> ConfigError:
+        return ConfigError(
+            f"The condition cannot be used: {why}",
+            key="where",
+            value=self.text,
+            rule="comparisons of stored columns, joined by and, or, not",
+            next_step="write such as: original_height >= 512 and extra.aesthetic > 5.5",
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which rows a stream serves: of a split by `share` the held-out ones or the others, that meet a condition."""
+
+    share: float = 0.0
+    held: bool = False
+    where: Where | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What must be read of a row to know."""
+        asked = () if self.where is None else self.where.columns
+        return tuple(dict.fromkeys([*(SIDE_COLUMNS if self.share else ("sample_id",)), *asked]))
+
+    def rows(self, table: pa.Table) -> NDArray[np.int64]:
+        """Positions of the chosen rows of a table with `columns`: int64 [m]."""
+        chosen = np.ones(len(table), np.bool_) if self.where is None else self.where(table)
+        if self.share:
+            chosen &= held_out(image_words(table), self.share) == self.held
+        return np.flatnonzero(chosen)
+
+
+def choice_of(share: float, split: str, where: str | None) -> Choice:
+    """The choice of a stream's arguments; ValueError for another split, ConfigError for a condition that is none."""
     if split not in ("train", "holdout"):
         raise ValueError(f"split is {split!r}; it is 'train' or 'holdout'")
-    if share == 0.0:
-        if split == "holdout":
-            raise InputError("no rows are held out", key="share", value=share, next_step="set a share above 0")
-        return None
-    counts = held_out_counts(dataset, share, cache=cache, threads=threads)
-    if split == "holdout":
-        return counts
-    return row_counts(dataset.row_groups) - counts
+    return Choice(share, split == "holdout", None if where is None else Where(where))
+
+
+def chosen_rows(
+    dataset: LatentRows, choice: Choice, *, cache: Root | None = None, threads: int = 4
+) -> NDArray[np.int64] | None:
+    """How many rows of each row group are served; None when all are. InputError when the held-out side is empty."""
+    if choice.held and not choice.share:
+        raise InputError("no rows are held out", key="share", value=choice.share, next_step="set a share above 0")
+    if choice.where is None:
+        if not choice.share:
+            return None
+        counts = held_out_counts(dataset, choice.share, cache=cache, threads=threads)
+        return counts if choice.held else row_counts(dataset.row_groups) - counts
+
+    def count(row_group: int) -> int:
+        return len(choice.rows(dataset.read(row_group, choice.columns, verify=False)))
+
+    name = repr((RULE, "where 1", dataset.layout_digest, choice.share, choice.held, choice.where.text))
+    return _counted(dataset, name, count, cache, threads)

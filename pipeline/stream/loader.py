@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import ConfigError, ConflictError
 from pipeline.store.read.row_groups import Bytes, gather
-from pipeline.stream.data import RULE, Batch, LatentRows, TextRows, layout_of, split_rows
+from pipeline.stream.data import RULE, Batch, LatentRows, TextRows, choice_of, chosen_rows, layout_of
 from pipeline.stream.order import Order, OrderSpec, Window
 from pipeline.stream.reader import Channel, Shape, WindowReader, WindowRows
 
@@ -326,6 +326,7 @@ class LatentStream:
         start_step: int = 0,
         holdout: float = 0.0,
         split: str = "train",
+        where: str | None = None,
         window_bytes: int = 1 << 30,
         prefetch: int = 4,
         lanes: int = 8,
@@ -347,7 +348,8 @@ class LatentStream:
             )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}; it is at least 0 and below world_size={world_size}")
-        rows = split_rows(dataset, holdout, split, cache=cache, threads=threads)
+        self._choice = choice_of(holdout, split, where)
+        rows = chosen_rows(dataset, self._choice, cache=cache, threads=threads)
         self.order = Order(layout_of(dataset, rows), OrderSpec(seed, batch_size, lanes, window_bytes, shuffle))
         self.start_step = start_step
         self.steps_per_epoch = self.order.steps_per_epoch
@@ -356,7 +358,6 @@ class LatentStream:
         self.left_out = dict(zip(self.order.layout.buckets, (self.order.bucket_rows - served).tolist(), strict=True))
         self._dataset, self._prefetch, self._threads, self._verify = dataset, prefetch, threads, verify
         self._captions, self._sizes, self._text = captions or text is not None, sizes, text
-        self._side = None if holdout == 0.0 else (holdout, split == "holdout")
         self._lanes = range(rank * lanes // world_size, (rank + 1) * lanes // world_size)
         self._running: set[_Run] = set()
         self.identity: dict[str, Any] = {
@@ -370,6 +371,7 @@ class LatentStream:
             "window_bytes": window_bytes,
             "shuffle": shuffle,
             **({"split_rule": RULE} if holdout else {}),
+            **({} if where is None else {"where": where}),
             **({} if text is None else {"text": text.digest}),
         }
         self._warn_of_unserved(split)
@@ -437,7 +439,7 @@ class _Run:
         self.closed = False
         self._reader = WindowReader(
             stream._dataset,
-            stream._side,
+            stream._choice,
             captions=stream._captions,
             sizes=stream._sizes,
             threads=stream._threads,

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.stream.data import Batch, LatentRows, TextRows, layout_of, split_rows
+from pipeline.stream.data import Batch, LatentRows, TextRows, choice_of, chosen_rows, layout_of
 from pipeline.stream.loader import LatentStream, check_state, make_state
 from pipeline.stream.order import least_window_bytes, random_bits
 
@@ -28,12 +28,13 @@ BLOCK = 1024  # steps; a weight is honoured to half of 1 / BLOCK
 
 @dataclass(frozen=True)
 class Part:
-    """A dataset of a mixture: its weight, the embeddings of its captions, and its name in errors."""
+    """A dataset of a mixture: its weight, the embeddings of its captions, its condition, and its name in errors."""
 
     name: str
     dataset: LatentRows
     weight: float
     text: TextRows | None = None
+    where: str | None = None
 
 
 def open_mixture(
@@ -56,7 +57,8 @@ def open_mixture(
     weights, least = [part.weight for part in parts], []
     for part in parts:
         with naming(part.name):
-            layout = layout_of(part.dataset, split_rows(part.dataset, holdout, "train", cache=cache, threads=threads))
+            choice = choice_of(holdout, "train", part.where)
+            layout = layout_of(part.dataset, chosen_rows(part.dataset, choice, cache=cache, threads=threads))
             least.append(least_window_bytes(layout, batch_size, lanes))
     spare = window_bytes - sum(least)
     if spare < 0:
@@ -74,7 +76,8 @@ def open_mixture(
     for part, need, share in zip(parts, least, shares_of(weights, len(least)).tolist(), strict=True):
         size_bytes = need + spare * share // BLOCK
         with naming(part.name):
-            streams.append(LatentStream(part.dataset, window_bytes=size_bytes, text=part.text, **settings))
+            of_part: dict[str, Any] = {"text": part.text, "where": part.where, "window_bytes": size_bytes}
+            streams.append(LatentStream(part.dataset, **of_part, **settings))
     return MixtureStream(streams, weights, seed=seed, names=[part.name for part in parts])
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 from pipeline.store.read.row_groups import MAX_PART_BYTES, Bytes, FixedRows
-from pipeline.stream.data import SIDE_COLUMNS, LatentRows, binary_rows, held_out, id_words, image_words, integers
+from pipeline.stream.data import Choice, LatentRows, binary_rows, id_words, integers
 from pipeline.stream.order import Piece, Window
 
 SIZE_COLUMNS = ("original_height", "original_width", "crop_top", "crop_left", "crop_height", "crop_width")
@@ -50,22 +50,22 @@ class WindowRows:
 
 
 class WindowReader:
-    """Reads windows on threads. `side`: None for all rows, else (share, True for the held-out rows)."""
+    """Reads windows on threads; the pieces of a window are of the rows that are chosen."""
 
     def __init__(
         self,
         dataset: LatentRows,
-        side: tuple[float, bool] | None,
+        choice: Choice,
         *,
         captions: bool,
         threads: int,
         sizes: bool = True,
         verify: bool = False,
     ) -> None:
-        self._dataset, self._side, self._captions, self._verify = dataset, side, captions, verify
-        self._sizes = sizes
-        ids = ("sample_id",) if side is None else SIDE_COLUMNS
-        self._columns = [*ids, "label", *(SIZE_COLUMNS if sizes else ()), *(["caption"] if captions else ())]
+        self._dataset, self._choice, self._captions, self._verify = dataset, choice, captions, verify
+        self._sizes, self._all = sizes, choice == Choice()
+        wanted = [*choice.columns, "label", *(SIZE_COLUMNS if sizes else ()), *(["caption"] if captions else ())]
+        self._columns = list(dict.fromkeys(wanted))
         self._shapes: dict[int, Shape] = {}
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="latent-reader")
 
@@ -103,11 +103,10 @@ class WindowReader:
         if len(table) != expected:
             raise self._unusable(piece.row_group, f"it gave {len(table)} rows where the manifest has {expected}")
         chosen: slice | NDArray[np.int64] = slice(piece.start, piece.stop)
-        if self._side is not None:
-            share, held = self._side
-            chosen = np.flatnonzero(held_out(image_words(table), share) == held)[piece.start : piece.stop]
+        if not self._all:
+            chosen = self._choice.rows(table)[piece.start : piece.stop]
             if len(chosen) != piece.stop - piece.start:
-                raise self._unusable(piece.row_group, "its held-out rows are not those counted before")
+                raise self._unusable(piece.row_group, "its chosen rows are not those counted before")
         latents = self._dataset.read_fixed(piece.row_group, "latent", verify=self._verify)
         if len(latents) != len(ids):
             raise ValueError(f"it gave {len(latents)} latents for {len(ids)} rows")

@@ -22,7 +22,7 @@ from pipeline.model.config import InstalledConfig, PublishedConfig, installed_ne
 from pipeline.store.ledger.identity import differences
 from pipeline.store.read.dataset import Dataset, LatentDataset
 from pipeline.store.read.pins import Pins
-from pipeline.stream.data import layout_of
+from pipeline.stream.data import Where, layout_of
 from pipeline.stream.mixture import shares_of
 from pipeline.stream.order import Order, OrderSpec
 from pipeline.train.config import CodecOverride, TrainJobConfig
@@ -223,6 +223,10 @@ def handshake(start: Start, dataset: LatentDataset, *mix: LatentDataset, pins: P
     """
     config = start.config
     datasets = dict(zip(config.data.parts, (dataset, *mix), strict=True))
+    for key, part in config.data.parts.items():
+        if part.where is not None:
+            with argument_keys({"where": f"{key}.where"}):
+                Where(part.where)
     for key, each in datasets.items():
         channels, stored = int(each.codec["latent_channels"]), len(each.channel_mean)
         if stored != channels * (2 if each.posterior == "moments" else 1):

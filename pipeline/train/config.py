@@ -72,6 +72,12 @@ class MixConfig(StrictModel):
         description="Embeddings of its captions by the same encoders; all datasets have them or none.",
         json_schema_extra=renamed_from("text_uri"),
     )
+    where: str | None = Field(
+        None,
+        min_length=1,
+        description="Rows to learn from, by stored columns: original_height >= 512 and extra.aesthetic > 5.5. Needs "
+        "one pass over these columns, which is cached; classes and statistics stay those of all rows.",
+    )
 
 
 class TrainDataConfig(StrictModel):
@@ -87,6 +93,12 @@ class TrainDataConfig(StrictModel):
         "in their order (SDXL: [l, g]; SD3: [l, g, t5]; FLUX: [clip, t5]); none: no text.",
         json_schema_extra=renamed_from("text_uri"),
     )
+    where: str | None = Field(
+        None,
+        min_length=1,
+        description="Rows to learn from, by stored columns: original_height >= 512 and extra.aesthetic > 5.5. Needs "
+        "one pass over these columns, which is cached; classes and statistics stay those of all rows.",
+    )
     normalise: Literal["dataset", "codec"] | None = Field(
         None,
         description="What latents are normalised by: the statistics of the data, or the codec's own scale and shift, "
@@ -97,14 +109,14 @@ class TrainDataConfig(StrictModel):
     )
     mix: tuple[MixConfig, ...] = Field(
         (),
-        description="Further datasets: [{uri, weight, text}]. Every batch is of one dataset; within each 1,024 "
-        "steps each has its part exactly, whatever the sizes. A class number must mean the same in all.",
+        description="Further datasets: [{uri, weight, text, where}]. Every batch is of one dataset; within each "
+        "1,024 steps each has its part exactly, whatever the sizes. A class number must mean the same in all.",
     )
 
     @property
     def parts(self) -> dict[str, MixConfig]:
         """Every dataset by the key of its section: "data" first, then "data.mix.0" and so on."""
-        first = MixConfig(uri=self.uri, weight=self.weight, text=self.text)
+        first = MixConfig(uri=self.uri, weight=self.weight, text=self.text, where=self.where)
         return {"data": first, **{f"data.mix.{at}": part for at, part in enumerate(self.mix)}}
 
 

@@ -39,6 +39,7 @@ class Served:
     weight: float = 1.0
     share: float = 1.0
     text: TextEmbeddings | ArrangedText | None = None
+    where: str | None = None
 
     @property
     def name(self) -> str | None:
@@ -65,7 +66,8 @@ def open_served(config: TrainJobConfig, pins: Pins | None = None, *, zero_empty:
             if isinstance(config.model, PublishedConfig):
                 network = config.model
                 text = ArrangedText(texts, network.arrangement, network.text_dim or 0, zero_empty=zero_empty)
-        served.append(Served(LatentDataset.open(part.uri, f"{key}.uri", pins), part.weight, share, text))
+        latents = LatentDataset.open(part.uri, f"{key}.uri", pins)
+        served.append(Served(latents, part.weight, share, text, part.where))
     return tuple(served)
 
 
@@ -130,8 +132,8 @@ def open_stream(config: TrainJobConfig, served: Sequence[Served], root: Root) ->
     }
     with argument_keys(STREAM_KEYS):
         if len(served) == 1:
-            return LatentStream(served[0].latents, text=served[0].text, **settings)
-        parts = [Part(part.latents.uri, part.latents, part.weight, part.text) for part in served]
+            return LatentStream(served[0].latents, text=served[0].text, where=served[0].where, **settings)
+        parts = [Part(part.latents.uri, part.latents, part.weight, part.text, part.where) for part in served]
         return open_mixture(parts, **settings)
 
 
@@ -162,6 +164,7 @@ def _held_out(config: TrainJobConfig, part: Served, root: Root, count: int) -> l
         "text": part.text,
         "cache": root.child(CACHE),
     }
+    settings |= {"where": part.where}
     # What a stream calls a batch is a chunk of the validation here, and errors say so.
     keys, chunks = argument_keys({**STREAM_KEYS, "batch_size": "validation.chunk"}), []
     try:

@@ -261,3 +261,19 @@ def test_a_chain_begins_with_random_weights_and_goes_on_from_the_last(
     longer = second.model_copy(update={"train": second.train.model_copy(update={"images": 64})})
     job.run(longer)
     assert read_model(f"{second.output.uri}/model").info.init == init
+
+
+def test_a_condition_is_part_of_the_run_and_refused_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = make_dataset(tmp_path / "latents")
+    in_one_process(monkeypatch, tmp_path)
+    some = job_config(tmp_path, uri, {"data": {"where": "label != 1"}, "train": {"images": 32}})
+    job.run(some)
+    more = some.model_copy(update={"train": some.train.model_copy(update={"images": 64})})
+    everything = more.model_copy(update={"data": more.data.model_copy(update={"where": None})})
+    with pytest.raises(ConflictError, match=r"stream\.where: checkpoint 'label != 1', now None"):
+        job.run(everything)
+    assert job.run(more).status == "done"
+    with pytest.raises(ConfigError, match=r"no column labels[\s\S]*data\.where = labels == 1"):
+        job.dry_run(job_config(tmp_path, uri, {"data": {"where": "labels == 1"}}))
