@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.stream import loader
-from pipeline.stream.data import Batch, layout_of, widened
+from pipeline.stream.data import Batch, Choice, layout_of, widened
 from pipeline.stream.loader import LatentStream, check_state
 from pipeline.stream.order import Order, OrderSpec, Window
 from pipeline.stream.reader import WindowReader, WindowRows
@@ -153,7 +153,7 @@ def test_resume_and_elasticity_hold_for_any_data(
 def test_before_the_first_batch_a_resume_reads_nothing_but_the_window_of_its_step_and_those_ahead(step: int) -> None:
     dataset = MemoryRows([("64x64", 16)] * 64)
     order = Order(layout_of(dataset), OrderSpec(1, 8, 2, 2 * 2 * 4 * 1700))
-    reader = WindowReader(dataset, None, captions=False, threads=1)
+    reader = WindowReader(dataset, Choice(), captions=False, threads=1)
     submitted: list[Window] = []
 
     def submit(window: Window) -> Future[WindowRows]:
@@ -190,7 +190,7 @@ def test_the_windows_held_at_any_time_fit_their_memory() -> None:
     dataset = MemoryRows([("64x64", 40)] * 20 + [("64x96", 30)] * 10)
     window_bytes = 2 * 4 * (4001 + 3001) + 60_000
     order = Order(layout_of(dataset), OrderSpec(1, 8, 4, window_bytes))
-    reader = WindowReader(dataset, None, captions=False, threads=1)
+    reader = WindowReader(dataset, Choice(), captions=False, threads=1)
     held: dict[int, int] = {}
     most = 0
 
@@ -230,7 +230,7 @@ def test_batches_prepared_in_one_go_fit_the_memory_of_their_bucket(
     monkeypatch.setattr(loader, "gather", counted)
     dataset = MemoryRows([("64x64", 640), ("64x96", 640)])
     order = Order(layout_of(dataset), OrderSpec(0, 8, 1, 1 << 20))
-    reader = WindowReader(dataset, None, captions=False, threads=1)
+    reader = WindowReader(dataset, Choice(), captions=False, threads=1)
     for packet in loader.batches(order, range(1), 0, "float16", reader.submit, threads=threads):
         for wide in {width for width, _ in gathered}:
             most[wide] = max(most.get(wide, 0), sum(size for width, size in gathered if width == wide))

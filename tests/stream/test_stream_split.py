@@ -109,7 +109,7 @@ def test_counts_that_do_not_fit_the_rows_are_noticed() -> None:
     dataset.tables[:] = MemoryRows([("64x64", 1), *GROUPS]).tables[1:]
     other = [t.slice(0, n) for t, (_, n) in zip(dataset.tables, GROUPS, strict=True)]
     dataset.tables[:] = other
-    with pytest.raises(InputError, match="its held-out rows are not those counted before"):
+    with pytest.raises(InputError, match="its chosen rows are not those counted before"):
         list(islice(iter(stream), stream.steps_per_epoch))
 
 
