@@ -200,12 +200,16 @@ class _Help(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         model = _load(self.job.config)
         example = self.job.example.replace(f"python -m jobs.{self.job.name}", parser.prog)
-        print(f"usage: {parser.usage}\n\n{self.job.summary}\n\nexample:\n  {example}\n")
-        print("flags:\n  --dry-run       say what would be done, and what it would cost; writes nothing")
-        print("  --print-config  print the merged configuration and exit\n  --help          this text\n")
-        print(f"keys (in CONFIG files, or as key=value):\n{help_text(model)}\n\n{EXIT_CODES}")
-        if self.job.notes:
-            print(f"\n{self.job.notes}")
+        text = (
+            f"usage: {parser.usage}\n\n{self.job.summary}\n\nexample:\n  {example}\n\n"
+            "flags:\n  --dry-run       say what would be done, and what it would cost; writes nothing\n"
+            "  --print-config  print the merged configuration and exit\n  --help          this text\n\n"
+            f"keys (in CONFIG files, or as key=value):\n{help_text(model)}\n\n{EXIT_CODES}"
+        )
+        try:
+            print(f"{text}\n\n{self.job.notes}" if self.job.notes else text, flush=True)
+        except BrokenPipeError:  # who reads has seen enough, as head does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
 
 

@@ -275,3 +275,10 @@ def test_a_bug_is_called_a_bug(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "this is a bug in latentloom" in done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["exit_code"] == 1
+
+
+def test_help_may_be_cut_short() -> None:
+    command = f"{sys.executable} -m jobs.train --help | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, cwd=REPOSITORY)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: python -m jobs.train")
