@@ -110,7 +110,9 @@ def _snippet(info: ModelInfo, form: DiffusersPipeline, copied: bool) -> dict[str
     asked = ["[0]"] if form.name == "DiTPipeline" else ['"a photograph"', f"height={height}", f"width={width}"]
     if info.objective.kind == "flow" and form.name in ("StableDiffusion3Pipeline", "SanaPipeline"):
         asked.append("sigmas=[1 - i / 25 for i in range(25)]")
-    asked += ["num_inference_steps=25", f"guidance_scale={4.0 if info.guidable else 1.0}"]
+    # DiTPipeline's label for "none" is 1000, whatever the network has.
+    guided = info.guidable and (form.name != "DiTPipeline" or info.num_classes == 1000)
+    asked += ["num_inference_steps=25", f"guidance_scale={4.0 if guided else 1.0}"]
     # That pipeline must be told that it has no third encoder.
     names = ["text_encoder_3=None", "tokenizer_3=None"] if form.name == "StableDiffusion3Pipeline" else []
     names, before = names if len(info.texts) == 2 else [], ""
