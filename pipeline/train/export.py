@@ -117,14 +117,17 @@ def _snippet(info: ModelInfo, form: DiffusersPipeline, copied: bool) -> dict[str
     names = ["text_encoder_3=None", "tokenizer_3=None"] if form.name == "StableDiffusion3Pipeline" else []
     names, before = names if len(info.texts) == 2 else [], ""
     if not copied and info.texts:
+        classes = []
         for at, text in enumerate(info.texts):
             number = "" if at == 0 else f"_{at + 1}"
             path, sub = text.encoder["path"], text.encoder.get("subfolder", "")
             words = text.encoder.get("tokenizer_subfolder", "")
-            before += f'text_encoder{number} = AutoModel.from_pretrained("{path}", subfolder="{sub}")\n'
+            made_by = text.fingerprint if isinstance(text.fingerprint, dict) else {}
+            classes.append(str(made_by.get("encoder", {}).get("class", "AutoModel")))
+            before += f'text_encoder{number} = {classes[-1]}.from_pretrained("{path}", subfolder="{sub}")\n'
             before += f'tokenizer{number} = AutoTokenizer.from_pretrained("{path}", subfolder="{words}")\n'
             names += [f"text_encoder{number}=text_encoder{number}", f"tokenizer{number}=tokenizer{number}"]
-        before = "from transformers import AutoModel, AutoTokenizer\n" + before
+        before = f"from transformers import {', '.join(sorted({'AutoTokenizer', *classes}))}\n" + before
     return {"given": "".join(f", {name}" for name in names), "before": before, "asked": ", ".join(asked)}
 
 

@@ -171,8 +171,9 @@ def test_a_distilled_network_is_told_its_guidance(tmp_path: Path, monkeypatch: p
     assert_same_pictures(ours, theirs)
 
 
-def test_text_encoders_may_stay_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipelines.make_sd_pipeline(tmp_path)
+@pytest.mark.parametrize("family", ["sd", "sdxl", "flux"])
+def test_text_encoders_may_stay_where_they_are(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FAMILIES[family][0](tmp_path)
     latents = latents_of(tmp_path)
     config = config_of(tmp_path, latents, embedded_by(tmp_path, latents), {"export": {"text_encoders": "reference"}})
     in_one_process(monkeypatch, tmp_path)
