@@ -241,7 +241,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_unknown_versions_are_refused(saved: Path) -> None:
-    rewrite(saved, version=3)
+    rewrite(saved, version=4)
     with pytest.raises(InputError, match=r"unknown format[\s\S]*version 1"):
         load_model(str(saved))
     (saved / MARKER).write_text("[]")
