@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import struct
 import tempfile
@@ -18,8 +17,8 @@ import numpy.typing as npt
 
 from pipeline.errors import InputError
 from pipeline.storage.root import Root
+from pipeline.storage.trust import HUB_ID, hub_snapshot
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 _LAYOUT = "a codec is a directory with config.json and diffusion_pytorch_model.safetensors (or a pipeline with vae/)"
 
@@ -36,8 +35,9 @@ def codec_root(path: str, revision: str | None = None) -> Root:
         root = Root(str(local))
     elif local.exists():
         raise InputError("The codec path is a file", key="path", value=path, rule=_LAYOUT)
-    elif revision is not None and _HUB_ID.fullmatch(path):
-        root = Root(str(_hub_snapshot(path, revision)))
+    elif revision is not None and HUB_ID.fullmatch(path):
+        patterns = [*_HUB_FILES, *(f"vae/{name}" for name in _HUB_FILES)]
+        root = Root(str(hub_snapshot(path, revision, patterns, what="this codec", key="path")))
     else:
         raise InputError(
             "There is no such codec directory",
@@ -57,23 +57,6 @@ def codec_root(path: str, revision: str | None = None) -> Root:
         rule=_LAYOUT,
         next_step="name a directory written by diffusers' save_pretrained or by jobs.fit_codec",
     )
-
-
-def _hub_snapshot(repo: str, revision: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = [*_HUB_FILES, *(f"vae/{name}" for name in _HUB_FILES)]
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"The hub does not give this codec: {type(error).__name__}: {str(error).splitlines()[0]}",
-            key="path",
-            value=f"{repo} at revision {revision}",
-            rule="a hub id must exist at its revision and be reachable or cached",
-            next_step="check id, revision, network and HF_TOKEN, or download it and give the directory",
-        ) from error
 
 
 def local_directory(root: Root) -> Path:

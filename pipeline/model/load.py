@@ -110,7 +110,6 @@ def load_model(
         )
     except (RuntimeError, MemoryError, *DAMAGED) as error:
         raise unreadable(stored.uri, f"no model has this description: {error}", key="model.uri") from error
-    whole = isinstance(stored.place, CheckpointPlace) or not isinstance(model, DiffusersAdapter)
     with tempfile.TemporaryDirectory(prefix="latentloom-load-") as scratch:
         weights = _weights(stored, Path(scratch))
     if info.lora is not None:
@@ -120,8 +119,7 @@ def load_model(
         merge(model, named, info.lora, uri=stored.uri)
         return model.to(device).eval(), info
     try:
-        # Exports and pipelines hold the weights of the diffusers model alone, under its own names.
-        (model if whole else model.inner).load_state_dict(weights, strict=True)  # type: ignore[union-attr]
+        _held(model, stored).load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise InputError(
             "the weights do not fit the model they are described as",
@@ -139,19 +137,17 @@ def fill(model: nn.Module, start: InitialWeights) -> None:
     InputError, with the first five names that do not fit, when they are another network's, or other files than when
     they were looked at.
     """
-    place = start.place
-    within = isinstance(model, DiffusersAdapter) and not (
-        isinstance(place, StoredModel) and isinstance(place.place, CheckpointPlace)
-    )
-    target: nn.Module = model.inner if within and isinstance(model, DiffusersAdapter) else model
+    target = _held(model, start.place)
     with tempfile.TemporaryDirectory(prefix="latentloom-init-") as scratch:
-        weights = (
-            _of_files(place, Path(scratch))
-            if isinstance(place, PublishedPipeline)
-            else _weights(place, Path(scratch))
-        )
+        weights = _weights(start.place, Path(scratch))
     check_fit({name: tuple(value.shape) for name, value in weights.items()}, target, start.uri)
     target.load_state_dict(weights)
+
+
+def _held(model: nn.Module, place: StoredModel | PublishedPipeline) -> nn.Module:
+    """What stored weights are of: exports and pipelines hold the diffusers model alone, under its own names."""
+    checkpoint = isinstance(place, StoredModel) and isinstance(place.place, CheckpointPlace)
+    return model.inner if isinstance(model, DiffusersAdapter) and not checkpoint else model
 
 
 def _base(info: ModelInfo, uri: str) -> InitialWeights:
@@ -233,14 +229,12 @@ def _shapes(root: Root, key: str) -> dict[str, tuple[int, ...]]:
             raise unreadable(root.uri_of(key), f"not a safetensors file: {error}", key="model.init.uri") from None
 
 
-def _of_files(place: PublishedPipeline, scratch: Path) -> dict[str, Tensor]:
-    parts = [read_file(place.folder, name, sha256, scratch) for name, sha256 in place.weights.items()]
-    return {name: tensor for part in parts for name, tensor in part.items()}
-
-
-def _weights(stored: StoredModel, scratch: Path) -> dict[str, Tensor]:
-    if isinstance(stored.place, PublishedPipeline):
-        return _of_files(stored.place, scratch)
+def _weights(stored: StoredModel | PublishedPipeline, scratch: Path) -> dict[str, Tensor]:
+    place = stored.place if isinstance(stored, StoredModel) else stored
+    if isinstance(place, PublishedPipeline):
+        parts = [read_file(place.folder, name, sha256, scratch) for name, sha256 in place.weights.items()]
+        return {name: tensor for part in parts for name, tensor in part.items()}
+    assert isinstance(stored, StoredModel)
     if isinstance(stored.place, CheckpointPlace):
         place, ema = stored.place, stored.info.ema
         names = place.complete.marker["files"]

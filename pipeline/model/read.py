@@ -31,7 +31,7 @@ from pipeline.model.info import (
 from pipeline.storage.errors import describe, storage_errors, unreadable
 from pipeline.storage.root import Root
 from pipeline.storage.stored import OBJECT, OPEN, parse
-from pipeline.storage.trust import check_sizes
+from pipeline.storage.trust import HUB_ID, check_sizes, hub_snapshot
 from pipeline.store.ledger.layout import canonical_json
 
 FORMAT = "latentloom-export"
@@ -145,7 +145,6 @@ class InitialWeights:
     hub: bool = False
 
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
 _HUB_LEFT = ("*.fp16.*", "*.non_ema.*", "*onnx*", "*flax*", "*openvino*")
 
@@ -182,7 +181,7 @@ def weights_root(uri: str, revision: str | None, subfolder: str | None = None) -
 
     InputError, about `uri`, for a hub id that is not pinned or cannot be had.
     """
-    if "://" in uri or Path(uri).expanduser().exists() or not _HUB_ID.fullmatch(uri):
+    if "://" in uri or Path(uri).expanduser().exists() or not HUB_ID.fullmatch(uri):
         return Root(uri), False
     if revision is None:
         raise InputError(
@@ -192,23 +191,10 @@ def weights_root(uri: str, revision: str | None, subfolder: str | None = None) -
             rule="weights are a directory, a URI, or a hub id pinned by its revision",
             next_step="correct the path, or set revision=<commit or tag> beside it",
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     within = [f"{subfolder}/{name}" for name in _HUB_FILES] if subfolder else None
     # Of a pipeline what its folders hold: single files beside them are the same weights in other layouts.
     patterns = within or ["*.json", "diffusion_pytorch_model*.safetensors", *(f"*/{name}" for name in _HUB_FILES)]
-    try:
-        local = snapshot_download(uri, revision=revision, allow_patterns=patterns, ignore_patterns=list(_HUB_LEFT))
-        return Root(local), True
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"The hub does not give these weights: {type(error).__name__}: {str(error).splitlines()[0]}",
-            key="uri",
-            value=f"{uri} at revision {revision}",
-            rule="a hub id must exist at its revision and be reachable or cached",
-            next_step="check id, revision, network and HF_TOKEN, or download it and give the directory",
-        ) from error
+    return Root(str(hub_snapshot(uri, revision, patterns, what="these weights", key="uri", ignore=_HUB_LEFT))), True
 
 
 def _stored(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -111,3 +112,33 @@ def only_these(files: Mapping[str, Path], texts: Mapping[str, str] | None = None
 def _stamp(path: Path) -> tuple[int, ...]:
     status = os.stat(path)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+# -- What a hub of models has: by an id, pinned to a revision, and of that the files that are asked for ----------
+
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def hub_snapshot(
+    repo: str, revision: str, patterns: Sequence[str], *, what: str, key: str, ignore: Sequence[str] = ()
+) -> Path:
+    """The local copy of a hub id's files that match, downloaded or found in the hub's cache.
+
+    InputError, about `key`, naming `what` was wanted, when the hub does not give it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(repo, revision=revision, allow_patterns=[*patterns], ignore_patterns=[*ignore] or None)
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"The hub does not give {what}: {type(error).__name__}: {str(error).splitlines()[0]}",
+            key=key,
+            value=f"{repo} at revision {revision}",
+            rule="a hub id must exist at its revision and be reachable or cached",
+            next_step="check id, revision, network and HF_TOKEN, or download it and give the directory",
+        ) from error

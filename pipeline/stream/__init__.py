@@ -1,5 +1,6 @@
 """From a latent dataset to an endless, reproducible sequence of batches.
 
+    rows         --data-->     those that are served      a side of the split, a condition on stored columns
     row groups   --order-->    epochs, lanes, windows     pure arithmetic on (seed, epoch, position)
     windows      --reader-->   rows, shuffled             [n, 2*c*h*w] stored bytes, on threads
     rows         --loader-->   batches                    [b, c, h, w] as stored, ids, labels, captions, sizes

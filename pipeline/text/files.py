@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from pydantic_core import from_json
 
 from pipeline.config import need_package
 from pipeline.errors import ConfigError, ConflictError, InputError
+from pipeline.storage.trust import HUB_ID, hub_snapshot
 from pipeline.text.config import TextEncoderConfig
 
 WEIGHTS = "model.safetensors"
@@ -31,7 +31,6 @@ TOKENIZER_FILES = (
 _CLIP = ("clip", "clip_text_model")
 _OTHERS = {"t5": "T5EncoderModel", "gemma2": "Gemma2Model"}  # which pool nothing and hold texts of any length
 _PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LAYOUT = f"an encoder is a directory with config.json, {WEIGHTS} and its tokenizer's files"
 # Notes of whoever saved the file; they change no number.
 _NOTES = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures")
@@ -152,29 +151,17 @@ def _directory(encoder: TextEncoderConfig) -> Path:
     local = Path(encoder.path).expanduser()
     if local.is_dir():
         return local.absolute()
-    if encoder.revision is None or local.exists() or not _HUB_ID.fullmatch(encoder.path):
+    if encoder.revision is None or local.exists() or not HUB_ID.fullmatch(encoder.path):
         raise _refusal(
             f"There is no directory of the encoder {encoder.name}",
             encoder,
             next_step="correct the path; to take it from the hub, pin it with revision: <commit or tag>",
         )
-    # From the hub, or its cache.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     model, tokenizer = (f"{f}/" if f else "" for f in (encoder.subfolder, encoder.tokenizer_subfolder))
     patterns = [model + name for name in ("config.json", "model*.safetensors", INDEX)]
     patterns += [tokenizer + name for name in TOKENIZER_FILES]
-    try:
-        return Path(snapshot_download(encoder.path, revision=encoder.revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise _refusal(
-            f"The hub does not give the encoder {encoder.name} at revision {encoder.revision}: "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}",
-            encoder,
-            "a hub id must exist at its revision and be reachable or cached",
-            "check id, revision, network and HF_TOKEN, or download it and give the directory",
-        ) from error
+    what = f"the encoder {encoder.name} at revision {encoder.revision}"
+    return hub_snapshot(encoder.path, encoder.revision, patterns, what=what, key="encoders.path")
 
 
 def _read_config(folder: Path, encoder: TextEncoderConfig) -> dict[str, Any]:

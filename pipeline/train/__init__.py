@@ -1,5 +1,6 @@
 """From a latent dataset to a trained, exported model: one readable loop, and the machinery that keeps it honest.
 
+    weights --start------>  network, objective, scale, the weights   where model.init names some; what must stay does
     dataset --checks----->  facts: channels, classes, codec          refused before anything starts, naming both
     datasets --checks---->  one codec, one kind of condition         of several (data.mix), served by weight
     captions' embeddings --stream, task--> text [b, l, d], mask     the empty prompt for a keyed share (data.text)
@@ -9,7 +10,8 @@
     state   --checkpoint->  shards, receipts, COMPLETE.json          DCP safetensors and JSON, no pickle
     state   --hooks------>  fixed questions, fixed seeds             raw and averaged weights, any number of ranks
     reports --worker----->  history, quarantine, tracker             beside the step, before its checkpoint counts
-    EMA     --export----->  <output>/model/<images>                  what sampling loads; written last
+    EMA     --export----->  <output>/model/<images>                  what sampling loads, written last; a whole
+                                                                     diffusers pipeline where one is (`pipelines`)
     checkpoints --average-> an export of an average of another length  a job of its own, after the run
 
 `loop` (which also counts FLOPs), `task`, `state`, `checkpoint`, `hooks` know torch only. `worker` joins them to the
