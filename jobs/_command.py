@@ -30,7 +30,7 @@ from pipeline.config import SHIPPED, StrictModel, field_tree
 from pipeline.errors import ConfigError, ConflictError, InputError
 
 if TYPE_CHECKING:
-    from pipeline.store.ledger.state import DataFile
+    from pipeline.store.read.dataset import DataFile
 
 # The journey's stages, with the jobs of each in the order they are met.
 STAGES = {

@@ -202,7 +202,12 @@ class Passes:
         state, gaps = self.look()
         stalled = 0
         while gaps:
-            failures = [f for work in work_of(gaps, self.units_per_execution) if (f := self._once(work, state))]
+            failures = []
+            for work in work_of(gaps, self.units_per_execution):
+                error = self._once(work, state)
+                failures += [error] if error is not None else []
+                # By and by: whoever opens the dataset, this run after its pass too, reads few objects then.
+                self.generation.seal()
             self.generation.check()
             faults = self._classify_failures(failures)
             if not failures:

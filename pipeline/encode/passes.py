@@ -39,6 +39,7 @@ from pipeline.source.reasons import Reason
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import Generation
 from pipeline.store.ledger.ledger import visible_records
+from pipeline.store.ledger.record import Records
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State, fold
 from pipeline.store.plan import Work, read_plan
@@ -97,6 +98,7 @@ class _Encoding:
         self.monitor = start_monitor("encode")
         self.gauges = Gauges("encode")
         self._next_log = 0.0
+        self._bundles: dict[str, Records] = {}  # read so far: a run of many passes reads each once
         self.committer = Committer(
             root,
             generation.number,
@@ -135,10 +137,9 @@ class _Encoding:
 
     def _state_and_gaps(self) -> tuple[State, RowSet]:
         """The state now, and what this run still has to settle."""
-        records = visible_records(self.root)
+        records = visible_records(self.root, kept=self._bundles)
         state = fold(read_plan(self.root), records)
-        mine = [record.covered for _, record in records if record.generation == self.generation.number]
-        return state, state.gaps(self.retry - RowSet.union_all(mine))
+        return state, state.gaps(self.retry - records.settled(self.generation.number))
 
     def _retried(self) -> None:
         """All of it was tried: what a source no longer yields stays what an earlier run made of it."""

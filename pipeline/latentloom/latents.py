@@ -12,8 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.errors import ConfigError, ConflictError
-from pipeline.store.ledger.state import DataFile
-from pipeline.store.read.dataset import LatentDataset
+from pipeline.store.read.dataset import DataFile, LatentDataset
 from pipeline.store.schema import LATENTS, latents_from
 
 if TYPE_CHECKING:

@@ -485,7 +485,7 @@ def work_of(gaps: RowSet, units_per_execution: int) -> Iterator[list[Work]]:
     batch: list[Work] = []
     unit = -1
     ranges: list[tuple[int, int | None]] = []
-    for u, start, stop in gaps.triples():
+    for u, start, stop in gaps.iter_triples():  # a few at a time: rows to retry may lie scattered all over
         if u != unit:
             if ranges:
                 batch.append(Work(unit, tuple(ranges)))

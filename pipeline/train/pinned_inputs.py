@@ -53,7 +53,10 @@ def pinned(config: TrainJobConfig, root: Root, begun: Begun) -> Begun:
     for uri in new:  # all of them, or what has come to lie elsewhere
         pins.pin(Root(uri))
     # What was pinned may be newer than what was looked at.
-    return replace(_open(begun.start, root, name), checkpoints=begun.checkpoints) if new else begun
+    begun = replace(_open(begun.start, root, name), checkpoints=begun.checkpoints) if new else begun
+    for dataset in begun.datasets:
+        dataset.publish(pins)
+    return begun
 
 
 def look(config: TrainJobConfig, root: Root) -> Begun:

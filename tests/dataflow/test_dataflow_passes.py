@@ -41,6 +41,7 @@ def run(
     generation, monitor, asked = claim(root), LocalMonitor(), []
     encoding: Any = object.__new__(_Encoding)
     encoding.root, encoding.generation, encoding.retry = root, generation, retry or RowSet.empty()
+    encoding._bundles = {}
 
     def once(work: list[Work], state: State, alone: bool) -> None:
         asked.append(asked_for(work))

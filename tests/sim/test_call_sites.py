@@ -20,6 +20,7 @@ PLAYED = {
     "maintenance/job.py: run_verify: put": "a report somewhere else, which nothing reads",
     "store/ledger/ledger.py: commit: put_if_absent": "World.encode, World.compact, World.dedup, Samplers.sample",
     "store/read/pins.py: Pins.pin: put_if_absent": "Trainers.train",
+    "store/read/pins.py: Pins.publish: put_if_absent": "Trainers.train",
     "store/plan.py: _PartWriter._put: put_if_absent": "World.encode, Samplers.sample",
     "store/plan.py: append_version: put_if_absent": "World.encode, Samplers.sample",
     "store/ledger/generation.py: note_run: put": "an advisory object of one generation",

@@ -14,6 +14,7 @@ from pipeline.model.checkpoints import Complete, list_complete
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import is_superseded
 from pipeline.store.ledger.ledger import claimed
+from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.read.pins import Pins
 from pipeline.train.control import listed_checkpoints
 from pipeline.train.retention import (
@@ -55,6 +56,7 @@ class Trainers:
             pins = Pins(self.root, f"inputs/{inputs}")
             if not pins.holds(self.world.root):
                 pins.pin(self.world.root)
+            LatentDataset.open(self.world.root.uri, pins=pins).publish(pins)
             status = "stopped"
             for attempt in range(attempts):
                 last = STEPS if attempt == attempts - 1 else steps // 2
@@ -68,6 +70,7 @@ class Trainers:
         start = begin(self.checkpoints, generation, listed_checkpoints(self.root, generation))
         state = pins.state(self.world.root)
         assert state is not None
+        assert LatentDataset.open(self.world.root.uri, pins=pins).num_rows == state.num_stored
         rows = hashlib.sha256(repr(state.stored.triples()).encode()).hexdigest()
         history = History(self.root, segment_records=3)
         step = resumed = self._load(start, inputs, rows, history)

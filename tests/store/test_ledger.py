@@ -9,14 +9,18 @@ import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import ConflictError, InputError
 from pipeline.storage.root import Root
+from pipeline.store.ledger import layout
 from pipeline.store.ledger.bundles import read_bundle, seal
 from pipeline.store.ledger.generation import claim_next, latest_number, newest_of, read_closing
 from pipeline.store.ledger.identity import claim_identity
@@ -24,8 +28,11 @@ from pipeline.store.ledger.ledger import collect, commit, visible_records
 from pipeline.store.ledger.record import CommitRecord, FileInfo, parse_record
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import fold, read_state
+from pipeline.store.maintain.verify import verify
 from pipeline.store.plan import Plan, PlanVersion, append_version, read_plan
 from pipeline.store.read.dataset import LatentDataset
+from pipeline.store.read.row_groups import RowGroupInfo, RowGroups
+from tests.support.maintain import compact
 from tests.support.rows import IDENTITY, Listed, claim, committer, latent, latent_rows, planned_root, rejected_rows
 
 
@@ -71,7 +78,7 @@ def test_a_row_that_is_stored_and_left_out_is_not_committed(root: Root) -> None:
     writer = committer(root, claim(root))
     with pytest.raises(ValueError, match=r"both stored and left out: \[\[0, 1, 2\]\]"):
         writer.commit(latent_rows([(0, 0), (0, 1)]), rejected_rows([(0, 1)], "truncated"), {})
-    assert visible_records(root) == []
+    assert not len(visible_records(root))
 
 
 @pytest.mark.integration
@@ -208,6 +215,131 @@ def test_records_survive_the_round_trip_and_damage_is_named(root: Root) -> None:
         parse_record(json.dumps(newer).encode(), "ledger/x")
 
 
+def test_what_a_compaction_has_replaced_is_in_no_later_list(root: Root) -> None:
+    """Fragments of whose rows all are elsewhere by now go; what still tells something stays."""
+    generation = claim(root)
+    writer = committer(root, generation)
+    for unit in range(4):
+        for row in range(5):
+            writer.commit(latent_rows([(unit, row)]), None, {unit: 5} if (unit, row) == (3, 4) else {})
+    generation.close({"status": "done"})
+    before = read_state(root)
+    assert compact(root.uri, shard_bytes=10 * 304, row_group_bytes=5 * 48).shards_written == 2
+    digest, rows = LatentDataset.open(root.uri).digest, rows_of(LatentDataset.open(root.uri))
+    assert len(visible_records(root)) == 22
+    claim(root).close({})
+    assert [record.generation for _, record in visible_records(root)] == [1, 2, 2]
+    after = read_state(root)
+    assert (after.covered, after.unit_rows, after.gaps()) == (before.covered, {3: 5}, before.gaps())
+    assert (LatentDataset.open(root.uri).digest, rows_of(LatentDataset.open(root.uri))) == (digest, rows)
+    assert verify(root.uri, "checksums").problems == []
+
+
+def scattered(units: int = 2) -> RowSet:
+    """Every third row of some units of 1,000: more runs than intervals are worth, and a run at the end."""
+    return RowSet.from_triples([(u, r, r + 1) for u in range(units) for r in range(0, 1000, 3)] + [(9, 5, 700)])
+
+
+def test_a_record_of_scattered_rows_is_small_and_survives_the_round_trip(root: Root) -> None:
+    group = RowGroupInfo("8x8", 3, 9, 0, 1, (1.5,), (2.5,), 48, 7, 1)
+    info = FileInfo("data/x.parquet", 9, "00", 3, RowGroups.of([group]))
+    record = CommitRecord(
+        claim(root).number,
+        scattered() | RowSet.from_triples([(0, 0, 2000)]),
+        files=(info,),
+        reject_file=FileInfo("rejects/y.parquet", 5, "11", 2),
+        rejects={"empty": RowSet.from_triples([(0, 1, 2)])},
+        filtered={"too_small": scattered(), "too_wide": RowSet.from_triples([(0, 1, 2)])},
+        unit_rows={4: 17},
+    )
+    body = json.loads(record.to_bytes())
+    assert body["version"] == 2, "earlier releases are to refuse what they cannot read"
+    assert len(json.dumps(body["filtered"]["too_small"])) < 1000 < len(json.dumps(scattered().triples()))
+    assert parse_record(record.to_bytes(), "x") == record
+    commit(root, record)
+    assert list(visible_records(root)) == [(record.name, record)]
+    assert seal(root, record.generation, at_least=1)
+    root.delete(record.name)
+    assert list(visible_records(root)) == [(record.name, record)]
+    assert record.name == visible_records(root)[0][1].name, "its name follows from what a bundle tells of it"
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"blocks": [[0, 1]]},
+        {"blocks": [[0, -512]]},
+        {"blocks": [[1 << 31, 0]]},
+        {"bits": "AAAA"},
+        {"bits": "no base64!"},
+        {"blocks": "x"},
+    ],
+)
+def test_a_bitmap_that_is_none_is_damage(root: Root, broken: dict[str, Any]) -> None:
+    record = CommitRecord(claim(root).number, scattered(1))
+    body = json.loads(record.to_bytes())
+    body["covered"] |= broken
+    with pytest.raises(InputError, match="commit record x is damaged"):
+        parse_record(json.dumps(body).encode(), "x")
+
+
+def test_to_an_earlier_release_a_bundle_says_that_it_is_too_old(root: Root) -> None:
+    """What it read of a bundle were the columns name and record, of which it read the version first."""
+    generation = claim(root)
+    committer(root, generation).commit(latent_rows([(0, 0)]), None, {})
+    key = seal(root, generation.number, at_least=1)
+    assert key is not None
+    with root.open(key) as file:
+        table = pq.read_table(file, columns=["name", "record"])
+    assert table["name"].to_pylist() == [name for name, _ in visible_records(root)]
+    (said,) = [json.loads(data) for data in table["record"].to_pylist()]
+    assert said["version"] == 2
+    assert set(said) == set(json.loads(visible_records(root)[0][1].to_bytes()))
+
+
+def test_a_bundle_of_an_earlier_release_is_read(root: Root) -> None:
+    """(name, bytes of the record) a line."""
+    generation = claim(root)
+    writer = committer(root, generation)
+    writer.commit(latent_rows([(0, 0)]), rejected_rows([(1, 1)], "empty"), {3: 5})
+    writer.commit(latent_rows([(0, 1)]), None, {})
+    records = dict(visible_records(root))
+    lines = {"name": list(records), "record": [record.to_bytes() for record in records.values()]}
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(lines), sink, write_page_checksum=True)
+    root.put(f"{layout.ledger_dir(generation.number)}/{'0' * 32}.parquet", sink.getvalue().to_pybytes())
+    for name in records:
+        root.delete(name)
+    assert dict(visible_records(root)) == records
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("set_kind", [1]),
+        ("set_spans", [2]),
+        ("span_keys", [5]),
+        ("span_keys", [-5, 1]),
+        ("file_path", ["../x"]),
+        ("group_bucket", ["x"]),
+        ("group_numbers", [1]),
+        ("group_sums", [1.0]),
+        ("unit_rows", [0, -1]),
+    ],
+)
+def test_a_bundle_whose_columns_do_not_fit_is_damage(root: Root, column: str, value: list[Any]) -> None:
+    generation = claim(root)
+    committer(root, generation).commit(latent_rows([(0, 0)]), None, {})
+    table = visible_records(root).table
+    at = table.schema.get_field_index(column)
+    table = table.set_column(at, table.schema.field(at), pa.array([value], table.schema.field(at).type))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, write_page_checksum=True)
+    root.put(f"{layout.ledger_dir(generation.number)}/{'0' * 32}.parquet", sink.getvalue().to_pybytes())
+    with pytest.raises(InputError, match=r"0{32}.parquet cannot be read[\s\S]*delete this one object"):
+        visible_records(root)
+
+
 def test_a_damaged_bundle_is_named(root: Root) -> None:
     generation = claim(root)
     committer(root, generation).commit(latent_rows([(0, 0)]), None, {})
@@ -311,12 +443,20 @@ record_shapes = st.tuples(
 
 
 @settings(deadline=None)
-@given(st.lists(record_shapes, max_size=6), st.sets(st.integers(0, 11)))
-def test_the_fold_is_its_rules_row_by_row(shapes: list[tuple[int, set[int], set[int]]], retired: set[int]) -> None:
-    """Each live row is in one file; a file tells only its own dead rows; one without a live row is not there."""
+@given(st.lists(record_shapes, max_size=6), st.sets(st.integers(0, 11)), st.sampled_from((1, 40)))
+def test_the_fold_is_its_rules_row_by_row(
+    shapes: list[tuple[int, set[int], set[int]]], retired: set[int], each: int
+) -> None:
+    """Each live row is in one file; a file tells only its own dead rows; one without a live row is not there.
+
+    Each number stands for one row, or for so many, eight apart: those of several numbers lie scattered.
+    """
+
+    def triples(numbers: set[int]) -> list[tuple[int, int, int]]:
+        return [(n // 4, row, row + 1) for n in numbers for row in range(2 * (n % 4), 2 * (n % 4) + 8 * each, 8)]
 
     def rows(numbers: set[int]) -> RowSet:
-        return RowSet.from_triples([(n // 4, n % 4, n % 4 + 1) for n in numbers])
+        return RowSet.from_triples(triples(numbers))
 
     def file(kind: str, at: int, rows: set[int]) -> FileInfo:
         return FileInfo(f"{kind}/{at}", 10, "00", len(rows))
@@ -332,7 +472,7 @@ def test_the_fold_is_its_rules_row_by_row(shapes: list[tuple[int, set[int], set[
             rejects={"corrupt": rows(bad)} if bad else {},
         )
         named.append((f"{at}", record))
-    state = fold(Plan(Root("memory://none"), (retiring(retired),)), named)
+    state = fold(Plan(Root("memory://none"), (retiring(triples(retired)),)), named)
     owner = {}
     for row in set(range(12)) - retired:
         holders = [(-shape[0], row in shape[2], at) for at, shape in enumerate(shapes) if row in shape[1]]
@@ -350,11 +490,13 @@ def test_the_fold_is_its_rules_row_by_row(shapes: list[tuple[int, set[int], set[
     assert {f.info.path: f.dead for f in state.files} == wanted_files
     assert {f.info.path: f.dead for f in state.reject_files} == wanted_rejects
     assert state.covered == rows(set(owner))
+    corrupt = {row for row, at in owner.items() if row in shapes[at][2]}
+    assert state.rejects == ({"corrupt": rows(corrupt)} if corrupt else {})
+    assert state.stored == rows(set(owner) - corrupt)
 
 
-def retiring(rows: set[int]) -> PlanVersion:
-    retired = tuple((n // 4, n % 4, n % 4 + 1) for n in rows)
-    return PlanVersion(1, "plan/parts/none.parquet", (), 0, 0, 0, 0, retired, 0, {}, 1)
+def retiring(retired: list[tuple[int, int, int]]) -> PlanVersion:
+    return PlanVersion(1, "plan/parts/none.parquet", (), 0, 0, 0, 0, tuple(retired), 0, {}, 1)
 
 
 # -- seals: bundles of the newest generation's own records ------------------------------------------------------

@@ -67,6 +67,44 @@ def test_a_pinned_dataset_stays_what_it_was(root: Root, pins: Pins) -> None:
     assert now.num_rows == 15
 
 
+def test_what_was_published_of_a_pinned_dataset_spares_its_readers_the_ledger(root: Root, pins: Pins) -> None:
+    before = LatentDataset.open(root.uri)
+    rows, moments = contents(before), (before.channel_mean.tolist(), before.channel_std.tolist())
+    pins.pin(root)
+    change(root)
+    kept = LatentDataset.open(root.uri, pins=pins)
+    kept.publish(pins)
+    kept.publish(pins)  # once is enough
+    run = Root(str(Path(root.uri).parent / "run"))
+    for key in [info.key for info in run.list("inputs") if info.key.endswith(".parquet")]:
+        run.delete(key)  # the ledger, as it was kept
+    reader = LatentDataset.open(root.uri, pins=pins)
+    assert (reader.digest, reader.layout_digest) == (before.digest, before.layout_digest)
+    assert contents(reader) == rows
+    assert (reader.channel_mean.tolist(), reader.channel_std.tolist()) == moments
+    assert list(reader.row_groups) == list(before.row_groups)
+    with pytest.raises(InputError, match="is gone"):
+        _ = reader.state
+    (key,) = [info.key for info in run.list("inputs") if info.key.endswith(".arrow")]
+    run.put(key, run.read_bytes(key)[:200])
+    with pytest.raises(InputError, match=r"arrow cannot be read[\s\S]*delete this one object"):
+        LatentDataset.open(root.uri, pins=pins)
+
+
+def test_of_rows_that_died_before_it_was_pinned_a_reader_sees_none(root: Root, pins: Pins) -> None:
+    report = DiffReport()
+    report.retire(0, 1, 2)
+    generation = claim(root)
+    append_version(read_plan(root), [[Listed("new")]], report=report, source={}, generation=generation.number)
+    before = LatentDataset.open(root.uri)
+    assert before.row_groups.partial.any()
+    pins.pin(root)
+    LatentDataset.open(root.uri, pins=pins).publish(pins)
+    reader = LatentDataset.open(root.uri, pins=pins)
+    assert contents(reader) == contents(before)
+    assert [row for row in contents(reader) if (row["unit"], row["row"]) == (0, 1)] == []
+
+
 def test_what_is_not_pinned_is_what_is_visible(root: Root, pins: Pins) -> None:
     assert pins.state(root) is None
     assert LatentDataset.open(root.uri, pins=pins).num_rows == 7

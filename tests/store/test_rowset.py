@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.store.ledger.rowset import MAX_ROWS, RowSet
@@ -31,6 +31,52 @@ def test_operations_are_those_of_sets(a: list[tuple[int, int, int]], b: list[tup
     assert of(x - y) == p - q
     assert (x | y).count() == len(p | q)
     assert RowSet.from_triples((x | y).triples()) == x | y
+
+
+# Rows so many and so scattered that blocks of them become bitmaps, beside long runs and across the ends of blocks.
+runs = st.tuples(st.integers(0, 1), st.integers(0, 1100), st.integers(1, 700), st.sampled_from((1, 2, 3, 7, 200)))
+crowds = st.lists(runs, max_size=4).map(
+    lambda runs: {(unit, row) for unit, first, length, step in runs for row in range(first, first + length, step)}
+)
+
+
+def crowd(rows: set[tuple[int, int]]) -> RowSet:
+    both = np.array(sorted(rows), np.int64).reshape(-1, 2)
+    return RowSet.from_rows(both[:, 0], both[:, 1])
+
+
+@settings(deadline=None)
+@given(crowds, crowds, st.integers(0, 1900), st.integers(0, 1900))
+def test_of_scattered_rows_operations_are_those_of_sets_and_forms_follow_from_rows_alone(
+    p: set[tuple[int, int]], q: set[tuple[int, int]], low: int, high: int
+) -> None:
+    x, y = crowd(p), crowd(q)
+    assert of(x) == p
+    for mine, wanted in ((x | y, p | q), (x & y, p & q), (x - y, p - q)):
+        assert mine == crowd(wanted)
+        assert of(mine) == wanted
+        assert mine.count() == len(wanted)
+        assert RowSet.from_triples(mine.triples()) == mine
+        assert RowSet.from_parts(mine.starts, mine.stops, mine.blocks, mine.bits) == mine
+        assert mine.num_spans() >= len(mine.triples())
+    inside = {(u, r) for u, r in p if low <= (u << 32) + r < high + (1 << 32)}
+    assert x.within(low, high + (1 << 32)) == crowd(inside)
+    units, rows = np.repeat([0, 1], 2000), np.tile(np.arange(2000), 2)
+    assert x.contains(units, rows).tolist() == [pair in p for pair in zip(units.tolist(), rows.tolist(), strict=True)]
+    assert x.units().tolist() == sorted({u for u, _ in p})
+    assert [t for u in x.units() for t in x.of_unit(int(u))] == [(t[1], t[2]) for t in x.triples()]
+
+
+def test_scattered_rows_take_a_bit_each() -> None:
+    rows = np.flatnonzero(np.random.default_rng(0).random(1 << 20) < 0.3)
+    found = RowSet.from_rows(np.zeros_like(rows), rows)
+    assert sum(column.nbytes for column in vars(found).values()) < 1.2 * (1 << 20) / 8
+    whole = RowSet.from_triples([(0, 0, 1 << 20)])
+    assert (whole - found).count() == (1 << 20) - len(rows)
+    assert (whole - found) | found == whole
+    starts, stops = (np.concatenate(side) for side in zip(*(whole - found).spans(), strict=True))
+    assert (starts[1:] > stops[:-1]).all()
+    assert int((stops - starts).sum()) == (1 << 20) - len(rows)
 
 
 @given(triples)

@@ -327,7 +327,9 @@ def test_compaction_after_rows_were_retired_comes_to_an_end(tmp_path: Path) -> N
     assert compact(root.uri, **SIZES) == CompactReport(0, 3, 0, 0)
     dataset = LatentDataset.open(root.uri)
     assert not dataset.row_groups.partial.any()
-    assert len(verify(root.uri, "files").orphans) == 3
+    # Beside files a bundle, whose records the next one holds as far as they count.
+    orphans = [key.partition("/")[0] for key in verify(root.uri, "files").orphans]
+    assert orphans == ["data", "data", "rejects", "snapshots"]
     collect_garbage(root.uri, grace_s=0, now_s=2**33)
     assert len(list(root.list("data"))) == 2
     assert everything(root.uri) == left

@@ -1,44 +1,45 @@
-"""Bundles of commit records: one Parquet object of (name, record) in place of thousands of small reads.
+"""Bundles of commit records: one Parquet object of many, as columns, in place of thousands of small reads.
 
 A claim lists bundles of older generations' records in `snapshots/`. A *seal* is a bundle beside the records of one
-generation, in its own ledger directory; it repeats records that lie there, byte for byte, and nothing else, so that
-what is visible does not depend on whether, when, how often or by whom a generation was sealed.
+generation, in its own ledger directory; it repeats records that lie there and nothing else, so that what is visible
+does not depend on whether, when, how often or by whom a generation was sealed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.errors import InputError
 from pipeline.storage.errors import RESTORE
 from pipeline.storage.root import Root
 from pipeline.store.ledger import layout
+from pipeline.store.ledger.record import RECORDS, CommitRecord, Records, parse_record
 from pipeline.store.read.row_groups import reading_table
 
 # Fewer loose records than this are read in about the time that one more object would cost.
 SEAL_AT_LEAST = 64
 _READERS = 16
-_PER_GROUP = 4096
+_PER_GROUP = 1 << 16
 _RECORD, _BUNDLE = ".json", ".parquet"
-_SCHEMA = pa.schema([pa.field("name", pa.string(), False), pa.field("record", pa.large_binary(), False)])
+# Earlier releases wrote, and read, the bytes of each record. To them this says that they are too old.
+_NEWER = layout.canonical_json(
+    {"version": 2, "generation": 0, "covered": [], "files": [], "reject_file": None}
+    | {"rejects": {}, "filtered": {}, "unit_rows": []}
+)
 
-Named = tuple[str, bytes]
+Kept = dict[str, Records]
 
 
-def generation_records(root: Root, number: int) -> Iterator[Named]:
-    """(name, bytes) of every record in the ledger of a generation, each once, few in memory at a time."""
+def generation_records(root: Root, number: int, kept: Kept | None = None) -> Records:
+    """Every record in the ledger of a generation, each once. kept: bundles read before, to which it adds."""
     seals, loose = _ledger(root, number)
-    seen: set[str] = set()
-    for seal in seals:
-        for name, data in read_bundle(root, seal):
-            if name not in seen:
-                seen.add(name)
-                yield name, data
-    yield from _read(root, [name for name in loose if name not in seen])
+    sealed = Records.union([read_bundle(root, seal, kept) for seal in seals])
+    return Records.union([sealed, Records.of(_read(root, _not_in(sealed, loose)))])
 
 
 def seal(root: Root, number: int, at_least: int = SEAL_AT_LEAST) -> str | None:
@@ -47,33 +48,34 @@ def seal(root: Root, number: int, at_least: int = SEAL_AT_LEAST) -> str | None:
     Anybody may call it at any time, for any generation. Raises what the store raises.
     """
     seals, loose = _ledger(root, number)
-    sealed: set[str] = set()
     for key in seals:
-        for batch in _batches(root, key, ["name"]):
-            sealed.update(batch.column(0).to_pylist())
-    loose = [name for name in loose if name not in sealed]
+        with reading_table(root.uri_of(key), _remedy(key)), root.open(key) as file:
+            names = pq.ParquetFile(file, page_checksum_verification=True).read(["name"])["name"]
+        loose = sorted(set(loose).difference(names.to_pylist()))
     if len(loose) < max(1, at_least):
         return None
     # A damaged record stays alone: whoever opens the dataset is to hear of it.
-    sound = (
-        (name, data)
-        for name, data in _read(root, loose)
-        if name.rpartition("/")[2] == layout.content_name(data) + _RECORD
-    )
-    return write_bundle(root, layout.ledger_dir(number), sound)
+    return write_bundle(root, layout.ledger_dir(number), Records.of(_read(root, loose, sound_only=True)))
 
 
-def write_bundle(root: Root, directory: str, records: Iterable[Named], generation: int | None = None) -> str:
-    """Put records as one bundle named by its content; returns its key. In one order they are one object.
+def write_bundle(root: Root, directory: str, records: Records, generation: int | None = None) -> str:
+    """Put records as one bundle named by its content; returns its key.
 
     generation: of the claim that is to name it, where garbage collection may remove it one day.
     """
-    sink, rest = pa.BufferOutputStream(), iter(records)
-    with pq.ParquetWriter(sink, _SCHEMA, compression="zstd", write_page_checksum=True) as writer:
-        while group := list(islice(rest, _PER_GROUP)):
-            names, data = zip(*group, strict=True)
-            table = pa.table({"name": names, "record": data}, schema=_SCHEMA)
-            writer.write_table(table, row_group_size=_PER_GROUP)
+    sink = pa.BufferOutputStream()
+    older = pa.array([_NEWER], pa.large_binary()).dictionary_encode().take(pa.array([0] * len(records), pa.int32()))
+    table = records.table.append_column(pa.field("record", older.type, False), older)
+    blobs = ["record", "set_reason", "group_bucket"]
+    pq.write_table(
+        table,
+        sink,
+        _PER_GROUP,
+        compression="zstd",
+        use_dictionary=blobs,
+        write_statistics=False,
+        write_page_checksum=True,
+    )
     body = sink.getvalue().to_pybytes()
     key = f"{directory}/{layout.content_name(body)}{_BUNDLE}"
     if generation is not None:
@@ -82,20 +84,32 @@ def write_bundle(root: Root, directory: str, records: Iterable[Named], generatio
     return key
 
 
-def read_bundle(root: Root, name: str) -> Iterator[Named]:
-    """(name, bytes) of every record in a bundle; InputError when the bundle is missing or damaged."""
-    for batch in _batches(root, name, ["name", "record"]):
-        yield from zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True)
-
-
-def _batches(root: Root, name: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    schema = pa.schema([_SCHEMA.field(column) for column in columns])
-    spare = name.startswith(f"{layout.LEDGER}/")
-    remedy = "delete this one object: it only repeats the records that lie beside it" if spare else RESTORE
-    with reading_table(root.uri_of(name), remedy), root.open(name) as file:
+def read_bundle(root: Root, name: str, kept: Kept | None = None) -> Records:
+    """The records in a bundle; InputError when it is missing or damaged. kept: as `generation_records`."""
+    if kept is not None and name in kept:
+        return kept[name]
+    with reading_table(root.uri_of(name), _remedy(name)), root.open(name) as file:
         reader = pq.ParquetFile(file, page_checksum_verification=True)
-        for batch in reader.iter_batches(batch_size=_PER_GROUP, columns=columns):
-            yield batch.cast(schema)
+        if set(RECORDS.names) <= set(reader.schema_arrow.names):
+            records = Records(reader.read(RECORDS.names, use_threads=True))
+        else:
+            table = reader.read(["name", "record"])
+            pairs = zip(table["name"].to_pylist(), table["record"].to_pylist(), strict=True)
+            records = Records.of((key, parse_record(data, key)) for key, data in pairs)
+    if kept is not None:
+        kept[name] = records
+    return records
+
+
+def _remedy(name: str) -> str:
+    spare = name.startswith(f"{layout.LEDGER}/")
+    return "delete this one object: it only repeats the records that lie beside it" if spare else RESTORE
+
+
+def _not_in(records: Records, names: Sequence[str]) -> list[str]:
+    """Those of some names that none of the records has."""
+    found = pc.is_in(pa.array(names, pa.string()), records.table["name"].combine_chunks())
+    return [name for name, there in zip(names, found.to_pylist(), strict=True) if not there]
 
 
 def _ledger(root: Root, number: int) -> tuple[list[str], list[str]]:
@@ -104,10 +118,20 @@ def _ledger(root: Root, number: int) -> tuple[list[str], list[str]]:
     return [k for k in keys if k.endswith(_BUNDLE)], [k for k in keys if k.endswith(_RECORD)]
 
 
-def _read(root: Root, names: Sequence[str]) -> Iterator[Named]:
+def _read(root: Root, names: Sequence[str], sound_only: bool = False) -> list[tuple[str, CommitRecord]]:
+    """Loose records; those alone that are what their name says, where they are to be sound."""
+
+    def read(name: str) -> tuple[str, CommitRecord] | None:
+        data = root.read_bytes(name)
+        try:
+            record = parse_record(data, name)
+        except InputError:
+            if sound_only:
+                return None
+            raise
+        return (name, record) if not sound_only or layout.hash_in(name) == layout.content_name(data) else None
+
     if not names:
-        return
+        return []
     with ThreadPoolExecutor(_READERS) as pool:
-        for first in range(0, len(names), _PER_GROUP):
-            part = names[first : first + _PER_GROUP]
-            yield from zip(part, pool.map(root.read_bytes, part), strict=True)
+        return [found for found in pool.map(read, names) if found is not None]

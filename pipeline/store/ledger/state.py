@@ -1,38 +1,27 @@
-"""The visible state of a dataset, folded from its plan and its commit records.
+"""The visible state of a dataset, folded from its plan and its commit records: see `ledger` for which rows count.
 
-Rules of the fold. A row that the plan has retired (its source changed) is dead everywhere. A row that several
-records cover belongs to the record of the newest generation (a retried reject, a compacted shard), and among
-those of one generation (a write that Ray repeated) to one that stores it before one that rejects it, of several to
-the one whose name sorts first; in all others it is dead.
 A file whose rows are all dead is no longer visible. What no live record covers is a gap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, overload
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import at_one_generation
-from pipeline.store.ledger.ledger import visible_records
-from pipeline.store.ledger.record import CommitRecord, FileInfo
-from pipeline.store.ledger.rowset import MAX_ROWS, RowSet
+from pipeline.store.ledger.ledger import Lengths, dead_rows, extents, visible_records
+from pipeline.store.ledger.record import COVERED, FILTERED, REJECTED, CommitRecord, FileInfo, Records
+from pipeline.store.ledger.rowset import MAX_ROWS, Int64s, RowSet
 from pipeline.store.plan import Plan, read_plan
-
-
-@dataclass(frozen=True)
-class DataFile:
-    """A file with visible rows for other readers: where it lies, how many they are, and which.
-
-    row_filter: SQL over the columns unit and row that is true for the visible rows; None where all are.
-    """
-
-    uri: str
-    num_rows: int
-    size_bytes: int
-    row_filter: str | None
+from pipeline.store.read.row_groups import ReadableGroups
 
 
 @dataclass(frozen=True)
@@ -43,9 +32,76 @@ class VisibleFile:
     dead: RowSet
     record: CommitRecord
 
-    def for_others(self, uri: str, num_rows: int) -> DataFile:
-        """What another reader of Parquet must know of it."""
-        return DataFile(uri, num_rows, self.info.size_bytes, f"NOT ({self.dead.sql()})" if self.dead else None)
+
+class VisibleFiles(Sequence[VisibleFile]):
+    """Visible files in order, as columns; an item is made when it is asked for.
+
+    numbers: which of all files of the `records`, int64 [n]; dead: for those of them that have dead rows, these rows.
+    """
+
+    def __init__(self, records: Records, numbers: Int64s, dead: Mapping[int, RowSet]) -> None:
+        self.records, self.numbers, self.dead = records, numbers, dead
+
+    @cached_property
+    def num_groups(self) -> Int64s:
+        """Row groups of each: int64 [n]."""
+        return np.asarray(self.records.flat("file_groups")[self.numbers])
+
+    @cached_property
+    def groups(self) -> Int64s:
+        """Which of all row groups of the records theirs are, file after file: int64 [row groups]."""
+        return _ranges(self.records.group_places[:-1][self.numbers], self.num_groups)
+
+    @cached_property
+    def size_bytes(self) -> Int64s:
+        """Of each: int64 [n]."""
+        return np.asarray(self.records.flat("file_numbers")[2 * self.numbers])
+
+    @cached_property
+    def paths(self) -> pa.StringArray:
+        """Of each its key."""
+        return self.records.texts("file_path").take(pa.array(self.numbers))
+
+    @cached_property
+    def generations(self) -> Int64s:
+        """Of each the generation that wrote it: int64 [n]."""
+        return np.asarray(self.records.generation[self.records.file_owner[self.numbers]])
+
+    def dead_in(self, index: int) -> RowSet:
+        """The dead rows of one."""
+        return self.dead.get(int(self.numbers[index]), RowSet.empty())
+
+    @cached_property
+    def with_dead(self) -> npt.NDArray[np.bool_]:
+        """Which of them have dead rows: bool [n]."""
+        return np.isin(self.numbers, np.fromiter(self.dead, np.int64, len(self.dead)))
+
+    def readable(self) -> ReadableGroups:
+        """The row groups of all of them."""
+        records, channels = self.records, self.records.flat("file_channels")[self.numbers]
+        several = np.unique(channels[self.num_groups > 0])
+        sums = records.sums_of(self.groups, int(several[0])) if len(several) == 1 and several[0] else None
+        dead = {at: self.dead_in(at) for at in np.flatnonzero(self.with_dead).tolist()}
+        numbers = records.flat("group_numbers").reshape(-1, 7)[self.groups]
+        buckets = records.texts("group_bucket").take(pa.array(self.groups))
+        return ReadableGroups.of(self.paths, self.size_bytes, self.num_groups, dead, numbers, sums, buckets)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> VisibleFile: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[VisibleFile, ...]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        number = int(self.numbers[index])
+        record = self.records[int(self.records.file_owner[number])][1]
+        return VisibleFile(self.records.file(number), self.dead_in(index), record)
+
+    def __iter__(self) -> Iterator[VisibleFile]:
+        return (self[i] for i in range(len(self)))
 
 
 @dataclass(frozen=True)
@@ -53,8 +109,8 @@ class State:
     """Everything about a dataset that does not need its data files: rows are source rows, not variants."""
 
     plan: Plan
-    files: tuple[VisibleFile, ...]
-    reject_files: tuple[VisibleFile, ...]
+    files: VisibleFiles
+    reject_files: VisibleFiles
     covered: RowSet
     rejects: dict[str, RowSet]
     filtered: dict[str, RowSet]
@@ -116,110 +172,82 @@ def state_at(root: Root, number: int) -> State:
 
 
 def fold(plan: Plan, records: Sequence[tuple[str, CommitRecord]]) -> State:
-    """The state that some records, ordered by name, make of a plan."""
-    dead = _dead_rows(plan.retired, [record for _, record in records])
-    files: list[VisibleFile] = []
-    reject_files: list[VisibleFile] = []
-    rejects: dict[str, list[RowSet]] = {}
-    filtered: dict[str, list[RowSet]] = {}
-    lengths = _Lengths()
-    for (_, record), gone in zip(records, dead, strict=True):
-        if record.files and (not gone or record.stored - gone):
-            dead_rows = gone & record.stored if gone else gone
-            files += [VisibleFile(f, dead_rows, record) for f in record.files]
-        if record.reject_file and (not gone or record.settled - gone):
-            dead_rows = gone & record.settled if gone else gone
-            reject_files.append(VisibleFile(record.reject_file, dead_rows, record))
-        for reason, rows in record.rejects.items():
-            rejects.setdefault(reason, []).append(rows - gone)
-            lengths.supersede(record.generation, rows & gone)
-        for reason, rows in record.filtered.items():
-            filtered.setdefault(reason, []).append(rows - gone)
-        lengths.state(record.generation, record.unit_rows)
-
-    def by_unit(file: VisibleFile) -> tuple[int, int, str]:
-        groups = file.info.row_groups
-        first = int(groups.first_unit.min()) if len(groups) else 0
-        return first, int(groups.last_unit.max()) if len(groups) else 0, file.info.path
-
+    """The state that some records make of a plan."""
+    records = records if isinstance(records, Records) else Records.of(records)
+    kind, owner = records.flat("set_kind"), records.set_owner
+    dead = dead_rows(plan.retired, records)
+    clean = np.ones(len(records), np.bool_)
+    clean[list(dead)] = False
+    lengths, counts = Lengths(records), extents(records)[0]
+    # Of a record that has no live row nothing counts but, for the lengths of units, what it has rejected.
+    partly = {at: gone for at, gone in dead.items() if gone.count() < counts[at]}
+    alive, dead_in = _alive_files(records, clean, partly)
+    outcomes: dict[int, dict[str, RowSet]] = {}
+    reasons = records.texts("set_reason").dictionary_encode()
+    codes = reasons.indices.to_numpy()
+    for outcome in (REJECTED, FILTERED):
+        mine = kind == outcome
+        parts = {
+            reason: [records.rows_of(mine & (codes == code) & clean[owner])]
+            for code, reason in enumerate(reasons.dictionary.to_pylist())
+            if (mine & (codes == code)).any()
+        }
+        for at, gone in (dead if lengths and outcome == REJECTED else partly).items():
+            record = records[at][1]
+            for reason, rows in (record.rejects if outcome == REJECTED else record.filtered).items():
+                parts[reason].append(rows - gone)
+                if outcome == REJECTED:
+                    lengths.supersede(record.generation, rows & gone)
+        unions = {reason: RowSet.union_all(rows) for reason, rows in sorted(parts.items())}
+        outcomes[outcome] = {reason: rows for reason, rows in unions.items() if rows}
     return State(
         plan=plan,
-        files=tuple(sorted({file.info.path: file for file in files}.values(), key=by_unit)),
-        reject_files=tuple(reject_files),
-        covered=RowSet.union_all([r.covered for _, r in records]) - plan.retired,
-        rejects=_merged(rejects),
-        filtered=_merged(filtered),
+        files=VisibleFiles(records, _in_order(records, alive[~records.is_reject_file[alive]]), dead_in),
+        reject_files=VisibleFiles(records, alive[records.is_reject_file[alive]], dead_in),
+        covered=records.rows_of(kind == COVERED) - plan.retired,
+        rejects=outcomes[REJECTED],
+        filtered=outcomes[FILTERED],
         unit_rows=lengths.known(),
     )
 
 
-class _Lengths:
-    """Which of the lengths that records tell of their units hold.
-
-    The newest generation's, and of several of one generation the largest: a reading that failed told a smaller one. A
-    length whose last row was rejected and has been settled anew since does not hold: the row may have stood for a
-    rest that could not be read, and reading it again may have ended before it came to the end.
-    """
-
-    def __init__(self) -> None:
-        self._stated: dict[int, tuple[int, int]] = {}  # unit -> (generation, rows)
-        self._superseded: list[tuple[int, RowSet]] = []
-
-    def state(self, generation: int, unit_rows: Mapping[int, int]) -> None:
-        for unit, rows in unit_rows.items():
-            self._stated[unit] = max(self._stated.get(unit, (0, 0)), (generation, rows))
-
-    def supersede(self, generation: int, rejects: RowSet) -> None:
-        if rejects:
-            self._superseded.append((generation, rejects))
-
-    def known(self) -> dict[int, int]:
-        for generation, rejects in self._superseded:
-            for unit in rejects.units().tolist():
-                stated, rows = self._stated.get(unit, (generation + 1, 0))
-                if stated <= generation and any(start < rows <= stop for start, stop in rejects.of_unit(unit)):
-                    del self._stated[unit]
-        return {unit: rows for unit, (_, rows) in self._stated.items()}
+def _alive_files(
+    records: Records, clean: npt.NDArray[np.bool_], partly: Mapping[int, RowSet]
+) -> tuple[Int64s, dict[int, RowSet]]:
+    """Which of the records' files have a visible row, int64 [m], and of those the rows that are dead."""
+    alive = clean[records.file_owner]
+    first, dead_in = records.places("file_path"), {}
+    for at, gone in partly.items():
+        record = records[at][1]
+        for number in range(int(first[at]), int(first[at + 1])):
+            rows = record.settled if records.is_reject_file[number] else record.stored
+            alive[number] = bool(rows - gone)
+            if alive[number] and rows & gone:
+                dead_in[number] = rows & gone
+    return np.flatnonzero(alive), dead_in
 
 
-def _merged(sets: dict[str, list[RowSet]]) -> dict[str, RowSet]:
-    unions = {reason: RowSet.union_all(parts) for reason, parts in sorted(sets.items())}
-    return {reason: rows for reason, rows in unions.items() if rows}
+def _in_order(records: Records, files: Int64s) -> Int64s:
+    """Files by their first unit, their last and their path, each path once."""
+    sizes = records.flat("file_groups")[files]
+    units = records.flat("group_numbers").reshape(-1, 7)[_ranges(records.group_places[:-1][files], sizes), 2:4]
+    ends = np.zeros((len(files), 2), np.int64)
+    begins = (np.cumsum(sizes) - sizes)[sizes > 0]
+    if len(begins):
+        ends[sizes > 0, 0] = np.minimum.reduceat(units[:, 0], begins)
+        ends[sizes > 0, 1] = np.maximum.reduceat(units[:, 1], begins)
+    paths = records.texts("file_path").take(pa.array(files))
+    # The last of one path stands for all.
+    table = pa.table([ends[:, 0], ends[:, 1], paths, -np.arange(len(files))], ["first", "last", "path", "late"])
+    order = pc.sort_indices(table, [(name, "ascending") for name in table.column_names])
+    repeated = np.zeros(len(files), np.bool_)
+    if len(files):
+        sorted_paths = paths.take(order)
+        repeated[1:] = pc.equal(sorted_paths[1:], sorted_paths[:-1]).to_numpy(zero_copy_only=False)
+    return np.asarray(files[order.to_numpy()[~repeated]])
 
 
-def _dead_rows(retired: RowSet, records: Sequence[CommitRecord]) -> list[RowSet]:
-    """For each record those of its rows that do not count; linear in the number of intervals."""
-    dead = [RowSet.empty()] * len(records)
-    # What a record stores and what it leaves out take part each by itself.
-    parts = [(i, 0, r.stored if r.reject_file else r.covered) for i, r in enumerate(records)]
-    parts += [(i, 1, r.settled) for i, r in enumerate(records) if r.reject_file]
-    # What is retired takes part as one that wins everywhere: its rows are dead in all others.
-    sets = [*(rows for _, _, rows in parts), retired]
-    if not any(sets):
-        return dead
-    starts, stops = (np.concatenate([getattr(s, side) for s in sets]) for side in ("starts", "stops"))
-    owner = np.repeat(np.arange(len(sets)), [len(s.starts) for s in sets])
-    # Cut the line at every boundary: each interval is a run of segments that lie in it as a whole.
-    cuts = np.unique(np.concatenate([starts, stops]))
-    low, high = np.searchsorted(cuts, starts), np.searchsorted(cuts, stops)
-    length = high - low
-    segment = np.repeat(low - np.concatenate([[0], np.cumsum(length)[:-1]]), length) + np.arange(length.sum())
-    owner = np.repeat(owner, length)
-    contested = np.bincount(segment, minlength=len(cuts))[segment] > 1
-    segment, owner = segment[contested], owner[contested]
-    # Among those that hold a segment the newest generation wins, then one that stores it, then the first name.
-    rank = np.full(len(sets), -1, np.int64)
-    order = sorted(range(len(parts)), key=lambda p: (-records[parts[p][0]].generation, parts[p][1], parts[p][0]))
-    rank[order] = np.arange(len(parts))
-    winner = np.full(len(cuts), len(parts), np.int64)
-    np.minimum.at(winner, segment, rank[owner])
-    lost = winner[segment] != rank[owner]
-    segment, owner = segment[lost], owner[lost]
-    by_owner = np.argsort(owner, kind="stable")
-    segment, owner = segment[by_owner], owner[by_owner]
-    losers, first, count = np.unique(owner, return_index=True, return_counts=True)
-    for loser, begin, size in zip(losers, first, count, strict=True):
-        mine = segment[begin : begin + size]
-        record = parts[loser][0]
-        dead[record] = dead[record] | RowSet.from_keys(cuts[mine], cuts[mine + 1])
-    return dead
+def _ranges(begins: Int64s, sizes: Int64s) -> Int64s:
+    """The numbers begin, begin + 1, ... of each range, one range after the other."""
+    ends = np.cumsum(sizes)
+    return np.asarray(np.arange(ends[-1] if len(ends) else 0) + np.repeat(begins - (ends - sizes), sizes))

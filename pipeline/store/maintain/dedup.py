@@ -93,9 +93,12 @@ def is_due(root: Root, state: State) -> bool:
 
 def marked(state: State) -> dict[str, str]:
     """The part of a closing note that says: among these stored rows no two are equal."""
-    stored = _stored(state)
-    keys = np.concatenate([stored.starts, stored.stops]).astype("<i8").tobytes()
-    return {MARK: hashlib.blake2b(keys, digest_size=16).hexdigest()}
+    stored = state.stored
+    hasher = hashlib.blake2b(digest_size=16)
+    for side in (0, 1):  # all starts, then all stops
+        for spans in stored.spans():
+            hasher.update(spans[side].astype("<i8").tobytes())
+    return {MARK: hasher.hexdigest()}
 
 
 def released(root: Root, state: State) -> RowSet:
@@ -106,7 +109,7 @@ def released(root: Root, state: State) -> RowSet:
     filtered = _filtered(state)
     if not filtered or not state.plan.retired:
         return RowSet.empty()
-    there = _stored(state) | filtered
+    there = state.stored | filtered
     alone = [_left_alone(root, file, there) for file in state.reject_files]
     return RowSet.union_all(alone) & filtered
 
@@ -124,10 +127,6 @@ def _left_alone(root: Root, file: VisibleFile, there: RowSet) -> RowSet:
     addresses = RowSet.from_rows(table["unit"].to_numpy(), table["row"].to_numpy()) - file.dead
     alone = ~there.contains(units, rows)
     return addresses & RowSet.from_rows(table["unit"].to_numpy()[alone], table["row"].to_numpy()[alone])
-
-
-def _stored(state: State) -> RowSet:
-    return state.covered - RowSet.union_all([*state.rejects.values(), *state.filtered.values()])
 
 
 def _filtered(state: State) -> RowSet:

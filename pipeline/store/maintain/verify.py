@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -27,8 +28,8 @@ from pipeline.store.ledger.generation import (
     visible_headers,
 )
 from pipeline.store.ledger.identity import read_identity
-from pipeline.store.ledger.ledger import parsed, visible_records
-from pipeline.store.ledger.record import CommitRecord, FileInfo
+from pipeline.store.ledger.ledger import visible_records
+from pipeline.store.ledger.record import FileInfo, Records
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State, fold, read_state
 from pipeline.store.plan import Plan, read_plan
@@ -89,21 +90,21 @@ def verify(uri: str, level: Level, on_file: Callable[[int, int], None] = lambda 
         except FileNotFoundError:
             report.problem("missing", name, "the plan or the newest claim names this object and it is not there")
     report.orphans = sorted(info.key for info in at_one_generation(root, lambda n: list(_orphans(root, n))))
-    visible = [(f.info, f.dead) for f in state.files] + [(f.info, f.dead) for f in state.reject_files]
+    report.files_checked = len(state.files) + len(state.reject_files)
     seen: list[RowSet] = []
     with ThreadPoolExecutor(4) as pool:
-        checks = pool.map(lambda item: _check_file(root, item[0], item[1], level), visible)
+        visible = chain(state.files, state.reject_files)
+        checks = pool.map(lambda file: _check_file(root, file.info, file.dead, level), visible)
         for done, (problems, rows, size) in enumerate(checks, 1):
             report.problems += problems
             report.bytes_read += size
             seen.append(rows)
-            on_file(done, len(visible))
-    report.files_checked = len(visible)
+            on_file(done, report.files_checked)
     if level == "checksums":
         # Every stored row is in the files once, and no other row is.
         rows_in = seen[: len(state.files)]
         union, total = RowSet.union_all(rows_in), sum(rows.count() for rows in rows_in)
-        wanted = state.covered - RowSet.union_all([*state.rejects.values(), *state.filtered.values()])
+        wanted = state.stored
         if total != union.count():
             report.problem("duplicate", "data", f"{total - union.count():,} rows are visible more than once")
         if wanted - union:
@@ -195,12 +196,10 @@ def _orphans(root: Root, number: int, since_s: float = math.inf) -> Iterator[Obj
                 break
         # What was visible when this claim came; between then and the next one its own records were, too.
         planned = Plan(plan.root, tuple(v for v in plan.versions if v.generation < seen), plan._tables)
-        bundled: list[tuple[str, CommitRecord]] = []
         # A shorter grace period may have taken a bundle: nobody can open what was visible by it.
         if all(root.exists(bundle) for bundle in claim["bundles"]):
-            bundled = parsed(named for bundle in claim["bundles"] for named in read_bundle(root, bundle))
-        kept |= _files(fold(planned, bundled))
-        kept.update(path for _, record in records if record.generation == seen for path in record.paths)
+            kept |= _files(fold(planned, Records.union([read_bundle(root, bundle) for bundle in claim["bundles"]])))
+        kept.update(records.take(records.generation == seen).texts("file_path").to_pylist())
         if first:
             break
     for directory in (layout.DATA, layout.REJECTS, layout.PLAN_PARTS, layout.SNAPSHOTS):
@@ -209,7 +208,7 @@ def _orphans(root: Root, number: int, since_s: float = math.inf) -> Iterator[Obj
 
 
 def _files(state: State) -> set[str]:
-    return {f.info.path for f in (*state.files, *state.reject_files)}
+    return {*state.files.paths.to_pylist(), *state.reject_files.paths.to_pylist()}
 
 
 def _put_at_s(root: Root, key: str) -> float:

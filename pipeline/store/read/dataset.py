@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +27,12 @@ from pipeline.storage.stores import RangedFile
 from pipeline.store.ledger import layout
 from pipeline.store.ledger.generation import at_one_generation, last_run
 from pipeline.store.ledger.identity import Identity, identity_at, read_identity
-from pipeline.store.ledger.record import FileInfo
-from pipeline.store.ledger.rowset import RowSet, address
-from pipeline.store.ledger.state import DataFile, State, VisibleFile, read_state, state_at
+from pipeline.store.ledger.state import State, read_state, state_at
 from pipeline.store.read.pins import Pins
 from pipeline.store.read.row_groups import (
     Bytes,
     FixedRows,
+    ReadableGroups,
     RowGroupInfo,
     fixed_width_pages,
     fixed_width_values,
@@ -49,156 +50,59 @@ class DatasetConfig(StrictModel):
     uri: str = Field(..., min_length=1, description="Root of a dataset written by the encode or the sample job.")
 
 
-# -- The row groups a reader sees, as columns: opening a dataset costs no object for each of a million of them -
-
-
-Ints = npt.NDArray[np.int64]
-
-
 @dataclass(frozen=True)
-class RowGroup:
-    """One readable row group: its place, its bucket ("HxW" pixels) and its visible rows."""
+class DataFile:
+    """A file with visible rows for other readers: where it lies, how many they are, and which.
 
-    index: int
-    file: str
-    group: int
-    bucket: str
-    num_rows: int
-    size_bytes: int
-
-
-class ReadableGroups(Sequence[RowGroup]):
-    """All row groups with a visible row, in order, as parallel arrays; an item is made when it is asked for.
-
-    files: the visible files in order; file_of, number: which file and which of its groups; rows: visible ones;
-    bucket_of: index into `buckets`; partial: some stored rows of the group are dead.
+    row_filter: SQL over the columns unit and row that is true for the visible rows; None where all are.
     """
 
-    def __init__(self, files: Sequence[VisibleFile], count_visible: Callable[[VisibleFile, int], int]) -> None:
-        self.files = tuple(files)
-        sizes = [len(f.info.row_groups) for f in self.files]
-        self.file_of: Ints = np.repeat(np.arange(len(sizes)), sizes)
-        firsts = np.repeat(np.cumsum([0, *sizes])[:-1], sizes)
-        self.number: Ints = np.arange(len(self.file_of)) - firsts
-        whole = [f.info.row_groups for f in self.files]
-        self.rows: Ints = _joined([g.rows for g in whole])
-        self.size_bytes: Ints = _joined([g.size_bytes for g in whole])
-        self.buckets = tuple(dict.fromkeys(bucket for g in whole for bucket in dict.fromkeys(g.buckets)))
-        codes = {bucket: at for at, bucket in enumerate(self.buckets)}
-        self.bucket_of: Ints = _joined([np.array([codes[b] for b in g.buckets], np.int64) for g in whole])
-        # Of which row groups some unit has a dead row.
-        touched = [
-            touches(f.dead, f.info.row_groups.first_unit, f.info.row_groups.last_unit)
-            if f.dead
-            else np.zeros(len(f.info.row_groups), np.bool_)
-            for f in self.files
-        ]
-        self.partial = np.concatenate([np.zeros(0, np.bool_), *touched])
-        for at in np.flatnonzero(self.partial).tolist():
-            self.rows[at] = count_visible(self.files[self.file_of[at]], int(self.number[at]))
-        visible = self.rows > 0
-        if not visible.all():
-            for name in ("file_of", "number", "rows", "size_bytes", "bucket_of", "partial"):
-                setattr(self, name, getattr(self, name)[visible])
-            used, self.bucket_of = np.unique(self.bucket_of, return_inverse=True)
-            self.buckets = tuple(self.buckets[at] for at in used.tolist())
-
-    def place(self, index: int) -> tuple[VisibleFile, int]:
-        """The file of a group and its number in it."""
-        return self.files[self.file_of[index]], int(self.number[index])
-
-    def info(self, index: int) -> RowGroupInfo:
-        """What the ledger tells about a group."""
-        file, number = self.place(index)
-        return file.info.row_groups[number]
-
-    def within(self, first_unit: int, stop_unit: int) -> Iterator[tuple[int, RowGroupInfo]]:
-        """(index, info) of those that may hold rows of units [first_unit, stop_unit)."""
-        hits = (self.stored("first_unit") < stop_unit) & (self.stored("last_unit") >= first_unit)
-        return ((at, self.info(at)) for at in np.flatnonzero(hits).tolist())
-
-    def stored(self, name: str) -> Ints:
-        """One whole-number column of the ledger's, such as label_max, for the groups here: int64 [n]."""
-        return self._all[name]
-
-    @cached_property
-    def _all(self) -> dict[str, Ints]:
-        names = ("rows", "bytes", "first_unit", "last_unit", "values", "label_max", "unlabelled")
-        whole = _joined([f.info.row_groups.whole for f in self.files], len(names))
-        kept = whole[self._positions]
-        return {name: kept[:, at] for at, name in enumerate(names)}
-
-    @property
-    def _positions(self) -> Ints:
-        """Where each group lies among all groups of all files."""
-        firsts = np.cumsum([0, *(len(f.info.row_groups) for f in self.files)])
-        positions: Ints = firsts[self.file_of] + self.number
-        return positions
-
-    def channel_sums(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """The ledger's sums and sums of squares of each group: float64 [n, channels]."""
-        whole = [f.info.row_groups for f in self.files if len(f.info.row_groups)]
-        if len({g.sums.shape[1] for g in whole}) > 1:
-            raise InputError(
-                "Files of one dataset hold latents of different numbers of channels",
-                rule="all latents of a dataset have the channels of its codec",
-                next_step="python -m jobs.verify shows all damage",
-            )
-        return (
-            np.concatenate([g.sums for g in whole])[self._positions],
-            np.concatenate([g.sumsqs for g in whole])[self._positions],
-        )
-
-    def __len__(self) -> int:
-        return len(self.file_of)
-
-    @overload
-    def __getitem__(self, index: int) -> RowGroup: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[RowGroup, ...]: ...
-    def __getitem__(self, index: int | slice) -> RowGroup | tuple[RowGroup, ...]:
-        if isinstance(index, slice):
-            return tuple(self[i] for i in range(*index.indices(len(self))))
-        at = range(len(self))[index]
-        return RowGroup(
-            at,
-            self.files[self.file_of[at]].info.path,
-            int(self.number[at]),
-            self.buckets[self.bucket_of[at]],
-            int(self.rows[at]),
-            int(self.size_bytes[at]),
-        )
-
-
-def _joined(parts: Sequence[Ints], width: int | None = None) -> Ints:
-    empty: Ints = np.zeros(0 if width is None else (0, width), np.int64)
-    return np.concatenate([empty, *parts])
-
-
-def touches(rows: RowSet, first_unit: Ints, last_unit: Ints) -> npt.NDArray[np.bool_]:
-    """Whether a set has a row in any of the units [first_unit, last_unit]: bool, elementwise."""
-    begun = np.searchsorted(rows.starts, address(last_unit + 1), side="left")
-    ended = np.searchsorted(rows.stops, address(first_unit), side="right")
-    return np.asarray(begun > ended)
+    uri: str
+    num_rows: int
+    size_bytes: int
+    row_filter: str | None
 
 
 _WORTH_A_MAPPING = 1 << 20
+_SPREAD = 1 << 20  # intervals of rows
+_READERS = 8
 _FOOTERS = 4096  # kept at a time; about 1.6 KB for each row group of a file
 
 
 class Dataset:
     """A dataset of any kind as it was visible when opened, or when pinned; later commits do not change it."""
 
-    def __init__(self, root: Root, identity: Identity, state: State) -> None:
-        self.root, self.identity, self.state = root, identity, state
+    def __init__(
+        self,
+        root: Root,
+        identity: Identity,
+        state: State | Callable[[], State],
+        published: tuple[ReadableGroups, dict[str, str]] | None = None,
+    ) -> None:
+        """published: its row groups and `facts`, as somebody who opened this state has published them."""
+        self.root, self.identity, self._state = root, identity, state
         self._footers: dict[str, pq.FileMetaData] = {}
         self._lock = threading.Lock()
-
-        def count_visible(file: VisibleFile, number: int) -> int:
-            return int(_alive(file, self._read_group(file.info, number, ["unit", "row"], True)).sum())
-
-        self.row_groups = ReadableGroups(state.files, count_visible)
+        self._published = published[1] if published else {}
+        self.row_groups = published[0] if published else self.state.files.readable()
+        if not published:
+            partial = np.flatnonzero(self.row_groups.partial).tolist()
+            with ThreadPoolExecutor(_READERS) as pool:
+                alive = pool.map(lambda at: int(self._alive(at).sum()), partial)
+                self.row_groups.keep(dict(zip(partial, alive, strict=True)))
         self.num_rows = int(self.row_groups.rows.sum())
+
+    @cached_property
+    def state(self) -> State:
+        """Everything that the ledger tells; of a published dataset it is read when it is asked for."""
+        return self._state() if callable(self._state) else self._state
+
+    def publish(self, pins: Pins) -> None:
+        """Leave what readers need beside what is pinned, so that none of them folds the ledger for itself."""
+        pins.publish(self.root, self.row_groups, self._facts)
+
+    def _facts(self) -> dict[str, str]:
+        return {"digest": self.digest, "layout_digest": self.layout_digest, "fingerprint": self.fingerprint_digest}
 
     @classmethod
     def open_kind(cls, uri: str, kind: str, key: str = "uri", pins: Pins | None = None) -> Any:
@@ -212,6 +116,9 @@ class Dataset:
             raise InputError(
                 f"{uri} is a dataset of {identity.kind}", key=key, value=uri, rule=f"a dataset of {kind} is needed"
             )
+        published = None if pins is None else pins.published(root)
+        if pins is not None and published and published[1].get("fingerprint") == identity.fingerprint_digest:
+            return cls(root, identity, lambda: pins.state(root) or read_state(root), published)
         kept = None if pins is None else pins.state(root)
         if kept is None and kind == "images":  # alone of all kinds they may have been given another identity
             kept, identity = at_one_generation(root, lambda n: (state_at(root, n), identity_at(root, n, key)))
@@ -235,18 +142,28 @@ class Dataset:
     @cached_property
     def digest(self) -> str:
         """Hex digest of the logical content: the same rows made in the same way, however they are laid out."""
+        if "digest" in self._published:
+            return self._published["digest"]
         state = self.state
         # By what parts hold, in the form of format version 1: not by the generation that its name tells, too.
         parts = [[f"{layout.PLAN_PARTS}/{layout.hash_in(p)}.parquet" for p in v.parts] for v in state.plan.versions]
         entries = [[*names, list(v.retired)] for names, v in zip(parts, state.plan.versions, strict=True)]
-        body = [self.fingerprint_digest, entries, state.stored.triples()]
-        return hashlib.blake2b(layout.canonical_json(body), digest_size=16).hexdigest()
+        stored = state.stored
+        spread = stored.num_spans() > _SPREAD
+        body = [self.fingerprint_digest, entries, [] if spread else stored.triples()]
+        hasher = hashlib.blake2b(layout.canonical_json(body), digest_size=16)
+        if spread:  # as text they would take minutes
+            for spans in stored.spans():
+                hasher.update(np.stack(spans, axis=1).astype("<i8").tobytes())
+        return hasher.hexdigest()
 
     @cached_property
     def layout_digest(self) -> str:
         """Hex digest of the physical row groups in order: what the order of a stream depends on."""
+        if "layout_digest" in self._published:
+            return self._published["layout_digest"]
         groups = self.row_groups
-        body = [self.digest, [file.info.path for file in groups.files]]
+        body = [self.digest, groups.paths.to_pylist()]
         hasher = hashlib.blake2b(layout.canonical_json(body), digest_size=16)
         for column in (groups.file_of, groups.number, groups.rows):
             hasher.update(column.astype("<i8").tobytes())
@@ -255,15 +172,24 @@ class Dataset:
     @cached_property
     def provenance(self) -> dict[str, Any]:
         """`run_id` (or handle) of the run that wrote what came last, and the `source` it read; {} when unknown."""
-        written = [file.record.generation for file in (*self.state.files, *self.state.reject_files)]
-        note = last_run(self.root, max(written, default=None))
+        written = np.concatenate([self.state.files.generations, self.state.reject_files.generations])
+        note = last_run(self.root, int(written.max()) if len(written) else None)
         return {"run_id": note.get("run_id") or note.get("handle"), "source": note.get("source")} if note else {}
 
     def files(self) -> list[DataFile]:
         """The files with visible rows, in order, for readers that know Parquet alone."""
-        rows = np.bincount(self.row_groups.file_of, self.row_groups.rows, len(self.row_groups.files)).astype(np.int64)
-        files = zip(self.row_groups.files, rows.tolist(), strict=True)
-        return [file.for_others(self.root.uri_of(file.info.path), count) for file, count in files if count]
+        groups = self.row_groups
+        rows = np.bincount(groups.file_of, groups.rows, len(groups.paths)).astype(np.int64).tolist()
+        return [
+            DataFile(
+                self.root.uri_of(path),
+                rows[at],
+                int(groups.file_bytes[at]),
+                f"NOT ({groups.dead[at].sql()})" if at in groups.dead else None,
+            )
+            for at, path in enumerate(groups.paths.to_pylist())
+            if rows[at]
+        ]
 
     def groups_within(self, first_unit: int, stop_unit: int) -> Iterator[tuple[int, RowGroupInfo]]:
         """(index, info) of the readable row groups that may hold rows of units [first_unit, stop_unit)."""
@@ -277,10 +203,10 @@ class Dataset:
         """
         file, number = self.row_groups.place(row_group)
         if not self.row_groups.partial[row_group]:
-            return self._read_group(file.info, number, columns, verify)
+            return self._read_group(file, number, columns, verify)
         extra = [] if columns is None else [c for c in ("unit", "row") if c not in columns]
-        table = self._read_group(file.info, number, None if columns is None else [*columns, *extra], verify)
-        table = table.filter(pa.array(_alive(file, table)))
+        table = self._read_group(file, number, None if columns is None else [*columns, *extra], verify)
+        table = table.filter(pa.array(self._alive(row_group, table)))
         return table if columns is None else table.select(list(columns))
 
     def read_fixed(self, row_group: int, column: str, *, verify: bool = True) -> FixedRows:
@@ -290,15 +216,20 @@ class Dataset:
         on a remote store one ranged read). ValueError when values are null or differ in length; else as `read`.
         """
         file, number = self.row_groups.place(row_group)
-        span = None if verify else plain_span(self._footer(file.info), number, column)
+        span = None if verify else plain_span(self._footer(file), number, column)
         if span is None:
             return fixed_width_values(self.read(row_group, [column], verify=verify)[column])
-        with reading_table(self.root.uri_of(file.info.path)):
-            chunk = self._bytes(file.info.path, *span)
-        values = fixed_width_pages(chunk, int(file.info.row_groups.rows[number]))
-        if not self.row_groups.partial[row_group]:
-            return values
-        return values[_alive(file, self._read_group(file.info, number, ["unit", "row"], verify))]
+        path = self.row_groups.path(file)
+        with reading_table(self.root.uri_of(path)):
+            chunk = self._bytes(path, *span)
+        values = fixed_width_pages(chunk, int(self.row_groups.stored("rows")[row_group]))
+        return values[self._alive(row_group)] if self.row_groups.partial[row_group] else values
+
+    def _alive(self, row_group: int, rows: pa.Table | None = None) -> npt.NDArray[np.bool_]:
+        """Which stored rows of a row group, given with unit and row or read here, are visible."""
+        file, number = self.row_groups.place(row_group)
+        rows = self._read_group(file, number, ["unit", "row"], True) if rows is None else rows
+        return ~self.row_groups.dead[file].contains(rows["unit"].to_numpy(), rows["row"].to_numpy())
 
     def _bytes(self, path: str, start: int, length: int) -> Bytes:
         local = self.root.local_path(path)
@@ -317,29 +248,32 @@ class Dataset:
             # A process may have some 65,000 mappings: many small ones are not worth one each.
             return values if length >= _WORTH_A_MAPPING else values.copy()
 
-    def _footer(self, file: FileInfo) -> pq.FileMetaData:
-        footer = self._footers.get(file.path)
+    def _footer(self, file: int) -> pq.FileMetaData:
+        groups = self.row_groups
+        path, size, number = groups.path(file), int(groups.file_bytes[file]), int(groups.file_groups[file])
+        footer = self._footers.get(path)
         if footer is None:
-            with reading_table(self.root.uri_of(file.path)), self._opened(file) as source:
-                if not isinstance(source, RangedFile) and source.size() != file.size_bytes:
-                    raise ValueError(f"it has {source.size():,} bytes, committed were {file.size_bytes:,}")
+            with reading_table(self.root.uri_of(path)), self._opened(file) as source:
+                if not isinstance(source, RangedFile) and source.size() != size:
+                    raise ValueError(f"it has {source.size():,} bytes, committed were {size:,}")
                 footer = pq.read_metadata(source)
-                if footer.num_row_groups != len(file.row_groups):
-                    raise ValueError(f"it has {footer.num_row_groups} row groups of {len(file.row_groups)}")
+                if footer.num_row_groups != number:
+                    raise ValueError(f"it has {footer.num_row_groups} row groups of {number}")
             with self._lock:
-                self._footers[file.path] = footer
+                self._footers[path] = footer
                 while len(self._footers) > _FOOTERS:
                     self._footers.pop(next(iter(self._footers)))
         return footer
 
-    def _opened(self, file: FileInfo) -> Any:
+    def _opened(self, file: int) -> Any:
         """The file for pyarrow: mapped, or by ranged reads; nobody asks the store how long it is."""
-        local = self.root.local_path(file.path)
-        return pa.memory_map(str(local)) if local is not None else self.root.ranged(file.path, file.size_bytes)
+        path, size = self.row_groups.path(file), int(self.row_groups.file_bytes[file])
+        local = self.root.local_path(path)
+        return pa.memory_map(str(local)) if local is not None else self.root.ranged(path, size)
 
-    def _read_group(self, file: FileInfo, number: int, columns: Sequence[str] | None, verify: bool) -> pa.Table:
+    def _read_group(self, file: int, number: int, columns: Sequence[str] | None, verify: bool) -> pa.Table:
         footer = self._footer(file)
-        with reading_table(self.root.uri_of(file.path)), self._opened(file) as source:
+        with reading_table(self.root.uri_of(self.row_groups.path(file))), self._opened(file) as source:
             remote = isinstance(source, RangedFile)
             reader = pq.ParquetFile(source, metadata=footer, pre_buffer=remote, page_checksum_verification=verify)
             names = None if columns is None else list(columns)
@@ -357,6 +291,10 @@ class LatentDataset(Dataset):
         """Open the latents at `uri`; InputError, naming `key`, when there are none. pins: see `open_kind`."""
         dataset: LatentDataset = cls.open_kind(uri, "latents", key, pins)
         return dataset
+
+    def _facts(self) -> dict[str, str]:
+        moments = {"moments": json.dumps([m.tolist() for m in self._channel_moments])} if self.num_rows else {}
+        return super()._facts() | moments
 
     @property
     def codec(self) -> dict[str, Any]:
@@ -380,8 +318,8 @@ class LatentDataset(Dataset):
 
     def has_any(self, column: str) -> bool:
         """Whether some row has a value in a column, by the files' statistics: rows since replaced count, too."""
-        for file in self.state.files:
-            footer = self._footer(file.info)
+        for file in range(len(self.row_groups.paths)):
+            footer = self._footer(file)
             for number in range(footer.num_row_groups):
                 group = footer.row_group(number)
                 leaves = (group.column(leaf) for leaf in range(group.num_columns))
@@ -406,6 +344,9 @@ class LatentDataset(Dataset):
 
     @cached_property
     def _channel_moments(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        if "moments" in self._published:
+            mean, std = np.array(json.loads(self._published["moments"]), np.float64)
+            return mean, std
         groups = self.row_groups
         if not len(groups):
             raise InputError(
@@ -440,11 +381,6 @@ class LatentDataset(Dataset):
     def channel_std(self) -> npt.NDArray[np.float64]:
         """Exact standard deviation of every stored channel over all visible rows, float64 [c]."""
         return self._channel_moments[1]
-
-
-def _alive(file: VisibleFile, rows: pa.Table) -> npt.NDArray[np.bool_]:
-    """Which rows, given by unit and row, are visible."""
-    return ~file.dead.contains(rows["unit"].to_numpy(), rows["row"].to_numpy())
 
 
 # -- Blobs that rows keep outside their Parquet file: whole objects, or ranges of one, with the hash of their bytes

@@ -2,6 +2,7 @@
 
     <directory>/<hash of the dataset's URI>.json   the plan's versions and the bundle              created once
     <directory>/<hash of the content>.parquet      the commit records visible then (see `bundles`)  immutable
+    <directory>/<hash of the dataset's URI>-rows1.arrow  what follows from both: row groups, digests    created once
 
 A pin holds all of a state but the plan, whose versions are never changed, and the files. While those are there, rows,
 order and digests are what they were, whatever has been encoded, retired, deduplicated or compacted since. Garbage
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NotRequired
 
+import pyarrow as pa
 from pydantic import TypeAdapter, with_config
 from typing_extensions import TypedDict
 
@@ -25,11 +28,13 @@ from pipeline.storage.stored import OPEN, Key, parse
 from pipeline.store.ledger import layout
 from pipeline.store.ledger.bundles import read_bundle, write_bundle
 from pipeline.store.ledger.generation import at_one_generation, visible_headers
-from pipeline.store.ledger.ledger import parsed, visible_named
+from pipeline.store.ledger.ledger import visible_records
 from pipeline.store.ledger.state import State, fold
 from pipeline.store.plan import Plan, plan_of, read_plan
+from pipeline.store.read.row_groups import ReadableGroups, reading_table
 
 VERSION = 1
+_ROWS = "-rows1.arrow"  # another number when another release would read it differently
 _READERS = 16
 
 
@@ -55,7 +60,7 @@ class Pins:
 
         def kept(number: int) -> tuple[list[str], str]:
             # The records before the plan, as `state_at` does.
-            bundle = write_bundle(self._root, self._directory, visible_named(dataset, number))
+            bundle = write_bundle(self._root, self._directory, visible_records(dataset, number))
             return visible_headers(dataset, number), bundle
 
         headers, bundle = at_one_generation(dataset, kept)
@@ -96,11 +101,30 @@ class Pins:
                 rule="a plan grows by versions, and the ones it has are never changed",
                 next_step="name the dataset that was used before, or start anew with another output.uri",
             )
-        records = parsed(read_bundle(self._root, body["bundle"]))
-        return fold(Plan(dataset, plan.versions[: len(known)]), records)
+        return fold(Plan(dataset, plan.versions[: len(known)]), read_bundle(self._root, body["bundle"]))
 
-    def _key(self, dataset: Root) -> str:
-        return f"{self._directory}/{hashlib.blake2b(dataset.uri.encode(), digest_size=16).hexdigest()}.json"
+    def publish(self, dataset: Root, groups: ReadableGroups, facts: Callable[[], dict[str, str]]) -> None:
+        """Keep what readers need of what is kept of a dataset, as one object that they map, unless it is there."""
+        key = self._key(dataset, _ROWS)
+        if not self._root.exists(key):
+            self._root.put_if_absent(key, groups.to_arrow(facts()).to_pybytes())
+
+    def published(self, dataset: Root) -> tuple[ReadableGroups, dict[str, str]] | None:
+        """(row groups, facts) that were published of a dataset, mapped where they lie on this machine; None without.
+
+        InputError when they cannot be read.
+        """
+        key = self._key(dataset, _ROWS)
+        local = self._root.local_path(key)
+        try:
+            source = pa.py_buffer(self._root.read_bytes(key)) if local is None else pa.memory_map(str(local))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        with reading_table(self._root.uri_of(key), "delete this one object: it only repeats what lies beside it"):
+            return ReadableGroups.from_arrow(source)
+
+    def _key(self, dataset: Root, ending: str = ".json") -> str:
+        return f"{self._directory}/{hashlib.blake2b(dataset.uri.encode(), digest_size=16).hexdigest()}{ending}"
 
     def _uri(self, dataset: Root) -> str:
         return str(self._root.uri_of(self._key(dataset)))
@@ -117,8 +141,7 @@ class Pins:
 
 def lost_files(dataset: Root, pinned: State, now: State) -> list[str]:
     """The data files of a pinned state that are gone; only those are looked for that are not visible any more."""
-    visible = {file.info.path for file in now.files}
-    doubtful = sorted({file.info.path for file in pinned.files} - visible)
+    doubtful = sorted(set(pinned.files.paths.to_pylist()) - set(now.files.paths.to_pylist()))
     if not doubtful:
         return []
     with ThreadPoolExecutor(_READERS) as pool:
