@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # The journey's stages, with the jobs of each in the order they are met.
 STAGES = {
     "try it": ("quickstart",),
-    "prepare": ("fit_codec", "encode", "embed_text", "compact", "verify"),
+    "prepare": ("fit_codec", "encode", "embed_text", "compact", "forget", "verify"),
     "train": ("train", "ema"),
     "use": ("sample", "regenerate", "evaluate", "promote"),
     "look after": ("lineage", "sync_tracking"),

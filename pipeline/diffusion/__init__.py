@@ -4,8 +4,8 @@ Shapes: latents and noise [b, c, h, w] in the normalised space (zero mean, unit 
 in [0, 1] with t = 1 pure noise, row ids int64 [b, 2]::
 
     rng          (seed, row id, purpose, counter)  ->  uniform or normal numbers, one row's own   [b, ...]
-    timesteps    uniform numbers                   ->  training times t of a density              [b]
-    objectives   x0, noise, t                      ->  x_t, target, loss weight                   [b, c, h, w], [b]
+    objectives   uniform numbers                   ->  training times t of a density              [b]
+                 x0, noise, t                      ->  x_t, target, loss weight                   [b, c, h, w], [b]
                  prediction, x_t, t                ->  x0, noise, velocity                        [b, c, h, w]
     samplers     noise + any predict(x, t, **cond) ->  latents                                    [b, c, h, w]
 

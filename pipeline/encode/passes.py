@@ -42,6 +42,7 @@ from pipeline.store.ledger.ledger import visible_records
 from pipeline.store.ledger.record import Records
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State, fold
+from pipeline.store.maintain.forget import Withdrawals
 from pipeline.store.plan import Work, read_plan
 from pipeline.store.schema import LATENTS, REJECTS
 from pipeline.store.writer import Committer
@@ -151,7 +152,10 @@ class _Encoding:
         batch_rows = 1 if alone else None
         encode, image = self.config.encode, self.config.image
         spans = {w.unit: state.plan.locate(w.unit) for w in work}
-        reader = UnitReader(self.root, for_workers(self.config).source, spans, monitor=self.monitor)
+        withdrawn = Withdrawals.keys(self.root)
+        reader = UnitReader(
+            self.root, for_workers(self.config).source, spans, monitor=self.monitor, withdrawn=withdrawn
+        )
         source = UnitSource("ReadImages", work, reader.of, sum(v.size_bytes for v in state.plan.versions))
         repeats = {"max_retries": _PROCESS_RETRIES}
         dataset = ray.data.read_datasource(

@@ -32,6 +32,7 @@ from pipeline.store.ledger.identity import read_identity
 from pipeline.store.ledger.rowset import Int64s, RowSet, address, unit_of
 from pipeline.store.ledger.state import State, read_state, state_at
 from pipeline.store.maintain.compact import rows_in_span, shard_spans
+from pipeline.store.maintain.forget import Withdrawals
 from pipeline.store.plan import Plan, Work, live_entries, same_version
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.schema import LATENTS, REJECTS
@@ -159,6 +160,7 @@ def carry_over(
     meta = {"latentloom.generation": str(generation.number)}
     committer = Committer(root, generation.number, encode.row_group_bytes, encode.latent_dtype, meta)
     old_keys, new_keys = _same_images(before.state, state)
+    withdrawals = Withdrawals.read(root, Withdrawals.keys(root))
     done = 0
     for start, stop in list(shard_spans(before, _COMMIT_BYTES)):
         first, last = np.searchsorted(old_keys, (start, stop))
@@ -174,6 +176,7 @@ def carry_over(
             continue
         if rows is None:
             continue
+        rows = rows.filter(pa.array(~withdrawals.among(rows)))
         keys = address(rows["unit"].to_numpy()) + rows["row"].to_numpy()
         at = np.minimum(np.searchsorted(old_keys, keys), len(old_keys) - 1)
         carried = new_keys[at[old_keys[at] == keys]]

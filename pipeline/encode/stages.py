@@ -37,8 +37,10 @@ from pipeline.errors import ConfigError, argument_keys, keyed
 from pipeline.source.config import ImageConfig, SourceConfig
 from pipeline.source.pixels.prepare import Reject, prepare
 from pipeline.source.reading.listing import read_unit
-from pipeline.source.reading.rows import EndOfUnit, Entry, SourceRow
+from pipeline.source.reading.rows import EndOfUnit, Entry, SourceRow, sample_id
+from pipeline.source.reasons import Reason
 from pipeline.storage.root import Root
+from pipeline.store.maintain.forget import Withdrawals
 from pipeline.store.plan import EntrySpan, Work, read_entries
 from pipeline.store.writer import Committer
 
@@ -134,6 +136,7 @@ class UnitReader:
     block_rows: int = 1024
     monitor: Any = None
     any_version: bool = False  # what the source holds now, not what was listed
+    withdrawn: tuple[str, ...] = ()  # the lists of what is never stored again: see `store.maintain.forget`
 
     def of(self, work: Work) -> Callable[[], Iterator[pa.Table]]:
         """What reads one unit and knows of no other: it travels with every task."""
@@ -160,7 +163,10 @@ class UnitReader:
             entries = [replace(e, etag=None, mtime_ns=None) for e in entries]
         block: list[SourceRow | EndOfUnit] = []
         size = 0
+        withdrawals = Withdrawals.read(self.root, self.withdrawn) if self.withdrawn else None
         for item in keyed(read_unit(self.source, entries, work.ranges), "source"):
+            if withdrawals is not None and isinstance(item, SourceRow):
+                item = _unless_withdrawn(item, withdrawals)
             block.append(item)
             if isinstance(item, SourceRow):  # texts may be longer than their image
                 size += sum(len(part or "") for part in (item.image, item.caption, item.extra))
@@ -169,6 +175,13 @@ class UnitReader:
                 block, size = [], 0
         if block:
             yield raw_table(work.unit, block)
+
+
+def _unless_withdrawn(row: SourceRow, withdrawals: Withdrawals) -> SourceRow:
+    """The row; filtered, without its bytes and texts, where it or its content was withdrawn."""
+    if row.status != "ok" or not withdrawals.holds(sample_id(row.source, row.key), row.image):
+        return row
+    return SourceRow.without_image(row.row, row.key, Reason.WITHDRAWN, "withdrawn from this dataset", row.source)
 
 
 @dataclass(frozen=True)

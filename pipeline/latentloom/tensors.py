@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.config import validate
-from pipeline.diffusion.objectives import Objective
+from pipeline.diffusion.objectives import Objective, TimestepDensity
 from pipeline.diffusion.rng import ids_from_words
-from pipeline.diffusion.timesteps import TimestepDensity
 from pipeline.errors import ConflictError, InputError, argument_keys
 from pipeline.model.info import ModelInfo
 from pipeline.model.load import load_model as load_network

@@ -1,4 +1,4 @@
-"""Configuration of the jobs that look after a dataset: verify and compact."""
+"""Configuration of the jobs that look after a dataset: verify, compact and forget."""
 
 from __future__ import annotations
 
@@ -91,3 +91,31 @@ class CompactJobConfig(StrictModel):
     row_group_bytes: int = Field(16 << 20, ge=1024, le=1 << 30, description="Latent bytes of a row group.")
     workers: int = Field(2, ge=1, description="Shards written at a time; each needs about three times its size.")
     tracking: TrackingConfig = Field(TrackingConfig(), description="Where the compaction is recorded.")
+
+
+class ForgetListConfig(StrictModel):
+    """What is withdrawn: a table with some of the columns key, uri, content_sha256 and phash, a name a cell."""
+
+    uri: str = Field(..., min_length=1, description="Path or URI of a .parquet or .csv file.")
+    source: str | None = Field(
+        None,
+        description="source.name that keys belong to; null: all that the dataset was encoded from.",
+    )
+    phash_distance: int = Field(
+        0, ge=0, le=16, description="Bits in which a perceptual hash may differ from a listed one."
+    )
+    max_bytes: int = Field(1 << 30, ge=1, description="A list of more bytes is refused: it is held in memory.")
+
+
+class ForgetJobConfig(StrictModel):
+    """Everything the forget job reads."""
+
+    data: DatasetConfig = Field(..., description="The latents that they leave.")
+    list: ForgetListConfig = Field(..., description="What is withdrawn.")
+    unmatched: Literal["refuse", "keep"] = Field(
+        "refuse",
+        description="A list of which no name matches a stored row: refused, as a mistake, or kept for images that "
+        "may still come.",
+    )
+    report: str | None = Field(None, description="Path or URI that receives what saw the rows, as JSON.")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="Where lineage is asked, and this recorded.")

@@ -1,4 +1,4 @@
-"""The verify and compact jobs: plain processes, no Ray."""
+"""The verify, compact and forget jobs: plain processes, no Ray."""
 
 from __future__ import annotations
 
@@ -7,20 +7,30 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
 
 from pipeline.errors import ConflictError, InputError
-from pipeline.maintenance.config import CompactJobConfig, VerifyJobConfig
+from pipeline.maintenance.config import CompactJobConfig, ForgetJobConfig, ForgetListConfig, VerifyJobConfig
 from pipeline.progress import Progress
 from pipeline.result import JobResult
 from pipeline.runs import Run, open_run
+from pipeline.source.reading.rows import sample_id
+from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root, place_of
-from pipeline.store.ledger.generation import last_run
+from pipeline.store.ledger.generation import last_run, noted_runs, read_claim
 from pipeline.store.ledger.identity import read_identity
 from pipeline.store.ledger.ledger import claimed
 from pipeline.store.ledger.state import read_state
 from pipeline.store.maintain.compact import compact, shards_to_write
+from pipeline.store.maintain.forget import Listed, forget
 from pipeline.store.maintain.verify import VerifyReport, collect_garbage, has_garbage, verify
+from pipeline.store.plan import Plan
 from pipeline.store.read.dataset import Dataset
+from pipeline.tracking.queries import descend
 
 _log = logging.getLogger(__name__)
 
@@ -124,6 +134,154 @@ def plan_compact(config: CompactJobConfig) -> JobResult:
     dataset = _open(Root(config.data.uri))
     shards, _ = shards_to_write(dataset, config.shard_bytes)
     return JobResult("dry-run", {"files": len(dataset.state.files), "shards": shards})
+
+
+def run_forget(config: ForgetJobConfig) -> JobResult:
+    """Withdraw the rows that a list names, and name the models and sample sets whose training saw them."""
+    root = Root(config.data.uri)
+    dataset = _open_latents(root)
+    listed = read_list(config.list, dataset.state.plan)
+    with (
+        open_run(config, "forget", root, key="data.uri") as run,
+        Progress("forget", None, unit="row groups") as progress,
+    ):
+        assert run.generation is not None
+        _track(run, root, {"list.uri": config.list.uri, "listed": listed.count()})
+        sources = [str(version.source.get("uri", "")) for version in dataset.state.plan.versions]
+        report = forget(
+            run.generation,
+            listed,
+            source_uri=sources[-1] if sources else "",
+            keep_unmatched=config.unmatched == "keep",
+            on_group=lambda done, total: progress.update(done, of=total),
+        )
+        seen_by = _seen_by(config, dataset, report.first_unit)
+        run.tracker.log_text(json.dumps(seen_by, indent=1), "seen_by.json")
+        if config.report:
+            place, name = place_of(config.report)
+            place.put(name, json.dumps({"dataset": root.uri, **asdict(report), **seen_by}, indent=1).encode())
+            _log.info("report: %s", config.report)
+        for kind, runs in seen_by.items():
+            for one in runs:
+                _log.info("%s by run %s: %s", kind, one["run_id"], ", ".join(one["outputs"]) or one["name"])
+        if report.unmatched:
+            _log.warning("%s of %s listed names match no stored row", f"{report.unmatched:,}", f"{listed.count():,}")
+        counts = {
+            "listed": listed.count(),
+            "unmatched": report.unmatched,
+            "rows": report.rows,
+            **{kind: len(runs) for kind, runs in seen_by.items()},
+        }
+        status = "done" if report.rows or report.added else "unchanged"
+        result = JobResult(status, counts, {"dataset": config.data.uri}, details=seen_by)
+        return run.done(result, digest=_open(root).digest)
+
+
+def plan_forget(config: ForgetJobConfig) -> JobResult:
+    """How many names a list has; which of them match is seen by reading all rows' hashes, and is not tried."""
+    root = Root(config.data.uri)
+    dataset = _open_latents(root)
+    return JobResult(
+        "dry-run", {"listed": read_list(config.list, dataset.state.plan).count(), "rows_to_compare": dataset.num_rows}
+    )
+
+
+def read_list(config: ForgetListConfig, plan: Plan) -> Listed:
+    """The names in a list, as hashes; InputError when it cannot be read, has no name, or one that is none."""
+    place, name = place_of(config.uri)
+
+    def refused(what: str, value: object = config.uri) -> InputError:
+        return InputError(
+            f"The list {config.uri} {what}",
+            key="list.uri",
+            value=value,
+            rule="a .parquet or .csv file with some of the columns key, uri, content_sha256 (64 hex digits, or 32 "
+            "bytes) and phash (a whole number, or 16 hex digits)",
+            next_step="mend the list; nothing was written",
+        )
+
+    try:
+        size = place.info(name).size_bytes
+        if size > config.max_bytes:
+            raise refused(f"has {size:,} bytes, more than list.max_bytes={config.max_bytes:,}")
+        data = pa.BufferReader(place.read_bytes(name))
+        if name.lower().endswith(".csv"):
+            text = dict.fromkeys(("key", "uri", "content_sha256", "phash"), pa.string())
+            table = pa.csv.read_csv(data, convert_options=pa.csv.ConvertOptions(column_types=text))
+        else:
+            table = pq.read_table(data, page_checksum_verification=True)
+    except FileNotFoundError:
+        raise refused("is not there") from None
+    except (pa.ArrowException, ValueError, *storage_errors()) as error:
+        raise refused(f"cannot be read: {describe(error)}") from None
+    known = [name for name in ("key", "uri", "content_sha256", "phash") if name in table.column_names]
+    columns = {name: table[name].drop_null().to_pylist() for name in known}
+    if not columns:
+        raise refused(f"has none of these columns, but {', '.join(table.column_names[:10])}")
+    sources = {(str(v.source.get("uri", "")), str(v.source.get("name", "source"))) for v in plan.versions}
+    names = {config.source} if config.source else {source for _, source in sources}
+    pairs = [(source, str(key)) for key in columns.get("key", ()) for source in names]
+    for uri in columns.get("uri", ()):
+        below = [(n, str(uri)[len(u) + 1 :]) for u, n in sources if str(uri).startswith(f"{u.rstrip('/')}/")]
+        if not below:
+            raise refused(f"names {uri!r:.200}, which lies in no source of the dataset", uri)
+        pairs += below
+    try:
+        contents = {v if isinstance(v, bytes) else bytes.fromhex(str(v)) for v in columns.get("content_sha256", ())}
+        phashes = {v if isinstance(v, int) else int(str(v), 16) for v in columns.get("phash", ())}
+    except ValueError as error:
+        raise refused(f"has a name that is none: {error}") from None
+    if any(len(content) != 32 for content in contents) or any(not 0 <= phash < 1 << 64 for phash in phashes):
+        raise refused("has a hash of another length")
+    ids = frozenset(sample_id(source, key) for source, key in pairs)
+    listed = Listed(ids, frozenset(contents), frozenset(phashes), config.phash_distance)
+    if not listed.count():
+        raise refused("names nothing")
+    return listed
+
+
+def _seen_by(config: ForgetJobConfig, dataset: Dataset, first_unit: int | None) -> dict[str, list[dict[str, Any]]]:
+    """Trainings that had not ended when a unit was planned and may have seen it, and what was drawn of them.
+
+    From what the tracking store tells of runs below those that made the dataset; nothing where it cannot be asked.
+    """
+    found: dict[str, list[dict[str, Any]]] = {"models": [], "samples": []}
+    if first_unit is None or not config.tracking.enabled:
+        return found
+    plan = dataset.state.plan
+    planned_under = plan.versions[plan.units["version"][first_unit].as_py()].generation
+    since_s = read_claim(dataset.root, planned_under).get("at", 0.0) if planned_under else 0.0
+    seen: set[str] = set()
+    for maker in noted_runs(dataset.root):
+        try:
+            steps = descend(maker, config.tracking.uri)
+        except InputError as error:
+            _log.warning("what was made of the rows of run %s is unknown: %s", maker, error.what)
+            continue
+        for step in steps:
+            # A training that began with a model that saw them saw them, too.
+            below = any(parent in seen for _, parent in step.parents)
+            kind = {"train": "models", "sample": "samples"}.get(step.job)
+            saw = below or (step.job == "train" and (step.ended_s is None or step.ended_s >= since_s))
+            if kind is None or step.run_id in seen or not saw:
+                continue
+            seen.add(step.run_id)
+            outputs = [link.source for link in step.outputs]
+            found[kind].append({"run_id": step.run_id, "name": step.run_name, "outputs": outputs})
+    return found
+
+
+def _open_latents(root: Root) -> Dataset:
+    dataset = _open(root)
+    if dataset.identity.kind != "latents":
+        raise InputError(
+            f"{root.uri} is a dataset of {dataset.identity.kind}",
+            key="data.uri",
+            value=root.uri,
+            rule="images are withdrawn from the latents that were encoded of them",
+            next_step="name the root that jobs.encode wrote",
+        )
+    return dataset
 
 
 def _open(root: Root) -> Dataset:

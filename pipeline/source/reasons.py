@@ -44,6 +44,7 @@ class Reason(StrEnum):
     TOO_SMALL = "too_small"
     UPSCALE_LIMIT = "upscale_limit"
     DUPLICATE_CONTENT = "duplicate_content"
+    WITHDRAWN = "withdrawn"  # see jobs.forget
 
     @property
     def status(self) -> str:
@@ -66,6 +67,7 @@ _FILTERS = frozenset(
         Reason.TOO_SMALL,
         Reason.UPSCALE_LIMIT,
         Reason.DUPLICATE_CONTENT,
+        Reason.WITHDRAWN,
     )
 )
 _RETRYABLE = frozenset(

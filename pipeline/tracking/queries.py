@@ -30,7 +30,10 @@ from pipeline.tracking.tracker import HANDLE_PREFIX, JOB_TAG, PARENT_TAG, PARENT
 
 @dataclass(frozen=True)
 class LineageStep:
-    """One run of a chain; `found` is False when the store does not hold it, `depth` counts from the start."""
+    """One run of a chain; `found` is False when the store does not hold it, `depth` counts from the start.
+
+    ended_s: seconds since 1970; None while it runs, or where it died without a word.
+    """
 
     run_id: str
     found: bool
@@ -41,6 +44,7 @@ class LineageStep:
     parents: tuple[tuple[str, str], ...] = ()
     inputs: tuple[DatasetLink, ...] = ()
     outputs: tuple[DatasetLink, ...] = ()
+    ended_s: float | None = None
 
 
 class NoSuchRun(InputError):
@@ -110,6 +114,7 @@ def _step(run: RunState, depth: int) -> LineageStep:
         parents=tuple(sorted(parents.items())),
         inputs=tuple(d for d in run.datasets if d.context != "output"),
         outputs=tuple(d for d in run.datasets if d.context == "output"),
+        ended_s=run.ended_s,
     )
 
 

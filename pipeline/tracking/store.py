@@ -73,7 +73,7 @@ class DatasetLink:
 
 @dataclass(frozen=True)
 class RunState:
-    """What the store knows of a run: params, the last step of each metric, tags, datasets."""
+    """What the store knows of a run: params, the last step of each metric, tags, datasets; its end, if it has one."""
 
     run_id: str
     params: Mapping[str, str]
@@ -81,6 +81,7 @@ class RunState:
     tags: Mapping[str, str]
     status: str
     datasets: tuple[DatasetLink, ...] = ()
+    ended_s: float | None = None
 
 
 class MlflowStore:
@@ -290,4 +291,5 @@ def _state(run: Any) -> RunState:
         tags=dict(run.data.tags),
         status=run.info.status,
         datasets=tuple(links),
+        ended_s=run.info.end_time / 1000 if run.info.end_time else None,
     )

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.diffusion.timesteps import TimestepDensity
+from pipeline.diffusion.objectives import TimestepDensity
 from pipeline.errors import ConflictError, InputError
 from pipeline.model.adapters import DiffusersAdapter
 from pipeline.model.build import adapters_of, build_model, merge, to_file

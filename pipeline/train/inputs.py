@@ -10,9 +10,8 @@ from itertools import islice, takewhile
 import numpy as np
 import torch
 
-from pipeline.diffusion.objectives import Objective
+from pipeline.diffusion.objectives import Objective, TimestepDensity
 from pipeline.diffusion.rng import ids_from_words
-from pipeline.diffusion.timesteps import TimestepDensity
 from pipeline.errors import ConfigError, argument_keys
 from pipeline.model.config import PublishedConfig
 from pipeline.storage.root import Root

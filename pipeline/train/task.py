@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.objectives import Objective
+from pipeline.diffusion.objectives import Objective, TimestepDensity
 from pipeline.diffusion.rng import (
     ids_from_words,
     keyed_normal,
@@ -25,7 +25,6 @@ from pipeline.diffusion.rng import (
     num_words_of_normal,
     uniform_of,
 )
-from pipeline.diffusion.timesteps import TimestepDensity
 
 # (x_t [b, c, h, w], t [b], labels [b] or None[, text [b, l, d], its mask [b, l]]) -> prediction [b, c, h, w]
 Forward = Callable[..., Tensor]

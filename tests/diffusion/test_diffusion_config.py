@@ -10,10 +10,9 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.diffusion.config import ObjectiveConfig, SamplerConfig, TimestepConfig
-from pipeline.diffusion.objectives import Objective
+from pipeline.diffusion.objectives import Objective, TimestepDensity
 from pipeline.diffusion.samplers import _RUNS
 from pipeline.diffusion.solvers import SOLVERS, SamplerName
-from pipeline.diffusion.timesteps import TimestepDensity
 
 
 def test_defaults_agree_with_the_classes() -> None:

@@ -9,7 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling
 
-from pipeline.diffusion.timesteps import TimestepDensity, resolution_shift, shift_times
+from pipeline.diffusion.objectives import TimestepDensity, resolution_shift, shift_times
 
 STRATA = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
 

@@ -12,8 +12,7 @@ import pytest
 
 from pipeline.errors import ConfigError, InputError
 from pipeline.sample.config import FileRequests
-from pipeline.sample.prepare import load_requests
-from pipeline.sample.request_files import file_format, map_columns, read_columns
+from pipeline.sample.prepare import file_format, load_requests, map_columns, read_columns
 from pipeline.sample.requests import Defaults, RequestLimits, validate_requests
 
 TEXT = RequestLimits(num_classes=4, takes_text=True, multiple=8, sizes=((64, 64),))

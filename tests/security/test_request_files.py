@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.sample import request_files
-from pipeline.sample.request_files import read_columns
+from pipeline.sample import prepare
+from pipeline.sample.prepare import read_columns
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +33,7 @@ def test_a_text_that_repeats_is_held_once(tmp_path: Path) -> None:
     code = f"""
 import resource
 from pathlib import Path
-from pipeline.sample.request_files import read_columns
+from pipeline.sample.prepare import read_columns
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 found = read_columns(Path({str(tmp_path / "bomb.parquet")!r}).read_bytes(), "parquet", "bomb").columns
 print(len(found["prompt"]), len(found["prompt"][-1]), len(set(map(id, found["prompt"]))))
@@ -55,6 +55,6 @@ def test_what_is_in_it_is_what_it_says() -> None:
 
 
 def test_more_rows_than_anybody_asks_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_files, "_MAX_ROWS", 1999)
+    monkeypatch.setattr(prepare, "_MAX_ROWS", 1999)
     with pytest.raises(InputError, match="2000 rows that unpack to"):
         read_columns(repeated(10, 2000), "parquet", "f")

@@ -27,6 +27,8 @@ PLAYED = {
     "store/writer.py: write_rejects: put_if_absent": "World.encode, World.dedup",
     "store/writer.py: write_shard: put_if_absent": "World.encode, World.compact, Samplers.sample",
     "store/maintain/verify.py: collect_garbage: delete": "World.gc",
+    "store/maintain/forget.py: forget: put_if_absent": "test_the_list_is_kept_before_any_row_leaves: only added to",
+    "maintenance/job.py: run_forget: put": "a report somewhere else, which nothing reads",
     # Sampling.
     "sample/job.py: settle_identity: put_if_absent": "Samplers.sample",
     "sample/stages.py: EncodeImages.__call__: put_if_absent": "Samplers.sample",

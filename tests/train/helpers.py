@@ -19,8 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from pipeline.diffusion.objectives import Objective
-from pipeline.diffusion.timesteps import TimestepDensity
+from pipeline.diffusion.objectives import Objective, TimestepDensity
 from pipeline.storage.root import Root
 from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.loop import Settings

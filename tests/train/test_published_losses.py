@@ -23,8 +23,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from pipeline.diffusion.objectives import Objective
-from pipeline.diffusion.timesteps import TimestepDensity
+from pipeline.diffusion.objectives import Objective, TimestepDensity
 from pipeline.model.build import build_model, repeated_blocks
 from pipeline.model.config import InitConfig, PublishedConfig
 from pipeline.model.load import check_start, fill

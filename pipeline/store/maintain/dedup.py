@@ -11,7 +11,7 @@ compares what is still visible. Bytes on disk go with the next compaction and ga
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -35,6 +35,7 @@ REASON = "duplicate_content"
 MARK = "deduplicated"  # in a closing note: the digest of the rows among which no two are equal
 
 Rows = npt.NDArray[np.void]
+Bytes = npt.NDArray[np.uint8]
 _ROW = np.dtype([("hash", np.uint64, (4,)), ("address", np.int64), ("group", np.int32)])
 _PEAK_ROW_BYTES = 160  # of a row while it is compared: two copies of it, sort keys and their order
 _READERS, _READ_WINDOW = 8, 32
@@ -151,16 +152,9 @@ class _Work:
         known = np.zeros(0, _ROW)
         waiting: list[Rows] = []
 
-        def shares() -> Iterator[Rows]:
-            """The rows of one share of the hashes, row group by row group; few row groups are held at a time."""
-            with ThreadPoolExecutor(_READERS) as pool:
-                for first in range(0, len(self.dataset.row_groups), _READ_WINDOW):
-                    self.generation.check()
-                    groups = self.dataset.row_groups[first : first + _READ_WINDOW]
-                    yield from pool.map(lambda g: self._share(g.index, number, passes), groups)
-
-        for done, rows in enumerate(shares(), 1):
-            waiting.append(rows)
+        columns = ("content_sha256", "unit", "row")
+        for done, table in enumerate(scan_columns(self.dataset, self.generation, columns), 1):
+            waiting.append(self._share(table, done - 1, number, passes))
             if sum(map(len, waiting)) > self.limit:
                 known = self._settle(known, waiting)
             yield done
@@ -175,15 +169,13 @@ class _Work:
             self._commit(others[part], kept[part])
         return known
 
-    def _share(self, group: int, number: int, passes: int) -> Rows:
-        table = self.dataset.read(group, ["content_sha256", "unit", "row"])
+    def _share(self, table: pa.Table, group: int, number: int, passes: int) -> Rows:
+        """The rows of a row group whose hash falls into a share."""
         table = table.filter(pc.is_valid(table["content_sha256"]))
         rows = np.zeros(len(table), _ROW)
-        if len(table):  # big-endian words of a fixed-size binary column without nulls
-            hashes = pa.concat_arrays([chunk for chunk in table["content_sha256"].chunks if len(chunk)])
-            words = np.frombuffer(hashes.buffers()[1], ">u8").reshape(-1, 4)
-            rows["hash"] = words[hashes.offset : hashes.offset + len(hashes)]
-        rows["address"] = _addresses(table)
+        if len(table):
+            rows["hash"] = hash_rows(table["content_sha256"]).view(">u8")
+        rows["address"] = addresses_of(table)
         rows["group"] = group
         share = ((rows["hash"][:, 0] >> np.uint64(32)) * np.uint64(passes)) >> np.uint64(32)
         return rows if passes == 1 else rows[share == number]
@@ -196,21 +188,13 @@ class _Work:
         for group in np.unique(others["group"]).tolist():
             mine = np.flatnonzero(others["group"] == group)
             table = self.dataset.read(group, ["unit", "row", "key"])
-            place = np.searchsorted(others["address"][mine], _addresses(table)).clip(max=len(mine) - 1)
-            hit = np.flatnonzero(others["address"][mine][place] == _addresses(table))
+            place = np.searchsorted(others["address"][mine], addresses_of(table)).clip(max=len(mine) - 1)
+            hit = np.flatnonzero(others["address"][mine][place] == addresses_of(table))
             keys_of[mine[place[hit]]] = table["key"].take(pa.array(hit)).to_pylist()
-        keys = keys_of.tolist()
-        outcomes = {
-            "unit": others["address"] >> 32,
-            "row": others["address"] & 0xFFFFFFFF,
-            "uri": [f"{self.source_uri}/{key}" for key in keys],
-            "key": keys,
-            "outcome": ["filtered"] * len(keys),
-            "reason": [REASON] * len(keys),
-            "message": [_MESSAGE.format(address >> 32, address & 0xFFFFFFFF) for address in kept.tolist()],
-        }
+        messages = [_MESSAGE.format(address >> 32, address & 0xFFFFFFFF) for address in kept.tolist()]
+        outcomes = filtered_rows(others["address"], keys_of.tolist(), self.source_uri, REASON, messages)
         self.generation.check()
-        self.committer.commit(LATENTS.empty_table(), pa.table(outcomes, schema=REJECTS), {})
+        self.committer.commit(LATENTS.empty_table(), outcomes, {})
 
 
 def first_of_each(rows: Rows) -> tuple[Rows, Rows, Int64s]:
@@ -237,6 +221,38 @@ def first_of_each(rows: Rows) -> tuple[Rows, Rows, Int64s]:
     return np.concatenate([rows[~shared], several[new]]), several[other], first[other]
 
 
-def _addresses(table: pa.Table) -> Int64s:
+def addresses_of(table: pa.Table) -> Int64s:
     address: Int64s = (table["unit"].to_numpy() << 32) + table["row"].to_numpy()
     return address
+
+
+def hash_rows(column: pa.ChunkedArray) -> Bytes:
+    """A fixed-size binary column as uint8 [n, length]; zeros for null."""
+    width = column.type.byte_width
+    chunk = (pc.fill_null(column, b"\0" * width) if column.null_count else column).combine_chunks()
+    values = np.frombuffer(chunk.buffers()[1] or b"", np.uint8)[chunk.offset * width :]
+    return values[: len(chunk) * width].reshape(-1, width)
+
+
+def scan_columns(dataset: Dataset, generation: Generation, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Some columns of each row group, few row groups in memory at a time."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        for first in range(0, len(dataset.row_groups), _READ_WINDOW):
+            generation.check()
+            groups = dataset.row_groups[first : first + _READ_WINDOW]
+            yield from pool.map(lambda group: dataset.read(group.index, columns), groups)
+
+
+def filtered_rows(
+    addresses: Int64s, keys: Sequence[str], source_uri: str, reason: str, messages: Sequence[str]
+) -> pa.Table:
+    outcomes = {
+        "unit": addresses >> 32,
+        "row": addresses & 0xFFFFFFFF,
+        "uri": [f"{source_uri}/{key}" for key in keys],
+        "key": keys,
+        "outcome": ["filtered"] * len(keys),
+        "reason": [reason] * len(keys),
+        "message": messages,
+    }
+    return pa.table(outcomes, schema=REJECTS)

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.diffusion.objectives import Objective
-from pipeline.diffusion.timesteps import TimestepDensity
+from pipeline.diffusion.objectives import Objective, TimestepDensity
 from pipeline.model.adapters import build_dit_transformer2d
 from pipeline.model.dit import DiT
 from pipeline.stream.data import Batch
