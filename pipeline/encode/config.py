@@ -23,8 +23,13 @@ class EncodeOutputConfig(StrictModel):
 class EncodeConfig(StrictModel):
     """How the work is cut, spread and committed."""
 
-    unit_rows: int = Field(256, ge=1, description="Images per unit of work when the source is single files.")
-    unit_bytes: int = Field(256 << 20, ge=1, description="Source bytes at which such a unit ends early.")
+    unit_rows: int | None = Field(
+        None,
+        ge=1,
+        description="Images per unit of work when the source is single files; null: 2048, or for fewer than 32,768 "
+        "new images a sixteenth of them, at least 64.",
+    )
+    unit_bytes: int = Field(1 << 30, ge=1, description="Source bytes at which such a unit ends early.")
     latent_dtype: Literal["float16", "bfloat16"] = Field("float16", description="How latents are stored.")
     batch_size: int = Field(16, ge=1, description="Images of the largest bucket per VAE call; smaller ones get more.")
     actors: int | None = Field(None, ge=1, description="Encoder actors; null: one per GPU, else one per CPU.")

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,7 +33,6 @@ from pipeline.store.plan import (
     PlannedEntry,
     append_version,
     diff,
-    group_units,
     live_entries,
     read_plan,
 )
@@ -280,7 +280,7 @@ def count_source(config: EncodeJobConfig, root: Root, state: State | None) -> So
     count.removed = report.removed
     if state is not None:
         gaps = state.gaps(state.retryable(encode.retry_rejects)) - RowSet.from_triples(report.retired)
-        for unit_number, start, stop in gaps.triples():
+        for unit_number, start, stop in gaps.iter_triples():
             if stop >= MAX_ROWS:  # its length is not known yet
                 size = state.plan.units["size_bytes"][unit_number].as_py()
                 stop = max(start, size // config.estimate.tar_image_bytes)
@@ -409,13 +409,44 @@ def planned_rows(state: State) -> int | None:
     return (RowSet.from_arrays(units, np.zeros_like(units), known) - retired).count() or None
 
 
+# Planning, reading, committing a unit costs a driver about as much whether it is large or small; but a unit is read by
+# one task, so that a source of few images is cut smaller.
+_MOST_ROWS, _LEAST_ROWS, _FEW_UNITS = 2048, 64, 16
+
+
+def group_units(entries: Iterable[EntryLike], max_rows: int | None, max_bytes: int) -> Iterator[list[EntryLike]]:
+    """Units of consecutive single-row entries up to some rows and bytes; an entry of several rows is its own unit.
+
+    max_rows: None for 2,048, which keeps what a unit costs the driver small, or fewer where that would be few units.
+    """
+    if max_rows is None:
+        entries = iter(entries)
+        head = list(islice(entries, _MOST_ROWS * _FEW_UNITS))
+        max_rows = min(_MOST_ROWS, max(_LEAST_ROWS, -(-len(head) // _FEW_UNITS)))
+        entries = chain(head, entries)
+    unit: list[EntryLike] = []
+    size = 0
+    for entry in entries:
+        single = entry.row_stop is not None and entry.row_stop - entry.row_start == 1
+        if unit and (not single or len(unit) >= max_rows or size + entry.size_bytes > max_bytes):
+            yield unit
+            unit, size = [], 0
+        if single:
+            unit.append(entry)
+            size += entry.size_bytes
+        else:
+            yield [entry]
+    if unit:
+        yield unit
+
+
 def update_plan(
     root: Root,
     listing: Iterable[EntryLike],
     *,
     source: dict[str, Any],
     generation: int,
-    unit_rows: int,
+    unit_rows: int | None,
     unit_bytes: int,
     drop_removed: bool,
     before_freezing: Callable[[], None] = lambda: None,

@@ -424,24 +424,6 @@ def same_version(
     return old.mtime_ns == new.mtime_ns
 
 
-def group_units(entries: Iterable[EntryLike], max_rows: int, max_bytes: int) -> Iterator[list[EntryLike]]:
-    """Units of consecutive single-row entries up to some rows and bytes; an entry of several rows is its own unit."""
-    unit: list[EntryLike] = []
-    size = 0
-    for entry in entries:
-        single = entry.row_stop is not None and entry.row_stop - entry.row_start == 1
-        if unit and (not single or len(unit) >= max_rows or size + entry.size_bytes > max_bytes):
-            yield unit
-            unit, size = [], 0
-        if single:
-            unit.append(entry)
-            size += entry.size_bytes
-        else:
-            yield [entry]
-    if unit:
-        yield unit
-
-
 def live_entries(plan: Plan) -> Iterator[PlannedEntry]:
     """The live entries of all versions in key order: each version was planned in key order."""
     runs = [plan.iter_entries(version) for version in plan.versions]

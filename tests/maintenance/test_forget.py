@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.encode.plan import group_units
 from pipeline.encode.stages import UnitReader
 from pipeline.errors import InputError
 from pipeline.maintenance.config import ForgetListConfig
@@ -27,7 +28,7 @@ from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import read_state
 from pipeline.store.maintain.forget import ForgetReport, Listed, Withdrawals, _NearHashes, forget
 from pipeline.store.maintain.verify import verify
-from pipeline.store.plan import Work, append_version, group_units, read_plan
+from pipeline.store.plan import Work, append_version, read_plan
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.schema import LATENTS
 from pipeline.tracking.config import TrackingConfig

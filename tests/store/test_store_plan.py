@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.encode.plan import update_plan
+from pipeline.encode.plan import group_units, update_plan
 from pipeline.errors import ConflictError
 from pipeline.storage.root import Root
 from pipeline.store.ledger.rowset import MAX_ROWS, RowSet
@@ -22,7 +22,6 @@ from pipeline.store.plan import (
     Plan,
     append_version,
     diff,
-    group_units,
     read_entries,
     read_plan,
     work_of,
@@ -208,6 +207,14 @@ def test_units_respect_rows_bytes_and_entries_of_many_rows() -> None:
     entries = [Listed("a"), Listed("b"), Listed("c", 100), Listed("d"), Listed("e", row_stop=9), Listed("f")]
     units = [[e.key for e in unit] for unit in group_units(entries, max_rows=3, max_bytes=105)]
     assert units == [["a", "b"], ["c"], ["d"], ["e"], ["f"]]
+
+
+@pytest.mark.parametrize(("images", "rows"), [(3, 64), (200, 64), (1_600, 100), (32_768, 2_048), (100_000, 2_048)])
+def test_units_are_large_where_there_are_enough_of_them(images: int, rows: int) -> None:
+    units = [len(unit) for unit in group_units((Listed(f"{at}") for at in range(images)), None, 1 << 40)]
+    assert sum(units) == images
+    assert set(units[:-1]) <= {rows}
+    assert units[-1] <= rows
 
 
 def test_work_follows_the_gaps() -> None:
