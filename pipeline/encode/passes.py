@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,7 @@ from pipeline.encode.stages import (
     UnitReader,
     try_encoder,
 )
+from pipeline.errors import ConfigError
 from pipeline.progress import Progress
 from pipeline.source.reasons import Reason
 from pipeline.storage.root import Root
@@ -48,6 +50,7 @@ from pipeline.store.schema import LATENTS, REJECTS
 from pipeline.store.writer import Committer
 from pipeline.tracking.tracker import Tracker
 
+_log = logging.getLogger(__name__)
 # Repeats by Ray of a block whose actor died, before the pass ends and this module looks for the guilty unit.
 _TASK_RETRIES = 2
 # The same for tasks, which Ray by itself would repeat for ever; losing a node costs one, too.
@@ -108,11 +111,24 @@ class _Encoding:
             {"latentloom.generation": str(generation.number)},
         )
         self.resources = _resources(config)
+        self.shares = Shares(_capacity(config, self.resources))
+
+    def _look_at_cluster(self) -> dict[str, int]:
+        """Nodes come and go while a run lasts: each execution takes what there is."""
+        try:
+            found = _resources(self.config)
+        except ConfigError as error:
+            # Nodes were lost, and may come back: what is asked for waits for them, as before.
+            _log.warning("the cluster offers less than the run began with: %s", error.what)
+            found = self.resources
+        if found.actors != self.resources.actors:
+            _log.info("the cluster has changed: %d encoder actors, %d before", found.actors, self.resources.actors)
+        self.resources = found
+        self.shares.capacity = _capacity(self.config, found)
+        return {ENCODER: found.actors}
 
     def run(self) -> State:
         """Executions until no planned row is open and none to retry has only what an earlier run made of it."""
-        import ray
-
         state, _ = self._state_and_gaps()
         total, done = planned_rows(state), (state.covered - self.retry).count()
         progress = Progress("encode", total, start=done)
@@ -122,16 +138,13 @@ class _Encoding:
             look=self._state_and_gaps,
             execute=self._execute,
             quarantine=self._quarantine,
-            actors={ENCODER: self.resources.actors},
+            actors=self._look_at_cluster,
             units_per_execution=self.config.encode.units_per_execution,
             crash_limit=self.config.encode.crash_limit,
             doing="Encoding",
             on_clean_pass=self._retried,
         )
-        encode, actors, cpus = self.config.encode, self.resources.actors, ray.cluster_resources().get("CPU", 1.0)
-        decode = cpus if encode.decode == "tasks" else actors * self.resources.decode_threads
-        shares = Shares({"read": cpus, "decode": decode, "device": actors, "write": encode.writers})
-        with Watch(self.monitor, progress, done, shares, self._log_totals, total=total) as watch:
+        with Watch(self.monitor, progress, done, self.shares, self._log_totals, total=total) as watch:
             state = passes.run()
             watch.finish((state.covered - self.retry).count())
         return state
@@ -219,7 +232,7 @@ class Shares:
     def __init__(self, capacity: dict[str, float]) -> None:
         from ray.util.metrics import Gauge
 
-        self._capacity = capacity
+        self.capacity = capacity
         self._then: tuple[float, dict[str, float]] | None = None
         self._shown: dict[str, float | str] = {}
         self._gauge = Gauge(
@@ -236,7 +249,7 @@ class Shares:
             seconds, before = elapsed_s - self._then[0], self._then[1]
             shares = {
                 stage: min(1.0, (totals.get(f"{stage}_s", 0.0) - before.get(f"{stage}_s", 0.0)) / seconds / capacity)
-                for stage, capacity in self._capacity.items()
+                for stage, capacity in self.capacity.items()
             }
             for stage, share in shares.items():
                 self._gauge.set(share, tags={"stage": stage})
@@ -272,6 +285,15 @@ def _spec(config: EncodeJobConfig, resources: EncodeResources, calls: int) -> En
         decoded=encode.decode == "tasks",
         calls=calls,
     )
+
+
+def _capacity(config: EncodeJobConfig, resources: EncodeResources) -> dict[str, float]:
+    """What each stage may use: CPUs, decode threads, devices, writers."""
+    import ray
+
+    encode, cpus = config.encode, ray.cluster_resources().get("CPU", 1.0)
+    decode = cpus if encode.decode == "tasks" else resources.actors * resources.decode_threads
+    return {"read": cpus, "decode": decode, "device": resources.actors, "write": encode.writers}
 
 
 def _resources(config: EncodeJobConfig) -> EncodeResources:

@@ -409,7 +409,7 @@ def planned_rows(state: State) -> int | None:
     return (RowSet.from_arrays(units, np.zeros_like(units), known) - retired).count() or None
 
 
-# Planning, reading, committing a unit costs a driver about as much whether it is large or small; but a unit is read by
+# A unit costs a driver about as much to plan, read and commit whether it is large or small; but it is read by
 # one task, so that a source of few images is cut smaller.
 _MOST_ROWS, _LEAST_ROWS, _FEW_UNITS = 2048, 64, 16
 

@@ -139,7 +139,7 @@ class _Sampling:
             look=self._read_open,
             execute=self._execute,
             quarantine=self._quarantine,
-            actors={DENOISER: self.resources.denoise_actors, DECODER: self.resources.decode_actors},
+            actors=lambda: {DENOISER: self.resources.denoise_actors, DECODER: self.resources.decode_actors},
             units_per_execution=self.config.units_per_execution,
             crash_limit=_CRASH_LIMIT,
             doing="Sampling",

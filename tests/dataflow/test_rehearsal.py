@@ -7,6 +7,7 @@ with real ones; what only CUDA can show is in tests/gpu.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from pipeline.store.maintain.verify import verify
 from pipeline.store.read.dataset import Dataset, LatentDataset
 from tests.sample.conftest import make_tiny
 from tests.support.images import make_codec, make_images
-from tests.support.jobs import REPOSITORY, run
+from tests.support.jobs import REPOSITORY, run, start
 from tests.support.plugins import FAULTY, install_codec_plugin
 from tests.support.ray_nodes import ray_nodes
 from tests.train.dataset import make_dataset
@@ -68,8 +69,8 @@ def _no_faults(world: World) -> None:
         file.unlink()
 
 
-def encode(world: World, output: str, **changes: Any) -> tuple[int, dict[str, Any], str]:
-    settings = {
+def settings(output: str, **changes: Any) -> list[str]:
+    fixed = {
         "source.kind": "folder",
         "source.uri": "images",  # where workers run, this is no place
         "image.resolution": 32,
@@ -83,7 +84,11 @@ def encode(world: World, output: str, **changes: Any) -> tuple[int, dict[str, An
         "tracking.enabled": "false",
         **changes,
     }
-    return run("encode", *(f"{k}={v}" for k, v in settings.items()), cwd=world.base, env=world.env)
+    return [f"{k}={v}" for k, v in fixed.items()]
+
+
+def encode(world: World, output: str, **changes: Any) -> tuple[int, dict[str, Any], str]:
+    return run("encode", *settings(output, **changes), cwd=world.base, env=world.env)
 
 
 def check(world: World, output: str) -> None:
@@ -258,3 +263,22 @@ def test_evaluation_runs_beside_a_gpu(world: World) -> None:
     assert code == 0, errors
     assert "REHEARSAL" in errors
     assert {"psnr_db", "accuracy"} <= set(answer["figures"])
+
+
+def test_an_encode_grows_with_its_cluster(world: World, tmp_path: Path) -> None:
+    """It began on one GPU of two: from the execution after the second came on it uses both."""
+    with ray_nodes(2, gpus=(1,)) as nodes:
+        here = World({**nodes.env, **{k: world.env[k] for k in ("PYTHONPATH", "LATENTLOOM_TEST_FAULTS")}}, world.base)
+        arguments = settings(f"{tmp_path}/grown", **{"encode.units_per_execution": 1})
+        job = start("encode", *arguments, cwd=here.base, env=here.env)
+        try:
+            while not list((tmp_path / "grown" / "ledger").rglob("*.json")):
+                assert job.poll() is None, job.communicate()
+                time.sleep(0.2)
+            nodes.add(2, 1)
+            _, errors = job.communicate(timeout=300)
+        finally:
+            job.kill()
+        assert job.returncode == 0, errors
+        assert "the cluster has changed: 2 encoder actors, 1 before" in errors
+    check(world, f"{tmp_path}/grown")

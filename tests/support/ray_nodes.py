@@ -33,6 +33,13 @@ class RayNodes:
     metrics_ports: list[int]
     token: str
     daemons: list[Daemon]
+    folder: Path
+
+    def add(self, cpus: int, gpus: int = 0) -> None:
+        """One node more."""
+        if len(self.metrics_ports) == len(self.daemons):
+            self.metrics_ports.append(free_port())
+        _start(self, len(self.daemons), cpus, gpus)
 
     @property
     def env(self) -> dict[str, str]:
@@ -59,10 +66,10 @@ def ray_nodes(*cpus: int, gpus: Sequence[int] = ()) -> Iterator[RayNodes]:
     `gpus`: GPUs that each node declares, whether there are any or not; none when left out.
     """
     folder = Path(tempfile.mkdtemp(prefix="nodes-", dir="/tmp"))  # sockets need short paths
-    nodes = RayNodes(f"127.0.0.1:{free_port()}", [free_port() for _ in cpus], secrets.token_hex(32), [])
+    nodes = RayNodes(f"127.0.0.1:{free_port()}", [free_port() for _ in cpus], secrets.token_hex(32), [], folder)
     try:
         for number, count in enumerate(cpus):
-            _start(nodes, folder, number, count, gpus[number] if gpus else 0)
+            nodes.add(count, gpus[number] if gpus else 0)
         yield nodes
     finally:
         for daemon in reversed(nodes.daemons):
@@ -70,8 +77,8 @@ def ray_nodes(*cpus: int, gpus: Sequence[int] = ()) -> Iterator[RayNodes]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(nodes: RayNodes, folder: Path, number: int, cpus: int, gpus: int) -> None:
-    first = _FIRST_WORKER_PORT + number * _PORTS_PER_NODE
+def _start(nodes: RayNodes, number: int, cpus: int, gpus: int) -> None:
+    folder, first = nodes.folder, _FIRST_WORKER_PORT + number * _PORTS_PER_NODE
     port = nodes.address.rpartition(":")[2]
     head = ["--head", f"--port={port}", "--include-dashboard=false"]
     role = head if number == 0 else [f"--address={nodes.address}"]

@@ -1,0 +1,108 @@
+"""What a unit of work costs the encode job's driver, and how many images a second one driver can hand out by that.
+
+    python -m tests.benchmarks.driver_units [--units 200 800] [--rows 256 2048] [--out DIR]
+
+The executions are those of the encode job (unit source, actors, ledger sink, its settings of Ray Data); what its
+tasks do is nothing: a unit is read as blocks of 1,024 rows without images, encoders pass them on, writes drop them,
+as a codec that takes no time would. Counted are CPU seconds of the driver's process, and beside them those of Ray's
+own processes of the head (GCS and raylet), by the difference of two numbers of units, so that starting falls out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+
+from pipeline.dataflow.passes import LedgerSink, UnitSource, configure_ray_data
+from pipeline.dataflow.resources import actor_pool, map_on_actors
+from pipeline.store.plan import Work
+from tests.benchmarks import report
+
+BLOCK_ROWS = 1024
+# Rows a write waits for: the 64 MiB of latents that the encode job commits at once are as many of 512 px.
+ROWS_A_WRITE = 2048
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads a unit as blocks of addresses."""
+
+    rows: int
+
+    def of(self, work: Work) -> Callable[[], Iterator[pa.Table]]:
+        return partial(self, work.unit)
+
+    def __call__(self, unit: int) -> Iterator[pa.Table]:
+        for first in range(0, self.rows, BLOCK_ROWS):
+            rows = np.arange(first, min(self.rows, first + BLOCK_ROWS))
+            yield pa.table({"unit": np.full_like(rows, unit), "row": rows})
+
+
+class Nothing:
+    """An encoder that takes no time."""
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        return block
+
+
+def drop(table: pa.Table) -> None:
+    """A commit of nothing."""
+
+
+def execute(units: int, rows: int, actors: int) -> dict[str, float]:
+    """CPU seconds of the driver and of Ray's processes, and wall seconds, of one execution."""
+    import ray.data
+
+    mine = psutil.Process()
+    # Below this process: another cluster may run on this machine.
+    others = [p for p in mine.children(recursive=True) if p.name() in ("gcs_server", "raylet")]
+    before, ray_before, began = sum(mine.cpu_times()[:2]), _cpu_s(others), time.perf_counter()
+    source = UnitSource("ReadImages", [Work(u, ((0, rows),)) for u in range(units)], Reader(rows).of, 0)
+    dataset = ray.data.read_datasource(source, num_cpus=0.25, override_num_blocks=units)
+    dataset = map_on_actors(dataset, Nothing, (), num_cpus=0.25, **actor_pool(actors, 2, None, 3, num_gpus=0.0))
+    sink = LedgerSink("CommitLatents", drop, ROWS_A_WRITE)
+    dataset.write_datasink(sink, ray_remote_args={"num_cpus": 0.25}, concurrency=4)
+    return {
+        "driver_s": sum(mine.cpu_times()[:2]) - before,
+        "ray_s": _cpu_s(others) - ray_before,
+        "wall_s": time.perf_counter() - began,
+    }
+
+
+def _cpu_s(processes: list[psutil.Process]) -> float:
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--units", nargs=2, type=int, default=[200, 800], help="two numbers, whose difference counts")
+    parser.add_argument("--rows", nargs="*", type=int, default=[256, 2048], help="images a unit")
+    parser.add_argument("--actors", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    import ray
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    configure_ray_data()
+    execute(20, 256, arguments.actors)  # workers start
+    found = []
+    print(f"{'images a unit':>14}{'driver ms a unit':>18}{'Ray ms a unit':>16}{'images/s a driver':>20}")
+    for rows in arguments.rows:
+        few, many = (execute(units, rows, arguments.actors) for units in sorted(arguments.units))
+        units = abs(arguments.units[1] - arguments.units[0])
+        driver, others = ((many[name] - few[name]) / units for name in ("driver_s", "ray_s"))
+        found.append({"rows": rows, "driver_ms": 1e3 * driver, "ray_ms": 1e3 * others, "images_per_s": rows / driver})
+        print(f"{rows:>14,}{1e3 * driver:>18.2f}{1e3 * others:>16.2f}{rows / driver:>20,.0f}", flush=True)
+    report.write(arguments.out, "driver_units", {"rows": found, "units": arguments.units, "actors": arguments.actors})
+
+
+if __name__ == "__main__":
+    main()
