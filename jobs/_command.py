@@ -1,12 +1,13 @@
 """`latentloom`: every job as one command, beside `python -m jobs.NAME`, and what else a newcomer asks for.
 
     latentloom JOB CONFIG... [key=value ...]     the job, as `python -m jobs.JOB` runs it
+    latentloom init IMAGES [--out encode.yaml] [--codec PATH]
     latentloom files URI [--format jsonl | duckdb | polars]
     latentloom configs list | show NAME | copy NAME [DEST]
     latentloom completion bash | zsh | fish
     latentloom --help | --version
 
-Light: none of these but the jobs themselves imports Ray, torch, MLflow or an image library.
+Light: none of these but the jobs themselves imports Ray, torch or MLflow, and none but `init` an image library.
 """
 
 from __future__ import annotations
@@ -15,19 +16,24 @@ import difflib
 import importlib
 import json
 import pkgutil
+import re
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import metadata
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+import yaml
+
 import jobs
 from jobs._main import EXIT_CODES, Job, Parser, main, reported
-from pipeline.config import SHIPPED, StrictModel, field_tree
+from pipeline.config import SHIPPED, StrictModel, field_tree, validate
 from pipeline.errors import ConfigError, ConflictError, InputError
+from pipeline.source.config import IMAGE_ENDINGS
 
 if TYPE_CHECKING:
     from pipeline.store.read.dataset import DataFile
@@ -41,6 +47,7 @@ STAGES = {
     "look after": ("lineage", "sync_tracking"),
 }
 HELPERS = {
+    "init": "look at some images and write a configuration for encode that fits them, with the reasons as comments",
     "files": "print the files of a dataset and which of their rows are visible, for readers that know Parquet alone",
     "configs": "list, show or copy the configurations that come with the package",
     "completion": "print the completion of this command for bash, zsh or fish",
@@ -145,27 +152,132 @@ def configurations(words: Sequence[str]) -> str:
 
 def _copy(source: Path, destination: Path) -> Path:
     target = destination / source.name if destination.is_dir() else destination
-    text = source.read_text(encoding="utf-8")
+    return _put_new(target, source.read_text(encoding="utf-8"), "DEST")
+
+
+def _put_new(target: Path, text: str, key: str) -> Path:
     try:
         with open(target, "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
         raise ConflictError(
             "The file is there already: nothing was changed",
-            key="DEST",
+            key=key,
             value=target,
-            rule="a copy replaces nothing: what is there may be somebody's own",
+            rule="this command replaces nothing: what is there may be somebody's own",
             next_step="name another file or folder, or move that one away",
         ) from None
     except OSError as error:
         raise ConfigError(
             f"The configuration cannot be written: {error.strerror}",
-            key="DEST",
+            key=key,
             value=target,
             rule="an existing folder, or a file to be made in one",
             next_step="make the folder, or name another one",
         ) from None
     return target
+
+
+# -- A configuration that fits some images ---------------------------------------------------------------------
+
+
+_LISTED, _OPENED = 20_000, 100  # of a large folder the first are listed, and of these some opened
+_IMAGES = tuple(f".{ending}" for ending in IMAGE_ENDINGS)
+_SIDES = (1024, 768, 512, 384, 256, 128, 64, 32)
+
+
+def init(words: Sequence[str]) -> str:
+    """Write a configuration for encode that fits a folder, tars or Parquet files; returns what to do with it."""
+    parser = Parser(prog="latentloom init", description=HELPERS["init"], allow_abbrev=False)
+    parser.add_argument("images", metavar="IMAGES", help="a folder of images, of .tar files or of .parquet files")
+    parser.add_argument("--out", default="encode.yaml", help="the file to write (encode.yaml); none is replaced")
+    parser.add_argument("--codec", help="the VAE: a diffusers AutoencoderKL directory")
+    arguments = parser.parse_args(words)
+    from pipeline.encode.config import EncodeJobConfig
+    from pipeline.storage.root import Root
+
+    name = re.sub(r"[^\w.-]+", "_", arguments.images.rstrip("/").rpartition("/")[2]) or "images"
+    codec = arguments.codec or f"runs/{name}/codec"
+    names = [info.key.lower() for info in islice(Root(arguments.images).list(), _LISTED)]
+    source: list[tuple[str, object, str]] = [("uri", arguments.images, "")]
+    source.append(("name", name, "goes into every row's id: keep it when the images move"))
+    looked = f"{len(names):,}{' and more' if len(names) == _LISTED else ''} files"
+    image: list[tuple[str, object, str]] = []
+    if any(key.endswith(".tar") for key in names):
+        source.insert(0, ("kind", "webdataset", "members of one basename are a sample: .jpg with .txt, .cls, .json"))
+    elif any(key.endswith(".parquet") for key in names) and not any(key.endswith(_IMAGES) for key in names):
+        source.insert(0, ("kind", "parquet", "set image, caption and label to the names of its columns"))
+    else:
+        source.insert(0, ("kind", "folder", ""))
+        looked = _fit_folder(arguments.images, names, source, image)
+    if not image:
+        image = [("resolution", 256, "not looked at: images are enlarged by at most image.max_upscale")]
+    image.append(("multiple_of", 8, "the codec's factor"))
+    sections: dict[str, list[tuple[str, object, str]]] = {
+        "source": source,
+        "image": image,
+        "codec": [("path", codec, "a diffusers AutoencoderKL directory, or a hub id with codec.revision")],
+        "output": [("uri", f"runs/{name}/latents", "")],
+    }
+    lines = [f"# For latentloom encode: written by latentloom init after a look at {looked}.", ""]
+    for section, entries in sections.items():
+        lines.append(f"{section}:")
+        for key, value, why in entries:
+            lines.append(f"  {key}: {json.dumps(value, ensure_ascii=False)}" + (f"  # {why}" if why else ""))
+    text = "\n".join(lines) + "\n"
+    validate(EncodeJobConfig, yaml.safe_load(text))
+    _put_new(Path(arguments.out), text, "--out")
+    kind = f"source.kind={source[0][1]} source.uri={shlex.quote(arguments.images)}"
+    steps = [] if arguments.codec else [f"latentloom fit_codec {kind} image.resolution=64 output.uri={codec}"]
+    steps += [f"latentloom encode {arguments.out} --dry-run", f"latentloom encode {arguments.out}"]
+    return "\n".join([f"{arguments.out} is written. Next:", *(f"  {step}" for step in steps)])
+
+
+def _fit_folder(
+    uri: str, names: Sequence[str], source: list[tuple[str, object, str]], image: list[tuple[str, object, str]]
+) -> str:
+    """Add what a folder's listing and the headers of some images tell; returns what was looked at."""
+    from pipeline.source.config import FORMATS, MAX_PIXELS, FolderSource
+    from pipeline.source.pixels.decode import DecodeLimits, open_image
+    from pipeline.source.reading.listing import list_entries
+    from pipeline.source.reasons import DecodeError
+    from pipeline.storage.root import Root
+
+    entries = list(islice(list_entries(FolderSource(uri=uri)), _LISTED))
+    told = [json.loads(entry.meta) if entry.meta else {} for entry in entries]
+    beside = {name.rpartition(".")[0] for name in names if name.endswith((".txt", ".caption", ".json"))}
+    own = [entry.key.lower().rpartition(".")[0] in beside for entry in entries]
+    count, captions = len(entries), sum(o or one.get("caption") is not None for o, one in zip(own, told, strict=True))
+    labels = sum(one.get("label") is not None for one in told)
+    if not captions:
+        source.append(("caption", None, "none has one, in a .txt, a .json or a metadata file"))
+    else:
+        source.append(("caption", "text", f"{captions:,} of {count:,} have one"))
+    folders = Counter(entry.key.rpartition("/")[0] for entry in entries)
+    if labels:
+        source.append(("label", "label", f"{labels:,} of {count:,} have one, in metadata"))
+    elif len(folders) > 1 and min(folders.values()) > 1 and not any("/" in folder for folder in folders):
+        few, many = min(folders.values()), max(folders.values())
+        source.append(("label_from", "directory", f"{len(folders)} directories of {few:,} to {many:,} images"))
+        source.append(("classes", sorted(folders), "in the order of their labels: add new ones at the end"))
+    else:
+        source.append(("label", None, "none has one"))
+    sizes, limits = [], DecodeLimits(FORMATS, MAX_PIXELS, 10.0)
+    opened = entries[:: max(1, count // _OPENED)][:_OPENED]
+    for entry in opened:
+        with suppress(DecodeError, OSError):
+            sizes.append(open_image(Root(uri).read_bytes(entry.key), limits).size)
+    if sizes:
+        short = sorted(min(size) for size in sizes)
+        least, median = short[len(short) // 10], short[len(short) // 2]
+        side = next((side for side in _SIDES if side <= least), _SIDES[-1])
+        why = f"nine of ten of {len(sizes)} opened have a short side of {least} or more, half of {median}"
+        image.append(("resolution", side, why))
+        cut = sum(1 - min(size) / max(size) for size in sizes) / len(sizes)
+        if cut > 0.15:
+            image.append(("buckets", {"kind": "budget"}, f"squares would cut away {cut:.0%} of an image by the mean"))
+    unread = f", of which {len(opened) - len(sizes)} cannot be read" if len(sizes) < len(opened) else ""
+    return f"{count:,}{' and more' if count == _LISTED else ''} images, {len(opened)} of them opened{unread}"
 
 
 # -- What is visible in a dataset, for DuckDB, Polars and whoever else reads Parquet ---------------------------
@@ -247,7 +359,12 @@ def completion(words: Sequence[str]) -> str:
 
 def _actions() -> dict[str, list[str]]:
     """What may follow each command: of a job its flags and the keys that take a value."""
-    found = {"files": ["--format"], "configs": ["list", "show", "copy", *shipped()], "completion": list(_SHELLS)}
+    found = {
+        "init": ["--out", "--codec"],
+        "files": ["--format"],
+        "configs": ["list", "show", "copy", *shipped()],
+        "completion": list(_SHELLS),
+    }
     for name in job_names():
         job: Job | None = getattr(importlib.import_module(f"jobs.{name}"), "JOB", None)
         found[name] = ["--help"]
@@ -324,6 +441,7 @@ def _fish_quoted(text: str) -> str:
 
 _SHELLS: dict[str, Callable[[], str]] = {"bash": for_bash, "zsh": for_zsh, "fish": for_fish}
 _HELPER_OF: dict[str, Callable[[Sequence[str]], str]] = {
+    "init": init,
     "files": print_files,
     "configs": configurations,
     "completion": completion,

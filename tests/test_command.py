@@ -13,10 +13,14 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
+from PIL import Image
 
 from jobs import _command
-from pipeline.config import check_installed, need_package
+from pipeline.config import check_installed, load_config, need_package
+from pipeline.encode.config import EncodeJobConfig
 from pipeline.errors import ConfigError
+from pipeline.source.config import FolderSource
 from tests.support.jobs import REPOSITORY, completed, environment
 from tests.test_jobs import CONFIGS, JOBS
 
@@ -127,6 +131,56 @@ def test_a_flag_that_no_job_has_is_an_error_of_the_configuration(job: str, tmp_p
     answer = json.loads(done.stdout.splitlines()[-1])
     assert (answer["job"], answer["status"], answer["exit_code"]) == (job, "failed", 2)
     assert "unrecognized arguments: --dry_run" in answer["error"]
+
+
+# -- A configuration that fits -----------------------------------------------------------------------------------
+
+
+def fitted(place: Path, *words: str) -> tuple[EncodeJobConfig, str]:
+    """What `latentloom init` writes about some images, validated as encode does, and what it prints."""
+    code, out, errors = call("init", "my pictures", *words, cwd=place)
+    assert code == 0, errors
+    text = (place / "encode.yaml").read_text()
+    (place / "encode.yaml").unlink()
+    return load_config(EncodeJobConfig, [], [f"{k}={json.dumps(v)}" for k, v in yaml.safe_load(text).items()]), out
+
+
+def test_init_fits_a_folder_by_what_is_there(tmp_path: Path) -> None:
+    images = tmp_path / "my pictures"
+    for folder, size in (("cat", (400, 300)), ("dog", (200, 300))):
+        (images / folder).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", size).save(images / folder / f"{number}.png")
+    config, out = fitted(tmp_path)
+    assert isinstance(config.source, FolderSource)
+    assert (config.source.label_from, config.source.classes) == ("directory", ("cat", "dog"))
+    assert (config.source.caption, config.source.name) == (None, "my_pictures")
+    assert (config.image.resolution, config.image.buckets.kind) == (128, "budget")
+    assert "latentloom fit_codec source.kind=folder source.uri='my pictures'" in out
+    # With captions, and images of which none could be read.
+    (images / "cat" / "0.txt").write_text("a cat")
+    (images / "dog" / "0.png").write_bytes(b"none")
+    config, out = fitted(tmp_path, "--codec", "vae")
+    assert (config.source.caption, config.codec.path) == ("text", "vae")
+    assert "fit_codec" not in out
+    (tmp_path / "encode.yaml").write_text("mine")
+    code, _, errors = call("init", "my pictures", cwd=tmp_path)
+    assert (code, (tmp_path / "encode.yaml").read_text()) == (4, "mine")
+    assert "--out = encode.yaml" in errors
+
+
+@pytest.mark.parametrize(("name", "kind"), [("00.tar", "webdataset"), ("part-0.parquet", "parquet")])
+def test_init_knows_tars_and_parquet_by_their_names(name: str, kind: str, tmp_path: Path) -> None:
+    (tmp_path / "my pictures").mkdir()
+    (tmp_path / "my pictures" / name).write_bytes(b"")
+    config, _ = fitted(tmp_path)
+    assert config.source.kind == kind
+
+
+def test_init_of_nothing_says_so(tmp_path: Path) -> None:
+    code, _, errors = call("init", "nowhere", cwd=tmp_path)
+    assert code == 3
+    assert "There is no source at" in errors
 
 
 # -- Configurations --------------------------------------------------------------------------------------------
