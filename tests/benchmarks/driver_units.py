@@ -1,10 +1,10 @@
 """What a unit of work costs the encode job's driver, and how many images a second one driver can hand out by that.
 
-    python -m tests.benchmarks.driver_units [--units 200 800] [--rows 256 2048] [--out DIR]
+    python -m tests.benchmarks.driver_units [--units 100 400] [--cases 256/256 2048/1024 2048/100] [--out DIR]
 
 The executions are those of the encode job (unit source, actors, ledger sink, its settings of Ray Data); what its
-tasks do is nothing: a unit is read as blocks of 1,024 rows without images, encoders pass them on, writes drop them,
-as a codec that takes no time would. Counted are CPU seconds of the driver's process, and beside them those of Ray's
+tasks do is nothing: a unit is read as blocks of rows without images, encoders pass them on, writes drop them, as a
+codec that takes no time would. Counted are CPU seconds of the driver's process, and beside them those of Ray's
 own processes of the head (GCS and raylet), by the difference of two numbers of units, so that starting falls out.
 """
 
@@ -26,7 +26,6 @@ from pipeline.dataflow.resources import actor_pool, map_on_actors
 from pipeline.store.plan import Work
 from tests.benchmarks import report
 
-BLOCK_ROWS = 1024
 # Rows a write waits for: the 64 MiB of latents that the encode job commits at once are as many of 512 px.
 ROWS_A_WRITE = 2048
 
@@ -36,13 +35,14 @@ class Reader:
     """Reads a unit as blocks of addresses."""
 
     rows: int
+    block_rows: int
 
     def of(self, work: Work) -> Callable[[], Iterator[pa.Table]]:
         return partial(self, work.unit)
 
     def __call__(self, unit: int) -> Iterator[pa.Table]:
-        for first in range(0, self.rows, BLOCK_ROWS):
-            rows = np.arange(first, min(self.rows, first + BLOCK_ROWS))
+        for first in range(0, self.rows, self.block_rows):
+            rows = np.arange(first, min(self.rows, first + self.block_rows))
             yield pa.table({"unit": np.full_like(rows, unit), "row": rows})
 
 
@@ -57,7 +57,7 @@ def drop(table: pa.Table) -> None:
     """A commit of nothing."""
 
 
-def execute(units: int, rows: int, actors: int) -> dict[str, float]:
+def execute(units: int, rows: int, block_rows: int, actors: int) -> dict[str, float]:
     """CPU seconds of the driver and of Ray's processes, and wall seconds, of one execution."""
     import ray.data
 
@@ -65,7 +65,7 @@ def execute(units: int, rows: int, actors: int) -> dict[str, float]:
     # Below this process: another cluster may run on this machine.
     others = [p for p in mine.children(recursive=True) if p.name() in ("gcs_server", "raylet")]
     before, ray_before, began = sum(mine.cpu_times()[:2]), _cpu_s(others), time.perf_counter()
-    source = UnitSource("ReadImages", [Work(u, ((0, rows),)) for u in range(units)], Reader(rows).of, 0)
+    source = UnitSource("ReadImages", [Work(u, ((0, rows),)) for u in range(units)], Reader(rows, block_rows).of, 0)
     dataset = ray.data.read_datasource(source, num_cpus=0.25, override_num_blocks=units)
     dataset = map_on_actors(dataset, Nothing, (), num_cpus=0.25, **actor_pool(actors, 2, None, 3, num_gpus=0.0))
     sink = LedgerSink("CommitLatents", drop, ROWS_A_WRITE)
@@ -83,8 +83,9 @@ def _cpu_s(processes: list[psutil.Process]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--units", nargs=2, type=int, default=[200, 800], help="two numbers, whose difference counts")
-    parser.add_argument("--rows", nargs="*", type=int, default=[256, 2048], help="images a unit")
+    parser.add_argument("--units", nargs=2, type=int, default=[100, 400], help="two numbers, whose difference counts")
+    cases = ["256/256", "2048/1024", "2048/320", "2048/100"]
+    parser.add_argument("--cases", nargs="*", default=cases, help="images a unit / a block")
     parser.add_argument("--actors", type=int, default=2)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -92,16 +93,24 @@ def main() -> None:
 
     ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     configure_ray_data()
-    execute(20, 256, arguments.actors)  # workers start
+    execute(20, 256, 256, arguments.actors)  # workers start
     found = []
-    print(f"{'images a unit':>14}{'driver ms a unit':>18}{'Ray ms a unit':>16}{'images/s a driver':>20}")
-    for rows in arguments.rows:
-        few, many = (execute(units, rows, arguments.actors) for units in sorted(arguments.units))
+    print(
+        f"{'images a unit':>14}{'a block':>10}{'driver ms a unit':>18}{'Ray ms a unit':>16}{'images/s a driver':>20}"
+    )
+    for rows, block_rows in (map(int, case.split("/")) for case in arguments.cases):
+        few, many = (execute(units, rows, block_rows, arguments.actors) for units in sorted(arguments.units))
         units = abs(arguments.units[1] - arguments.units[0])
         driver, others = ((many[name] - few[name]) / units for name in ("driver_s", "ray_s"))
-        found.append({"rows": rows, "driver_ms": 1e3 * driver, "ray_ms": 1e3 * others, "images_per_s": rows / driver})
-        print(f"{rows:>14,}{1e3 * driver:>18.2f}{1e3 * others:>16.2f}{rows / driver:>20,.0f}", flush=True)
-    report.write(arguments.out, "driver_units", {"rows": found, "units": arguments.units, "actors": arguments.actors})
+        case = {"rows": rows, "block_rows": block_rows}
+        found.append({**case, "driver_ms": 1e3 * driver, "ray_ms": 1e3 * others, "images_per_s": rows / driver})
+        print(
+            f"{rows:>14,}{block_rows:>10,}{1e3 * driver:>18.2f}{1e3 * others:>16.2f}{rows / driver:>20,.0f}",
+            flush=True,
+        )
+    report.write(
+        arguments.out, "driver_units", {"cases": found, "units": arguments.units, "actors": arguments.actors}
+    )
 
 
 if __name__ == "__main__":
