@@ -12,12 +12,15 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from pipeline.errors import InputError
 from pipeline.model.checkpoints import Complete
 from pipeline.storage.root import Root
+from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State, read_state
+from pipeline.store.maintain.forget import WITHDRAWN
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.read.pins import Pins, lost_files
 from pipeline.train.checks import Facts, handshake
@@ -43,6 +46,7 @@ class Begun:
     inputs: str | None
     start: Start
     checkpoints: tuple[str, ...] = ()
+    withdrawn: Mapping[str, RowSet] = field(default_factory=dict)
 
 
 def pinned(config: TrainJobConfig, root: Root, begun: Begun) -> Begun:
@@ -53,9 +57,16 @@ def pinned(config: TrainJobConfig, root: Root, begun: Begun) -> Begun:
     for uri in new:  # all of them, or what has come to lie elsewhere
         pins.pin(Root(uri))
     # What was pinned may be newer than what was looked at.
-    begun = replace(_open(begun.start, root, name), checkpoints=begun.checkpoints) if new else begun
+    begun = (
+        replace(_open(begun.start, root, name), checkpoints=begun.checkpoints, withdrawn=begun.withdrawn)
+        if new
+        else begun
+    )
     for dataset in begun.datasets:
         dataset.publish(pins)
+    for uri, rows in begun.withdrawn.items():
+        if rows - pins.withdrawn(Root(uri)):
+            pins.withdraw(Root(uri), rows)
     return begun
 
 
@@ -76,15 +87,15 @@ def look(config: TrainJobConfig, root: Root) -> Begun:
             rule="a checkpoint is written by latentloom and not changed",
             next_step="remove this checkpoint, or start anew with another output.uri",
         )
-    pins = pins_of(root, name)
+    pins, withdrawn = pins_of(root, name), dict[str, RowSet]()
     if pins is not None:
         for key, uri in _uris(config):
             state = pins.state(Root(uri))
             if state is not None:
-                _compare(key, Root(uri), state)
+                withdrawn[uri] = _compare(key, Root(uri), state)
     # An alias may mean other weights by now: the run goes on with those that it began with.
     start = start_of(config, ((complete[-1].meta.get("model") or {}).get("init") or {}) if complete else None)
-    return replace(_open(start, root, name), checkpoints=tuple(c.name for c in complete))
+    return replace(_open(start, root, name), checkpoints=tuple(c.name for c in complete), withdrawn=withdrawn)
 
 
 def counting_names(root: Root) -> tuple[str, ...]:
@@ -122,7 +133,8 @@ def _uris(config: TrainJobConfig) -> list[tuple[str, str]]:
     return uris
 
 
-def _compare(key: str, dataset: Root, state: State) -> None:
+def _compare(key: str, dataset: Root, state: State) -> RowSet:
+    """Say what is new since a state was kept; returns the rows of it that were withdrawn since."""
     now = read_state(dataset)
     lost = lost_files(dataset, state, now)
     if lost:
@@ -135,7 +147,15 @@ def _compare(key: str, dataset: Root, state: State) -> None:
             next_step="restore the files, or start a new run with another output.uri",
         )
     then_stored, now_stored = state.stored, now.stored
-    added, gone = (now_stored - then_stored).count(), (then_stored - now_stored).count()
+    withdrawn = then_stored & now.filtered.get(WITHDRAWN, RowSet.empty())
+    if withdrawn:
+        _log.warning(
+            "%d rows of %s were withdrawn since this run began: it goes on in its order, and serves another row of "
+            "their row group for each of them",
+            withdrawn.count(),
+            dataset.uri,
+        )
+    added, gone = (now_stored - then_stored).count(), (then_stored - now_stored - withdrawn).count()
     if added or gone:
         _log.warning(
             "%s has changed since this run began: %d rows are new, %d are no longer visible. The run goes on with "
@@ -144,3 +164,4 @@ def _compare(key: str, dataset: Root, state: State) -> None:
             added,
             gone,
         )
+    return withdrawn

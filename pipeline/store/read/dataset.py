@@ -27,6 +27,7 @@ from pipeline.storage.stores import RangedFile
 from pipeline.store.ledger import layout
 from pipeline.store.ledger.generation import at_one_generation, last_run
 from pipeline.store.ledger.identity import Identity, identity_at, read_identity
+from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State, read_state, state_at
 from pipeline.store.read.pins import Pins
 from pipeline.store.read.row_groups import (
@@ -83,6 +84,8 @@ class Dataset:
         self.root, self.identity, self._state = root, identity, state
         self._footers: dict[str, pq.FileMetaData] = {}
         self._lock = threading.Lock()
+        # Of a state that was pinned: rows that were withdrawn since. They are there still, and are not to be served.
+        self.withdrawn = RowSet.empty()
         self._published = published[1] if published else {}
         self.row_groups = published[0] if published else self.state.files.readable()
         if not published:
@@ -118,11 +121,16 @@ class Dataset:
             )
         published = None if pins is None else pins.published(root)
         if pins is not None and published and published[1].get("fingerprint") == identity.fingerprint_digest:
-            return cls(root, identity, lambda: pins.state(root) or read_state(root), published)
+            dataset = cls(root, identity, lambda: pins.state(root) or read_state(root), published)
+            dataset.withdrawn = pins.withdrawn(root)
+            return dataset
         kept = None if pins is None else pins.state(root)
         if kept is None and kind == "images":  # alone of all kinds they may have been given another identity
             kept, identity = at_one_generation(root, lambda n: (state_at(root, n), identity_at(root, n, key)))
-        return cls(root, identity, read_state(root) if kept is None else kept)
+        dataset = cls(root, identity, read_state(root) if kept is None else kept)
+        if pins is not None and kept is not None:
+            dataset.withdrawn = pins.withdrawn(root)
+        return dataset
 
     @property
     def uri(self) -> str:

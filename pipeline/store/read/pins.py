@@ -3,6 +3,7 @@
     <directory>/<hash of the dataset's URI>.json   the plan's versions and the bundle              created once
     <directory>/<hash of the content>.parquet      the commit records visible then (see `bundles`)  immutable
     <directory>/<hash of the dataset's URI>-rows1.arrow  what follows from both: row groups, digests    created once
+    <directory>/<hash of the dataset's URI>-withdrawn-<hash>.parquet  rows withdrawn since, of one start created once
 
 A pin holds all of a state but the plan, whose versions are never changed, and the files. While those are there, rows,
 order and digests are what they were, whatever has been encoded, retired, deduplicated or compacted since. Garbage
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NotRequired
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import TypeAdapter, with_config
 from typing_extensions import TypedDict
 
@@ -29,11 +31,14 @@ from pipeline.store.ledger import layout
 from pipeline.store.ledger.bundles import read_bundle, write_bundle
 from pipeline.store.ledger.generation import at_one_generation, visible_headers
 from pipeline.store.ledger.ledger import visible_records
+from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State, fold
 from pipeline.store.plan import Plan, plan_of, read_plan
 from pipeline.store.read.row_groups import ReadableGroups, reading_table
 
 VERSION = 1
+_TRIPLE = ("unit", "start", "stop")
+_ROWS_GONE = pa.schema([pa.field(name, pa.int64(), False) for name in _TRIPLE])
 _ROWS = "-rows1.arrow"  # another number when another release would read it differently
 _READERS = 16
 
@@ -122,6 +127,24 @@ class Pins:
             return None
         with reading_table(self._root.uri_of(key), "delete this one object: it only repeats what lies beside it"):
             return ReadableGroups.from_arrow(source)
+
+    def withdraw(self, dataset: Root, rows: RowSet) -> None:
+        """Remember rows of what is kept that were withdrawn since, and that no reader may serve any more."""
+        sink = pa.BufferOutputStream()
+        table = pa.table(dict(zip(_TRIPLE, zip(*rows.triples(), strict=True), strict=True)), schema=_ROWS_GONE)
+        pq.write_table(table, sink, write_page_checksum=True)
+        data = sink.getvalue().to_pybytes()
+        self._root.put_if_absent(self._key(dataset, f"-withdrawn-{layout.content_name(data)}.parquet"), data)
+
+    def withdrawn(self, dataset: Root) -> RowSet:
+        """All such rows; InputError when what tells them cannot be read."""
+        start, found = self._key(dataset, "-withdrawn-").rpartition("/")[2], [RowSet.empty()]
+        for info in self._root.list(self._directory):
+            if info.key.rpartition("/")[2].startswith(start):
+                with reading_table(self._root.uri_of(info.key)), self._root.open(info.key) as file:
+                    table = pq.ParquetFile(file, page_checksum_verification=True).read().cast(_ROWS_GONE)
+                    found.append(RowSet.from_arrays(*(table[name].to_numpy() for name in _TRIPLE)))
+        return RowSet.union_all(found)
 
     def _key(self, dataset: Root, ending: str = ".json") -> str:
         return f"{self._directory}/{hashlib.blake2b(dataset.uri.encode(), digest_size=16).hexdigest()}{ending}"
