@@ -20,6 +20,7 @@ from pipeline.storage.root import Root
 from pipeline.store.ledger.state import State, read_state
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.read.pins import Pins, lost_files
+from pipeline.stream.order import PARTS, rule_in
 from pipeline.train.checks import Facts, handshake
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.retention import counting, newest_start
@@ -35,7 +36,7 @@ class Begun:
     """The datasets of a run, the first one first, what they are, and the name under which their states are kept.
 
     start: the weights that it starts from, and the configuration as they complete it. checkpoints: the names of
-    those that count.
+    those that count. order: the rule of the stream's order, that of the newest of them.
     """
 
     datasets: tuple[LatentDataset, ...]
@@ -43,6 +44,7 @@ class Begun:
     inputs: str | None
     start: Start
     checkpoints: tuple[str, ...] = ()
+    order: str = PARTS
 
 
 def pinned(config: TrainJobConfig, root: Root, begun: Begun) -> Begun:
@@ -52,8 +54,10 @@ def pinned(config: TrainJobConfig, root: Root, begun: Begun) -> Begun:
     new = [uri for _, uri in _uris(config) if not pins.holds(Root(uri))]
     for uri in new:  # all of them, or what has come to lie elsewhere
         pins.pin(Root(uri))
+    if not new:
+        return begun
     # What was pinned may be newer than what was looked at.
-    return replace(_open(begun.start, root, name), checkpoints=begun.checkpoints) if new else begun
+    return replace(_open(begun.start, root, name), checkpoints=begun.checkpoints, order=begun.order)
 
 
 def look(config: TrainJobConfig, root: Root) -> Begun:
@@ -81,7 +85,10 @@ def look(config: TrainJobConfig, root: Root) -> Begun:
                 _compare(key, Root(uri), state)
     # An alias may mean other weights by now: the run goes on with those that it began with.
     start = start_of(config, ((complete[-1].meta.get("model") or {}).get("init") or {}) if complete else None)
-    return replace(_open(start, root, name), checkpoints=tuple(c.name for c in complete))
+    order = PARTS
+    if complete and isinstance(made := complete[-1].meta.get("identity"), dict):
+        order = rule_in(made, "stream." if len(config.data.parts) == 1 else "stream.datasets[0].")
+    return replace(_open(start, root, name), checkpoints=tuple(c.name for c in complete), order=order)
 
 
 def counting_names(root: Root) -> tuple[str, ...]:
