@@ -89,8 +89,20 @@ class CompactJobConfig(StrictModel):
         384 << 20, ge=1 << 16, description="Bytes of a shard, at most about: 65,536 rows at most."
     )
     row_group_bytes: int = Field(16 << 20, ge=1024, le=1 << 30, description="Latent bytes of a row group.")
+    order: Literal["shuffled", "units"] | None = Field(
+        None,
+        description="shuffled: every shard holds rows from all over the dataset, later ones from all that was added "
+        "since, so that data listed class by class are mixed for whoever reads them; units: rows in the order in "
+        "which they were listed. null: shuffled for latents, units for all else. Another order or seed than that of "
+        "the shards which are there makes all of them anew.",
+    )
+    seed: int = Field(0, ge=0, lt=1 << 63, description="What rows are shuffled by.")
     workers: int = Field(2, ge=1, description="Shards written at a time; each needs about three times its size.")
     tracking: TrackingConfig = Field(TrackingConfig(), description="Where the compaction is recorded.")
+
+    def shuffled_by(self, kind: str) -> int | None:
+        """The seed by which rows of a dataset of this kind are shuffled; None where they stay in unit order."""
+        return self.seed if self.order == "shuffled" or (self.order is None and kind == "latents") else None
 
 
 class ForgetListConfig(StrictModel):

@@ -25,7 +25,7 @@ from pipeline.store.ledger.generation import last_run, noted_runs, read_claim
 from pipeline.store.ledger.identity import read_identity
 from pipeline.store.ledger.ledger import claimed
 from pipeline.store.ledger.state import read_state
-from pipeline.store.maintain.compact import compact, shards_to_write
+from pipeline.store.maintain.compact import arranged, compact, shards_to_write
 from pipeline.store.maintain.forget import Listed, forget
 from pipeline.store.maintain.verify import VerifyReport, collect_garbage, has_garbage, verify
 from pipeline.store.plan import Plan
@@ -98,7 +98,8 @@ def run_compact(config: CompactJobConfig) -> JobResult:
     """Compact a dataset; "unchanged" when every shard is already what it should be."""
     root = Root(config.data.uri)
     dataset = _open(root)
-    shards, todo = shards_to_write(dataset, config.shard_bytes)
+    seed = config.shuffled_by(dataset.identity.kind)
+    shards, todo = shards_to_write(dataset, config.shard_bytes, seed)
     counts, outputs = (
         {"shards_written": 0, "shards_kept": shards, "rows": 0, "bytes": 0},
         {"dataset": config.data.uri},
@@ -106,16 +107,17 @@ def run_compact(config: CompactJobConfig) -> JobResult:
     if not todo:
         return JobResult("unchanged", counts, outputs, last_run(root, job="compact").get("run_id"))
     with (
-        open_run(config, "compact", root, key="data.uri") as run,
+        open_run(config, "compact", root, note=lambda: arranged(seed), key="data.uri") as run,
         Progress("compact", None, unit="shards") as progress,
     ):
         assert run.generation is not None
         sizes = {"shard_bytes": config.shard_bytes, "row_group_bytes": config.row_group_bytes}
-        _track(run, root, sizes)
+        _track(run, root, {**sizes, **arranged(seed)})
         run.tracker.log_input(name=root.uri, digest=dataset.digest, source=root.uri, context="input")
         report = compact(
             run.generation,
             **sizes,
+            seed=seed,
             workers=config.workers,
             on_shard=lambda done, total: progress.update(done, of=total),
         )
@@ -132,7 +134,7 @@ def run_compact(config: CompactJobConfig) -> JobResult:
 def plan_compact(config: CompactJobConfig) -> JobResult:
     """How many shards there would be."""
     dataset = _open(Root(config.data.uri))
-    shards, _ = shards_to_write(dataset, config.shard_bytes)
+    shards, _ = shards_to_write(dataset, config.shard_bytes, config.shuffled_by(dataset.identity.kind))
     return JobResult("dry-run", {"files": len(dataset.state.files), "shards": shards})
 
 

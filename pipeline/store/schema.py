@@ -1,12 +1,25 @@
-"""Arrow schemas of the rows in a dataset, and the way from a latent column to numpy."""
+"""Arrow schemas of the rows in a dataset, and the way from a latent column, or a part of a stored one, to numpy."""
 
 from __future__ import annotations
 
 import math
+import mmap
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+
+from pipeline.store.read.row_groups import MAX_PART_BYTES, Bytes, FixedRows, Ints, gather, plain_span, reading_table
+from pipeline.store.read.row_groups import _struct as page_header
+
+if TYPE_CHECKING:
+    from pipeline.store.read.dataset import Dataset
 
 LATENT_DTYPES = ("float16", "bfloat16")
 
@@ -95,3 +108,161 @@ def to_float32(raw: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float32
     if dtype == "bfloat16":
         return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
     raise ValueError(f"latent dtype must be one of {LATENT_DTYPES}, not {dtype!r}")
+
+
+# -- Parts of a row group: of a plain column (see `store.read.row_groups`) the bytes of some rows are enough --------
+
+
+_HEADER_BYTES = 256  # a page's header has some thirty; where it has more, the column is read as a whole
+_LENGTH = 4  # bytes before each value
+_FILES = 1024  # mapped at a time; a process may have some 65,000 mappings
+_GAP_BYTES = 64 << 10  # what is read in vain rather than asked for by one more request
+
+
+@dataclass(frozen=True)
+class ValuePlaces:
+    """Where values of one `width` lie in a file: value i is its bytes [offsets[i], offsets[i] + width), int64 [n]."""
+
+    path: str
+    offsets: Ints
+    width: int
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __getitem__(self, rows: slice | npt.NDArray[Any]) -> ValuePlaces:
+        return ValuePlaces(self.path, self.offsets[rows], self.width)
+
+    @property
+    def reach(self) -> int:
+        """Bytes from the beginning of the first to the end of the last, in ascending places."""
+        return int(self.offsets[-1] - self.offsets[0]) + self.width
+
+
+class StoredParts:
+    """Reads parts of row groups of one blob column: views of local files, ranged reads of remote ones.
+
+    Nothing is decoded, and nothing checked but that each value has the length of the first. Safe to call from several
+    threads. Raises what `Dataset.read` raises. remote: a part costs a request.
+    """
+
+    def __init__(self, dataset: Dataset, column: str) -> None:
+        self._dataset, self._root, self._column = dataset, dataset.root, column
+        self._described: dict[int, tuple[list[str], list[tuple[int, int] | None]]] = {}
+        self._maps: dict[str, tuple[mmap.mmap, Bytes]] = {}
+        self._lock = threading.Lock()
+        self.remote = dataset.root.local_path() is None
+
+    def places(self, row_group: int) -> ValuePlaces | None:
+        """Those of a row group's visible rows, in order; None where the column must be read as a whole."""
+        groups = self._dataset.row_groups
+        file, number = groups.place(row_group)
+        path = groups.path(file)
+        span, left = self._describe(file)[1][number], int(groups.stored("rows")[row_group])
+        if span is None:
+            return None
+        at, stop, width = span[0], sum(span), -1
+        offsets = [np.zeros(0, np.int64)]
+        while left:
+            data = self._bytes(path, at, min(_HEADER_BYTES, stop - at))
+            try:
+                header, begin = page_header(data.data, 0)
+            except ValueError:
+                return None
+            page = header.get(5)
+            if header.get(1) != 0 or not isinstance(page, dict) or page.get(2) != 0 or begin + _LENGTH > len(data):
+                return None
+            if width < 0:
+                width = int.from_bytes(data[begin : begin + _LENGTH].tobytes(), "little")
+            count, held = int(page.get(1, 0)), int(header.get(3) or 0)
+            if not 0 < count <= left or (_LENGTH + width) * count != held or at + begin + held > stop:
+                return None
+            offsets.append(np.arange(count, dtype=np.int64) * (_LENGTH + width) + (at + begin + _LENGTH))
+            at, left = at + begin + held, left - count
+        places = ValuePlaces(path, np.concatenate(offsets), max(width, 0))
+        return places[self._dataset.alive(row_group)] if groups.partial[row_group] else places
+
+    def columns(self, row_group: int) -> list[str]:
+        """The names of all columns, in their order."""
+        return self._describe(self._dataset.row_groups.place(row_group)[0])[0]
+
+    def read(self, parts: Sequence[ValuePlaces], requests: Executor | None = None) -> list[FixedRows]:
+        """The values of each part, in ascending places: in the file, or with all that lies between by one request.
+
+        requests: makes those to a remote store, many at a time. A local disk is waited for here.
+        """
+        if self.remote:
+            return list(map(self._request, parts) if requests is None else requests.map(self._request, parts))
+        values: list[FixedRows] = []
+        for places in parts:
+            mapped, data = self._mapped(places.path)
+            begin = int(places.offsets[0]) - _LENGTH
+            if hasattr(mmap, "MADV_WILLNEED"):  # not on every system; it is advice alone
+                # Asked for all at once: whoever touches the mapping waits for each page.
+                page = begin // mmap.PAGESIZE * mmap.PAGESIZE
+                mapped.madvise(mmap.MADV_WILLNEED, page, begin + _LENGTH + places.reach - page)
+            if len(data) > MAX_PART_BYTES:
+                data = data[begin : begin + _LENGTH + places.reach]
+            base = 0 if len(data) == len(mapped) else begin
+            values.append(FixedRows(data, places.offsets - base, places.width))
+        of_memory: dict[int, list[int]] = {}
+        for at, one in enumerate(values):
+            of_memory.setdefault(id(one.data), []).append(at)
+        for mine in of_memory.values():
+            data, width = values[mine[0]].data, values[mine[0]].width
+            starts = np.concatenate([values[at].starts for at in mine])
+            self._check(parts[mine[0]].path, data, starts, width)
+            # Touch every memory page, in the order of the file, so that no copy has to wait.
+            data[starts[:, None] + np.arange(0, width, mmap.PAGESIZE)].max(initial=0)
+        return values
+
+    def copy(self, places: ValuePlaces) -> Bytes:
+        """A copy of the values, in ascending places: uint8 [n, width]; what is far between is not read."""
+        cuts = np.flatnonzero(np.diff(places.offsets) > places.width + _GAP_BYTES) + 1
+        runs = self.read([places[a:b] for a, b in pairwise([0, *cuts.tolist(), len(places)])])
+        part_of = np.repeat(np.arange(len(runs), dtype=np.int32), [len(run) for run in runs])
+        starts = np.concatenate([run.starts for run in runs])
+        return gather([run.data for run in runs], part_of, starts, places.width)
+
+    def _request(self, places: ValuePlaces) -> FixedRows:
+        begin = int(places.offsets[0]) - _LENGTH
+        data = self._bytes(places.path, begin, _LENGTH + places.reach)
+        self._check(places.path, data, places.offsets - begin, places.width)
+        return FixedRows(data, places.offsets - begin, places.width)
+
+    def _check(self, path: str, data: Bytes, starts: Ints, width: int) -> None:
+        with reading_table(self._root.uri_of(path)):
+            if int(starts.max()) + width > len(data):
+                raise ValueError("it ends before its values do")
+            words = data[(starts - _LENGTH)[:, None] + np.arange(_LENGTH)].view("<u4")
+            if (words != width).any():
+                raise ValueError(f"a value is {int(words[words != width][0])} bytes long, not {width}")
+
+    def _describe(self, file: int) -> tuple[list[str], list[tuple[int, int] | None]]:
+        """The columns of a file, and where this one lies in each of its row groups."""
+        described = self._described.get(file)
+        if described is None:
+            footer = self._dataset.footer(file)
+            with reading_table(self._root.uri_of(self._dataset.row_groups.path(file))):
+                spans = [plain_span(footer, group, self._column) for group in range(footer.num_row_groups)]
+                described = self._described[file] = (footer.schema.to_arrow_schema().names, spans)
+        return described
+
+    def _bytes(self, path: str, begin: int, length: int) -> Bytes:
+        if not self.remote:
+            return self._mapped(path)[1][begin : begin + length]
+        with reading_table(self._root.uri_of(path)):
+            return np.frombuffer(self._root.read_range(path, begin, length), np.uint8)
+
+    def _mapped(self, path: str) -> tuple[mmap.mmap, Bytes]:
+        """A local file's bytes; who has a view of them keeps the mapping."""
+        found = self._maps.get(path)
+        if found is None:
+            with reading_table(self._root.uri_of(path)), open(str(self._root.local_path(path)), "rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            found = (mapped, np.frombuffer(mapped, np.uint8))
+            with self._lock:
+                self._maps[path] = found
+                while len(self._maps) > _FILES:
+                    self._maps.pop(next(iter(self._maps)))
+        return found

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ from pipeline.store.ledger import layout
 from pipeline.store.ledger.layout import removable
 from pipeline.store.ledger.ledger import commit
 from pipeline.store.ledger.record import CommitRecord, FileInfo
-from pipeline.store.ledger.rowset import RowSet
+from pipeline.store.ledger.rowset import RowSet, address
 from pipeline.store.read.row_groups import RowGroupInfo, RowGroups
 from pipeline.store.schema import REJECTS, to_float32
 
@@ -26,7 +27,7 @@ from pipeline.store.schema import REJECTS, to_float32
 
 ROW_BYTES = 256  # what is reckoned for a row beside its blob: captions and numbers, compressed
 _BLOBS = ("latent", "image", "embedding", "pooled")
-_SORT = [("bucket", "ascending"), ("unit", "ascending"), ("row", "ascending"), ("variant", "ascending")]
+_ADDRESS = [("unit", "ascending"), ("row", "ascending"), ("variant", "ascending")]
 
 
 def write_shard(
@@ -38,12 +39,20 @@ def write_shard(
     latent_dtype: str | None,
     meta: dict[str, str],
     generation: int,
+    shuffle: int | None = None,
 ) -> FileInfo:
     """Put rows as one file and describe it; equal rows of a generation give one file, whatever order they come in.
 
-    Raises what the store raises; the file is visible to nobody before a commit record names it.
+    shuffle: the seed by which the rows of a bucket are mixed; None: they are in the order of their addresses. Raises
+    what the store raises; the file is visible to nobody before a commit record names it.
     """
-    rows = rows.sort_by(_SORT)
+    if shuffle is None:
+        rows = rows.sort_by([("bucket", "ascending"), *_ADDRESS])
+    else:
+        addresses = address(rows["unit"].to_numpy()) + rows["row"].to_numpy()
+        places = keyed_words(addresses.astype(np.uint64), shuffle, rows["variant"].to_numpy().astype(np.uint64))
+        rows = rows.append_column("place", pa.array(places))
+        rows = rows.sort_by([("bucket", "ascending"), ("place", "ascending"), *_ADDRESS]).drop_columns("place")
     slices = list(_row_groups(rows, row_group_bytes))
     data = _encode(rows, slices, meta)
     info = FileInfo(
@@ -55,6 +64,19 @@ def write_shard(
     )
     root.put_if_absent(info.path, data)
     return info
+
+
+def keyed_words(words: npt.NDArray[np.uint64], *keys: int | npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Words that look random and depend on nothing but those given, distinct for distinct ones: uint64 [n].
+
+    The finaliser of SplitMix64 (Steele et al. 2014) for each key: every output bit depends on every input bit.
+    """
+    for key in keys:
+        words = words + np.asarray(key, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        words = words ^ (words >> np.uint64(31))
+    return words
 
 
 def _encode(rows: pa.Table, slices: Sequence[tuple[int, int]], meta: dict[str, str]) -> bytes:
@@ -142,13 +164,17 @@ def write_rejects(root: Root, directory: str, rejects: pa.Table, generation: int
 
 @dataclass(frozen=True)
 class Committer:
-    """Commits rows under one generation; picklable, safe to call again with the same rows."""
+    """Commits rows under one generation; picklable, safe to call again with the same rows.
+
+    shuffle: see `write_shard`.
+    """
 
     root: Root
     generation: int
     row_group_bytes: int
     latent_dtype: str | None
     meta: Mapping[str, str]
+    shuffle: int | None = None
 
     def commit(self, rows: pa.Table, outcomes: pa.Table | None, unit_rows: Mapping[int, int]) -> CommitRecord | None:
         """Make rows and outcomes (rejected and filtered rows) visible together.
@@ -178,6 +204,7 @@ class Committer:
                     latent_dtype=self.latent_dtype,
                     meta=dict(self.meta),
                     generation=self.generation,
+                    shuffle=self.shuffle,
                 ),
             )
         record = CommitRecord(

@@ -95,6 +95,13 @@ class ColumnarGroups(Protocol):
     def size_bytes(self) -> NDArray[np.int64]: ...
 
 
+@runtime_checkable
+class LabelledGroups(ColumnarGroups, Protocol):
+    """Row groups whose columns of the ledger are at hand, such as label_max."""
+
+    def stored(self, name: str) -> NDArray[np.int64]: ...
+
+
 class LatentRows(Protocol):
     """The part of a latent dataset the stream uses; the reads must be safe to call from several threads.
 
@@ -112,6 +119,16 @@ class LatentRows(Protocol):
     def row_groups(self) -> Sequence[StreamedGroup]: ...
     def read(self, row_group: int, columns: Sequence[str], *, verify: bool) -> pa.Table: ...
     def read_fixed(self, row_group: int, column: str, *, verify: bool) -> FixedRows: ...
+
+
+@runtime_checkable
+class FileRows(LatentRows, Protocol):
+    """Latent rows in files of the store: a `Dataset`, of which parts of row groups can be read."""
+
+    @property
+    def root(self) -> Root: ...
+    @property
+    def is_shuffled(self) -> bool: ...
 
 
 class TextRows(Protocol):
@@ -150,6 +167,43 @@ class Batch:
     dataset: int = 0
 
 
+class LabelMix:
+    """Judges by the first batches of a run whether a batch holds about as many labels as it would if well mixed.
+
+    The ledger tells of each row group its largest label. Where rows of a label lie together these are many, and what
+    independent draws by the row groups' weights would hold of them is at most what batches should; where rows are
+    mixed already they are few, and nothing is judged. rows: those served of each row group, int64 [groups].
+    """
+
+    _BATCHES = 8
+
+    def __init__(self, groups: Sequence[StreamedGroup], rows: NDArray[np.int64]) -> None:
+        self._groups, self._rows = groups, rows
+        self._found: list[tuple[int, float]] = []
+        self.judged = not isinstance(groups, LabelledGroups)
+
+    def add(self, batch: Batch) -> tuple[float, float] | None:
+        """Take one more batch in: (labels a batch, those expected) at the end, when they are far fewer, else None."""
+        if self.judged or batch.labels is None:
+            return None
+        labels = batch.labels[batch.labels >= 0]
+        self._found.append((len(np.unique(labels)), self._expected(batch.bucket, len(labels))))
+        if len(self._found) < self._BATCHES:
+            return None
+        self.judged = True
+        found, expected = np.mean(self._found, axis=0).tolist()
+        return (found, expected) if found < expected / 2 else None
+
+    def _expected(self, bucket: str, draws: int) -> float:
+        """Distinct values among so many independent draws of the largest labels of a bucket's row groups."""
+        groups = self._groups
+        assert isinstance(groups, LabelledGroups)
+        mine = (groups.bucket_of == groups.buckets.index(bucket)) & (groups.stored("label_max") >= 0)
+        _, label = np.unique(groups.stored("label_max")[mine], return_inverse=True)
+        weights = np.bincount(label, self._rows[mine])
+        return float((1 - (1 - weights / max(1, weights.sum())) ** draws).sum())
+
+
 def widened(stored: NDArray[Any]) -> NDArray[np.float32]:
     """Stored halves, float16 or the bits of bfloat16 as uint16, as float32."""
     if stored.dtype == np.uint16:
@@ -168,6 +222,7 @@ def layout_of(dataset: LatentRows, split_rows: NDArray[np.int64] | None = None) 
         bucket_of=place[bucket_of],
         rows=rows if split_rows is None else split_rows,
         read_bytes=np.maximum(size_bytes, 1),
+        stored=rows,
     )
 
 

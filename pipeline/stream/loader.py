@@ -15,10 +15,30 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import ConfigError, ConflictError
+from pipeline.errors import ConfigError
 from pipeline.store.read.row_groups import Bytes, gather
-from pipeline.stream.data import RULE, Batch, LatentRows, TextRows, choice_of, chosen_rows, layout_of
-from pipeline.stream.order import Order, OrderSpec, Window
+from pipeline.stream.data import (
+    RULE,
+    Batch,
+    FileRows,
+    LabelMix,
+    LatentRows,
+    TextRows,
+    choice_of,
+    chosen_rows,
+    layout_of,
+)
+from pipeline.stream.order import (
+    ORDER_KEY,
+    PARTS,
+    Order,
+    OrderSpec,
+    Window,
+    check_state,
+    make_state,
+    rule_in,
+    rule_told,
+)
 from pipeline.stream.reader import Channel, Shape, WindowReader, WindowRows
 
 if TYPE_CHECKING:
@@ -258,51 +278,6 @@ class _Chunk:
         return Batch(step, epoch, self._bucket, *self._parts[index])
 
 
-# -- The state of a stream: a step number, and what must be unchanged for that number to mean the same rows ----
-
-
-VERSION = 2  # changes whenever the same settings give another order
-
-_NEXT = "resume with the data and settings the state was made with, or start a new run"
-
-
-def make_state(step: int, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The state from which a stream goes on at `step`, the number of global batches already consumed."""
-    return {"version": VERSION, "step": int(step), **identity}
-
-
-def check_state(state: Mapping[str, Any], identity: Mapping[str, Any]) -> int:
-    """The step to go on from; raises ConflictError that names every field that differs."""
-    version = state.get("version")
-    if version != VERSION:
-        raise ConflictError(
-            "the stream's state has another version",
-            key="version",
-            value=version,
-            rule=f"this release reads version {VERSION}",
-            next_step="resume with the release that wrote it, or start a new run",
-        )
-    differing = [
-        f"{key}: {state.get(key, '(absent)')} in the state, {identity.get(key, '(absent)')} now"
-        for key in sorted({*state, *identity} - {"version", "step"})
-        if key not in state or key not in identity or state[key] != identity[key]
-    ]
-    if differing:
-        raise ConflictError(
-            "the state belongs to another sequence of batches", rule="; ".join(differing), next_step=_NEXT
-        )
-    step = state.get("step")
-    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-        raise ConflictError(
-            "the stream's state has no usable step",
-            key="step",
-            value=step,
-            rule="a whole number from 0 on",
-            next_step=_NEXT,
-        )
-    return step
-
-
 log = logging.getLogger(__name__)
 
 
@@ -337,6 +312,7 @@ class LatentStream:
         verify: bool = False,
         text: TextRows | None = None,
         cache: Root | None = None,
+        rule: str = PARTS,
     ) -> None:
         if world_size < 1 or lanes % world_size:
             raise ConfigError(
@@ -350,7 +326,9 @@ class LatentStream:
             raise ValueError(f"rank is {rank}; it is at least 0 and below world_size={world_size}")
         self._choice = choice_of(holdout, split, where)
         rows = chosen_rows(dataset, self._choice, cache=cache, threads=threads)
-        self.order = Order(layout_of(dataset, rows), OrderSpec(seed, batch_size, lanes, window_bytes, shuffle))
+        spec = OrderSpec(seed, batch_size, lanes, window_bytes, shuffle, rule)
+        mixed = isinstance(dataset, FileRows) and dataset.is_shuffled
+        self.order = Order(replace(layout_of(dataset, rows), mixed=mixed), spec)
         self.start_step = start_step
         self.steps_per_epoch = self.order.steps_per_epoch
         self.rows_per_epoch = self.steps_per_epoch * batch_size
@@ -370,10 +348,14 @@ class LatentStream:
             "lanes": lanes,
             "window_bytes": window_bytes,
             "shuffle": shuffle,
+            **rule_told(spec),
             **({"split_rule": RULE} if holdout else {}),
             **({} if where is None else {"where": where}),
             **({} if text is None else {"text": text.digest}),
         }
+        self._label_mix = LabelMix(dataset.row_groups, self.order.layout.rows)
+        # What is in order on purpose, and what another rank looks at, is not judged.
+        self._label_mix.judged |= not shuffle or split != "train" or rank > 0
         self._warn_of_unserved(split)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -388,6 +370,8 @@ class LatentStream:
                 for batch in packet:
                     if run.closed:
                         return
+                    if not self._label_mix.judged and (judged := self._label_mix.add(batch)) is not None:
+                        self._warn_of_labels(*judged)
                     yield batch
         finally:
             self._running.discard(run)
@@ -416,9 +400,30 @@ class LatentStream:
         return check_state(state, identity)
 
     def resume(self, state: Mapping[str, Any]) -> int:
-        """Go on from a state: checks it, and sets and returns `start_step`."""
+        """Go on from a state, by the rule that it was made by: checks it, and sets and returns `start_step`."""
+        self.follow(rule_in(state))
         self.start_step = check_state(state, self.identity)
         return self.start_step
+
+    def follow(self, rule: str) -> None:
+        """Serve in the order of this rule from now on: an iteration that begins afterwards is of it."""
+        spec = replace(self.order.spec, rule=rule)
+        self.order = Order(self.order.layout, spec)
+        self.identity = {k: v for k, v in self.identity.items() if k != ORDER_KEY} | rule_told(spec)
+
+    def _warn_of_labels(self, found: float, expected: float) -> None:
+        spec = self.order.spec
+        log.warning(
+            "CLASSES ARE POORLY MIXED: the first batches hold %.0f distinct labels each, of well-mixed rows they "
+            "would hold %.0f or more. Rows of a class lie together, and windows of %d bytes (rule: %s) do not mix "
+            "them: rewrite the dataset once with jobs.compact order=shuffled, or, in a new run, raise "
+            "stream.window_bytes%s",
+            found,
+            expected,
+            spec.window_bytes,
+            spec.rule,
+            "" if spec.rule == PARTS else "; a new run also mixes better, as its windows are made of parts",
+        )
 
     def _warn_of_unserved(self, split: str) -> None:
         layout, batches = self.order.layout, self.order.batches

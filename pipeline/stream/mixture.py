@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.stream.data import Batch, LatentRows, TextRows, choice_of, chosen_rows, layout_of
-from pipeline.stream.loader import LatentStream, check_state, make_state
-from pipeline.stream.order import least_window_bytes, random_bits
+from pipeline.stream.loader import LatentStream
+from pipeline.stream.order import check_state, least_window_bytes, make_state, random_bits, rule_in
 
 if TYPE_CHECKING:
     from pipeline.storage.root import Root
@@ -96,9 +96,14 @@ class MixtureStream:
         self._names = list(names) or [f"dataset {at}" for at in range(len(self.streams))]
         self._shares = shares_of(weights, len(self.streams))
         self.start_step = 0
-        self.identity: dict[str, Any] = {"seed": seed, "shares": self._shares.tolist()}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be unchanged for a step to mean the same rows."""
+        told: dict[str, Any] = {"seed": self._seed, "shares": self._shares.tolist()}
         for at, stream in enumerate(self.streams):
-            self.identity |= {f"datasets[{at}].{key}": value for key, value in stream.identity.items()}
+            told |= {f"datasets[{at}].{key}": value for key, value in stream.identity.items()}
+        return told
 
     def __iter__(self) -> Iterator[Batch]:
         return self.batches_from(self.start_step)
@@ -131,7 +136,9 @@ class MixtureStream:
         return make_state(step, self.identity)
 
     def resume(self, state: Mapping[str, Any]) -> int:
-        """Go on from a state: checks it, and sets and returns `start_step`."""
+        """Go on from a state, by the rule that it was made by: checks it, and sets and returns `start_step`."""
+        for at, stream in enumerate(self.streams):
+            stream.follow(rule_in(state, f"datasets[{at}]."))
         self.start_step = check_state(state, self.identity)
         return self.start_step
 

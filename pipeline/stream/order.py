@@ -1,10 +1,18 @@
 """The order of rows as a pure function of (seed, epoch, position): no state, no reading.
 
-Per epoch and bucket the row groups are permuted and laid end to end; the line of rows is turned by a random
-offset, so that the rows left over at its end differ from epoch to epoch, and cut into one equal stretch per
-lane. A lane cuts its stretch, at row-group borders, into windows that fit its share of the memory; rows are
-shuffled within a window. Batches of the buckets are interleaved in proportion. Row groups may have any
-size: a stretch begins and ends in the middle of one where it must.
+Rule "parts". A bucket's rows, as they lie in the dataset, are one line, turned by a random offset in each epoch, so
+that the rows left over at its end are other ones each time. The line is cut into equal tracks, many for each lane;
+which lane gets which is drawn among neighbours. A window of a lane takes one part of each of its tracks, the parts of
+a track in random turn, and its rows are shuffled. So the lanes' windows of a moment hold rows from every stretch of
+the dataset, in its proportions: data that lie sorted by class are mixed, too. A track's turns stay within some
+neighbouring parts, about a row group, before they go on to others: what is read once of a row group is soon needed
+again.
+
+Rule "row groups", of runs that began before there was the other: the row groups are permuted and laid end to end, and
+each lane cuts an equal stretch of them into windows of whole row groups. What is not shuffled is laid out in this
+way, too, in the order of the dataset.
+
+Batches of the buckets are interleaved in proportion.
 
 All randomness is the raw output of Philox4x64-10 (Salmon et al. 2011) under a hash of what is drawn. Only
 the raw bits are used, as only those are promised to stay the same in every numpy version.
@@ -14,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -22,9 +30,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ConflictError
 
 Ints = NDArray[np.int64]
+
+PARTS, ROW_GROUPS = "parts", "row groups"  # the rules; a stream's state names the one that it was made by
+
+# A part is a request to a remote store. With the stream's default settings, 8 lanes of windows of 64 MiB, a moment
+# has 2,048 of the small parts: of rows sorted into 1,000 classes a batch of 1,024 then holds 0.98 of the distinct
+# classes that independent draws hold. Where a shuffled compaction has mixed the rows, 128 large parts do as well.
+PART_BYTES, MIXED_PART_BYTES = 256 << 10, 4 << 20
+MOST_PARTS = 512
 
 
 def random_bits(count: int, *key: object) -> NDArray[np.uint64]:
@@ -50,13 +66,16 @@ def permutation(count: int, *key: object) -> Ints:
 class Layout:
     """What the order needs to know of a dataset, one entry per row group.
 
-    bucket_of: index into `buckets`; rows: rows of the split being served; read_bytes: cost of reading it.
+    bucket_of: index into `buckets`; rows: rows of the split being served; read_bytes: cost of reading it; stored:
+    its rows of all splits, None where they are those served; mixed: rows that lie together come from all over.
     """
 
     buckets: tuple[str, ...]
     bucket_of: Ints
     rows: Ints
     read_bytes: Ints
+    stored: Ints | None = None
+    mixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +87,7 @@ class OrderSpec:
     lanes: int
     window_bytes: int
     shuffle: bool = True
+    rule: str = PARTS
 
 
 @dataclass(frozen=True)
@@ -97,24 +117,29 @@ class Window:
 
 
 class LaneWindows:
-    """The windows of one lane in one epoch of one bucket, in the order in which they are served."""
+    """The windows of one lane in one epoch of one bucket, in the order in which they are served.
+
+    first_rows: where each begins in the lane's stretch, and the end of the last; pieces: row groups, starts and stops
+    of a window's pieces.
+    """
 
     def __init__(
-        self, bucket: int, pieces: tuple[Ints, Ints, Ints], costs: Ints, budget: int, key: tuple[object, ...] | None
+        self,
+        bucket: int,
+        first_rows: Ints,
+        pieces: Callable[[int], tuple[Ints, Ints, Ints]],
+        key: tuple[object, ...] | None,
     ):
-        self._bucket, self._key = bucket, key
-        self._groups, self._starts, self._stops = pieces
-        rows = np.concatenate([[0], np.cumsum(self._stops - self._starts)])
-        self._cuts = _pack(costs, budget)
-        self._first_rows: list[int] = rows[self._cuts].tolist()
+        self._bucket, self._key, self._pieces = bucket, key, pieces
+        self._first_rows: list[int] = first_rows.tolist()
 
     def __len__(self) -> int:
-        return len(self._cuts) - 1
+        return len(self._first_rows) - 1
 
     def __getitem__(self, index: int) -> Window:
-        begin, end = self._cuts[index], self._cuts[index + 1]
-        columns = (self._groups[begin:end], self._starts[begin:end], self._stops[begin:end])
-        pieces = tuple(Piece(*each) for each in zip(*(column.tolist() for column in columns), strict=True))
+        if not 0 <= index < len(self):  # else iterating would not end
+            raise IndexError(index)
+        pieces = tuple(Piece(*each) for each in zip(*(c.tolist() for c in self._pieces(index)), strict=True))
         first, last = self._first_rows[index], self._first_rows[index + 1]
         return Window(self._bucket, first, last - first, pieces, None if self._key is None else (*self._key, index))
 
@@ -220,23 +245,68 @@ class Order:
         members, key = self._members[bucket], (self.spec.seed, epoch, self.layout.buckets[bucket])
         offset = 0
         if self.spec.shuffle:
-            members = members[permutation(len(members), "row groups", *key)]
+            if self.spec.rule == ROW_GROUPS:
+                members = members[permutation(len(members), "row groups", *key)]
             offset = int(random_bits(1, "offset", *key)[0]) % int(self.bucket_rows[bucket])
         return members, np.concatenate([[0], np.cumsum(self.layout.rows[members])]), offset
 
     def windows(self, epoch: int, bucket: int, lane: int) -> LaneWindows:
         """The windows of a lane's stretch: batches x slot rows, in the order in which they are served."""
+        if self.spec.shuffle and self.spec.rule == PARTS:
+            return self._windows_of_parts(epoch, bucket, lane)
         groups, first_rows, offset = self._lines(epoch, bucket)
-        rows, length = int(first_rows[-1]), int(self.batches[bucket]) * self.slot
-        begin = (lane * length + offset) % rows
-        spans = [(begin, min(begin + length, rows))]
-        if begin + length > rows:
-            spans.append((0, begin + length - rows))
-        parts = [_pieces(groups, first_rows, *span) for span in spans]
-        pieces = tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+        length = int(self.batches[bucket]) * self.slot
+        begin = (lane * length + offset) % int(first_rows[-1])
+        pieces = _pieces(groups, first_rows, np.array([begin]), np.array([begin + length]))
         key = ("rows", self.spec.seed, epoch, self.layout.buckets[bucket], lane) if self.spec.shuffle else None
-        costs = self.layout.read_bytes[pieces[0]]
-        return LaneWindows(bucket, (pieces[0], pieces[1], pieces[2]), costs, self._budgets[bucket], key)
+        cuts = _pack(self.layout.read_bytes[pieces[0]], self._budgets[bucket])
+
+        def of_window(index: int) -> tuple[Ints, Ints, Ints]:
+            own = slice(cuts[index], cuts[index + 1])
+            return pieces[0][own], pieces[1][own], pieces[2][own]
+
+        return LaneWindows(bucket, np.concatenate([[0], np.cumsum(pieces[2] - pieces[1])])[cuts], of_window, key)
+
+    def _windows_of_parts(self, epoch: int, bucket: int, lane: int) -> LaneWindows:
+        groups, first_rows, offset = self._lines(epoch, bucket)
+        rows, lanes = int(self.batches[bucket]) * self.slot, self.spec.lanes
+        key = (self.spec.seed, epoch, self.layout.buckets[bucket])
+        most = max(1, self._budgets[bucket] // self._row_bytes(bucket))
+        part_bytes = MIXED_PART_BYTES if self.layout.mixed else PART_BYTES
+        tracks = max(1, min(MOST_PARTS, most, self._budgets[bucket] // part_bytes))
+        # The line is `tracks` zones, each of a track for every lane; a lane's are together its rows, exactly.
+        ends = np.arange(tracks + 1) * rows // tracks
+        lengths = np.diff(ends)
+        drawn = random_bits(tracks * lanes, "tracks", *key).reshape(tracks, lanes)
+        begins = offset + lanes * ends[:-1] + np.argsort(drawn, axis=1, kind="stable")[:, lane] * lengths
+        count = -(-rows // most)
+        while True:
+            near = -(-int(first_rows[-1]) * tracks * count // (rows * len(groups)))  # parts of about a row group
+            turns = _turns(tracks, count, near, (*key, lane))
+            starts = turns * lengths[:, None] // count
+            sizes = (turns + 1) * lengths[:, None] // count - starts
+            held = sizes.sum(axis=0)
+            if (fullest := int(held.max())) <= most:
+                break
+            # Parts differ by a row, and chance may put many larger ones together. With more windows they are smaller.
+            count = max(count + 1, -(-count * fullest // most))
+        served = np.flatnonzero(held)
+
+        def of_window(index: int) -> tuple[Ints, Ints, Ints]:
+            at = served[index]
+            start, size = begins + starts[:, at], sizes[:, at]
+            return _pieces(groups, first_rows, start[size > 0], (start + size)[size > 0])
+
+        return LaneWindows(bucket, np.concatenate([[0], np.cumsum(held[served])]), of_window, ("rows", *key, lane))
+
+    def _row_bytes(self, bucket: int) -> int:
+        """Memory of a served row: all rows of a bucket are equally long, but those between them may be read, too."""
+        layout, members = self.layout, self._members[bucket]
+        stored = (layout.rows if layout.stored is None else layout.stored)[members]
+        # A row group with rows that are no longer visible would seem to have longer ones.
+        longest = int((-(-layout.read_bytes[members] // stored)).min())
+        # See `StoredParts`: where more than every other row is passed over, those served are copied out.
+        return max(1, min(2 * longest, longest * int(stored.sum()) // int(layout.rows[members].sum())))
 
 
 def least_window_bytes(layout: Layout, batch_size: int, lanes: int) -> int:
@@ -260,15 +330,96 @@ def _costs(layout: Layout, served: NDArray[np.bool_]) -> tuple[list[int], list[i
     return largest.tolist(), totals.tolist()
 
 
-def _pieces(groups: Ints, first_rows: Ints, begin: int, end: int) -> tuple[Ints, Ints, Ints]:
-    """Row groups, starts and stops that cover rows [begin, end) of a line."""
-    low = int(np.searchsorted(first_rows, begin, side="right")) - 1
-    high = int(np.searchsorted(first_rows, end, side="left"))
-    origin = first_rows[low:high]
-    starts = np.maximum(begin - origin, 0)
-    stops = np.minimum(end, first_rows[low + 1 : high + 1]) - origin
-    return groups[low:high], starts, stops
+def _turns(tracks: int, count: int, near: int, key: tuple[object, ...]) -> Ints:
+    """The part of each track that each window takes, a run of `near` parts before the next: int64 [tracks, count]."""
+    runs, low = -(-count // near), np.uint64((1 << 32) - 1)
+    of_run = random_bits(tracks * runs, "runs", *key).reshape(tracks, runs)
+    own = random_bits(tracks * count, "turns", *key).reshape(tracks, count)
+    words = (np.repeat(of_run, near, axis=1)[:, :count] & ~low) | (own >> np.uint64(32))
+    return np.argsort(words, axis=1, kind="stable")
+
+
+def _pieces(groups: Ints, first_rows: Ints, begins: Ints, ends: Ints) -> tuple[Ints, Ints, Ints]:
+    """Row groups, starts and stops that cover the spans [begin, end) of a line that goes on at its beginning."""
+    rows = first_rows[-1]
+    ends, begins = ends - begins // rows * rows, begins % rows
+    over = ends > rows
+    # A span that goes on at the beginning is two, one after the other.
+    spans = np.stack([begins, np.minimum(ends, rows), np.zeros_like(begins), ends - rows], axis=1).reshape(-1, 2)
+    spans = spans[np.stack([np.ones_like(over), over], axis=1).ravel()]
+    low = np.searchsorted(first_rows, spans[:, 0], side="right") - 1
+    counts = np.searchsorted(first_rows, spans[:, 1], side="left") - low
+    at = np.repeat(low - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+    starts = np.maximum(np.repeat(spans[:, 0], counts), first_rows[at]) - first_rows[at]
+    stops = np.minimum(np.repeat(spans[:, 1], counts), first_rows[at + 1]) - first_rows[at]
+    return groups[at], starts, stops
 
 
 def _divisor_near(number: int, wanted: int) -> int:
     return max(each for each in range(1, min(number, wanted) + 1) if number % each == 0)
+
+
+# -- The state of a stream: a step number, and what must be unchanged for that number to mean the same rows ----
+
+
+VERSION = 2  # changes whenever the same settings give another order
+
+ORDER_KEY = "order"  # the rule of the order in an identity; absent: row groups, or not shuffled at all
+
+_NEXT = "resume with the data and settings the state was made with, or start a new run"
+
+
+def rule_told(spec: OrderSpec) -> dict[str, str]:
+    """What an identity tells of a rule: states of before there were two are of `ROW_GROUPS` and tell nothing."""
+    return {ORDER_KEY: spec.rule} if spec.shuffle and spec.rule != ROW_GROUPS else {}
+
+
+def rule_in(state: Mapping[str, Any], prefix: str = "") -> str:
+    """The rule by which a state, or an identity whose keys begin so, was made; one of a newer release is refused."""
+    rule = str(state.get(f"{prefix}{ORDER_KEY}", ROW_GROUPS))
+    if rule not in (PARTS, ROW_GROUPS):
+        raise ConflictError(
+            "the stream's state was made by another rule",
+            key=ORDER_KEY,
+            value=rule,
+            rule=f"this release knows {PARTS!r} and {ROW_GROUPS!r}",
+            next_step="resume with the release that wrote it, or start a new run",
+        )
+    return rule
+
+
+def make_state(step: int, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The state from which a stream goes on at `step`, the number of global batches already consumed."""
+    return {"version": VERSION, "step": int(step), **identity}
+
+
+def check_state(state: Mapping[str, Any], identity: Mapping[str, Any]) -> int:
+    """The step to go on from; raises ConflictError that names every field that differs."""
+    version = state.get("version")
+    if version != VERSION:
+        raise ConflictError(
+            "the stream's state has another version",
+            key="version",
+            value=version,
+            rule=f"this release reads version {VERSION}",
+            next_step="resume with the release that wrote it, or start a new run",
+        )
+    differing = [
+        f"{key}: {state.get(key, '(absent)')} in the state, {identity.get(key, '(absent)')} now"
+        for key in sorted({*state, *identity} - {"version", "step"})
+        if key not in state or key not in identity or state[key] != identity[key]
+    ]
+    if differing:
+        raise ConflictError(
+            "the state belongs to another sequence of batches", rule="; ".join(differing), next_step=_NEXT
+        )
+    step = state.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise ConflictError(
+            "the stream's state has no usable step",
+            key="step",
+            value=step,
+            rule="a whole number from 0 on",
+            next_step=_NEXT,
+        )
+    return step

@@ -1,17 +1,22 @@
 """Windows read, split, shuffled and checked on threads, and the channel that hands batches over.
 
 A latent stays in the pages of its file, brought into memory here, until it is copied into its batch: once. Only the
-last of a window are copied twice, so that its memory is free before the next but one is read.
+last of a window are copied twice, so that its memory is free before the next but one is read, and those that lie
+scattered among rows that are not served.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import threading
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +24,19 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 from pipeline.store.read.row_groups import MAX_PART_BYTES, Bytes, FixedRows
-from pipeline.stream.data import Choice, LatentRows, binary_rows, id_words, integers
+from pipeline.store.schema import StoredParts, ValuePlaces
+from pipeline.stream.data import Choice, FileRows, LatentRows, binary_rows, id_words, integers
 from pipeline.stream.order import Piece, Window
+
+if TYPE_CHECKING:
+    from pipeline.store.read.dataset import Dataset
 
 SIZE_COLUMNS = ("original_height", "original_width", "crop_top", "crop_left", "crop_height", "crop_width")
 
-_PAGE_BYTES = 4096
+# Ids, labels and the like of the row groups in use. With the default settings 2,048 are at a time, of all ranks
+# together: of latents of 8 KiB without captions, 200 MiB.
+_KEPT_BYTES = 256 << 20
+_REQUESTS = 16  # under way at a time: a remote store answers each after tens of milliseconds
 
 T = TypeVar("T")
 Shape = tuple[int, int, int]
@@ -50,7 +62,11 @@ class WindowRows:
 
 
 class WindowReader:
-    """Reads windows on threads; the pieces of a window are of the rows that are chosen."""
+    """Reads windows on threads; the pieces of a window are of the rows that are chosen.
+
+    A piece's latents are read as a part of their row group where that can be: a view of a local file, a request to a
+    remote store, many of them at a time. What else is wanted of the row group is read once and kept for later pieces.
+    """
 
     def __init__(
         self,
@@ -67,7 +83,14 @@ class WindowReader:
         wanted = [*choice.columns, "label", *(SIZE_COLUMNS if sizes else ()), *(["caption"] if captions else ())]
         self._columns = list(dict.fromkeys(wanted))
         self._shapes: dict[int, Shape] = {}
+        self._stored = StoredParts(cast("Dataset", dataset), "latent") if isinstance(dataset, FileRows) else None
+        self._groups: dict[int, _Rows] = {}
+        self._kept_bytes, self._checked = 0, set[int]()
+        self._lock, self._random = threading.Lock(), random.Random(0)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="latent-reader")
+        self._requests: Executor | None = None
+        if self._stored is not None and self._stored.remote:
+            self._requests = ThreadPoolExecutor(_REQUESTS, thread_name_prefix="latent-request")
 
     def submit(self, window: Window) -> Future[WindowRows]:
         return self._pool.submit(self._read, window)
@@ -75,6 +98,8 @@ class WindowReader:
     def close(self) -> None:
         """Drop what has not begun and wait for what has; afterwards none of the threads is left."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._requests is not None:
+            self._requests.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, window: Window) -> WindowRows:
         # The latent shape of the window's bucket, read once: all its rows share it.
@@ -86,50 +111,95 @@ class WindowReader:
                 raise self._unusable(group, f"its latent shape is {stored}, not [c, h, w]")
             self._shapes[window.bucket] = (stored[0], stored[1], stored[2])
         shape = self._shapes[window.bucket]
-        wide = 2 * math.prod(shape)
-        parts: list[_Part] = []
+        numbers = list(dict.fromkeys(piece.row_group for piece in window.pieces))
+        each = map if self._requests is None else self._requests.map
+        groups = dict(zip(numbers, each(self._group, numbers), strict=True))
+        parts = []
         for piece in window.pieces:
-            try:
-                parts.append(self._read_piece(piece, wide))
-            except ValueError as problem:
-                raise self._unusable(piece.row_group, str(problem)) from problem
-        return _joined(shape, parts, None if window.key is None else window.permutation())
-
-    def _read_piece(self, piece: Piece, wide: int) -> _Part:
-        table = self._dataset.read(piece.row_group, self._columns, verify=self._verify)
-        ids = id_words(binary_rows(table.column("sample_id"), 16))
-        # The piece's rows among all rows of its row group.
-        expected = self._dataset.row_groups[piece.row_group].num_rows
-        if len(table) != expected:
-            raise self._unusable(piece.row_group, f"it gave {len(table)} rows where the manifest has {expected}")
-        chosen: slice | NDArray[np.int64] = slice(piece.start, piece.stop)
-        if not self._all:
-            chosen = self._choice.rows(table)[piece.start : piece.stop]
-            if len(chosen) != piece.stop - piece.start:
+            parts.append(groups[piece.row_group][piece.start : piece.stop])
+            if len(parts[-1].ids) < piece.stop - piece.start:
                 raise self._unusable(piece.row_group, "its chosen rows are not those counted before")
-        latents = self._dataset.read_fixed(piece.row_group, "latent", verify=self._verify)
-        if len(latents) != len(ids):
-            raise ValueError(f"it gave {len(latents)} latents for {len(ids)} rows")
-        latents, count = latents[chosen], piece.stop - piece.start
-        if latents.width != wide:
-            raise ValueError(f"a value is {latents.width} bytes long, not {wide}")
-        if len(latents.data) > MAX_PART_BYTES:
-            raise ValueError(f"its latents take {len(latents.data)} bytes, of at most {MAX_PART_BYTES}")
-        if len(latents):
-            # Touch every memory page, so that the disk is waited for here and in the order of the file.
-            begin, end = int(latents.starts[0]), int(latents.starts[-1]) + latents.width
-            latents.data[begin:end:_PAGE_BYTES].max()
+        latents = self._latents(window.pieces, parts, 2 * math.prod(shape))
+        return _joined(shape, parts, latents, None if window.key is None else window.permutation())
+
+    def _group(self, row_group: int) -> _Rows:
+        """The chosen rows of a row group, kept until others take their room."""
+        rows = self._groups.get(row_group)
+        if rows is None:
+            with self._naming(row_group):
+                rows = self._read_group(row_group)
+            with self._lock:
+                if row_group not in self._groups and rows.size_bytes <= _KEPT_BYTES:
+                    # They come round in turn: by age, each would go just before it is needed again.
+                    while self._kept_bytes + rows.size_bytes > _KEPT_BYTES:
+                        gone = self._groups.pop(self._random.choice(list(self._groups)))  # no batch depends on which
+                        self._kept_bytes -= gone.size_bytes
+                    self._groups[row_group] = rows
+                    self._kept_bytes += rows.size_bytes
+        return rows
+
+    def _read_group(self, row_group: int) -> _Rows:
+        table = self._dataset.read(row_group, self._columns, verify=self._verify)
+        # The chosen rows among all rows of the row group.
+        expected = self._dataset.row_groups[row_group].num_rows
+        if len(table) != expected:
+            raise self._unusable(row_group, f"it gave {len(table)} rows where the manifest has {expected}")
+        places = None if self._stored is None else self._stored.places(row_group)
+        if places is not None and len(places) != expected:
+            raise ValueError(f"it gave {len(places)} latents for {expected} rows")
+        if places is not None and self._verify and row_group not in self._checked:
+            # No checksum tells of a part: all are checked, once, before the first is used.
+            self._dataset.read(row_group, ["latent"], verify=True)
+            self._checked.add(row_group)
         sizes = None
         if self._sizes:
-            sizes = np.empty((count, len(SIZE_COLUMNS)), dtype=np.int32)
+            sizes = np.empty((expected, len(SIZE_COLUMNS)), dtype=np.int32)
             for at, name in enumerate(SIZE_COLUMNS):
-                sizes[:, at] = integers(table.column(name))[chosen]
-        captions = None
-        if self._captions:
-            column = table.column("caption").combine_chunks()
-            whole = isinstance(chosen, slice)
-            captions = column.slice(piece.start, count) if whole else column.take(pa.array(chosen))
-        return _Part(latents, ids[chosen], integers(table.column("label"))[chosen], sizes, captions)
+                sizes[:, at] = integers(table.column(name))
+        rows = _Rows(
+            np.arange(expected),
+            places,
+            id_words(binary_rows(table.column("sample_id"), 16)),
+            integers(table.column("label")).astype(np.int64, copy=False),
+            sizes,
+            table.column("caption").combine_chunks() if self._captions else None,
+        )
+        return rows if self._all else rows[self._choice.rows(table)]
+
+    def _latents(self, pieces: Sequence[Piece], parts: Sequence[_Rows], wide: int) -> list[FixedRows]:
+        """The latents of each part, of `wide` bytes."""
+        values: dict[int, FixedRows] = {}
+        together: dict[int, ValuePlaces] = {}
+        for at, (piece, part) in enumerate(zip(pieces, parts, strict=True)):
+            with self._naming(piece.row_group):
+                if self._stored is None or part.places is None:
+                    whole = self._dataset.read_fixed(piece.row_group, "latent", verify=self._verify)
+                    if len(whole) != self._dataset.row_groups[piece.row_group].num_rows:
+                        raise ValueError(f"it gave {len(whole)} latents, not one for each row")
+                    values[at] = whole[part.stored]
+                    if 2 * len(part.ids) < len(whole):
+                        values[at] = _packed(values[at].values())
+                    elif len(whole.data) > MAX_PART_BYTES:
+                        raise ValueError(f"its latents take {len(whole.data)} bytes, of at most {MAX_PART_BYTES}")
+                elif 2 * len(part.ids) * wide < part.places.reach:
+                    # Most of what lies between is not served: it would take the memory of other rows.
+                    values[at] = _packed(self._stored.copy(part.places))
+                else:
+                    together[at] = part.places
+                width = together[at].width if at in together else values[at].width
+                if width != wide:
+                    raise ValueError(f"a value is {width} bytes long, not {wide}")
+        if self._stored is not None and together:
+            values |= zip(together, self._stored.read(list(together.values()), self._requests), strict=True)
+        return [values[at] for at in range(len(parts))]
+
+    @contextmanager
+    def _naming(self, row_group: int) -> Iterator[None]:
+        """Errors in what a row group holds say so."""
+        try:
+            yield
+        except ValueError as problem:
+            raise self._unusable(row_group, str(problem)) from problem
 
     def _unusable(self, row_group: int, problem: str) -> InputError:
         info = self._dataset.row_groups[row_group]
@@ -142,17 +212,49 @@ class WindowReader:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A piece's rows, as laid out; see `WindowRows`."""
+class _Rows:
+    """Chosen rows of a row group but for their latents, see `WindowRows`.
 
-    latents: FixedRows
-    sample_ids: NDArray[np.uint64]
-    labels: NDArray[Any]
+    stored: their places among the visible rows of the row group, int64 [n]; places: those of their latents in the
+    file, None where the column must be read as a whole.
+    """
+
+    stored: NDArray[np.int64]
+    places: ValuePlaces | None
+    ids: NDArray[np.uint64]
+    labels: NDArray[np.int64]
     sizes: NDArray[np.int32] | None
     captions: pa.Array | None
 
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> _Rows:
+        captions = self.captions
+        if captions is not None:
+            captions = captions[rows] if isinstance(rows, slice) else captions.take(pa.array(rows))
+        return _Rows(
+            self.stored[rows],
+            None if self.places is None else self.places[rows],
+            self.ids[rows],
+            self.labels[rows],
+            None if self.sizes is None else self.sizes[rows],
+            captions,
+        )
 
-def _joined(shape: Shape, parts: list[_Part], order: NDArray[np.int64] | None) -> WindowRows:
+    @cached_property
+    def size_bytes(self) -> int:
+        """Memory that they take."""
+        places = None if self.places is None else self.places.offsets
+        arrays = (self.stored, places, self.ids, self.labels, self.sizes, self.captions)
+        return sum(int(array.nbytes) for array in arrays if array is not None)
+
+
+def _packed(values: Bytes) -> FixedRows:
+    """Values [n, width] in memory of their own."""
+    return FixedRows(values.reshape(-1), np.arange(len(values), dtype=np.int64) * values.shape[1], values.shape[1])
+
+
+def _joined(
+    shape: Shape, parts: Sequence[_Rows], latents: Sequence[FixedRows], order: NDArray[np.int64] | None
+) -> WindowRows:
     """Parts end to end, then in the order served."""
 
     def joined(arrays: list[Any]) -> Any:
@@ -165,14 +267,17 @@ def _joined(shape: Shape, parts: list[_Part], order: NDArray[np.int64] | None) -
     if parts[0].captions is not None:
         captions = pa.chunked_array([part.captions for part in parts]).combine_chunks()
         captions = captions if order is None else captions.take(pa.array(order))
-    part_of = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.latents) for part in parts])
+    # Parts of one local file are views of the same memory.
+    memory = {id(values.data): values.data for values in latents}
+    number = dict(zip(memory, range(len(memory)), strict=True))
+    of_parts = np.array([number[id(values.data)] for values in latents], dtype=np.int32)
     return WindowRows(
         shape,
-        tuple(part.latents.data for part in parts),
-        joined([part_of]),
-        joined([part.latents.starts for part in parts]),
-        joined([part.sample_ids for part in parts]),
-        joined([part.labels for part in parts]).astype(np.int64, copy=False),
+        tuple(memory.values()),
+        joined([np.repeat(of_parts, [len(values) for values in latents])]),
+        joined([values.starts for values in latents]),
+        joined([part.ids for part in parts]),
+        joined([part.labels for part in parts]),
         joined([part.sizes for part in parts]),
         captions,
     )

@@ -29,10 +29,11 @@ class StreamConfig(StrictModel):
         1 << 30,
         ge=1,
         description="Bytes of stored rows held for shuffling by all workers together. Each lane shuffles "
-        "its share at a time; a worker holds its lanes' share. Of several datasets (data.mix) each gets what it "
-        "cannot do without, and the rest goes by weight.",
+        "its share at a time, up to 512 parts from all over the dataset, of 256 KiB or more, of 4 MiB or more after "
+        "jobs.compact order=shuffled; a worker holds its lanes' share. Of several datasets (data.mix) each gets what "
+        "it cannot do without, and the rest goes by weight.",
     )
-    shuffle: bool = Field(True, description="Shuffle row groups and rows anew in every epoch.")
+    shuffle: bool = Field(True, description="Shuffle parts of row groups and their rows anew in every epoch.")
     holdout: float = Field(
         0.0,
         ge=0.0,
@@ -49,7 +50,8 @@ class StreamConfig(StrictModel):
     )
     verify: bool = Field(
         False,
-        description="Check page checksums while reading, for about half the rows a second.",
+        description="Check page checksums: a worker reads each row group as a whole, once in a run, before its first "
+        "part is used. Until all were, about half the rows a second.",
     )
 
 

@@ -19,6 +19,7 @@ from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.read.pins import Pins
 from pipeline.stream.loader import LatentStream
 from pipeline.stream.mixture import BLOCK, MixtureStream, Part, apportion, naming, open_mixture, shares_of
+from pipeline.stream.order import PARTS
 from pipeline.text.dataset import ArrangedText, TextEmbeddings
 from pipeline.train import collectives
 from pipeline.train.checks import STREAM_KEYS, Facts
@@ -117,8 +118,10 @@ def pooled_statistics(served: Sequence[Served]) -> tuple[np.ndarray, np.ndarray]
     return mean, np.sqrt((shares * (stds**2 + (means - mean) ** 2)).sum(axis=0))
 
 
-def open_stream(config: TrainJobConfig, served: Sequence[Served], root: Root) -> LatentStream | MixtureStream:
-    """This rank's share of the training rows."""
+def open_stream(
+    config: TrainJobConfig, served: Sequence[Served], root: Root, order: str = PARTS
+) -> LatentStream | MixtureStream:
+    """This rank's share of the training rows, in the order of this rule."""
     settings = {
         "seed": config.train.seed,
         "batch_size": config.train.batch_size,
@@ -127,6 +130,7 @@ def open_stream(config: TrainJobConfig, served: Sequence[Served], root: Root) ->
         "captions": False,
         "sizes": config.model.micro_conditions,
         "cache": root.child(CACHE),
+        "rule": order,
         **config.stream.model_dump(),
     }
     with argument_keys(STREAM_KEYS):

@@ -23,6 +23,7 @@ from pipeline.store.ledger.state import State, read_state
 from pipeline.store.maintain.forget import WITHDRAWN
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.read.pins import Pins, lost_files
+from pipeline.stream.order import PARTS, rule_in
 from pipeline.train.checks import Facts, handshake
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.retention import counting, newest_start
@@ -38,7 +39,7 @@ class Begun:
     """The datasets of a run, the first one first, what they are, and the name under which their states are kept.
 
     start: the weights that it starts from, and the configuration as they complete it. checkpoints: the names of
-    those that count.
+    those that count. order: the rule of the stream's order, that of the newest of them.
     """
 
     datasets: tuple[LatentDataset, ...]
@@ -46,6 +47,7 @@ class Begun:
     inputs: str | None
     start: Start
     checkpoints: tuple[str, ...] = ()
+    order: str = PARTS
     withdrawn: Mapping[str, RowSet] = field(default_factory=dict)
 
 
@@ -57,11 +59,9 @@ def pinned(config: TrainJobConfig, root: Root, begun: Begun) -> Begun:
     for uri in new:  # all of them, or what has come to lie elsewhere
         pins.pin(Root(uri))
     # What was pinned may be newer than what was looked at.
-    begun = (
-        replace(_open(begun.start, root, name), checkpoints=begun.checkpoints, withdrawn=begun.withdrawn)
-        if new
-        else begun
-    )
+    if new:
+        again = _open(begun.start, root, name)
+        begun = replace(again, checkpoints=begun.checkpoints, order=begun.order, withdrawn=begun.withdrawn)
     for dataset in begun.datasets:
         dataset.publish(pins)
     for uri, rows in begun.withdrawn.items():
@@ -95,7 +95,11 @@ def look(config: TrainJobConfig, root: Root) -> Begun:
                 withdrawn[uri] = _compare(key, Root(uri), state)
     # An alias may mean other weights by now: the run goes on with those that it began with.
     start = start_of(config, ((complete[-1].meta.get("model") or {}).get("init") or {}) if complete else None)
-    return replace(_open(start, root, name), checkpoints=tuple(c.name for c in complete), withdrawn=withdrawn)
+    order = PARTS
+    if complete and isinstance(made := complete[-1].meta.get("identity"), dict):
+        order = rule_in(made, "stream." if len(config.data.parts) == 1 else "stream.datasets[0].")
+    names = tuple(c.name for c in complete)
+    return replace(_open(start, root, name), checkpoints=names, order=order, withdrawn=withdrawn)
 
 
 def counting_names(root: Root) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from pipeline.model.load import fill
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import is_superseded
 from pipeline.store.read.row_groups import reading_table
+from pipeline.stream.order import PARTS
 from pipeline.tracking.tracker import NoopTracker, Tracker, attach_tracker
 from pipeline.train import collectives
 from pipeline.train.checkpoint import CheckpointStore
@@ -263,7 +264,8 @@ class WorkerContext:
     node_leader: whether this rank fetches files for all ranks of its node; scratch: a directory they share.
     preempted: asks, on all ranks together, whether some node is about to go; None where nobody can know.
     publish: shows rank 0's figures to whoever watches the job. inputs: under which name the datasets' states
-    are kept (see `pinned_inputs`); None where they are not. node: the number of the node it runs on.
+    are kept (see `pinned_inputs`); None where they are not. node: the number of the node it runs on. order: the rule
+    of the stream's order.
     """
 
     device: str
@@ -276,6 +278,7 @@ class WorkerContext:
     publish: Callable[[Mapping[str, float]], None] = lambda figures: None
     inputs: str | None = None
     node: int = 0
+    order: str = PARTS
 
 
 def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
@@ -300,7 +303,7 @@ def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
                 next_step="run the same command again, when no other start of it is running",
             )
     device = torch.device(place.device)
-    stream = open_stream(config, served, root)
+    stream = open_stream(config, served, root, place.order)
     same_run = identity(config, served[0].latents, facts)
     same_run |= {f"stream.{k}": v for k, v in stream.identity.items()}
     state, engine = _build(config, facts, device, same_run, place.node)

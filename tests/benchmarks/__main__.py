@@ -46,7 +46,11 @@ AREAS: dict[str, Callable[[Path, Path | None, bool], list[str]]] = {
     "stream_read": lambda out, data, quick: [
         "--out",
         f"{out}",
-        *(["--mb", "32", "--epochs", "1", "--rounds", "1"] if quick else ["--groups", "1000000"]),
+        *(
+            ["--mb", "32", "--epochs", "1", "--rounds", "1"]
+            if quick
+            else ["--groups", "1000000", "--sorted-mb", "10009"]
+        ),
     ],
     "stream_places": lambda out, data, quick: ["--out", f"{out}", *(["--mb", "512"] if quick else [])],
     "train_step": lambda out, data, quick: ["--out", f"{out}", *([] if quick else ["--compile", "--kill"])],

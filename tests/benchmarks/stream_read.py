@@ -1,6 +1,7 @@
 """Rows per second of the training stream against a plain pyarrow column read, and against other loaders.
 
-    python -m tests.benchmarks.stream_read [--mb 256] [--epochs 3] [--rounds 3] [--groups 1000000] [--out DIR]
+    python -m tests.benchmarks.stream_read [--mb 256] [--epochs 3] [--rounds 3] [--groups 1000000]
+        [--sorted-mb 10009] [--out DIR]
 
 One table per latent size, all on the same latents in one run, warm page cache, one reading process each:
 
@@ -14,7 +15,11 @@ One table per latent size, all on the same latents in one run, warm page cache, 
 A figure is the median of the rounds, in which the ways take turns; whole epochs, `--epochs` of them and more until a
 second has passed, since an epoch of half a GiB can take a tenth of one. A way that cannot be imported is left out and
 named. `--groups` opens a dataset of so many row groups, whose ledger is real and whose files are links to one, and
-tells the seconds to its first batch. Peers are no dependency of the project: see tests.benchmarks.
+tells the seconds to its first batch. `--sorted-mb` makes latents of 8 KiB that lie class by class in 1,000; with
+10,009 MiB they are as many as ImageNet has. It tells the distinct classes of batches of 1,024, mean and least of an
+epoch, and rows a second, with windows made of row groups and of parts (1 GiB, one rank, the second epoch), on the
+dataset as it was listed and after a shuffled compaction, whose seconds it tells, too. Peers are no dependency of the
+project: see tests.benchmarks.
 """
 
 from __future__ import annotations
@@ -47,7 +52,9 @@ from pipeline.store.plan import append_version, read_plan
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.read.row_groups import RowGroups
 from pipeline.stream.loader import LatentStream
-from tests.benchmarks.report import machine, panels, write
+from pipeline.stream.order import PARTS, ROW_GROUPS
+from tests.benchmarks.report import machine, panels, table, write
+from tests.support.maintain import collect_garbage, compact
 from tests.support.rows import Listed, claim, committer, latent_rows, planned_root
 
 COLUMNS = ["sample_id", "latent", "label"]
@@ -74,9 +81,14 @@ class Case:
 
 
 def make_dataset(
-    uri: str, shape: tuple[int, int, int], total_bytes: int, files: int = 4, row_group_bytes: int = 16 << 20
+    uri: str,
+    shape: tuple[int, int, int],
+    total_bytes: int,
+    files: int = 4,
+    row_group_bytes: int = 16 << 20,
+    classes: int = 1,
 ) -> LatentDataset:
-    """Random latents of one shape in some files, with row groups of the size the encode job writes."""
+    """Random latents of one shape, class by class in some files; row groups of the size the encode job writes."""
     width = 2 * int(np.prod(shape))
     per_file = max(BATCH, total_bytes // width // files)
     root = planned_root(uri, units=files, rows=per_file)
@@ -93,6 +105,7 @@ def make_dataset(
             "sample_id": ids,
             "unit": pa.array(np.full(per_file, unit)),
             "row": pa.array(np.arange(per_file)),
+            "label": pa.array((unit * per_file + np.arange(per_file)) * classes // (files * per_file)),
             "latent": pa.array([row.tobytes() for row in latents], pa.large_binary()),
             "latent_shape": pa.array([list(shape)] * per_file, pa.list_(pa.int32(), 3)),
         }
@@ -305,6 +318,51 @@ def _million(uri: str, files: int, per_file: int) -> Root:
     return root
 
 
+# -- classes of a batch ----------------------------------------------------------------------------------------
+
+
+CLASSES, MIXED_BATCH, WINDOW_BYTES = 1000, 1024, 1 << 30
+
+
+def mixing(total_bytes: int, rounds: int, folder: Path) -> dict[str, Any]:
+    """Distinct classes a batch and rows a second of latents that lie class by class, before and after compaction."""
+    shape = SHAPES["4x32x32"]
+    dataset = make_dataset(str(folder / "sorted"), shape, total_bytes, files=total_bytes >> 28, classes=CLASSES)
+    ideal = CLASSES * (1 - (1 - 1 / CLASSES) ** MIXED_BATCH)
+    figures: dict[str, Any] = {"rows": dataset.num_rows, "ideal": ideal, "cases": []}
+    for layout in ("as listed", "compacted, shuffled"):
+        if layout != "as listed":
+            began = time.perf_counter()
+            report = compact(dataset.uri, shard_bytes=384 << 20, row_group_bytes=16 << 20, seed=0, workers=2)
+            figures |= {"compact_s": time.perf_counter() - began, "compacted_bytes": report.bytes_written}
+            collect_garbage(dataset.uri, grace_s=0, now_s=2.0**33)  # or the page cache would have to hold both
+            dataset = LatentDataset.open(dataset.uri)
+        rates: dict[str, list[float]] = {ROW_GROUPS: [], PARTS: []}
+        classes: dict[str, list[int]] = {}
+        for number in range(rounds + 1):  # the first one warms the page cache and is not counted
+            for rule in rates:
+                rate, classes[rule] = _mixed_epoch(dataset, rule)
+                rates[rule] += [rate] if number else []
+                print(f"  {layout}, {rule}: {rate:,.0f} rows/s", file=sys.stderr, flush=True)
+        for rule, found in classes.items():
+            case = {"layout": layout, "windows of": rule, "mean": float(np.mean(found)), "least": min(found)}
+            figures["cases"].append({**case, "rows_per_s": statistics.median(rates[rule])})
+    return figures
+
+
+def _mixed_epoch(dataset: LatentDataset, rule: str) -> tuple[float, list[int]]:
+    """Rows a second of the second epoch, and the distinct classes of each of its batches."""
+    settings: dict[str, Any] = {"batch_size": MIXED_BATCH, "window_bytes": WINDOW_BYTES, "rule": rule}
+    with LatentStream(dataset, seed=1, captions=False, sizes=False, **settings) as stream:
+        batches, labels = iter(stream), []
+        for _ in islice(batches, stream.steps_per_epoch):
+            pass
+        began = time.perf_counter()
+        for batch in islice(batches, stream.steps_per_epoch):
+            labels.append(batch.labels)
+        return stream.rows_per_epoch / (time.perf_counter() - began), [len(np.unique(one)) for one in labels]
+
+
 def measure(case: Case, rounds: int, ways: Sequence[str]) -> tuple[dict[str, float], dict[str, str]]:
     """Rows a second by way, and why some are absent."""
     absent: dict[str, str] = {}
@@ -330,6 +388,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--groups", type=int, default=0, help="row groups of the ledger to open; 0: leave that out")
+    parser.add_argument("--sorted-mb", type=int, default=0, help="latents that lie class by class, MiB; 0: no such")
     parser.add_argument("--only", nargs="*", default=list(SHAPES), choices=list(SHAPES), help="latent sizes")
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS), help="besides the limit")
     parser.add_argument("--folder", type=Path, help="where to put the data; default a temporary directory")
@@ -354,6 +413,19 @@ def main() -> None:
     if args.groups:
         report["ledger"] = time_to_first_batch(args.groups)
         print({key: round(value, 2) for key, value in report["ledger"].items()})
+    if args.sorted_mb:
+        folder = Path(tempfile.mkdtemp(dir=args.folder))
+        try:
+            report["mixing"] = mixing(args.sorted_mb << 20, args.rounds, folder)
+        finally:
+            shutil.rmtree(folder)
+        ideal, rows = report["mixing"]["ideal"], []
+        for case in report["mixing"]["cases"]:
+            found = [case["mean"], case["mean"] / ideal, float(case["least"]), case["rows_per_s"]]
+            rows.append([case["layout"], case["windows of"], *found])
+        heads = ["rows lie", "windows of", "classes a batch", "of the ideal", "least", "rows/s"]
+        print(table(heads, rows))
+        print({key: value for key, value in report["mixing"].items() if key != "cases"})
     write(args.out, "stream_read", report)
     parts = {f"rows/s, latents {case['latent']}": case["rows_per_s"] for case in report["cases"]}
     panels(args.out, "stream_read", "reading latents, warm page cache", parts)

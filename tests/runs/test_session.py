@@ -214,13 +214,10 @@ def test_a_codec_its_latents_and_their_upkeep_are_one_chain(
 def test_compaction_that_finds_nothing_to_do_claims_nothing(tmp_path: Path) -> None:
     data = make_dataset(tmp_path / "data")
     settings = {"shard_bytes": 1 << 20, "row_group_bytes": 1 << 20}
-    compact(data, **settings)
+    compact(data, seed=0, **settings)
     claims = latest_number(Root(data))
-    config = load_config(
-        CompactJobConfig,
-        [],
-        [f"data.uri={data}", "tracking.enabled=false", *(f"{key}={value}" for key, value in settings.items())],
-    )
+    given = [f"data.uri={data}", "tracking.enabled=false", *(f"{key}={value}" for key, value in settings.items())]
+    config = load_config(CompactJobConfig, [], given)
     assert run_compact(config).status == "unchanged"
     assert latest_number(Root(data)) == claims
     assert json.loads(Root(data).read_bytes(f"generations/{claims:08d}/closed.json"))["status"] == "done"

@@ -17,10 +17,11 @@ from pipeline.store.maintain import dedup as _dedup
 from pipeline.store.maintain import verify as _verify
 
 
-def compact(uri: str, **settings: Any) -> _compact.CompactReport:
+def compact(uri: str, *, seed: int | None = None, **settings: Any) -> _compact.CompactReport:
     read_identity(Root(uri))
-    with claimed(Root(uri), "compact", patience_s=0.0) as generation:
-        return _compact.compact(generation, **settings)
+    noted = _compact.arranged(seed)
+    with claimed(Root(uri), "compact", note=lambda: noted, patience_s=0.0) as generation:
+        return _compact.compact(generation, seed=seed, **settings)
 
 
 def deduplicate(uri: str, *, note: Mapping[str, Any] | None = None, **settings: Any) -> _dedup.DedupReport:

@@ -20,7 +20,10 @@ def in_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fit(config: TrainJobConfig, root: Root, generation: int, handle: str | None, begun: Begun) -> dict[str, Any]:
         scratch = tmp_path / "scratch"
         return run_worker(
-            config, WorkerContext("cpu", generation, handle, begun.facts, True, scratch, inputs=begun.inputs)
+            config,
+            WorkerContext(
+                "cpu", generation, handle, begun.facts, True, scratch, inputs=begun.inputs, order=begun.order
+            ),
         )
 
     monkeypatch.setattr(job, "_fit", fit)

@@ -15,6 +15,7 @@ from pipeline.result import JobResult
 from pipeline.storage.root import Root
 from pipeline.store.ledger.state import read_state
 from pipeline.store.read.dataset import LatentDataset
+from pipeline.stream.order import ROW_GROUPS
 from pipeline.train import job
 from pipeline.train.checks import handshake
 from pipeline.train.config import TrainJobConfig
@@ -63,6 +64,23 @@ def test_a_dataset_that_grows_and_is_compacted_changes_nothing_for_a_run(
     assert "48 rows are new, 0 are no longer visible" in caplog.text
     resumed = weights(result)
     assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
+
+
+def test_a_run_of_before_windows_were_made_of_parts_goes_on_in_its_own_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = job_config(tmp_path / "new", make_dataset(tmp_path / "a"))
+    new = weights(job.run(config))
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.train.pinned_inputs.PARTS", ROW_GROUPS)  # as a release of before starts a run
+        undisturbed = weights(job.run(job_config(tmp_path / "old", config.data.uri)))
+        config = stopped_run(tmp_path, monkeypatch)
+    told = [json.loads(m.read_text())["meta"] for m in Path(config.output.uri).glob("checkpoints/*/COMPLETE.json")]
+    assert told
+    assert all("stream.order" not in meta["identity"] for meta in told)
+    resumed = weights(job.run(config))
+    assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
+    assert not all(torch.equal(undisturbed[name], new[name]) for name in undisturbed)
 
 
 def begin(config: TrainJobConfig, root: Root) -> Begun:

@@ -200,6 +200,7 @@ def test_one_dataset_is_served_and_resumed_as_if_there_were_no_mixtures(uris: Ur
         "lanes": 4,
         "window_bytes": 1 << 30,
         "shuffle": True,
+        "order": "parts",
     }
     start(job_config(tmp_path, uris[0], {"train": {"images": 64}}), tmp_path)
     info = read_model(config.output.uri + "/model").info

@@ -253,6 +253,14 @@ def read_claim(root: Root, number: int) -> dict[str, Any]:
     return cast(dict[str, Any], read_required(_CLAIMED, root, f"{layout.generation_dir(number)}/{_CLAIM}"))
 
 
+ARRANGED, IN_UNITS = "arranged", "units"
+
+
+def arrangement(root: Root, number: int) -> str:
+    """How the files of a generation hold their rows: as its claim notes, else in unit order."""
+    return str(read_claim(root, number).get(ARRANGED, IN_UNITS)) if number else IN_UNITS
+
+
 def read_closing(root: Root, number: int) -> dict[str, Any] | None:
     """The closing note of a generation, or None while it is open or when its run died."""
     try:

@@ -1,11 +1,26 @@
-"""Compaction: fragments in the order of arrival become shards in unit order, by ordinary commit records.
+"""Compaction: fragments in the order of arrival become shards, in unit order or shuffled, by ordinary commit records.
 
 The plan and the mean size of a settled row decide which rows a shard holds, so shards do not depend on how the encode
 job was scheduled. The mean counts in steps of a seventh to a quarter: the little by which it moves when images come
 in leaves the shards that are there as they are, but for the rare time that it passes a step, and all are made anew.
-Shards begin and end with a unit, but for a unit too large for one: it is cut into equal parts. A
-shard's record has a newer generation than its fragments', so its rows take their place at once, shard by shard.
+A shard's record has a newer generation than its fragments', so its rows take their place at once, shard by shard.
 Fragments stay in storage until garbage collection is asked for.
+
+In unit order shards begin and end with a unit, but for a unit too large for one: it is cut into equal parts.
+
+Shuffled, the rows are mixed in pools. A pool is what one version of the plan has added, the first listing say, or a
+night's; versions that would not fill a shard are taken together until they do. Its n shards, each more than half of
+the size asked for, are dealt from its rows in plan order: of each of 64 equal stretches every shard gets one of n
+equal parts, which one is drawn by the seed. Within a shard the rows of a bucket are then mixed throughout. So
+
+- a shard holds rows from 64 places, evenly spread over all of its pool, whatever the size of the dataset; at each it
+  holds a 64th of a shard, of neighbours;
+- what comes later is mixed among itself, and leaves the shards of full pools as they are. Only that of the last
+  pool, until it is full, is made anew with what joins it;
+- nothing but the shard at hand is in memory, and a latent is read twice: once as its row group is checked, once with
+  its part. What is small (keys, captions, labels) is read once for every shard with rows of its row group.
+
+A claim tells how its compaction arranges rows: a file that another one wrote is no shard of this one.
 """
 
 from __future__ import annotations
@@ -13,20 +28,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.store.ledger.generation import Generation
+from pipeline.store.ledger.generation import ARRANGED, IN_UNITS, Generation, arrangement
 from pipeline.store.ledger.identity import read_identity
-from pipeline.store.ledger.rowset import RowSet, address, unit_of
+from pipeline.store.ledger.rowset import RowSet, address
 from pipeline.store.ledger.state import State, read_state
 from pipeline.store.read.dataset import Dataset
-from pipeline.store.writer import ROW_BYTES, Committer
+from pipeline.store.schema import LATENTS, StoredParts, ValuePlaces
+from pipeline.store.writer import ROW_BYTES, Committer, keyed_words
 
 # Where rows are small, as where pictures lie in files of their own: texts of 16 KiB each still fit 32-bit offsets.
 _MAX_ROWS = 1 << 16
+# Of a shuffled shard. Each is a span in the shard's commit record, which is read whenever the dataset is opened.
+_STRETCHES = 64
 
+Ints = npt.NDArray[np.int64]
 Span = tuple[int, int]  # half-open, of address integers as a RowSet holds them
 
 
@@ -40,46 +61,63 @@ class CompactReport:
     bytes_written: int
 
 
+def arranged(seed: int | None) -> dict[str, str]:
+    """What the claim of a compaction notes: that it shuffles by a seed, or, of None, keeps to unit order."""
+    return {ARRANGED: IN_UNITS if seed is None else f"shuffled {seed}"}
+
+
 def compact(
     generation: Generation,
     *,
     shard_bytes: int,
     row_group_bytes: int,
+    seed: int | None = None,
     workers: int = 1,
     on_shard: Callable[[int, int], None] = lambda done, total: None,
 ) -> CompactReport:
     """Rewrite what is not yet in full shards, under a generation that holds the dataset; a second call does nothing.
 
-    ConflictError when another run takes over. Memory: about three shards a worker.
+    seed: rows are shuffled by it, and the claim notes so (`arranged`); None: they are in unit order. ConflictError
+    when another run takes over, ValueError for another note in it. Memory: about three shards a worker.
     """
     root = generation.root
+    if (noted := generation.claim.get(ARRANGED, IN_UNITS)) != arranged(seed)[ARRANGED]:
+        raise ValueError(f"the claim notes {noted!r} where {arranged(seed)[ARRANGED]!r} is to be written")
     identity = read_identity(root)
     dataset = Dataset(root, identity, read_state(root))
-    spans, todo = shards_to_write(dataset, shard_bytes)
+    shards, todo = shards_to_write(dataset, shard_bytes, seed)
     committer = Committer(
         root,
         generation.number,
         row_group_bytes,
         identity.fingerprint.get("latent_dtype"),
         {"latentloom.generation": str(generation.number)},
+        seed,
     )
+    source = RowSource(dataset)
 
-    def write(span: Span) -> tuple[int, int]:
+    def write(rows: RowSet) -> tuple[int, int]:
         generation.check()
-        return _write_shard(dataset, committer, span)
+        return _write_shard(source, committer, rows)
 
-    shards = moved = written = 0
+    written = moved = size_bytes = 0
     with ThreadPoolExecutor(workers) as pool:
         for done, (rows, size) in enumerate(pool.map(write, todo), 1):
-            shards, moved, written = shards + (rows > 0), moved + rows, written + size
+            written, moved, size_bytes = written + (rows > 0), moved + rows, size_bytes + size
             on_shard(done, len(todo))
-    return CompactReport(shards, spans - len(todo), moved, written)
+    return CompactReport(written, shards - len(todo), moved, size_bytes)
 
 
-def shards_to_write(dataset: Dataset, shard_bytes: int) -> tuple[int, list[Span]]:
-    """How many shards a compact dataset has, and which of them are not yet there."""
-    spans, layout = list(shard_spans(dataset, shard_bytes)), _Layout(dataset.state)
-    return len(spans), [span for span in spans if not layout.is_compact(span)]
+def shards_to_write(dataset: Dataset, shard_bytes: int, seed: int | None = None) -> tuple[int, list[RowSet]]:
+    """How many shards a compact dataset has, and the rows of those that are not yet there."""
+    if not dataset.num_rows:
+        return 0, []
+    if seed is None:
+        spans = np.array(list(shard_spans(dataset, shard_bytes)), np.int64)
+        shards = _Shards(spans[:, 0], spans[:, 1], np.arange(len(spans)))
+    else:
+        shards = _shuffled(dataset, _rows_per_shard(dataset, shard_bytes), seed)
+    return len(shards), [shards.rows(number) for number in shards.missing(dataset, arranged(seed)[ARRANGED])]
 
 
 def shard_spans(dataset: Dataset, shard_bytes: int) -> Iterator[Span]:
@@ -87,10 +125,9 @@ def shard_spans(dataset: Dataset, shard_bytes: int) -> Iterator[Span]:
     if not dataset.num_rows:
         return
     rows_per_shard = _rows_per_shard(dataset, shard_bytes)
-    units, planned = dataset.state.plan.unit_lengths()
+    units, lengths = _unit_lengths(dataset.state)
     first, rows = 0, 0
-    for unit, length in zip(units.tolist(), planned.tolist(), strict=True):
-        length = dataset.state.unit_rows.get(unit, 0) if length < 0 else length
+    for unit, length in zip(units.tolist(), lengths.tolist(), strict=True):
         if rows and rows + length > rows_per_shard:
             yield first, address(unit)
             first, rows = address(unit), 0
@@ -101,6 +138,15 @@ def shard_spans(dataset: Dataset, shard_bytes: int) -> Iterator[Span]:
             first = cut
         rows += length if parts < 2 else length - (parts - 1) * length // parts
     yield first, address(len(units))
+
+
+def _unit_lengths(state: State) -> tuple[Ints, Ints]:
+    """(unit numbers, rows of each as far as they are known)."""
+    units, planned = state.plan.unit_lengths()
+    lengths = planned.copy()
+    unknown = lengths < 0
+    lengths[unknown] = [state.unit_rows.get(unit, 0) for unit in units[unknown].tolist()]
+    return units, lengths
 
 
 def _rows_per_shard(dataset: Dataset, shard_bytes: int) -> int:
@@ -117,49 +163,132 @@ def _rows_per_shard(dataset: Dataset, shard_bytes: int) -> int:
     return most // step * step
 
 
-class _Layout:
-    """Which files lie in a span of rows; asking costs the files found, not all there are."""
+def _shuffled(dataset: Dataset, rows_per_shard: int, seed: int) -> _Shards:
+    """The shards of all pools: see the module. The rows are one line, in plan order; cuts are places on it."""
+    units, lengths = _unit_lengths(dataset.state)
+    ends = np.cumsum(lengths)
+    versions = dataset.state.plan.units["version"].to_numpy()
+    cuts, numbers = [np.zeros(1, np.int64)], [np.zeros(0, np.int64)]
+    first = shards = 0
+    for stop in (*(np.flatnonzero(np.diff(versions)) + 1).tolist(), len(units)):
+        rows = int(ends[stop - 1]) - first
+        if not rows or (rows < rows_per_shard and stop < len(units)):
+            continue
+        count = -(-rows // rows_per_shard)
+        cells = np.arange(_STRETCHES * count, dtype=np.uint64).reshape(_STRETCHES, count)
+        numbers.append(shards + np.argsort(keyed_words(cells, seed, first), axis=1, kind="stable").ravel())
+        cuts.append(first + np.arange(1, _STRETCHES * count + 1) * rows // (_STRETCHES * count))
+        first, shards = first + rows, shards + count
+    places = np.concatenate(cuts)
+    unit = np.searchsorted(ends, places, side="right")
+    within = unit < len(units)
+    keys = address(unit)
+    keys[within] += places[within] - (ends - lengths)[unit[within]]
+    held = np.diff(keys) > 0  # a small pool has empty parts
+    return _Shards(keys[:-1][held], keys[1:][held], np.concatenate(numbers)[held])
 
-    def __init__(self, state: State) -> None:
-        files = [f for f in state.files if len(f.info.row_groups)]
-        first = np.array([f.info.row_groups.first_unit.min() for f in files], np.int64)
-        order = np.argsort(first, kind="stable")
-        self._files = [files[i] for i in order]
-        self._first = first[order]
-        self._last = np.array([f.info.row_groups.last_unit.max() for f in self._files], np.int64)
-        self._reach = np.maximum.accumulate(self._last) if len(files) else self._last
 
-    def is_compact(self, span: Span) -> bool:
-        """Whether a span lies in at most one file without dead rows, and that file holds nothing else."""
-        low = np.searchsorted(self._reach, unit_of(span[0]))
-        high = np.searchsorted(self._first, unit_of(span[1] - 1), side="right")
-        rows = RowSet.from_keys(np.array([span[0]]), np.array([span[1]]))
-        near = low + np.flatnonzero(self._last[low:high] >= unit_of(span[0]))
-        held = [(self._files[i], self._files[i].record.stored) for i in near.tolist()]
-        # Dead rows do not put a file into a span: what a killed compaction has written is not written again.
-        inside = [(file, stored) for file, stored in held if (stored - file.dead) & rows]
-        return len(inside) < 2 and all(not file.dead and not (stored - rows) for file, stored in inside)
+@dataclass(frozen=True)
+class _Shards:
+    """Which rows make which shard: the addresses [starts[i], stops[i]), ascending, are of shard number[i]."""
+
+    starts: Ints
+    stops: Ints
+    number: Ints
+
+    def __len__(self) -> int:
+        return int(self.number.max(initial=-1)) + 1
+
+    @cached_property
+    def _by_number(self) -> tuple[Ints, Ints]:
+        order = np.argsort(self.number, kind="stable")
+        return order, np.searchsorted(self.number[order], np.arange(len(self) + 1))
+
+    def rows(self, number: int) -> RowSet:
+        """The addresses of one shard."""
+        order, first = self._by_number
+        mine = order[first[number] : first[number + 1]]
+        return RowSet.from_keys(self.starts[mine], self.stops[mine])
+
+    def missing(self, dataset: Dataset, wanted: str) -> list[int]:
+        """Those whose rows lie in several files, or in one with dead rows, with others, or arranged otherwise."""
+        files, whole = np.zeros(len(self), np.int64), np.zeros(len(self), np.bool_)
+        of_generation: dict[int, str] = {}
+        for file in dataset.state.files:
+            # Dead rows do not put a file into a shard: what a killed compaction has written is not written again.
+            rows = file.record.stored - file.dead if file.dead else file.record.stored
+            starts, stops = (np.concatenate(side) for side in zip(*rows.spans(), strict=True))
+            first = np.searchsorted(self.starts, starts, side="right") - 1
+            count = np.searchsorted(self.starts, stops, side="left") - first
+            within = np.repeat(first - np.cumsum(count) + count, count) + np.arange(count.sum())
+            touched = np.unique(self.number[within])
+            files[touched] += 1
+            if len(touched) == 1 and not file.dead:
+                number = file.record.generation
+                if number not in of_generation:
+                    of_generation[number] = arrangement(dataset.root, number)
+                whole[touched] = of_generation[number] == wanted
+        return np.flatnonzero((files > 1) | ((files == 1) & ~whole)).tolist()
+
+
+class RowSource:
+    """Reads any set of a dataset's visible rows, whatever files they lie in; from several threads.
+
+    Every page that is used has had its checksum compared: where a part of a row group is wanted, the whole is read
+    once before its first.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+        self._latents = StoredParts(dataset, "latent") if dataset.identity.kind == "latents" else None
+        self._checked: set[int] = set()
+
+    def read(self, wanted: RowSet) -> pa.Table | None:
+        """The rows of a set of addresses; None when none of them is visible."""
+        groups = self._dataset.row_groups
+        near = wanted.touches(address(groups.stored("first_unit")), address(groups.stored("last_unit") + 1))
+        tables = [self._of_group(index, wanted) for index in np.flatnonzero(near).tolist()]
+        found = [table for table in tables if table is not None]
+        return pa.concat_tables(found) if found else None
+
+    def _of_group(self, index: int, wanted: RowSet) -> pa.Table | None:
+        info = self._dataset.row_groups.info(index)
+        if RowSet.from_keys(np.array([address(info.first_unit)]), np.array([address(info.last_unit + 1)])) - wanted:
+            names, places = ["unit", "row"], None
+            if self._latents is not None and (places := self._latents.places(index)) is not None:
+                names = [name for name in self._latents.columns(index) if name != "latent"]
+            table = self._dataset.read(index, names)
+            inside = wanted.covers(address(table["unit"].to_numpy()) + table["row"].to_numpy())
+            if not inside.any():
+                return None
+            if not inside.all():
+                if places is None:
+                    return self._dataset.read(index, None).filter(pa.array(inside))
+                return self._with_latents(index, table.filter(pa.array(inside)), places[inside])
+        self._checked.add(index)
+        return self._dataset.read(index, None)
+
+    def _with_latents(self, index: int, others: pa.Table, places: ValuePlaces) -> pa.Table:
+        """Rows of a row group of which all else is read."""
+        assert self._latents is not None
+        if index not in self._checked:
+            self._dataset.read(index, ["latent"])
+            self._checked.add(index)
+        values = self._latents.copy(places)
+        offsets = np.arange(len(values) + 1, dtype=np.int64) * places.width
+        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(values)]
+        latents = pa.Array.from_buffers(pa.large_binary(), len(values), buffers)
+        return others.add_column(self._latents.columns(index).index("latent"), LATENTS.field("latent"), latents)
 
 
 def rows_in_span(dataset: Dataset, span: Span) -> pa.Table | None:
     """The visible rows of a span, whatever files they lie in; None when there are none."""
-    (start, stop), tables = span, []
-    for index, info in dataset.groups_within(unit_of(start), unit_of(stop - 1) + 1):
-        if start <= address(info.first_unit) and address(info.last_unit + 1) <= stop:
-            tables.append(dataset.read(index, None))
-            continue
-        # A row group at the ends of the span is read in full only if it holds any of its rows.
-        where = dataset.read(index, ["unit", "row"])
-        keys = address(where["unit"].to_numpy()) + where["row"].to_numpy()
-        inside = (keys >= start) & (keys < stop)
-        if inside.any():
-            tables.append(dataset.read(index, None).filter(pa.array(inside)))
-    return pa.concat_tables(tables) if tables else None
+    return RowSource(dataset).read(RowSet.from_keys(np.array([span[0]]), np.array([span[1]])))
 
 
-def _write_shard(dataset: Dataset, committer: Committer, span: Span) -> tuple[int, int]:
-    """(rows, bytes) of the shard written for a span of rows; nothing is written when none of them is visible."""
-    rows = rows_in_span(dataset, span)
+def _write_shard(source: RowSource, committer: Committer, wanted: RowSet) -> tuple[int, int]:
+    """(rows, bytes) of the shard written of some rows; nothing is written when none of them is visible."""
+    rows = source.read(wanted)
     if rows is None:
         return 0, 0
     record = committer.commit(rows, None, {})

@@ -25,9 +25,9 @@ from pipeline.storage.errors import storage_errors, unreadable
 from pipeline.storage.root import Root
 from pipeline.storage.stores import RangedFile
 from pipeline.store.ledger import layout
-from pipeline.store.ledger.generation import at_one_generation, last_run
+from pipeline.store.ledger.generation import IN_UNITS, arrangement, at_one_generation, last_run
 from pipeline.store.ledger.identity import Identity, identity_at, read_identity
-from pipeline.store.ledger.rowset import RowSet
+from pipeline.store.ledger.rowset import RowSet, distinct
 from pipeline.store.ledger.state import State, read_state, state_at
 from pipeline.store.read.pins import Pins
 from pipeline.store.read.row_groups import (
@@ -91,7 +91,7 @@ class Dataset:
         if not published:
             partial = np.flatnonzero(self.row_groups.partial).tolist()
             with ThreadPoolExecutor(_READERS) as pool:
-                alive = pool.map(lambda at: int(self._alive(at).sum()), partial)
+                alive = pool.map(lambda at: int(self.alive(at).sum()), partial)
                 self.row_groups.keep(dict(zip(partial, alive, strict=True)))
         self.num_rows = int(self.row_groups.rows.sum())
 
@@ -105,7 +105,8 @@ class Dataset:
         pins.publish(self.root, self.row_groups, self._facts)
 
     def _facts(self) -> dict[str, str]:
-        return {"digest": self.digest, "layout_digest": self.layout_digest, "fingerprint": self.fingerprint_digest}
+        told = {"digest": self.digest, "layout_digest": self.layout_digest, "fingerprint": self.fingerprint_digest}
+        return {**told, "shuffled": json.dumps(self.is_shuffled)}
 
     @classmethod
     def open_kind(cls, uri: str, kind: str, key: str = "uri", pins: Pins | None = None) -> Any:
@@ -178,6 +179,16 @@ class Dataset:
         return hasher.hexdigest()
 
     @cached_property
+    def is_shuffled(self) -> bool:
+        """Whether shuffled compactions wrote all its files."""
+        if "shuffled" in self._published:
+            return bool(json.loads(self._published["shuffled"]))
+        generations = distinct(self.state.files.generations).tolist()
+        with ThreadPoolExecutor(_READERS) as pool:  # after a year of nights they are hundreds
+            found = pool.map(lambda number: arrangement(self.root, number), generations)
+            return all(each != IN_UNITS for each in found)
+
+    @cached_property
     def provenance(self) -> dict[str, Any]:
         """`run_id` (or handle) of the run that wrote what came last, and the `source` it read; {} when unknown."""
         written = np.concatenate([self.state.files.generations, self.state.reject_files.generations])
@@ -214,7 +225,7 @@ class Dataset:
             return self._read_group(file, number, columns, verify)
         extra = [] if columns is None else [c for c in ("unit", "row") if c not in columns]
         table = self._read_group(file, number, None if columns is None else [*columns, *extra], verify)
-        table = table.filter(pa.array(self._alive(row_group, table)))
+        table = table.filter(pa.array(self.alive(row_group, table)))
         return table if columns is None else table.select(list(columns))
 
     def read_fixed(self, row_group: int, column: str, *, verify: bool = True) -> FixedRows:
@@ -224,16 +235,16 @@ class Dataset:
         on a remote store one ranged read). ValueError when values are null or differ in length; else as `read`.
         """
         file, number = self.row_groups.place(row_group)
-        span = None if verify else plain_span(self._footer(file), number, column)
+        span = None if verify else plain_span(self.footer(file), number, column)
         if span is None:
             return fixed_width_values(self.read(row_group, [column], verify=verify)[column])
         path = self.row_groups.path(file)
         with reading_table(self.root.uri_of(path)):
             chunk = self._bytes(path, *span)
         values = fixed_width_pages(chunk, int(self.row_groups.stored("rows")[row_group]))
-        return values[self._alive(row_group)] if self.row_groups.partial[row_group] else values
+        return values[self.alive(row_group)] if self.row_groups.partial[row_group] else values
 
-    def _alive(self, row_group: int, rows: pa.Table | None = None) -> npt.NDArray[np.bool_]:
+    def alive(self, row_group: int, rows: pa.Table | None = None) -> npt.NDArray[np.bool_]:
         """Which stored rows of a row group, given with unit and row or read here, are visible."""
         file, number = self.row_groups.place(row_group)
         rows = self._read_group(file, number, ["unit", "row"], True) if rows is None else rows
@@ -256,7 +267,8 @@ class Dataset:
             # A process may have some 65,000 mappings: many small ones are not worth one each.
             return values if length >= _WORTH_A_MAPPING else values.copy()
 
-    def _footer(self, file: int) -> pq.FileMetaData:
+    def footer(self, file: int) -> pq.FileMetaData:
+        """The footer of a file, given by its number among the visible ones; InputError as `read`."""
         groups = self.row_groups
         path, size, number = groups.path(file), int(groups.file_bytes[file]), int(groups.file_groups[file])
         footer = self._footers.get(path)
@@ -280,7 +292,7 @@ class Dataset:
         return pa.memory_map(str(local)) if local is not None else self.root.ranged(path, size)
 
     def _read_group(self, file: int, number: int, columns: Sequence[str] | None, verify: bool) -> pa.Table:
-        footer = self._footer(file)
+        footer = self.footer(file)
         with reading_table(self.root.uri_of(self.row_groups.path(file))), self._opened(file) as source:
             remote = isinstance(source, RangedFile)
             reader = pq.ParquetFile(source, metadata=footer, pre_buffer=remote, page_checksum_verification=verify)
@@ -327,7 +339,7 @@ class LatentDataset(Dataset):
     def has_any(self, column: str) -> bool:
         """Whether some row has a value in a column, by the files' statistics: rows since replaced count, too."""
         for file in range(len(self.row_groups.paths)):
-            footer = self._footer(file)
+            footer = self.footer(file)
             for number in range(footer.num_row_groups):
                 group = footer.row_group(number)
                 leaves = (group.column(leaf) for leaf in range(group.num_columns))
