@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from pipeline.store.read.row_groups import MAX_PART_BYTES, Bytes, FixedRows, Ints, gather, plain_span, reading_table
-from pipeline.store.read.row_groups import _struct as page_header
+from pipeline.store.read.row_groups import Ints, reading_table
 
 if TYPE_CHECKING:
     from pipeline.store.read.dataset import Dataset
@@ -110,11 +110,188 @@ def to_float32(raw: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float32
     raise ValueError(f"latent dtype must be one of {LATENT_DTYPES}, not {dtype!r}")
 
 
-# -- Parts of a row group: of a plain column (see `store.read.row_groups`) the bytes of some rows are enough --------
+# --------------------------------------------------------------------------------------------------------------
+# Values of one length read straight from a Parquet column chunk: views of its pages, nothing decoded or copied.
+#
+# A required BYTE_ARRAY column, PLAIN and uncompressed, is for each page a header (Thrift, compact protocol) and then,
+# value by value, a length of 4 bytes and the bytes (the Parquet format's Encodings.md and PageHeader in
+# parquet.thrift). Where all values have one length they are an evenly strided array. Latents are stored that way so
+# that reading them is one copy, from the page cache to where they are needed: `gather` makes it, for rows in any
+# order out of any number of columns.
+
+
+Bytes = npt.NDArray[np.uint8]
+_VIEW = np.dtype([("length", "<i4"), ("prefix", "<i4"), ("buffer", "<i4"), ("offset", "<i4")])
+MAX_PART_BYTES = (1 << 31) - 1  # places in one piece of memory are 32-bit integers, there
+_INLINE = 12  # a view holds so many bytes itself (Arrow columnar format, variable-size binary view layout)
+_DATA_PAGE, _PLAIN = 0, 0
+_LENGTH = 4  # bytes before each value
+
+
+def plain_span(footer: pq.FileMetaData, group: int, column: str) -> tuple[int, int] | None:
+    """(first byte, bytes) of a column chunk that `fixed_width_pages` can read; None where it must be decoded."""
+    names = footer.schema.names
+    if column not in names:
+        return None
+    place = names.index(column)
+    described, chunk = footer.schema.column(place), footer.row_group(group).column(place)
+    plain = (
+        described.path == column
+        and described.max_definition_level == described.max_repetition_level == 0
+        and chunk.physical_type == "BYTE_ARRAY"
+        and chunk.compression == "UNCOMPRESSED"
+        and not chunk.has_dictionary_page
+    )
+    return (chunk.data_page_offset, chunk.total_compressed_size) if plain else None
+
+
+@dataclass(frozen=True)
+class FixedRows:
+    """Values of one length where they lie: value i is data[starts[i] : starts[i] + width].
+
+    data: uint8 [bytes], often a view of a file; starts: int64 [n].
+    """
+
+    data: Bytes
+    starts: Ints
+    width: int
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, rows: slice | npt.NDArray[Any]) -> FixedRows:
+        return FixedRows(self.data, self.starts[rows], self.width)
+
+    def values(self) -> Bytes:
+        """A copy of all: uint8 [n, width]."""
+        return gather([self.data], np.zeros(len(self), np.int32), self.starts, self.width)
+
+
+def gather(parts: Sequence[Bytes], part_of: npt.NDArray[np.int32], starts: Ints, width: int) -> Bytes:
+    """Values from several pieces of memory end to end, each copied once: uint8 [n, width], writable.
+
+    Value i is parts[part_of[i]][starts[i] : starts[i] + width]. ValueError for a place outside its part, or a part
+    above MAX_PART_BYTES.
+    """
+    sizes = np.array([len(part) for part in parts], np.int64)
+    if len(starts) and ((starts < 0) | (starts + width > sizes[part_of])).any():
+        raise ValueError("a value lies outside its column")
+    if len(starts) and sizes.max() > MAX_PART_BYTES:
+        raise ValueError(f"a part has {sizes.max()} bytes, of at most {MAX_PART_BYTES}")
+    if width <= _INLINE or not len(starts):
+        small = np.empty((len(starts), width), np.uint8)
+        for at, part in enumerate(parts):
+            mine = part_of == at
+            small[mine] = part[starts[mine, None] + np.arange(width)]
+        return small
+    # Arrow's own loop over views makes the copy. Their prefix, which comparisons use, is not looked at.
+    views = np.zeros(len(starts), _VIEW)
+    views["length"], views["buffer"], views["offset"] = width, part_of, starts
+    buffers = [None, pa.py_buffer(views), *map(pa.py_buffer, parts)]
+    copied = pa.Array.from_buffers(pa.binary_view(), len(starts), buffers).cast(pa.large_binary())
+    return np.frombuffer(copied.buffers()[-1], np.uint8).reshape(len(starts), width)
+
+
+def fixed_width_pages(chunk: Bytes, rows: int) -> FixedRows:
+    """The values of a column chunk in order, in its own bytes.
+
+    ValueError when the chunk is not what `plain_span` promised, when it does not hold `rows` values, or when they
+    differ in length. Checksums are not looked at.
+    """
+    starts: list[Ints] = []
+    data: memoryview = chunk.data  # whose items are plain integers, quick to look at
+    at, left, width = 0, rows, -1
+    while left > 0:
+        header, begin = _struct(data, at)
+        size, page = header.get(3), header.get(5)
+        if header.get(1) != _DATA_PAGE or not isinstance(page, dict) or page.get(2) != _PLAIN:
+            raise ValueError(f"the page at byte {at} of the column is no plain data page")
+        count = int(page.get(1, 0))
+        if width < 0:
+            width = int.from_bytes(data[begin : begin + _LENGTH], "little")
+        at = begin + int(size or 0)
+        if not 0 < count <= left or (_LENGTH + width) * count != at - begin or at > len(chunk):
+            raise ValueError(f"a page of {at - begin} bytes does not hold {count} values of {width} bytes")
+        lengths = np.ndarray((count,), "<u4", chunk[begin:at], 0, (_LENGTH + width,))
+        if (lengths != width).any():
+            raise ValueError(f"a value is {int(lengths[lengths != width][0])} bytes long, not {width}")
+        starts.append(np.arange(count, dtype=np.int64) * (_LENGTH + width) + (begin + _LENGTH))
+        left -= count
+    return FixedRows(chunk, np.concatenate([np.zeros(0, np.int64), *starts]), max(0, width))
+
+
+def fixed_width_values(column: pa.ChunkedArray) -> FixedRows:
+    """The same of a decoded binary column; ValueError for a null, or when values differ in length."""
+    values = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    if values.null_count:
+        raise ValueError(f"{values.null_count} values are null")
+    if not len(values):
+        return FixedRows(np.zeros(0, np.uint8), np.zeros(0, np.int64), 0)
+    word = np.int64 if pa.types.is_large_binary(values.type) else np.int32
+    _, places, data = values.buffers()
+    offsets = np.frombuffer(places, word, len(values) + 1 + values.offset)[values.offset :].astype(np.int64)
+    lengths = np.diff(offsets)
+    width = int(lengths[0])
+    if (lengths != width).any():
+        raise ValueError(f"a value is {int(lengths[lengths != width][0])} bytes long, not {width}")
+    return FixedRows(np.frombuffer(data, np.uint8), offsets[:-1], width)
+
+
+def _struct(data: memoryview, at: int) -> tuple[dict[int, Any], int]:
+    """A Thrift compact struct: its integers and structs by field number, and where it ends.
+
+    Whatever a page header has of other types (statistics are binary, flags are booleans) is passed over.
+    """
+    fields: dict[int, Any] = {}
+    number = 0
+    try:
+        while True:
+            head = data[at]
+            at += 1
+            if head == 0:
+                return fields, at
+            kind = head & 15
+            if head >> 4:
+                number += head >> 4
+            else:
+                number, at = _integer(data, at)
+            if kind in (1, 2):  # the type is the value
+                continue
+            if kind in (4, 5, 6):
+                fields[number], at = _integer(data, at)
+            elif kind == 8:
+                size, at = _varint(data, at)
+                at += size
+            elif kind == 12:
+                fields[number], at = _struct(data, at)
+            else:
+                raise ValueError(f"a page header has a field of the unexpected type {kind}")
+    except IndexError:
+        raise ValueError("a page header ends too early") from None
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+        shift += 7
+        if shift > 63:
+            raise ValueError("a page header holds an endless number")
+
+
+def _integer(data: memoryview, at: int) -> tuple[int, int]:
+    value, at = _varint(data, at)
+    return (value >> 1) ^ -(value & 1), at
+
+
+# -- Parts of a row group: of a plain column the bytes of some rows are enough --------
 
 
 _HEADER_BYTES = 256  # a page's header has some thirty; where it has more, the column is read as a whole
-_LENGTH = 4  # bytes before each value
 _FILES = 1024  # mapped at a time; a process may have some 65,000 mappings
 _GAP_BYTES = 64 << 10  # what is read in vain rather than asked for by one more request
 
@@ -166,7 +343,7 @@ class StoredParts:
         while left:
             data = self._bytes(path, at, min(_HEADER_BYTES, stop - at))
             try:
-                header, begin = page_header(data.data, 0)
+                header, begin = _struct(data.data, 0)
             except ValueError:
                 return None
             page = header.get(5)

@@ -19,8 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.errors import ConfigError, InputError
-from pipeline.store.read.row_groups import FixedRows
-from pipeline.store.schema import LATENTS
+from pipeline.store.schema import LATENTS, FixedRows
 from pipeline.stream.order import Layout
 
 if TYPE_CHECKING:

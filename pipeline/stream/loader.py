@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import ConfigError
-from pipeline.store.read.row_groups import Bytes, gather
+from pipeline.store.schema import Bytes, gather
 from pipeline.stream.data import (
     RULE,
     Batch,

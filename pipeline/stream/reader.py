@@ -23,8 +23,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.store.read.row_groups import MAX_PART_BYTES, Bytes, FixedRows
-from pipeline.store.schema import StoredParts, ValuePlaces
+from pipeline.store.schema import MAX_PART_BYTES, Bytes, FixedRows, StoredParts, ValuePlaces
 from pipeline.stream.data import Choice, FileRows, LatentRows, binary_rows, id_words, integers
 from pipeline.stream.order import Piece, Window
 

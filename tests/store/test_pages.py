@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import InputError
 from pipeline.store.read.dataset import LatentDataset
-from pipeline.store.read.row_groups import fixed_width_pages, fixed_width_values, gather, plain_span
+from pipeline.store.schema import fixed_width_pages, fixed_width_values, gather, plain_span
 from tests.support.rows import claim, committer, latent_rows, planned_root
 
 
