@@ -82,7 +82,8 @@ class WindowReader:
         wanted = [*choice.columns, "label", *(SIZE_COLUMNS if sizes else ()), *(["caption"] if captions else ())]
         self._columns = list(dict.fromkeys(wanted))
         self._shapes: dict[int, Shape] = {}
-        self._stored = StoredParts(cast("Dataset", dataset), "latent") if isinstance(dataset, FileRows) else None
+        self._files = cast("Dataset", dataset) if isinstance(dataset, FileRows) else None
+        self._stored = None if self._files is None else StoredParts(self._files, "latent")
         self._groups: dict[int, _Rows] = {}
         self._kept_bytes, self._checked = 0, set[int]()
         self._lock, self._random = threading.Lock(), random.Random(0)
@@ -163,7 +164,25 @@ class WindowReader:
             sizes,
             table.column("caption").combine_chunks() if self._captions else None,
         )
-        return rows if self._all else rows[self._choice.rows(table)]
+        rows = rows if self._all else rows[self._choice.rows(table)]
+        return self._without_withdrawn(row_group, rows)
+
+    def _without_withdrawn(self, row_group: int, rows: _Rows) -> _Rows:
+        """Chosen rows; in place of each that was withdrawn since they were pinned the next one that was not.
+
+        So the order stays what it was, and nothing of what was withdrawn is served.
+        """
+        gone = None if self._files is None else self._files.withdrawn_in(row_group)
+        if gone is None or not len(rows.ids):
+            return rows
+        kept = np.flatnonzero(~gone[rows.stored])
+        if not len(kept):
+            raise InputError(
+                f"All rows of row group {row_group} that this run serves were withdrawn",
+                rule="a run goes on in the order that it began with; a withdrawn row is replaced by one beside it",
+                next_step="start a new run with another output.uri, from this one's weights with model.init.uri",
+            )
+        return rows[kept[np.searchsorted(kept, np.arange(len(rows.ids))).clip(max=len(kept) - 1)]]
 
     def _latents(self, pieces: Sequence[Piece], parts: Sequence[_Rows], wide: int) -> list[FixedRows]:
         """The latents of each part, of `wide` bytes."""

@@ -13,8 +13,11 @@ from pipeline.errors import ConfigError, ConflictError, InputError, StoppedError
 from pipeline.model.load import load_model
 from pipeline.result import JobResult
 from pipeline.storage.root import Root
+from pipeline.store.ledger.ledger import claimed
 from pipeline.store.ledger.state import read_state
+from pipeline.store.maintain.forget import Listed, forget
 from pipeline.store.read.dataset import LatentDataset
+from pipeline.stream.loader import LatentStream
 from pipeline.stream.order import ROW_GROUPS
 from pipeline.train import job
 from pipeline.train.checks import handshake
@@ -81,6 +84,44 @@ def test_a_run_of_before_windows_were_made_of_parts_goes_on_in_its_own_order(
     resumed = weights(job.run(config))
     assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
     assert not all(torch.equal(undisturbed[name], new[name]) for name in undisturbed)
+
+
+def test_a_run_serves_no_row_that_was_withdrawn_since_it_began_and_keeps_its_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = job_config(tmp_path / "whole", make_dataset(tmp_path / "a"))
+    undisturbed = weights(job.run(whole))
+    config = stopped_run(tmp_path, monkeypatch)
+    uri, root = config.data.uri, Root(config.output.uri)
+    latents = LatentDataset.open(uri)
+    ids = [i for group in range(6) for i in latents.read(group, ["sample_id"])["sample_id"].to_pylist()[3:]]
+    with claimed(Root(uri), "forget", patience_s=0.0) as generation:
+        assert forget(generation, Listed(ids=frozenset(ids)), source_uri="mem").rows == len(ids)
+    assert LatentDataset.open(uri).num_rows == latents.num_rows - len(ids)
+    result = job.run(config)
+    assert result.status == "done"
+    assert f"{len(ids)} rows of" in caplog.text
+    assert "were withdrawn since this run began" in caplog.text
+    # As its ranks see it: the rows and the order that it began with, but for those.
+    pins = pins_of(root, look(config, root).inputs)
+    dataset = LatentDataset.open(uri, pins=pins)
+    assert (dataset.num_rows, dataset.layout_digest) == (latents.num_rows, latents.layout_digest)
+    assert dataset.withdrawn.count() == len(ids) > 5
+
+    def served(of: LatentDataset) -> list[bytes]:
+        with LatentStream(of, rank=0, world_size=1, batch_size=8, seed=0) as stream:
+            batches = [batch for _, batch in zip(range(stream.steps_per_epoch), stream, strict=False)]
+        return [word.tobytes() for batch in batches for word in batch.sample_ids]
+
+    before, now = served(latents), served(dataset)
+    assert set(ids) & set(before)
+    assert not set(ids) & set(now)
+    changed = [a for a, b in zip(before, now, strict=True) if a != b]
+    assert set(changed) <= set(ids)
+    assert not all(torch.equal(undisturbed[name], weights(result)[name]) for name in undisturbed)
+    dataset.withdrawn = dataset.state.covered
+    with pytest.raises(InputError, match="were withdrawn"):
+        served(dataset)
 
 
 def begin(config: TrainJobConfig, root: Root) -> Begun:

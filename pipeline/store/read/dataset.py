@@ -27,7 +27,7 @@ from pipeline.storage.stores import RangedFile
 from pipeline.store.ledger import layout
 from pipeline.store.ledger.generation import IN_UNITS, arrangement, at_one_generation, last_run
 from pipeline.store.ledger.identity import Identity, identity_at, read_identity
-from pipeline.store.ledger.rowset import RowSet, distinct
+from pipeline.store.ledger.rowset import RowSet, address, distinct
 from pipeline.store.ledger.state import State, read_state, state_at
 from pipeline.store.read.pins import Pins
 from pipeline.store.read.row_groups import ReadableGroups, RowGroupInfo, reading_table
@@ -235,6 +235,18 @@ class Dataset:
             chunk = self._bytes(path, *span)
         values = fixed_width_pages(chunk, int(self.row_groups.stored("rows")[row_group]))
         return values[self.alive(row_group)] if self.row_groups.partial[row_group] else values
+
+    def withdrawn_in(self, row_group: int) -> npt.NDArray[np.bool_] | None:
+        """Which visible rows of a row group were withdrawn since they were pinned; None where none was."""
+        info = self.row_groups.info(row_group)
+        near = (
+            self.withdrawn.within(address(info.first_unit), address(info.last_unit + 1)) if self.withdrawn else None
+        )
+        if not near:
+            return None
+        rows = self.read(row_group, ["unit", "row"])
+        gone = near.contains(rows["unit"].to_numpy(), rows["row"].to_numpy())
+        return gone if gone.any() else None
 
     def alive(self, row_group: int, rows: pa.Table | None = None) -> npt.NDArray[np.bool_]:
         """Which stored rows of a row group, given with unit and row or read here, are visible."""
