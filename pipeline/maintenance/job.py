@@ -25,7 +25,7 @@ from pipeline.store.ledger.generation import last_run, noted_runs, read_claim
 from pipeline.store.ledger.identity import read_identity
 from pipeline.store.ledger.ledger import claimed
 from pipeline.store.ledger.state import read_state
-from pipeline.store.maintain.compact import arranged, compact, shards_to_write
+from pipeline.store.maintain.compact import arranged, compact, ranges_to_tell, shards_to_write
 from pipeline.store.maintain.forget import Listed, forget
 from pipeline.store.maintain.verify import VerifyReport, collect_garbage, has_garbage, verify
 from pipeline.store.plan import Plan
@@ -104,7 +104,7 @@ def run_compact(config: CompactJobConfig) -> JobResult:
         {"shards_written": 0, "shards_kept": shards, "rows": 0, "bytes": 0},
         {"dataset": config.data.uri},
     )
-    if not todo:
+    if not todo and not ranges_to_tell(dataset.state):
         return JobResult("unchanged", counts, outputs, last_run(root, job="compact").get("run_id"))
     with (
         open_run(config, "compact", root, note=lambda: arranged(seed), key="data.uri") as run,
@@ -127,7 +127,7 @@ def run_compact(config: CompactJobConfig) -> JobResult:
             "rows": report.rows_moved,
             "bytes": report.bytes_written,
         }
-        status = "done" if report.shards_written else "unchanged"
+        status = "done" if report.shards_written or report.ranges_told else "unchanged"
         return run.done(JobResult(status, counts, outputs), digest=_open(root).digest)
 
 

@@ -235,6 +235,52 @@ def test_what_a_compaction_has_replaced_is_in_no_later_list(root: Root) -> None:
     assert verify(root.uri, "checksums").problems == []
 
 
+def test_outcomes_and_lengths_of_what_was_compacted_are_told_by_few_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A year of fragments with rejects, of units whose length only reading told: one record a shard, and one more."""
+    root = Root(str(tmp_path / "d"))
+    claim_identity(root, IDENTITY)
+    units = [[Listed(f"{u:03}.tar", row_stop=None)] for u in range(12)]
+    append_version(read_plan(root), units, source={}, generation=0)
+    generation = claim(root)
+    for unit in range(12):
+        outcomes = pa.concat_tables(
+            [rejected_rows([(unit, 1)], "truncated"), rejected_rows([(unit, 2)], "too_small", outcome="filtered")]
+        )
+        committer(root, generation).commit(latent_rows([(unit, 0)]), outcomes, {})
+        committer(root, generation).commit(latent_rows([(unit, 3)]), None, {unit: 4})
+    generation.close({"status": "done"})
+    before, digest = read_state(root), LatentDataset.open(root.uri).digest
+    assert not before.gaps()
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    sizes = {"shard_bytes": 40 * 304, "row_group_bytes": 5 * 48}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pipeline.store.maintain.compact._tell_range", die)
+        compact(root.uri, **sizes)
+    report = compact(root.uri, **sizes)
+    assert (report.shards_written, report.ranges_told) == (0, 1)
+    assert compact(root.uri, **sizes).ranges_told == 0
+    claim(root).close({})
+    assert len(visible_records(root)) == 2
+    after = read_state(root)
+    assert (after.covered, after.rejects, after.filtered) == (before.covered, before.rejects, before.filtered)
+    assert (after.unit_rows, after.gaps()) == (before.unit_rows, before.gaps())
+    assert len(after.reject_files) == 1
+    assert LatentDataset.open(root.uri).digest == digest
+    assert verify(root.uri, "checksums").problems == []
+    # What was told anew can be tried again, and a night's few fragments leave the range as it is.
+    generation = claim(root)
+    committer(root, generation).commit(latent_rows([(5, 1)]), rejected_rows([(6, 1)], "corrupt"), {})
+    generation.close({"status": "done"})
+    assert compact(root.uri, **sizes).ranges_told == 0
+    assert read_state(root).rejects["truncated"].count() == 10
+    assert read_state(root).rejects["corrupt"].triples() == [[6, 1, 2]]
+
+
 def scattered(units: int = 2) -> RowSet:
     """Every third row of some units of 1,000: more runs than intervals are worth, and a run at the end."""
     return RowSet.from_triples([(u, r, r + 1) for u in range(units) for r in range(0, 1000, 3)] + [(9, 5, 700)])

@@ -32,8 +32,8 @@ def address(unit: Units) -> Units:
     return unit << _SHIFT
 
 
-def unit_of(key: int) -> int:
-    """The unit of an address integer."""
+def unit_of(key: Units) -> Units:
+    """The unit of an address integer, or of many."""
     return key >> _SHIFT
 
 
@@ -146,6 +146,14 @@ class RowSet:
     def count(self) -> int:
         """The number of rows."""
         return int((self.stops - self.starts).sum()) + int(np.bitwise_count(self.bits).sum(dtype=np.int64))
+
+    def count_by_unit(self, units: int) -> Int64s:
+        """How many of its rows each unit below `units` has: int64 [units]."""
+        counts = np.zeros(units, np.int64)
+        np.add.at(counts, self.starts >> _SHIFT, self.stops - self.starts)
+        in_blocks = np.bitwise_count(self.bits).sum(axis=1, dtype=np.int64)
+        np.add.at(counts, self.blocks >> (_SHIFT - _BLOCK_SHIFT), in_blocks)
+        return counts
 
     def num_spans(self) -> int:
         """Of how many intervals it would consist at most if it had no bitmaps."""

@@ -21,6 +21,10 @@ equal parts, which one is drawn by the seed. Within a shard the rows of a bucket
   its part. What is small (keys, captions, labels) is read once for every shard with rows of its row group.
 
 A claim tells how its compaction arranges rows: a file that another one wrote is no shard of this one.
+
+What else the fragments' records tell, why rows were left out and how long units are, is told anew as well, by one
+record for a range of units where more than a few tell it: then nothing of the fragments counts any more, and the next
+claim lists none of their records.
 """
 
 from __future__ import annotations
@@ -33,19 +37,24 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.store.ledger.generation import ARRANGED, IN_UNITS, Generation, arrangement
 from pipeline.store.ledger.identity import read_identity
-from pipeline.store.ledger.rowset import RowSet, address
+from pipeline.store.ledger.ledger import Lengths, extents
+from pipeline.store.ledger.rowset import RowSet, address, unit_of
 from pipeline.store.ledger.state import State, read_state
 from pipeline.store.read.dataset import Dataset
-from pipeline.store.schema import LATENTS, StoredParts, ValuePlaces
+from pipeline.store.read.row_groups import reading_table
+from pipeline.store.schema import LATENTS, REJECTS, StoredParts, ValuePlaces
 from pipeline.store.writer import ROW_BYTES, Committer, keyed_words
 
 # Where rows are small, as where pictures lie in files of their own: texts of 16 KiB each still fit 32-bit offsets.
 _MAX_ROWS = 1 << 16
 # Of a shuffled shard. Each is a span in the shard's commit record, which is read whenever the dataset is opened.
 _STRETCHES = 64
+# Of what is told beside stored rows: more than so many records a range are too many.
+_ROWS_A_RANGE, _UNITS_A_RANGE, _FEW_TELL = 1 << 18, 1 << 16, 8
 
 Ints = npt.NDArray[np.int64]
 Span = tuple[int, int]  # half-open, of address integers as a RowSet holds them
@@ -59,6 +68,7 @@ class CompactReport:
     shards_kept: int
     rows_moved: int
     bytes_written: int
+    ranges_told: int = 0  # of units, whose outcomes and lengths one record tells now
 
 
 def arranged(seed: int | None) -> dict[str, str]:
@@ -105,7 +115,11 @@ def compact(
         for done, (rows, size) in enumerate(pool.map(write, todo), 1):
             written, moved, size_bytes = written + (rows > 0), moved + rows, size_bytes + size
             on_shard(done, len(todo))
-    return CompactReport(written, shards - len(todo), moved, size_bytes)
+    ranges = ranges_to_tell(dataset.state)
+    for span in ranges:
+        generation.check()
+        _tell_range(dataset, committer, span)
+    return CompactReport(written, shards - len(todo), moved, size_bytes, len(ranges))
 
 
 def shards_to_write(dataset: Dataset, shard_bytes: int, seed: int | None = None) -> tuple[int, list[RowSet]]:
@@ -118,6 +132,49 @@ def shards_to_write(dataset: Dataset, shard_bytes: int, seed: int | None = None)
     else:
         shards = _shuffled(dataset, _rows_per_shard(dataset, shard_bytes), seed)
     return len(shards), [shards.rows(number) for number in shards.missing(dataset, arranged(seed)[ARRANGED])]
+
+
+def ranges_to_tell(state: State) -> list[Span]:
+    """Ranges of whole units of whose outcomes and lengths more than a few records tell.
+
+    Where they begin and end follows from the outcomes in plan order, so that what comes later moves none of them.
+    """
+    units, _ = state.plan.unit_lengths()
+    if not len(units):
+        return []
+    outcomes = RowSet.union_all([*state.rejects.values(), *state.filtered.values()])
+    weight = np.maximum(outcomes.count_by_unit(len(units)), _ROWS_A_RANGE // _UNITS_A_RANGE)
+    range_of = (np.cumsum(weight) - weight) // _ROWS_A_RANGE
+    records = state.reject_files.records
+    _, first, stop = extents(records)
+    owner = records.file_owner[state.reject_files.numbers]
+    pairs, lengths = records.flat("unit_rows").reshape(-1, 2), Lengths(records)
+    teller = np.repeat(np.arange(len(records)), np.diff(records.places("unit_rows")) // 2)
+    newest = np.array([lengths.told_by(unit) for unit in pairs[:, 0].tolist()], np.int64)
+    held = (records.generation[teller] == newest) & (pairs[:, 0] < len(units))
+    near = np.concatenate([unit_of(first[owner]), unit_of(stop[owner] - 1), pairs[held, 0]]).clip(max=len(units) - 1)
+    told = np.unique(np.stack([range_of[near], np.concatenate([owner, owner, teller[held]])]), axis=1)
+    many = np.flatnonzero(np.bincount(told[0]) > _FEW_TELL)
+    begins, ends = (np.searchsorted(range_of, many, side=side) for side in ("left", "right"))
+    return [(address(begin), address(end)) for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
+
+
+def _tell_range(dataset: Dataset, committer: Committer, span: Span) -> None:
+    """Commit what is known of a range of units but for its stored rows: outcomes with their reasons, and lengths."""
+    state, wanted = dataset.state, RowSet.from_keys(np.array([span[0]]), np.array([span[1]]))
+    _, first, stop = extents(state.reject_files.records)
+    owner = state.reject_files.records.file_owner[state.reject_files.numbers]
+    tables = [REJECTS.empty_table()]
+    for index in np.flatnonzero((first[owner] < span[1]) & (stop[owner] > span[0])).tolist():
+        file = state.reject_files[index]
+        with reading_table(dataset.root.uri_of(file.info.path)), dataset.root.open(file.info.path) as source:
+            table = pq.ParquetFile(source, page_checksum_verification=True).read().cast(REJECTS)
+        keys = address(table["unit"].to_numpy()) + table["row"].to_numpy()
+        tables.append(table.filter(pa.array(wanted.covers(keys) & ~file.dead.covers(keys))))
+    units, planned = state.plan.unit_lengths()
+    open_ended = units[(planned < 0) & (units >= unit_of(span[0])) & (units < unit_of(span[1]))].tolist()
+    lengths = {unit: state.unit_rows[unit] for unit in open_ended if unit in state.unit_rows}
+    committer.commit(LATENTS.empty_table(), pa.concat_tables(tables), lengths)
 
 
 def shard_spans(dataset: Dataset, shard_bytes: int) -> Iterator[Span]:
