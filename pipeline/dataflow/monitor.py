@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import signal
 import threading
@@ -24,6 +25,7 @@ from pipeline.progress import Progress
 from pipeline.store.ledger.rowset import RowSet
 
 _POLL_S = 0.5
+_NOTHING: Mapping[str, float] = {}
 Rows = tuple[int, int, int]  # of a unit: (unit, first row, last row + 1)
 
 
@@ -87,13 +89,15 @@ class MonitorState:
         starts.failures.append(error)
         starts.loading.discard(process)
 
-    def begin(self, process: str, call: int, rows: list[Rows]) -> None:
-        """A process starts on some rows."""
+    def begin(self, process: str, call: int, rows: list[Rows], amounts: Mapping[str, float] = _NOTHING) -> None:
+        """A process starts on some rows; amounts: what it has done before and not told."""
         self._open[process, call] = rows
+        self.add(amounts)
 
-    def end(self, process: str, call: int) -> None:
-        """It came back from them."""
+    def end(self, process: str, call: int, amounts: Mapping[str, float] = _NOTHING) -> None:
+        """It came back from them; amounts: what it has done and not told."""
         self._open.pop((process, call), None)
+        self.add(amounts)
 
     def fault(self, process: str, fault: str) -> None:
         """A process ends because of its device or of software: the rows it was busy with are not to blame."""
@@ -212,18 +216,55 @@ class Watch:
 # Runs on the workers, beside the work itself; torch is imported by the work, not here.
 
 
+_SEND_S = 1.0  # at least, between two sendings of amounts by one process
 _PAUSE_S = 10.0  # before a process that cannot start on its device makes room for another try
 _TELL_S = 10.0
 T = TypeVar("T")
 
 
+class Amounts:
+    """Adds up what a process has to tell of its work: the monitor is one process, of which thousands ask for a turn.
+
+    add: sent with all that came before it once `_SEND_S` have passed since the last time, else kept. From any thread.
+    """
+
+    def __init__(self, send: Callable[[dict[str, float]], object]) -> None:
+        self._send, self._sums, self._sent_s = send, dict[str, float](), -math.inf
+        self._lock = threading.Lock()
+
+    def add(self, amounts: Mapping[str, float]) -> None:
+        """Add to the job's totals, some time soon."""
+        with self._lock:
+            for name, amount in amounts.items():
+                self._sums[name] = self._sums.get(name, 0.0) + amount
+            due = time.monotonic() - self._sent_s >= _SEND_S
+        if due:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is kept, if anything, now: nothing may come after it."""
+        if amounts := self.take():
+            self._send(amounts)
+
+    def take(self) -> dict[str, float]:
+        """What is kept, for whoever sends it with something else."""
+        with self._lock:
+            amounts, self._sums, self._sent_s = self._sums, {}, time.monotonic()
+            return amounts
+
+
 class Reports:
-    """What one process of a stage tells the monitor."""
+    """What one process of a stage tells the monitor.
+
+    What it is busy with is sent at once, since it may die of it; what it has done is added up.
+    """
 
     def __init__(self, monitor: Any, stage: str) -> None:
         self._monitor, self._stage = monitor, stage
         self._process = f"{os.uname().nodename}-{os.getpid()}-{id(self):x}"
         self._calls = itertools.count()
+        self._amounts = Amounts(monitor.add.remote)
+        self.add = self._amounts.add
 
     def load(self, load: Callable[[], T]) -> Callable[[], T]:
         """`held`, but for what is wrong with this device alone: it does not work, or others fill its memory.
@@ -255,18 +296,19 @@ class Reports:
     def busy(self, block: pa.Table) -> Iterator[None]:
         """Around the work on a block: a process that dies leaves its rows open; one that its device ends, none."""
         call = next(self._calls)
-        self._monitor.begin.remote(self._process, call, touched(block))
-        with ends_with_its_device(self._stage, self.fault):
-            yield
-        self._monitor.end.remote(self._process, call)
+        self._monitor.begin.remote(self._process, call, touched(block), self._amounts.take())
+        try:
+            with ends_with_its_device(self._stage, self.fault):
+                yield
+        except Exception:
+            self._amounts.flush()  # the process may be given nothing else to do
+            raise
+        self._monitor.end.remote(self._process, call, self._amounts.take())
 
     def fault(self, fault: str) -> None:
         """This process ends because of its device or of software; returns when the monitor knows."""
+        self._amounts.flush()
         ray.get(self._monitor.fault.remote(self._process, fault), timeout=_TELL_S)
-
-    def add(self, amounts: Mapping[str, float]) -> None:
-        """Add to the job's totals."""
-        self._monitor.add.remote(amounts)
 
 
 def held(load: Callable[[], T], stage: str) -> Callable[[], T]:

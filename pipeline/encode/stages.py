@@ -119,7 +119,6 @@ class ImageDecoder:
 
 
 BLOCK_BYTES = 32 << 20  # of compressed images, that travel from a read task to an encoder
-_REPORT_S = 1.0
 # Blocks an actor has at a time: one whose images it takes, and others whose last batches wait for company. Beside a
 # GPU, whose queue holds three batches of up to hundreds of images, as many images must be on their way.
 CALLS, CALLS_BESIDE_A_GPU = 3, 16
@@ -143,16 +142,20 @@ class UnitReader:
         return partial(replace(self, spans={work.unit: self.spans[work.unit]}), work)
 
     def __call__(self, work: Work) -> Iterator[pa.Table]:
-        began = time.perf_counter()
-        for table in self._blocks(work):
-            self._report(time.perf_counter() - began)
-            yield table
-            began = time.perf_counter()
-        self._report(time.perf_counter() - began)
+        if self.monitor is None:
+            yield from self._blocks(work)
+            return
+        from pipeline.dataflow.monitor import Amounts
 
-    def _report(self, seconds: float) -> None:
-        if self.monitor is not None:
-            self.monitor.add.remote({"read_s": seconds})
+        amounts, began = Amounts(self.monitor.add.remote), time.perf_counter()
+        try:
+            for table in self._blocks(work):
+                amounts.add({"read_s": time.perf_counter() - began})
+                yield table
+                began = time.perf_counter()
+        finally:
+            amounts.add({"read_s": time.perf_counter() - began})
+            amounts.flush()
 
     def _blocks(self, work: Work) -> Iterator[pa.Table]:
         entries = [
@@ -231,7 +234,7 @@ class EncodeBlocks:
         return encoded_table(outcomes)
 
     def _news(self, encoder: Any, stored: int) -> dict[str, float]:
-        """What came since the last report: with every batch, so that the busy shares are those of any few seconds."""
+        """What came since the last time: with every batch, so that the busy shares are those of any few seconds."""
         usage = encoder.unreported()
         decode_s = self._decoder.unreported_s() if self._decoder else 0.0
         left_out = {"rejected": usage.rejected, "filtered": usage.filtered}
@@ -309,13 +312,10 @@ class DecodeImages:
 
 
 def _reporting(decoder: ImageDecoder, block: pa.Table, reports: Any) -> Iterator[Item]:
-    """The items of a block; every second, what was spent: told at the end alone it would look like nothing."""
-    told = time.monotonic()
+    """The items of a block, and what was spent with each: told at the end alone it would look like nothing."""
     for item in decoder.items(block):
         yield item
-        if time.monotonic() - told > _REPORT_S:
-            told = time.monotonic()
-            reports.add({"decode_s": decoder.unreported_s()})
+        reports.add({"decode_s": decoder.unreported_s()})
 
 
 @dataclass(frozen=True)

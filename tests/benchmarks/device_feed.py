@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.codec.config import CodecConfig
+from pipeline.dataflow import monitor as reporting
 from pipeline.encode.plan import PEAK_TFLOPS
 from pipeline.encode.rows import raw_table
 from pipeline.encode.stages import BLOCK_BYTES, CALLS_BESIDE_A_GPU, EncodeBlocks, EncoderSpec
@@ -78,6 +79,7 @@ def feed(
     on_ready: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Feed a codec's device with one JPEG again and again, for so long once all is warm."""
+    reporting._SEND_S = 0.0  # figures of a few seconds: each batch is told when it is done
     monitor = LocalMonitor()
     spec = EncoderSpec(
         codec=codec,

@@ -126,8 +126,11 @@ def test_a_device_that_failed_ends_its_process_and_blames_no_row(
     assert monitor.state.deaths() == ([[(7, 3, 4)]], [])
 
 
-def test_seconds_are_reported_with_every_batch_and_none_twice(tmp_path: Path) -> None:
+def test_seconds_are_reported_with_every_batch_and_none_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A block takes minutes on a device: what is told only at its end makes a busy device look idle."""
+    monkeypatch.setattr("pipeline.dataflow.monitor._SEND_S", 0.0)  # as if a batch took longer
     monitor, seen = LocalMonitor(), []
     add = monitor.state.add
 
@@ -141,6 +144,7 @@ def test_seconds_are_reported_with_every_batch_and_none_twice(tmp_path: Path) ->
     Image.new("RGB", (32, 32)).save(image, "PNG")
     rows = [SourceRow(n, f"{n}.png", image.getvalue(), None, None, None, source="s") for n in range(4)]
     table = encode(raw_table(7, [*rows, SourceRow.without_image(4, "b.png", Reason.MISSING, "gone", "s")]))
+    seen = [amounts for amounts in seen if amounts]
     assert [amounts["rows"] for amounts in seen] == [2, 2, 1]  # two batches, and the end of the block
     assert all(amounts["device_s"] > 0 for amounts in seen[:2])
     totals = monitor.state.totals()[0]
