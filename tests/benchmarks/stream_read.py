@@ -301,7 +301,7 @@ def _million(uri: str, files: int, per_file: int) -> Root:
     generation = claim(root)
     ((_, seed),) = visible_records(root)
     info = seed.files[0]
-    real = [info.row_groups[at] for at in range(per_file)]
+    real = list(info.row_groups)
     units = ([Listed(f"{unit:06d}", row_stop=per_file * rows)] for unit in range(1, files + 1))
     append_version(read_plan(root), units, source={"uri": "mem"}, generation=generation.number)
     for first in range(1, files + 1, 64):
