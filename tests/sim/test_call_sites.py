@@ -21,6 +21,7 @@ PLAYED = {
     "store/ledger/ledger.py: commit: put_if_absent": "World.encode, World.compact, World.dedup, Samplers.sample",
     "store/read/pins.py: Pins.pin: put_if_absent": "Trainers.train",
     "store/read/pins.py: Pins.publish: put_if_absent": "Trainers.train",
+    "store/read/pins.py: Pins.withdraw: put_if_absent": "test_pinned_inputs: named by its content, only added to",
     "store/plan.py: _PartWriter._put: put_if_absent": "World.encode, Samplers.sample",
     "store/plan.py: append_version: put_if_absent": "World.encode, Samplers.sample",
     "store/ledger/generation.py: note_run: put": "an advisory object of one generation",
