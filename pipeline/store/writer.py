@@ -228,7 +228,7 @@ def file_meta(identity: Identity, generation: int) -> dict[str, str]:
         codec = identity.about.get("codec", {})
         told |= {
             "latent_dtype": str(identity.fingerprint.get("latent_dtype")),
-            "latent_layout": "C-order, little-endian, of the shape in latent_shape [c, h, w]; raw, neither scaled nor "
+            "latent_layout": "C-order, little-endian, of the shape in latent_shape [c, h, w]; raw, not scaled or "
             "shifted: a model sees (latent - shift_factor) * scaling_factor",
             "posterior": str(identity.fingerprint.get("posterior")),
             **{name: str(codec[name]) for name in ("scaling_factor", "shift_factor") if name in codec},
