@@ -44,7 +44,7 @@ _TEXT = "tag:yaml.org,2002:str"
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with YAML 1.2 floats and without repeated keys."""
+    """Safe YAML with YAML 1.2 floats, days as text, and without repeated keys."""
 
 
 def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
@@ -61,6 +61,7 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: str(node.value))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(

@@ -90,7 +90,7 @@ def test_problems_inside_a_union_name_the_users_key() -> None:
         ("name: [a\n", "no valid YAML at line"),
         ("- a\n- b\n", "holds a list"),
         ("name: !!python/object:os.system x\n", "could not determine a constructor"),
-        ("name: 2026-01-01\n", "unknown type"),
+        ("name: !!binary aGk=\n", "unknown type"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:

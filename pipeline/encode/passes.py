@@ -40,6 +40,7 @@ from pipeline.progress import Progress
 from pipeline.source.reasons import Reason
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import Generation
+from pipeline.store.ledger.identity import read_identity
 from pipeline.store.ledger.ledger import visible_records
 from pipeline.store.ledger.record import Records
 from pipeline.store.ledger.rowset import RowSet
@@ -47,7 +48,7 @@ from pipeline.store.ledger.state import State, fold
 from pipeline.store.maintain.forget import Withdrawals
 from pipeline.store.plan import Work, read_plan
 from pipeline.store.schema import LATENTS, REJECTS
-from pipeline.store.writer import Committer
+from pipeline.store.writer import Committer, file_meta
 from pipeline.tracking.tracker import Tracker
 
 _log = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ class _Encoding:
             generation.number,
             config.encode.row_group_bytes,
             config.encode.latent_dtype,
-            {"latentloom.generation": str(generation.number)},
+            file_meta(read_identity(root), generation.number),
         )
         self.resources = _resources(config)
         self.shares = Shares(_capacity(config, self.resources))

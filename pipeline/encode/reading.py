@@ -36,7 +36,7 @@ from pipeline.store.maintain.forget import Withdrawals
 from pipeline.store.plan import Plan, Work, live_entries, same_version
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.schema import LATENTS, REJECTS
-from pipeline.store.writer import Committer
+from pipeline.store.writer import Committer, file_meta
 
 _log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def reread(
     """
     root, encode = generation.root, config.encode
     dataset = LatentDataset.open(root.uri)
-    meta = {"latentloom.generation": str(generation.number)}
+    meta = file_meta(read_identity(root), generation.number)
     committer = Committer(root, generation.number, encode.row_group_bytes, encode.latent_dtype, meta)
     stored = dataset.state.stored
     done = unread = 0
@@ -157,7 +157,7 @@ def carry_over(
     root, encode = generation.root, config.encode
     state = read_state(root)
     before = LatentDataset(root, read_identity(root), state_at(root, since))
-    meta = {"latentloom.generation": str(generation.number)}
+    meta = file_meta(read_identity(root), generation.number)
     committer = Committer(root, generation.number, encode.row_group_bytes, encode.latent_dtype, meta)
     old_keys, new_keys = _same_images(before.state, state)
     withdrawals = Withdrawals.read(root, Withdrawals.keys(root))

@@ -68,6 +68,19 @@ class VerifyJobConfig(StrictModel):
         description="ledger: conservation only; files: sizes and footers too; checksums: every byte and every row; "
         "decode: a sample of latents against their images too.",
     )
+    since: str | None = Field(
+        None,
+        pattern=r"^(last|\d{4}-\d{2}-\d{2})$",
+        description="Look at files that were written since: last, the last verification of this level that found "
+        "nothing, or a day (2026-11-30, UTC); null: at all.",
+    )
+    share: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Of the older files, the share to look at: each run goes on where the last one of this level "
+        "ended, until all were looked at in turn. null: all, or none beside `since`.",
+    )
     decode: DecodeCheckConfig = Field(DecodeCheckConfig(), description="What level=decode compares.")
     report: str | None = Field(None, description="Path or URI that receives the whole report as JSON.")
     gc: bool = Field(

@@ -7,11 +7,14 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from datetime import UTC, datetime
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
+from pydantic import Field, TypeAdapter, with_config
+from typing_extensions import TypedDict
 
 from pipeline.errors import ConflictError, InputError
 from pipeline.maintenance.config import CompactJobConfig, ForgetJobConfig, ForgetListConfig, VerifyJobConfig
@@ -21,18 +24,29 @@ from pipeline.runs import Run, open_run
 from pipeline.source.reading.rows import sample_id
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root, place_of
-from pipeline.store.ledger.generation import last_run, noted_runs, read_claim
+from pipeline.storage.stored import OPEN, Count, read_stored
+from pipeline.store.ledger.generation import last_run, latest_number, noted_runs, read_claim
 from pipeline.store.ledger.identity import read_identity
 from pipeline.store.ledger.ledger import claimed
 from pipeline.store.ledger.state import read_state
 from pipeline.store.maintain.compact import arranged, compact, ranges_to_tell, shards_to_write
 from pipeline.store.maintain.forget import Listed, forget
-from pipeline.store.maintain.verify import VerifyReport, collect_garbage, has_garbage, verify
+from pipeline.store.maintain.verify import Portion, VerifyReport, collect_garbage, has_garbage, verify
 from pipeline.store.plan import Plan
 from pipeline.store.read.dataset import Dataset
 from pipeline.tracking.queries import descend
 
 _log = logging.getLogger(__name__)
+_VERIFIED = "verified"  # below the root: of each level how far verifications have come, which is advice alone
+
+
+@with_config(OPEN)
+class _Told(TypedDict):
+    generation: Count
+    begin: Annotated[float, Field(ge=0, lt=1)]
+
+
+_TOLD = TypeAdapter(_Told)
 
 
 def run_verify(config: VerifyJobConfig) -> JobResult:
@@ -47,7 +61,8 @@ def run_verify(config: VerifyJobConfig) -> JobResult:
         began = time.monotonic()
         with Progress("verify", None, unit="files") as progress:
             level = "checksums" if config.level == "decode" else config.level
-            report = verify(root.uri, level, lambda done, total: progress.update(done, of=total))
+            portion = _portion(config, root)
+            report = verify(root.uri, level, lambda done, total: progress.update(done, of=total), portion)
         run.tracker.log_input(name=root.uri, digest=report.digest, source=root.uri, context="input")
         report.level = config.level
         figures = _compare(config, report) if config.level == "decode" and report.sound else {}
@@ -60,7 +75,8 @@ def run_verify(config: VerifyJobConfig) -> JobResult:
             "latents": report.stored_rows,
             "rejected": report.rejected_rows,
             "filtered": report.filtered_rows,
-            "files": report.files_checked,
+            "files": report.files,
+            "files_checked": report.files_checked,
             "orphans": len(report.orphans),
             "problems": len(report.problems),
         }
@@ -75,6 +91,9 @@ def run_verify(config: VerifyJobConfig) -> JobResult:
                 next_step="an unfinished dataset: run its job again; damage: restore the named objects, or encode "
                 "into a new root",
             ).with_result(result)
+        if level != "ledger":
+            done = {"generation": report.generation, "begin": portion.end, "at": time.time()}
+            root.put(f"{_VERIFIED}/{level}.json", json.dumps(done).encode())
         if config.gc and has_garbage(root, config.gc_grace_s):
             try:
                 with claimed(root, "gc") as generation:
@@ -83,6 +102,24 @@ def run_verify(config: VerifyJobConfig) -> JobResult:
                 raise error.with_result(result) from None
             counts |= {"gc_objects": removed, "gc_bytes": size}
         return run.done(result)
+
+
+def _portion(config: VerifyJobConfig, root: Root) -> Portion:
+    """What of the files is looked at, by what runs of before have told."""
+    level = "checksums" if config.level == "decode" else config.level
+    share = config.share if config.share is not None else 0.0 if config.since else 1.0
+    try:
+        told = read_stored(_TOLD, root, f"{_VERIFIED}/{level}.json")
+    except FileNotFoundError:
+        told = _Told(generation=0, begin=0.0)
+    if config.since is None:
+        return Portion(None, told["begin"], share)
+    if config.since == "last":
+        return Portion(told["generation"], told["begin"], share)
+    day_s = datetime.fromisoformat(config.since).replace(tzinfo=UTC).timestamp()
+    numbers = range(latest_number(root), 0, -1)
+    before = next((n for n in numbers if read_claim(root, n).get("at", 0.0) < day_s), 0)
+    return Portion(before, told["begin"], share)
 
 
 def plan_verify(config: VerifyJobConfig) -> JobResult:

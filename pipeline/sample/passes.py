@@ -41,11 +41,12 @@ from pipeline.sample.stages import (
 )
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import Generation
+from pipeline.store.ledger.identity import read_identity
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State, read_state
 from pipeline.store.plan import Work, read_entries, read_plan
 from pipeline.store.schema import REJECTS
-from pipeline.store.writer import Committer
+from pipeline.store.writer import Committer, file_meta
 
 READ_CPUS = 0.1
 WRITE_CPUS = 0.1
@@ -104,7 +105,7 @@ class _Sampling:
         self.resources = _resources(config, with_text=prepared.text is not None)
         self.monitor = start_monitor("sample")
         self.embedder = self._start_embedder()
-        meta = {"latentloom.generation": str(generation.number)}
+        meta = file_meta(read_identity(root), generation.number)
         self.committer = Committer(root, generation.number, config.write.row_group_bytes, None, meta)
 
     def _start_embedder(self) -> Any:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline.storage.root import Root
 from pipeline.store.ledger import layout
+from pipeline.store.ledger.identity import Identity
 from pipeline.store.ledger.layout import removable
 from pipeline.store.ledger.ledger import commit
 from pipeline.store.ledger.record import CommitRecord, FileInfo
@@ -218,6 +219,21 @@ class Committer:
         )
         commit(self.root, record)
         return record
+
+
+def file_meta(identity: Identity, generation: int) -> dict[str, str]:
+    """What a data file says of itself, for readers that know Parquet alone: how its latents become tensors."""
+    told = {"kind": identity.kind, "format_version": str(layout.FORMAT_VERSION), "generation": str(generation)}
+    if identity.kind == "latents":
+        codec = identity.about.get("codec", {})
+        told |= {
+            "latent_dtype": str(identity.fingerprint.get("latent_dtype")),
+            "latent_layout": "C-order, little-endian, of the shape in latent_shape [c, h, w]; raw, not scaled or "
+            "shifted: a model sees (latent - shift_factor) * scaling_factor",
+            "posterior": str(identity.fingerprint.get("posterior")),
+            **{name: str(codec[name]) for name in ("scaling_factor", "shift_factor") if name in codec},
+        }
+    return {f"latentloom.{name}": value for name, value in told.items()}
 
 
 def complete_rows(rows: pa.Table) -> pa.Table:

@@ -36,7 +36,7 @@ from pipeline.store.ledger.state import State, read_state
 from pipeline.store.plan import PlannedEntry, append_version, read_entries, read_plan, work_of
 from pipeline.store.read.dataset import Dataset, LatentDataset
 from pipeline.store.schema import ADDRESS, pack_latents
-from pipeline.store.writer import Committer
+from pipeline.store.writer import Committer, file_meta
 from pipeline.text.config import EmbedTextJobConfig, PipelineConfig, TextEncoderConfig
 from pipeline.text.dataset import HashSet, in_units, new_captions, planned_hashes
 from pipeline.text.files import EncoderFiles, encoder_files
@@ -88,7 +88,7 @@ def embed_gaps(
 
     Raises ConflictError when a newer run takes over, InputError for numbers that cannot be stored.
     """
-    meta = {"latentloom.generation": str(generation.number)}
+    meta = file_meta(read_identity(generation.root), generation.number)
     committer = Committer(root, generation.number, row_group_bytes, None, meta)
     for works in work_of(state.gaps(), 1 << 16):
         for work in works:

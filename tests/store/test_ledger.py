@@ -74,6 +74,22 @@ def test_writing_the_same_rows_twice_changes_nothing(root: Root) -> None:
     assert len(visible_records(root)) == 1
 
 
+def test_a_data_file_alone_says_how_its_latents_become_tensors(root: Root) -> None:
+    compacting = claim(root)
+    committer(root, compacting).commit(latent_rows([(0, 0), (0, 1)]), None, {})
+    compacting.close({"status": "done"})
+    assert compact(root.uri, shard_bytes=1 << 20, row_group_bytes=1 << 20, seed=0).shards_written == 1
+    (file,) = LatentDataset.open(root.uri).files()
+    table = pq.read_table(file.uri)
+    told = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    assert (told["latentloom.kind"], told["latentloom.format_version"]) == ("latents", "2")
+    assert "raw" in told["latentloom.latent_layout"]
+    for row in table.to_pylist():
+        values = np.frombuffer(row["latent"], f"<{np.dtype(told['latentloom.latent_dtype']).str[1:]}")
+        wanted = latent(row["unit"], row["row"]).astype(np.float16)
+        assert np.array_equal(values.reshape(row["latent_shape"]), wanted)
+
+
 def test_a_row_that_is_stored_and_left_out_is_not_committed(root: Root) -> None:
     writer = committer(root, claim(root))
     with pytest.raises(ValueError, match=r"both stored and left out: \[\[0, 1, 2\]\]"):

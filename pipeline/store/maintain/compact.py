@@ -47,7 +47,7 @@ from pipeline.store.ledger.state import State, read_state
 from pipeline.store.read.dataset import Dataset
 from pipeline.store.read.row_groups import reading_table
 from pipeline.store.schema import LATENTS, REJECTS, StoredParts, ValuePlaces
-from pipeline.store.writer import ROW_BYTES, Committer, keyed_words
+from pipeline.store.writer import ROW_BYTES, Committer, file_meta, keyed_words
 
 # Where rows are small, as where pictures lie in files of their own: texts of 16 KiB each still fit 32-bit offsets.
 _MAX_ROWS = 1 << 16
@@ -101,7 +101,7 @@ def compact(
         generation.number,
         row_group_bytes,
         identity.fingerprint.get("latent_dtype"),
-        {"latentloom.generation": str(generation.number)},
+        file_meta(identity, generation.number),
         seed,
     )
     source = RowSource(dataset)
