@@ -30,10 +30,10 @@ The words, as all modules use them:
     fragment     a file of one commit; a shard: a full-size one that compaction wrote of several
     gap          planned rows that no visible commit has settled
     pass         one Ray Data execution over the gaps
-    seal         the records of an ended generation as one object; a bundle: records that a later claim lists
+    seal         records of one generation as one object beside them; a bundle: records that a later claim lists
     pin          a state of a dataset that a training keeps, so that it goes on with the rows it began with
     lane         one of the fixed number of sequences that the stream's order is dealt to; ranks share them out
-    window       row groups that are shuffled together
+    window       parts of row groups that are shuffled together
     start        one run of a training job; an attempt: one start of its workers by Ray
     rehearsal    a run whose processes reserve GPUs and compute on CPUs
 """

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
@@ -61,7 +62,8 @@ def run_verify(config: VerifyJobConfig) -> JobResult:
         began = time.monotonic()
         with Progress("verify", None, unit="files") as progress:
             level = "checksums" if config.level == "decode" else config.level
-            portion = _portion(config, root)
+            told = _told(root, level)
+            portion = _portion(config, root, told)
             report = verify(root.uri, level, lambda done, total: progress.update(done, of=total), portion)
         run.tracker.log_input(name=root.uri, digest=report.digest, source=root.uri, context="input")
         report.level = config.level
@@ -92,7 +94,10 @@ def run_verify(config: VerifyJobConfig) -> JobResult:
                 "into a new root",
             ).with_result(result)
         if level != "ledger":
-            done = {"generation": report.generation, "begin": portion.end, "at": time.time()}
+            # What was written since the last time counts as looked at where all of it was.
+            whole = portion.share >= 1.0 or (portion.after is not None and portion.after <= told["generation"])
+            number = report.generation if whole else told["generation"]
+            done = {"generation": number, "begin": portion.end, "at": time.time()}
             root.put(f"{_VERIFIED}/{level}.json", json.dumps(done).encode())
         if config.gc and has_garbage(root, config.gc_grace_s):
             try:
@@ -104,14 +109,17 @@ def run_verify(config: VerifyJobConfig) -> JobResult:
         return run.done(result)
 
 
-def _portion(config: VerifyJobConfig, root: Root) -> Portion:
-    """What of the files is looked at, by what runs of before have told."""
-    level = "checksums" if config.level == "decode" else config.level
-    share = config.share if config.share is not None else 0.0 if config.since else 1.0
+def _told(root: Root, level: str) -> _Told:
+    """How far verifications of a level have come."""
     try:
-        told = read_stored(_TOLD, root, f"{_VERIFIED}/{level}.json")
+        return read_stored(_TOLD, root, f"{_VERIFIED}/{level}.json")
     except FileNotFoundError:
-        told = _Told(generation=0, begin=0.0)
+        return _Told(generation=0, begin=0.0)
+
+
+def _portion(config: VerifyJobConfig, root: Root, told: _Told) -> Portion:
+    """What of the files is looked at, by what runs of before have told."""
+    share = config.share if config.share is not None else 0.0 if config.since else 1.0
     if config.since is None:
         return Portion(None, told["begin"], share)
     if config.since == "last":
@@ -124,11 +132,13 @@ def _portion(config: VerifyJobConfig, root: Root) -> Portion:
 
 def plan_verify(config: VerifyJobConfig) -> JobResult:
     """How much a verification would read."""
-    state = _open(Root(config.data.uri)).state
-    size = sum(f.info.size_bytes for f in (*state.files, *state.reject_files))
-    return JobResult(
-        "dry-run", {"files": len(state.files), "bytes": size if config.level in ("checksums", "decode") else 0}
-    )
+    root = Root(config.data.uri)
+    state, level = _open(root).state, "checksums" if config.level == "decode" else config.level
+    portion = _portion(config, root, _told(root, level))
+    chosen = [(files, np.array(portion.of(files), np.int64)) for files in (state.files, state.reject_files)]
+    size = sum(int(files.size_bytes[mine].sum()) for files, mine in chosen)
+    counts = {"files": len(state.files), "files_to_check": 0 if level == "ledger" else sum(len(m) for _, m in chosen)}
+    return JobResult("dry-run", {**counts, "bytes": size if level == "checksums" else 0})
 
 
 def run_compact(config: CompactJobConfig) -> JobResult:

@@ -11,6 +11,6 @@ A root holds `dataset.json` (identity and fingerprint), `plan/` (what must be do
 land*, or is *unknown* until the record is read back. Rows are addressed by (unit, row); coverage is a set of
 such addresses, so that a crash costs the gaps and nothing else. Files are named by their content.
 ledger   who may write and what is done      plan   what is to be done      writer, read   rows to files, and back
-maintain   verify, compact, dedup
+maintain   verify, compact, dedup, forget; `withdrawn/` holds what was withdrawn, `verified/` how far proofs have come
 The package knows neither ray nor torch. `FORMAT.md` is the specification.
 """

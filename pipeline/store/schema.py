@@ -110,6 +110,49 @@ def to_float32(raw: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float32
     raise ValueError(f"latent dtype must be one of {LATENT_DTYPES}, not {dtype!r}")
 
 
+def fixed_bytes(array: pa.Array, width: int) -> npt.NDArray[np.uint8]:
+    """The values of a binary array that are all `width` bytes long, without a copy: uint8 [n, width].
+
+    Raises ValueError for a null or for a value of another length.
+    """
+    if array.null_count:
+        raise ValueError(f"{array.null_count} values are null")
+    buffers, count, first = array.buffers(), len(array), array.offset
+    if not count:
+        return np.empty((0, width), dtype=np.uint8)
+    if pa.types.is_fixed_size_binary(array.type):
+        if array.type.byte_width != width:
+            raise ValueError(f"values are {array.type.byte_width} bytes long, not {width}")
+        start = first * width
+    else:
+        word = np.int64 if pa.types.is_large_binary(array.type) else np.int32
+        offsets = np.frombuffer(buffers[1], dtype=word, count=first + count + 1)[first:]
+        lengths = np.diff(offsets)
+        if not (lengths == width).all():
+            raise ValueError(f"a value is {int(lengths[lengths != width][0])} bytes long, not {width}")
+        start = int(offsets[0])
+    return np.frombuffer(buffers[-1], dtype=np.uint8, count=count * width, offset=start).reshape(count, width)
+
+
+def binary_rows(column: pa.ChunkedArray, width: int) -> npt.NDArray[np.uint8]:
+    """`fixed_bytes` of a column, which is copied only when it came in several chunks."""
+    parts = [fixed_bytes(chunk, width) for chunk in column.chunks]
+    return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, width), np.uint8), *parts])
+
+
+def keyed_words(words: npt.NDArray[np.uint64], *keys: int | npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Words that look random and depend on nothing but those given, distinct for distinct ones: uint64 [n].
+
+    The finaliser of SplitMix64 (Steele et al. 2014) for each key: every output bit depends on every input bit.
+    """
+    for key in keys:
+        words = words + np.asarray(key, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        words = words ^ (words >> np.uint64(31))
+    return words
+
+
 # --------------------------------------------------------------------------------------------------------------
 # Values of one length read straight from a Parquet column chunk: views of its pages, nothing decoded or copied.
 #

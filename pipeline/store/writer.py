@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -21,7 +20,7 @@ from pipeline.store.ledger.ledger import commit
 from pipeline.store.ledger.record import CommitRecord, FileInfo
 from pipeline.store.ledger.rowset import RowSet, address
 from pipeline.store.read.row_groups import RowGroupInfo, RowGroups
-from pipeline.store.schema import REJECTS, to_float32
+from pipeline.store.schema import REJECTS, keyed_words, to_float32
 
 # -- Parquet data files: row groups of one bucket, page checksums, no statistics or dictionaries on blobs ------
 
@@ -65,19 +64,6 @@ def write_shard(
     )
     root.put_if_absent(info.path, data)
     return info
-
-
-def keyed_words(words: npt.NDArray[np.uint64], *keys: int | npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Words that look random and depend on nothing but those given, distinct for distinct ones: uint64 [n].
-
-    The finaliser of SplitMix64 (Steele et al. 2014) for each key: every output bit depends on every input bit.
-    """
-    for key in keys:
-        words = words + np.asarray(key, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        words = words ^ (words >> np.uint64(31))
-    return words
 
 
 def _encode(rows: pa.Table, slices: Sequence[tuple[int, int]], meta: dict[str, str]) -> bytes:

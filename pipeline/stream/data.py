@@ -19,44 +19,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.errors import ConfigError, InputError
-from pipeline.store.schema import LATENTS, FixedRows
+from pipeline.store.schema import LATENTS, FixedRows, binary_rows, keyed_words
 from pipeline.stream.order import Layout
 
 if TYPE_CHECKING:
     from pipeline.storage.root import Root
-
-
-# -- Arrow columns as numpy arrays; `fixed_bytes` is a view of the Arrow buffer, not a copy --------------------
-
-
-def fixed_bytes(array: pa.Array, width: int) -> NDArray[np.uint8]:
-    """The values of a binary array that are all `width` bytes long, without a copy: uint8 [n, width].
-
-    Raises ValueError for a null or for a value of another length.
-    """
-    if array.null_count:
-        raise ValueError(f"{array.null_count} values are null")
-    buffers, count, first = array.buffers(), len(array), array.offset
-    if not count:
-        return np.empty((0, width), dtype=np.uint8)
-    if pa.types.is_fixed_size_binary(array.type):
-        if array.type.byte_width != width:
-            raise ValueError(f"values are {array.type.byte_width} bytes long, not {width}")
-        start = first * width
-    else:
-        word = np.int64 if pa.types.is_large_binary(array.type) else np.int32
-        offsets = np.frombuffer(buffers[1], dtype=word, count=first + count + 1)[first:]
-        lengths = np.diff(offsets)
-        if not (lengths == width).all():
-            raise ValueError(f"a value is {int(lengths[lengths != width][0])} bytes long, not {width}")
-        start = int(offsets[0])
-    return np.frombuffer(buffers[-1], dtype=np.uint8, count=count * width, offset=start).reshape(count, width)
-
-
-def binary_rows(column: pa.ChunkedArray, width: int) -> NDArray[np.uint8]:
-    """`fixed_bytes` of a column, which is copied only when it came in several chunks."""
-    parts = [fixed_bytes(chunk, width) for chunk in column.chunks]
-    return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, width), np.uint8), *parts])
 
 
 def integers(column: pa.ChunkedArray) -> NDArray[Any]:
@@ -283,16 +250,8 @@ def _first_words(contents: pa.ChunkedArray) -> NDArray[np.uint64]:
 
 def held_out(images: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
     """Whether each image, as `image_words` gives them, is of the `share` that is kept out of training: bool [n]."""
-    mixed = _mix(images[:, 0] ^ _mix(images[:, 1] ^ np.uint64(0x6C6F6F6D_73706C74)))
+    mixed = keyed_words(images[:, 0] ^ keyed_words(images[:, 1] ^ np.uint64(0x6C6F6F6D_73706C74), 0), 0)
     return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53 < share
-
-
-def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele et al. 2014): every output bit depends on every input bit."""
-    words = words + np.uint64(0x9E3779B97F4A7C15)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
 
 
 def held_out_counts(

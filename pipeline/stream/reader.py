@@ -23,8 +23,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.store.schema import MAX_PART_BYTES, Bytes, FixedRows, StoredParts, ValuePlaces
-from pipeline.stream.data import Choice, FileRows, LatentRows, binary_rows, id_words, integers
+from pipeline.store.schema import MAX_PART_BYTES, Bytes, FixedRows, StoredParts, ValuePlaces, binary_rows
+from pipeline.stream.data import Choice, FileRows, LatentRows, id_words, integers
 from pipeline.stream.order import Piece, Window
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ import pytest
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, InputError
 from pipeline.maintenance.config import VerifyJobConfig
-from pipeline.maintenance.job import run_verify
+from pipeline.maintenance.job import plan_verify, run_verify
 from pipeline.result import JobResult
 from pipeline.storage.root import Root
+from pipeline.store.ledger.ledger import commit
+from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import read_state
 from pipeline.store.maintain.verify import Portion, verify
 from tests.support.rows import claim, committer, latent_rows, planned_root, rejected_rows
@@ -32,9 +35,12 @@ def root(tmp_path: Path) -> Root:
     return root
 
 
+def config_of(root: Root, *overrides: str) -> VerifyJobConfig:
+    return load_config(VerifyJobConfig, [], [f"data.uri={root.uri}", "tracking.enabled=false", *overrides])
+
+
 def checked(root: Root, *overrides: str) -> JobResult:
-    fixed = [f"data.uri={root.uri}", "tracking.enabled=false"]
-    return run_verify(load_config(VerifyJobConfig, [], [*fixed, *overrides]))
+    return run_verify(config_of(root, *overrides))
 
 
 def damage(root: Root, path: str) -> None:
@@ -100,12 +106,26 @@ def test_since_a_day(root: Root) -> None:
         checked(root, "since=yesterday")
 
 
-def test_a_share_proves_that_its_rows_are_those_committed(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two files that were exchanged for each other, with their names, the ledger knows other rows."""
-    state = read_state(root)
-    first, second = state.files[0].info, state.files[2].info
-    one, other = root.read_bytes(first.path), root.read_bytes(second.path)
-    root.put(first.path, other)
-    root.put(second.path, one)
-    kinds = {p["kind"] for p in verify(root.uri, "checksums", portion=Portion(0, 0.0, 0.0)).problems}
-    assert kinds & {"size", "checksum"}
+def test_what_a_part_has_not_looked_at_stays_new(root: Root) -> None:
+    """A run that leaves out what is new, or half of it, does not say that it was verified."""
+    everything = FILES + FILES // 2
+    assert checked(root, "since=2999-01-01").counts["files_checked"] == 0
+    assert 0 < checked(root, "share=0.5").counts["files_checked"] < everything
+    planned = plan_verify(config_of(root, "since=last")).counts
+    assert (planned["files_to_check"], planned["files"]) == (everything, FILES)
+    assert planned["bytes"] > plan_verify(config_of(root, "share=0.2")).counts["bytes"] > 0
+    assert checked(root, "since=last").counts["files_checked"] == everything
+    assert plan_verify(config_of(root, "since=last")).counts["files_to_check"] == 0
+
+
+def test_a_share_proves_that_its_rows_are_those_committed(root: Root) -> None:
+    """A record that tells a row which is not in its file is found by whoever looks at that file."""
+    generation = claim(root)
+    sound = committer(root, generation).commit(latent_rows([(1, 1)]), None, {})
+    assert sound is not None
+    commit(root, replace(sound, covered=sound.covered | RowSet.from_triples([(3, 1, 2)])))
+    root.delete(sound.name)
+    generation.close({"status": "done"})
+    problems = verify(root.uri, "checksums", portion=Portion(2, 0.0, 0.0)).problems
+    assert [(p["kind"], p["detail"]) for p in problems] == [("lost", "1 committed rows are in no file")]
+    assert verify(root.uri, "checksums", portion=Portion(3, 0.0, 0.0)).problems == []

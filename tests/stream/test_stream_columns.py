@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.stream.data import binary_rows, fixed_bytes, integers, widened
+from pipeline.store.schema import binary_rows, fixed_bytes
+from pipeline.stream.data import integers, widened
 
 EVERY = np.arange(1 << 16, dtype=np.uint16)
 

@@ -46,8 +46,8 @@ from pipeline.store.ledger.rowset import RowSet, address, unit_of
 from pipeline.store.ledger.state import State, read_state
 from pipeline.store.read.dataset import Dataset
 from pipeline.store.read.row_groups import reading_table
-from pipeline.store.schema import LATENTS, REJECTS, StoredParts, ValuePlaces
-from pipeline.store.writer import ROW_BYTES, Committer, file_meta, keyed_words
+from pipeline.store.schema import LATENTS, REJECTS, StoredParts, ValuePlaces, keyed_words
+from pipeline.store.writer import ROW_BYTES, Committer, file_meta
 
 # Where rows are small, as where pictures lie in files of their own: texts of 16 KiB each still fit 32-bit offsets.
 _MAX_ROWS = 1 << 16
@@ -116,9 +116,10 @@ def compact(
             written, moved, size_bytes = written + (rows > 0), moved + rows, size_bytes + size
             on_shard(done, len(todo))
     ranges = ranges_to_tell(dataset.state)
+    reach = _reach(dataset.state)
     for span in ranges:
         generation.check()
-        _tell_range(dataset, committer, span)
+        _tell_range(dataset, committer, span, np.flatnonzero((reach[0] < span[1]) & (reach[1] > span[0])))
     return CompactReport(written, shards - len(todo), moved, size_bytes, len(ranges))
 
 
@@ -145,27 +146,34 @@ def ranges_to_tell(state: State) -> list[Span]:
     outcomes = RowSet.union_all([*state.rejects.values(), *state.filtered.values()])
     weight = np.maximum(outcomes.count_by_unit(len(units)), _ROWS_A_RANGE // _UNITS_A_RANGE)
     range_of = (np.cumsum(weight) - weight) // _ROWS_A_RANGE
-    records = state.reject_files.records
-    _, first, stop = extents(records)
+    records, (first, stop) = state.reject_files.records, _reach(state)
     owner = records.file_owner[state.reject_files.numbers]
     pairs, lengths = records.flat("unit_rows").reshape(-1, 2), Lengths(records)
     teller = np.repeat(np.arange(len(records)), np.diff(records.places("unit_rows")) // 2)
     newest = np.array([lengths.told_by(unit) for unit in pairs[:, 0].tolist()], np.int64)
     held = (records.generation[teller] == newest) & (pairs[:, 0] < len(units))
-    near = np.concatenate([unit_of(first[owner]), unit_of(stop[owner] - 1), pairs[held, 0]]).clip(max=len(units) - 1)
+    near = np.concatenate([unit_of(first), unit_of(stop - 1), pairs[held, 0]]).clip(max=len(units) - 1)
     told = np.unique(np.stack([range_of[near], np.concatenate([owner, owner, teller[held]])]), axis=1)
     many = np.flatnonzero(np.bincount(told[0]) > _FEW_TELL)
     begins, ends = (np.searchsorted(range_of, many, side=side) for side in ("left", "right"))
     return [(address(begin), address(end)) for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
 
 
-def _tell_range(dataset: Dataset, committer: Committer, span: Span) -> None:
-    """Commit what is known of a range of units but for its stored rows: outcomes with their reasons, and lengths."""
-    state, wanted = dataset.state, RowSet.from_keys(np.array([span[0]]), np.array([span[1]]))
-    _, first, stop = extents(state.reject_files.records)
+def _reach(state: State) -> tuple[Ints, Ints]:
+    """Of the write of each reject file an address before which, and one from which on, it settles nothing."""
     owner = state.reject_files.records.file_owner[state.reject_files.numbers]
+    _, first, stop = extents(state.reject_files.records)
+    return first[owner], stop[owner]
+
+
+def _tell_range(dataset: Dataset, committer: Committer, span: Span, near: Ints) -> None:
+    """Commit what is known of a range of units but for its stored rows: outcomes with their reasons, and lengths.
+
+    near: which reject files may hold some of them.
+    """
+    state, wanted = dataset.state, RowSet.from_keys(np.array([span[0]]), np.array([span[1]]))
     tables = [REJECTS.empty_table()]
-    for index in np.flatnonzero((first[owner] < span[1]) & (stop[owner] > span[0])).tolist():
+    for index in near.tolist():
         file = state.reject_files[index]
         with reading_table(dataset.root.uri_of(file.info.path)), dataset.root.open(file.info.path) as source:
             table = pq.ParquetFile(source, page_checksum_verification=True).read().cast(REJECTS)

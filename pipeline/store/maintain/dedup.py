@@ -28,7 +28,7 @@ from pipeline.store.ledger.rowset import Int64s, RowSet
 from pipeline.store.ledger.state import State, VisibleFile, read_state
 from pipeline.store.read.dataset import Dataset
 from pipeline.store.read.row_groups import reading_table
-from pipeline.store.schema import LATENTS, REJECTS
+from pipeline.store.schema import LATENTS, REJECTS, binary_rows
 from pipeline.store.writer import Committer
 
 REASON = "duplicate_content"
@@ -229,9 +229,7 @@ def addresses_of(table: pa.Table) -> Int64s:
 def hash_rows(column: pa.ChunkedArray) -> Bytes:
     """A fixed-size binary column as uint8 [n, length]; zeros for null."""
     width = column.type.byte_width
-    chunk = (pc.fill_null(column, b"\0" * width) if column.null_count else column).combine_chunks()
-    values = np.frombuffer(chunk.buffers()[1] or b"", np.uint8)[chunk.offset * width :]
-    return values[: len(chunk) * width].reshape(-1, width)
+    return binary_rows(pc.fill_null(column, b"\0" * width) if column.null_count else column, width)
 
 
 def scan_columns(dataset: Dataset, generation: Generation, columns: Sequence[str]) -> Iterator[pa.Table]:
