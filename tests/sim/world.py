@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -46,12 +47,6 @@ IDENTITY = Identity(
 )
 DAMAGED = b"damaged"
 _CLOCKS = ("pipeline.storage.root", "pipeline.store.ledger.generation", "pipeline.store.maintain.verify")
-_POOLS = (
-    "pipeline.store.ledger.bundles",
-    "pipeline.store.maintain.compact",
-    "pipeline.store.maintain.dedup",
-    "pipeline.store.maintain.verify",
-)
 
 
 class _Serial:
@@ -261,7 +256,8 @@ def world() -> Iterator[World]:
     clock = mock.Mock(sleep=sim.sleep, time=sim.time, monotonic=sim.time)
     activate(store)
     patches = [mock.patch(f"{name}.time", clock) for name in _CLOCKS]
-    patches += [mock.patch(f"{name}.ThreadPoolExecutor", _Serial) for name in _POOLS]
+    pools = [name for name, module in sys.modules.items() if hasattr(module, "ThreadPoolExecutor")]
+    patches += [mock.patch(f"{name}.ThreadPoolExecutor", _Serial) for name in pools if name.startswith("pipeline.")]
     patches += [
         mock.patch("secrets.token_hex", lambda n=16: f"{next(made.names):0{2 * n}x}"),
         mock.patch("pipeline.storage.root.random", mock.Mock(uniform=lambda a, b: b / 2)),
