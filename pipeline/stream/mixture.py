@@ -1,15 +1,18 @@
 """Several streams as one: whole batches of each, in shares that hold exactly in every block of steps.
 
 Which stream serves a step is a pure function of (seed, step), so a mixture is as elastic and as exactly
-resumable as its streams: each of them starts at the number of its own batches before the step.
+resumable as its streams: each of them starts at the number of its own batches before the step. A stream may begin
+late or end early, as where small images are followed by large ones: between two such steps lies a phase, of which
+the shares hold by themselves.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,17 +27,31 @@ if TYPE_CHECKING:
     from pipeline.storage.root import Root
 
 BLOCK = 1024  # steps; a weight is honoured to half of 1 / BLOCK
+FOREVER = sys.maxsize
 
 
 @dataclass(frozen=True)
 class Part:
-    """A dataset of a mixture: its weight, the embeddings of its captions, its condition, and its name in errors."""
+    """A dataset of a mixture: its weight, the embeddings of its captions, its condition, and its name in errors.
+
+    steps: those in which it is served, from the first up to the second; FOREVER where it has no end.
+    """
 
     name: str
     dataset: LatentRows
     weight: float
     text: TextRows | None = None
     where: str | None = None
+    steps: tuple[int, int] = (0, FOREVER)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps from `begin` up to `end` in which the same streams are served; shares: int64 [streams], sum BLOCK."""
+
+    begin: int
+    end: int
+    shares: NDArray[np.int64]
 
 
 def open_mixture(
@@ -51,56 +68,72 @@ def open_mixture(
 ) -> MixtureStream:
     """The stream of some datasets; the settings are those of `LatentStream`, alike for all of them.
 
-    `window_bytes` is for all together: each gets what it cannot do without, the rest goes by weight. Raises what
-    `LatentStream` raises, with the name of the dataset.
+    `window_bytes` is for all that are served at a time: each gets what it cannot do without, the rest goes by
+    weight. Raises what `LatentStream` raises, with the name of the dataset.
     """
     weights, least = [part.weight for part in parts], []
+    phases = phases_of(weights, [part.steps for part in parts])
     for part in parts:
         with naming(part.name):
             choice = choice_of(holdout, "train", part.where)
             layout = layout_of(part.dataset, chosen_rows(part.dataset, choice, cache=cache, threads=threads))
             least.append(least_window_bytes(layout, batch_size, lanes))
-    spare = window_bytes - sum(least)
-    if spare < 0:
-        raise ConfigError(
-            "the shuffling windows do not fit their memory",
-            key="window_bytes",
-            value=window_bytes,
-            rule=f"the {len(least)} datasets need at least {' + '.join(map(str, least))} bytes: for each lane and "
-            "bucket 2 windows of at least the largest row group",
-            next_step=f"allow {sum(least)} bytes (all workers and datasets together), or use fewer lanes",
-        )
+    size_bytes = [window_bytes] * len(parts)  # a window stays the same in all phases: the order hangs on it
+    for phase in phases:
+        served = np.flatnonzero(phase.shares).tolist()
+        needed = [least[at] for at in served]
+        spare = window_bytes - sum(needed)
+        if spare < 0:
+            raise ConfigError(
+                "the shuffling windows do not fit their memory",
+                key="window_bytes",
+                value=window_bytes,
+                rule=f"the {len(needed)} datasets need at least {' + '.join(map(str, needed))} bytes: for each lane "
+                "and bucket 2 windows of at least the largest row group",
+                next_step=f"allow {sum(needed)} bytes (all workers and datasets together), or use fewer lanes",
+            )
+        for at in served:
+            size_bytes[at] = min(size_bytes[at], least[at] + spare * int(phase.shares[at]) // BLOCK)
     settings |= {"seed": seed, "batch_size": batch_size, "lanes": lanes, "holdout": holdout, "cache": cache}
     settings["threads"] = threads
     streams = []
-    for part, need, share in zip(parts, least, shares_of(weights, len(least)).tolist(), strict=True):
-        size_bytes = need + spare * share // BLOCK
+    for part, window in zip(parts, size_bytes, strict=True):
         with naming(part.name):
-            of_part: dict[str, Any] = {"text": part.text, "where": part.where, "window_bytes": size_bytes}
+            of_part: dict[str, Any] = {"text": part.text, "where": part.where, "window_bytes": window}
             streams.append(LatentStream(part.dataset, **of_part, **settings))
-    return MixtureStream(streams, weights, seed=seed, names=[part.name for part in parts])
+    names, steps = [part.name for part in parts], [part.steps for part in parts]
+    return MixtureStream(streams, weights, seed=seed, names=names, steps=steps)
 
 
 class MixtureStream:
     """An endless stream of the batches of several streams, each in proportion to its weight.
 
-    `Batch.dataset` says which stream a batch is of and `Batch.epoch` counts that stream's epochs. Raises
-    ConfigError for weights that are not positive, not one per stream, or too small to get a step. An error of a
-    stream names it.
+    `Batch.dataset` says which stream a batch is of and `Batch.epoch` counts that stream's epochs. steps: those in
+    which each is served, see `Part`; none: all. Raises ConfigError for weights that are not positive, not one per
+    stream, or too small to get a step, and for steps that no stream serves. An error of a stream names it.
     """
 
     def __init__(
-        self, streams: Sequence[LatentStream], weights: Sequence[float], *, seed: int, names: Sequence[str] = ()
+        self,
+        streams: Sequence[LatentStream],
+        weights: Sequence[float],
+        *,
+        seed: int,
+        names: Sequence[str] = (),
+        steps: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.streams, self._seed = list(streams), seed
         self._names = list(names) or [f"dataset {at}" for at in range(len(self.streams))]
-        self._shares = shares_of(weights, len(self.streams))
+        self._phases = phases_of(weights, list(steps) or [(0, FOREVER)] * len(self.streams))
         self.start_step = 0
 
     @property
     def identity(self) -> dict[str, Any]:
         """What must be unchanged for a step to mean the same rows."""
-        told: dict[str, Any] = {"seed": self._seed, "shares": self._shares.tolist()}
+        first, *later = self._phases
+        told: dict[str, Any] = {"seed": self._seed, "shares": first.shares.tolist()}
+        if later:
+            told["phases"] = [[phase.begin, *phase.shares.tolist()] for phase in later]
         for at, stream in enumerate(self.streams):
             told |= {f"datasets[{at}].{key}": value for key, value in stream.identity.items()}
         return told
@@ -110,21 +143,30 @@ class MixtureStream:
 
     def batches_from(self, start_step: int) -> Iterator[Batch]:
         """An iteration that begins at this step; several may be in progress."""
-        block, position = divmod(start_step, BLOCK)
-        before = self._shares * block + np.bincount(self._block(block)[:position], minlength=len(self.streams))
+        before = np.zeros(len(self.streams), np.int64)
+        for phase in self._phases:
+            block, position = divmod(max(0, min(start_step, phase.end) - phase.begin), BLOCK)
+            served = np.bincount(self._block(phase, block)[:position], minlength=len(before))
+            before += phase.shares * block + served
         with ExitStack() as stack:
-            sources: list[Iterator[Batch]] = []
+            sources: list[Any] = []
             for stream, step in zip(self.streams, before.tolist(), strict=True):
                 sources.append(stack.enter_context(closing(stream.batches_from(step))))  # type: ignore[type-var]
-            for step in count(start_step):
-                if step % BLOCK == 0 or step == start_step:
-                    schedule = self._block(step // BLOCK)
-                dataset = int(schedule[step % BLOCK])
-                with naming(self._names[dataset]):
-                    batch = next(sources[dataset], None)
-                if batch is None:  # a stream was closed
-                    return
-                yield replace(batch, step=step, dataset=dataset)
+            for at, phase in enumerate(self._phases):
+                begin, schedule = max(start_step, phase.begin), None
+                for step in range(begin, phase.end):
+                    block, position = divmod(step - phase.begin, BLOCK)
+                    if schedule is None or position == 0:
+                        schedule = self._block(phase, block)
+                    dataset = int(schedule[position])
+                    with naming(self._names[dataset]):
+                        batch = next(sources[dataset], None)
+                    if batch is None:  # a stream was closed
+                        return
+                    yield replace(batch, step=step, dataset=dataset)
+                later = sum(phase.shares for phase in self._phases[at + 1 :])
+                for dataset in np.flatnonzero(later == 0):  # what is never served again gives its memory back
+                    sources[dataset].close()
 
     def close(self) -> None:
         """End every iteration in progress and its threads."""
@@ -142,12 +184,13 @@ class MixtureStream:
         self.start_step = check_state(state, self.identity)
         return self.start_step
 
-    def _block(self, block: int) -> NDArray[np.int64]:
-        """Which stream serves each step of a block: int64 [BLOCK], evenly spread at random."""
-        bits = random_bits(BLOCK, "mixture", self._seed, block) >> np.uint64(11)
-        turn = np.concatenate([np.arange(share) for share in self._shares.tolist()])
-        owner = np.repeat(np.arange(len(self._shares)), self._shares)
-        times = (turn + bits.astype(np.float64) * 2.0**-53) / self._shares[owner]
+    def _block(self, phase: Phase, block: int) -> NDArray[np.int64]:
+        """Which stream serves each step of a phase's block: int64 [BLOCK], evenly spread at random."""
+        key = (block, phase.begin) if phase.begin else (block,)
+        bits = random_bits(BLOCK, "mixture", self._seed, *key) >> np.uint64(11)
+        turn = np.concatenate([np.arange(share) for share in phase.shares.tolist()])
+        owner = np.repeat(np.arange(len(phase.shares)), phase.shares)
+        times = (turn + bits.astype(np.float64) * 2.0**-53) / phase.shares[owner]
         return np.asarray(owner[np.argsort(times, kind="stable")], dtype=np.int64)
 
 
@@ -169,6 +212,28 @@ def apportion(weights: Sequence[float], total: int) -> NDArray[np.int64]:
     parts: NDArray[np.int64] = np.floor(exact).astype(np.int64)
     parts[np.argsort(parts - exact, kind="stable")[: total - int(parts.sum())]] += 1
     return parts
+
+
+def phases_of(weights: Sequence[float], steps: Sequence[tuple[int, int]]) -> list[Phase]:
+    """What is served when: phases from step 0 on without a gap; ConfigError where a step is served by no stream."""
+    shares_of(weights, len(steps))
+    edges = sorted({0, FOREVER, *(edge for span in steps for edge in span)})
+    phases = []
+    for begin, end in pairwise(edges):
+        served = [at for at, (first, last) in enumerate(steps) if first <= begin and end <= last]
+        if not served:
+            until = "on" if end == FOREVER else f"up to step {end:,}"
+            raise ConfigError(
+                f"No dataset is served from step {begin:,} {until}",
+                key="steps",
+                value=", ".join(f"{first} to {'the end' if last == FOREVER else last}" for first, last in steps),
+                rule="at every step one dataset at least, and one at least without an end",
+                next_step="let one begin where another ends",
+            )
+        shares = np.zeros(len(steps), np.int64)
+        shares[served] = shares_of([weights[at] for at in served], len(served))
+        phases.append(Phase(begin, end, shares))
+    return phases
 
 
 def shares_of(weights: Sequence[float], streams: int) -> NDArray[np.int64]:

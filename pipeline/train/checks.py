@@ -23,9 +23,9 @@ from pipeline.store.ledger.identity import differences
 from pipeline.store.read.dataset import Dataset, LatentDataset
 from pipeline.store.read.pins import Pins
 from pipeline.stream.data import Where, layout_of
-from pipeline.stream.mixture import shares_of
+from pipeline.stream.mixture import FOREVER, phases_of
 from pipeline.stream.order import Order, OrderSpec
-from pipeline.train.config import CodecOverride, TrainJobConfig
+from pipeline.train.config import CodecOverride, MixConfig, TrainJobConfig
 from pipeline.train.start import Start, check_arrangement, check_start_fits, license_of, scale_of
 
 # -- Do the datasets of a mixture belong together? Every refusal names the two that do not. Torch-free ---------
@@ -41,9 +41,10 @@ Datasets = Mapping[str, LatentDataset]  # by the key of their sections, see `Dat
 
 
 def check_mixture(config: TrainJobConfig, datasets: Datasets) -> None:
-    """ConfigError or ConflictError when weights cannot be served, a dataset comes twice or latents differ."""
-    with argument_keys({"weights": "data.mix"}):
-        shares_of([part.weight for part in config.data.parts.values()], len(datasets))
+    """ConfigError or ConflictError when weights or steps cannot be served, one comes twice or latents differ."""
+    parts = config.data.parts.values()
+    with argument_keys({"weights": "data.mix", "steps": "data.until_images"}):
+        phases_of([part.weight for part in parts], [steps_of(part, config.train.batch_size) for part in parts])
     for (key, one), (other_key, other) in combinations(datasets.items(), 2):
         if one.digest == other.digest:
             raise ConfigError(
@@ -66,6 +67,12 @@ def check_mixture(config: TrainJobConfig, datasets: Datasets) -> None:
                 rule="mixed datasets have one codec and one posterior; sizes, crops and number formats may differ",
                 next_step="encode the images of one of them with the settings of the other, or leave it out",
             )
+
+
+def steps_of(part: MixConfig, batch_size: int) -> tuple[int, int]:
+    """The steps in which a dataset is served, see `stream.mixture.Part`."""
+    end = FOREVER if part.until_images is None else -(-part.until_images // batch_size)
+    return -(-part.from_images // batch_size), end
 
 
 def common_classes(config: TrainJobConfig, datasets: Datasets) -> int | None:

@@ -65,34 +65,24 @@ Texts = Annotated[
 
 
 class MixConfig(StrictModel):
-    """One more dataset to learn from."""
-
-    uri: str = Field(..., min_length=1, description="Latent dataset, made by the same codec as that of data.uri.")
-    weight: float = Field(1.0, gt=0, description="Its part of the images served, in proportion to the other weights.")
-    text: Texts = Field(
-        (),
-        description="Embeddings of its captions by the same encoders; all datasets have them or none.",
-        json_schema_extra=renamed_from("text_uri"),
-    )
-    where: str | None = Field(
-        None,
-        min_length=1,
-        description="Rows to learn from, by stored columns: original_height >= 512 and extra.aesthetic > 5.5. Needs "
-        "one pass over these columns, which is cached; classes and statistics stay those of all rows.",
-    )
-
-
-class TrainDataConfig(StrictModel):
-    """The latents to learn from."""
+    """A dataset to learn from, among others; all of them are made by one codec."""
 
     uri: str = Field(..., min_length=1, description="Latent dataset: a directory or any fsspec URI.")
     weight: float = Field(
-        1.0, gt=0, description="Its part of the images served, in proportion to the weights in data.mix."
+        1.0, gt=0, description="Its part of the images served, in proportion to the weights of all that are served."
+    )
+    from_images: int = Field(0, ge=0, description="Served once so many images of the run are done.")
+    until_images: int | None = Field(
+        None,
+        ge=1,
+        description="Served until so many images of the run are done, to be followed by another dataset from there "
+        "on, as 256 px by 512 px; null: to the end. Statistics and validation are of all datasets at all times.",
     )
     text: Texts = Field(
         (),
         description="Embeddings of its captions, made by jobs.embed_text: one URI, or those of the model's encoders "
-        "in their order (SDXL: [l, g]; SD3: [l, g, t5]; FLUX: [clip, t5]); none: no text.",
+        "in their order (SDXL: [l, g]; SD3: [l, g, t5]; FLUX: [clip, t5]); none: no text. All datasets have them or "
+        "none.",
         json_schema_extra=renamed_from("text_uri"),
     )
     where: str | None = Field(
@@ -101,6 +91,17 @@ class TrainDataConfig(StrictModel):
         description="Rows to learn from, by stored columns: original_height >= 512 and extra.aesthetic > 5.5. Needs "
         "one pass over these columns, which is cached; classes and statistics stay those of all rows.",
     )
+
+    @model_validator(mode="after")
+    def _served_at_all(self) -> MixConfig:
+        if self.until_images is not None and self.until_images <= self.from_images:
+            raise ValueError(f"until_images {self.until_images} must be above from_images {self.from_images}")
+        return self
+
+
+class TrainDataConfig(MixConfig):
+    """The latents to learn from: one dataset, or several."""
+
     normalise: Literal["dataset", "codec"] | None = Field(
         None,
         description="What latents are normalised by: the statistics of the data, or the codec's own scale and shift, "
@@ -111,15 +112,14 @@ class TrainDataConfig(StrictModel):
     )
     mix: tuple[MixConfig, ...] = Field(
         (),
-        description="Further datasets: [{uri, weight, text, where}]. Every batch is of one dataset; within each "
+        description="Further datasets: [{uri, weight, text, where, ...}]. Every batch is of one dataset; within each "
         "1,024 steps each has its part exactly, whatever the sizes. A class number must mean the same in all.",
     )
 
     @property
     def parts(self) -> dict[str, MixConfig]:
         """Every dataset by the key of its section: "data" first, then "data.mix.0" and so on."""
-        first = MixConfig(uri=self.uri, weight=self.weight, text=self.text, where=self.where)
-        return {"data": first, **{f"data.mix.{at}": part for at, part in enumerate(self.mix)}}
+        return {"data": self, **{f"data.mix.{at}": part for at, part in enumerate(self.mix)}}
 
 
 class TrainOutputConfig(StrictModel):

@@ -22,7 +22,7 @@ from pipeline.stream.mixture import BLOCK, MixtureStream, Part, apportion, namin
 from pipeline.stream.order import PARTS
 from pipeline.text.dataset import ArrangedText, TextEmbeddings
 from pipeline.train import collectives
-from pipeline.train.checks import STREAM_KEYS, Facts
+from pipeline.train.checks import STREAM_KEYS, Facts, steps_of
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.hooks import Chunk
 from pipeline.train.task import BatchLike, Task, Text, micro_conditions, stored_values, text_tensors
@@ -136,7 +136,12 @@ def open_stream(
     with argument_keys(STREAM_KEYS):
         if len(served) == 1:
             return LatentStream(served[0].latents, text=served[0].text, where=served[0].where, **settings)
-        parts = [Part(part.latents.uri, part.latents, part.weight, part.text, part.where) for part in served]
+        parts = [
+            Part(part.latents.uri, part.latents, part.weight, part.text, part.where, steps)
+            for part, steps in zip(
+                served, (steps_of(each, config.train.batch_size) for each in config.data.parts.values()), strict=True
+            )
+        ]
         return open_mixture(parts, **settings)
 
 

@@ -181,7 +181,12 @@ def _track(config: TrainJobConfig, root: Root, run: Run, begun: Begun) -> Tracke
     if not resume:
         with contextlib.suppress(FileNotFoundError):  # of earlier releases
             resume = read_stored(_EARLIER_RUN, root, "run.json")["run"]
-    mix = ", ".join(f"{part.weight:g} x {part.uri}" for part in config.data.parts.values())
+    mix = ", ".join(
+        f"{part.weight:g} x {part.uri}"
+        + (f" from image {part.from_images:,}" if part.from_images else "")
+        + (f" until image {part.until_images:,}" if part.until_images else "")
+        for part in config.data.parts.values()
+    )
     tracker = run.track(
         f"train {config.model.kind}",
         parents=parents,

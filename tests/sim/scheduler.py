@@ -69,7 +69,9 @@ class Sim:
             return None  # the test itself looks
         if actor.killed:
             raise Killed
-        assert threading.current_thread() is actor.thread, f"{actor.name}: {op} {key} in a second thread of its process"
+        assert threading.current_thread() is actor.thread, (
+            f"{actor.name}: {op} {key} in a second thread of its process"
+        )
         actor.pending = (op, key)
         self._back.release()
         actor.turn.acquire()

@@ -13,7 +13,7 @@ import pytest
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.stream.data import Batch
 from pipeline.stream.loader import LatentStream
-from pipeline.stream.mixture import BLOCK, MixtureStream, Part, apportion, open_mixture
+from pipeline.stream.mixture import BLOCK, FOREVER, MixtureStream, Part, apportion, open_mixture, phases_of
 from tests.stream.latent_rows import MemoryRows
 
 WEIGHTS = [0.7, 0.2, 0.1]
@@ -123,6 +123,62 @@ def test_an_error_names_the_dataset_it_is_about() -> None:
     stream.streams[1]._dataset.tables[0] = stream.streams[1]._dataset.tables[0].slice(1)
     with pytest.raises(InputError, match=r"s3://1: row group 0 of the latent dataset cannot be used"):
         take(stream, 20)
+
+
+# -- datasets that begin late or end early ------------------------------------------------------------------
+
+SPANS = [(0, 30), (20, FOREVER), (50, FOREVER)]  # small images, then medium ones, at last large ones beside them
+
+
+def scheduled(**changes: object) -> MixtureStream:
+    parts = [
+        Part(f"s3://{at}", MemoryRows([("64x64", 16 + 8 * at)] * 3), w, steps=SPANS[at])
+        for at, w in enumerate(WEIGHTS)
+    ]
+    return open_mixture(parts, **{"seed": 3, "batch_size": 4, "lanes": 4, "window_bytes": 10**6, **changes})
+
+
+def test_each_is_served_in_its_steps_alone_and_goes_on_where_it_was() -> None:
+    batches = take(scheduled(), 50 + BLOCK)
+    served = [{batch.dataset for batch in batches[a:b]} for a, b in ((0, 20), (20, 30), (30, 50), (50, 50 + BLOCK))]
+    assert served == [{0}, {0, 1}, {1}, {1, 2}]
+    assert Counter(b.dataset for b in batches[50:]) == {1: 683, 2: 341}  # their weights are 2 to 1
+    for at in range(3):
+        alone = take(scheduled().streams[at], 30)
+        mine = [batch for batch in batches if batch.dataset == at][:30]
+        assert [b.labels.tolist() for b in mine] == [b.labels.tolist() for b in alone[: len(mine)]]
+
+
+def test_a_schedule_resumes_at_any_step() -> None:
+    whole = take(scheduled(), 90)
+    for step in (0, 19, 20, 21, 29, 30, 31, 50, 70):
+        again = scheduled()
+        assert again.resume(json.loads(json.dumps(scheduled().state(step)))) == step
+        assert labels(take(again, 20)) == labels(whole[step : step + 20])
+    with pytest.raises(ConflictError, match=r"phases: \(absent\) in the state"):
+        scheduled().resume(opened(10**6).state(5))
+
+
+def test_the_memory_is_that_of_all_that_are_served_at_a_time() -> None:
+    least = [2 * 4 * (100 * rows + 1) for rows in (16, 24, 32)]
+    windows = [stream.order.spec.window_bytes for stream in scheduled(window_bytes=least[1] + least[2]).streams]
+    assert windows[1:] == least[1:]
+    assert windows[0] > least[0]  # the last one is not there beside it
+    with pytest.raises(ConfigError, match=r"at least 19208 \+ 25608 bytes"):
+        scheduled(window_bytes=least[1] + least[2] - 1)
+
+
+@pytest.mark.parametrize(
+    ("spans", "told"),
+    [
+        ([(0, 10), (12, FOREVER)], "from step 10 up to step 12"),
+        ([(0, 10), (5, 20)], "from step 20 on"),
+        ([(3, FOREVER), (4, FOREVER)], "from step 0 up to step 3"),
+    ],
+)
+def test_a_step_that_no_dataset_serves_is_refused(spans: list[tuple[int, int]], told: str) -> None:
+    with pytest.raises(ConfigError, match=f"No dataset is served {told}"):
+        phases_of([1.0, 1.0], spans)
 
 
 @pytest.mark.parametrize("total", [0, 1, 7, BLOCK])

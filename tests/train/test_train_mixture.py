@@ -98,6 +98,43 @@ def test_a_stopped_and_resumed_run_on_a_mixture_is_the_undisturbed_one(
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
+@pytest.mark.parametrize("stop", [7, 10, 14])
+def test_small_images_are_followed_by_large_ones_and_a_resume_meets_the_same(
+    stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = make_dataset(tmp_path / "small", image="small")
+    large = make_dataset(tmp_path / "large", rows=48, side=16, name="large", image="large")
+
+    def config(path: Path) -> TrainJobConfig:
+        values = mixed(path, (small, large)).model_dump(mode="json")
+        values["data"] |= {"until_images": 192}
+        values["data"]["mix"][0] |= {"from_images": 160}
+        return validate(TrainJobConfig, values)
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    start(config(whole), whole)
+    with stopped_after(monkeypatch, stop):
+        assert start(config(broken), broken)["status"] == "stopped"
+    assert start(config(broken), broken)["status"] == "done"
+    records = [read_records(Root(str(path / "run"))) for path in (whole, broken)]
+    losses = [[(r["step"], r["loss"]) for r in one if "loss" in r] for one in records]
+    assert losses[0] == losses[1]
+    weights = [load_model(str(p / "run" / "model"))[0].state_dict() for p in (whole, broken)]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+def test_a_time_that_no_dataset_serves_is_refused_before_anything_starts(uris: Uris, tmp_path: Path) -> None:
+    values = mixed(tmp_path, uris).model_dump(mode="json")
+    values["data"] |= {"until_images": 160}
+    values["data"]["mix"][0] |= {"from_images": 200}
+    with pytest.raises(ConfigError, match=r"No dataset is served from step 10 up to step 13") as caught:
+        shake(validate(TrainJobConfig, values))
+    assert caught.value.key == "data.until_images"
+    values["data"]["mix"][0] |= {"until_images": 200}
+    with pytest.raises(ConfigError, match="until_images 200 must be above from_images 200"):
+        validate(TrainJobConfig, values)
+
+
 def test_the_export_names_every_dataset_and_normalises_as_they_are_served(uris: Uris, tmp_path: Path) -> None:
     config = mixed(tmp_path, uris, changes={"train": {"images": 64}})
     start(config, tmp_path)
