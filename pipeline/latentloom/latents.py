@@ -150,13 +150,14 @@ class Latents(Sequence[dict[str, Any]]):
         lanes: int = 8,
         window_bytes: int = 1 << 30,
         normalised: bool = True,
-        captions: bool = False,
+        captions: bool | Sequence[str] = False,
         where: str | None = None,
     ) -> LatentBatches:
         """Batches of torch tensors in the very order in which jobs.train serves them; see `LatentBatches`.
 
         batch_size: of all ranks together, a multiple of `lanes`, which is a multiple of `world`; this rank gets its
         share of each batch. holdout: the share of images that split="train" leaves out and split="holdout" serves.
+        captions: serve their captions, too; of several texts that are named, as in data.captions, one in every epoch.
         where: serve only rows that meet a condition on stored columns, as data.where of a training.
         The other names are those of the training's `stream.` section. ConfigError for numbers that do not fit, also
         when no bucket fills a batch.
@@ -171,7 +172,8 @@ class Latents(Sequence[dict[str, Any]]):
             "holdout": holdout,
         }
         settings |= {"split": split, "shuffle": shuffle, "lanes": lanes, "window_bytes": window_bytes}
-        settings |= {"captions": captions, "where": where}
+        settings |= {"captions": bool(captions), "where": where}
+        settings |= {} if isinstance(captions, bool) else {"captions_from": tuple(captions)}
         return LatentBatches(self.dataset, settings, normalised=normalised)
 
 

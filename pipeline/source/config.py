@@ -31,7 +31,11 @@ class _Source(StrictModel):
         pattern=r"^[^\x00]+$",
         description="goes into every sample id; two sources with the same keys need different names",
     )
-    caption: str | None = Field("text", description="field or column holding the caption; null for none")
+    caption: str | None = Field(
+        "text",
+        description="field or column holding the caption; null for none. Of a "
+        "list of texts the first is the caption, and all of them are kept as extra.NAME (see data.captions).",
+    )
     label: str | None = Field("label", description="field or column holding the integer label; null for none")
     classes: tuple[str, ...] = Field((), description="class names in label order: lets a label be given as its name")
     extra: tuple[str, ...] = Field((), description='further fields kept with each row as JSON; ["*"] keeps all')

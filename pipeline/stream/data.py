@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -292,6 +293,56 @@ def _counted(
         np.save(buffer, counts, allow_pickle=False)
         cache.put(key, buffer.getvalue())
     return counts
+
+
+# -- Which text a row is served with: of several one by a keyed draw, another one in every epoch ---------------
+
+
+@dataclass(frozen=True)
+class Captions:
+    """The texts of rows that are their captions: "caption", or "extra.NAME", a further field, a text or a list.
+
+    ConfigError, about `captions`, for another name.
+    """
+
+    names: tuple[str, ...] = ("caption",)
+
+    def __post_init__(self) -> None:
+        wrong = [name for name in self.names if name != "caption" and not re.fullmatch(r"extra\..+", name)]
+        if wrong or not self.names:
+            raise ConfigError(
+                "No caption has this name" if wrong else "No caption is named",
+                key="captions",
+                value=", ".join(wrong) or "[]",
+                rule="caption, the stored column, or extra.NAME, a further field that source.extra kept",
+                next_step="name one of these, or several",
+            )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What must be read of a row to know them."""
+        return tuple(dict.fromkeys(name.partition(".")[0] for name in self.names))
+
+    def of(self, table: pa.Table) -> pa.Array:
+        """Of a table with `columns` the text of each row, or where there may be several a list: [n], some null."""
+        if self.names == ("caption",):
+            return table["caption"].combine_chunks()
+        own = table["caption"].to_pylist() if "caption" in self.columns else [None] * len(table)
+        extra = table["extra"].to_pylist() if "extra" in self.columns else [None] * len(table)
+        lists = []
+        for caption, fields in zip(own, map(json.loads, (text or "{}" for text in extra)), strict=True):
+            told = (caption if name == "caption" else fields.get(name.partition(".")[2]) for name in self.names)
+            texts = (text for one in told for text in (one if isinstance(one, list) else [one]))
+            lists.append(list(dict.fromkeys(text for text in texts if isinstance(text, str) and text.strip())))
+        return pa.array(lists, pa.list_(pa.string()))
+
+    @staticmethod
+    def drawn(texts: pa.ListArray, ids: NDArray[np.uint64], seed: int, epoch: int) -> pa.Array:
+        """Of each row's list one text, each as likely: string [n], null where there is none. ids: as of `Batch`."""
+        counts = texts.value_lengths().to_numpy(zero_copy_only=False).astype(np.uint64)
+        drawn = keyed_words(ids[:, 0] ^ keyed_words(ids[:, 1] ^ np.uint64(0x63617074_696F6E73), 0), seed, epoch)
+        at = texts.offsets.to_numpy()[:-1] + (drawn % np.maximum(counts, 1)).astype(np.int64)
+        return texts.values.take(pa.array(at, pa.int64(), mask=counts == 0))
 
 
 # -- Which rows are served: one side of the split, and of those the ones that meet a condition -----------------

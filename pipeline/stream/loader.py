@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain, pairwise
@@ -20,6 +20,7 @@ from pipeline.store.schema import Bytes, gather
 from pipeline.stream.data import (
     RULE,
     Batch,
+    Captions,
     FileRows,
     LabelMix,
     LatentRows,
@@ -307,6 +308,7 @@ class LatentStream:
         lanes: int = 8,
         shuffle: bool = True,
         captions: bool = True,
+        captions_from: Sequence[str] = ("caption",),
         sizes: bool = True,
         threads: int = 2,
         verify: bool = False,
@@ -335,7 +337,8 @@ class LatentStream:
         served = self.order.batches * batch_size
         self.left_out = dict(zip(self.order.layout.buckets, (self.order.bucket_rows - served).tolist(), strict=True))
         self._dataset, self._prefetch, self._threads, self._verify = dataset, prefetch, threads, verify
-        self._captions, self._sizes, self._text = captions or text is not None, sizes, text
+        self._captions = Captions(tuple(captions_from)) if captions or text is not None else None
+        self._sizes, self._text = sizes, text
         self._lanes = range(rank * lanes // world_size, (rank + 1) * lanes // world_size)
         self._running: set[_Run] = set()
         self.identity: dict[str, Any] = {
@@ -352,6 +355,7 @@ class LatentStream:
             **({"split_rule": RULE} if holdout else {}),
             **({} if where is None else {"where": where}),
             **({} if text is None else {"text": text.digest}),
+            **({"captions": list(captions_from)} if self._captions not in (None, Captions()) else {}),
         }
         self._label_mix = LabelMix(dataset.row_groups, self.order.layout.rows)
         # What is in order on purpose, and what another rank looks at, is not judged.
@@ -446,6 +450,7 @@ class _Run:
             stream._dataset,
             stream._choice,
             captions=stream._captions,
+            seed=stream.order.spec.seed,
             sizes=stream._sizes,
             threads=stream._threads,
             verify=stream._verify,

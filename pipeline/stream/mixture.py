@@ -34,7 +34,8 @@ FOREVER = sys.maxsize
 class Part:
     """A dataset of a mixture: its weight, the embeddings of its captions, its condition, and its name in errors.
 
-    steps: those in which it is served, from the first up to the second; FOREVER where it has no end.
+    steps: those in which it is served, from the first up to the second; FOREVER where it has no end. captions_from:
+    see `Captions`.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Part:
     text: TextRows | None = None
     where: str | None = None
     steps: tuple[int, int] = (0, FOREVER)
+    captions_from: tuple[str, ...] = ("caption",)
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ def open_mixture(
     streams = []
     for part, window in zip(parts, size_bytes, strict=True):
         with naming(part.name):
-            of_part: dict[str, Any] = {"text": part.text, "where": part.where, "window_bytes": window}
+            of_part: dict[str, Any] = {"text": part.text, "where": part.where, "captions_from": part.captions_from}
+            of_part["window_bytes"] = window
             streams.append(LatentStream(part.dataset, **of_part, **settings))
     names, steps = [part.name for part in parts], [part.steps for part in parts]
     return MixtureStream(streams, weights, seed=seed, names=names, steps=steps)
@@ -165,8 +168,9 @@ class MixtureStream:
                         return
                     yield replace(batch, step=step, dataset=dataset)
                 later = sum(phase.shares for phase in self._phases[at + 1 :])
-                for dataset in np.flatnonzero(later == 0):  # what is never served again gives its memory back
-                    sources[dataset].close()
+                for source, steps in zip(sources, np.broadcast_to(later, len(sources)), strict=True):
+                    if not steps:  # what is never served again gives its memory back
+                        source.close()
 
     def close(self) -> None:
         """End every iteration in progress and its threads."""

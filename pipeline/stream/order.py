@@ -103,6 +103,7 @@ class Piece:
 class Window:
     """Pieces that are read together and whose rows are shuffled together by `key` (None: kept in order)."""
 
+    epoch: int
     bucket: int
     first_row: int  # of the lane's stretch
     num_rows: int
@@ -125,12 +126,13 @@ class LaneWindows:
 
     def __init__(
         self,
+        epoch: int,
         bucket: int,
         first_rows: Ints,
         pieces: Callable[[int], tuple[Ints, Ints, Ints]],
         key: tuple[object, ...] | None,
     ):
-        self._bucket, self._key, self._pieces = bucket, key, pieces
+        self._epoch, self._bucket, self._key, self._pieces = epoch, bucket, key, pieces
         self._first_rows: list[int] = first_rows.tolist()
 
     def __len__(self) -> int:
@@ -141,7 +143,8 @@ class LaneWindows:
             raise IndexError(index)
         pieces = tuple(Piece(*each) for each in zip(*(c.tolist() for c in self._pieces(index)), strict=True))
         first, last = self._first_rows[index], self._first_rows[index + 1]
-        return Window(self._bucket, first, last - first, pieces, None if self._key is None else (*self._key, index))
+        key = None if self._key is None else (*self._key, index)
+        return Window(self._epoch, self._bucket, first, last - first, pieces, key)
 
     def find(self, row: int) -> int:
         """The index of the window that holds this row of the lane."""
@@ -265,7 +268,8 @@ class Order:
             own = slice(cuts[index], cuts[index + 1])
             return pieces[0][own], pieces[1][own], pieces[2][own]
 
-        return LaneWindows(bucket, np.concatenate([[0], np.cumsum(pieces[2] - pieces[1])])[cuts], of_window, key)
+        edges = np.concatenate([[0], np.cumsum(pieces[2] - pieces[1])])[cuts]
+        return LaneWindows(epoch, bucket, edges, of_window, key)
 
     def _windows_of_parts(self, epoch: int, bucket: int, lane: int) -> LaneWindows:
         groups, first_rows, offset = self._lines(epoch, bucket)
@@ -297,7 +301,8 @@ class Order:
             start, size = begins + starts[:, at], sizes[:, at]
             return _pieces(groups, first_rows, start[size > 0], (start + size)[size > 0])
 
-        return LaneWindows(bucket, np.concatenate([[0], np.cumsum(held[served])]), of_window, ("rows", *key, lane))
+        edges = np.concatenate([[0], np.cumsum(held[served])])
+        return LaneWindows(epoch, bucket, edges, of_window, ("rows", *key, lane))
 
     def _row_bytes(self, bucket: int) -> int:
         """Memory of a served row: all rows of a bucket are equally long, but those between them may be read, too."""

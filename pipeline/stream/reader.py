@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 from pipeline.store.schema import MAX_PART_BYTES, Bytes, FixedRows, StoredParts, ValuePlaces, binary_rows
-from pipeline.stream.data import Choice, FileRows, LatentRows, id_words, integers
+from pipeline.stream.data import Captions, Choice, FileRows, LatentRows, id_words, integers
 from pipeline.stream.order import Piece, Window
 
 if TYPE_CHECKING:
@@ -72,14 +72,16 @@ class WindowReader:
         dataset: LatentRows,
         choice: Choice,
         *,
-        captions: bool,
+        captions: Captions | None,
         threads: int,
+        seed: int = 0,
         sizes: bool = True,
         verify: bool = False,
     ) -> None:
         self._dataset, self._choice, self._captions, self._verify = dataset, choice, captions, verify
+        self._seed = seed
         self._sizes, self._all = sizes, choice == Choice()
-        wanted = [*choice.columns, "label", *(SIZE_COLUMNS if sizes else ()), *(["caption"] if captions else ())]
+        wanted = [*choice.columns, "label", *(SIZE_COLUMNS if sizes else ()), *(captions.columns if captions else ())]
         self._columns = list(dict.fromkeys(wanted))
         self._shapes: dict[int, Shape] = {}
         self._files = cast("Dataset", dataset) if isinstance(dataset, FileRows) else None
@@ -120,7 +122,10 @@ class WindowReader:
             if len(parts[-1].ids) < piece.stop - piece.start:
                 raise self._unusable(piece.row_group, "its chosen rows are not those counted before")
         latents = self._latents(window.pieces, parts, 2 * math.prod(shape))
-        return _joined(shape, parts, latents, None if window.key is None else window.permutation())
+        rows = _joined(shape, parts, latents, None if window.key is None else window.permutation())
+        if rows.captions is not None and pa.types.is_list(rows.captions.type):
+            return replace(rows, captions=Captions.drawn(rows.captions, rows.sample_ids, self._seed, window.epoch))
+        return rows
 
     def _group(self, row_group: int) -> _Rows:
         """The chosen rows of a row group, kept until others take their room."""
@@ -162,7 +167,7 @@ class WindowReader:
             id_words(binary_rows(table.column("sample_id"), 16)),
             integers(table.column("label")).astype(np.int64, copy=False),
             sizes,
-            table.column("caption").combine_chunks() if self._captions else None,
+            self._captions.of(table) if self._captions else None,
         )
         rows = rows if self._all else rows[self._choice.rows(table)]
         return self._without_withdrawn(row_group, rows)

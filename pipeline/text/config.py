@@ -78,6 +78,12 @@ class EmbedTextJobConfig(StrictModel):
     """Everything the embed_text job reads."""
 
     data: DatasetConfig = Field(..., description="The latent dataset whose captions are embedded.")
+    captions: tuple[str, ...] = Field(
+        ("caption",),
+        description="The texts of a row that are its captions: caption, or extra.NAME, a field that source.extra "
+        "kept: a text or a list of them.",
+    )
+    prompts: tuple[str, ...] = Field((), description="Further texts that are embedded, such as grid.prompts.")
     encoders: tuple[TextEncoderConfig, ...] = Field(
         (), description="The encoders, side by side; none: those of `pipeline`."
     )

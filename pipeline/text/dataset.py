@@ -21,6 +21,7 @@ from pipeline.store.read.dataset import Dataset, LatentDataset
 from pipeline.store.read.pins import Pins
 from pipeline.store.read.row_groups import reading_table
 from pipeline.store.schema import to_float32
+from pipeline.stream.data import Captions
 
 # -- Which captions there are, and which of them are new: distinct by hash, in order of first occurrence -------
 
@@ -96,20 +97,32 @@ def planned_hashes(plan: Plan) -> Hashes:
     return np.concatenate(parts) if parts else as_hashes([])
 
 
-def new_captions(latents: LatentDataset, known: HashSet) -> Iterator[PlannedCaption]:
-    """Captions of visible rows that are not in `known`, which grows by them; the empty prompt comes first.
+def captions_seen(plan: Plan, digest: str) -> set[str]:
+    """Names of the captions, see `stream.data.Captions`, that versions of a plan read of latents of this digest."""
+    sources = [version.source for version in plan.versions]
+    return {n for source in sources if source.get("digest") == digest for n in source.get("captions", ["caption"])}
 
-    Reads the caption column alone, one row group at a time. A row without a caption adds nothing: it is the
-    empty prompt to whoever asks.
+
+def new_captions(
+    latents: LatentDataset, known: HashSet, names: Captions, prompts: Sequence[str] = ()
+) -> Iterator[PlannedCaption]:
+    """The empty prompt, `prompts` and captions of visible rows that are not in `known`, which grows by them.
+
+    Reads the columns of these captions alone, one row group at a time. A row without a caption adds nothing: it is
+    the empty prompt to whoever asks.
     """
-    if known.add_new([caption_hash(EMPTY_PROMPT)]):
-        yield _planned(EMPTY_PROMPT, caption_hash(EMPTY_PROMPT))
-    for index in range(len(latents.row_groups)):
-        try:
-            column = latents.read(index, ["caption"])["caption"]
-        except InputError as error:
-            raise error.but(key="data.uri", value=latents.uri) from None
-        captions = [c for c in dict.fromkeys(column.to_pylist()) if c is not None]
+
+    def texts() -> Iterator[list[str | None]]:
+        yield [EMPTY_PROMPT, *prompts]
+        for index in range(len(latents.row_groups)):
+            try:
+                found = names.of(latents.read(index, names.columns))
+            except InputError as error:
+                raise error.but(key="data.uri", value=latents.uri) from None
+            yield (found.flatten() if pa.types.is_list(found.type) else found).to_pylist()
+
+    for some in texts():
+        captions = [c for c in dict.fromkeys(some) if c is not None]
         digests = [caption_hash(c) for c in captions]
         for i in known.add_new(digests):
             yield _planned(captions[i], digests[i])

@@ -37,8 +37,18 @@ from pipeline.store.plan import PlannedEntry, append_version, read_entries, read
 from pipeline.store.read.dataset import Dataset, LatentDataset
 from pipeline.store.schema import ADDRESS, pack_latents
 from pipeline.store.writer import Committer, file_meta
+from pipeline.stream.data import Captions
 from pipeline.text.config import EmbedTextJobConfig, PipelineConfig, TextEncoderConfig
-from pipeline.text.dataset import HashSet, in_units, new_captions, planned_hashes
+from pipeline.text.dataset import (
+    HashSet,
+    as_hashes,
+    caption_hash,
+    captions_seen,
+    contains,
+    in_units,
+    new_captions,
+    planned_hashes,
+)
 from pipeline.text.files import EncoderFiles, encoder_files
 
 # -- From the gaps of a plan to committed embeddings, one unit a commit ----------------------------------------
@@ -172,6 +182,7 @@ class _Task:
             "uri": self.latents.uri,
             "digest": self.latents.digest,
             "fingerprint": self.latents.fingerprint_digest,
+            **({"captions": list(self.config.captions)} if self.config.captions != ("caption",) else {}),
         }
 
 
@@ -200,7 +211,7 @@ def dry_run(config: EmbedTextJobConfig) -> JobResult:
         outputs[task.encoder.name] = task.root.uri
         known = HashSet(planned_hashes(read_plan(task.root)))
         gaps = read_state(task.root).gaps().count()
-        todo = gaps + sum(1 for _ in new_captions(task.latents, known))
+        todo = gaps + sum(1 for _ in new_captions(task.latents, known, Captions(config.captions), config.prompts))
         counts[f"{task.encoder.name}.new"] = todo
         figures[f"{task.encoder.name}.bytes_at_most"] = 2.0 * todo * task.files.max_length * task.files.width
     return JobResult("dry-run", counts, outputs, None, {}, figures)
@@ -241,7 +252,8 @@ def _embed_one(task: _Task) -> JobResult:
         # Nothing is read when some version has seen the latents as they are: plans only ever grow.
         if not _has_seen(state, task):
             known = HashSet(planned_hashes(state.plan))
-            units = in_units(new_captions(task.latents, known), task.config.embed.unit_captions)
+            captions = new_captions(task.latents, known, Captions(task.config.captions), task.config.prompts)
+            units = in_units(captions, task.config.embed.unit_captions)
             # A version without units remembers that these latents hold nothing new.
             number = run.generation.number
             plan = append_version(state.plan, units, source=task.source(), generation=number)
@@ -255,8 +267,12 @@ def _embed_one(task: _Task) -> JobResult:
 
 
 def _has_seen(state: State, task: _Task) -> bool:
-    """Whether some version of the plan has read the latents as they are now; plans only ever grow."""
-    return any(v.source.get("digest") == task.latents.digest for v in state.plan.versions)
+    """Whether versions of the plan have read the latents as they are now, and all prompts; plans only ever grow."""
+    config = task.config
+    if not captions_seen(state.plan, task.latents.digest) >= set(config.captions):
+        return False
+    prompts = as_hashes(map(caption_hash, config.prompts))
+    return not config.prompts or bool(contains(np.sort(planned_hashes(state.plan)), prompts).all())
 
 
 def _embed(task: _Task, run: Run, generation: Generation, state: State) -> JobResult:

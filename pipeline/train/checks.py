@@ -5,6 +5,7 @@ Every refusal names both sides. What is compared on a resume is kept by `identit
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,13 +21,14 @@ from pipeline.diffusion.solvers import COMBINATIONS, Combination, combination, c
 from pipeline.errors import ConfigError, ConflictError, argument_keys
 from pipeline.model.config import InstalledConfig, PublishedConfig, installed_network, kinds_for
 from pipeline.store.ledger.identity import differences
-from pipeline.store.read.dataset import Dataset, LatentDataset
+from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.read.pins import Pins
 from pipeline.stream.data import Where, layout_of
 from pipeline.stream.mixture import FOREVER, phases_of
 from pipeline.stream.order import Order, OrderSpec
+from pipeline.text.dataset import TextEmbeddings
 from pipeline.train.config import CodecOverride, MixConfig, TrainJobConfig
-from pipeline.train.start import Start, check_arrangement, check_start_fits, license_of, scale_of
+from pipeline.train.start import Start, check_arrangement, check_start_fits, license_of, scale_of, text_facts
 
 # -- Do the datasets of a mixture belong together? Every refusal names the two that do not. Torch-free ---------
 #
@@ -202,6 +204,7 @@ STREAM_KEYS = {
     "world_size": "train.num_workers",
     "weights": "data.mix",
     "share": "stream.holdout",
+    "captions": "data.captions",
     **{name: f"stream.{name}" for name in ("lanes", "window_bytes")},
 }
 
@@ -313,7 +316,7 @@ def _texts_of(config: TrainJobConfig, datasets: Datasets, pins: Pins | None) -> 
     """The `text_facts` of the first dataset's embeddings, when those of all were made alike and can be read."""
     check_text_uris(config)
     texts = {
-        key: tuple(text_facts(uri, datasets[key], f"{key}.text", pins) for uri in part.text)
+        key: tuple(text_facts(uri, datasets[key], f"{key}.text", pins, part.captions) for uri in part.text)
         for key, part in config.data.parts.items()
         if part.text
     }
@@ -335,6 +338,23 @@ def trained_combinations(config: TrainJobConfig, facts: Facts) -> tuple[Combinat
 def _check_grid(config: TrainJobConfig, facts: Facts) -> None:
     """ConfigError when grids would ask for a combination of conditions that is never trained."""
     learned, t = trained_combinations(config, facts), config.train
+    if config.grid.prompts and not facts.texts:
+        raise ConfigError(
+            "The model reads no text",
+            key="grid.prompts",
+            value=", ".join(config.grid.prompts),
+            rule="prompts are shown by models that learn from data.text",
+            next_step="leave grid.prompts out, or set data.text",
+        )
+    for uri in config.data.text if config.grid.prompts else ():
+        if absent := TextEmbeddings.open(uri, cache_bytes=1, key="data.text").missing(config.grid.prompts):
+            raise ConfigError(
+                f"{len(absent)} of {len(config.grid.prompts)} prompts have no embedding at {uri}",
+                key="grid.prompts",
+                value=absent[0],
+                rule="what grids show is embedded before training starts, by the encoders of the captions",
+                next_step=f"run jobs.embed_text again with prompts='{json.dumps(config.grid.prompts)}'",
+            )
     full = combination(labelled=facts.num_classes is not None, prompted=bool(facts.texts))
     if full not in learned:
         dropouts = {"class": "label_dropout", "text": "text_dropout", "class+text": "joint_dropout"}
@@ -413,39 +433,6 @@ def _check_model(config: TrainJobConfig, facts: Facts, uri: str) -> None:
             rule="a model takes every bucket of its datasets",
             next_step="change the sizes of the model, encode at sizes that it takes, or choose another model.kind",
         )
-
-
-def text_facts(uri: str, latents: LatentDataset, key: str = "data.text", pins: Pins | None = None) -> dict[str, Any]:
-    """What a model must know of the embeddings at `uri`; ConflictError when they are not of these latents' captions.
-
-    {"uri", "digest", "width", "max_length", "encoder": a TextEncoderConfig as JSON, "fingerprint"}.
-    """
-    text: Dataset = Dataset.open_kind(uri, "text", key, pins)
-    seen = [version.source for version in text.state.plan.versions]
-    unfinished = text.state.gaps().count()
-    if unfinished or all(source.get("digest") != latents.digest for source in seen):
-        made_from = f"{seen[-1].get('uri')} (digest {seen[-1].get('digest')})" if seen else "nothing"
-        raise ConflictError(
-            f"The embeddings at {uri} were made from {made_from}"
-            + (f" and lack {unfinished:,} captions" if unfinished else "")
-            + f"; the latents are {latents.uri} (digest {latents.digest})",
-            key=key,
-            value=uri,
-            rule="every caption of the latents has its embedding before training starts",
-            next_step="run jobs.embed_text on the latents: it embeds only what is new",
-        )
-    made_by, where = text.fingerprint, dict(text.identity.about["encoder"])
-    shared = {name: made_by[name] for name in ("max_length", "layer", "pooled", "embedding_dtype")}
-    shared |= {"padding": made_by["padding"]} if "padding" in made_by else {}
-    path = where["path"]
-    encoder = {
-        **where,
-        "path": str(Path(path).absolute()) if Path(path).exists() else path,
-        **shared,
-        "dtype": made_by["encoder_dtype"],
-    }
-    facts = {"uri": text.uri, "digest": text.digest, "width": made_by["width"], "max_length": made_by["max_length"]}
-    return {**facts, "encoder": encoder, "fingerprint": made_by}
 
 
 def locate_codec(override: CodecOverride, made_by: dict[str, Any]) -> dict[str, Any] | None:

@@ -85,6 +85,11 @@ class MixConfig(StrictModel):
         "none.",
         json_schema_extra=renamed_from("text_uri"),
     )
+    captions: tuple[str, ...] = Field(
+        ("caption",),
+        description="Where there is text: the texts of a row that are its captions, caption or extra.NAME, a field "
+        "that source.extra kept: a text or a list of them. Of several one is drawn, in every epoch anew.",
+    )
     where: str | None = Field(
         None,
         min_length=1,
@@ -96,6 +101,8 @@ class MixConfig(StrictModel):
     def _served_at_all(self) -> MixConfig:
         if self.until_images is not None and self.until_images <= self.from_images:
             raise ValueError(f"until_images {self.until_images} must be above from_images {self.from_images}")
+        if self.captions != ("caption",) and not self.text:
+            raise ValueError(f"captions {list(self.captions)} are learned by their embeddings: they need text")
         return self
 
 
@@ -284,7 +291,12 @@ class GridConfig(StrictModel):
     every_images: int | None = Field(
         None, ge=1, description="Drawn each time this many images are done; null: never."
     )
-    images: int = Field(16, ge=1, le=256, description="Pictures in a grid; classes take turns.")
+    images: int = Field(16, ge=1, le=256, description="Pictures in a grid; classes and prompts take turns.")
+    prompts: tuple[str, ...] = Field(
+        (),
+        description="What they show, of a model that reads text; embedded before by jobs.embed_text prompts=[...]. "
+        "none: the first captions of the data.",
+    )
     sampler: SamplerConfig = Field(SamplerConfig(guidance=2.0), description="How they are sampled.")
 
 

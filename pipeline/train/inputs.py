@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from pipeline.diffusion.objectives import Objective, TimestepDensity
@@ -17,8 +19,18 @@ from pipeline.model.config import PublishedConfig
 from pipeline.storage.root import Root
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.read.pins import Pins
+from pipeline.stream.data import Captions
 from pipeline.stream.loader import LatentStream
-from pipeline.stream.mixture import BLOCK, MixtureStream, Part, apportion, naming, open_mixture, shares_of
+from pipeline.stream.mixture import (
+    BLOCK,
+    FOREVER,
+    MixtureStream,
+    Part,
+    apportion,
+    naming,
+    open_mixture,
+    shares_of,
+)
 from pipeline.stream.order import PARTS
 from pipeline.text.dataset import ArrangedText, TextEmbeddings
 from pipeline.train import collectives
@@ -40,6 +52,8 @@ class Served:
     share: float = 1.0
     text: TextEmbeddings | ArrangedText | None = None
     where: str | None = None
+    steps: tuple[int, int] = (0, FOREVER)
+    captions: tuple[str, ...] = ("caption",)
 
     @property
     def name(self) -> str | None:
@@ -58,17 +72,29 @@ def open_served(config: TrainJobConfig, pins: Pins | None = None, *, zero_empty:
     shares = (shares_of(weights, len(weights)) / BLOCK).tolist()
     served = []
     for (key, part), share in zip(parts.items(), shares, strict=True):
-        text: TextEmbeddings | ArrangedText | None = None
+        text = None
         if part.text:
             memory = max(1, int(share * config.data.text_cache_bytes / len(part.text)))
-            texts = [TextEmbeddings.open(u, cache_bytes=memory, key=f"{key}.text", pins=pins) for u in part.text]
-            text = texts[0]
-            if isinstance(config.model, PublishedConfig):
-                network = config.model
-                text = ArrangedText(texts, network.arrangement, network.text_dim or 0, zero_empty=zero_empty)
+            text = _open_text(config, part.text, f"{key}.text", memory, pins, zero_empty=zero_empty)
         latents = LatentDataset.open(part.uri, f"{key}.uri", pins)
-        served.append(Served(latents, part.weight, share, text, part.where))
+        steps = steps_of(part, config.train.batch_size)
+        served.append(Served(latents, part.weight, share, text, part.where, steps, part.captions))
     return tuple(served)
+
+
+def _open_text(
+    config: TrainJobConfig,
+    uris: Sequence[str],
+    key: str,
+    memory: int,
+    pins: Pins | None,
+    *,
+    zero_empty: bool,
+) -> TextEmbeddings | ArrangedText:
+    texts = [TextEmbeddings.open(uri, cache_bytes=memory, key=key, pins=pins) for uri in uris]
+    if not isinstance(config.model, PublishedConfig):
+        return texts[0]
+    return ArrangedText(texts, config.model.arrangement, config.model.text_dim or 0, zero_empty=zero_empty)
 
 
 def embedded(text: TextEmbeddings | ArrangedText, captions: list[str | None]) -> Text:
@@ -122,7 +148,7 @@ def open_stream(
     config: TrainJobConfig, served: Sequence[Served], root: Root, order: str = PARTS
 ) -> LatentStream | MixtureStream:
     """This rank's share of the training rows, in the order of this rule."""
-    settings = {
+    settings: dict[str, Any] = {
         "seed": config.train.seed,
         "batch_size": config.train.batch_size,
         "rank": collectives.rank(),
@@ -135,12 +161,12 @@ def open_stream(
     }
     with argument_keys(STREAM_KEYS):
         if len(served) == 1:
-            return LatentStream(served[0].latents, text=served[0].text, where=served[0].where, **settings)
+            only = served[0]
+            settings |= {"text": only.text, "where": only.where, "captions_from": only.captions}
+            return LatentStream(only.latents, **settings)
         parts = [
-            Part(part.latents.uri, part.latents, part.weight, part.text, part.where, steps)
-            for part, steps in zip(
-                served, (steps_of(each, config.train.batch_size) for each in config.data.parts.values()), strict=True
-            )
+            Part(part.latents.uri, part.latents, part.weight, part.text, part.where, part.steps, part.captions)
+            for part in served
         ]
         return open_mixture(parts, **settings)
 
@@ -172,7 +198,7 @@ def _held_out(config: TrainJobConfig, part: Served, root: Root, count: int) -> l
         "text": part.text,
         "cache": root.child(CACHE),
     }
-    settings |= {"where": part.where}
+    settings |= {"where": part.where, "captions_from": part.captions}
     # What a stream calls a batch is a chunk of the validation here, and errors say so.
     keys, chunks = argument_keys({**STREAM_KEYS, "batch_size": "validation.chunk"}), []
     try:
@@ -193,15 +219,21 @@ def _held_out(config: TrainJobConfig, part: Served, root: Root, count: int) -> l
     return chunks
 
 
-def grid_prompts(
-    dataset: LatentDataset, text: TextEmbeddings | ArrangedText, count: int
-) -> tuple[tuple[str, ...], Text]:
-    """The first distinct captions of the dataset, taking turns where there are fewer than `count`."""
-    captions: dict[str, None] = {}
-    for group in range(len(dataset.row_groups)):
-        captions |= dict.fromkeys(c for c in dataset.read(group, ["caption"])["caption"].to_pylist() if c is not None)
-        if len(captions) >= count:
+def grid_prompts(config: TrainJobConfig, first: Served, *, zero_empty: bool) -> tuple[tuple[str, ...], Text]:
+    """What grids show, with its text: `grid.prompts`, or the first distinct captions of the data, in turns."""
+    dataset, text, count = first.latents, first.text, config.grid.images
+    assert text is not None
+    distinct = list(config.grid.prompts)
+    if distinct:
+        # As it is now: prompts may be embedded after the run began, and what one means does not change.
+        text = _open_text(config, config.data.text, "data.text", 1, None, zero_empty=zero_empty)
+    names = Captions(first.captions)
+    for group in range(0 if distinct else len(dataset.row_groups)):
+        texts = names.of(dataset.read(group, names.columns))
+        texts = texts.flatten() if pa.types.is_list(texts.type) else texts
+        distinct = list(dict.fromkeys([*distinct, *texts.drop_null().to_pylist()]))
+        if len(distinct) >= count:
             break
-    distinct = list(captions)[:count] or [""]
+    distinct = distinct[:count] or [""]
     prompts = [distinct[at % len(distinct)] for at in range(count)]
     return tuple(prompts), embedded(text, list(prompts))

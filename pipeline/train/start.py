@@ -6,10 +6,12 @@ their latents. What must stay as they learned it is compared with the data befor
 
 from __future__ import annotations
 
+import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.codec.info import codec_info
@@ -20,9 +22,10 @@ from pipeline.model.info import PublishedPipeline, SizeShift, codec_scale
 from pipeline.model.read import InitialWeights, StoredModel, read_init
 from pipeline.storage.root import Root
 from pipeline.store.ledger.identity import differences
-from pipeline.store.read.dataset import LatentDataset
+from pipeline.store.read.dataset import Dataset, LatentDataset
+from pipeline.store.read.pins import Pins
 from pipeline.text.config import TextEncoderConfig
-from pipeline.text.dataset import ARRANGEMENTS
+from pipeline.text.dataset import ARRANGEMENTS, captions_seen
 from pipeline.text.files import encoder_files
 from pipeline.tracking.config import REGISTERED, resolve_paths
 from pipeline.tracking.queries import NotRegisteredError, resolve
@@ -215,6 +218,54 @@ def check_start_fits(start: Start, dataset: LatentDataset, texts: tuple[dict[str
                 next_step="run jobs.embed_text with these encoders (of a pipeline: its text_encoder folders, with "
                 "layer, pooled, padding and max_length as above)",
             )
+
+
+def text_facts(
+    uri: str,
+    latents: LatentDataset,
+    key: str = "data.text",
+    pins: Pins | None = None,
+    captions: Sequence[str] = ("caption",),
+) -> dict[str, Any]:
+    """What a model must know of the embeddings at `uri`; ConflictError when they are not of these latents' captions.
+
+    captions: their names, see `stream.data.Captions`.
+    {"uri", "digest", "width", "max_length", "encoder": a TextEncoderConfig as JSON, "fingerprint"}.
+    """
+    text: Dataset = Dataset.open_kind(uri, "text", key, pins)
+    seen = [version.source for version in text.state.plan.versions]
+    unfinished, known = text.state.gaps().count(), captions_seen(text.state.plan, latents.digest)
+    if known and (unread := [name for name in captions if name not in known]):
+        raise ConflictError(
+            f"The embeddings at {uri} are of {', '.join(sorted(known))} alone",
+            key=key.replace("text", "captions"),
+            value=", ".join(unread),
+            rule="every caption that may be drawn has its embedding before training starts",
+            next_step=f"run jobs.embed_text with captions='{json.dumps(list(captions))}': it embeds what is new",
+        )
+    if unfinished or not known:
+        made_from = f"{seen[-1].get('uri')} (digest {seen[-1].get('digest')})" if seen else "nothing"
+        raise ConflictError(
+            f"The embeddings at {uri} were made from {made_from}"
+            + (f" and lack {unfinished:,} captions" if unfinished else "")
+            + f"; the latents are {latents.uri} (digest {latents.digest})",
+            key=key,
+            value=uri,
+            rule="every caption of the latents has its embedding before training starts",
+            next_step="run jobs.embed_text on the latents: it embeds only what is new",
+        )
+    made_by, where = text.fingerprint, dict(text.identity.about["encoder"])
+    shared = {name: made_by[name] for name in ("max_length", "layer", "pooled", "embedding_dtype")}
+    shared |= {"padding": made_by["padding"]} if "padding" in made_by else {}
+    path = where["path"]
+    encoder = {
+        **where,
+        "path": str(Path(path).absolute()) if Path(path).exists() else path,
+        **shared,
+        "dtype": made_by["encoder_dtype"],
+    }
+    facts = {"uri": text.uri, "digest": text.digest, "width": made_by["width"], "max_length": made_by["max_length"]}
+    return {**facts, "encoder": encoder, "fingerprint": made_by}
 
 
 def check_arrangement(config: TrainJobConfig, texts: tuple[dict[str, Any], ...]) -> None:

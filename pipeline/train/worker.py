@@ -457,7 +457,8 @@ def _hooks(
         hooks.append(Hook(config.validation.every_images, question.run))
     if config.grid.every_images is not None:
         first = served[0]
-        prompts = None if first.text is None else grid_prompts(first.latents, first.text, config.grid.images)
+        zero_empty = facts.zero_empty_text
+        prompts = None if first.text is None else grid_prompts(config, first, zero_empty=zero_empty)
         hooks.append(Hook(config.grid.every_images, _grid(config, facts, task, device, reporter, prompts).run))
     return hooks
 

@@ -102,6 +102,18 @@ def test_csv_whose_columns_are_not_what_they_seem(tmp_path):
         read(tmp_path)
 
 
+def test_of_a_list_of_captions_the_first_is_the_images_and_all_are_kept(tmp_path):
+    for name in ("a.jpg", "d/b.jpg"):
+        write(tmp_path / name, JPEG)
+    write(tmp_path / "metadata.jsonl", json.dumps({"file_name": "a.jpg", "text": ["one", "two"]}))
+    write(tmp_path / "d/b.json", json.dumps({"text": ["three", "four"]}))
+    a, b = read(tmp_path)
+    assert [(r.caption, json.loads(r.extra)["text"]) for r in (a, b)] == [
+        ("one", ["one", "two"]),
+        ("three", ["three", "four"]),
+    ]
+
+
 def test_metadata_as_a_table_and_in_folders_below(tmp_path):
     for name in ("a.jpg", "d/b.jpg", "d/c.jpg"):
         write(tmp_path / name, JPEG)

@@ -43,6 +43,18 @@ def test_bytes_captions_labels_and_extra_columns(tmp_path):
     assert json.loads(rows(tmp_path, extra=("*",), label=None)[0].extra) == {"label": 2, "score": 0.5}
 
 
+def test_of_a_list_of_captions_the_first_is_the_rows_and_all_are_kept(tmp_path):
+    captions = [["one", "two"], [None, "three"], [], None]
+    pq.write_table(table(4, text=captions, score=[1, 2, 3, 4]), tmp_path / "a.parquet")
+    found = rows(tmp_path, extra=("score",))
+    assert [r.caption for r in found] == ["one", "three", None, None]
+    assert json.loads(found[0].extra) == {"score": 1, "text": ["one", "two"]}
+    assert [json.loads(r.extra).get("text") for r in found[1:]] == [[None, "three"], [], None]
+    assert json.loads(rows(tmp_path, extra=("*",))[0].extra) == {"score": 1, "text": ["one", "two"]}
+    pq.write_table(table(1, text=[[5]]), tmp_path / "a.parquet")
+    assert rows(tmp_path)[0].reason == "bad_metadata"
+
+
 def test_the_struct_of_hugging_face_datasets(tmp_path):
     write(tmp_path / "there.jpg", b"by path")
     images = [

@@ -70,6 +70,12 @@ def test_members_of_one_basename_form_a_sample(tmp_path):
     assert end == EndOfUnit(4)
 
 
+def test_of_a_list_of_captions_the_first_is_the_samples_and_all_are_kept(tmp_path):
+    fields = json.dumps({"text": ["one", "two"], "score": 2}).encode()
+    first, _ = one_tar(tmp_path, [("0001.jpg", JPEG), ("0001.json", fields)])
+    assert (first.caption, json.loads(first.extra)) == ("one", {"text": ["one", "two"]})
+
+
 def test_shards_follow_each_other_in_one_unit(tmp_path):
     write(tmp_path / "a.tar", tar_of([("1.jpg", b"1"), ("2.jpg", b"2")]))
     write(tmp_path / "b.tar", tar_of([("1.jpg", b"3")]))

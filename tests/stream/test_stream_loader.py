@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -20,7 +22,7 @@ from hypothesis import strategies as st
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.stream import loader
 from pipeline.stream import order as order_module
-from pipeline.stream.data import Batch, Choice, layout_of, widened
+from pipeline.stream.data import Batch, Captions, Choice, layout_of, widened
 from pipeline.stream.loader import LatentStream
 from pipeline.stream.order import PARTS, ROW_GROUPS, Order, OrderSpec, Window, check_state
 from pipeline.stream.reader import WindowReader, WindowRows
@@ -166,7 +168,7 @@ def test_before_the_first_batch_a_resume_reads_nothing_but_the_window_of_its_ste
 ) -> None:
     dataset = MemoryRows([("64x64", 16)] * 64)
     order = Order(layout_of(dataset), OrderSpec(1, 8, 2, 2 * 2 * 4 * 1700, rule=rule))
-    reader = WindowReader(dataset, Choice(), captions=False, threads=1)
+    reader = WindowReader(dataset, Choice(), captions=None, threads=1)
     submitted: list[Window] = []
 
     def submit(window: Window) -> Future[WindowRows]:
@@ -204,7 +206,7 @@ def test_the_windows_held_at_any_time_fit_their_memory(rule: str) -> None:
     dataset = MemoryRows([("64x64", 40)] * 20 + [("64x96", 30)] * 10)
     window_bytes = 2 * 4 * (4001 + 3001) + 60_000
     order = Order(layout_of(dataset), OrderSpec(1, 8, 4, window_bytes, rule=rule))
-    reader = WindowReader(dataset, Choice(), captions=False, threads=1)
+    reader = WindowReader(dataset, Choice(), captions=None, threads=1)
     held: dict[int, int] = {}
     most = 0
 
@@ -246,7 +248,7 @@ def test_batches_prepared_in_one_go_fit_the_memory_of_their_bucket(
     monkeypatch.setattr(loader, "gather", counted)
     dataset = MemoryRows([("64x64", 640), ("64x96", 640)])
     order = Order(layout_of(dataset), OrderSpec(0, 8, 1, 1 << 20))
-    reader = WindowReader(dataset, Choice(), captions=False, threads=1)
+    reader = WindowReader(dataset, Choice(), captions=None, threads=1)
     for packet in loader.batches(order, range(1), 0, "float16", reader.submit, threads=threads):
         for wide in {width for width, _ in gathered}:
             most[wide] = max(most.get(wide, 0), sum(size for width, size in gathered if width == wide))
@@ -424,3 +426,49 @@ def test_a_state_of_other_data_or_another_version_is_refused() -> None:
         with pytest.raises(ConflictError, match="no usable step"):
             check_state({**stream.state(7), "step": step}, stream.identity)
     assert LatentStream.check(stream.state(7), stream.identity) == 7
+
+
+def told(number: int) -> list[str]:
+    """The captions of a row of `several`: 0 to 3 of them."""
+    return [f"row {number}", "all", f"row {number} too"][: number % 4]
+
+
+def several() -> MemoryRows:
+    dataset = MemoryRows([("64x64", 16)] * 3)
+    for at, table in enumerate(dataset.tables):
+        texts = [json.dumps({"all": told(number), "score": 1}) for number in table["label"].to_pylist()]
+        dataset.tables[at] = table.append_column("extra", pa.array(texts))
+    return dataset
+
+
+def test_one_of_several_captions_is_drawn_in_every_epoch_anew_and_alike_by_all() -> None:
+    settings = {"captions_from": ("extra.all",), "batch_size": 8}
+    epochs = take(stream_of(several(), **settings), 40 * 6)
+    served: dict[int, list[str]] = {}
+    for batch in epochs:
+        captions = batch.captions or [""] * len(batch.labels)
+        for number, caption in zip(batch.labels.tolist(), captions, strict=True):
+            served.setdefault(number, []).append(caption)
+    for number, drawn in served.items():
+        assert set(drawn) == set(told(number) or [""]), "each of them comes, and nothing else"
+    thirds = Counter(told(n).index(c) for n, drawn in served.items() if n % 4 == 3 for c in drawn)
+    assert all(abs(count - thirds.total() / 3) < 4 * math.sqrt(thirds.total() * 2 / 9) for count in thirds.values())
+    # The same for any number of workers, and after a resume in the middle.
+    halves = [take(stream_of(several(), rank=rank, world_size=2, **settings), 9) for rank in range(2)]
+    for whole, left, right in zip(epochs, *halves, strict=False):
+        assert whole.captions == [*(left.captions or [""] * 4), *(right.captions or [""] * 4)]
+    again = stream_of(several(), **settings)
+    again.resume(stream_of(several(), **settings).state(13))
+    assert [b.captions for b in take(again, 9)] == [b.captions for b in epochs[13:22]]
+    with pytest.raises(ConflictError, match="captions: "):
+        stream_of(several(), batch_size=8).resume(again.state(13))
+
+
+def test_the_column_caption_may_be_one_of_several_and_what_is_no_text_is_none() -> None:
+    table = several().tables[0].slice(0, 4).drop_columns(["extra"])
+    fields = [json.dumps(one) for one in ({"a": "x"}, {"a": ["y", None, 3, " ", "y"]}, {"a": 5}, {})]
+    found = Captions(("caption", "extra.a")).of(table.append_column("extra", pa.array(fields)))
+    assert found.to_pylist() == [["row 0", "x"], ["y"], [], ["row 3"]]
+    for wrong in ((), ("captions",), ("extra.",), ("key",)):
+        with pytest.raises(ConfigError, match="captions"):
+            Captions(wrong)

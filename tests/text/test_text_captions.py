@@ -13,6 +13,7 @@ from text_builders import make_latents
 from pipeline.errors import InputError
 from pipeline.storage.root import Root
 from pipeline.store.read.dataset import LatentDataset
+from pipeline.stream.data import Captions
 from pipeline.text import dataset as captions
 from pipeline.text.dataset import HashSet, as_hashes, caption_hash, contains, in_units, new_captions
 
@@ -62,9 +63,10 @@ def test_captions_come_once_in_order_with_the_empty_prompt_first(tmp_path: Path)
     uri = make_latents(tmp_path / "latents", [["b", None, "a", "b"], ["c", "", "a", "ü"]])
     known = HashSet(as_hashes([caption_hash("c")]))
     latents = LatentDataset.open(uri)
-    assert [c.meta for c in new_captions(latents, known)] == ["", "b", "a", "ü"]
-    assert [c.size_bytes for c in new_captions(latents, HashSet(as_hashes([])))] == [0, 1, 1, 1, 2]
-    assert list(new_captions(latents, known)) == []
+    assert [c.meta for c in new_captions(latents, known, Captions())] == ["", "b", "a", "ü"]
+    assert [c.size_bytes for c in new_captions(latents, HashSet(as_hashes([])), Captions())] == [0, 1, 1, 1, 2]
+    assert list(new_captions(latents, known, Captions())) == []
+    assert [c.meta for c in new_captions(latents, known, Captions(), ["new", "a"])] == ["new"]
 
 
 def test_captions_that_cannot_be_read_are_an_input_error(tmp_path: Path) -> None:
@@ -73,4 +75,4 @@ def test_captions_that_cannot_be_read_are_an_input_error(tmp_path: Path) -> None
     data = next(Root(uri).list("data"))
     Root(uri).put(data.key, b"no parquet at all, by far")
     with pytest.raises(InputError, match=r"(?s)cannot be read.*data.uri"):
-        list(new_captions(latents, HashSet(as_hashes([]))))
+        list(new_captions(latents, HashSet(as_hashes([])), Captions()))

@@ -46,6 +46,7 @@ def make_dataset(
     shift: float = 0.5,
     unlabelled: int = 0,
     codec: dict[str, object] | None = None,
+    extra: Sequence[str] = (),
 ) -> str:
     """Write the dataset and return its URI; the fingerprint depends on the shape, the weights and `image` only.
 
@@ -65,6 +66,10 @@ def make_dataset(
     claim_identity(root, Identity("latents", fingerprint, {"codec": codec}))
     told = [captions[i % len(captions)] if captions else None for i in range(rows)]
     table = _rows(rows, classes, stored, side, told, name, shift, int(str(codec["factor"])))
+    if extra:
+        at = table.schema.get_field_index("extra")
+        further = pa.array([extra[i % len(extra)] for i in range(rows)], table.schema.field(at).type)
+        table = table.set_column(at, table.schema.field(at), further)
     if unlabelled:
         labels = [None] * unlabelled + table["label"].to_pylist()[unlabelled:]
         at = table.schema.get_field_index("label")

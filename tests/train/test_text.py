@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.codec.info import codec_info
 from pipeline.config import validate
 from pipeline.diffusion.rng import keyed_uniform
 from pipeline.errors import ConfigError, ConflictError, InputError, StoppedError
@@ -28,6 +29,7 @@ from pipeline.train.config import TrainJobConfig
 from pipeline.train.inputs import embedded, grid_prompts, make_task, open_served, open_stream, validation_chunks
 from pipeline.train.start import Start
 from pipeline.train.worker import WorkerContext, run_worker
+from tests.support.images import make_codec
 from tests.support.training import new_start
 from tests.text.text_builders import CLIP_LENGTH, WIDTH, make_clip
 from tests.train.dataset import grow_dataset, make_dataset
@@ -56,9 +58,10 @@ def uris(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return latents, embed_captions(latents, make_clip(folder / "clip"))
 
 
-def embed_captions(latents: str, clip: Path, **settings: Any) -> str:
+def embed_captions(latents: str, clip: Path, job: dict[str, Any] | None = None, **settings: Any) -> str:
     encoder = {"name": "clip", "path": str(clip), **settings}
     values = {"data": {"uri": latents}, "encoders": [encoder], "device": "cpu", "tracking": {"enabled": False}}
+    values |= job or {}
     return embed(validate(EmbedTextJobConfig, values)).outputs[encoder["name"]]
 
 
@@ -196,15 +199,61 @@ def test_grids_of_what_is_never_trained_are_refused(
 def test_validation_and_grids_ask_with_text(uris: tuple[str, str], tmp_path: Path) -> None:
     held = {"stream": {"lanes": 4, "holdout": 0.25}, "validation": {"images": 8, "chunk": 4}}
     config = config_of(tmp_path, uris, held)
-    dataset, text = LatentDataset.open(uris[0]), TextEmbeddings.open(uris[1])
     root = Root(config.output.uri)
     chunks = validation_chunks(config, open_served(config), root)
     assert all(c.text is not None and c.text[0].shape == (4, CLIP_LENGTH, WIDTH) for c in chunks)
     assert list(root.child("cache").list()), "what was counted about the split is kept"
-    prompts, (values, mask) = grid_prompts(dataset, text, 6)
+    config = config_of(tmp_path, uris, {**held, "grid": {"images": 6}})
+    prompts, (values, mask) = grid_prompts(config, open_served(config)[0], zero_empty=False)
     assert prompts == (*CAPTIONS, "", *CAPTIONS[:2])
     assert torch.equal(values[0], values[4])
     assert values.shape == (6, *mask.shape[1:], WIDTH)
+
+
+def test_grids_show_prompts_that_were_embedded_for_them(tmp_path: Path) -> None:
+    codec, clip = make_codec(tmp_path / "codec"), make_clip(tmp_path / "clip")
+    made_by = {**codec_info(str(codec)).as_dict(), "path": str(codec)}
+    latents = make_dataset(tmp_path / "latents", rows=48, captions=CAPTIONS, codec=made_by)
+    text = embed_captions(latents, clip)
+    grid = {"grid": {"images": 3, "prompts": ["a prompt of my own", CAPTIONS[1]], "every_images": 48}}
+    config = config_of(tmp_path, (latents, text), grid)
+    with pytest.raises(ConfigError, match=r"1 of 2 prompts have no embedding.*\n.*grid.prompts = a prompt of my own"):
+        handshake(Start(config), LatentDataset.open(latents))
+    assert embed_captions(latents, clip, job={"prompts": ["a prompt of my own"]}) == text
+    assert handshake(Start(config), LatentDataset.open(latents)).texts
+    prompts, (values, _) = grid_prompts(config, open_served(config)[0], zero_empty=False)
+    assert prompts == ("a prompt of my own", CAPTIONS[1], "a prompt of my own")
+    assert torch.equal(values[0], values[2])
+    alone = TextEmbeddings.open(text).lookup(["a prompt of my own"])[0][0]
+    np.testing.assert_array_equal(values[0].float().numpy(), alone)
+
+
+def test_a_run_draws_among_several_captions_and_a_resume_draws_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    further = [json.dumps({"short": "a shape", "long": [f"a long text {i}", "another"]}) for i in range(3)]
+    latents = make_dataset(tmp_path / "latents", rows=64, captions=CAPTIONS, extra=further)
+    clip = make_clip(tmp_path / "clip")
+    text, names = embed_captions(latents, clip), ["caption", "extra.short", "extra.long"]
+    changes = {"data": {"uri": latents, "text": text, "captions": names}}
+    with pytest.raises(ConflictError, match=r"are of caption alone[\s\S]*data.captions = extra.short, extra.long"):
+        start(config_of(tmp_path / "none", (latents, text), changes), tmp_path / "none")
+    assert embed_captions(latents, clip, job={"captions": names}) == text
+    served = open_served(config_of(tmp_path, (latents, text), changes))
+    asked: list[str] = []
+    with open_stream(config_of(tmp_path, (latents, text), changes), served, Root(str(tmp_path))) as stream:
+        for batch, _ in zip(stream, range(12), strict=False):
+            asked += batch.captions or []
+    assert set(asked) == {*CAPTIONS, "a shape", "another", *(f"a long text {i}" for i in range(3))}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    start(config_of(whole, (latents, text), changes), whole)
+    with stopped_after(monkeypatch, 3):
+        start(config_of(broken, (latents, text), changes), broken)
+    start(config_of(broken, (latents, text), changes), broken)
+    weights = [load_model(str(p / "run" / "model"))[0].state_dict() for p in (whole, broken)]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    with pytest.raises(ConfigError, match="they need text"):
+        config_of(tmp_path, (latents, text), {"data": {"uri": latents, "captions": names}})
 
 
 def test_text_that_does_not_fit_is_refused(uris: tuple[str, str], tmp_path: Path) -> None:

@@ -286,7 +286,7 @@ def picked(source: FolderSource, record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "caption": parse_caption(record.get(source.caption)) if source.caption else None,
         "label": parse_label(record.get(label), source.classes) if label else None,
-        "extra": pick_extra(record, source.extra, ("file_name", source.caption, source.label)),
+        "extra": pick_extra(record, source.extra, source.caption, ("file_name", source.label)),
     }
 
 

@@ -174,8 +174,8 @@ def _to_row(batch: Any, index: int, source: ParquetSource, row: int, key: str, k
             return without(Reason.ROW_FILTER, f"not kept by {source.filter}")
         caption = parse_caption(record.get(source.caption)) if source.caption else None
         label = parse_label(record.get(source.label), source.classes) if source.label else None
-        used = (source.image, source.caption, source.label)
-        extra = {k: v for k, v in pick_extra(record, source.extra, used).items() if not isinstance(v, bytes)}
+        extra = pick_extra(record, source.extra, source.caption, (source.image, source.label))
+        extra = {k: v for k, v in extra.items() if not isinstance(v, bytes)}
         out = SourceRow(
             row, key, None, caption, label, canonical(extra, MAX_STORED_BYTES) if extra else None, source=source.name
         )

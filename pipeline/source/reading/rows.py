@@ -80,10 +80,16 @@ def canonical(value: Any, max_bytes: int = MAX_TEXT_BYTES) -> str:
 
 
 def parse_caption(value: Any) -> str | None:
-    """Text or nothing; ValueError for any other type, a lone surrogate, or more than MAX_STORED_BYTES."""
-    if value is None or isinstance(value, str):
-        return None if value is None else _checked(value, "the caption", MAX_STORED_BYTES)
-    raise ValueError(f"the caption must be text, not {type(value).__name__}")
+    """Text or nothing, of a list its first text; ValueError for any other type, a lone surrogate, or a text too long.
+
+    Too long is more than MAX_STORED_BYTES. What `pick_extra` keeps of a list is all of it.
+    """
+    texts = [one for one in (value if isinstance(value, list | tuple) else [value]) if one is not None]
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"the caption must be text, not {type(text).__name__}")
+        _checked(text, "the caption", MAX_STORED_BYTES)
+    return next(iter(texts), None)
 
 
 def parse_label(value: Any, classes: Sequence[str]) -> int | None:
@@ -106,11 +112,17 @@ def parse_label(value: Any, classes: Sequence[str]) -> int | None:
     raise ValueError(f"the label {value!r:.60} is no integer from 0 up{known}")
 
 
-def pick_extra(record: Mapping[str, Any], names: Sequence[str], taken: Sequence[str | None]) -> dict[str, Any]:
-    """The pass-through fields: those named, or with "*" all that are not used otherwise."""
+def pick_extra(
+    record: Mapping[str, Any], names: Sequence[str], caption: str | None, taken: Sequence[str | None]
+) -> dict[str, Any]:
+    """The pass-through fields: those named, or with "*" all that are not used otherwise, and a list of captions.
+
+    caption: the name of the caption, of which the row has the first text alone.
+    """
+    several = {caption: record[caption]} if caption and isinstance(record.get(caption), list | tuple) else {}
     if "*" in names:
-        return {k: v for k, v in record.items() if k not in taken}
-    return {name: record[name] for name in names if name in record}
+        return {k: v for k, v in record.items() if k not in taken and k != caption} | several
+    return {name: record[name] for name in names if name in record} | several
 
 
 def orientation_of(exif: Any) -> int | None:

@@ -293,7 +293,7 @@ def _to_row(sample: _Sample, source: WebDatasetSource, entry: Entry) -> SourceRo
             return without(sample.failures[sample.image].reason, sample.failures[sample.image].message)
         caption = parse_caption(texts.fields.get(source.caption)) if source.caption else None
         label = parse_label(texts.fields.get(source.label), source.classes) if source.label else None
-        extra = pick_extra(texts.record, source.extra, (source.caption, source.label))
+        extra = pick_extra(texts.record, source.extra, source.caption, (source.label,))
         image, packed = sample.parts[sample.image], canonical(extra, MAX_STORED_BYTES) if extra else None
         row = SourceRow(sample.row, key, image, caption, label, packed, source=source.name)
         row.exif_orientation = orientation_of(texts.record.get("exif"))
