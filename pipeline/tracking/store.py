@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from urllib.parse import unquote, urlsplit
 from pipeline.tracking.config import Redactor, sqlite_path, without_credentials
 from pipeline.tracking.journal import Header
 
+_log = logging.getLogger(__name__)
 RUN_KEY_TAG = "latentloom.run_key"
 ATTEMPT_TAG = "latentloom.attempt"
 DIGEST_TAG = "latentloom.digest"
@@ -293,3 +294,30 @@ def _state(run: Any) -> RunState:
         datasets=tuple(links),
         ended_s=run.info.end_time / 1000 if run.info.end_time else None,
     )
+
+
+def machine_monitor() -> Callable[[], dict[str, float]]:
+    """What MLflow's own monitors tell of this machine at each call: processor, memory, disk, network, NVIDIA GPUs.
+
+    Without nvidia-ml-py or without such GPUs nothing is told of them.
+    """
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+    monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    try:
+        monitors.append(GPUMonitor())
+    except (ImportError, RuntimeError) as error:
+        _log.info("no figures of GPUs: %s", error)
+
+    def told() -> dict[str, float]:
+        figures: dict[str, float] = {}
+        for monitor in monitors:
+            monitor.collect_metrics()
+            figures |= monitor.aggregate_metrics()
+            monitor.clear_metrics()
+        return figures
+
+    return told

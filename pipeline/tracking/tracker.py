@@ -19,9 +19,11 @@ import math
 import platform
 import re
 import subprocess
+import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -30,7 +32,7 @@ from pipeline.tracking.config import Redactor, TrackingConfig, check_access, che
 from pipeline.tracking.delivery import Store
 from pipeline.tracking.flusher import Flusher
 from pipeline.tracking.journal import Header, JournalWriter, now_ms
-from pipeline.tracking.store import MlflowStore
+from pipeline.tracking.store import MlflowStore, machine_monitor
 
 # --------------------------------------------------------------------------------------------------------------
 # What a run ran on: code version, package versions, Python and host, as run tags; never an environment
@@ -417,3 +419,29 @@ def _split_handle(handle: str | None) -> tuple[str | None, str | None]:
 
 def _clip(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+@contextmanager
+def system_metrics(tracker: Tracker, every_s: float | None, *, first: bool) -> Iterator[None]:
+    """While the block lasts, this machine's figures with those of the run, under MLflow's names; none for None.
+
+    first: whether this is the first machine of the run; the others' figures go below their names. Their step is the
+    second of their time, so that what a start tells goes on behind the last one's.
+    """
+    if every_s is None:
+        yield
+        return
+    told, ended = machine_monitor(), threading.Event()
+    prefix = "system/" if first else f"system/{platform.node()}/"
+
+    def watch() -> None:
+        while not ended.wait(every_s):
+            tracker.log_metrics({f"{prefix}{name}": value for name, value in told().items()}, step=int(time.time()))
+
+    thread = threading.Thread(target=watch, name="system-metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -237,6 +237,12 @@ class TrainConfig(StrictModel):
         description="Steps of each start, from its third on, that torch's profiler records on rank 0: "
         "profiles/<start>.json.gz, for chrome://tracing or Perfetto.",
     )
+    system_metrics_s: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds between MLflow's system metrics of each node, with those of NVIDIA GPUs where "
+        "nvidia-ml-py is installed; null: none.",
+    )
     max_failures: int = Field(3, ge=-1, description="Lost workers tolerated before the job fails; -1: any number.")
 
     @model_validator(mode="after")

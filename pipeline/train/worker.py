@@ -27,7 +27,7 @@ from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import is_superseded
 from pipeline.store.read.row_groups import reading_table
 from pipeline.stream.order import PARTS
-from pipeline.tracking.tracker import NoopTracker, Tracker, attach_tracker
+from pipeline.tracking.tracker import NoopTracker, Tracker, attach_tracker, system_metrics
 from pipeline.train import collectives
 from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.checks import Facts, identity, trained_combinations
@@ -328,14 +328,15 @@ def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
     )
     watch = StopWatch(root, place.generation) if lead else None
     notices = Notices(place.preempted)
-    tracker = attach_tracker(config.tracking, place.tracking_handle) if lead else NoopTracker()
+    every_s = config.train.system_metrics_s if place.node_leader else None
+    tracker = attach_tracker(config.tracking, place.tracking_handle) if lead or every_s else NoopTracker()
     uris = tuple(part.latents.uri for part in served)
     reporter = None
     if background is not None:
         reporter = Reporter(root, history, tracker, checkpoints, background, place.publish, uris, place.generation)
     try:
         steps, keep = (config.train.profile_steps, reporter.keep_profile) if reporter else (0, _log.debug)
-        with profiled(steps, keep) as after_step:
+        with system_metrics(tracker, every_s, first=lead), profiled(steps, keep) as after_step:
             status = train(
                 state,
                 engine,

@@ -1,4 +1,4 @@
-"""Traces of a few steps, by a setting."""
+"""Traces of a few steps and the figures of the machine, by settings."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.tracking.store import MlflowStore
 from pipeline.train import job
 from pipeline.train.hooks import profiled
 from tests.train.dataset import make_dataset
@@ -42,3 +43,22 @@ def test_the_job_keeps_the_trace_of_its_start(tmp_path: Path, monkeypatch: pytes
     (trace,) = (tmp_path / "run" / "profiles").glob("*.json.gz")
     names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
     assert "Optimizer.step#AdamW.step" in names
+
+
+@pytest.mark.integration
+def test_the_machine_s_figures_go_on_from_one_start_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_one_process(monkeypatch, tmp_path)
+    uri, store = make_dataset(tmp_path / "data"), f"sqlite:///{tmp_path}/mlflow.db"
+    tracking = {"enabled": True, "uri": store, "journal_dir": str(tmp_path / "journal"), "close_timeout_s": 60}
+    points = []
+    for images in (320, 640):
+        train = {"images": images, "system_metrics_s": 0.05, "decay_images": 0}
+        result = job.run(job_config(tmp_path, uri, {"train": train, "tracking": tracking}))
+        client = MlflowStore(store).client
+        figures = client.get_run(result.run_id).data.metrics
+        assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= set(figures)
+        history = client.get_metric_history(result.run_id, "system/cpu_utilization_percentage")
+        points.append({(point.step, point.value) for point in history})
+    assert points[0] < points[1]
