@@ -24,7 +24,7 @@ from torch import nn
 from typing_extensions import TypedDict
 
 from pipeline.errors import InputError
-from pipeline.evaluate.statistics import Estimate, Features, wilson
+from pipeline.features.statistics import Estimate, Features, wilson
 from pipeline.storage.stored import OPEN, parse
 
 FORMAT = "latentloom.classifier.v1"

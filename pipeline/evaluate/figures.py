@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from pipeline.errors import InputError
 from pipeline.evaluate.config import EvaluateJobConfig, ThresholdsConfig
-from pipeline.evaluate.statistics import Estimate, frechet, kid, precision_recall, wilson
+from pipeline.features.statistics import Estimate, frechet, kid, precision_recall, wilson
 from pipeline.storage.stored import OPEN, parse
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from pipeline.errors import InputError, PipelineError
 from pipeline.evaluate.inputs import SSIM_WINDOW
-from pipeline.evaluate.networks import load_state_dict
-from pipeline.evaluate.statistics import Sums
+from pipeline.features.networks import load_state_dict
+from pipeline.features.statistics import Sums
 
 PEAK = 255.0
 PSNR_CEILING_DB = 100.0  # an identical pair has no finite PSNR; in the mean of images it counts as this

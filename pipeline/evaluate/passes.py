@@ -24,13 +24,14 @@ from safetensors.numpy import save as save_arrays
 from pipeline.codec.codec import load_codec
 from pipeline.errors import InputError
 from pipeline.evaluate.classifier import Classifier, FitSettings, fit_classifier, from_bytes, to_bytes
-from pipeline.evaluate.config import INCEPTION, EvaluateJobConfig
+from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.evaluate.figures import Figure, contract_of, figures_of
 from pipeline.evaluate.inputs import Inputs, ReferenceBatch, inspect, reference_batches, sample_batches
 from pipeline.evaluate.metrics import ClipScorer, FidelitySums, Lpips, compare
-from pipeline.evaluate.networks import Extractor, load_extractor
 from pipeline.evaluate.report import ReportContent, report_content
-from pipeline.evaluate.statistics import ClassSums, Features, FeatureStats, Sums
+from pipeline.features import INCEPTION
+from pipeline.features.networks import Extractor, load_extractor
+from pipeline.features.statistics import ClassSums, Features, FeatureStats, Sums
 from pipeline.media import PagePicture, choose
 from pipeline.progress import Progress
 from pipeline.storage.root import Root

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.codec.info import codec_info
 from pipeline.diffusion.solvers import COMBINATIONS, Combination, combination, combination_shares
 from pipeline.errors import ConfigError, ConflictError, argument_keys
 from pipeline.model.config import InstalledConfig, PublishedConfig, installed_network, kinds_for
@@ -27,8 +26,16 @@ from pipeline.stream.data import Where, layout_of
 from pipeline.stream.mixture import FOREVER, phases_of
 from pipeline.stream.order import Order, OrderSpec
 from pipeline.text.dataset import TextEmbeddings
-from pipeline.train.config import CodecOverride, MixConfig, TrainJobConfig
-from pipeline.train.start import Start, check_arrangement, check_start_fits, license_of, scale_of, text_facts
+from pipeline.train.config import DistanceConfig, GridConfig, MixConfig, TrainJobConfig
+from pipeline.train.start import (
+    Start,
+    check_arrangement,
+    check_start_fits,
+    license_of,
+    locate_codec,
+    scale_of,
+    text_facts,
+)
 
 # -- Do the datasets of a mixture belong together? Every refusal names the two that do not. Torch-free ---------
 #
@@ -285,15 +292,29 @@ def handshake(start: Start, dataset: LatentDataset, *mix: LatentDataset, pins: P
     _check_model(config, facts, " and ".join(each.uri for each in datasets.values()))
     if start.weights is not None:
         facts = _with_weights(start, facts)
-    if config.grid.every_images is not None:
+    drawn: dict[str, GridConfig | DistanceConfig] = {"grid": config.grid, "distance": config.distance}
+    for name, section in drawn.items():
+        if section.every_images is None:
+            continue
         if facts.codec is None:
             raise ConfigError(
-                f"Grids are pictures, and the dataset {dataset.uri} does not say where its codec lies",
+                f"Latents are decoded for pictures, and {dataset.uri} does not say where its codec lies",
                 key="codec.path",
-                rule="grid.every_images decodes latents with the codec that made them",
-                next_step="set codec.path, or grid.every_images=null",
+                rule=f"{name}.every_images decodes with the codec that made the latents",
+                next_step=f"set codec.path, or {name}.every_images=null",
             )
-        _check_grid(config, facts)
+        _check_drawing(config, facts, name, section.sampler.guidance)
+    _check_prompts(config, facts)
+    extractor = config.distance.extractor if config.distance.every_images is not None else None
+    for name in ("path", "weights") if extractor else ():
+        if (file := getattr(extractor, name)) is not None and not Path(file).is_file():
+            raise ConfigError(
+                "There is no such file",
+                key=f"distance.extractor.{name}",
+                value=file,
+                rule="the feature network is a file that every node sees",
+                next_step="correct the path, or set distance.every_images=null",
+            )
     return facts
 
 
@@ -335,9 +356,8 @@ def trained_combinations(config: TrainJobConfig, facts: Facts) -> tuple[Combinat
     return tuple(one for one in COMBINATIONS if shares[one] > 0.0)
 
 
-def _check_grid(config: TrainJobConfig, facts: Facts) -> None:
-    """ConfigError when grids would ask for a combination of conditions that is never trained."""
-    learned, t = trained_combinations(config, facts), config.train
+def _check_prompts(config: TrainJobConfig, facts: Facts) -> None:
+    """ConfigError when grids would show prompts that the model does not read, or that are not embedded."""
     if config.grid.prompts and not facts.texts:
         raise ConfigError(
             "The model reads no text",
@@ -355,25 +375,30 @@ def _check_grid(config: TrainJobConfig, facts: Facts) -> None:
                 rule="what grids show is embedded before training starts, by the encoders of the captions",
                 next_step=f"run jobs.embed_text again with prompts='{json.dumps(config.grid.prompts)}'",
             )
+
+
+def _check_drawing(config: TrainJobConfig, facts: Facts, section: str, guidance: float) -> None:
+    """ConfigError when a section would draw what is never trained: a combination of conditions, or none of them."""
+    learned, t = trained_combinations(config, facts), config.train
     full = combination(labelled=facts.num_classes is not None, prompted=bool(facts.texts))
     if full not in learned:
         dropouts = {"class": "label_dropout", "text": "text_dropout", "class+text": "joint_dropout"}
         name = next(name for what, name in dropouts.items() if what in full and getattr(t, name) == 1.0)
         raise ConfigError(
-            f"Grids show {full}, and the model is trained on {', '.join(learned)} only",
+            f"Pictures are drawn of {full}, and the model is trained on {', '.join(learned)} only",
             key=f"train.{name}",
             value=getattr(t, name),
             rule="pictures are drawn of conditions that are trained",
-            next_step=f"set train.{name} below 1, or grid.every_images=null",
+            next_step=f"set train.{name} below 1, or {section}.every_images=null",
         )
     # With one condition such grids have always been drawn without guidance, and runs that have them go on.
-    if full == "class+text" and "none" not in learned and config.grid.sampler.guidance != 1.0:
+    if full == "class+text" and "none" not in learned and guidance != 1.0:
         raise ConfigError(
             f"Guidance leads away from no condition, and the model is trained on {', '.join(learned)} only",
-            key="grid.sampler.guidance",
-            value=config.grid.sampler.guidance,
+            key=f"{section}.sampler.guidance",
+            value=guidance,
             rule="guidance other than 1 needs a model that is also trained without label and text",
-            next_step="set grid.sampler.guidance=1, or train.joint_dropout above 0",
+            next_step=f"set {section}.sampler.guidance=1, or train.joint_dropout above 0",
         )
 
 
@@ -433,31 +458,6 @@ def _check_model(config: TrainJobConfig, facts: Facts, uri: str) -> None:
             rule="a model takes every bucket of its datasets",
             next_step="change the sizes of the model, encode at sizes that it takes, or choose another model.kind",
         )
-
-
-def locate_codec(override: CodecOverride, made_by: dict[str, Any]) -> dict[str, Any] | None:
-    """Where the codec of the latents lies now; ConflictError when `codec.path` names another one.
-
-    A local path is made absolute: it is used by processes in other directories.
-    """
-    if override.path is None:
-        path, place = made_by.get("path"), {"revision": made_by.get("revision"), "kind": made_by.get("kind", "auto")}
-    else:
-        path, place = override.path, {"revision": override.revision, "kind": override.kind}
-        theirs = made_by.get("weights_sha256")
-        with argument_keys("codec"):
-            ours = codec_info(override.path, override.revision, override.kind).weights_sha256
-        if theirs != ours:
-            raise ConflictError(
-                f"The codec at {override.path} (weights {ours}) did not make these latents (weights {theirs})",
-                key="codec.path",
-                value=override.path,
-                rule="latents are decoded by the codec that encoded them",
-                next_step="name the codec that the dataset was encoded with, or leave codec.path out",
-            )
-    if path is None:
-        return None
-    return {"path": str(Path(path).absolute()) if Path(path).exists() else str(path), **place}
 
 
 def identity(config: TrainJobConfig, dataset: LatentDataset, facts: Facts) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pipeline.config import StrictModel, renamed_from
 from pipeline.dataflow.cluster import ClusterConfig
 from pipeline.diffusion.config import ObjectiveConfig, SamplerConfig, TimestepConfig
 from pipeline.diffusion.solvers import solver_for
+from pipeline.features import ExtractorConfig
 from pipeline.model.config import ModelConfig
 from pipeline.tracking.config import RegistryConfig, TrackingConfig
 
@@ -306,6 +307,25 @@ class GridConfig(StrictModel):
     sampler: SamplerConfig = Field(SamplerConfig(guidance=2.0), description="How they are sampled.")
 
 
+class DistanceConfig(StrictModel):
+    """Frechet and kernel distance of draws from the first EMA track to the data, while training."""
+
+    every_images: int | None = Field(
+        None, ge=1, description="Measured each time this many images are done; null: never."
+    )
+    images: int = Field(
+        1024,
+        ge=32,
+        description="Rows of the first dataset, held-out ones where there are any, that as many draws with their "
+        "labels and texts are compared with. Both are decoded. At few images both distances are large: compare "
+        "at equal numbers.",
+    )
+    extractor: ExtractorConfig | None = Field(
+        None, description="The feature space: kind torchscript, torchvision or timm, as in the evaluate job."
+    )
+    sampler: SamplerConfig = Field(SamplerConfig(), description="How they are drawn.")
+
+
 class CodecOverride(StrictModel):
     """Where the dataset's codec lies now."""
 
@@ -377,6 +397,7 @@ class TrainJobConfig(StrictModel):
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="What survives a crash.")
     validation: ValidationConfig = Field(ValidationConfig(), description="Loss on held-out samples.")
     grid: GridConfig = Field(GridConfig(), description="Pictures while training.")
+    distance: DistanceConfig = Field(DistanceConfig(), description="How far pictures are from the data.")
     codec: CodecOverride = Field(CodecOverride(), description="The codec of the latents.")
     export: ExportConfig = Field(ExportConfig(), description="What the trained model is written as.")
     cluster: ClusterConfig = Field(ClusterConfig(), description="Where Ray runs.")
@@ -387,13 +408,19 @@ class TrainJobConfig(StrictModel):
     def _sections_fit(self) -> TrainJobConfig:
         if self.validation.images and not self.stream.holdout:
             raise ValueError(f"validation.images {self.validation.images} needs stream.holdout above 0")
-        if self.grid.every_images is not None and not self.train.ema:
-            raise ValueError("grid.every_images needs at least one train.ema track")
-        if self.grid.every_images is not None:
+        drawing: dict[str, GridConfig | DistanceConfig] = {"grid": self.grid, "distance": self.distance}
+        for name, section in ((n, s) for n, s in drawing.items() if s.every_images is not None):
+            if not self.train.ema:
+                raise ValueError(f"{name}.every_images needs at least one train.ema track")
             try:
-                solver_for(self.grid.sampler.name, self.objective.kind)
+                solver_for(section.sampler.name, self.objective.kind)
             except ValueError as error:
-                raise ValueError(f"grid.sampler.name: {error}") from None
+                raise ValueError(f"{name}.sampler.name: {error}") from None
+        extractor = self.distance.extractor
+        if self.distance.every_images is not None and (extractor is None or extractor.kind == "classifier"):
+            raise ValueError(
+                "distance.every_images needs distance.extractor of kind torchscript, torchvision or timm"
+            )
         if self.lora is not None and self.model.init is None:
             raise ValueError("lora trains adapters to weights that there are: it needs model.init")
         if self.lora is not None and self.model.init is not None and self.model.init.absent == "random":

@@ -1,12 +1,13 @@
-"""What a run does now and then between steps: validation on fixed questions, and pictures from fixed seeds."""
+"""What a run does now and then between steps: fixed questions, pictures of fixed seeds, their distance to data."""
 
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,22 @@ from torch import Tensor
 
 from pipeline.codec.codec import load_codec
 from pipeline.dataflow.device_faults import out_of_memory
+from pipeline.diffusion.config import SamplerConfig
 from pipeline.diffusion.draw import Drawer, Embedding, Solving, Texts, padded
 from pipeline.diffusion.rng import id_from_text, keyed_normal, keyed_uniform
+from pipeline.features import ExtractorConfig
+from pipeline.features.networks import load_extractor
+from pipeline.features.statistics import FeatureStats, frechet, kid
 from pipeline.media import contact_sheet, encode_image
+from pipeline.storage.root import Root
 from pipeline.train import collectives
+from pipeline.train.checks import Facts, trained_combinations
+from pipeline.train.config import TrainJobConfig
+from pipeline.train.export import sampling_shift
+from pipeline.train.inputs import Served, distance_chunks, grid_prompts, validation_chunks
+from pipeline.train.loop import Hook
 from pipeline.train.state import TrainState
-from pipeline.train.task import Forward, Task, Text
+from pipeline.train.task import Chunk, Forward, Task, Text
 
 # -- Validation loss on fixed samples, stratified timesteps and fixed noise: the same question at every visit --
 #
@@ -30,17 +41,6 @@ from pipeline.train.task import Forward, Task, Text
 
 
 _CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Samples of one latent shape: raw latents [n, c, h, w], ids int64 [n, 2], labels [n] or None, text or None."""
-
-    latents: Tensor
-    ids: Tensor
-    labels: Tensor | None
-    text: Text | None = None
-    sizes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -158,20 +158,7 @@ class SampleGrid:
         return None if self.task.num_classes is None else [i % self.task.num_classes for i in range(self.images)]
 
     def _latents(self, state: TrainState) -> Tensor:
-        task = self.task
-        draw = Drawer(
-            state.model,
-            objective=task.objective,
-            mean_C=task.mean,
-            std_C=task.std,
-            num_classes=task.num_classes,
-            seed=task.seed,
-            purpose="grid",
-            device=self.device,
-            factor=self.factor,
-            distilled=self.distilled,
-            dtype=torch.bfloat16 if self.precision == "bf16" else torch.float32,
-        )
+        task, draw = self.task, _drawer(self, state, "grid")
         ids = [id_from_text(f"grid {i}") for i in range(self.images)]
         labels: Sequence[int | None] = self.classes() or [None] * self.images
         texts: Texts | None = None
@@ -203,9 +190,175 @@ class SampleGrid:
         return contact_sheet([encode_image(p, {}) for p in pixels], [", ".join(caption) for caption in captions])
 
 
+def _drawer(by: SampleGrid | FeatureDistance, state: TrainState, purpose: str) -> Drawer:
+    task = by.task
+    return Drawer(
+        state.model,
+        objective=task.objective,
+        mean_C=task.mean,
+        std_C=task.std,
+        num_classes=task.num_classes,
+        seed=task.seed,
+        purpose=purpose,
+        device=by.device,
+        factor=by.factor,
+        distilled=by.distilled,
+        dtype=torch.bfloat16 if by.precision == "bf16" else torch.float32,
+    )
+
+
 def _embeddings(text: Text) -> list[Embedding]:
     values, mask, *pooled = (part.numpy() for part in text)
     return [Embedding(values[at], mask[at], pooled[0][at] if pooled else None) for at in range(len(values))]
+
+
+# -- How far draws are from the data, in the space of a feature network ----------------------------------------
+
+
+@dataclass
+class FeatureDistance:
+    """Frechet and kernel distance, see `features.statistics`, of draws to latents of the data, both decoded.
+
+    What is drawn has the labels, texts and sizes of these latents and is keyed by their ids: visits differ by the
+    weights alone. Every rank holds all chunks and draws its share; rank 0 computes, which takes a minute at 2,048
+    features. drawing of `ema`: see `SampleGrid`.
+    """
+
+    task: Task
+    ema: str
+    chunks: Sequence[Chunk]
+    solving: Solving
+    codec: dict[str, Any]
+    extractor: ExtractorConfig
+    factor: int | None = None
+    distilled: bool = False
+    device: torch.device = _CPU
+    precision: str = "fp32"
+    _real: Tensor | None = field(default=None, init=False)
+
+    def run(self, state: TrainState) -> dict[str, float]:
+        """{"distance/frechet", "distance/kid"}, and the ends of their 95 % intervals under _low and _high."""
+        codec = load_codec(**self.codec, device=str(self.device), dtype="auto")
+        look, draw = load_extractor(self.extractor, device=str(self.device)), _drawer(self, state, "distance")
+        assert look is not None  # the configuration names no classifier
+
+        def features(raw: Tensor) -> Tensor:
+            at_once = max(1, _DECODED_PIXELS // (raw.shape[2] * raw.shape[3] * codec.info.factor**2))
+            pixels = torch.cat([codec.decode(part.to(self.device)).cpu() for part in torch.split(raw, at_once)])
+            return torch.cat([torch.from_numpy(look(part.numpy())[0]) for part in torch.split(pixels, at_once)])
+
+        def drawn(chunk: Chunk) -> Tensor:
+            count, texts = len(chunk.ids), None
+            if chunk.text is not None and self.task.empty_text is not None:
+                (away,) = _embeddings(self.task.empty_text)
+                texts = [(prompt, away) for prompt in _embeddings(chunk.text)]
+            given = [None] * count if chunk.labels is None else chunk.labels.tolist()
+            labels = [None if label is None or label < 0 else int(label) for label in given]
+            shape = (len(self.task.mean), *chunk.latents.shape[2:])
+            return features(draw([row.tobytes() for row in chunk.ids.numpy()], labels, texts, shape, self.solving))
+
+        if self._real is None:  # of a stored posterior, its mean
+            self._real = self._all(lambda chunk: features(chunk.latents[:, : len(self.task.mean)]))
+        was_training = state.model.training
+        state.model.eval()
+        with state.swapped(self.ema):
+            found = self._all(drawn)
+        state.model.train(was_training)
+        if collectives.rank() != 0:
+            return {}
+        keys = np.concatenate([chunk.ids[:, 0].numpy() for chunk in self.chunks]).view(np.uint64)
+        sets = [FeatureStats.of(keys, part.numpy(), len(keys)) for part in (self._real, found)]
+        figures: dict[str, float] = {}
+        for name, estimate in (("frechet", frechet(*sets)), ("kid", kid(*sets))):
+            told = {"": estimate.value, "_low": estimate.low, "_high": estimate.high}
+            figures |= {f"distance/{name}{end}": value for end, value in told.items() if math.isfinite(value)}
+        return figures
+
+    def _all(self, features: Callable[[Chunk], Tensor]) -> Tensor:
+        """The features of all chunks, float32 [n, d], the same on every rank; each asks for its share."""
+        count, ranks = len(self.chunks), collectives.world_size()
+        ends = np.cumsum([len(chunk.ids) for chunk in self.chunks]).tolist()
+        whole: Tensor | None = None
+        # Under FSDP every forward is a collective: each rank makes as many, the surplus ones are thrown away.
+        for first in range(0, count, ranks):
+            index = first + collectives.rank()
+            part = features(self.chunks[min(index, count - 1)])
+            whole = torch.zeros(ends[-1], part.shape[1]) if whole is None else whole
+            if index < count:
+                whole[ends[index] - len(part) : ends[index]] = part
+        assert whole is not None
+        return collectives.total(whole)
+
+
+# -- What of these a configuration asks for --------------------------------------------------------------------
+
+
+def make_hooks(
+    config: TrainJobConfig,
+    served: Sequence[Served],
+    facts: Facts,
+    task: Task,
+    state: TrainState,
+    device: torch.device,
+    show: Callable[[TrainState, bytes], None],
+) -> list[Hook]:
+    """What every rank does between steps; `show` gets the pictures of grids."""
+    hooks, root, precision = [], Root(config.output.uri), config.train.precision
+    if config.validation.images:
+        question = Validation(
+            task.on(device),
+            state.model,
+            validation_chunks(config, served, root),
+            num_timesteps=config.validation.timesteps,
+            ema=[t.name for t in state.ema.tracks],
+            device=device,
+            precision=precision,
+        )
+        hooks.append(Hook(config.validation.every_images, question.run))
+    drawing: dict[str, Any] = {
+        "task": task,
+        "codec": facts.codec,
+        "factor": facts.factor if config.model.micro_conditions else None,
+        "distilled": config.model.distilled,
+        "device": device,
+        "precision": precision,
+    }
+
+    def solving(sampler: SamplerConfig) -> Solving:
+        conditional = facts.num_classes is not None or bool(facts.texts)
+        guided = conditional and "none" in trained_combinations(config, facts)
+        return Solving(
+            sampler=sampler.name,
+            steps=sampler.steps,
+            guidance=sampler.guidance if guided else 1.0,
+            guidance_interval=sampler.guidance_interval,
+            shift=sampling_shift(config, facts) if sampler.shift is None else sampler.shift,
+        )
+
+    if config.grid.every_images is not None:
+        first, zero_empty = served[0], facts.zero_empty_text
+        grid = SampleGrid(
+            ema=config.train.ema[0].name,
+            images=config.grid.images,
+            shape=(facts.latent_channels, *facts.latent_size),
+            solving=solving(config.grid.sampler),
+            show=show,
+            prompts=None if first.text is None else grid_prompts(config, first, zero_empty=zero_empty),
+            collective=config.train.strategy != "ddp",
+            **drawing,
+        )
+        hooks.append(Hook(config.grid.every_images, grid.run))
+    if config.distance.every_images is not None:
+        assert config.distance.extractor is not None  # the configuration made sure
+        distance = FeatureDistance(
+            ema=config.train.ema[0].name,
+            chunks=distance_chunks(config, served[0], root),
+            solving=solving(config.distance.sampler),
+            extractor=config.distance.extractor,
+            **drawing,
+        )
+        hooks.append(Hook(config.distance.every_images, distance.run))
+    return hooks
 
 
 # -- What the processor and the device do during a few steps ---------------------------------------------------

@@ -36,8 +36,7 @@ from pipeline.text.dataset import ArrangedText, TextEmbeddings
 from pipeline.train import collectives
 from pipeline.train.checks import STREAM_KEYS, Facts, steps_of
 from pipeline.train.config import TrainJobConfig
-from pipeline.train.hooks import Chunk
-from pipeline.train.task import BatchLike, Task, Text, micro_conditions, stored_values, text_tensors
+from pipeline.train.task import BatchLike, Chunk, Task, Text, micro_conditions, stored_values, text_tensors
 
 CACHE = "cache"  # below output.uri: what was counted once about the dataset
 
@@ -186,12 +185,18 @@ def validation_chunks(config: TrainJobConfig, served: Sequence[Served], root: Ro
     ]
 
 
-def _held_out(config: TrainJobConfig, part: Served, root: Root, count: int) -> list[Chunk]:
+def distance_chunks(config: TrainJobConfig, first: Served, root: Root) -> list[Chunk]:
+    """Samples of the first dataset that draws are compared with: of what is held out, where anything is."""
+    count = math.ceil(config.distance.images / config.validation.chunk)
+    return _held_out(config, first, root, count, "holdout" if config.stream.holdout else "train")
+
+
+def _held_out(config: TrainJobConfig, part: Served, root: Root, count: int, split: str = "holdout") -> list[Chunk]:
     """The first chunks of a dataset's held-out samples in an order of their own; fewer when it has no more."""
     if not count:
         return []
     # Only `holdout` decides which rows these are; one lane, so that a few rows fill a chunk.
-    settings = config.stream.model_dump() | {"lanes": 1, "batch_size": config.validation.chunk, "split": "holdout"}
+    settings = config.stream.model_dump() | {"lanes": 1, "batch_size": config.validation.chunk, "split": split}
     settings |= {
         "captions": False,
         "sizes": config.model.micro_conditions,

@@ -29,7 +29,7 @@ from pipeline.text.dataset import ARRANGEMENTS, captions_seen
 from pipeline.text.files import encoder_files
 from pipeline.tracking.config import REGISTERED, resolve_paths
 from pipeline.tracking.queries import NotRegisteredError, resolve
-from pipeline.train.config import TrainJobConfig
+from pipeline.train.config import CodecOverride, TrainJobConfig
 
 _log = logging.getLogger(__name__)
 # What may differ between the network that weights are of and the one that is trained from them.
@@ -152,6 +152,31 @@ def scale_of(start: Start, dataset: LatentDataset) -> dict[str, list[float]] | N
         mean, std = codec_scale(dataset.codec, int(dataset.codec["latent_channels"]))
         return {"mean": list(mean), "std": list(std)}
     return None
+
+
+def locate_codec(override: CodecOverride, made_by: dict[str, Any]) -> dict[str, Any] | None:
+    """Where the codec of the latents lies now; ConflictError when `codec.path` names another one.
+
+    A local path is made absolute: it is used by processes in other directories.
+    """
+    if override.path is None:
+        path, place = made_by.get("path"), {"revision": made_by.get("revision"), "kind": made_by.get("kind", "auto")}
+    else:
+        path, place = override.path, {"revision": override.revision, "kind": override.kind}
+        theirs = made_by.get("weights_sha256")
+        with argument_keys("codec"):
+            ours = codec_info(override.path, override.revision, override.kind).weights_sha256
+        if theirs != ours:
+            raise ConflictError(
+                f"The codec at {override.path} (weights {ours}) did not make these latents (weights {theirs})",
+                key="codec.path",
+                value=override.path,
+                rule="latents are decoded by the codec that encoded them",
+                next_step="name the codec that the dataset was encoded with, or leave codec.path out",
+            )
+    if path is None:
+        return None
+    return {"path": str(Path(path).absolute()) if Path(path).exists() else str(path), **place}
 
 
 def license_of(start: Start) -> str | None:

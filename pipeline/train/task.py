@@ -33,6 +33,17 @@ Text = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """Samples of one latent shape: raw latents [n, c, h, w], ids int64 [n, 2], labels [n] or None, text or None."""
+
+    latents: Tensor
+    ids: Tensor
+    labels: Tensor | None
+    text: Text | None = None
+    sizes: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Task:
     """The learning problem, apart from the model.
 

@@ -6,7 +6,7 @@ import io
 import logging
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from pipeline.diffusion.draw import Solving
 from pipeline.errors import ConflictError
 from pipeline.model.build import add_adapters, build_model, repeated_blocks
 from pipeline.model.info import Lora
@@ -30,24 +29,20 @@ from pipeline.stream.order import PARTS
 from pipeline.tracking.tracker import NoopTracker, Tracker, attach_tracker, system_metrics
 from pipeline.train import collectives
 from pipeline.train.checkpoint import CheckpointStore
-from pipeline.train.checks import Facts, identity, trained_combinations
+from pipeline.train.checks import Facts, identity
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.control import Notices, StopWatch, listed_checkpoints
-from pipeline.train.export import export_info, export_model, sampling_shift
-from pipeline.train.hooks import SampleGrid, Validation, profiled
+from pipeline.train.export import export_info, export_model
+from pipeline.train.hooks import make_hooks, profiled
 from pipeline.train.inputs import (
-    Served,
     batches_from,
-    grid_prompts,
     make_task,
     open_served,
     open_stream,
-    validation_chunks,
 )
 from pipeline.train.loop import (
     Callbacks,
     Engine,
-    Hook,
     Meter,
     Settings,
     forward_flops,
@@ -60,7 +55,6 @@ from pipeline.train.pinned_inputs import pins_of
 from pipeline.train.retention import History, Record
 from pipeline.train.start import weights_of
 from pipeline.train.state import Track, TrainState, make_state
-from pipeline.train.task import Task, Text
 
 # -- Work beside the step: what a run tells its store and its watchers, in order, on one thread ----------------
 
@@ -336,6 +330,7 @@ def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
         reporter = Reporter(root, history, tracker, checkpoints, background, place.publish, uris, place.generation)
     try:
         steps, keep = (config.train.profile_steps, reporter.keep_profile) if reporter else (0, _log.debug)
+        show = reporter.show if reporter else lambda _state, _png: None
         with system_metrics(tracker, every_s, first=lead), profiled(steps, keep) as after_step:
             status = train(
                 state,
@@ -345,7 +340,7 @@ def run_worker(config: TrainJobConfig, place: WorkerContext) -> dict[str, Any]:
                 loop_settings(config),
                 checkpoints,
                 callbacks=Callbacks(
-                    hooks=_hooks(config, served, facts, task, state, device, reporter),
+                    hooks=make_hooks(config, served, facts, task, state, device, show),
                     log=reporter.log if reporter else lambda _record: None,
                     skip=reporter.skip if reporter else lambda _record: None,
                     resume=reporter.resume if reporter else lambda _state: None,
@@ -433,67 +428,3 @@ def _meter(config: TrainJobConfig, facts: Facts, device: torch.device) -> Meter:
         text_length=facts.text_length,
     )
     return Meter(train_flops(forward), peak * collectives.world_size())
-
-
-def _hooks(
-    config: TrainJobConfig,
-    served: Sequence[Served],
-    facts: Facts,
-    task: Task,
-    state: TrainState,
-    device: torch.device,
-    reporter: Reporter | None,
-) -> list[Hook]:
-    hooks = []
-    if config.validation.images:
-        question = Validation(
-            task.on(device),
-            state.model,
-            validation_chunks(config, served, Root(config.output.uri)),
-            num_timesteps=config.validation.timesteps,
-            ema=[t.name for t in state.ema.tracks],
-            device=device,
-            precision=config.train.precision,
-        )
-        hooks.append(Hook(config.validation.every_images, question.run))
-    if config.grid.every_images is not None:
-        first = served[0]
-        zero_empty = facts.zero_empty_text
-        prompts = None if first.text is None else grid_prompts(config, first, zero_empty=zero_empty)
-        hooks.append(Hook(config.grid.every_images, _grid(config, facts, task, device, reporter, prompts).run))
-    return hooks
-
-
-def _grid(
-    config: TrainJobConfig,
-    facts: Facts,
-    task: Task,
-    device: torch.device,
-    reporter: Reporter | None,
-    prompts: tuple[tuple[str, ...], Text] | None,
-) -> SampleGrid:
-    assert facts.codec is not None  # the handshake made sure
-    s = config.grid.sampler
-    conditional = facts.num_classes is not None or prompts is not None
-    guided = conditional and "none" in trained_combinations(config, facts)
-    return SampleGrid(
-        task=task,
-        ema=config.train.ema[0].name,
-        images=config.grid.images,
-        shape=(facts.latent_channels, *facts.latent_size),
-        solving=Solving(
-            sampler=s.name,
-            steps=s.steps,
-            guidance=s.guidance if guided else 1.0,
-            guidance_interval=s.guidance_interval,
-            shift=sampling_shift(config, facts) if s.shift is None else s.shift,
-        ),
-        codec=facts.codec,
-        show=reporter.show if reporter else lambda _state, _png: None,
-        prompts=prompts,
-        factor=facts.factor if config.model.micro_conditions else None,
-        distilled=config.model.distilled,
-        collective=config.train.strategy != "ddp",
-        device=device,
-        precision=config.train.precision,
-    )

@@ -44,7 +44,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from pipeline.codec.codec import Codec, load_codec
-from pipeline.evaluate.statistics import FeatureStats, Sums, frechet
+from pipeline.features.statistics import FeatureStats, Sums, frechet
 from pipeline.latentloom.latents import open_latents
 from pipeline.model.build import build_model
 from pipeline.model.config import ModelConfig

@@ -158,7 +158,7 @@ def test_the_published_fid_is_that_of_torchmetrics_and_has_its_name_only_with_it
     network = save_inception(tmp_path / "inception.pt")
     if known:
         digest = hashlib.sha256((tmp_path / "inception.pt").read_bytes()).hexdigest()
-        monkeypatch.setattr("pipeline.evaluate.networks.INCEPTION_SHA256", digest)
+        monkeypatch.setattr("pipeline.features.networks.INCEPTION_SHA256", digest)
     preset = {"fid": "published", "extractor": {"path": str(tmp_path / "inception.pt")}}
     run(config(world, f"published {known}", clip=None, lpips=None, codec=None, **preset))
     record = record_of(world / f"published {known}")

@@ -17,8 +17,9 @@ from evaluate_networks import save_inception
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, InputError
-from pipeline.evaluate.config import EvaluateJobConfig, ExtractorConfig
-from pipeline.evaluate.networks import (
+from pipeline.evaluate.config import EvaluateJobConfig
+from pipeline.features import ExtractorConfig
+from pipeline.features.networks import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Extractor,
@@ -177,7 +178,7 @@ def test_the_published_inception_is_known_by_its_hash_and_asked_as_it_reads(
 ) -> None:
     save_inception(tmp_path / "inception.pt")
     digest = hashlib.sha256((tmp_path / "inception.pt").read_bytes()).hexdigest()
-    monkeypatch.setattr("pipeline.evaluate.networks.INCEPTION_SHA256", digest)
+    monkeypatch.setattr("pipeline.features.networks.INCEPTION_SHA256", digest)
     asked = {"kind": "torchscript", "path": str(tmp_path / "inception.pt")}
     assert loaded(**asked, values="uint8").published
     assert not loaded(**asked, values="uint8", resolution=299).published

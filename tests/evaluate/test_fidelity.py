@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.evaluate.metrics import FidelitySums, compare, ssim
-from pipeline.evaluate.statistics import mean_interval, wilson
+from pipeline.features.statistics import mean_interval, wilson
 
 
 def images(n: int, h: int = 16, w: int = 20, seed: int = 0) -> torch.Tensor:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.evaluate.statistics import ClassSums, Sums, jackknifed, mean_interval
+from pipeline.features.statistics import ClassSums, Sums, jackknifed, mean_interval
 
 
 def keys(n: int, seed: int = 0) -> np.ndarray:

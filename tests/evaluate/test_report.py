@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline.evaluate.config import ThresholdsConfig
 from pipeline.evaluate.figures import Figure, Record, missed_thresholds
 from pipeline.evaluate.report import MAX_POINTS, ReportContent, Tile, line_chart, render_report, share_bars
-from pipeline.evaluate.statistics import Estimate
+from pipeline.features.statistics import Estimate
 from pipeline.media import PagePicture
 
 

@@ -13,7 +13,7 @@ from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.evaluate.figures import Record, figures_of
 from pipeline.evaluate.job import accepted
 from pipeline.evaluate.passes import Measured, Networks, SampleResults
-from pipeline.evaluate.statistics import FeatureStats
+from pipeline.features.statistics import FeatureStats
 from pipeline.result import JobResult
 
 

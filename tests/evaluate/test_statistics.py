@@ -10,7 +10,7 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from pipeline.evaluate.statistics import FeatureStats, Moments, frechet, frechet_between, kid, precision_recall
+from pipeline.features.statistics import FeatureStats, Moments, frechet, frechet_between, kid, precision_recall
 
 LIMIT = 2_000
 

@@ -11,7 +11,10 @@ import pytest
 from pipeline.config import validate
 from pipeline.errors import ConfigError, InputError
 from pipeline.evaluate.figures import Figure, Record
-from pipeline.evaluate.promotion import EVALUATION, plan, read_evaluation, run
+from pipeline.evaluate.job import RECORD as EVALUATION
+from pipeline.evaluate.job import plan_promote as plan
+from pipeline.evaluate.job import read_evaluation
+from pipeline.evaluate.job import run_promote as run
 from pipeline.tracking.config import PromoteJobConfig, TrackingConfig
 from pipeline.tracking.queries import resolve, walk
 from pipeline.tracking.store import MlflowStore
@@ -142,7 +145,7 @@ def test_a_promotion_asks_for_something_and_never_for_latest(world: World) -> No
 
 
 def test_a_figure_without_a_value_reaches_nothing() -> None:
-    from pipeline.evaluate.promotion import missed_figures
+    from pipeline.evaluate.job import missed_figures
 
     record = Record("k", (replace(FIGURES[2], value=float("nan")),), {}, {}, {}, (), {})
     settings = {"evaluation": {"uri": "x"}, "model": {"name": "m"}, "at_least": {"psnr_pooled_db": 1.0}}

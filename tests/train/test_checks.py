@@ -11,7 +11,6 @@ import pytest
 from pipeline.codec.info import CodecInfo
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.store.read.dataset import LatentDataset
-from pipeline.train import checks as module
 from pipeline.train.checks import Facts, _check_model, handshake, identity
 from pipeline.train.start import Start
 from tests.train.dataset import make_dataset
@@ -126,10 +125,10 @@ def test_another_codec_is_refused_and_the_same_one_elsewhere_is_taken(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {"codec": {"path": str(tmp_path)}}
-    monkeypatch.setattr(module, "codec_info", lambda *_: _info("f" * 64))
+    monkeypatch.setattr("pipeline.train.start.codec_info", lambda *_: _info("f" * 64))
     with pytest.raises(ConflictError, match=r"weights f+\) did not make these latents \(weights 0+\)"):
         shake(tmp_path, uri, changes)
-    monkeypatch.setattr(module, "codec_info", lambda *_: _info("0" * 64))
+    monkeypatch.setattr("pipeline.train.start.codec_info", lambda *_: _info("0" * 64))
     assert shake(tmp_path, uri, changes).codec == {"path": str(tmp_path), "revision": None, "kind": "auto"}
 
 

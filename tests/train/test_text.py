@@ -172,7 +172,11 @@ def test_a_run_of_two_conditions_goes_on_with_its_own_scheme_of_dropout(
             2.0,
             r"class\+text, class only[\s\S]*grid.sampler.guidance = 2.0",
         ),
-        ({"joint_dropout": 1.0}, 1.0, r"Grids show class\+text, and .* on none only[\s\S]*train.joint_dropout = 1.0"),
+        (
+            {"joint_dropout": 1.0},
+            1.0,
+            r"Pictures are drawn of class\+text, and .* on none only[\s\S]*train.joint_dropout = 1.0",
+        ),
         ({"text_dropout": 1.0}, 1.0, r"on class, none only[\s\S]*train.text_dropout = 1.0"),
     ],
 )

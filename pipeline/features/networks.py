@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, InputError
-from pipeline.evaluate.config import INCEPTION_SHA256, ExtractorConfig
+from pipeline.features import INCEPTION_SHA256, ExtractorConfig
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INCEPTION_SIDE, USUAL_SIDE = 299, 224
