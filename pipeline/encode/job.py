@@ -31,7 +31,7 @@ from pipeline.errors import ConfigError, ConflictError, argument_keys, keyed
 from pipeline.progress import Progress
 from pipeline.result import JobResult
 from pipeline.runs import Run, open_run
-from pipeline.source.reading.listing import check_apart, list_entries, source_root
+from pipeline.source.reading.listing import check_apart, list_entries, listing_digest, source_root
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import Generation, last_recipe, last_run
 from pipeline.store.ledger.identity import Identity, check_same, read_identity
@@ -66,7 +66,7 @@ def run(config: EncodeJobConfig) -> JobResult:
             root,
             # Under the claim: a listing of before it could retire what a run in between has planned.
             keyed(list_entries(config.source, known_entries(root, config.source.kind)), "source"),
-            source=source_note(config),
+            source=source_note(config, listing_digest(config.source)),
             generation=run.generation.number,
             unit_rows=config.encode.unit_rows,
             unit_bytes=config.encode.unit_bytes,
@@ -238,7 +238,7 @@ def _encode(
     began = time.monotonic()
     if since:
         with Progress("reread", None, unit="rows") as progress:
-            if config.source.kind == "folder":
+            if config.source.kind in ("folder", "manifest"):
                 carry_over(config, generation, since, progress.update)
             else:
                 reread(config, generation, progress.update)

@@ -26,7 +26,7 @@ from pipeline.encode.stages import ImageDecoder, UnitReader
 from pipeline.errors import InputError, argument_keys
 from pipeline.maintenance.config import DecodeCheckConfig, RecheckLimits
 from pipeline.progress import Progress
-from pipeline.source.config import FolderSource, ImageConfig, ParquetSource, SourceConfig
+from pipeline.source.config import FolderSource, ImageConfig, ManifestSource, ParquetSource, SourceConfig
 from pipeline.source.reading.listing import source_root
 from pipeline.storage.trust import follow
 from pipeline.store.ledger.generation import last_recipe
@@ -171,7 +171,7 @@ def _limited(recipe: _Recipe, limits: RecheckLimits) -> _Recipe:
     }
     over: dict[str, Any] = {name: here for name, (recorded, here) in needed.items() if recorded > here}
     ours: dict[str, Any] = {}
-    if isinstance(source, FolderSource):
+    if isinstance(source, FolderSource | ManifestSource):
         over |= {"links": limits.links} if source.links == "any" != limits.links else {}
         ours |= {"links": limits.links}
     elif isinstance(source, ParquetSource):

@@ -101,6 +101,26 @@ class FolderSource(_Source):
         return self
 
 
+class ManifestSource(_Source):
+    """Image objects below a place, as a manifest names them: nothing is listed.
+
+    Caption, label and further fields are columns of the manifest.
+    """
+
+    kind: Literal["manifest"] = Field("manifest", description="image objects that a Parquet or CSV manifest names")
+    manifest: str = Field(
+        ...,
+        min_length=1,
+        description="path or URI of a .parquet, .csv or .csv.gz file, of a folder of these, or of the manifest.json "
+        "of an S3 Inventory. Columns: key, relative to source.uri, or uri; size; etag or last_modified. Of an "
+        "inventory's bucket what lies below source.uri is taken; objects with another ending than an image's are "
+        "passed over",
+    )
+    links: Literal["inside", "any"] = Field(
+        "inside", description="links that are followed: to files below the source only, or any; others are rejected"
+    )
+
+
 class WebDatasetSource(_Source):
     """Tar shards whose members share a basename per sample (.jpg + .txt/.json/.cls)."""
 
@@ -132,7 +152,9 @@ class ParquetSource(_Source):
     )
 
 
-SourceConfig = Annotated[FolderSource | WebDatasetSource | ParquetSource, Field(discriminator="kind")]
+SourceConfig = Annotated[
+    FolderSource | ManifestSource | WebDatasetSource | ParquetSource, Field(discriminator="kind")
+]
 
 
 class SquareBuckets(StrictModel):

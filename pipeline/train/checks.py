@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.diffusion.solvers import COMBINATIONS, Combination, combination, combination_shares
+from pipeline.diffusion.config import COMBINATIONS, Combination, combination, combination_shares
 from pipeline.errors import ConfigError, ConflictError, argument_keys
 from pipeline.model.config import InstalledConfig, PublishedConfig, installed_network, kinds_for
 from pipeline.store.ledger.identity import differences

@@ -20,7 +20,14 @@ import pytest
 from source_images import encode, gradient, write
 
 from pipeline.errors import InputError
-from pipeline.source.config import FolderSource, ImageConfig, ParquetSource, SourceConfig, WebDatasetSource
+from pipeline.source.config import (
+    FolderSource,
+    ImageConfig,
+    ManifestSource,
+    ParquetSource,
+    SourceConfig,
+    WebDatasetSource,
+)
 from pipeline.source.pixels.prepare import PreparedImage, prepare
 from pipeline.source.reading.listing import list_entries, read_unit
 from pipeline.source.reading.rows import EndOfUnit, Entry, SourceRow
@@ -153,6 +160,20 @@ def test_pixels_and_texts_are_those_of_a_local_copy(kind: str, local: Path, remo
     assert [(row.caption, row.label) for row in there] == [(f"picture {i}", i) for i in range(5)]
     outcomes = [prepare(row, IMAGE) for row in there]
     assert [isinstance(o, list) and len(o) for o in outcomes] == [4, 4, 4, 4, False]
+
+
+def test_objects_by_a_manifest_are_read_as_it_says(local: Path, remote: Root, tmp_path: Path) -> None:
+    """The etags of a listing are those that S3 compares when an object is read."""
+    infos = [info for info in remote.list("folder") if not info.key.endswith(".jsonl")]
+    keys = [info.key.removeprefix("folder/") for info in infos]
+    table = {"key": keys, "size": [i.size_bytes for i in infos], "etag": [i.etag for i in infos]}
+    table |= {"text": [f"picture {n}" for n in range(5)], "label": list(range(5))}
+    pq.write_table(pa.table(table), tmp_path / "m.parquet")
+    manifest = ManifestSource(uri=f"{remote.uri}/folder", manifest=str(tmp_path / "m.parquet"))
+    entries, folder = list(list_entries(manifest)), source_of("folder", remote.uri)
+    assert [told(row) for row in rows_of(manifest, entries)] == [told(row) for row in rows_of(folder)]
+    remote.put("folder/1.png", b"another picture")
+    assert [row.key for row in rows_of(manifest, entries)] == ["0.jpg", "2.webp", "3.png", "4.jpg"]
 
 
 def test_all_kinds_give_the_same_pixels(remote: Root) -> None:

@@ -26,7 +26,7 @@ from operator import itemgetter
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.source.config import FolderSource, ParquetSource, WebDatasetSource
+from pipeline.source.config import FolderSource, ManifestSource, ParquetSource, WebDatasetSource
 from pipeline.source.reading.filters import Cell, filter_columns, keeps
 from pipeline.source.reading.parquet import table_rows
 from pipeline.source.reading.parquet_file import TableError
@@ -413,7 +413,9 @@ def check_fields(where: str, source: FolderSource | WebDatasetSource, known: set
 # -- From entries to rows ---------------------------------------------------------------------------------------
 
 
-def read_folder(root: Root, source: FolderSource, entries: Sequence[Entry], wanted: Ranges) -> Iterator[SourceRow]:
+def read_folder(
+    root: Root, source: FolderSource | ManifestSource, entries: Sequence[Entry], wanted: Ranges
+) -> Iterator[SourceRow]:
     """The wanted rows of a unit of files."""
 
     def read(item: tuple[int, Entry]) -> SourceRow | None:
@@ -435,7 +437,7 @@ def read_folder(root: Root, source: FolderSource, entries: Sequence[Entry], want
     yield from (row for row in rows if row is not None)
 
 
-def _beside(root: Root, source: FolderSource, fields: dict[str, Any]) -> Failure | None:
+def _beside(root: Root, source: FolderSource | ManifestSource, fields: dict[str, Any]) -> Failure | None:
     """Complete what metadata say of an image by the texts beside it; why it is no row, where they say so."""
     if PROBLEM in fields:
         return Failure(Reason.BAD_METADATA, fields[PROBLEM])
@@ -455,6 +457,7 @@ def _beside(root: Root, source: FolderSource, fields: dict[str, Any]) -> Failure
             return Failure(Reason.BAD_METADATA, f"{key}: {error}")
     if TEXTS not in fields:
         return Failure(Reason.ROW_FILTER, f"not kept by {source.filter}") if fields.get(FILTERED) else None
+    assert isinstance(source, FolderSource)  # a manifest has no texts beside its objects
     if source.status and record.get(source.status) in FAILED_STATUSES:
         return Failure(Reason.SOURCE_STATUS, f"{source.status} is {record[source.status]!r}")
     if captions and source.caption:

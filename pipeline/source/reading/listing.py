@@ -1,6 +1,7 @@
 """Every row of a source as a stream of entries, in one strict order on every store.
 
     folder:     one entry per file, one row each; captions and labels ride along as canonical JSON
+    manifest:   the same for each object that it names
     webdataset: one entry per tar, whose number of rows is not known before it is read
     parquet:    one entry per run of row groups of a file
 
@@ -21,9 +22,10 @@ from itertools import groupby
 from typing import Protocol
 
 from pipeline.errors import ConfigError, InputError
-from pipeline.source.config import FolderSource, ParquetSource, SourceConfig, WebDatasetSource
+from pipeline.source.config import FolderSource, ManifestSource, ParquetSource, SourceConfig, WebDatasetSource
 from pipeline.source.reading import tar
 from pipeline.source.reading.folder import asked_fields, check_fields, list_folder, read_folder
+from pipeline.source.reading.manifest import list_manifest, manifest_digest
 from pipeline.source.reading.parquet import read_parquets, spans
 from pipeline.source.reading.rows import EndOfUnit, Entry, Ranges, SourceRow, is_hidden, map_ahead
 from pipeline.source.reading.webdataset import known_fields, read_tars
@@ -181,6 +183,7 @@ def _kind(root: Root) -> str:
 
 
 _PARQUET_SUFFIXES = (".parquet", ".pq")
+_HELD = {"folder": "file", "manifest": "object below uri", "webdataset": "shard", "parquet": "shard"}
 _HASHING = 4  # files hashed at a time
 _FOOTERS = 4  # files opened at a time while listing; each may have a process of its own to parse it
 Span = tuple[int, int | None, int]  # first row, row after the last, stored bytes
@@ -216,6 +219,8 @@ def list_entries(source: SourceConfig, known: Iterable[KnownEntry] = ()) -> Iter
     if isinstance(source, FolderSource):
         excluded = compiled(source.exclude, "exclude") if source.exclude else None
         entries = list_folder(place.root, source, excluded)
+    elif isinstance(source, ManifestSource):
+        entries = list_manifest(place.root, source)
     elif isinstance(source, WebDatasetSource):
         tars = matching(place, tar.SUFFIXES)
         entries = _tars(place, source, (Entry(i.key, i.size_bytes, i.etag, i.mtime_ns, 0, None, None) for i in tars))
@@ -249,9 +254,14 @@ def list_entries(source: SourceConfig, known: Iterable[KnownEntry] = ()) -> Iter
             f"The source {place.root.uri} is empty",
             key="uri",
             value=source.uri,
-            rule=f"a {source.kind} source holds at least one {'file' if source.kind == 'folder' else 'shard'}",
+            rule=f"a {source.kind} source holds at least one {_HELD[source.kind]}",
             next_step="check the path and the pattern; hidden files (.name) are not counted",
         )
+
+
+def listing_digest(source: SourceConfig) -> str:
+    """What changes with what a source lists, where that can be told without comparing every row; else ""."""
+    return manifest_digest(source_root(source), source) if isinstance(source, ManifestSource) else ""
 
 
 def _hashed(root: Root, entries: Iterator[Entry]) -> Iterator[Entry]:
@@ -274,8 +284,8 @@ def _hashed(root: Root, entries: Iterator[Entry]) -> Iterator[Entry]:
 
 def check_apart(source: SourceConfig, output: Root) -> None:
     """ConfigError when a listing of the source would hold what a job writes to `output`: it would never end."""
-    if isinstance(source, WebDatasetSource):
-        return  # nothing that is written ends in .tar
+    if isinstance(source, WebDatasetSource | ManifestSource):
+        return  # nothing that is written ends in .tar, or is named by somebody's manifest
     place = _place(source)
     # Local places by their real paths: a link may lead from one into the other.
     outer, inner = (os.path.realpath(r.uri) if r.local_path() is not None else r.uri for r in (place.root, output))
@@ -300,7 +310,7 @@ def check_apart(source: SourceConfig, output: Root) -> None:
 
 
 def _place(source: SourceConfig) -> SourceLocation:
-    return locate(source.uri, patterns_allowed=not isinstance(source, FolderSource))
+    return locate(source.uri, patterns_allowed=not isinstance(source, FolderSource | ManifestSource))
 
 
 def _tars(place: SourceLocation, source: WebDatasetSource, entries: Iterator[Entry]) -> Iterator[Entry]:
@@ -392,7 +402,7 @@ def read_unit(
 ) -> Iterator[SourceRow | EndOfUnit]:
     """Rows of the concatenated entries inside the half-open ranges (a stop of None is the unit's end), in order."""
     wanted, root = Ranges(ranges), _root(source)
-    if isinstance(source, FolderSource):
+    if isinstance(source, FolderSource | ManifestSource):
         yield from read_folder(root, source, entries, wanted)
     elif isinstance(source, WebDatasetSource):
         yield from read_tars(root, source, entries, wanted)
