@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from pipeline.config import StrictModel
 from pipeline.source.reading.filters import keeps, parse_filter
@@ -121,6 +121,18 @@ class ManifestSource(_Source):
     )
 
 
+class InstalledSource(_Source):
+    """A source that an installed package offers: its entry point in the group `latentloom.sources` makes it.
+
+    The entry point is called with this configuration; what it returns is a
+    `pipeline.source.reading.listing.ReadableSource`.
+    """
+
+    kind: Literal["installed"] = Field("installed", description="a source that an installed package offers")
+    plugin: str = Field(..., min_length=1, description="its entry point in the group latentloom.sources")
+    options: dict[str, JsonValue] = Field({}, description="further settings for it, as that package describes them")
+
+
 class WebDatasetSource(_Source):
     """Tar shards whose members share a basename per sample (.jpg + .txt/.json/.cls)."""
 
@@ -132,10 +144,41 @@ class WebDatasetSource(_Source):
     )
 
 
+class TableConfig(StrictModel):
+    """A table whose own log says which Parquet files it is: nothing is listed, and old snapshots are read as well."""
+
+    format: Literal["delta", "iceberg"] = Field(
+        ..., description="Delta Lake or Apache Iceberg (extras of these names)"
+    )
+    version: int | None = Field(None, ge=0, description="Delta's version or Iceberg's snapshot id; null: the newest")
+    catalog: str | None = Field(
+        None,
+        description="Iceberg: a catalog of pyiceberg's own configuration, with `name`; null: none is asked",
+    )
+    name: str | None = Field(None, description="Iceberg: the table's name in its catalog, namespace included")
+    metadata: str | None = Field(
+        None,
+        description="Iceberg without a catalog: the metadata.json that is read; null: that of the highest number "
+        "below uri/metadata",
+    )
+
+    @model_validator(mode="after")
+    def _says_which(self) -> Self:
+        if (self.catalog is None) != (self.name is None):
+            raise ValueError("catalog and name belong together")
+        if self.format == "delta" and (self.catalog or self.metadata):
+            raise ValueError("catalog, name and metadata are Iceberg's: a Delta table is found by its uri")
+        return self
+
+
 class ParquetSource(_Source):
     """Parquet files with image bytes, the {bytes, path} struct of Hugging Face datasets, or URIs of images."""
 
     kind: Literal["parquet"] = Field("parquet", description="Parquet files holding images or their URIs")
+    table: TableConfig | None = Field(
+        None,
+        description="uri is a table of Delta Lake or Iceberg, and its files are read; null: all that lie there",
+    )
     image: str = Field("image", description="column with the image: binary, {bytes, path} struct, or string URI")
     uri_prefixes: tuple[str, ...] = Field(
         (), description="absolute image URIs are read only below these; relative ones below the source itself"
@@ -153,7 +196,7 @@ class ParquetSource(_Source):
 
 
 SourceConfig = Annotated[
-    FolderSource | ManifestSource | WebDatasetSource | ParquetSource, Field(discriminator="kind")
+    FolderSource | ManifestSource | WebDatasetSource | ParquetSource | InstalledSource, Field(discriminator="kind")
 ]
 
 

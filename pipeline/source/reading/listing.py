@@ -21,11 +21,19 @@ from functools import lru_cache
 from itertools import groupby
 from typing import Protocol
 
+from pipeline.config import installed_plugin
 from pipeline.errors import ConfigError, InputError
-from pipeline.source.config import FolderSource, ManifestSource, ParquetSource, SourceConfig, WebDatasetSource
+from pipeline.source.config import (
+    FolderSource,
+    InstalledSource,
+    ManifestSource,
+    ParquetSource,
+    SourceConfig,
+    WebDatasetSource,
+)
 from pipeline.source.reading import tar
 from pipeline.source.reading.folder import asked_fields, check_fields, list_folder, read_folder
-from pipeline.source.reading.manifest import list_manifest, manifest_digest
+from pipeline.source.reading.manifest import list_manifest, manifest_digest, table_snapshot
 from pipeline.source.reading.parquet import read_parquets, spans
 from pipeline.source.reading.rows import EndOfUnit, Entry, Ranges, SourceRow, is_hidden, map_ahead
 from pipeline.source.reading.webdataset import known_fields, read_tars
@@ -183,7 +191,14 @@ def _kind(root: Root) -> str:
 
 
 _PARQUET_SUFFIXES = (".parquet", ".pq")
-_HELD = {"folder": "file", "manifest": "object below uri", "webdataset": "shard", "parquet": "shard"}
+SOURCES = "latentloom.sources"
+_HELD = {
+    "installed": "entry",
+    "folder": "file",
+    "manifest": "object below uri",
+    "webdataset": "shard",
+    "parquet": "shard",
+}
 _HASHING = 4  # files hashed at a time
 _FOOTERS = 4  # files opened at a time while listing; each may have a process of its own to parse it
 Span = tuple[int, int | None, int]  # first row, row after the last, stored bytes
@@ -216,7 +231,10 @@ def list_entries(source: SourceConfig, known: Iterable[KnownEntry] = ()) -> Iter
     the same. Files that no etag describes are opened each time.
     """
     place = _place(source)
-    if isinstance(source, FolderSource):
+    entries: Iterator[Entry]
+    if isinstance(source, InstalledSource):
+        entries = iter(_installed(source).list_entries(known))
+    elif isinstance(source, FolderSource):
         excluded = compiled(source.exclude, "exclude") if source.exclude else None
         entries = list_folder(place.root, source, excluded)
     elif isinstance(source, ManifestSource):
@@ -254,13 +272,15 @@ def list_entries(source: SourceConfig, known: Iterable[KnownEntry] = ()) -> Iter
             f"The source {place.root.uri} is empty",
             key="uri",
             value=source.uri,
-            rule=f"a {source.kind} source holds at least one {_HELD[source.kind]}",
+            rule=f"a source of kind {source.kind} holds at least one {_HELD.get(source.kind, 'shard')}",
             next_step="check the path and the pattern; hidden files (.name) are not counted",
         )
 
 
 def listing_digest(source: SourceConfig) -> str:
     """What changes with what a source lists, where that can be told without comparing every row; else ""."""
+    if isinstance(source, ParquetSource) and source.table is not None:
+        return table_snapshot(source)[0]
     return manifest_digest(source_root(source), source) if isinstance(source, ManifestSource) else ""
 
 
@@ -284,8 +304,8 @@ def _hashed(root: Root, entries: Iterator[Entry]) -> Iterator[Entry]:
 
 def check_apart(source: SourceConfig, output: Root) -> None:
     """ConfigError when a listing of the source would hold what a job writes to `output`: it would never end."""
-    if isinstance(source, WebDatasetSource | ManifestSource):
-        return  # nothing that is written ends in .tar, or is named by somebody's manifest
+    if isinstance(source, WebDatasetSource | ManifestSource | InstalledSource):
+        return  # nothing that is written ends in .tar, or is named by somebody's manifest or plug-in
     place = _place(source)
     # Local places by their real paths: a link may lead from one into the other.
     outer, inner = (os.path.realpath(r.uri) if r.local_path() is not None else r.uri for r in (place.root, output))
@@ -310,6 +330,8 @@ def check_apart(source: SourceConfig, output: Root) -> None:
 
 
 def _place(source: SourceConfig) -> SourceLocation:
+    if isinstance(source, InstalledSource):
+        return SourceLocation(Root(source.uri), None)  # whether anything is there, the plug-in knows
     return locate(source.uri, patterns_allowed=not isinstance(source, FolderSource | ManifestSource))
 
 
@@ -335,7 +357,7 @@ def _parquets(place: SourceLocation, source: ParquetSource, known: Iterable[Know
 
     def files() -> Iterator[tuple[ObjectInfo, list[Span] | None]]:
         nonlocal first
-        for info in matching(place, _PARQUET_SUFFIXES):
+        for info in matching(place, _PARQUET_SUFFIXES) if source.table is None else table_snapshot(source)[1]:
             planned = earlier.spans(info)
             # The first is opened always: a column that is configured and not there is an error, whatever is known.
             yield info, None if first else planned
@@ -394,6 +416,36 @@ def _check_order(last: tuple[str, int] | None, entry: Entry, root: Root) -> None
 _log = logging.getLogger(__name__)
 
 
+class ReadableSource(Protocol):
+    """What a plug-in of the group latentloom.sources makes of its configuration, see `InstalledSource`.
+
+    Driver and workers make one each: nothing is handed from one to the other but entries.
+    """
+
+    def list_entries(self, known: Iterable[KnownEntry]) -> Iterable[Entry]:
+        """Everything there is, ascending by (key, row_start); known: what an earlier listing gave, in that order."""
+        ...
+
+    def read_unit(
+        self, entries: Sequence[Entry], ranges: Sequence[tuple[int, int | None]]
+    ) -> Iterable[SourceRow | EndOfUnit]:
+        """The rows of the concatenated entries inside half-open ranges, in order: bytes, or a reason without any.
+
+        Where an entry's row_stop is None the end is told at last, by an `EndOfUnit`.
+        """
+        ...
+
+
+_made: dict[str, ReadableSource] = {}  # once per process, not once per unit
+
+
+def _installed(source: InstalledSource) -> ReadableSource:
+    key = source.model_dump_json()
+    if key not in _made:
+        _made[key] = installed_plugin(SOURCES, source.plugin, key="plugin").load()(source)
+    return _made[key]
+
+
 _root = lru_cache(maxsize=16)(source_root)  # asks the store once per process, not once per unit
 
 
@@ -401,6 +453,9 @@ def read_unit(
     source: SourceConfig, entries: Sequence[Entry], ranges: Sequence[tuple[int, int | None]]
 ) -> Iterator[SourceRow | EndOfUnit]:
     """Rows of the concatenated entries inside the half-open ranges (a stop of None is the unit's end), in order."""
+    if isinstance(source, InstalledSource):
+        yield from _installed(source).read_unit(entries, ranges)
+        return
     wanted, root = Ranges(ranges), _root(source)
     if isinstance(source, FolderSource | ManifestSource):
         yield from read_folder(root, source, entries, wanted)

@@ -1,4 +1,4 @@
-"""A listing that somebody else made: objects with size and version in Parquet or CSV, or an S3 Inventory as it comes.
+"""Listings that somebody else made: manifests of objects, S3 Inventories as they come, the logs of Delta and Iceberg.
 
     manifest --files--> rows, in batches --in order? else sorted in runs on disk--> one entry a row
 
@@ -29,8 +29,9 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from pipeline.config import need_package
 from pipeline.errors import InputError, PipelineError
-from pipeline.source.config import IMAGE_ENDINGS, ManifestSource
+from pipeline.source.config import IMAGE_ENDINGS, ManifestSource, ParquetSource, TableConfig
 from pipeline.source.reading.filters import filter_columns, keeps
 from pipeline.source.reading.folder import FILTERED, PROBLEM
 from pipeline.source.reading.rows import (
@@ -43,7 +44,7 @@ from pipeline.source.reading.rows import (
     pick_extra,
 )
 from pipeline.storage.errors import describe, storage_errors
-from pipeline.storage.root import ObjectInfo, Root, place_of
+from pipeline.storage.root import CONTENT, ObjectInfo, Root, place_of
 
 _log = logging.getLogger(__name__)
 # What a column is called, letters and digits alone: by this project, by S3 Inventory in Parquet and in CSV.
@@ -140,8 +141,9 @@ def list_manifest(root: Root, source: ManifestSource) -> Iterator[Entry]:
             if not name or is_hidden(key) or ("." in name and not name.lower().endswith(_ENDINGS)):
                 passed += 1
                 continue
-            record = dict(zip(names, values, strict=True))
-            yield Entry(key, size, etag, modified, 0, 1, _meta(source, record) if names else None)
+            told = source.filter is not None or values.count(None) < len(values)
+            meta = _meta(source, dict(zip(names, values, strict=True))) if told else None
+            yield Entry(key, size, etag, modified, 0, 1, meta)
     if passed:
         _log.info("%s objects of the manifest are no images by their names, and were passed over", f"{passed:,}")
 
@@ -151,13 +153,12 @@ def manifest_digest(root: Root, source: ManifestSource) -> str:
 
     "" for one that is not in order: each listing of it is compared row by row.
     """
-    files = manifest_files(source)
-    if not _in_order(files, root, source):
-        return ""
-    hashers = {name: hashlib.blake2b(digest_size=16) for name in ("settings", "values", "lengths")}
-    hashers["settings"].update(source.model_dump_json(exclude={"manifest", "read_ahead"}).encode())
+    whole = hashlib.blake2b(source.model_dump_json(exclude={"manifest", "read_ahead"}).encode(), digest_size=16)
     columns: dict[str, list[hashlib.blake2b]] = {}
-    for batch in _batches(files, root, source, _wanted(source)):
+    last: str | None = ""
+    for batch in _batches(manifest_files(source), root, source, _wanted(source)):
+        if (last := _last_in_order(batch.column("key"), last)) is None:
+            return ""
         for name in batch.schema.names:
             column = pc.fill_null(pc.cast(batch.column(name), pa.large_string()), "\0")
             values, lengths = columns.setdefault(name, [hashlib.blake2b(digest_size=16) for _ in range(2)])
@@ -166,8 +167,8 @@ def manifest_digest(root: Root, source: ManifestSource) -> str:
             lengths.update(np.diff(offsets).astype("<i4").tobytes())
     for name in sorted(columns):
         for hasher in columns[name]:
-            hashers["settings"].update(name.encode() + hasher.digest())
-    return hashers["settings"].hexdigest()
+            whole.update(name.encode() + hasher.digest())
+    return whole.hexdigest()
 
 
 def _meta(source: ManifestSource, record: dict[str, Any]) -> str | None:
@@ -184,6 +185,80 @@ def _meta(source: ManifestSource, record: dict[str, Any]) -> str | None:
         return canonical(fields) if any(value is not None and value != {} for value in fields.values()) else None
     except ValueError as error:
         return canonical({PROBLEM: f"the manifest: {error}"})
+
+
+# -- Tables: which Parquet files a snapshot of them is -------------------------------------------------------------
+
+
+def table_snapshot(source: ParquetSource) -> tuple[str, list[ObjectInfo]]:
+    """(what tells the snapshot from others, its files below the root, by key); InputError where it cannot be read.
+
+    Files of tables are never written again, so that their names are their versions. A table whose rows are deleted
+    one by one, in files beside them, is refused: its files hold rows that are none.
+    """
+    table, root = source.table, Root(source.uri)
+    assert table is not None
+    need_package({"delta": "deltalake", "iceberg": "pyiceberg"}[table.format], table.format)
+    try:
+        told, files, deletes = (_delta if table.format == "delta" else _iceberg)(root, table)
+    except PipelineError:
+        raise
+    except Exception as error:  # noqa: BLE001 - these libraries raise what they like
+        raise _no_table(source, f"cannot be read: {' '.join(str(error).split())[:300]}") from None
+    if deletes:
+        raise _no_table(source, "marks rows as deleted that its files still hold; rewrite (compact) it first")
+    below, infos = f"{root.uri.rstrip('/')}/", []
+    for path, size in files:
+        plain = path.removeprefix("file://") if root.local_path() is not None else path
+        if not plain.startswith(below):
+            raise _no_table(source, f"holds the file {path}, which does not lie below source.uri")
+        name = CONTENT + hashlib.sha256(path.encode()).hexdigest()
+        infos.append(ObjectInfo(plain.removeprefix(below), size, name, None))
+    return told, sorted(infos, key=lambda info: info.key)
+
+
+_Snapshot = tuple[str, list[tuple[str, int]], bool]  # what it is called, paths and sizes, whether rows are deleted
+
+
+def _delta(root: Root, table: TableConfig) -> _Snapshot:
+    from deltalake import DeltaTable
+
+    found = DeltaTable(root.uri, version=table.version)
+    rows = pa.table(found.get_add_actions(flatten=True)).select(["path", "size_bytes"]).to_pylist()
+    deletes = pa.table(found.deletion_vectors()).num_rows > 0
+    files = [(f"{root.uri.rstrip('/')}/{unquote(row['path'])}", int(row["size_bytes"])) for row in rows]
+    return f"delta {found.version()}", files, deletes
+
+
+def _iceberg(root: Root, table: TableConfig) -> _Snapshot:
+    from pyiceberg.catalog import load_catalog
+    from pyiceberg.table import StaticTable
+
+    if table.catalog is not None and table.name is not None:
+        found: Any = load_catalog(table.catalog).load_table(table.name)
+    else:
+        path = table.metadata
+        if path is None:
+            numbered = [i.key for i in root.list("metadata") if i.key.endswith(".metadata.json")]
+            path = root.uri_of(max(numbered, key=lambda key: int(re.sub(r"\D.*", "", Path(key).name.lstrip("v")))))
+        found = StaticTable.from_metadata(path)
+    snapshot = found.current_snapshot() if table.version is None else found.snapshot_by_id(table.version)
+    if snapshot is None:
+        raise ValueError(f"it has no snapshot {table.version or ''} (any more)")
+    tasks = list(found.scan(snapshot_id=snapshot.snapshot_id).plan_files())
+    files = [(task.file.file_path, int(task.file.file_size_in_bytes)) for task in tasks]
+    return f"iceberg {snapshot.snapshot_id}", files, any(task.delete_files for task in tasks)
+
+
+def _no_table(source: ParquetSource, what: str) -> InputError:
+    assert source.table is not None
+    return InputError(
+        f"The {source.table.format} table {source.uri} {what}",
+        key="table.version" if source.table.version is not None else "uri",
+        value=source.uri if source.table.version is None else source.table.version,
+        rule="a snapshot that is still there, of Parquet files below uri, each row of which counts",
+        next_step="see to the table, or name another version",
+    )
 
 
 # -- Rows in batches: columns under our names, of objects below the root ------------------------------------------
@@ -294,16 +369,22 @@ def _rows(batch: pa.RecordBatch) -> tuple[list[str], Iterable[_Row]]:
 
 def _in_order(files: Sequence[ManifestFile], root: Root, source: ManifestSource) -> bool:
     """Whether the keys ascend through all files; reads them once."""
-    last = ""
+    last: str | None = ""
     for batch in _batches(files, root, source, ()):
-        key = batch.column("key")
-        if not len(key):
-            continue
-        # As bytes: which is the order of code points, in which a source lists.
-        if key[0].as_py() < last or pc.any(pc.less(key[1:], key[:-1])).as_py():
+        if (last := _last_in_order(batch.column("key"), last)) is None:
             return False
-        last = key[-1].as_py()
     return True
+
+
+def _last_in_order(key: pa.Array, before: str | None) -> str | None:
+    """The last of some keys, that of before where there are none; None when they do not ascend.
+
+    As bytes: which is the order of code points, in which a source lists.
+    """
+    if not len(key):
+        return before
+    falls = key[0].as_py() < (before or "") or pc.any(pc.less(key[1:], key[:-1])).as_py()
+    return None if falls else str(key[-1].as_py())
 
 
 def _sorted(batches: Iterator[pa.RecordBatch]) -> tuple[list[str], Iterator[_Row]]:

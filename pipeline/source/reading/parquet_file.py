@@ -214,7 +214,7 @@ def _columns(schema: Any, source: ParquetSource, where: str) -> list[str]:
                 next_step="correct the name",
             )
     kind = schema.field(source.image).type
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     is_struct = (
         pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and _is_bytes(kind.field("bytes").type)
     )
@@ -250,4 +250,5 @@ def _check_filter(schema: Any, source: ParquetSource, where: str) -> None:
 
 
 def _is_bytes(kind: Any) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
+    plain = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    return bool(plain or pa.types.is_binary_view(kind))
