@@ -158,7 +158,6 @@ def test_texts_beside_images_are_theirs_and_no_rows(tmp_path):
         "e.jpg": (None, None, None, "ok"),
         "f.jpg": ("five", None, None, "ok"),
         "f.png": ("five", None, None, "ok"),
-        "notes.txt": (None, None, None, "ok"),  # a row of its own, which will not decode
     }
     kept = {r.key for r in read(tmp_path, filter="text == 'two' or label == 4") if r.status == "ok"}
     assert kept == {"d/b.v1.png", "d/c.webp"}

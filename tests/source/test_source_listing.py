@@ -39,13 +39,18 @@ def metas(uri, **fields) -> dict[str, object]:
     return {e.key: e.meta and json.loads(e.meta) for e in list_entries(FolderSource(uri=str(uri), **fields))}
 
 
-def test_every_regular_file_is_a_row_hidden_ones_and_metadata_are_not(tmp_path):
+def test_every_regular_file_is_a_row_hidden_ones_texts_and_metadata_are_not(tmp_path, caplog):
+    caplog.set_level("INFO")
     for name in ("b.jpg", "a/x.png", "a-b/y.png", "a.txt", "README.md", ".hidden.jpg", ".cache/z.jpg", "a/._m.jpg"):
         write(tmp_path / name, "x")
     write(tmp_path / "a/metadata.csv", "file_name\nx.png\n")
     os.mkfifo(tmp_path / "pipe.jpg")
-    assert keys(tmp_path) == ["README.md", "a-b/y.png", "a.txt", "a/x.png", "b.jpg"]
-    assert keys(tmp_path, exclude=("*.md", "**/x.png")) == ["a-b/y.png", "a.txt", "b.jpg"]
+    write(tmp_path / "c", b"no ending")
+    assert keys(tmp_path) == ["a-b/y.png", "a/x.png", "b.jpg", "c"]
+    assert "2 files are texts and no images (for example README.md): they were passed over" in caplog.text
+    assert keys(tmp_path, exclude=("*.md", "**/x.png")) == ["a-b/y.png", "b.jpg", "c"]
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.txt", "text": "a picture"}')
+    assert keys(tmp_path) == ["a-b/y.png", "a.txt", "a/x.png", "b.jpg", "c"]
 
 
 def test_local_and_object_stores_list_alike(tmp_path):

@@ -93,7 +93,7 @@ class FolderMetadata:
         self.fields: set[str] = set()  # that some line has
         self._needed = filter_columns(source.filter) if source.filter else set()
         # A file that no metadata name has null in every field.
-        self._unnamed = None if source.filter is None or keeps(source.filter, {}) else canonical({FILTERED: True})
+        self.unnamed = None if source.filter is None or keeps(source.filter, {}) else canonical({FILTERED: True})
 
     def enter(self, key: str) -> Iterator[tuple[str, str]]:
         """Read what is new on the way to a file; (key, canonical JSON) of lines whose file ought to have come by now.
@@ -122,7 +122,7 @@ class FolderMetadata:
         if len(named) > 1:
             places = " and ".join(f"{d.file}, line {line.number}" for d, line in named)
             return self._problem(f"{places} both name this file", named[-1][0].file, named[-1][1].number)
-        return named[0][1].meta if named else self._unnamed
+        return named[0][1].meta if named else self.unnamed
 
     def _passed(self, key: str | None) -> Iterator[tuple[str, str]]:
         """Lines before `key` (all, without one) whose file has not come, in order."""
@@ -298,14 +298,33 @@ def _normal(name: str) -> str:
 
 
 _TEXTS = (".txt", ".caption", ".json")  # beside an image of the same name
+# Files that hold text for people or programs, by their endings: none is an image, and none of them is a row.
+_NO_IMAGES = (
+    *_TEXTS,
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".md",
+    ".rst",
+    ".html",
+    ".xml",
+    ".yaml",
+    ".yml",
+    ".log",
+    ".ini",
+    ".py",
+)
 _HELD = 10_000  # files of one name held at a time
 
 
 def list_folder(root: Root, source: FolderSource, excluded: re.Pattern[str] | None) -> Iterator[Entry]:
-    """Every file below a root but for excluded and hidden ones, with what stands beside it."""
+    """Every file below a root but for hidden and excluded ones and texts, with what stands beside it.
+
+    A text that metadata name as an image is listed all the same: somebody says that it is one.
+    """
     metadata = FolderMetadata(root, source)
     local = root.local_path()
-    captioned = False
+    captioned, passed, example = False, 0, ""
     for info, texts in _with_texts(root.list(dangling=True), excluded):
         directory, _, name = info.key.rpartition("/")
         for key, meta in metadata.enter(info.key):
@@ -318,6 +337,9 @@ def list_folder(root: Root, source: FolderSource, excluded: re.Pattern[str] | No
             if local is not None and not stat.S_ISREG((local / info.key).stat().st_mode):
                 continue
         if excluded is not None and excluded.fullmatch(info.key):
+            continue
+        if record in (None, metadata.unnamed) and not texts and name.lower().endswith(_NO_IMAGES):
+            passed, example = passed + 1, example or info.key
             continue
         if texts:
             captioned = True
@@ -343,6 +365,8 @@ def list_folder(root: Root, source: FolderSource, excluded: re.Pattern[str] | No
         yield Entry(info.key, info.size_bytes, info.etag, info.mtime_ns, 0, 1, record)
     for key, meta in metadata.finish():
         yield Entry(key, 0, None, None, 0, 1, meta)
+    if passed:
+        _log.info("%s files are texts and no images (for example %s): they were passed over", f"{passed:,}", example)
     if not captioned:
         check_fields(f"No metadata below {root.uri} have", source, metadata.fields)
 
