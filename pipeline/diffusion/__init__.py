@@ -13,6 +13,7 @@ A training step draws noise (purpose "noise"), time ("time") and the dropout of 
 labels and texts "label", "text" and "joint") for each row by its id and epoch, so the numbers are the same on one
 worker and on eight, and the same again after a restart. Sampling draws its noise by the request's id in the same way.
 
-Nothing here has state: a crash leaves nothing behind, and every function can be called again. `config` (the pydantic
-models of the choices; names of solvers, their objectives and costs, combinations of conditions) imports no torch.
+Nothing here has state: a crash leaves nothing behind, and every function can be called again. `solvers`
+(names, objectives, costs, combinations of conditions) and `config` (the pydantic models of the choices) import no
+torch.
 """

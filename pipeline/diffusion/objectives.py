@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.config import KINDS, NUM_TRAIN_STEPS
+from pipeline.diffusion.solvers import KINDS, NUM_TRAIN_STEPS
 
 SCHEDULES = ("scaled_linear", "linear", "cosine")
 WEIGHTINGS = ("none", "min_snr")

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.config import NUM_TRAIN_STEPS, solver_for
 from pipeline.diffusion.objectives import Objective, shift_times
+from pipeline.diffusion.solvers import NUM_TRAIN_STEPS, solver_for
 
 Conditioning = Mapping[str, Tensor | None]
 StepCallback = Callable[[int, int, Tensor], None]  # step (1 when the first is done), steps, x_BCHW

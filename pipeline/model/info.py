@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
-from pipeline.diffusion.config import NUM_TRAIN_STEPS, Combination, ObjectiveConfig, combination
+from pipeline.diffusion.config import ObjectiveConfig
+from pipeline.diffusion.solvers import NUM_TRAIN_STEPS, Combination, combination
 from pipeline.errors import InputError
 from pipeline.model.config import ModelConfig, PublishedClass, PublishedConfig
 from pipeline.storage.root import Root, check_key

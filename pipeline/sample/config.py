@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config import StrictModel
 from pipeline.dataflow.cluster import ClusterConfig, GpuShare
-from pipeline.diffusion.config import SamplerName
+from pipeline.diffusion.solvers import SamplerName
 from pipeline.tracking.config import TrackingConfig
 
 MAX_BATCH_PIXELS = 1 << 27  # of what is drawn again: 128 images of 1024 x 1024

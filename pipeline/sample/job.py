@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.diffusion.config import SOLVERS
+from pipeline.diffusion.solvers import SOLVERS
 from pipeline.errors import InputError, RejectBudgetError, argument_keys
 from pipeline.result import JobResult
 from pipeline.runs import Run, open_run

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from pipeline.codec.info import CodecInfo, codec_info
-from pipeline.diffusion.config import solver_for
+from pipeline.diffusion.solvers import solver_for
 from pipeline.errors import ConfigError, ConflictError, InputError, argument_keys
 from pipeline.model.config import PublishedConfig
 from pipeline.model.info import INDEX, ModelInfo, PublishedPipeline, refused

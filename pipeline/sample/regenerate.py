@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from pipeline.codec.info import codec_info
-from pipeline.diffusion.config import SamplerName
+from pipeline.diffusion.solvers import SamplerName
 from pipeline.errors import InputError, argument_keys
 from pipeline.media import decode_image, read_provenance
 from pipeline.model.read import read_model

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.diffusion.config import COMBINATIONS, Combination, combination
+from pipeline.diffusion.solvers import COMBINATIONS, Combination, combination
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.diffusion.config import COMBINATIONS, Combination, combination, combination_shares
+from pipeline.diffusion.solvers import COMBINATIONS, Combination, combination, combination_shares
 from pipeline.errors import ConfigError, ConflictError, argument_keys
 from pipeline.model.config import InstalledConfig, PublishedConfig, installed_network, kinds_for
 from pipeline.store.ledger.identity import differences
@@ -206,6 +206,7 @@ class Facts:
 
 
 # What a stream calls its arguments, and a configuration of a training its keys.
+CACHE = "cache"  # below output.uri: what was counted once about the dataset
 STREAM_KEYS = {
     "batch_size": "train.batch_size",
     "world_size": "train.num_workers",

@@ -8,7 +8,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.config import StrictModel, renamed_from
 from pipeline.dataflow.cluster import ClusterConfig
-from pipeline.diffusion.config import ObjectiveConfig, SamplerConfig, TimestepConfig, solver_for
+from pipeline.diffusion.config import ObjectiveConfig, SamplerConfig, TimestepConfig
+from pipeline.diffusion.solvers import solver_for
 from pipeline.features import ExtractorConfig
 from pipeline.model.config import ModelConfig
 from pipeline.tracking.config import RegistryConfig, TrackingConfig

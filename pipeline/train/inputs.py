@@ -34,11 +34,9 @@ from pipeline.stream.mixture import (
 from pipeline.stream.order import PARTS
 from pipeline.text.dataset import ArrangedText, TextEmbeddings
 from pipeline.train import collectives
-from pipeline.train.checks import STREAM_KEYS, Facts, steps_of
+from pipeline.train.checks import CACHE, STREAM_KEYS, Facts, steps_of
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.task import BatchLike, Chunk, Task, Text, micro_conditions, stored_values, text_tensors
-
-CACHE = "cache"  # below output.uri: what was counted once about the dataset
 
 
 # Where a stream's arguments come from.

@@ -11,7 +11,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
@@ -22,7 +22,7 @@ from typing_extensions import TypedDict
 
 from pipeline.config import config_digest, validate
 from pipeline.dataflow.cluster import WORKER_ENV, device_of, ensure_ray
-from pipeline.errors import InputError, PipelineError, StoppedError
+from pipeline.errors import InputError, PipelineError, StoppedError, argument_keys
 from pipeline.model.config import NetworkConfig
 from pipeline.progress import Progress
 from pipeline.result import JobResult
@@ -31,9 +31,12 @@ from pipeline.storage.errors import storage_errors
 from pipeline.storage.root import Root
 from pipeline.storage.stored import OPEN, read_stored
 from pipeline.store.ledger.generation import last_run
+from pipeline.store.read.dataset import LatentDataset
+from pipeline.stream.data import choice_of, chosen_rows
+from pipeline.stream.mixture import naming
 from pipeline.tracking.config import resolve_paths
 from pipeline.tracking.tracker import Tracker
-from pipeline.train.checks import Facts
+from pipeline.train.checks import CACHE, STREAM_KEYS, Facts
 from pipeline.train.config import MixConfig, TrainDataConfig, TrainJobConfig
 from pipeline.train.control import current_generation, lasting, record_failure, recorded_failure, request_stop
 from pipeline.train.pinned_inputs import Begun, counting_names, look, pinned
@@ -41,6 +44,7 @@ from pipeline.train.retention import read_records
 
 DONE = "done.json"
 WEIGHT_TAG = "latentloom.weight"
+_COUNTING = 16  # row groups looked at a time
 _WATCH_S = 1.0
 
 Data = TypeVar("Data", TrainDataConfig, MixConfig)
@@ -85,6 +89,7 @@ def run(config: TrainJobConfig) -> JobResult:
         begun = pinned(config, root, begun)
         config = begun.start.config
         tracker = _track(config, root, run, begun)
+        _count_rows(config, root, begun.datasets)
         outcome = _fit(config, root, run.generation.number, tracker.handle, begun)
         if outcome["status"] == "stopped":
             raise StoppedError(
@@ -211,6 +216,16 @@ def _track(config: TrainJobConfig, root: Root, run: Run, begun: Begun) -> Tracke
         tags = {WEIGHT_TAG: f"{part.weight:g}"} if config.data.mix else None
         tracker.log_input("latents", dataset.digest, dataset.uri, "input", tags)
     return tracker
+
+
+def _count_rows(config: TrainJobConfig, root: Root, datasets: Sequence[LatentDataset]) -> None:
+    """Count once, and keep for all ranks, how many rows of each row group are served and held out."""
+    splits = ["train", *(["holdout"] if config.validation.images else [])]
+    for part, dataset in zip(config.data.parts.values(), datasets, strict=True):
+        for split in splits if config.stream.holdout or part.where else []:
+            with argument_keys(STREAM_KEYS), naming(dataset.uri if len(datasets) > 1 else None):
+                choice = choice_of(config.stream.holdout, split, part.where)
+                chosen_rows(dataset, choice, cache=root.child(CACHE), threads=_COUNTING)
 
 
 # -- Ray -------------------------------------------------------------------------------------------------------

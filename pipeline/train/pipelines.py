@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.codec.diffusers_codec import write_scaled
-from pipeline.diffusion.config import NUM_TRAIN_STEPS, ObjectiveConfig
+from pipeline.diffusion.config import ObjectiveConfig
+from pipeline.diffusion.solvers import NUM_TRAIN_STEPS
 from pipeline.errors import InputError
 from pipeline.model.config import DiTTransformer2DConfig, PublishedConfig, UNet2DConditionConfig
 from pipeline.model.info import INDEX, ModelInfo, SizeShift

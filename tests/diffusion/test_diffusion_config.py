@@ -9,9 +9,10 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from pipeline.diffusion.config import SOLVERS, ObjectiveConfig, SamplerConfig, SamplerName, TimestepConfig
+from pipeline.diffusion.config import ObjectiveConfig, SamplerConfig, TimestepConfig
 from pipeline.diffusion.objectives import Objective, TimestepDensity
 from pipeline.diffusion.samplers import _RUNS
+from pipeline.diffusion.solvers import SOLVERS, SamplerName
 
 
 def test_defaults_agree_with_the_classes() -> None:

@@ -10,9 +10,10 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from pipeline.diffusion.config import SOLVERS, ObjectiveConfig
+from pipeline.diffusion.config import ObjectiveConfig
 from pipeline.diffusion.objectives import Objective
 from pipeline.diffusion.samplers import sample, time_grid
+from pipeline.diffusion.solvers import SOLVERS
 from pipeline.train.pipelines import scheduler_config
 
 SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}

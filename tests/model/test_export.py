@@ -13,8 +13,9 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DMode
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.diffusion.config import Combination, ObjectiveConfig
+from pipeline.diffusion.config import ObjectiveConfig
 from pipeline.diffusion.objectives import Objective
+from pipeline.diffusion.solvers import Combination
 from pipeline.errors import ConflictError, InputError
 from pipeline.model.build import build_model
 from pipeline.model.config import DiTConfig, ModelConfig, UNet2DConfig

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.diffusion.config import COMBINATIONS, Combination
+from pipeline.diffusion.solvers import COMBINATIONS, Combination
 from pipeline.errors import InputError
 from pipeline.sample.requests import (
     REQUEST_SCHEMA,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.config import combination_shares
 from pipeline.diffusion.rng import ids_from_words, keyed_normal, keyed_uniform
+from pipeline.diffusion.solvers import combination_shares
 from pipeline.train.task import Task
 from tests.train.helpers import CHANNELS, make_task, samples
 

@@ -19,20 +19,20 @@ from hypothesis import strategies as st
 
 from pipeline import runs as session
 from pipeline.config import validate
-from pipeline.errors import ConfigError, ConflictError
+from pipeline.errors import ConfigError, ConflictError, StoppedError
 from pipeline.model.info import DatasetShare
 from pipeline.model.load import load_model
 from pipeline.model.read import read_model
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import note_run
 from pipeline.store.read.dataset import LatentDataset
-from pipeline.stream.data import Batch, held_out, widened
+from pipeline.stream.data import SIDE_COLUMNS, Batch, held_out, widened
 from pipeline.tracking.tracker import NoopTracker
 from pipeline.train import collectives, job
 from pipeline.train.checks import Facts, check_same_encoders, handshake
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.inputs import Served, make_task, open_served, open_stream, pooled_statistics, validation_chunks
-from pipeline.train.pinned_inputs import look
+from pipeline.train.pinned_inputs import Begun, look, pins_of
 from pipeline.train.retention import read_records
 from pipeline.train.start import Start
 from pipeline.train.worker import WorkerContext, read_quarantine, run_worker
@@ -420,3 +420,29 @@ def test_local_places_of_all_datasets_become_whole_paths(
     data = job._absolute(config).data
     places = [data.uri, *data.text, data.mix[0].uri, *data.mix[0].text]
     assert places == [str(tmp_path / name) for name in ("one", "more", "two", "text")]
+
+
+def test_what_is_held_out_is_counted_before_any_worker_starts(
+    uris: Uris, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+    real = LatentDataset.read
+
+    def read(self: LatentDataset, group: int, columns: Any, **options: Any) -> Any:
+        counted.append(tuple(columns or ()) == SIDE_COLUMNS)
+        return real(self, group, columns, **options)
+
+    def fit(config: TrainJobConfig, root: Root, generation: int, handle: str | None, begun: Begun) -> Any:
+        # Whatever a rank asks is answered by what is kept.
+        before = sum(counted)
+        served = open_served(config, pins_of(root, begun.inputs))
+        assert len(validation_chunks(config, served, root)) == 4
+        open_stream(config, served, root).close()
+        assert (before, sum(counted)) == (sum(len(LatentDataset.open(uri).row_groups) for uri in uris), before)
+        raise StoppedError("seen")
+
+    monkeypatch.setattr(LatentDataset, "read", read)
+    monkeypatch.setattr(job, "_fit", fit)
+    monkeypatch.setattr(job, "_check_cluster", lambda config: None)
+    with pytest.raises(StoppedError, match="seen"):
+        job.run(mixed(tmp_path, uris, changes=VALIDATED))
