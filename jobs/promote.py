@@ -6,8 +6,8 @@ JOB = Job(
     name="promote",
     summary="Move an alias of a registered model when an evaluation reaches the stated thresholds; else exit code 3.",
     config="pipeline.tracking.config:PromoteJobConfig",
-    run="pipeline.evaluate.promotion:run",
-    dry_run="pipeline.evaluate.promotion:plan",
+    run="pipeline.evaluate.job:run_promote",
+    dry_run="pipeline.evaluate.job:plan_promote",
     example="python -m jobs.promote evaluation.uri=s3://bucket/report model.name=flowers at_least.accuracy=0.9",
 )
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from pipeline.codec.codec import Codec, load_codec
 from pipeline.dataflow.device_faults import DeviceFault, device_fault, out_of_memory
 from pipeline.diffusion.compiled import compile_for_shapes
-from pipeline.diffusion.draw import Drawer, Embedding, Solving, Texts, padded
 from pipeline.diffusion.objectives import Objective
+from pipeline.diffusion.samplers import Drawer, Embedding, Solving, Texts, padded
 from pipeline.errors import argument_keys
 from pipeline.sample.provenance import Draw
 from pipeline.sample.requests import shape_groups

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.diffusion.draw import Embedding
+from pipeline.diffusion.samplers import Embedding
 from pipeline.sample.prepare import TextSpec
 from pipeline.store.schema import pack_latents, to_float32
 from pipeline.text.dataset import arrange

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from pipeline.codec.codec import load_codec
 from pipeline.dataflow.device_faults import out_of_memory
-from pipeline.diffusion.draw import Drawer, Embedding, Solving, Texts, padded
 from pipeline.diffusion.rng import id_from_text, keyed_normal, keyed_uniform
+from pipeline.diffusion.samplers import Drawer, Embedding, Solving, Texts, padded
 from pipeline.media import contact_sheet, encode_image
 from pipeline.train import collectives
 from pipeline.train.state import TrainState

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from pipeline.diffusion.draw import Solving
+from pipeline.diffusion.samplers import Solving
 from pipeline.errors import ConflictError
 from pipeline.model.build import add_adapters, build_model, repeated_blocks
 from pipeline.model.info import Lora

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.diffusion.draw import Solving
+from pipeline.diffusion.samplers import Solving
 from pipeline.train import collectives
 from pipeline.train import hooks as module
 from pipeline.train.hooks import SampleGrid
