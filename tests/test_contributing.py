@@ -100,6 +100,7 @@ def test_its_markers_are_those_there_are() -> None:
     assert set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)) == markers
 
 
+@pytest.mark.integration
 def test_readme_links_it_and_make_help_names_every_target() -> None:
     assert "(CONTRIBUTING.md)" in (REPOSITORY / "README.md").read_text(encoding="utf-8")
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
