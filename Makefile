@@ -44,7 +44,7 @@ quickstart: install
 
 test: lint types
 	$(BIN)/python -m pytest -m "not soak and not ray and not slow and not s3" -n 2 --durations=15
-	$(BIN)/python -m pytest -m "ray and not soak and not s3 and not slow" tests/dataflow tests/e2e tests/encode tests/faults tests/security --durations=15
+	$(BIN)/python -m pytest -m "ray and not soak and not s3 and not slow" tests/dataflow tests/e2e tests/encode tests/faults tests/security tests/test_wheel.py --durations=15
 	$(BIN)/python -m pytest tests/s3/test_s3_store.py --durations=5
 
 test-all: lint types
