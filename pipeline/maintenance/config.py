@@ -178,8 +178,8 @@ class ExportJobConfig(StrictModel):
     workers: int | None = Field(
         None,
         ge=1,
-        description="Shards written at a time, each beside one CPU and about twice its size in memory; null: as many "
-        "as there are CPUs.",
+        description="Shards written at a time, each with a CPU and two to three times its size in memory; null: as "
+        "many as there are CPUs.",
     )
     cluster: ClusterConfig = Field(ClusterConfig(), description="The Ray cluster.")
     tracking: TrackingConfig = Field(TrackingConfig(), description="Where the export is recorded.")

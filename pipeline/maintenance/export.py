@@ -51,7 +51,7 @@ _SHARDS = {
     "huggingface": "data/train-{at}-of-{count}.parquet",
     "lance": "fragments/{at}.json",  # which names a file of data.lance/data/, put before it
 }
-_OPENED = {  # by whom others read it
+_OPENED = {  # from a disk, by the libraries that people read the format with
     "parquet": "import pyarrow.dataset; rows = pyarrow.dataset.dataset({uri!r} + '/data')",
     "webdataset": "import webdataset; rows = webdataset.WebDataset({uri!r} + '/data/{{{first}..{last}}}.tar', "
     "shardshuffle=False).decode()",
@@ -315,15 +315,17 @@ class _Export:
         )
 
     def result(self, status: str, written: int, rates: dict[str, float] | None = None) -> JobResult:
-        """The answer; how to open the export is said to people, too."""
+        """The answer; how to open an export on a disk is said to people, too."""
         there = self._there()
         assert there is not None
         size = sum(info.size_bytes for info in self.output.list() if info.key != EXPORT)
         first, last = (Path(there["shards"][at]).stem for at in (0, -1))
-        line = _OPENED[self.config.format].format(uri=self.output.uri, first=first, last=last)
-        _log.info("to open it in Python: %s", line)
+        opened = {}
+        if self.output.local_path() is not None:  # elsewhere each library has its own word for a store
+            opened = {"open": _OPENED[self.config.format].format(uri=self.output.uri, first=first, last=last)}
+            _log.info("to open it in Python: %s", opened["open"])
         counts = {"rows": self.dataset.num_rows, "shards": len(there["shards"]), "written": written, "bytes": size}
-        return JobResult(status, counts, {"export": self.output.uri}, None, rates or {}, {}, {"open": line})
+        return JobResult(status, counts, {"export": self.output.uri}, None, rates or {}, {}, opened)
 
 
 def _opened(config: ExportJobConfig) -> Dataset:

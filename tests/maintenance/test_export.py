@@ -304,6 +304,23 @@ def test_some_columns_and_no_latent_among_them(latents: str, tmp_path: Path, exp
     assert export_of.counts["shards"] >= 1
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_store_that_is_no_disk_receives_the_same_objects(
+    form: str, latents: str, tmp_path: Path, export: Export
+) -> None:
+    export(latents, form)
+    uri = f"memory://{tmp_path.name}-{form}"
+    there = export(latents, form, output={"uri": uri})
+    assert (there.status, there.details) == ("done", {})
+    assert export(latents, form, output={"uri": uri}).status == "unchanged"
+    chance = ("data.lance/_versions/", "data.lance/_transactions/")
+    wanted = {name: data for name, data in contents(tmp_path / "out").items() if not name.startswith(chance)}
+    names = [info.key for info in Root(uri).list()]
+    assert {name: Root(uri).read_bytes(name) for name in names if not name.startswith(chance)} == wanted
+    if form == "lance":
+        assert any(name.endswith(".manifest") for name in names)
+
+
 # -- bfloat16 --------------------------------------------------------------------------------------------------
 
 
