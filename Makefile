@@ -17,6 +17,9 @@ help:
 	@echo "make test-quick   unit tests alone: no process, no server, no Ray"
 	@echo "make sim          random schedules of the store, SEEDS=10000 of them from FIRST=1000 (half an hour)"
 	@echo "make soak         kill tests for as long as KILLS=200 SEED=7 say"
+	@echo "make lint         formatting, lint and import rules; make types: mypy"
+	@echo "make install      .venv with what jobs need; make install-dev: and with what tests and checks need"
+	@echo "make clean        remove quickstart/, builds and caches"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "latentloom needs Python 3.11 or newer; set PYTHON=...")'
@@ -41,7 +44,7 @@ quickstart: install
 
 test: lint types
 	$(BIN)/python -m pytest -m "not soak and not ray and not slow and not s3" -n 2 --durations=15
-	$(BIN)/python -m pytest -m "ray and not soak and not s3 and not slow" tests/dataflow tests/e2e tests/encode tests/faults tests/security --durations=15
+	$(BIN)/python -m pytest -m "ray and not soak and not s3 and not slow" tests/dataflow tests/e2e tests/encode tests/faults tests/security tests/test_wheel.py --durations=15
 	$(BIN)/python -m pytest tests/s3/test_s3_store.py --durations=5
 
 test-all: lint types

@@ -43,7 +43,7 @@ STAGES = {
     "try it": ("quickstart",),
     "prepare": ("fit_codec", "encode", "embed_text", "compact", "forget", "verify"),
     "train": ("train", "ema"),
-    "use": ("sample", "regenerate", "evaluate", "promote"),
+    "use": ("sample", "regenerate", "evaluate", "promote", "export"),
     "look after": ("lineage", "sync_tracking"),
 }
 HELPERS = {

@@ -264,6 +264,38 @@ def test_other_shells_are_told_every_job_and_its_keys(shell: str) -> None:
     subprocess.run([program, "-n", "-c", text], check=True)
 
 
+@pytest.mark.parametrize(
+    ("words", "some", "none"),
+    [
+        (["latentloom", ""], ["encode", "train", "configs"], ["--dry-run"]),
+        (["latentloom", "encode", ""], ["output.uri=", "--dry-run"], ["train.seed="]),
+        (["latentloom", "configs", ""], ["train/photos_256", "show"], ["output.uri="]),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_complete_jobs_flags_keys_and_configurations(
+    shell: str, words: list[str], some: list[str], none: list[str]
+) -> None:
+    program = shutil.which(shell)
+    if program is None:
+        pytest.skip(f"{shell} is not installed")
+    text = _command._SHELLS[shell]()
+    if shell == "fish":
+        script = f"{text}\ncomplete -C '{' '.join(words)}'"
+    else:  # what the line editor would define
+        given = " ".join(f"'{word}'" for word in words)
+        script = (
+            f"compdef() {{ }}; compadd() {{ print -rl -- $@ }}; _files() {{ }}\n{text}\n"
+            f"words=({given}); CURRENT={len(words)}; _latentloom"
+        )
+    options = ["--no-config"] if shell == "fish" else ["-f"]
+    done = subprocess.run([program, *options, "-c", script], text=True, capture_output=True, check=True)
+    offered = {line.partition("\t")[0] for line in done.stdout.splitlines()}
+    assert set(some) <= offered, done.stderr
+    assert not set(none) & offered
+
+
 # -- What is installed -----------------------------------------------------------------------------------------
 
 
@@ -327,5 +359,6 @@ def test_every_extra_that_is_named_exists() -> None:
     sources = [path.read_text() for path in (REPOSITORY / "pipeline").rglob("*.py")]
     needed = {found for text in sources for found in re.findall(r'need_package\("([\w]+)", "(\w+)"\)', text)}
     assert len(needed) >= 2
+    distributions = {"lance": "pylance"}
     for package, extra in needed:
-        assert any(line.startswith(package) for line in extras[extra])
+        assert any(line.startswith(distributions.get(package, package)) for line in extras[extra])

@@ -38,6 +38,7 @@ OTHERS = {"embed_text": "text/clip_l_t5.yaml"}
 # Jobs about other things than a dataset, and an input that is not there.
 ABSENT = {
     "ema": ["run=nowhere", "sigma_rel=0.1", "output=again"],
+    "export": ["data.uri=nowhere", "output.uri=out", "format=parquet"],
     "forget": ["data.uri=nowhere", "list.uri=nowhere.csv"],
     "lineage": ["start=nowhere.png"],
     "promote": ["evaluation.uri=nowhere", "model.name=m", "at_least.accuracy=0.5"],

@@ -1,37 +1,24 @@
-"""The wheel, installed where nothing of the checkout is: one command, one import, all data files, a job on Ray."""
+"""The wheel in an environment of what pip installs with it and nothing else, run where its names are shadowed."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import site
 import subprocess
 import sys
-import sysconfig
 import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from tests.support.images import make_codec, make_images
+from tests.support.index import needs_index
 from tests.support.jobs import REPOSITORY
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.ray]
+pytestmark = pytest.mark.ray
 
-# In every process of this environment: what only an extra brings is not there.
-WITHOUT_EXTRAS = """
-import sys
-from importlib.machinery import PathFinder
-
-class Hiding(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        hidden = ("transformers", "s3fs", "gcsfs", "adlfs", "matplotlib", "timm", "torchvision")
-        return None if name.partition(".")[0] in hidden else super().find_spec(name, path, target)
-
-sys.meta_path[:] = [Hiding if finder is PathFinder else finder for finder in sys.meta_path]
-"""
 INPUTS = ("pyproject.toml", "README.md", "LICENSE", "pipeline", "jobs", "configs")
 
 
@@ -56,19 +43,31 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the wheel and this environment's packages, but not its editable install of the checkout."""
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A fresh environment in which pip has installed the wheel, as pinned; two gigabytes, removed again."""
+    needs_index()
     folder = tmp_path_factory.mktemp("environment") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
-    places = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()}
-    (purelib,) = folder.glob("lib/python*/site-packages")
-    # Lines of a .pth file are added to the path as they are: the .pth files inside those places, with what they make
-    # importable, are not read.
-    (purelib / "parent.pth").write_text("\n".join(sorted(places)) + "\n")
-    (purelib / "sitecustomize.py").write_text(WITHOUT_EXTRAS)
-    pip = [sys.executable, "-m", "pip", f"--python={folder}/bin/python"]
-    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
-    return folder
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    words = [
+        folder / "bin" / "python",
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--constraint",
+        REPOSITORY / "constraints.txt",
+    ]
+    done = subprocess.run(
+        [*map(str, words), str(wheel)], env=bare(), text=True, capture_output=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    yield folder
+    shutil.rmtree(folder)
+
+
+def bare() -> dict[str, str]:
+    """This process's variables, without what would bring other packages or another cluster."""
+    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
 
 
 @pytest.fixture
@@ -80,12 +79,13 @@ def elsewhere(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def call(installed: Path, *words: object, cwd: Path, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-    bare = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
+def call(
+    installed: Path, *words: object, cwd: Path, timeout_s: float = 120, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         list(map(str, [installed / "bin" / "latentloom", *words])),
         cwd=cwd,
-        env={**bare, "PYTHONWARNINGS": "ignore"},
+        env={**bare(), "PYTHONWARNINGS": "ignore", **(env or {})},
         text=True,
         capture_output=True,
         timeout=timeout_s,
@@ -145,10 +145,38 @@ def test_a_job_runs_on_ray_from_a_folder_that_holds_its_names(installed: Path, e
     said = subprocess.run(  # -P: the folder is not looked through for modules
         [installed / "bin" / "python", "-P", "-c", code],
         cwd=elsewhere,
-        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        env=bare(),
         text=True,
         capture_output=True,
         check=True,
     ).stdout
     assert said.startswith(str(installed))
     assert said.split(maxsplit=1)[1] == "6 (4, 8, 8)\n"
+
+
+def test_the_environment_holds_what_the_package_asks_for_and_no_more(installed: Path, elsewhere: Path) -> None:
+    code = "import importlib.metadata as m; print(*sorted({d.name.lower() for d in m.distributions()}))"
+    words = [installed / "bin" / "python", "-P", "-c", code]
+    done = subprocess.run(words, cwd=elsewhere, env=bare(), text=True, capture_output=True, check=True)
+    names = set(done.stdout.split())
+    assert {"latentloom", "torch", "ray", "mlflow", "pyarrow"} <= names
+    # Of what only extras and developers have there is nothing.
+    assert not {"transformers", "s3fs", "gcsfs", "adlfs", "peft", "pylance", "pytest", "duckdb"} & names
+    done = call(installed, "export", "data.uri=nowhere", "output.uri=out", "format=lance", cwd=elsewhere)
+    assert (done.returncode, json.loads(done.stdout.splitlines()[-1])["key"]) == (3, "data.uri"), done.stderr
+
+
+@pytest.mark.parametrize(("name", "version"), [("torch", "2.1.0"), ("ray", "2.9.3")])
+def test_older_packages_are_named_with_the_range_that_is_asked_for(
+    name: str, version: str, installed: Path, elsewhere: Path
+) -> None:
+    older = elsewhere / "older" / f"{name}-{version}.dist-info"
+    older.mkdir(parents=True)
+    (older / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    words = ("encode", "source.kind=folder", "source.uri=x", "codec.path=x", "output.uri=out", "image.resolution=32")
+    done = call(installed, *words, cwd=elsewhere, env={"PYTHONPATH": str(older.parent)})
+    assert done.returncode == 2, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert (answer["key"], answer["value"]) == (name, version)
+    assert answer["rule"].startswith(f"{name}")
+    assert "pip install" in answer["next"]

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.codec.files import codec_root, local_directory
 from pipeline.codec.info import CodecInfo, check_dtype, check_posterior, diffusers_info
-from pipeline.diffusion.compiled import compile_for_shapes
+from pipeline.diffusion.samplers import compile_for_shapes
 from pipeline.errors import InputError
 from pipeline.storage.root import Root
 

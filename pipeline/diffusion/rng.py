@@ -14,16 +14,21 @@ A row's numbers depend on that row's id only: not on the batch it is in, its pla
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from pipeline.diffusion.compiled import fused_on_gpu
+_log = logging.getLogger(__name__)
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 # Multipliers and Weyl constants of Philox4x32 (SC 2011, section 3.3).
 _MULTIPLIER_0 = 0xD2511F53
@@ -33,6 +38,35 @@ _WEYL_1 = 0xBB67AE85
 _MASK32 = 0xFFFFFFFF
 _ROUNDS = 10
 _WORDS_PER_BLOCK = 4
+
+
+def fused_on_gpu(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A function of tensors that takes few kernels on CUDA, and on other devices stays as it is written.
+
+    Only for exact arithmetic, which compiled is the same: where nothing can be compiled (no Triton, no C compiler),
+    it stays as it is written, too. Compiled once for all sizes above one; call it with gradients off.
+    """
+    compiled: Callable[_P, _R] | None = None
+    works = True
+
+    @wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        nonlocal compiled, works
+        if not works or not any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in tree_leaves((args, kwargs))):
+            return function(*args, **kwargs)
+        try:
+            compiled = compiled or torch.compile(function, dynamic=True)
+            # Autocast has no part in it, but another state of it would be compiled anew.
+            with torch.autocast("cuda", enabled=False):
+                return compiled(*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            _log.warning(
+                "%s runs uncompiled, many times slower: %s", function.__name__, " ".join(str(error).split())[:300]
+            )
+            works = False
+            return function(*args, **kwargs)
+
+    return call
 
 
 def philox4x32(

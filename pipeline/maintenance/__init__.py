@@ -1,5 +1,6 @@
 """The jobs that look after a dataset which is there: verify proves it and removes garbage, compact rewrites it,
-forget withdraws what somebody asks to be removed.
+forget withdraws what somebody asks to be removed, export writes what is visible for readers of other formats.
 
-What they do is `store.maintain`'s, and of verify's deepest level `maintenance.recheck`'s; here is how they are run.
+What they do lies in `store.maintain`, verify's deepest level in `recheck`, an export's formats in `shards`; here is
+how they are run.
 """

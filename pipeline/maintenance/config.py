@@ -1,4 +1,4 @@
-"""Configuration of the jobs that look after a dataset: verify, compact and forget."""
+"""Configuration of the jobs that look after a dataset, and of the one that hands it to others: export."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from pipeline.config import StrictModel
+from pipeline.dataflow.cluster import ClusterConfig
 from pipeline.source.config import MAX_PIXELS, ImageConfig, ParquetSource
 from pipeline.store.read.dataset import DatasetConfig
 from pipeline.tracking.config import TrackingConfig
@@ -144,3 +145,41 @@ class ForgetJobConfig(StrictModel):
     )
     report: str | None = Field(None, description="Path or URI that receives what saw the rows, as JSON.")
     tracking: TrackingConfig = Field(TrackingConfig(), description="Where lineage is asked, and this recorded.")
+
+
+class ExportOutputConfig(StrictModel):
+    """Where the export goes."""
+
+    uri: str = Field(..., min_length=1, description="Directory or fsspec URI that receives the export, and it alone.")
+
+
+class ExportJobConfig(StrictModel):
+    """Everything the export job reads."""
+
+    data: DatasetConfig = Field(..., description="The latents or images to export; they are only read.")
+    output: ExportOutputConfig = Field(..., description="Where the export goes.")
+    format: Literal["parquet", "webdataset", "huggingface", "lance"] = Field(
+        ...,
+        description="parquet: plain files under data/; webdataset: tars of .npy or images, .json, .txt and .cls "
+        "under data/; huggingface: a folder that datasets.load_dataset reads; lance: a Lance dataset in data.lance.",
+    )
+    shard_bytes: int = Field(
+        256 << 20,
+        ge=1 << 10,
+        le=1 << 30,
+        description="Bytes of a shard, about; what is written at a time, and what a crash costs.",
+    )
+    columns: tuple[str, ...] | None = Field(None, min_length=1, description="Columns to export; null: all.")
+    dtype: Literal["float16", "float32"] | None = Field(
+        None,
+        description="What latents are written as; null: float16 where they are stored so, else float32. float16 of "
+        "stored bfloat16 asks that every value stays finite.",
+    )
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="Shards written at a time, each with a CPU and two to three times its size in memory; null: as "
+        "many as there are CPUs.",
+    )
+    cluster: ClusterConfig = Field(ClusterConfig(), description="The Ray cluster.")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="Where the export is recorded.")

@@ -58,7 +58,7 @@ def run_verify(config: VerifyJobConfig) -> JobResult:
     root = Root(config.data.uri)
     read_identity(root, "data.uri")
     with open_run(config, "verify", key="data.uri") as run:
-        _track(run, root, {"level": config.level, "gc": config.gc})
+        track(run, root, {"level": config.level, "gc": config.gc})
         began = time.monotonic()
         with Progress("verify", None, unit="files") as progress:
             level = "checksums" if config.level == "decode" else config.level
@@ -159,7 +159,7 @@ def run_compact(config: CompactJobConfig) -> JobResult:
     ):
         assert run.generation is not None
         sizes = {"shard_bytes": config.shard_bytes, "row_group_bytes": config.row_group_bytes}
-        _track(run, root, {**sizes, **arranged(seed)})
+        track(run, root, {**sizes, **arranged(seed)})
         run.tracker.log_input(name=root.uri, digest=dataset.digest, source=root.uri, context="input")
         report = compact(
             run.generation,
@@ -195,7 +195,7 @@ def run_forget(config: ForgetJobConfig) -> JobResult:
         Progress("forget", None, unit="row groups") as progress,
     ):
         assert run.generation is not None
-        _track(run, root, {"list.uri": config.list.uri, "listed": listed.count()})
+        track(run, root, {"list.uri": config.list.uri, "listed": listed.count()})
         sources = [str(version.source.get("uri", "")) for version in dataset.state.plan.versions]
         report = forget(
             run.generation,
@@ -337,8 +337,8 @@ def _open(root: Root) -> Dataset:
     return Dataset(root, read_identity(root, "data.uri"), read_state(root))
 
 
-def _track(run: Run, root: Root, params: Mapping[str, object]) -> None:
-    """The MLflow run, under that of the job whose rows these are."""
+def track(run: Run, root: Root, params: Mapping[str, object]) -> None:
+    """Open the MLflow run of a job about the dataset at `root`, under that of the job whose rows these are."""
     origin = last_run(root)
     maker = origin.get("run_id") or origin.get("handle")
     name = root.uri.rstrip("/").rpartition("/")[2]

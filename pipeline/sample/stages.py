@@ -151,8 +151,7 @@ class EmbedPrompts:
     """An actor that all denoisers ask: prompts in, their embeddings out, each distinct one computed once."""
 
     def __init__(self, spec: TextSpec, draw: Draw, cache_bytes: int, monitor: Any) -> None:
-        from pipeline.sample.denoise import use_threads
-        from pipeline.sample.prompts import PromptEmbedder
+        from pipeline.sample.denoise import PromptEmbedder, use_threads
 
         use_threads(draw.threads)
         self._draw, self._reports = draw, Reports(monitor, EMBEDDER)

@@ -18,8 +18,8 @@ from torch import Tensor
 from pipeline.codec.codec import load_codec
 from pipeline.dataflow.device_faults import out_of_memory
 from pipeline.diffusion.config import SamplerConfig
-from pipeline.diffusion.draw import Drawer, Embedding, Solving, Texts, padded
 from pipeline.diffusion.rng import id_from_text, keyed_normal, keyed_uniform
+from pipeline.diffusion.samplers import Drawer, Embedding, Solving, Texts, padded
 from pipeline.features import ExtractorConfig
 from pipeline.features.networks import load_extractor
 from pipeline.features.statistics import FeatureStats, frechet, kid
@@ -324,24 +324,13 @@ def make_hooks(
         "precision": precision,
     }
 
-    def solving(sampler: SamplerConfig) -> Solving:
-        conditional = facts.num_classes is not None or bool(facts.texts)
-        guided = conditional and "none" in trained_combinations(config, facts)
-        return Solving(
-            sampler=sampler.name,
-            steps=sampler.steps,
-            guidance=sampler.guidance if guided else 1.0,
-            guidance_interval=sampler.guidance_interval,
-            shift=sampling_shift(config, facts) if sampler.shift is None else sampler.shift,
-        )
-
     if config.grid.every_images is not None:
         first, zero_empty = served[0], facts.zero_empty_text
         grid = SampleGrid(
             ema=config.train.ema[0].name,
             images=config.grid.images,
             shape=(facts.latent_channels, *facts.latent_size),
-            solving=solving(config.grid.sampler),
+            solving=_solving(config, facts, config.grid.sampler),
             show=show,
             prompts=None if first.text is None else grid_prompts(config, first, zero_empty=zero_empty),
             collective=config.train.strategy != "ddp",
@@ -353,12 +342,25 @@ def make_hooks(
         distance = FeatureDistance(
             ema=config.train.ema[0].name,
             chunks=distance_chunks(config, served[0], root),
-            solving=solving(config.distance.sampler),
+            solving=_solving(config, facts, config.distance.sampler),
             extractor=config.distance.extractor,
             **drawing,
         )
         hooks.append(Hook(config.distance.every_images, distance.run))
     return hooks
+
+
+def _solving(config: TrainJobConfig, facts: Facts, sampler: SamplerConfig) -> Solving:
+    """As a sampler is configured; without guidance where the model is never trained without conditions."""
+    conditional = facts.num_classes is not None or bool(facts.texts)
+    guided = conditional and "none" in trained_combinations(config, facts)
+    return Solving(
+        sampler=sampler.name,
+        steps=sampler.steps,
+        guidance=sampler.guidance if guided else 1.0,
+        guidance_interval=sampler.guidance_interval,
+        shift=sampling_shift(config, facts) if sampler.shift is None else sampler.shift,
+    )
 
 
 # -- What the processor and the device do during a few steps ---------------------------------------------------

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.diffusion.compiled import compile_for_shapes, fused_on_gpu
+from pipeline.diffusion.rng import fused_on_gpu
+from pipeline.diffusion.samplers import compile_for_shapes
 
 
 class Noting(torch.nn.Module):

@@ -43,8 +43,9 @@ def write_samples(
     labels: list[int | None],
     prompts: list[str] | None = None,
     run: str = "sample-run",
+    outside: bool = False,
 ) -> None:
-    """Image rows with a plan and one commit, as the sample job leaves them."""
+    """Image rows with a plan and one commit, as the sample job leaves them; outside: each image in a file."""
     root = Root(uri)
     claim_identity(root, Identity("images", {"draw": "test"}, {}))
     generation = claim_next(root, lambda number: collect(root, number), job="sample")
@@ -66,7 +67,7 @@ def write_samples(
         }
         rows.append({**request, "request_id": request_id(request), "extra": None, "unit": 0, "row": i})
         rows[-1] |= {"pixels": pixels.tobytes(), "reason": None}
-    table, rejects = encode_rows(pa.Table.from_pylist(rows), DRAW, ORIGIN)
+    table, rejects = encode_rows(pa.Table.from_pylist(rows), DRAW, ORIGIN, root.put_if_absent if outside else None)
     assert table.schema == IMAGES
     assert rejects.schema == REJECTS
     committer = Committer(root, generation.number, row_group_bytes=40_000, latent_dtype=None, meta={})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.storage.root import Root
@@ -93,6 +94,28 @@ def test_the_whole_chain_lies_in_the_store(
     database = postgres.dump("mlflow")
     assert trained["mlflow_run_id"] in database
     assert not [s for s in (*secrets, postgres.password) if s in database]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("form", ["parquet", "lance"])
+def test_an_export_lies_in_the_store(form: str, s3_environment: Radosgw, local: Path, tmp_path: Path) -> None:
+    if form == "lance":
+        pytest.importorskip("lance")
+    bucket, untracked = uploaded(s3_environment, local), {"tracking.enabled": "false"}
+    succeed("encode", encode_settings(bucket) | untracked, tmp_path)
+    wanted = {"data.uri": f"{bucket}/latents", "output.uri": f"{bucket}/export", "format": form, "shard_bytes": 4096}
+    cluster = {"cluster.num_cpus": 2, "cluster.dashboard": "false"} | untracked
+    done = succeed("export", wanted | cluster, tmp_path)
+    assert (done["status"], done["counts"]["rows"]) == ("done", IMAGES)
+    assert done["counts"]["shards"] > 1
+    assert succeed("export", wanted | cluster, tmp_path)["status"] == "unchanged"
+    Root(f"{bucket}/export").download_dir("", tmp_path / "here")
+    if form == "lance":
+        import lance
+
+        assert lance.dataset(str(tmp_path / "here" / "data.lance")).count_rows() == IMAGES
+    else:
+        assert pq.read_table(tmp_path / "here" / "data").num_rows == IMAGES
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,10 @@ from pipeline.model.info import PublishedPipeline
 from pipeline.model.load import load_model
 from pipeline.model.read import read_model
 from pipeline.sample.config import SampleJobConfig
-from pipeline.sample.denoise import NOISE, Denoiser, LatentDecoder
+from pipeline.sample.denoise import NOISE, Denoiser, LatentDecoder, PromptEmbedder
 from pipeline.sample.output import encode_rows
 from pipeline.sample.plan import extend_plan
 from pipeline.sample.prepare import SamplingInputs, on_device, prepare, text_of
-from pipeline.sample.prompts import PromptEmbedder
 from pipeline.sample.regenerate import regenerate
 from pipeline.storage.root import Root
 from pipeline.train.checkpoint import CheckpointStore

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.diffusion.draw import padded
+from pipeline.diffusion.samplers import padded
 from pipeline.sample.plan import PLAN_SCHEMA, extend_plan, planned_rows, unit_tables
 from pipeline.sample.requests import Defaults, RequestLimits, shape_groups, validate_requests
 from pipeline.store.ledger.rowset import RowSet

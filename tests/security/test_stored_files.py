@@ -18,10 +18,10 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from pipeline.codec.codec import load_codec
 from pipeline.errors import ConfigError, ConflictError, InputError
+from pipeline.evaluate import job as evaluate_job
 from pipeline.evaluate.classifier import Classifier, ConvNet, _digest, from_bytes, to_bytes
 from pipeline.evaluate.figures import Figure, Record
 from pipeline.evaluate.inputs import open_samples, sample_batches
-from pipeline.evaluate.job import plan_promote
 from pipeline.features.statistics import wilson
 from pipeline.lineage import find_start
 from pipeline.media import KEYWORD, encode_image
@@ -324,7 +324,7 @@ def test_an_evaluation(tmp_path: Path) -> None:
     config = PromoteJobConfig.model_validate(
         {"evaluation": {"uri": str(tmp_path)}, "model": {"name": "m"}, "at_least": {"accuracy": 0.5}}, strict=False
     )
-    assert wrongly_ended(path, lambda: plan_promote(config)) == []
+    assert wrongly_ended(path, lambda: evaluate_job.plan_promote(config)) == []
 
 
 def test_the_quarantine_of_a_training(tmp_path: Path) -> None:

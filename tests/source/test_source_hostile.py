@@ -23,7 +23,7 @@ from test_source_webdataset import tar_of
 from pipeline.errors import InputError
 from pipeline.source.config import FolderSource, ParquetSource, WebDatasetSource
 from pipeline.source.pixels.child_process import Child, Pool
-from pipeline.source.reading import parquet_child as table_child
+from pipeline.source.reading import parquet as table_child
 from pipeline.source.reading import webdataset
 from pipeline.source.reading.listing import list_entries, read_unit
 from pipeline.source.reading.rows import MAX_STORED_BYTES, EndOfUnit

@@ -11,10 +11,7 @@ import pytest
 from pipeline.config import validate
 from pipeline.errors import ConfigError, InputError
 from pipeline.evaluate.figures import Figure, Record
-from pipeline.evaluate.job import RECORD as EVALUATION
-from pipeline.evaluate.job import plan_promote as plan
-from pipeline.evaluate.job import read_evaluation
-from pipeline.evaluate.job import run_promote as run
+from pipeline.evaluate.job import RECORD, plan_promote, read_evaluation, run_promote
 from pipeline.tracking.config import PromoteJobConfig, TrackingConfig
 from pipeline.tracking.queries import resolve, walk
 from pipeline.tracking.store import MlflowStore
@@ -52,7 +49,7 @@ class World:
         folder.mkdir(exist_ok=True)
         samples: dict[str, Any] = {"samples": {"uri": "s3://b/samples", "run_id": sample}}
         record = Record("k" * 32, FIGURES, {}, samples if sample else {}, {"kid": "too few images"}, (), {}, None)
-        (folder / EVALUATION).write_bytes(record.to_bytes())
+        (folder / RECORD).write_bytes(record.to_bytes())
         return str(folder)
 
     def config(self, evaluation: str, **changes: Any) -> PromoteJobConfig:
@@ -75,25 +72,25 @@ def world(tracking: TrackingConfig, tmp_path: Path) -> World:
 
 def test_an_alias_moves_to_the_version_that_was_judged(world: World) -> None:
     asked = {"at_least": {"accuracy": 0.9, "psnr_pooled_db": 25.0}, "at_most": {"frechet": 15.0}}
-    result = run(world.config(world.evaluate(world.first), **asked))
+    result = run_promote(world.config(world.evaluate(world.first), **asked))
     assert (result.status, world.alias()) == ("done", 1)
     assert result.outputs == {"model": "models:/flowers@production", "export": "s3://b/one"}
     assert result.details["previous_version"] is None
     assert [s.job for s in walk(str(result.run_id), world.tracking.uri)] == ["promote", "train"]
-    later = run(world.config(world.evaluate(world.second), **asked))
+    later = run_promote(world.config(world.evaluate(world.second), **asked))
     assert (world.alias(), later.details["previous_version"]) == (2, 1)
-    again = run(world.config(world.evaluate(world.second), **asked))
+    again = run_promote(world.config(world.evaluate(world.second), **asked))
     assert (again.status, world.alias()) == ("unchanged", 2)
     tags = resolve("models:/flowers@production", world.tracking.uri).tags
     assert tags["latentloom.evaluation"] == "k" * 32
 
 
 def test_every_missed_threshold_is_named_and_nothing_moves(world: World) -> None:
-    run(world.config(world.evaluate(world.first), at_least={"accuracy": 0.9}))
+    run_promote(world.config(world.evaluate(world.first), at_least={"accuracy": 0.9}))
     asked = {"at_least": {"accuracy": 0.92, "recall": 0.1, "kid": 0.0}, "at_most": {"frechet": 14.0}}
     config = world.config(world.evaluate(world.second), **asked)
     with pytest.raises(InputError, match="Version 2 of flowers is not promoted") as caught:
-        run(config)
+        run_promote(config)
     assert caught.value.exit_code == 3
     for part in (
         "accuracy is 0.95 (interval 0.91 to 0.98), asked is at least 0.92",
@@ -103,16 +100,16 @@ def test_every_missed_threshold_is_named_and_nothing_moves(world: World) -> None
     ):
         assert part in str(caught.value)
     assert world.alias() == 1
-    assert plan(config).counts == {"thresholds": 4, "missed": 4}
+    assert plan_promote(config).counts == {"thresholds": 4, "missed": 4}
     refused = MlflowStore(world.tracking.uri).search(None, "tags.`latentloom.promoted` = 'no'")
     assert [r.status for r in refused] == ["FAILED"]
 
 
 def test_values_instead_of_bounds_are_judged_when_asked(world: World) -> None:
     config = world.config(world.evaluate(world.first), at_least={"accuracy": 0.94}, cautious=False)
-    assert run(config).status == "done"
+    assert run_promote(config).status == "done"
     with pytest.raises(InputError, match="not promoted"):
-        run(config.model_copy(update={"cautious": True}))
+        run_promote(config.model_copy(update={"cautious": True}))
 
 
 def test_an_evaluation_of_another_model_promotes_nothing(world: World) -> None:
@@ -120,11 +117,11 @@ def test_an_evaluation_of_another_model_promotes_nothing(world: World) -> None:
     stray.finish("FINISHED")
     wanted = {"at_least": {"accuracy": 0.1}}
     with pytest.raises(InputError, match="about no such version"):
-        run(world.config(world.evaluate(str(stray.run_id)), **wanted))
+        run_promote(world.config(world.evaluate(str(stray.run_id)), **wanted))
     with pytest.raises(InputError, match="about no such version"):
-        run(world.config(world.evaluate(world.first), **wanted, model={"name": "flowers", "version": 2}))
+        run_promote(world.config(world.evaluate(world.first), **wanted, model={"name": "flowers", "version": 2}))
     with pytest.raises(InputError, match="does not say which model"):
-        run(world.config(world.evaluate(None), **wanted))
+        run_promote(world.config(world.evaluate(None), **wanted))
     with pytest.raises(InputError, match=r"The registry has no"):
         world.alias()
 
@@ -132,7 +129,7 @@ def test_an_evaluation_of_another_model_promotes_nothing(world: World) -> None:
 def test_what_is_no_evaluation_is_an_input_error(tmp_path: Path, world: World) -> None:
     with pytest.raises(InputError, match="no readable evaluation"):
         read_evaluation(str(tmp_path / "none"))
-    (tmp_path / EVALUATION).write_text("{}")
+    (tmp_path / RECORD).write_text("{}")
     with pytest.raises(InputError, match=r"evaluation.json cannot be read: format"):
         read_evaluation(str(tmp_path))
 

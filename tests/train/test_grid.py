@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from pipeline.codec.info import codec_info
-from pipeline.diffusion.draw import Solving
+from pipeline.diffusion.samplers import Solving
 from pipeline.errors import ConfigError
 from pipeline.features import ExtractorConfig
 from pipeline.features.statistics import Moments, frechet_between

@@ -132,8 +132,12 @@ def list_manifest(root: Root, source: ManifestSource) -> Iterator[Entry]:
     """
     files, passed = manifest_files(source), 0
     batches = _batches(files, root, source, _wanted(source))
-    last = None
-    for names, rows in chain([] if _in_order(files, root, source) else [_sorted(batches)], map(_rows, batches)):
+    last: str | None = ""
+    for batch in _batches(files, root, source, ()):  # in order?
+        if (last := _last_in_order(batch.column("key"), last)) is None:
+            break
+    in_runs, last = [_sorted(batches)] if last is None else [], None
+    for names, rows in chain(in_runs, map(_rows, batches)):
         for key, size, etag, modified, *values in rows:
             if key == last:
                 raise _refused(source.manifest, f"names {key!r} twice", "keep the row of its newest version alone")
@@ -334,8 +338,12 @@ def _normal(
     etag, modified = pa.nulls(len(batch), pa.string()), pa.nulls(len(batch), pa.int64())
     if "etag" in told:
         etag = pc.utf8_trim(pc.cast(told["etag"], pa.string()), '"')
-    if "modified" in told:
-        modified = _nanoseconds(told["modified"])
+    if "modified" in told and pa.types.is_integer(told["modified"].type):
+        modified = pc.cast(told["modified"], pa.int64())
+    elif "modified" in told:  # a time, or as ISO 8601 has it
+        is_time = pa.types.is_timestamp(told["modified"].type)
+        kind = told["modified"].type if is_time else pa.timestamp("ns", "UTC")
+        modified = pc.cast(pc.cast(pc.cast(told["modified"], kind), pa.timestamp("ns", kind.tz)), pa.int64())
     if root.local_path() is not None:
         # A disk knows no etag, and its times to the nanosecond: what the manifest says tells versions apart.
         etag = pc.coalesce(etag, pc.binary_join_element_wise("modified", pc.cast(modified, pa.string()), " "))
@@ -354,26 +362,9 @@ def _normal(
     return out
 
 
-def _nanoseconds(column: pa.Array) -> pa.Array:
-    """Times, or texts of them as ISO 8601 has it, as int64 since 1970."""
-    if pa.types.is_integer(column.type):
-        return pc.cast(column, pa.int64())
-    kind = column.type if pa.types.is_timestamp(column.type) else pa.timestamp("ns", "UTC")
-    return pc.cast(pc.cast(pc.cast(column, kind), pa.timestamp("ns", kind.tz)), pa.int64())
-
-
 def _rows(batch: pa.RecordBatch) -> tuple[list[str], Iterable[_Row]]:
     """The names of the wanted columns, and the rows."""
     return [name[1:] for name in batch.schema.names[4:]], zip(*(c.to_pylist() for c in batch.columns), strict=True)
-
-
-def _in_order(files: Sequence[ManifestFile], root: Root, source: ManifestSource) -> bool:
-    """Whether the keys ascend through all files; reads them once."""
-    last: str | None = ""
-    for batch in _batches(files, root, source, ()):
-        if (last := _last_in_order(batch.column("key"), last)) is None:
-            return False
-    return True
 
 
 def _last_in_order(key: pa.Array, before: str | None) -> str | None:

@@ -4,7 +4,7 @@
 
 Nothing a file says about itself is believed further than its bytes reach, damage inside a row group costs that row
 group alone, and everything that reads through a failing store raises that store's error. Memory is that of one page
-of each column, as stored and unpacked, and of a batch of rows: `parquet_child` runs this under a limit.
+of each column, as stored and unpacked, and of a batch of rows: `parquet` runs this under a limit.
 """
 
 from __future__ import annotations
