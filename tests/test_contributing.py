@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ import torch
 from pipeline.codec.codec import load_codec
 from pipeline.model.build import build_model
 from pipeline.model.config import InstalledConfig
+from pipeline.source.config import InstalledSource
+from pipeline.source.reading.listing import list_entries, read_unit
 from tests.support.jobs import REPOSITORY
 
 PAGE = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -29,6 +32,8 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "unshuffle_codec.py",
         "pyproject.toml",
         "mixer_network.py",
+        "pyproject.toml",
+        "zip_source.py",
     ]
     for (_, project), (name, code) in zip(blocks[::2], blocks[1::2], strict=True):
         told = tomllib.loads(project)["project"]
@@ -66,18 +71,34 @@ def test_its_network_is_found_and_answers() -> None:
     assert not torch.equal(labelled, free)
 
 
+@pytest.mark.usefixtures("packages")
+def test_its_source_is_listed_and_read_in_parts(tmp_path: Path) -> None:
+    folder = tmp_path / "zips"
+    folder.mkdir()
+    for at, names in enumerate((["a.png", "b.png"], ["c.png"])):
+        with zipfile.ZipFile(folder / f"{at}.zip", "w") as archive:
+            for name in names:
+                archive.writestr(name, b"bytes of " + name.encode() + b"!" * (100 if name == "b.png" else 0))
+    source = InstalledSource(uri=str(folder), plugin="zips", max_bytes=50)
+    entries = list(list_entries(source))
+    rows = list(read_unit(source, entries, [(0, None)]))
+    assert [(row.row, row.key, row.image, row.reason) for row in rows] == [
+        (0, "0.zip/a.png", b"bytes of a.png", None),
+        (1, "0.zip/b.png", None, "too_many_bytes"),
+        (2, "1.zip/c.png", b"bytes of c.png", None),
+    ]
+    assert list(read_unit(source, entries, [(2, 3)])) == rows[2:]
+
+
 def test_what_its_steps_name_is_there() -> None:
     for path in re.findall(r"`((?:pipeline|tests|\.ci)/[\w/.-]+)`", PAGE):
-        assert path.endswith("/zip.py") or (REPOSITORY / path).exists(), path
+        assert (REPOSITORY / path).exists(), path
     for name, file in {
         "SamplerName": "pipeline/diffusion/solvers.py",
         "SOLVERS": "pipeline/diffusion/solvers.py",
         "_RUNS": "pipeline/diffusion/samplers.py",
         "test_solvers_converge_to_the_exact_answer_with_their_order": "tests/diffusion/test_samplers.py",
-        "list_entries": "pipeline/source/reading/listing.py",
-        "read_unit": "pipeline/source/reading/listing.py",
-        "check_apart": "pipeline/source/reading/listing.py",
-        "SourceConfig": "pipeline/source/config.py",
+        "ReadableSource": "pipeline/source/reading/listing.py",
         "DIFFUSERS_CLASSES": "pipeline/codec/info.py",
         "CodecPlugin": "pipeline/codec/info.py",
     }.items():

@@ -18,10 +18,11 @@ from pipeline.errors import ConflictError, InputError, argument_keys
 from pipeline.model.info import ModelInfo
 from pipeline.model.load import load_model as load_network
 from pipeline.sample.config import SampleJobConfig
-from pipeline.sample.denoise import Denoiser, LatentDecoder, PromptEmbedder
+from pipeline.sample.denoise import Denoiser, LatentDecoder
 from pipeline.sample.prepare import SamplingInputs, on_device, prepare
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.stream.loader import LatentStream
+from pipeline.text.encoder import PromptEmbedder
 from pipeline.train.inputs import Served, latent_scale
 from pipeline.train.task import Task, stored_values
 

@@ -40,7 +40,7 @@ from pipeline.store.ledger.identity import Identity
 from pipeline.store.ledger.layout import canonical_json
 from pipeline.text.config import TextEncoderConfig
 from pipeline.text.dataset import ARRANGEMENTS
-from pipeline.text.files import EncoderFiles, encoder_files
+from pipeline.text.files import TextSpec, encoder_files
 from pipeline.tracking.config import REGISTERED, resolve_paths
 from pipeline.tracking.queries import resolve
 
@@ -48,25 +48,6 @@ from pipeline.tracking.queries import resolve
 #
 # Prompts become what the model was trained on: for a model of this project the encoder that its training embedded
 # captions with, stored precision and mask included; for a published pipeline its own encoders, as its class does.
-
-
-@dataclass(frozen=True)
-class TextSpec:
-    """Encoders in order and how they become one text, see `text.dataset.arrange`.
-
-    `masked`: padding is hidden from the model. `stored`: it learned from states as they are stored, rounded. `width`
-    is that of one token's vector. `digest` covers every file that decides a number; `files` are each encoder's.
-    `zero_empty`: without a prompt the model reads zeros.
-    """
-
-    encoders: tuple[TextEncoderConfig, ...]
-    arrangement: str
-    masked: bool
-    stored: bool
-    width: int
-    digest: str
-    files: tuple[EncoderFiles, ...]
-    zero_empty: bool = False
 
 
 def text_of(model: StoredModel) -> TextSpec | None:

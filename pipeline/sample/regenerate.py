@@ -131,7 +131,8 @@ def regenerate(
     `places`. ConflictError when they are other ones; InputError when the image tells too little, names other places
     or a batch of more than `max_pixels`, or can no longer be drawn.
     """
-    from pipeline.sample.denoise import Denoiser, LatentDecoder, PromptEmbedder, use_threads
+    from pipeline.sample.denoise import Denoiser, LatentDecoder, use_threads
+    from pipeline.text.encoder import PromptEmbedder
 
     story = checked_provenance(image, "this image", max_pixels)
     request, draw, origin = request_of(story), draw_here(Draw(**story["draw"])), origin_of(story)

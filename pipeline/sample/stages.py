@@ -19,13 +19,13 @@ from pipeline.dataflow.monitor import Reports, answer, held, one_by_one
 from pipeline.errors import ConfigError
 from pipeline.sample.output import IMAGES, encode_rows
 from pipeline.sample.plan import PLAN_SCHEMA, request_row
-from pipeline.sample.prepare import TextSpec
 from pipeline.sample.provenance import Draw, Origin
 from pipeline.storage.root import Root
 from pipeline.store.plan import EntrySpan, Work, read_entries
 from pipeline.store.read.dataset import place_in
 from pipeline.store.schema import REJECTS
 from pipeline.store.writer import Committer
+from pipeline.text.files import TextSpec
 
 # --------------------------------------------------------------------------------------------------------------
 # What is said when a stage of sampling runs out of memory: a wrong configuration, not a fault of the program.
@@ -151,7 +151,8 @@ class EmbedPrompts:
     """An actor that all denoisers ask: prompts in, their embeddings out, each distinct one computed once."""
 
     def __init__(self, spec: TextSpec, draw: Draw, cache_bytes: int, monitor: Any) -> None:
-        from pipeline.sample.denoise import PromptEmbedder, use_threads
+        from pipeline.sample.denoise import use_threads
+        from pipeline.text.encoder import PromptEmbedder
 
         use_threads(draw.threads)
         self._draw, self._reports = draw, Reports(monitor, EMBEDDER)

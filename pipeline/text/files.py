@@ -257,3 +257,22 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """Encoders in order and how they become one text, see `text.dataset.arrange`.
+
+    `masked`: padding is hidden from the model. `stored`: it learned from states as they are stored, rounded. `width`
+    is that of one token's vector. `digest` covers every file that decides a number; `files` are each encoder's.
+    `zero_empty`: without a prompt the model reads zeros.
+    """
+
+    encoders: tuple[TextEncoderConfig, ...]
+    arrangement: str
+    masked: bool
+    stored: bool
+    width: int
+    digest: str
+    files: tuple[EncoderFiles, ...]
+    zero_empty: bool = False

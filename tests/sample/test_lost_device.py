@@ -13,8 +13,9 @@ import torch
 
 from pipeline.dataflow.device_faults import DEVICE_GONE
 from pipeline.dataflow.passes import run_execution
-from pipeline.sample import denoise, prompts
+from pipeline.sample import denoise
 from pipeline.sample.stages import DecodeLatents, DecoderSpec, DenoiseBlocks, DenoiserSpec, EmbedPrompts
+from pipeline.text import encoder
 from tests.sample.test_shortage import latents
 from tests.support.draws import DRAW
 from tests.support.monitor import LocalMonitor
@@ -43,7 +44,7 @@ def denoiser(patch: pytest.MonkeyPatch, work: Callable[..., Any]) -> Callable[[]
 
 
 def embedder(patch: pytest.MonkeyPatch, work: Callable[..., Any]) -> Callable[[], Any]:
-    patch.setattr(prompts, "PromptEmbedder", lambda *_, **__: work)
+    patch.setattr(encoder, "PromptEmbedder", lambda *_, **__: work)
     return lambda: EmbedPrompts(SimpleNamespace(), DRAW, 0, LocalMonitor()).embed(["a"])  # type: ignore[arg-type]
 
 

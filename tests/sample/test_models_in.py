@@ -22,12 +22,13 @@ from pipeline.model.info import PublishedPipeline
 from pipeline.model.load import load_model
 from pipeline.model.read import read_model
 from pipeline.sample.config import SampleJobConfig
-from pipeline.sample.denoise import NOISE, Denoiser, LatentDecoder, PromptEmbedder
+from pipeline.sample.denoise import NOISE, Denoiser, LatentDecoder
 from pipeline.sample.output import encode_rows
 from pipeline.sample.plan import extend_plan
 from pipeline.sample.prepare import SamplingInputs, on_device, prepare, text_of
 from pipeline.sample.regenerate import regenerate
 from pipeline.storage.root import Root
+from pipeline.text.encoder import PromptEmbedder
 from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.export import save_export
 from pipeline.train.state import Track, make_state

@@ -19,9 +19,10 @@ from pipeline.model.config import UNet2DConditionConfig
 from pipeline.model.info import TextReference
 from pipeline.model.read import read_model
 from pipeline.sample.config import SampleJobConfig
-from pipeline.sample.denoise import Denoiser, PromptEmbedder, use_threads
+from pipeline.sample.denoise import Denoiser, use_threads
 from pipeline.sample.prepare import SamplingInputs, on_device, prepare, text_of
 from pipeline.text.config import TextEncoderConfig
+from pipeline.text.encoder import PromptEmbedder
 from pipeline.text.files import encoder_files
 from pipeline.train.export import save_export
 from tests.sample.conftest import Tiny
