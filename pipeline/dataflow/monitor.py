@@ -25,6 +25,7 @@ from pipeline.progress import Progress
 from pipeline.store.ledger.rowset import RowSet
 
 _POLL_S = 0.5
+_PICTURES = 32
 _NOTHING: Mapping[str, float] = {}
 Rows = tuple[int, int, int]  # of a unit: (unit, first row, last row + 1)
 
@@ -66,6 +67,16 @@ class MonitorState:
         self._open: dict[tuple[str, int], list[Rows]] = {}
         self._faults: list[str] = []
         self._starts: dict[str, _Starts] = {}
+        self._pictures: list[tuple[str, bytes]] = []
+
+    def picture(self, caption: str, data: bytes) -> None:
+        """Keep an encoded image for people to look at; beyond the first few none is kept."""
+        if len(self._pictures) < _PICTURES:
+            self._pictures.append((caption, data))
+
+    def pictures(self) -> list[tuple[str, bytes]]:
+        """Those that were kept, with their captions."""
+        return self._pictures
 
     def expect(self, actors: Mapping[str, int]) -> None:
         """An execution begins: so many processes of each stage are to start."""

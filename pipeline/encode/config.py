@@ -73,6 +73,13 @@ class EncodeConfig(StrictModel):
         5, ge=1, description="Passes in which workers died and nothing got done, before the job stops (exit code 75)."
     )
     retry_rejects: tuple[str, ...] = Field((), description="Reject or filter reasons to try again in this run.")
+    pictures: int = Field(
+        4,
+        ge=0,
+        le=16,
+        description="Images that an encoder shows beside what their latents decode to, with the tracked run: of its "
+        "first block, at most 256 pixels of each side; 0: none.",
+    )
     reread: tuple[Literal["captions"], ...] = Field(
         (),
         description="[captions]: read the captions, labels and further fields of all stored rows again, with the "

@@ -17,6 +17,7 @@ from pipeline.encode.plan import (
     StoredContent,
     adopted,
     count_source,
+    description_of,
     estimate,
     fingerprint_of,
     finish,
@@ -264,8 +265,12 @@ def _encode(
             ).duplicates
         _log.info("dedup: %s more images filtered as duplicates", f"{duplicates:,}")
         final = read_state(root)
-    result = finish(config, final, report, status="done", run_id=None, seconds=seconds)
-    return run.done(result, step=final.covered.count(), digest=LatentDataset.open(root.uri).digest)
+    result, dataset = (
+        finish(config, final, report, status="done", run_id=None, seconds=seconds),
+        LatentDataset.open(root.uri),
+    )
+    run.tracker.set_tags({"mlflow.note.content": description_of(config, dataset, result.counts)})
+    return run.done(result, step=final.covered.count(), digest=dataset.digest)
 
 
 def _before_rereading(config: EncodeJobConfig, run: Run) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +37,7 @@ from pipeline.encode.stages import (
     try_encoder,
 )
 from pipeline.errors import ConfigError
+from pipeline.media import contact_sheet
 from pipeline.progress import Progress
 from pipeline.source.reasons import Reason
 from pipeline.storage.root import Root
@@ -148,7 +150,20 @@ class _Encoding:
         with Watch(self.monitor, progress, done, self.shares, self._log_totals, total=total) as watch:
             state = passes.run()
             watch.finish((state.covered - self.retry).count())
+        self._show_pictures()
         return state
+
+    def _show_pictures(self) -> None:
+        """A sheet of images beside their round trips, with the tracked run."""
+        import ray
+
+        shown = ray.get(self.monitor.pictures.remote())
+        if not shown:
+            return
+        with tempfile.NamedTemporaryFile(suffix=".png") as file:
+            file.write(contact_sheet([data for _, data in shown], [caption for caption, _ in shown]))
+            file.flush()
+            self.tracker.log_file(file.name, "pictures/round_trips.png")
 
     def _state_and_gaps(self) -> tuple[State, RowSet]:
         """The state now, and what this run still has to settle."""
@@ -285,6 +300,7 @@ def _spec(config: EncodeJobConfig, resources: EncodeResources, calls: int) -> En
         device=device_of(config.cluster, resources.num_gpus),
         decoded=encode.decode == "tasks",
         calls=calls,
+        pictures=encode.pictures if config.tracking.enabled else 0,
     )
 
 

@@ -5,23 +5,26 @@ Torch is imported by the encoder alone: the processes that read and write start 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from pipeline.codec.codec import load_codec
+from pipeline.codec.codec import Codec, load_codec
 from pipeline.codec.config import CodecConfig
 from pipeline.dataflow.device_faults import out_of_memory
 from pipeline.encode.rows import (
     Decoded,
+    EncodedImage,
     Item,
     Rejected,
     UnitEnd,
@@ -42,7 +45,11 @@ from pipeline.source.reasons import Reason
 from pipeline.storage.root import Root
 from pipeline.store.maintain.forget import Withdrawals
 from pipeline.store.plan import EntrySpan, Work, read_entries
+from pipeline.store.schema import to_float32
 from pipeline.store.writer import Committer
+
+_log = logging.getLogger(__name__)
+_PICTURE_SIDE = 256  # of an image that is shown: what decoding a part of it takes is little anywhere
 
 # -- Decoding beside the device: rows of compressed bytes to pixels, in order, on threads that run ahead -------
 
@@ -202,6 +209,7 @@ class EncoderSpec:
     largest: tuple[int, int]  # height and width of the bucket with most pixels
     decoded: bool  # blocks come with pixels, from decode tasks
     calls: int  # blocks an actor has at a time
+    pictures: int = 0  # images of its first block that an actor shows beside their round trips
 
 
 class EncodeBlocks:
@@ -216,6 +224,7 @@ class EncodeBlocks:
         from pipeline.dataflow.monitor import Reports
 
         torch.set_num_threads(spec.threads)
+        self._spec, self._monitor, self._pictures = spec, monitor, spec.pictures
         self._reports = Reports(monitor, ENCODER)
         self._encoder = self._reports.load(partial(load_encoder, spec))
         ahead = -(-2 * spec.batch_size // spec.calls)  # by each call; together they hold two batches of pixels
@@ -231,7 +240,29 @@ class EncodeBlocks:
             items = items_of(block) if self._decoder is None else self._decoder.items(block)
             outcomes = encoder.encode(items, on_batch=lambda stored: reports.add(self._news(encoder, stored)))
             reports.add(self._news(encoder, 0))
+        shown, self._pictures = [o for o in outcomes if isinstance(o, EncodedImage)][: self._pictures], 0
+        if shown:
+            self._show(encoder.codec, shown)
         return encoded_table(outcomes)
+
+    def _show(self, codec: Codec, images: Sequence[EncodedImage]) -> None:
+        """Images beside what their latents decode to, for people: of large ones a part, and none is worth a run."""
+        import torch
+
+        from pipeline.media import inline_bytes
+
+        side = _PICTURE_SIDE // codec.info.factor
+        try:
+            for image in images:
+                latent = to_float32(np.frombuffer(image.latent, np.uint8), self._spec.latent_dtype)
+                latent = latent.reshape(image.shape)[: codec.info.latent_channels, :side, :side]
+                pixels = codec.decode(torch.from_numpy(latent.copy())[None].to(self._spec.device)).cpu().numpy()[0]
+                height, width = pixels.shape[:2]
+                for what, part in (("", image.decoded.pixels[:height, :width]), (", decoded", pixels)):
+                    caption = f"{image.decoded.values['key']}{what}"
+                    self._monitor.picture.remote(caption, inline_bytes(np.ascontiguousarray(part))[0])
+        except Exception as error:  # noqa: BLE001 - a plug-in's codec raises what it likes; encoding goes on
+            _log.warning("no picture of a round trip: %s", " ".join(str(error).split())[:300])
 
     def _news(self, encoder: Any, stored: int) -> dict[str, float]:
         """What came since the last time: with every batch, so that the busy shares are those of any few seconds."""

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.store.maintain.verify import verify
 from pipeline.store.read.dataset import LatentDataset
+from pipeline.tracking.store import MlflowStore
 from tests.support.images import make_codec, make_images
 from tests.support.jobs import run
 
@@ -58,6 +59,14 @@ def test_a_dataset_through_its_life(base: Path) -> None:
     assert first["mlflow_run_id"]
     assert first["rates"]["images_per_s"] > 0
     before = rows(base)
+    tracked = MlflowStore(f"sqlite:///{base}/mlflow.db").client
+    assert [file.path for file in tracked.list_artifacts(first["mlflow_run_id"], "pictures")] == [
+        "pictures/round_trips.png"
+    ]
+    told = tracked.get_run(first["mlflow_run_id"]).data.tags["mlflow.note.content"]
+    assert told.startswith("40 latents of `")
+    assert "| 32x32 | 40 |" in told
+    assert "| rejected: " in told
 
     # Nothing to do: no Ray, no new run, the same answer.
     code, again, errors = run("encode", *arguments(base), cwd=base)

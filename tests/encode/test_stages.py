@@ -7,15 +7,18 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
 
+from pipeline.codec.codec import load_codec
 from pipeline.codec.config import CodecConfig
 from pipeline.encode.rows import pixels_table, raw_table
 from pipeline.encode.stages import DecodeImages, EncodeBlocks, EncoderSpec
@@ -150,6 +153,46 @@ def test_seconds_are_reported_with_every_batch_and_none_twice(
     totals = monitor.state.totals()[0]
     assert (totals["rows"], totals["rejected"]) == (len(table), 1)
     assert totals["device_s"] == pytest.approx(encode._encoder().usage.device_s)
+
+
+def pictured(codec: Path, monitor: LocalMonitor, side: int = 32) -> EncodeBlocks:
+    image = ImageConfig(resolution=side, multiple_of=4, max_upscale=100.0)
+    return EncodeBlocks(replace(spec(codec), image=image, largest=(side, side), pictures=2), monitor)
+
+
+def test_a_few_images_of_the_first_block_are_shown_beside_their_round_trips(tmp_path: Path) -> None:
+    monitor, image = LocalMonitor(), io.BytesIO()
+    Image.new("RGB", (32, 32), (200, 30, 30)).save(image, "PNG")
+    encode = pictured(make_codec(tmp_path / "codec"), monitor, side=512)
+    rows = [SourceRow(n, f"{n}.png", image.getvalue(), None, None, None, source="s") for n in range(3)]
+    for _ in range(2):
+        assert len(encode(raw_table(7, rows))) == 3
+    captions, data = zip(*monitor.state.pictures(), strict=True)
+    assert captions == ("0.png", "0.png, decoded", "1.png", "1.png, decoded")
+    opened = [Image.open(io.BytesIO(one)).convert("RGB") for one in data]
+    assert {one.size for one in opened} == {(192, 192)}  # what a page shows at most
+    assert np.abs(np.asarray(opened[0], int) - (200, 30, 30)).max() < 8
+    codec = load_codec(str(tmp_path / "codec"))
+    pixels = torch.full((1, 512, 512, 3), 0, dtype=torch.uint8) + torch.tensor([200, 30, 30], dtype=torch.uint8)
+    latents = codec.encode(pixels).half().float()[:, :, :64, :64]
+    want = Image.fromarray(codec.decode(latents).numpy()[0]).resize((192, 192), Image.Resampling.LANCZOS)
+    assert np.abs(np.asarray(opened[1], int) - np.asarray(want, int)).mean() < 8  # of a large image a part, as JPEG
+
+
+def test_a_picture_that_cannot_be_made_costs_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monitor, image = LocalMonitor(), io.BytesIO()
+    Image.new("RGB", (32, 32)).save(image, "PNG")
+    encode = pictured(make_codec(tmp_path / "codec"), monitor)
+
+    def fail(latents: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(encode._encoder().codec, "decode", fail)
+    assert len(encode(raw_table(7, [SourceRow(0, "0.png", image.getvalue(), source="s")]))) == 1
+    assert monitor.state.pictures() == []
+    assert "no picture of a round trip: planted" in caplog.text
 
 
 def test_a_decode_task_says_which_rows_it_is_busy_with(monkeypatch: pytest.MonkeyPatch) -> None:
