@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 import time
 from dataclasses import dataclass
@@ -161,7 +162,9 @@ class _Encoding:
         if not shown:
             return
         with tempfile.NamedTemporaryFile(suffix=".png") as file:
-            file.write(contact_sheet([data for _, data in shown], [caption for caption, _ in shown]))
+            captions, images = zip(*shown, strict=True)
+            pairs_a_line = math.ceil(math.sqrt(len(images)) / 2)
+            file.write(contact_sheet(images, captions, columns=2 * pairs_a_line))
             file.flush()
             self.tracker.log_file(file.name, "pictures/round_trips.png")
 

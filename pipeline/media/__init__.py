@@ -133,14 +133,19 @@ def _fitted(data: bytes, side: int) -> Image.Image:
     return image
 
 
-def contact_sheet(images: Sequence[bytes], captions: Sequence[str], *, tile: int = 128) -> bytes:
-    """PNG bytes of a nearly square grid of encoded images, each tile x tile pixels over one line of its caption."""
+def contact_sheet(
+    images: Sequence[bytes], captions: Sequence[str], *, tile: int = 128, columns: int | None = None
+) -> bytes:
+    """PNG bytes of a grid of encoded images, each tile x tile pixels over one line of its caption.
+
+    columns: None for a nearly square grid.
+    """
     if len(images) != len(captions) or not images:
         raise ValueError(
             f"a contact sheet needs one caption an image: {len(images)} images, {len(captions)} captions"
         )
     font = ImageFont.load_default(size=12)
-    gap, line, columns = 6, 18, math.ceil(math.sqrt(len(images)))
+    gap, line, columns = 6, 18, columns or math.ceil(math.sqrt(len(images)))
     num_rows = -(-len(images) // columns)
     size = (columns * (tile + gap) + gap, num_rows * (tile + line + gap) + gap)
     sheet = Image.new("RGB", size, (250, 250, 250))
