@@ -183,7 +183,7 @@ def test_missing_reference_is_an_input_error_that_names_the_key(world: Path) -> 
 
 def test_reference_without_a_decodable_image_is_refused(world: Path) -> None:
     (world / "text").mkdir()
-    (world / "text" / "readme.txt").write_text("no image")
+    (world / "text" / "readme").write_text("no image")
     with pytest.raises(InputError, match=r"No image of .* can be decoded"):
         run(config_of(world, reference={"kind": "folder", "uri": str(world / "text")}, classifier={"enabled": False}))
 

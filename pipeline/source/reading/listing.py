@@ -273,7 +273,7 @@ def list_entries(source: SourceConfig, known: Iterable[KnownEntry] = ()) -> Iter
             key="uri",
             value=source.uri,
             rule=f"a source of kind {source.kind} holds at least one {_HELD.get(source.kind, 'shard')}",
-            next_step="check the path and the pattern; hidden files (.name) are not counted",
+            next_step="check the path and the pattern; hidden files (.name) and texts are not counted",
         )
 
 
