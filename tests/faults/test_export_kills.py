@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.maintenance.test_export import contents, make_bfloat16
+from tests.maintenance.test_export_job import contents, make_bfloat16
 from tests.support.jobs import run, start
 from tests.support.kills import victims
 from tests.support.site import site_environment

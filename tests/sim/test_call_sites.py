@@ -31,9 +31,9 @@ PLAYED = {
     "store/maintain/forget.py: forget: put_if_absent": "test_the_list_is_kept_before_any_row_leaves: only added to",
     "maintenance/job.py: run_forget: put": "a report somewhere else, which nothing reads",
     # Exports: into a place of their own, by names that say what is in them; whoever writes one writes the same bytes.
-    "maintenance/export.py: run_export: put_if_absent": "test_export_kills: what the output is, kept as it was first said",
+    "maintenance/export.py: run_export: put_if_absent": "test_export_kills: what the output is, as first said",
     "maintenance/export.py: _Export.write: put": "Ray's own objects",
-    "maintenance/export.py: _Export.finish: put_if_absent": "test_export_kills: what makes the shards one thing, last",
+    "maintenance/export.py: _Export.finish: put_if_absent": "test_export_kills: what makes them one, last",
     "maintenance/shards.py: ShardWriter.write: put_if_absent": "test_export_kills: a shard, whole",
     # Sampling.
     "sample/job.py: settle_identity: put_if_absent": "Samplers.sample",
