@@ -29,6 +29,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# One night, in order: what a step reads, those before it make.
+NIGHT = ("encode", "embed-text", "compact", "train", "sample", "evaluate", "promote", "verify")
 AGAIN = 75
 STOP = {1, 2, 3, 4, 5}
 MAX_NAME = 47  # KubeRay appends to it, and Kubernetes allows 63

@@ -33,9 +33,9 @@ variable "service_accounts" {
 }
 
 variable "source_prefixes" {
-  description = "Where what jobs only read lies in the bucket: source.uri, reference.uri and codec.path are below these."
+  description = "Where what jobs only read lies in the bucket: sources, codecs, networks and prompts of yours."
   type        = list(string)
-  default     = ["images", "codecs"]
+  default     = ["images", "codecs", "networks", "prompts"]
 }
 
 variable "deletable_patterns" {
