@@ -292,7 +292,8 @@ def test_roles_write_no_source_and_workers_delete_checkpoints_alone() -> None:
     # What the base reads without writing it lies below those prefixes.
     entrypoints = " ".join(p.read_text() for p in (REPOSITORY / "infra" / "kuberay" / "base").glob("*.yaml"))
     read = re.findall(
-        r"(?:source\.uri|reference\.uri|codec\.path|model\.codec|requests\.uri)=\$\{LATENTLOOM_STORE\}/(\w+)", entrypoints
+        r"(?:source\.uri|reference\.uri|codec\.path|model\.codec|requests\.uri)=\$\{LATENTLOOM_STORE\}/(\w+)",
+        entrypoints,
     )
     assert read
     assert set(read) <= set(defaults["source_prefixes"])
