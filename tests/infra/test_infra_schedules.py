@@ -496,5 +496,6 @@ def test_airflow_dag_by_importing_it_with_airflow(tmp_path: Path) -> None:
     assert answer["arguments"] == [["--run", "nightly-{{ ds_nodash }}", s] for s in STEPS]
     assert answer["weekly"] == [["--run", "weekly-{{ ds_nodash }}", "gc"]]
     assert answer["stop"] == {str(c): "AirflowFailException" for c in (1, 2, 3, 4, 5)}
+    assert answer["deferrable"]
     assert answer["retries"] > 0
     assert answer["again"] == "AirflowException", "which Airflow retries"

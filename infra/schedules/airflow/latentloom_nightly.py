@@ -69,6 +69,9 @@ def launch(job: str, run: str) -> LaunchRayJob:
             requests={"cpu": "50m", "memory": "64Mi"}, limits={"memory": "256Mi"}
         ),
         on_finish_action="delete_succeeded_pod",
+        # Steps take hours: meanwhile a triggerer watches the pod, and no worker's slot is held.
+        deferrable=True,
+        poll_interval=60,
         execution_timeout=timedelta(days=3),
     )
 
