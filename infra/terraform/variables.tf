@@ -52,3 +52,15 @@ variable "noncurrent_days" {
   type        = number
   default     = 14
 }
+
+variable "vpc_id" {
+  description = "The clusters' network, for a gateway endpoint to the bucket; of use with route_table_ids alone."
+  type        = string
+  default     = null
+}
+
+variable "route_table_ids" {
+  description = "Route tables of the nodes' subnets, which get a way to S3 beside the NAT gateway; none: no endpoint."
+  type        = list(string)
+  default     = []
+}
