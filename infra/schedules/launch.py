@@ -235,7 +235,7 @@ class Pace:
 
     def pause(self, attempt: int) -> float:
         """Between the end of this attempt and the next one."""
-        return min(self.longest_pause_s, self.pause_s * 2 ** (attempt - 1))
+        return min(self.longest_pause_s, self.pause_s * 2.0 ** (attempt - 1))
 
 
 def run_step(cluster: Cluster, template: str, run: Run, pace: Pace, sleep: Callable[[float], None]) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 import yaml
@@ -118,6 +117,16 @@ def test_a_store_on_another_port_is_the_line_that_its_file_says() -> None:
     for operation in yaml.safe_load(patch):
         apply_operation(policy, operation)
     assert policy["spec"]["egress"][0]["ports"] == [{"protocol": "TCP", "port": 9000}]
+
+
+def test_names_are_resolved_with_and_without_a_cache_on_the_node() -> None:
+    (dns,) = [
+        rule
+        for rule in named(render(BASE), "NetworkPolicy", "ray")["spec"]["egress"]
+        if {"protocol": "UDP", "port": 53} in rule.get("ports", [])
+    ]
+    system = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}}}
+    assert dns["to"] == [system, {"ipBlock": {"cidr": "169.254.20.10/32"}}]
 
 
 # -- the Prometheus operator -----------------------------------------------------------------------------------

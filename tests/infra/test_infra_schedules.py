@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,34 @@ def test_an_hour_of_outage_does_not_use_up_the_attempts() -> None:
     pauses = [pace.pause(attempt) for attempt in range(1, pace.attempts)]
     assert pauses == [300, 600, 1200, 1800]
     assert sum(pauses) > 3600
+
+
+def test_a_night_during_which_the_store_is_away_for_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the test's own clock: what is tried meanwhile ends with 75 after a minute, what is tried later is done."""
+    launch = launcher()
+    now, back = 1_800_000_000.0, 1_800_000_000.0 + 3600
+    jobs: dict[str, dict[str, Any]] = {s: {"apiVersion": "ray.io/v1", "metadata": {}, "spec": {}} for s in STEPS}
+
+    class Cluster:
+        def get(self, name: str) -> dict[str, Any] | None:
+            return jobs.get(name)
+
+        def create(self, job: dict[str, Any]) -> None:
+            end = datetime.fromtimestamp(now + 60, UTC).isoformat().replace("+00:00", "Z")
+            jobs[job["metadata"]["name"]] = {**job, "status": {**ended(75 if now < back else 0), "endTime": end}}
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    for step in STEPS:
+        jobs[step]["spec"] = {"entrypoint": ""}
+    monkeypatch.setattr(launch.time, "time", lambda: now)
+    pace = launch.Pace(attempts=5, period_s=15.0, pause_s=300.0, longest_pause_s=1800.0)
+    run = launch.Run("nightly-1", "nightly")
+    assert [launch.run_step(Cluster(), step, run, pace, sleep) for step in STEPS] == [0] * len(STEPS)
+    assert sum("encode" in name for name in jobs) == 1 + 5, "the last attempt was the one"
+    assert sum(name.startswith("nightly-1-") for name in jobs) == 5 + len(STEPS) - 1
 
 
 def test_pauses_are_counted_from_an_attempts_end_by_the_clock(api: Api, launch: Any) -> None:
