@@ -12,8 +12,9 @@ server. What is missing is said by name, and nothing is started.
 
 The exit code is the job's own, so that a scheduler can tell what to do:
     0 done    75 stopped, run again    1 bug    2 configuration    3 input    4 conflict    5 rejects over budget
-A cluster that was lost with its job (no exit code) counts as 75. Attempts after a 75 are made here, up to --attempts,
-with longer and longer pauses: an outage of an hour must not use them up.
+A cluster that was lost with its job (no exit code) counts as 75. Attempts after a 75, and after a job that found no
+store as it started, are made here, up to --attempts, with longer and longer pauses: an outage of an hour must not use
+them up.
 
 Needs nothing but Python and, in a pod, a service account with the rights of infra/schedules/cronjob/access.yaml.
 """
@@ -40,6 +41,9 @@ from typing import Any
 NIGHT = ("encode", "embed-text", "compact", "train", "sample", "evaluate", "promote", "verify")
 AGAIN = 75
 STOP = {1, 2, 3, 4, 5}
+# A job that finds no store as it starts ends with 3, for its settings may be wrong. As likely the store is away: it
+# gets the other attempts, too, and its own code when all have ended so.
+AWAY = "The store never answered"
 MAX_NAME = 47  # KubeRay appends to it, and Kubernetes allows 63
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _EXIT_CODE = re.compile(r"exit code:? (\d+)")
@@ -240,6 +244,7 @@ class Pace:
 
 def run_step(cluster: Cluster, template: str, run: Run, pace: Pace, sleep: Callable[[float], None]) -> int:
     """Bring one step to its end: adopt, create, follow, repeat; its exit code."""
+    code = AGAIN
     for attempt in range(1, pace.attempts + 1):
         name = f"{run.name}-{template}-{attempt}"
         job = cluster.get(name)
@@ -250,15 +255,16 @@ def run_step(cluster: Cluster, template: str, run: Run, pace: Pace, sleep: Calla
             cluster.create(from_template(source, name, run))
             say(f"{name}: created")
         code = follow(cluster, name, pace.period_s, sleep)
-        if code != AGAIN:
+        job = cluster.get(name) or {}
+        if code != AGAIN and not (code == 3 and AWAY in job.get("status", {}).get("message", "")):
             return code
         if attempt < pace.attempts and cluster.get(f"{run.name}-{template}-{attempt + 1}") is None:
             # Counted from the attempt's end, by the clock: another start of this program waits only for the rest.
-            rest = pace.pause(attempt) - seconds_since_end(cluster.get(name) or {}, time.time())
+            rest = pace.pause(attempt) - seconds_since_end(job, time.time())
             if rest > 0:
                 say(f"{name}: the next attempt begins in {rest:.0f} s")
                 sleep(rest)
-    return AGAIN
+    return code
 
 
 def seconds_since_end(job: dict[str, Any], now: float) -> float:

@@ -19,6 +19,7 @@ from urllib.parse import unquote
 import pytest
 
 from pipeline import errors
+from pipeline.storage.errors import StoreUnavailable, job_error
 from tests.infra.infra_files import BASE, INFRA, Manifest, named, of_kind, ray_job_specs, read, render
 from tests.infra.infra_night import launcher
 
@@ -154,6 +155,10 @@ def ended(code: int | str) -> dict[str, str]:
         return {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
     if code == "stopped":
         return {"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"}
+    if code == "away":
+        error = job_error(StoreUnavailable(5, "the endpoint cannot be reached", "s3://elsewhere/latents"))
+        assert error is not None
+        return {**ended(error.exit_code), "message": ended(error.exit_code)["message"] + "\n" + error.what}
     if code == "lost":
         return {"jobDeploymentStatus": "Failed", "reason": "JobDeploymentStatusTransitionGracePeriodExceeded"}
     message = f"Job entrypoint command failed with exit code {code}, last available logs (truncated to 20,000 chars):"
@@ -224,6 +229,17 @@ def test_other_codes_end_the_chain_and_stay(api: Api, launch: Any, code: int) ->
     assert api.created == made
 
 
+def test_a_store_that_never_answers_gets_all_attempts_and_its_own_code(api: Api, launch: Any) -> None:
+    api.ends = {"encode": ["away", 0], "train": ["away"] * 9}
+    code, said = launch("--attempts", "3", "encode", "train")
+    assert code == 3
+    assert "The store never answered" in said
+    assert [name.partition("417-")[2] for name in api.created] == [
+        *("encode-1", "encode-2"),
+        *("train-1", "train-2", "train-3"),
+    ]
+
+
 def test_attempts_are_bounded(api: Api, launch: Any) -> None:
     api.ends = {"encode": [75] * 9}
     assert launch("--attempts", "2", "encode")[0] == 75
@@ -263,7 +279,7 @@ def test_an_hour_of_outage_does_not_use_up_the_attempts() -> None:
 
 
 def test_a_night_during_which_the_store_is_away_for_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the test's own clock: what is tried meanwhile ends with 75 after a minute, what is tried later is done."""
+    """By the test's own clock: the first attempt is stopped, those that begin meanwhile find no store."""
     launch = launcher()
     now, back = 1_800_000_000.0, 1_800_000_000.0 + 3600
     jobs: dict[str, dict[str, Any]] = {s: {"apiVersion": "ray.io/v1", "metadata": {}, "spec": {}} for s in STEPS}
@@ -274,7 +290,9 @@ def test_a_night_during_which_the_store_is_away_for_an_hour(monkeypatch: pytest.
 
         def create(self, job: dict[str, Any]) -> None:
             end = datetime.fromtimestamp(now + 60, UTC).isoformat().replace("+00:00", "Z")
-            jobs[job["metadata"]["name"]] = {**job, "status": {**ended(75 if now < back else 0), "endTime": end}}
+            first = job["metadata"]["name"].endswith("-1")
+            how = ended((75 if first else "away") if now < back else 0)
+            jobs[job["metadata"]["name"]] = {**job, "status": {**how, "endTime": end}}
 
     def sleep(seconds: float) -> None:
         nonlocal now
