@@ -43,7 +43,7 @@ AGAIN = 75
 STOP = {1, 2, 3, 4, 5}
 # A job that finds no store as it starts ends with 3, for its settings may be wrong. As likely the store is away: it
 # gets the other attempts, too, and its own code when all have ended so.
-AWAY = "The store never answered"
+AWAY = "StoreUnavailable:"
 MAX_NAME = 47  # KubeRay appends to it, and Kubernetes allows 63
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _EXIT_CODE = re.compile(r"exit code:? (\d+)")

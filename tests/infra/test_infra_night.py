@@ -157,6 +157,26 @@ def test_two_nights(site: Site) -> None:
     assert cleaned["counts"]["problems"] == 0
 
 
+def test_every_step_says_that_its_store_is_away_as_the_launcher_looks_for_it(site: Site) -> None:
+    """An endpoint at which nobody listens; all steps at once, for they do nothing but ask again."""
+    away = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    started = {}
+    for step in NIGHT:
+        words = [w.replace(f"{site.store}/", "s3://nowhere/") for w in site.command(step, "away")]
+        started[step] = subprocess.Popen(
+            words,
+            cwd=site.folder,
+            env={**environment(), **site.env, **away, "AWS_DEFAULT_REGION": "us-east-1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+    for step, process in started.items():
+        answer = json.loads(process.communicate(timeout=300)[0].strip().splitlines()[-1])
+        assert process.returncode == 3, step
+        assert launcher().AWAY in answer["error"], step
+
+
 def test_networks_that_are_not_there_are_said(tmp_path: Path) -> None:
     fetch = [sys.executable, str(INFRA / "docker" / "fetch_networks.py"), f"{tmp_path}/networks", f"{tmp_path}/here"]
     done = subprocess.run(fetch, capture_output=True, text=True, check=False)

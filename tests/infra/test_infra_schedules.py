@@ -233,7 +233,8 @@ def test_a_store_that_never_answers_gets_all_attempts_and_its_own_code(api: Api,
     api.ends = {"encode": ["away", 0], "train": ["away"] * 9}
     code, said = launch("--attempts", "3", "encode", "train")
     assert code == 3
-    assert "The store never answered" in said
+    assert f"{StoreUnavailable.__name__}:" == launcher().AWAY
+    assert launcher().AWAY in said
     assert [name.partition("417-")[2] for name in api.created] == [
         *("encode-1", "encode-2"),
         *("train-1", "train-2", "train-3"),
