@@ -209,3 +209,15 @@ resource "aws_iam_role_policy" "jobs" {
   role   = aws_iam_role.jobs[each.key].id
   policy = data.aws_iam_policy_document.access[each.key].json
 }
+
+# A way to buckets of this region beside the NAT gateway, which bills every byte.
+data "aws_region" "current" {}
+
+resource "aws_vpc_endpoint" "store" {
+  count = length(var.route_table_ids) > 0 ? 1 : 0
+
+  vpc_id            = var.vpc_id
+  service_name      = "com.amazonaws.${data.aws_region.current.region}.s3"
+  vpc_endpoint_type = "Gateway"
+  route_table_ids   = var.route_table_ids
+}

@@ -33,9 +33,9 @@ variable "service_accounts" {
 }
 
 variable "source_prefixes" {
-  description = "Where what jobs only read lies in the bucket: source.uri, reference.uri and codec.path are below these."
+  description = "Where what jobs only read lies in the bucket: sources, codecs, networks and prompts of yours."
   type        = list(string)
-  default     = ["images", "codecs"]
+  default     = ["images", "codecs", "networks", "prompts"]
 }
 
 variable "deletable_patterns" {
@@ -51,4 +51,16 @@ variable "noncurrent_days" {
   description = "Days for which a deleted or replaced object can be brought back."
   type        = number
   default     = 14
+}
+
+variable "vpc_id" {
+  description = "The clusters' network, for a gateway endpoint to the bucket; of use with route_table_ids alone."
+  type        = string
+  default     = null
+}
+
+variable "route_table_ids" {
+  description = "Route tables of the nodes' subnets, which get a way to S3 beside the NAT gateway; none: no endpoint."
+  type        = list(string)
+  default     = []
 }

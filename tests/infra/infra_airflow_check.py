@@ -25,6 +25,8 @@ def main(path: str) -> None:
     answer = {
         "chain": [t.task_id for t in chain],
         "arguments": [list(t.arguments) for t in chain],
+        "weekly": [list(t.arguments) for t in module.weekly_gc.tasks],
+        "deferrable": all(t.deferrable for t in [*chain, *module.weekly_gc.tasks]),
         "retries": min(t.retries for t in chain),
         "stop": {str(code): outcome(chain[0], code) for code in sorted(module.STOP)},
         "again": outcome(chain[0], 75),

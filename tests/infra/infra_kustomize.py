@@ -14,7 +14,14 @@ from typing import Any
 import yaml
 
 _KEYS = {"apiVersion", "kind", "namespace", "resources", "images", "patches"}
-_CLUSTER_SCOPED = {"Namespace", "ClusterRole", "ClusterRoleBinding", "PersistentVolume", "StorageClass"}
+_CLUSTER_SCOPED = {
+    "Namespace",
+    "ClusterRole",
+    "ClusterRoleBinding",
+    "PersistentVolume",
+    "PriorityClass",
+    "StorageClass",
+}
 
 
 def render_here(folder: Path) -> list[dict[str, Any]]:

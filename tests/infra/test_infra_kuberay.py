@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import re
-import shlex
 from pathlib import Path
-from string import Template
-from typing import Any
 
 import pytest
 import yaml
 
-from pipeline.config import load_config
 from tests.infra import infra_schemas
 from tests.infra.infra_files import (
     BASE,
@@ -30,6 +25,7 @@ from tests.infra.infra_files import (
     tool,
 )
 from tests.infra.infra_kustomize import render_here
+from tests.infra.infra_night import JOB_OF, configurations, misfits, parsed, settings
 
 pytestmark = pytest.mark.integration
 
@@ -37,7 +33,8 @@ kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip ins
 
 RAY_KINDS = ("RayJob", "RayCronJob")
 KUEUE_KINDS = ("ResourceFlavor", "ClusterQueue", "LocalQueue")
-JOBS = {"encode", "train", "sample", "evaluate", "promote", "verify"}
+NIGHT = ("encode", "embed-text", "compact", "train", "sample", "evaluate", "promote", "verify")
+JOBS = {*NIGHT, "backfill", "gc"}
 PLACES = [BASE, *OVERLAYS]
 
 
@@ -116,10 +113,11 @@ def test_pods_and_core_objects_are_valid(rendered: list[Manifest]) -> None:
 
 def test_every_template_of_a_ray_job_is_found(rendered: list[Manifest]) -> None:
     groups = {name: set(ray_templates(spec)) for name, spec in ray_job_specs(rendered).items()}
-    assert groups["encode"] == {"submitter", "head", "decode", "gpu-spot"}
+    assert groups["encode"] == groups["backfill"] == {"submitter", "head", "decode", "gpu-spot"}
     assert groups["train"] == {"submitter", "head", "gpu"}
     assert groups["sample"] == {"submitter", "head", "gpu-spot"}
-    assert groups["verify"] == groups["evaluate"] == groups["promote"] == {"submitter", "head"}
+    for name in ("embed-text", "compact", "evaluate", "promote", "verify", "gc"):
+        assert groups[name] == {"submitter", "head"}, name
 
 
 # -- nothing lost by a patch -----------------------------------------------------------------------------------
@@ -140,7 +138,8 @@ def losses(before: Manifest, after: Manifest) -> list[str]:
     """What a pod template has in `before` and lacks in `after`, or has changed though no overlay may."""
     lost = []
     old, new = before["spec"], after.get("spec", {})
-    for key in set(old) - {"containers", "volumes", "tolerations", "terminationGracePeriodSeconds"}:
+    kinds = {"containers", "initContainers"}
+    for key in set(old) - kinds - {"volumes", "tolerations", "terminationGracePeriodSeconds"}:
         if new.get(key) != old[key]:
             lost.append(key)
     for key in ("volumes", "tolerations"):
@@ -149,8 +148,8 @@ def losses(before: Manifest, after: Manifest) -> list[str]:
         lost.append("terminationGracePeriodSeconds")
     if before.get("metadata") != after.get("metadata"):
         lost.append("metadata")
-    containers = {c["name"]: c for c in new.get("containers", [])}
-    for container in old["containers"]:
+    containers = {c["name"]: c for kind in kinds for c in new.get(kind, [])}
+    for container in (c for kind in kinds for c in old.get(kind, [])):
         found = containers.get(container["name"], {})
         lost += [f"{container['name']}.{k}" for k in _KEPT if found.get(k) != container.get(k)]
         lost += [f"{container['name']}.{k}" for k in ("image", "resources") if not found.get(k)]
@@ -213,13 +212,17 @@ def test_a_training_pod_is_a_whole_node_and_has_a_gpu_and_cpus_for_each_worker(b
 
 def test_requests_of_the_encode_job_fit_its_groups(rendered: list[Manifest]) -> None:
     """What the entrypoint asks the autoscaler for must be within what the groups may grow to."""
-    spec = ray_job_specs(rendered)["encode"]
+    for name in ("encode", "backfill"):
+        fits(ray_job_specs(rendered)[name], settings(rendered))
+
+
+def fits(spec: Manifest, values: dict[str, str]) -> None:
     limits = {"cpu": 0.0, "nvidia.com/gpu": 0.0}
     for group in spec["rayClusterSpec"]["workerGroupSpecs"]:
         resources = group["template"]["spec"]["containers"][0]["resources"]["limits"]
         for key in limits:
             limits[key] += group["maxReplicas"] * float(resources.get(key, 0))
-    config = parsed(spec["entrypoint"], settings(rendered))[1]
+    config = parsed(spec["entrypoint"], values)[1]
     assert (config.cluster.request_cpus or 0) <= limits["cpu"]
     assert (config.cluster.request_gpus or 0) <= limits["nvidia.com/gpu"]
 
@@ -376,26 +379,10 @@ def test_the_cron_job_holds_the_whole_encode_job(base: list[Manifest]) -> None:
 # -- the commands ----------------------------------------------------------------------------------------------
 
 
-def settings(manifests: list[Manifest]) -> dict[str, str]:
-    values: dict[str, str] = named(manifests, "ConfigMap", "latentloom")["data"]
-    return values
-
-
-def parsed(entrypoint: str, values: dict[str, str]) -> tuple[str, Any]:
-    """(job, configuration) of an entrypoint, by the project's own loader."""
-    words = shlex.split(Template(entrypoint).substitute(values))
-    assert words[:2] == ["python", "-m"], entrypoint
-    job = importlib.import_module(words[2]).JOB
-    module, _, name = job.config.partition(":")
-    arguments = [w.replace("/opt/latentloom/", f"{REPOSITORY}/") for w in words[3:]]
-    model = getattr(importlib.import_module(module), name)
-    return job.name, load_config(model, [a for a in arguments if "=" not in a], [a for a in arguments if "=" in a])
-
-
 def test_every_entrypoint_is_a_valid_command(rendered: list[Manifest]) -> None:
     for name, spec in ray_job_specs(rendered).items():
         job, config = parsed(spec["entrypoint"], settings(rendered))
-        assert job == name
+        assert job == JOB_OF.get(name, name)
         if hasattr(config, "tracking"):
             assert config.tracking.uri == settings(rendered)["LATENTLOOM_TRACKING"]
             journal = config.tracking.journal_dir
@@ -403,14 +390,65 @@ def test_every_entrypoint_is_a_valid_command(rendered: list[Manifest]) -> None:
             assert journal in [m["mountPath"] for m in head["volumeMounts"]], "records must outlive the container"
 
 
-def test_the_jobs_hand_over_to_each_other(rendered: list[Manifest]) -> None:
-    configs = {n: parsed(s["entrypoint"], settings(rendered))[1] for n, s in ray_job_specs(rendered).items()}
-    latents = configs["encode"].output.uri
-    assert configs["train"].data.uri == configs["verify"].data.uri == latents
-    assert configs["sample"].model.uri == configs["train"].output.uri + "/model"
-    assert configs["evaluate"].samples.uri == configs["sample"].output.uri
-    assert configs["promote"].evaluation.uri == configs["evaluate"].output.uri
-    assert configs["promote"].model.name == configs["train"].registry.name
+def test_the_steps_of_a_night_fit_each_other(rendered: list[Manifest]) -> None:
+    assert misfits(configurations(rendered)) == []
+
+
+def test_steps_that_do_not_fit_would_be_noticed(base: list[Manifest]) -> None:
+    """The night as it once was: images without labels, samples by class, and a judge that learns from labels."""
+    broken = copy.deepcopy(base)
+    for name, old, new in (
+        ("sample", "sample/prompts.yaml", "sample/photos_256.yaml"),
+        ("sample", "requests.uri=${LATENTLOOM_STORE}/prompts/night.jsonl", "requests.classes=all"),
+        ("evaluate", "classifier.enabled=false", "classifier.enabled=true"),
+        ("train", "latents-512/text/clip-l", "latents-512/text/t5"),
+    ):
+        job = named(broken, "RayJob", name)["spec"]
+        assert old in job["entrypoint"]
+        job["entrypoint"] = job["entrypoint"].replace(old, new)
+    assert misfits(configurations(broken)) == [
+        "train reads texts that embed-text does not make",
+        "sample asks for classes that encode does not keep",
+        "evaluate fits a classifier to labels that there are not",
+    ]
+
+
+def test_networks_are_fetched_for_whoever_reads_them(rendered: list[Manifest]) -> None:
+    """Text encoders and judges: on the volume of every pod that computes with them, and of no other."""
+    place = "/var/lib/latentloom/networks"
+    for name, spec in ray_job_specs(rendered).items():
+        for group, template in ray_templates(spec).items():
+            pod, wanted = template["spec"], name in ("embed-text", "sample", "evaluate") and group != "submitter"
+            assert [c["name"] for c in pod.get("initContainers", [])] == (["networks"] if wanted else []), name
+            mounts = {m["mountPath"]: m for m in pod["containers"][0]["volumeMounts"]}
+            assert (place in mounts) == wanted, (name, group)
+            if wanted:
+                (init,) = pod["initContainers"]
+                assert place in [m["mountPath"] for m in init["volumeMounts"]]
+                assert mounts[place]["readOnly"] is True
+                assert init["securityContext"] == pod["containers"][0]["securityContext"]
+                # It reads the store as the container does: the same settings, the same identity, the same volumes.
+                assert init.get("env") == pod["containers"][0].get("env")
+                theirs = {m["mountPath"] for m in init["volumeMounts"]}
+                assert set(mounts) - theirs <= {"/var/lib/latentloom/journal"}, (name, group)
+
+
+def test_copies_of_a_template_differ_only_where_they_say(base: list[Manifest]) -> None:
+    """gc and compact are verify's pods, backfill is encode on more of them: files apart, kept the same by this."""
+    specs = ray_job_specs(base)
+
+    def cluster(name: str) -> str:
+        spec = copy.deepcopy(specs[name]["rayClusterSpec"])
+        for group in spec.get("workerGroupSpecs", []):
+            group["maxReplicas"] = 0
+        return yaml.safe_dump(spec).replace(f"component: {name}", "component: x")
+
+    assert cluster("gc") == cluster("compact") == cluster("verify")
+    assert cluster("backfill") == cluster("encode")
+    for more, fewer in zip(
+        *(specs[n]["rayClusterSpec"]["workerGroupSpecs"] for n in ("backfill", "encode")), strict=True
+    ):
+        assert more["maxReplicas"] > fewer["maxReplicas"]
 
 
 def test_a_wrong_key_would_be_noticed(base: list[Manifest]) -> None:

@@ -3,7 +3,6 @@ through `ray job submit`, as somebody who has only the cluster's address and tok
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.infra.infra_files import INFRA, REPOSITORY
+from tests.infra.infra_night import launcher
 from tests.infra.infra_ray_cluster import RayCluster
 from tests.infra.test_infra_valid import metric_names
 from tests.support.images import make_codec, make_images
@@ -224,11 +224,7 @@ def wait_for(what: Callable[[], bool], patience_s: float) -> None:
 
 def test_exit_codes_reach_whoever_submitted(site: Site) -> None:
     """The launcher reads the job's code from Ray's message, as KubeRay hands it on."""
-    spec = importlib.util.spec_from_file_location("launch", INFRA / "schedules" / "launch.py")
-    assert spec is not None
-    assert spec.loader is not None
-    launch = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(launch)
+    launch = launcher()
     for expected, arguments in (
         (2, ["configs/encode/photos_256.yaml", "encode.actorz=1"]),
         (3, ["configs/encode/photos_256.yaml", f"source.uri={site.store}/nothing", f"output.uri={site.store}/none"]),

@@ -274,6 +274,14 @@ def test_terraform_bucket() -> None:
     assert set(re.findall(r"\bvar\.(\w+)", text)) == declared
 
 
+def test_the_gateway_endpoint_is_made_where_route_tables_are_given() -> None:
+    (endpoint,) = [r["aws_vpc_endpoint"]["store"] for r in terraform()["resource"] if "aws_vpc_endpoint" in r]
+    assert endpoint["vpc_endpoint_type"] == "Gateway"
+    assert endpoint["service_name"].endswith(".s3")
+    assert "var.route_table_ids" in endpoint["route_table_ids"]
+    assert "length(var.route_table_ids) > 0" in endpoint["count"], "who gives none gets none"
+
+
 def test_roles_write_no_source_and_workers_delete_checkpoints_alone() -> None:
     defaults = {name: body.get("default") for v in terraform()["variable"] for name, body in v.items()}
     assert set(defaults["service_accounts"]) == set(defaults["deletable_patterns"]) == {"head", "worker"}
@@ -292,7 +300,8 @@ def test_roles_write_no_source_and_workers_delete_checkpoints_alone() -> None:
     # What the base reads without writing it lies below those prefixes.
     entrypoints = " ".join(p.read_text() for p in (REPOSITORY / "infra" / "kuberay" / "base").glob("*.yaml"))
     read = re.findall(
-        r"(?:source\.uri|reference\.uri|codec\.path|model\.codec)=\$\{LATENTLOOM_STORE\}/(\w+)", entrypoints
+        r"(?:source\.uri|reference\.uri|codec\.path|model\.codec|requests\.uri)=\$\{LATENTLOOM_STORE\}/(\w+)",
+        entrypoints,
     )
     assert read
     assert set(read) <= set(defaults["source_prefixes"])
