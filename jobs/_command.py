@@ -147,12 +147,9 @@ def configurations(words: Sequence[str]) -> str:
         raise _unknown("configuration", name, list(files), "latentloom configs list says what each is for")
     if arguments.action == "show":
         return files[name].read_text(encoding="utf-8").rstrip("\n")
-    return str(_copy(files[name], Path(arguments.destination)))
-
-
-def _copy(source: Path, destination: Path) -> Path:
+    source, destination = files[name], Path(arguments.destination)
     target = destination / source.name if destination.is_dir() else destination
-    return _put_new(target, source.read_text(encoding="utf-8"), "DEST")
+    return str(_put_new(target, source.read_text(encoding="utf-8"), "DEST"))
 
 
 def _put_new(target: Path, text: str, key: str) -> Path:

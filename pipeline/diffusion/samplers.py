@@ -117,7 +117,9 @@ class Guided:
 
     def __call__(self, x_BCHW: Tensor, t: float) -> Tensor:
         num_rows = x_BCHW.shape[0]
-        if not (self.guides and self._inside(t)):
+        low, high = self.interval
+        inside = low < t <= high or t == low == 0.0  # discrete schedules of every step end at t = 0
+        if not (self.guides and inside):
             return self.predict(x_BCHW, _times(t, num_rows, x_BCHW), **self.cond).float()
         twice = torch.cat([x_BCHW, x_BCHW])
         conditional, unconditional = (
@@ -126,10 +128,6 @@ class Guided:
         scale = torch.as_tensor(self.guidance, dtype=torch.float32, device=x_BCHW.device).reshape(-1, 1, 1, 1)
         guided = unconditional + scale * (conditional - unconditional)
         return torch.where(scale == 1.0, conditional, guided)
-
-    def _inside(self, t: float) -> bool:
-        low, high = self.interval
-        return low < t <= high or t == low == 0.0  # discrete schedules of every step end at t = 0
 
 
 def _euler(model: Guided, x: Tensor, objective: Objective, grid: Grid, callback: StepCallback) -> Tensor:

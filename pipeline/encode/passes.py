@@ -133,6 +133,8 @@ class _Encoding:
 
     def run(self) -> State:
         """Executions until no planned row is open and none to retry has only what an earlier run made of it."""
+        import ray
+
         state, _ = self._state_and_gaps()
         total, done = planned_rows(state), (state.covered - self.retry).count()
         progress = Progress("encode", total, start=done)
@@ -151,22 +153,14 @@ class _Encoding:
         with Watch(self.monitor, progress, done, self.shares, self._log_totals, total=total) as watch:
             state = passes.run()
             watch.finish((state.covered - self.retry).count())
-        self._show_pictures()
-        return state
-
-    def _show_pictures(self) -> None:
-        """A sheet of images beside their round trips, with the tracked run."""
-        import ray
-
-        shown = ray.get(self.monitor.pictures.remote())
-        if not shown:
-            return
-        with tempfile.NamedTemporaryFile(suffix=".png") as file:
+        if shown := ray.get(self.monitor.pictures.remote()):
             captions, images = zip(*shown, strict=True)
             pairs_a_line = math.ceil(math.sqrt(len(images)) / 2)
-            file.write(contact_sheet(images, captions, columns=2 * pairs_a_line))
-            file.flush()
-            self.tracker.log_file(file.name, "pictures/round_trips.png")
+            with tempfile.NamedTemporaryFile(suffix=".png") as file:
+                file.write(contact_sheet(images, captions, columns=2 * pairs_a_line))
+                file.flush()
+                self.tracker.log_file(file.name, "pictures/round_trips.png")
+        return state
 
     def _state_and_gaps(self) -> tuple[State, RowSet]:
         """The state now, and what this run still has to settle."""

@@ -169,12 +169,14 @@ class Order:
     def __init__(self, layout: Layout, spec: OrderSpec) -> None:
         self.layout, self.spec = layout, spec
         if spec.batch_size % spec.lanes:
+            fewer = range(1, min(spec.batch_size, spec.lanes) + 1)
+            near = max(each for each in fewer if spec.batch_size % each == 0)
             raise ConfigError(
                 "the global batch cannot be cut evenly into lanes",
                 key="lanes",
                 value=spec.lanes,
                 rule=f"lanes must divide batch_size={spec.batch_size}",
-                next_step=f"use a divisor, such as {_divisor_near(spec.batch_size, spec.lanes)}",
+                next_step=f"use a divisor, such as {near}",
             )
         self.slot = spec.batch_size // spec.lanes
         count = len(layout.buckets)
@@ -358,10 +360,6 @@ def _pieces(groups: Ints, first_rows: Ints, begins: Ints, ends: Ints) -> tuple[I
     starts = np.maximum(np.repeat(spans[:, 0], counts), first_rows[at]) - first_rows[at]
     stops = np.minimum(np.repeat(spans[:, 1], counts), first_rows[at + 1]) - first_rows[at]
     return groups[at], starts, stops
-
-
-def _divisor_near(number: int, wanted: int) -> int:
-    return max(each for each in range(1, min(number, wanted) + 1) if number % each == 0)
 
 
 # -- The state of a stream: a step number, and what must be unchanged for that number to mean the same rows ----
