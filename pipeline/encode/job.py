@@ -63,11 +63,13 @@ def run(config: EncodeJobConfig) -> JobResult:
     with open_run(config, "encode", root, identity=_identity(config, info, rehearsal=rehearsal)) as run:
         assert run.generation is not None
         since = _before_rereading(config, run) if config.encode.reread else 0
+        with argument_keys("source"):
+            note = source_note(config, listing_digest(config.source))
         plan, report = update_plan(
             root,
             # Under the claim: a listing of before it could retire what a run in between has planned.
             keyed(list_entries(config.source, known_entries(root, config.source.kind)), "source"),
-            source=source_note(config, listing_digest(config.source)),
+            source=note,
             generation=run.generation.number,
             unit_rows=config.encode.unit_rows,
             unit_bytes=config.encode.unit_bytes,

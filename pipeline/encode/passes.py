@@ -297,7 +297,8 @@ def _spec(config: EncodeJobConfig, resources: EncodeResources, calls: int) -> En
         device=device_of(config.cluster, resources.num_gpus),
         decoded=encode.decode == "tasks",
         calls=calls,
-        pictures=encode.pictures if config.tracking.enabled else 0,
+        # Compiled, a decoder would take minutes to be ready for the first picture.
+        pictures=encode.pictures if config.tracking.enabled and not config.codec.compile else 0,
     )
 
 

@@ -276,3 +276,6 @@ def test_an_encode_by_manifest_and_the_nights_after_it(tmp_path: Path, monkeypat
     table = LatentDataset.open(str(tmp_path / "latents"))
     captions = [c for g in range(len(table.row_groups)) for c in table.read(g, ["caption"])["caption"].to_pylist()]
     assert sorted(captions) == [f"picture {n}" for n in range(6)]
+    (tmp_path / "m.parquet").unlink()
+    with pytest.raises(InputError, match=r"is not there[\s\S]*source\.manifest = "):
+        encode_here(monkeypatch, **settings)
