@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import os
 import pkgutil
 import re
 import shlex
@@ -60,17 +61,20 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
     words = list(sys.argv[1:] if argv is None else argv)
     with reported("latentloom"):
         name = words[0] if words else "--help"
+        said = None
         if name in ("--help", "-h", "help"):
-            print(_overview())
-            sys.exit(0)
-        if name == "--version":
+            said = _overview()
+        elif name == "--version":
+            said = "latentloom (a checkout that is not installed)"
             with suppress(metadata.PackageNotFoundError):
-                print(f"latentloom {metadata.version('latentloom')}")
-                sys.exit(0)
-            print("latentloom (a checkout that is not installed)")
-            sys.exit(0)
-        if name in HELPERS:
-            print(_HELPER_OF[name](words[1:]))
+                said = f"latentloom {metadata.version('latentloom')}"
+        elif name in HELPERS:
+            said = _HELPER_OF[name](words[1:])
+        if said is not None:
+            try:
+                print(said, flush=True)
+            except BrokenPipeError:  # whoever reads has read enough, as `head` does
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
         if name not in job_names():
             raise _unknown("command", name, [*job_names(), *HELPERS], "latentloom --help lists all of them")

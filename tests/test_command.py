@@ -296,6 +296,19 @@ def test_other_shells_complete_jobs_flags_keys_and_configurations(
     assert not set(none) & offered
 
 
+def test_a_reader_that_has_read_enough_ends_nothing_in_a_traceback() -> None:
+    code = "from jobs._command import run; run(['--help'])"
+    command = f'{sys.executable} -c "{code}" 2>&1 >&3 3>&- | cat'
+    done = subprocess.run(
+        ["bash", "-c", f"exec 3> >(true); sleep 0.3; {command}"],
+        cwd=REPOSITORY,
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout == ""
+
+
 # -- What is installed -----------------------------------------------------------------------------------------
 
 
