@@ -80,7 +80,10 @@ def run(config: EncodeJobConfig) -> JobResult:
         changes = [f"{report.new:,} new", f"{report.changed:,} changed", f"{report.unchanged:,} unchanged"]
         if report.removed:
             changes.append(f"{report.removed:,} removed (for example {', '.join(report.removed_examples[:3])})")
-        _log.info("plan v%d: %s source objects", plan.number, ", ".join(changes))
+        told = (
+            "the source names what it named the last time" if report.same else f"{', '.join(changes)} source objects"
+        )
+        _log.info("plan v%d: %s", plan.number, told)
         state = read_state(root)
         retry = state.retryable(config.encode.retry_rejects) | released(root, state)
         exact = config.encode.dedup == "exact"

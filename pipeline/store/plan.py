@@ -345,8 +345,12 @@ class _PartWriter:
 
 @dataclass
 class DiffReport:
-    """What a diff found; complete once the entries it yields are exhausted."""
+    """What a diff found; complete once the entries it yields are exhausted.
 
+    same: nothing was compared, as the listing is known to be that of the last time.
+    """
+
+    same: bool = False
     new: int = 0
     changed: int = 0
     unchanged: int = 0

@@ -241,6 +241,10 @@ def test_the_digest_is_of_what_is_named_and_not_of_how_it_is_written(images: Pat
         assert listing_digest(source(images, as_parquet(tmp_path / "c.parquet", changed))) != whole
     assert listing_digest(source(images, tmp_path / "m.parquet", caption=None)) != whole
     assert listing_digest(FolderSource(uri=str(images))) == ""
+    lists = {**given, "text": [["one", "two"], None, [], ["three"], ["four"]]}
+    of_lists = listing_digest(source(images, as_parquet(tmp_path / "l.parquet", lists)))
+    lists["text"][3] = ["three", None]
+    assert listing_digest(source(images, as_parquet(tmp_path / "l.parquet", lists))) != of_lists
     backwards = {name: values[::-1] for name, values in given.items()}
     assert listing_digest(source(images, as_parquet(tmp_path / "b.parquet", backwards))) == ""
 

@@ -163,8 +163,10 @@ def manifest_digest(root: Root, source: ManifestSource) -> str:
     for batch in _batches(manifest_files(source), root, source, _wanted(source)):
         if (last := _last_in_order(batch.column("key"), last)) is None:
             return ""
-        for name in batch.schema.names:
-            column = pc.fill_null(pc.cast(batch.column(name), pa.large_string()), "\0")
+        for name, raw in zip(batch.schema.names, batch.columns, strict=True):
+            if pa.types.is_nested(raw.type):
+                raw = pa.array([None if v is None else json.dumps(v, default=str) for v in raw.to_pylist()])
+            column = pc.fill_null(pc.cast(raw, pa.large_string()), "\0")
             values, lengths = columns.setdefault(name, [hashlib.blake2b(digest_size=16) for _ in range(2)])
             offsets = np.frombuffer(column.buffers()[1], np.int64)[column.offset : column.offset + len(column) + 1]
             values.update(memoryview(column.buffers()[2] or b"")[offsets[0] : offsets[-1]])
