@@ -1,7 +1,8 @@
 """Renders the kustomizations under infra/ where neither kubectl nor kustomize is installed.
 
-It knows exactly the features used there (resources, namespace, images, JSON6902 patches given inline) and refuses
-any other, so that it cannot pass over something silently. Where the real program is installed, a test compares.
+It knows exactly the features used there (resources, components, namespace, images, JSON6902 patches given inline)
+and refuses any other, so that it cannot pass over something silently. Where the real program is installed, a test
+compares.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import yaml
 
-_KEYS = {"apiVersion", "kind", "namespace", "resources", "images", "patches"}
+_KEYS = {"apiVersion", "kind", "namespace", "resources", "components", "images", "patches"}
 _CLUSTER_SCOPED = {
     "Namespace",
     "ClusterRole",
@@ -21,21 +22,30 @@ _CLUSTER_SCOPED = {
     "PersistentVolume",
     "PriorityClass",
     "StorageClass",
+    "ResourceFlavor",
+    "ClusterQueue",
 }
 
 
 def render_here(folder: Path) -> list[dict[str, Any]]:
     """Every object of the kustomization in `folder`, in no particular order."""
+    return _build(folder, [])
+
+
+def _build(folder: Path, before: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same for a component, too, which changes and adds to what was there before it."""
     wanted = yaml.safe_load((folder / "kustomization.yaml").read_text())
     unknown = set(wanted) - _KEYS
     if unknown:
         raise NotImplementedError(f"{folder}: {sorted(unknown)} are not among {sorted(_KEYS)}")
-    manifests: list[dict[str, Any]] = []
+    manifests = list(before)
     for name in wanted.get("resources", []):
         path = folder / name
         more = render_here(path) if path.is_dir() else [m for m in yaml.safe_load_all(path.read_text()) if m]
         # Anchors make parts of a document one object: a patch of one must not change the others.
         manifests += [_unshared(m) for m in more]
+    for name in wanted.get("components", []):
+        manifests = _build(folder / name, manifests)
     for patch in wanted.get("patches", []):
         _patch(manifests, patch)
     for manifest in manifests:

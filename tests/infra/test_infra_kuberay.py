@@ -12,8 +12,11 @@ import yaml
 from tests.infra import infra_schemas
 from tests.infra.infra_files import (
     BASE,
+    COMPONENTS,
     KUSTOMIZATIONS,
     OVERLAYS,
+    PAIRS,
+    PLACES,
     REPOSITORY,
     Manifest,
     named,
@@ -35,7 +38,6 @@ RAY_KINDS = ("RayJob", "RayCronJob")
 KUEUE_KINDS = ("ResourceFlavor", "ClusterQueue", "LocalQueue")
 NIGHT = ("encode", "embed-text", "compact", "train", "sample", "evaluate", "promote", "verify")
 JOBS = {*NIGHT, "backfill", "gc"}
-PLACES = [BASE, *OVERLAYS]
 
 
 @pytest.fixture(params=PLACES, ids=[p.name for p in PLACES], scope="module")
@@ -60,7 +62,7 @@ def test_the_overlays_are_those_announced() -> None:
     assert {p.name for p in OVERLAYS} == {"local", "eks-spot", "gke-spot", "kueue", "raycronjob"}
 
 
-@pytest.mark.parametrize("folder", KUSTOMIZATIONS, ids=[str(p.relative_to(REPOSITORY)) for p in KUSTOMIZATIONS])
+@pytest.mark.parametrize("folder", KUSTOMIZATIONS + PAIRS, ids=lambda p: f"{p.parent.name}-{p.name}")
 def test_our_renderer_and_the_real_one_agree(folder: Path) -> None:
     if tool() is None:
         pytest.skip("neither kubectl nor kustomize is installed: the tests render with their own hand")
@@ -71,7 +73,11 @@ def test_our_renderer_and_the_real_one_agree(folder: Path) -> None:
     assert sort(render_here(folder)) == sort(render(folder))
 
 
-@pytest.mark.parametrize("folder", PLACES, ids=[p.name for p in PLACES])
+def test_the_components_are_those_announced() -> None:
+    assert {p.name for p in COMPONENTS} == {"kueue", "raycronjob"}
+
+
+@pytest.mark.parametrize("folder", PLACES + COMPONENTS, ids=[p.name for p in PLACES + COMPONENTS])
 def test_only_json6902_patches(folder: Path) -> None:
     wanted = yaml.safe_load((folder / "kustomization.yaml").read_text())
     assert not {"patchesStrategicMerge", "patchesJson6902", "commonLabels"} & set(wanted)
@@ -358,8 +364,9 @@ def test_versions_are_one() -> None:
         assert f"rayproject/ray:{ray}-py311" in (REPOSITORY / "infra" / "docker" / name).read_text()
 
 
-def test_kueue_owns_every_job() -> None:
-    kueue = render(next(p for p in OVERLAYS if p.name == "kueue"))
+@pytest.mark.parametrize("place", [p for p in PLACES if "kueue" in p.name], ids=lambda p: p.name)
+def test_kueue_owns_every_job(place: Path) -> None:
+    kueue = render(place)
     queue = named(kueue, "LocalQueue", "latentloom")["metadata"]
     for job in of_kind(kueue, "RayJob"):
         assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == queue["name"]
@@ -368,10 +375,11 @@ def test_kueue_owns_every_job() -> None:
         assert not job["spec"]["rayClusterSpec"].get("enableInTreeAutoscaling")
 
 
-def test_the_cron_job_holds_the_whole_encode_job(base: list[Manifest]) -> None:
-    overlay = render(next(p for p in OVERLAYS if p.name == "raycronjob"))
-    (cron,) = of_kind(overlay, "RayCronJob")
-    expected = copy.deepcopy(named(base, "RayJob", "encode")["spec"])
+@pytest.mark.parametrize("place", [p for p in PLACES if "raycronjob" in p.name], ids=lambda p: p.name)
+def test_the_cron_job_holds_the_whole_encode_job(place: Path) -> None:
+    without = {p.name: p for p in PLACES}[place.name.removesuffix("raycronjob").removesuffix("+") or "base"]
+    (cron,) = of_kind(render(place), "RayCronJob")
+    expected = named(render(without), "RayJob", "encode")["spec"]
     assert expected.pop("suspend") is True
     assert cron["spec"]["jobTemplate"] == expected
 
