@@ -55,6 +55,7 @@ PAIRS = [
     combined("local", "raycronjob"),
 ]
 PLACES = [BASE, *OVERLAYS, *PAIRS]
+SITE = INFRA / "site"
 
 
 def render(folder: Path) -> list[Manifest]:
