@@ -48,9 +48,9 @@ def combined(*names: str) -> Path:
 _COMBINED = tempfile.TemporaryDirectory(prefix="latentloom-overlays-")
 # Every pair that makes sense: kueue wants a cluster that can hold its gangs, raycronjob and kueue exclude each other.
 PAIRS = [
-    combined("eks-spot", "kueue"),
+    combined("eks-spot", "kueue-eks"),
     combined("eks-spot", "raycronjob"),
-    combined("gke-spot", "kueue"),
+    combined("gke-spot", "kueue-gke"),
     combined("gke-spot", "raycronjob"),
     combined("local", "raycronjob"),
 ]

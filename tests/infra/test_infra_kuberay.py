@@ -74,7 +74,7 @@ def test_our_renderer_and_the_real_one_agree(folder: Path) -> None:
 
 
 def test_the_components_are_those_announced() -> None:
-    assert {p.name for p in COMPONENTS} == {"images", "kueue", "raycronjob"}
+    assert {p.name for p in COMPONENTS} == {"images", "kueue", "kueue-eks", "kueue-gke", "raycronjob"}
 
 
 @pytest.mark.parametrize("folder", PLACES + COMPONENTS, ids=[p.name for p in PLACES + COMPONENTS])
