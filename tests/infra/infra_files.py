@@ -46,13 +46,17 @@ def combined(*names: str) -> Path:
 
 
 _COMBINED = tempfile.TemporaryDirectory(prefix="latentloom-overlays-")
-# Every pair that makes sense: kueue wants a cluster that can hold its gangs, raycronjob and kueue exclude each other.
+# Every pair that makes sense, and logs with one of each: kueue wants a cluster that can hold its gangs, raycronjob
+# and kueue exclude each other.
 PAIRS = [
     combined("eks-spot", "kueue-eks"),
     combined("eks-spot", "raycronjob"),
     combined("gke-spot", "kueue-gke"),
     combined("gke-spot", "raycronjob"),
     combined("local", "raycronjob"),
+    combined("local", "logs"),
+    combined("eks-spot", "logs", "kueue-eks"),
+    combined("gke-spot", "logs", "raycronjob"),
 ]
 PLACES = [BASE, *OVERLAYS, *PAIRS]
 SITE = INFRA / "site"

@@ -86,9 +86,13 @@ def _patch(manifests: list[dict[str, Any]], patch: dict[str, Any]) -> None:
 
 
 def apply_operation(document: dict[str, Any], operation: dict[str, Any]) -> None:
-    """One operation of RFC 6902 on a document, in place: add, remove, replace or move."""
+    """One operation of RFC 6902 on a document, in place: add, remove, replace, move or copy."""
     if operation["op"] == "move":
         value = _take(document, operation["from"])
+        apply_operation(document, {"op": "add", "path": operation["path"], "value": value})
+    elif operation["op"] == "copy":
+        parent, key = _parent(document, operation["from"])
+        value = parent[int(key) if isinstance(parent, list) else key]
         apply_operation(document, {"op": "add", "path": operation["path"], "value": value})
     elif operation["op"] == "remove":
         _take(document, operation["path"])

@@ -19,6 +19,7 @@ from tests.infra.infra_files import (
     PLACES,
     REPOSITORY,
     Manifest,
+    combined,
     named,
     of_kind,
     pod_specs,
@@ -74,7 +75,7 @@ def test_our_renderer_and_the_real_one_agree(folder: Path) -> None:
 
 
 def test_the_components_are_those_announced() -> None:
-    assert {p.name for p in COMPONENTS} == {"images", "kueue", "kueue-eks", "kueue-gke", "raycronjob"}
+    assert {p.name for p in COMPONENTS} == {"images", "kueue", "kueue-eks", "kueue-gke", "logs", "raycronjob"}
 
 
 @pytest.mark.parametrize("folder", PLACES + COMPONENTS, ids=[p.name for p in PLACES + COMPONENTS])
@@ -258,6 +259,9 @@ def test_pods_run_unprivileged_with_probes_and_limits(rendered: list[Manifest]) 
             assert container["securityContext"]["readOnlyRootFilesystem"] is True, where
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}, where
             assert "memory" in container["resources"]["limits"], where
+            for other in pod.get("initContainers", []):
+                assert other["securityContext"] == container["securityContext"], where
+                assert "memory" in other["resources"]["limits"], where
             if group != "submitter":
                 assert {"startupProbe", "readinessProbe", "livenessProbe"} <= set(container), where
                 assert container["resources"]["limits"]["cpu"], where
@@ -377,7 +381,8 @@ def test_kueue_owns_every_job(place: Path) -> None:
 
 @pytest.mark.parametrize("place", [p for p in PLACES if "raycronjob" in p.name], ids=lambda p: p.name)
 def test_the_cron_job_holds_the_whole_encode_job(place: Path) -> None:
-    without = {p.name: p for p in PLACES}[place.name.removesuffix("raycronjob").removesuffix("+") or "base"]
+    *others, _ = place.name.split("+")
+    without = combined(*others) if others else BASE
     (cron,) = of_kind(render(place), "RayCronJob")
     expected = named(render(without), "RayJob", "encode")["spec"]
     assert expected.pop("suspend") is True
@@ -427,11 +432,12 @@ def test_networks_are_fetched_for_whoever_reads_them(rendered: list[Manifest]) -
     for name, spec in ray_job_specs(rendered).items():
         for group, template in ray_templates(spec).items():
             pod, wanted = template["spec"], name in ("embed-text", "sample", "evaluate") and group != "submitter"
-            assert [c["name"] for c in pod.get("initContainers", [])] == (["networks"] if wanted else []), name
+            fetching = [c for c in pod.get("initContainers", []) if c.get("restartPolicy") != "Always"]
+            assert [c["name"] for c in fetching] == (["networks"] if wanted else []), name
             mounts = {m["mountPath"]: m for m in pod["containers"][0]["volumeMounts"]}
             assert (place in mounts) == wanted, (name, group)
             if wanted:
-                (init,) = pod["initContainers"]
+                (init,) = fetching
                 assert place in [m["mountPath"] for m in init["volumeMounts"]]
                 assert mounts[place]["readOnly"] is True
                 assert init["securityContext"] == pod["containers"][0]["securityContext"]

@@ -31,7 +31,8 @@ def groups(spec: Manifest) -> dict[str, tuple[int, Manifest]]:
 def demand(pods: int, pod: Manifest) -> dict[str, float]:
     """What a group asks for: its containers together, or an init container where that is more."""
     wanted: dict[str, float] = {}
-    for container in pod["containers"]:
+    beside = [c for c in pod.get("initContainers", []) if c.get("restartPolicy") == "Always"]
+    for container in [*pod["containers"], *beside]:
         for name, value in container["resources"]["requests"].items():
             wanted[name] = wanted.get(name, 0.0) + quantity(value)
     for container in pod.get("initContainers", []):
