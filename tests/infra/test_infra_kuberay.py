@@ -190,6 +190,8 @@ def test_jobs_end_retry_and_clean_up(rendered: list[Manifest]) -> None:
         assert spec["submissionMode"] == "K8sJobMode", name
         assert spec["backoffLimit"] >= 1, name
         assert spec["activeDeadlineSeconds"] >= 3600, name
+        # Time for a node and its image; a cluster that never comes up must not take the night.
+        assert 900 <= spec["preRunningDeadlineSeconds"] <= (21600 if name == "train" else 1800), name
         assert spec["shutdownAfterJobFinishes"] is True, name
         assert spec["ttlSecondsAfterFinished"] > 0, name
         assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}, name
