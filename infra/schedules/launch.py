@@ -12,9 +12,9 @@ server. What is missing is said by name, and nothing is started.
 
 The exit code is the job's own, so that a scheduler can tell what to do:
     0 done    75 stopped, run again    1 bug    2 configuration    3 input    4 conflict    5 rejects over budget
-A cluster that was lost with its job (no exit code) counts as 75. Attempts after a 75, and after a job that found no
-store as it started, are made here, up to --attempts, with longer and longer pauses: an outage of an hour must not use
-them up.
+A cluster that was lost with its job (no exit code) counts as 75, one whose pods never came up, in all attempts, as 3.
+Attempts after a 75, a cluster that did not come up, and a job that found no store as it started, are made here, up to
+--attempts, with longer and longer pauses: an outage of an hour must not use them up.
 
 Needs nothing but Python and, in a pod, a service account with the rights of infra/schedules/cronjob/access.yaml.
 """
@@ -44,6 +44,9 @@ STOP = {1, 2, 3, 4, 5}
 # A job that finds no store as it starts ends with 3, for its settings may be wrong. As likely the store is away: it
 # gets the other attempts, too, and its own code when all have ended so.
 AWAY = "StoreUnavailable:"
+# The operator's reason for a cluster whose pods did not come up: no nodes, no image, a store that was away as its
+# init containers began. Tried again, too; when it stays so, a person has to look.
+LATE = "PreRunningDeadlineExceeded"
 MAX_NAME = 47  # KubeRay appends to it, and Kubernetes allows 63
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _EXIT_CODE = re.compile(r"exit code:? (\d+)")
@@ -244,7 +247,7 @@ class Pace:
 
 def run_step(cluster: Cluster, template: str, run: Run, pace: Pace, sleep: Callable[[float], None]) -> int:
     """Bring one step to its end: adopt, create, follow, repeat; its exit code."""
-    code = AGAIN
+    code, late = AGAIN, False
     for attempt in range(1, pace.attempts + 1):
         name = f"{run.name}-{template}-{attempt}"
         job = cluster.get(name)
@@ -256,6 +259,7 @@ def run_step(cluster: Cluster, template: str, run: Run, pace: Pace, sleep: Calla
             say(f"{name}: created")
         code = follow(cluster, name, pace.period_s, sleep)
         job = cluster.get(name) or {}
+        late = job.get("status", {}).get("reason") == LATE
         if code != AGAIN and not (code == 3 and AWAY in job.get("status", {}).get("message", "")):
             return code
         if attempt < pace.attempts and cluster.get(f"{run.name}-{template}-{attempt + 1}") is None:
@@ -264,7 +268,7 @@ def run_step(cluster: Cluster, template: str, run: Run, pace: Pace, sleep: Calla
             if rest > 0:
                 say(f"{name}: the next attempt begins in {rest:.0f} s")
                 sleep(rest)
-    return code
+    return fail(3, f"{template}: its pods never came up, in {pace.attempts} attempts") if late else code
 
 
 def seconds_since_end(job: dict[str, Any], now: float) -> float:
@@ -303,8 +307,15 @@ def follow(cluster: Cluster, name: str, period_s: float, sleep: Callable[[float]
         if code == 0:
             return 0
         if code is not None:
-            return fail(code, f"{name}: {status.get('reason', '')} {status.get('message', '')[:2000]}".strip())
+            hint = f"\n{look_at(status)}" if status.get("reason") == LATE else ""
+            return fail(code, f"{name}: {status.get('reason', '')} {status.get('message', '')[:2000]}".strip() + hint)
         sleep(period_s)
+
+
+def look_at(status: dict[str, Any]) -> str:
+    """Where the cause of a cluster that did not come up can be seen, while its pods are kept."""
+    selector = f"--selector ray.io/cluster={status.get('rayClusterName', '')}"
+    return f"what its pods wait for: kubectl describe pods {selector}"
 
 
 def say(text: str) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 import subprocess
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,47 @@ REPOSITORY = Path(__file__).parents[2]
 INFRA = REPOSITORY / "infra"
 BASE = INFRA / "kuberay" / "base"
 OVERLAYS = sorted(p.parent for p in (INFRA / "kuberay" / "overlays").glob("*/kustomization.yaml"))
-KUSTOMIZATIONS = sorted(p.parent for p in INFRA.rglob("kustomization.yaml"))
+COMPONENTS = sorted(p.parent for p in INFRA.rglob("kustomization.yaml") if "kind: Component" in p.read_text())
+KUSTOMIZATIONS = sorted({p.parent for p in INFRA.rglob("kustomization.yaml")} - set(COMPONENTS))
 
 Manifest = dict[str, Any]
+
+
+@lru_cache
+def combined(*names: str) -> Path:
+    """A folder that puts components on an overlay, in this order, as the runbook says to do it."""
+    overlay, *components = names
+    folder = Path(_COMBINED.name) / "+".join(names)
+    folder.mkdir()
+
+    def way(target: Path) -> str:
+        return os.path.relpath(target, folder.resolve())
+
+    wanted = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [way(INFRA / "kuberay" / "overlays" / overlay)],
+        "components": [way(next(c for c in COMPONENTS if c.name == name)) for name in components],
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(wanted))
+    return folder
+
+
+_COMBINED = tempfile.TemporaryDirectory(prefix="latentloom-overlays-")
+# Every pair that makes sense, and logs with one of each: kueue wants a cluster that can hold its gangs, raycronjob
+# and kueue exclude each other.
+PAIRS = [
+    combined("eks-spot", "kueue-eks"),
+    combined("eks-spot", "raycronjob"),
+    combined("gke-spot", "kueue-gke"),
+    combined("gke-spot", "raycronjob"),
+    combined("local", "raycronjob"),
+    combined("local", "logs"),
+    combined("eks-spot", "logs", "kueue-eks"),
+    combined("gke-spot", "logs", "raycronjob"),
+]
+PLACES = [BASE, *OVERLAYS, *PAIRS]
+SITE = INFRA / "site"
 
 
 def render(folder: Path) -> list[Manifest]:

@@ -1,7 +1,8 @@
 """Renders the kustomizations under infra/ where neither kubectl nor kustomize is installed.
 
-It knows exactly the features used there (resources, namespace, images, JSON6902 patches given inline) and refuses
-any other, so that it cannot pass over something silently. Where the real program is installed, a test compares.
+It knows exactly the features used there (resources, components, namespace, images with the places that
+`configurations` adds, JSON6902 patches given inline) and refuses any other, so that it cannot pass over something
+silently. Where the real program is installed, a test compares.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import yaml
 
-_KEYS = {"apiVersion", "kind", "namespace", "resources", "images", "patches"}
+_KEYS = {"apiVersion", "kind", "namespace", "resources", "components", "images", "configurations", "patches"}
 _CLUSTER_SCOPED = {
     "Namespace",
     "ClusterRole",
@@ -21,28 +22,41 @@ _CLUSTER_SCOPED = {
     "PersistentVolume",
     "PriorityClass",
     "StorageClass",
+    "ResourceFlavor",
+    "ClusterQueue",
 }
 
 
 def render_here(folder: Path) -> list[dict[str, Any]]:
     """Every object of the kustomization in `folder`, in no particular order."""
+    return _build(folder, [])
+
+
+def _build(folder: Path, before: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same for a component, too, which changes and adds to what was there before it."""
     wanted = yaml.safe_load((folder / "kustomization.yaml").read_text())
     unknown = set(wanted) - _KEYS
     if unknown:
         raise NotImplementedError(f"{folder}: {sorted(unknown)} are not among {sorted(_KEYS)}")
-    manifests: list[dict[str, Any]] = []
+    manifests = list(before)
     for name in wanted.get("resources", []):
         path = folder / name
         more = render_here(path) if path.is_dir() else [m for m in yaml.safe_load_all(path.read_text()) if m]
         # Anchors make parts of a document one object: a patch of one must not change the others.
         manifests += [_unshared(m) for m in more]
+    for name in wanted.get("components", []):
+        manifests = _build(folder / name, manifests)
     for patch in wanted.get("patches", []):
         _patch(manifests, patch)
+    places = [p for name in wanted.get("configurations", []) for p in _image_places(folder / name)]
     for manifest in manifests:
         if "namespace" in wanted and manifest["kind"] not in _CLUSTER_SCOPED:
             manifest["metadata"]["namespace"] = wanted["namespace"]
         for image in wanted.get("images", []):
             _rename_images(manifest, image)
+            for place in places:
+                if manifest["kind"] == place["kind"]:
+                    _rename_at(manifest, place["path"].split("/"), image)
     return manifests
 
 
@@ -72,9 +86,13 @@ def _patch(manifests: list[dict[str, Any]], patch: dict[str, Any]) -> None:
 
 
 def apply_operation(document: dict[str, Any], operation: dict[str, Any]) -> None:
-    """One operation of RFC 6902 on a document, in place: add, remove, replace or move."""
+    """One operation of RFC 6902 on a document, in place: add, remove, replace, move or copy."""
     if operation["op"] == "move":
         value = _take(document, operation["from"])
+        apply_operation(document, {"op": "add", "path": operation["path"], "value": value})
+    elif operation["op"] == "copy":
+        parent, key = _parent(document, operation["from"])
+        value = parent[int(key) if isinstance(parent, list) else key]
         apply_operation(document, {"op": "add", "path": operation["path"], "value": value})
     elif operation["op"] == "remove":
         _take(document, operation["path"])
@@ -104,6 +122,15 @@ def _parent(document: Any, path: str) -> tuple[Any, str]:
     return document, last
 
 
+def _image_places(path: Path) -> list[dict[str, str]]:
+    """Where else an image may stand, by the kind of object."""
+    wanted = yaml.safe_load(path.read_text())
+    if set(wanted) != {"images"} or any(set(place) != {"kind", "path"} for place in wanted["images"]):
+        raise NotImplementedError(f"{path}: only places of images, by kind and path")
+    places: list[dict[str, str]] = wanted["images"]
+    return places
+
+
 def _rename_images(node: Any, wanted: dict[str, str]) -> None:
     if isinstance(node, list):
         for each in node:
@@ -112,8 +139,26 @@ def _rename_images(node: Any, wanted: dict[str, str]) -> None:
         for key, value in node.items():
             if key in ("containers", "initContainers"):
                 for container in value:
-                    name, _, tag = container["image"].partition(":")
-                    if name == wanted["name"]:
-                        container["image"] = f"{wanted.get('newName', name)}:{wanted.get('newTag', tag)}"
+                    container["image"] = _renamed(container["image"], wanted)
             else:
                 _rename_images(value, wanted)
+
+
+def _rename_at(node: Any, steps: list[str], wanted: dict[str, str]) -> None:
+    step, *rest = steps
+    if step.removesuffix("[]") not in node:
+        return
+    if not rest:
+        node[step] = _renamed(node[step], wanted)
+    else:
+        inner = node[step.removesuffix("[]")]
+        for each in inner if step.endswith("[]") else [inner]:
+            _rename_at(each, rest, wanted)
+
+
+def _renamed(image: str, wanted: dict[str, str]) -> str:
+    name, _, tag = image.partition(":")
+    if name != wanted["name"]:
+        return image
+    tail = f"@{wanted['digest']}" if "digest" in wanted else f":{wanted.get('newTag', tag)}"
+    return wanted.get("newName", name) + tail

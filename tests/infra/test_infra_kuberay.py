@@ -12,10 +12,14 @@ import yaml
 from tests.infra import infra_schemas
 from tests.infra.infra_files import (
     BASE,
+    COMPONENTS,
     KUSTOMIZATIONS,
     OVERLAYS,
+    PAIRS,
+    PLACES,
     REPOSITORY,
     Manifest,
+    combined,
     named,
     of_kind,
     pod_specs,
@@ -35,7 +39,6 @@ RAY_KINDS = ("RayJob", "RayCronJob")
 KUEUE_KINDS = ("ResourceFlavor", "ClusterQueue", "LocalQueue")
 NIGHT = ("encode", "embed-text", "compact", "train", "sample", "evaluate", "promote", "verify")
 JOBS = {*NIGHT, "backfill", "gc"}
-PLACES = [BASE, *OVERLAYS]
 
 
 @pytest.fixture(params=PLACES, ids=[p.name for p in PLACES], scope="module")
@@ -60,7 +63,7 @@ def test_the_overlays_are_those_announced() -> None:
     assert {p.name for p in OVERLAYS} == {"local", "eks-spot", "gke-spot", "kueue", "raycronjob"}
 
 
-@pytest.mark.parametrize("folder", KUSTOMIZATIONS, ids=[str(p.relative_to(REPOSITORY)) for p in KUSTOMIZATIONS])
+@pytest.mark.parametrize("folder", KUSTOMIZATIONS + PAIRS, ids=lambda p: f"{p.parent.name}-{p.name}")
 def test_our_renderer_and_the_real_one_agree(folder: Path) -> None:
     if tool() is None:
         pytest.skip("neither kubectl nor kustomize is installed: the tests render with their own hand")
@@ -71,7 +74,11 @@ def test_our_renderer_and_the_real_one_agree(folder: Path) -> None:
     assert sort(render_here(folder)) == sort(render(folder))
 
 
-@pytest.mark.parametrize("folder", PLACES, ids=[p.name for p in PLACES])
+def test_the_components_are_those_announced() -> None:
+    assert {p.name for p in COMPONENTS} == {"images", "kueue", "kueue-eks", "kueue-gke", "logs", "raycronjob"}
+
+
+@pytest.mark.parametrize("folder", PLACES + COMPONENTS, ids=[p.name for p in PLACES + COMPONENTS])
 def test_only_json6902_patches(folder: Path) -> None:
     wanted = yaml.safe_load((folder / "kustomization.yaml").read_text())
     assert not {"patchesStrategicMerge", "patchesJson6902", "commonLabels"} & set(wanted)
@@ -183,6 +190,8 @@ def test_jobs_end_retry_and_clean_up(rendered: list[Manifest]) -> None:
         assert spec["submissionMode"] == "K8sJobMode", name
         assert spec["backoffLimit"] >= 1, name
         assert spec["activeDeadlineSeconds"] >= 3600, name
+        # Time for a node and its image; a cluster that never comes up must not take the night.
+        assert 900 <= spec["preRunningDeadlineSeconds"] <= (21600 if name == "train" else 1800), name
         assert spec["shutdownAfterJobFinishes"] is True, name
         assert spec["ttlSecondsAfterFinished"] > 0, name
         assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}, name
@@ -252,6 +261,9 @@ def test_pods_run_unprivileged_with_probes_and_limits(rendered: list[Manifest]) 
             assert container["securityContext"]["readOnlyRootFilesystem"] is True, where
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}, where
             assert "memory" in container["resources"]["limits"], where
+            for other in pod.get("initContainers", []):
+                assert other["securityContext"] == container["securityContext"], where
+                assert "memory" in other["resources"]["limits"], where
             if group != "submitter":
                 assert {"startupProbe", "readinessProbe", "livenessProbe"} <= set(container), where
                 assert container["resources"]["limits"]["cpu"], where
@@ -358,8 +370,9 @@ def test_versions_are_one() -> None:
         assert f"rayproject/ray:{ray}-py311" in (REPOSITORY / "infra" / "docker" / name).read_text()
 
 
-def test_kueue_owns_every_job() -> None:
-    kueue = render(next(p for p in OVERLAYS if p.name == "kueue"))
+@pytest.mark.parametrize("place", [p for p in PLACES if "kueue" in p.name], ids=lambda p: p.name)
+def test_kueue_owns_every_job(place: Path) -> None:
+    kueue = render(place)
     queue = named(kueue, "LocalQueue", "latentloom")["metadata"]
     for job in of_kind(kueue, "RayJob"):
         assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == queue["name"]
@@ -368,10 +381,12 @@ def test_kueue_owns_every_job() -> None:
         assert not job["spec"]["rayClusterSpec"].get("enableInTreeAutoscaling")
 
 
-def test_the_cron_job_holds_the_whole_encode_job(base: list[Manifest]) -> None:
-    overlay = render(next(p for p in OVERLAYS if p.name == "raycronjob"))
-    (cron,) = of_kind(overlay, "RayCronJob")
-    expected = copy.deepcopy(named(base, "RayJob", "encode")["spec"])
+@pytest.mark.parametrize("place", [p for p in PLACES if "raycronjob" in p.name], ids=lambda p: p.name)
+def test_the_cron_job_holds_the_whole_encode_job(place: Path) -> None:
+    *others, _ = place.name.split("+")
+    without = combined(*others) if others else BASE
+    (cron,) = of_kind(render(place), "RayCronJob")
+    expected = named(render(without), "RayJob", "encode")["spec"]
     assert expected.pop("suspend") is True
     assert cron["spec"]["jobTemplate"] == expected
 
@@ -419,11 +434,12 @@ def test_networks_are_fetched_for_whoever_reads_them(rendered: list[Manifest]) -
     for name, spec in ray_job_specs(rendered).items():
         for group, template in ray_templates(spec).items():
             pod, wanted = template["spec"], name in ("embed-text", "sample", "evaluate") and group != "submitter"
-            assert [c["name"] for c in pod.get("initContainers", [])] == (["networks"] if wanted else []), name
+            fetching = [c for c in pod.get("initContainers", []) if c.get("restartPolicy") != "Always"]
+            assert [c["name"] for c in fetching] == (["networks"] if wanted else []), name
             mounts = {m["mountPath"]: m for m in pod["containers"][0]["volumeMounts"]}
             assert (place in mounts) == wanted, (name, group)
             if wanted:
-                (init,) = pod["initContainers"]
+                (init,) = fetching
                 assert place in [m["mountPath"] for m in init["volumeMounts"]]
                 assert mounts[place]["readOnly"] is True
                 assert init["securityContext"] == pod["containers"][0]["securityContext"]

@@ -175,10 +175,3 @@ def test_every_step_says_that_its_store_is_away_as_the_launcher_looks_for_it(sit
         answer = json.loads(process.communicate(timeout=300)[0].strip().splitlines()[-1])
         assert process.returncode == 3, step
         assert launcher().AWAY in answer["error"], step
-
-
-def test_networks_that_are_not_there_are_said(tmp_path: Path) -> None:
-    fetch = [sys.executable, str(INFRA / "docker" / "fetch_networks.py"), f"{tmp_path}/networks", f"{tmp_path}/here"]
-    done = subprocess.run(fetch, capture_output=True, text=True, check=False)
-    assert done.returncode == 3
-    assert "no file below" in done.stderr

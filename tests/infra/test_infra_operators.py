@@ -11,7 +11,7 @@ import yaml
 from tests.infra.infra_files import (
     BASE,
     INFRA,
-    OVERLAYS,
+    PLACES,
     Manifest,
     named,
     of_kind,
@@ -26,7 +26,6 @@ from tests.infra.infra_night import settings
 
 pytestmark = pytest.mark.integration
 
-PLACES = [BASE, *OVERLAYS]
 STAY = {"karpenter.sh/do-not-disrupt": "true", "cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}
 
 

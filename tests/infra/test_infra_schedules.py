@@ -159,6 +159,9 @@ def ended(code: int | str) -> dict[str, str]:
         error = job_error(StoreUnavailable(5, "the endpoint cannot be reached", "s3://elsewhere/latents"))
         assert error is not None
         return {**ended(error.exit_code), "message": ended(error.exit_code)["message"] + "\n" + error.what}
+    if code == "late":
+        late = {"reason": launcher().LATE, "rayClusterName": "embed-text-x7k2p"}
+        return {"jobDeploymentStatus": "Failed", **late}
     if code == "lost":
         return {"jobDeploymentStatus": "Failed", "reason": "JobDeploymentStatusTransitionGracePeriodExceeded"}
     message = f"Job entrypoint command failed with exit code {code}, last available logs (truncated to 20,000 chars):"
@@ -238,6 +241,18 @@ def test_a_store_that_never_answers_gets_all_attempts_and_its_own_code(api: Api,
     assert [name.partition("417-")[2] for name in api.created] == [
         *("encode-1", "encode-2"),
         *("train-1", "train-2", "train-3"),
+    ]
+
+
+def test_a_cluster_that_does_not_come_up_is_said_by_its_step_and_ends_the_night(api: Api, launch: Any) -> None:
+    api.ends = {"encode": ["late", 0], "embed-text": ["late"] * 9}
+    code, said = launch("--attempts", "2", *STEPS)
+    assert code == 3, "a schedule must not begin its attempts anew"
+    assert "embed-text: its pods never came up, in 2 attempts" in said
+    assert "kubectl describe pods --selector ray.io/cluster=embed-text-x7k2p" in said
+    assert [name.partition("417-")[2] for name in api.created] == [
+        *("encode-1", "encode-2"),
+        *("embed-text-1", "embed-text-2"),
     ]
 
 

@@ -6,6 +6,7 @@ it needs the provider for Kubernetes and nothing of latentloom.
 
 from __future__ import annotations
 
+import os
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -48,7 +49,8 @@ def launch(job: str, run: str) -> LaunchRayJob:
         task_id=job,
         name=f"launch-{job}",
         namespace="latentloom",
-        image="latentloom-cpu:0.1.0",
+        # Of your registry, by its digest: in the environment of Airflow's parsers and workers.
+        image=os.environ.get("LATENTLOOM_IMAGE", "latentloom-cpu:0.1.0"),
         cmds=["python", "/opt/latentloom/launch.py"],
         # The day the run is for: a retry and a cleared task find the RayJobs of that night.
         arguments=["--run", run, job],
