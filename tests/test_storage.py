@@ -204,8 +204,9 @@ def test_listing_a_large_directory_holds_little_more_than_its_names(tmp_path: Pa
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="cannot be written: NotADirectoryError"):
+    with pytest.raises(InputError, match="cannot be written: NotADirectoryError") as caught:
         Root(str(tmp_path / "file")).probe()
+    assert (caught.value.key, caught.value.value) == ("output.uri", str(tmp_path / "file"))
 
 
 def test_an_unknown_scheme_names_the_remedy() -> None:

@@ -106,7 +106,7 @@ def ensure_ray(cluster: ClusterConfig) -> Any:
     # What Ray Data says of small data is true of small data.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"ray\.data\.")
     if address:
-        _probe(address)
+        check_address()
         try:
             ray.init(address=address, **common)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -142,8 +142,12 @@ def ensure_ray(cluster: ClusterConfig) -> Any:
     return ray
 
 
-def _probe(address: str) -> None:
-    """InputError unless such a server as Ray's answers at the address: Ray would ask for minutes, in silence."""
+def check_address() -> None:
+    """InputError when RAY_ADDRESS names a place where no such server as Ray's answers.
+
+    Ray itself would ask for minutes, in silence; and a dry run says what the run would meet.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
     place = address.removeprefix("ray://")
     host, _, port = place.rpartition(":")
     if not host or not port.isdigit() or os.environ.get("RAY_USE_TLS", "0") != "0":

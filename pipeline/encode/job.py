@@ -10,7 +10,7 @@ from functools import cache, partial
 from typing import Any
 
 from pipeline.codec.info import CodecInfo, check_dtype, check_posterior, fitted_by, gpu_dtype, read_codec_info
-from pipeline.dataflow.cluster import ensure_ray
+from pipeline.dataflow.cluster import check_address, ensure_ray
 from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.plan import (
     REHEARSED,
@@ -135,6 +135,8 @@ def dry_run(config: EncodeJobConfig) -> JobResult:
     if root.local_path() is not None:
         root.probe()  # which leaves a disk as it was
     count = count_source(config, root, read_state(root) if root.exists(IDENTITY) else None)
+    if count.todo:
+        check_address()
     source = f"source     {count.objects:,} objects, {count.size_bytes / 1e9:,.3f} GB, {count.images:,} images"
     if count.guessed:
         source += (

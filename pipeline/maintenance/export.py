@@ -28,6 +28,7 @@ from pydantic import TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from pipeline.config import need_package
+from pipeline.dataflow.cluster import check_address
 from pipeline.errors import ConfigError, ConflictError, InputError, StoppedError
 from pipeline.maintenance.config import ExportJobConfig
 from pipeline.maintenance.job import track
@@ -112,10 +113,12 @@ def run_export(config: ExportJobConfig) -> JobResult:
 def plan_export(config: ExportJobConfig) -> JobResult:
     """How many rows, shards and bytes, and of these shards how many are missing; writes nothing."""
     export = _Export.of(config)
+    if missing := export.missing():
+        check_address()
     counts = {
         "rows": export.dataset.num_rows,
         "shards": len(export.shards),
-        "missing": len(export.missing()),
+        "missing": len(missing),
         "bytes_about": int((export.dataset.row_groups.rows * row_bytes(export.dataset, export.form)).sum()),
     }
     return JobResult("dry-run", counts, {"export": export.output.uri})

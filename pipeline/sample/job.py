@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from pipeline.dataflow.cluster import check_address
 from pipeline.diffusion.solvers import SOLVERS
 from pipeline.errors import InputError, RejectBudgetError, argument_keys
 from pipeline.result import JobResult
@@ -119,6 +120,8 @@ def dry_run(config: SampleJobConfig) -> JobResult:
         SOLVERS[prepared.draw.sampler].evaluations(steps) * (2 if guidance != 1.0 else 1)
         for steps, guidance in zip(requests["steps"].to_pylist(), requests["guidance"].to_pylist(), strict=True)
     )
+    if done < requests.num_rows:
+        check_address()
     counts = {
         "requests": requests.num_rows,
         "duplicates": prepared.requests.duplicates,

@@ -441,7 +441,7 @@ class Root:
                 f"The output {without_user(self.uri)} cannot be written: {describe(error)}",
                 rule="an output is a directory or bucket prefix this process may write to",
                 next_step="check the URI, the endpoint, the permissions and the free space",
-            ) from None
+            ).but(key="output.uri", value=without_user(self.uri)) from None
         with contextlib.suppress(*storage_errors()):
             self.delete(key)
             if self._local:

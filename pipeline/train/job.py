@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from pipeline.config import config_digest, validate
-from pipeline.dataflow.cluster import WORKER_ENV, device_of, ensure_ray
+from pipeline.dataflow.cluster import WORKER_ENV, check_address, device_of, ensure_ray
 from pipeline.errors import InputError, PipelineError, StoppedError, argument_keys
 from pipeline.model.config import NetworkConfig
 from pipeline.progress import Progress
@@ -114,6 +114,7 @@ def dry_run(config: TrainJobConfig) -> JobResult:
     """What a run would do: steps, epochs, space for checkpoints; starts nothing and writes nothing."""
     config = _absolute(config)
     begun = look(config, root_of(config))
+    check_address()
     datasets, facts, t = begun.datasets, begun.facts, config.train
     steps = math.ceil(t.images / t.batch_size)
     # How often each dataset is seen: "epochs" is the first one's, "epochs_mix<n>" that of `data.mix[n]`.

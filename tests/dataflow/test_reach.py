@@ -5,12 +5,17 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from pipeline.config import validate
 from pipeline.dataflow import cluster
 from pipeline.dataflow.cluster import ClusterConfig, ensure_ray
+from pipeline.encode.config import EncodeJobConfig
+from pipeline.encode.job import dry_run
 from pipeline.errors import InputError
+from tests.support.images import make_codec, make_images
 
 
 @pytest.fixture
@@ -35,3 +40,16 @@ def test_an_address_without_a_cluster_is_an_input_error(
         ensure_ray(ClusterConfig())
     assert time.monotonic() - began < 20
     assert (refused.value.key, refused.value.value) == ("RAY_ADDRESS", address)
+
+
+def test_a_dry_run_with_something_to_do_meets_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_images(tmp_path / "images", 3)
+    settings = {"kind": "folder", "uri": str(tmp_path / "images")}
+    image = {"resolution": 32, "multiple_of": 4}
+    values = {"source": settings, "codec": {"path": str(make_codec(tmp_path / "codec"))}, "image": image}
+    config = validate(EncodeJobConfig, {**values, "output": {"uri": str(tmp_path / "latents")}})
+    assert dry_run(config).counts["to_encode"] == 3
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr(cluster, "_ANSWER_S", 0.5)
+    with pytest.raises(InputError, match="No Ray cluster answers"):
+        dry_run(config)
