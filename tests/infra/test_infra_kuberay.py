@@ -13,6 +13,7 @@ from tests.infra import infra_schemas
 from tests.infra.infra_files import (
     BASE,
     COMPONENTS,
+    INFRA,
     KUSTOMIZATIONS,
     OVERLAYS,
     PAIRS,
@@ -63,7 +64,12 @@ def test_the_overlays_are_those_announced() -> None:
     assert {p.name for p in OVERLAYS} == {"local", "eks-spot", "gke-spot", "kueue", "raycronjob"}
 
 
-@pytest.mark.parametrize("folder", KUSTOMIZATIONS + PAIRS, ids=lambda p: f"{p.parent.name}-{p.name}")
+# Named without the temporary folder: processes that share a suite have to collect the same names.
+@pytest.mark.parametrize(
+    "folder",
+    KUSTOMIZATIONS + PAIRS,
+    ids=[str(p.relative_to(INFRA)) for p in KUSTOMIZATIONS] + [p.name for p in PAIRS],
+)
 def test_our_renderer_and_the_real_one_agree(folder: Path) -> None:
     if tool() is None:
         pytest.skip("neither kubectl nor kustomize is installed: the tests render with their own hand")
