@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -21,11 +22,12 @@ from PIL import Image
 from pipeline.codec.codec import load_codec
 from pipeline.codec.config import CodecConfig
 from pipeline.encode.rows import pixels_table, raw_table
-from pipeline.encode.stages import DecodeImages, EncodeBlocks, EncoderSpec
+from pipeline.encode.stages import BLOCK_BYTES, DecodeImages, EncodeBlocks, EncoderSpec, blocks_at_most
 from pipeline.errors import InputError, PipelineError
 from pipeline.source.config import ImageConfig
 from pipeline.source.reading.rows import EndOfUnit, SourceRow
 from pipeline.source.reasons import Reason
+from pipeline.store.plan import Work
 from tests.support.images import make_codec
 from tests.support.jobs import environment
 from tests.support.monitor import LocalMonitor
@@ -208,3 +210,9 @@ def test_a_decode_task_says_which_rows_it_is_busy_with(monkeypatch: pytest.Monke
     assert table["outcome"].to_pylist() == ["rejected", "end"]
     assert seen == [[[(7, 3, 4)]]]  # what a process that dies now leaves open
     assert monitor.state.deaths() == ([], [])
+
+
+def test_no_more_blocks_come_than_are_reckoned_with() -> None:
+    assert int(blocks_at_most([Work(0, ((0, 20),))], 1 << 20)) == 1
+    assert int(blocks_at_most([Work(0, ((0, 20), (30, 2078))), Work(4, ((0, 64),))], BLOCK_BYTES)) == 2 + 2 + 1
+    assert blocks_at_most([Work(0, ((0, None),))], 0) == math.inf
