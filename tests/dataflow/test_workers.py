@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import re
 import signal
 import time
@@ -17,17 +19,36 @@ from pipeline.dataflow import cluster as cluster_module
 from pipeline.dataflow.cluster import ClusterConfig
 from pipeline.dataflow.workers import open_workers
 from pipeline.errors import ConfigError, ConflictError, InputError, StoppedError
+from pipeline.storage.root import Root
+from pipeline.store.ledger.state import read_state
 from tests.support.jobs import run, start
 from tests.support.ray_nodes import RayNodes, ray_nodes
+from tests.support.rows import claim, committer, latent_rows, planned_root, rejected_rows
 from tests.support.site import site_environment
 
 CLUSTER = ClusterConfig()
 
 
+# What is written below a folder whose name begins so comes slowly to its disk, on all nodes.
+SLOW = """
+    import os, time
+    real = os.fsync
+    def fsync(descriptor):
+        if "/slow-" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            time.sleep(0.3)
+        return real(descriptor)
+    os.fsync = fsync
+"""
+
+
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[RayNodes]:
-    with ray_nodes(1, 2) as started:
-        yield started
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
+    slow = site_environment(tmp_path_factory.mktemp("site"), SLOW)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in slow.items():
+            patch.setenv(name, value)  # what the nodes' workers inherit
+        with ray_nodes(1, 2) as started:
+            yield started
 
 
 @pytest.fixture
@@ -182,27 +203,24 @@ def test_a_cluster_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch)
 # -- Jobs whose work is spread so ------------------------------------------------------------------------------
 
 
-def one_busy(name: str, condition: Callable[[], Any]) -> psutil.Process:
-    """A worker of the cluster, once a condition holds."""
+def kill_one(nodes: RayNodes, condition: Callable[[], Any]) -> None:
+    """Kill a worker of the cluster that writes, once a condition holds."""
     until = time.monotonic() + 120
     while time.monotonic() < until:
-        if condition():
-            for process in psutil.process_iter(["cmdline"]):
-                if re.search(name, " ".join(process.info["cmdline"] or [])):
-                    return process
+        for daemon in nodes.daemons if condition() else ():
+            assert daemon.process is not None
+            for process in psutil.Process(daemon.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if any("/slow-" in file.path for file in process.open_files()):
+                        process.kill()
+                        return
         time.sleep(0.02)
     pytest.fail("it never came to that")
 
 
-SLOW_EMBEDDING = """
-    import time
-    import pipeline.text.job as job
-    real = job.embed_entries
-    def embed_entries(*arguments):
-        time.sleep(0.5)
-        return real(*arguments)
-    job.embed_entries = embed_entries
-"""
+def contents(folder: Path) -> dict[str, bytes]:
+    """The data files of a dataset."""
+    return {file.name: file.read_bytes() for file in (folder / "data").glob("*.parquet")}
 
 
 @pytest.mark.ray
@@ -212,7 +230,6 @@ def test_captions_embedded_by_several_workers_of_which_one_is_killed(nodes: RayN
 
     make_clip(tmp_path / "clip")
     latents = make_latents(tmp_path / "latents", [[f"picture {a} {b}" for a in range(8)] for b in range(12)])
-    slow = site_environment(tmp_path / "site", SLOW_EMBEDDING)
 
     def arguments(output: str) -> list[str]:
         fixed = ["encoders=[{name: clip, path: clip}]", "embed.unit_captions=4", "embed.batch_size=4", "threads=1"]
@@ -220,16 +237,45 @@ def test_captions_embedded_by_several_workers_of_which_one_is_killed(nodes: RayN
 
     code, alone, errors = run("embed_text", *arguments("alone"), cwd=tmp_path)
     assert code == 0, errors
-    process = start("embed_text", *arguments("spread"), cwd=tmp_path, env=nodes.env | slow)
-    ledger = tmp_path / "spread" / "clip" / "ledger"
-    one_busy(r"ray::_Worker\.call", lambda: len(list(ledger.rglob("*.json"))) > 2).kill()
+    process = start("embed_text", *arguments("slow-output"), cwd=tmp_path, env=nodes.env)
+    kill_one(nodes, lambda: len(list((tmp_path / "slow-output/clip/ledger").rglob("*.json"))) > 2)
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "a worker died and is replaced (an encoder of clip)" in errors
     assert f'"clip.captions": {alone["counts"]["clip.captions"]}' in out
-    assert contents(tmp_path / "spread" / "clip") == contents(tmp_path / "alone" / "clip")
+    assert contents(tmp_path / "slow-output" / "clip") == contents(tmp_path / "alone" / "clip")
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """The data files of a dataset."""
-    return {file.name: file.read_bytes() for file in (folder / "data").glob("*.parquet")}
+def dataset_of(folder: Path) -> Root:
+    """Fragments in an order of chance, and one reject."""
+    root = planned_root(str(folder), units=12, rows=20)
+    addresses = [(unit, row) for unit in range(12) for row in range(20)]
+    random.Random(1).shuffle(addresses)
+    generation = claim(root)
+    for first in range(0, len(addresses), 6):
+        part = sorted(addresses[first : first + 6])
+        stored = [address for address in part if address != (3, 3)]
+        rejects = rejected_rows([(3, 3)], "truncated") if len(stored) < len(part) else None
+        committer(root, generation).commit(latent_rows(stored), rejects, {})
+    generation.close({"status": "done"})
+    return root
+
+
+@pytest.mark.ray
+def test_a_verification_on_a_cluster_finds_what_one_process_finds(nodes: RayNodes, tmp_path: Path) -> None:
+    root = dataset_of(tmp_path / "data")
+    arguments = [f"data.uri={root.uri}", "tracking.enabled=false"]
+    code, whole, errors = run("verify", *arguments, cwd=tmp_path, env=nodes.env)
+    assert code == 0, errors
+    assert (whole["counts"]["files_checked"], whole["counts"]["latents"]) == (41, 239)
+    for file in [file.info.path for file in read_state(root).files][::9]:
+        data = bytearray(root.read_bytes(file))
+        data[len(data) // 2] ^= 1
+        root.put(file, bytes(data))
+    found = []
+    for env in (nodes.env, {}):
+        code, answer, errors = run("verify", *arguments, "resume_s=0", cwd=tmp_path, env=env)
+        assert code == 3, errors
+        found.append((answer["counts"], sorted(re.findall(r"checksum: (\S+):", errors))))
+    assert found[0] == found[1]
+    assert len(found[0][1]) == 5
