@@ -51,13 +51,12 @@ class Workers:
         Both travel to a cluster's workers and must be picklable there, and results back. Raises what a call raised,
         StoppedError when workers die again and again.
         """
-        items = iter(items)
-        return _Actors(self, make).run(items) if self.on_cluster else in_threads(self.count, make, items)
+        return _Actors(self, make).run(iter(items)) if self.on_cluster else in_threads(self.count, make, items)
 
 
-def in_threads(count: int, make: Callable[[], Callable[[T], R]], items: Iterator[T]) -> Iterator[R]:
+def in_threads(count: int, make: Callable[[], Callable[[T], R]], items: Iterable[T]) -> Iterator[R]:
     """As `Workers.spread`, by so many threads of this process."""
-    function, pool = make(), ThreadPoolExecutor(count)
+    items, function, pool = iter(items), make(), ThreadPoolExecutor(count)
     try:
         running = {pool.submit(function, item) for item in islice(items, count)}
         while running:

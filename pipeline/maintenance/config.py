@@ -125,7 +125,13 @@ class CompactJobConfig(StrictModel):
         "the shards which are there makes all of them anew.",
     )
     seed: int = Field(0, ge=0, lt=1 << 63, description="What rows are shuffled by.")
-    workers: int = Field(2, ge=1, description="Shards written at a time; each needs about three times its size.")
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="Shards written at a time, each with a CPU and three times its size in memory; null: as many as "
+        "the cluster at RAY_ADDRESS, or this machine without one, has room for.",
+    )
+    cluster: ClusterConfig = Field(ClusterConfig(), description="The Ray cluster, where RAY_ADDRESS names one.")
     tracking: TrackingConfig = Field(TrackingConfig(), description="Where the compaction is recorded.")
 
     def shuffled_by(self, kind: str) -> int | None:

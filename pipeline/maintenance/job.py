@@ -49,6 +49,7 @@ from pipeline.tracking.queries import descend
 
 _log = logging.getLogger(__name__)
 _CHECK_BYTES = 1 << 30  # reserved by whoever checks files: one is held at a time, whole
+_SHARDS_HELD = 3  # in memory by whoever writes one
 _VERIFIED = "verified"  # below the root: of each level how far verifications have come, which is advice alone
 
 
@@ -236,13 +237,17 @@ def run_compact(config: CompactJobConfig) -> JobResult:
         sizes = {"shard_bytes": config.shard_bytes, "row_group_bytes": config.row_group_bytes}
         track(run, root, {**sizes, **arranged(seed)})
         run.tracker.log_input(name=root.uri, digest=dataset.digest, source=root.uri, context="input")
-        report = compact(
-            run.generation,
-            **sizes,
-            seed=seed,
-            workers=config.workers,
-            on_shard=lambda done, total: progress.update(done, of=total),
-        )
+        memory = _SHARDS_HELD * config.shard_bytes
+        with open_workers(
+            "a process that writes shards", config.cluster, config.workers, memory_bytes=memory
+        ) as workers:
+            report = compact(
+                run.generation,
+                **sizes,
+                seed=seed,
+                spread=workers.spread,
+                on_shard=lambda done, total: progress.update(done, of=total),
+            )
         counts |= {
             "shards_written": report.shards_written,
             "shards_kept": report.shards_kept,
@@ -256,8 +261,11 @@ def run_compact(config: CompactJobConfig) -> JobResult:
 def plan_compact(config: CompactJobConfig) -> JobResult:
     """How many shards there would be."""
     dataset = _open(Root(config.data.uri))
-    shards, _ = shards_to_write(dataset, config.shard_bytes, config.shuffled_by(dataset.identity.kind))
-    return JobResult("dry-run", {"files": len(dataset.state.files), "shards": shards})
+    shards, todo = shards_to_write(dataset, config.shard_bytes, config.shuffled_by(dataset.identity.kind))
+    if todo:
+        check_address()
+    counts = {"files": len(dataset.state.files), "shards": shards, "shards_to_write": len(todo)}
+    return JobResult("dry-run", counts)
 
 
 def run_forget(config: ForgetJobConfig) -> JobResult:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
-import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,10 @@ from pipeline.dataflow.workers import open_workers
 from pipeline.errors import ConfigError, ConflictError, InputError, StoppedError
 from pipeline.storage.root import Root
 from pipeline.store.ledger.state import read_state
+from pipeline.store.maintain.verify import verify
 from tests.support.jobs import run, start
+from tests.support.kills import victims
+from tests.support.maintain import compact
 from tests.support.ray_nodes import RayNodes, ray_nodes
 from tests.support.rows import claim, committer, latent_rows, planned_root, rejected_rows
 from tests.support.site import site_environment
@@ -248,12 +252,12 @@ def test_captions_embedded_by_several_workers_of_which_one_is_killed(nodes: RayN
 
 def dataset_of(folder: Path) -> Root:
     """Fragments in an order of chance, and one reject."""
-    root = planned_root(str(folder), units=12, rows=20)
-    addresses = [(unit, row) for unit in range(12) for row in range(20)]
+    root = planned_root(str(folder), units=40, rows=50)
+    addresses = [(unit, row) for unit in range(40) for row in range(50)]
     random.Random(1).shuffle(addresses)
     generation = claim(root)
-    for first in range(0, len(addresses), 6):
-        part = sorted(addresses[first : first + 6])
+    for first in range(0, len(addresses), 50):
+        part = sorted(addresses[first : first + 50])
         stored = [address for address in part if address != (3, 3)]
         rejects = rejected_rows([(3, 3)], "truncated") if len(stored) < len(part) else None
         committer(root, generation).commit(latent_rows(stored), rejects, {})
@@ -264,18 +268,66 @@ def dataset_of(folder: Path) -> Root:
 @pytest.mark.ray
 def test_a_verification_on_a_cluster_finds_what_one_process_finds(nodes: RayNodes, tmp_path: Path) -> None:
     root = dataset_of(tmp_path / "data")
-    arguments = [f"data.uri={root.uri}", "tracking.enabled=false"]
-    code, whole, errors = run("verify", *arguments, cwd=tmp_path, env=nodes.env)
-    assert code == 0, errors
-    assert (whole["counts"]["files_checked"], whole["counts"]["latents"]) == (41, 239)
     for file in [file.info.path for file in read_state(root).files][::9]:
         data = bytearray(root.read_bytes(file))
         data[len(data) // 2] ^= 1
         root.put(file, bytes(data))
-    found = []
-    for env in (nodes.env, {}):
-        code, answer, errors = run("verify", *arguments, "resume_s=0", cwd=tmp_path, env=env)
-        assert code == 3, errors
-        found.append((answer["counts"], sorted(re.findall(r"checksum: (\S+):", errors))))
-    assert found[0] == found[1]
-    assert len(found[0][1]) == 5
+    here = verify(root.uri, "checksums")
+    arguments = [f"data.uri={root.uri}", "tracking.enabled=false", f"report={tmp_path / 'report.json'}"]
+    code, answer, errors = run("verify", *arguments, cwd=tmp_path, env=nodes.env)
+    assert code == 3, errors
+    there = json.loads((tmp_path / "report.json").read_bytes())
+    assert answer["counts"]["files_checked"] == there["files_checked"] == here.files_checked == 41
+    assert there["bytes_read"] == here.bytes_read > 0
+    assert [p["kind"] for p in here.problems] == ["checksum"] * 5
+    assert sorted(p["where"] for p in there["problems"]) == sorted(p["where"] for p in here.problems)
+
+
+SIZES = {"shard_bytes": 65536, "row_group_bytes": 1024, "seed": 5}
+
+
+def compaction(root: Root) -> list[str]:
+    return [f"data.uri={root.uri}", "tracking.enabled=false", *(f"{key}={value}" for key, value in SIZES.items())]
+
+
+@pytest.mark.ray
+def test_shards_written_by_several_workers_of_which_one_is_killed(nodes: RayNodes, tmp_path: Path) -> None:
+    """Byte for byte those of one process."""
+    alone = dataset_of(tmp_path / "alone")
+    spread = Root(shutil.copytree(tmp_path / "alone", tmp_path / "slow-data").as_posix())
+    whole = compact(alone.uri, **SIZES)
+    assert whole.shards_written > 8
+    fragments = len(list(spread.list("data")))
+    process = start("compact", *compaction(spread), cwd=tmp_path, env=nodes.env)
+    kill_one(nodes, lambda: len(list(spread.list("data"))) > fragments)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "a worker died and is replaced (a process that writes shards)" in errors
+    answer = json.loads(out.splitlines()[-1])
+    assert (answer["counts"]["shards_written"], answer["counts"]["bytes"]) == (
+        whole.shards_written,
+        whole.bytes_written,
+    )
+    assert contents(tmp_path / "slow-data") == contents(tmp_path / "alone")
+    assert verify(spread.uri, "checksums").problems == []
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_compaction_on_a_cluster_whose_driver_is_killed_goes_on(nodes: RayNodes, tmp_path: Path) -> None:
+    root = dataset_of(tmp_path / "slow-data")
+    fragments = len(list(root.list("data")))
+    process = start("compact", *compaction(root), cwd=tmp_path, env=nodes.env)
+    until = time.monotonic() + 120
+    while time.monotonic() < until and len(list(root.list("data"))) < fragments + 4:
+        time.sleep(0.02)
+    (driver,) = victims(psutil.Process(process.pid), "driver")
+    os.kill(driver.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    code, answer, errors = run("compact", *compaction(root), cwd=tmp_path, env=nodes.env)
+    assert code == 0, errors
+    assert answer["counts"]["shards_kept"] >= 1
+    assert answer["counts"]["shards_written"] > 0
+    report = verify(root.uri, "checksums")
+    assert (report.problems, report.stored_rows, report.rejected_rows) == ([], 1999, 1)
