@@ -60,7 +60,7 @@ def write(uri: Path, captions: Sequence[str], encode: Any = toy_encode, dtype: s
     generation = claim(root)
     planned = (PlannedCaption(caption_hash(c).hex(), len(c.encode()), c) for c in captions)
     append_version(read_plan(root), in_units(planned, 8), source={}, generation=generation.number)
-    embed_gaps(root, generation, read_state(root), encode, embedding_dtype=dtype, row_group_bytes=1024)
+    embed_gaps(root, generation, read_state(root), lambda: encode, embedding_dtype=dtype, row_group_bytes=1024)
     generation.close({"status": "done"})
     return str(uri)
 
@@ -242,7 +242,9 @@ def test_a_writer_that_was_taken_over_encodes_nothing_more(tmp_path: Path) -> No
     planned = [PlannedCaption(caption_hash(c).hex(), len(c), c) for c in CAPTIONS]
     append_version(read_plan(root), in_units(planned, 8), source={}, generation=generation.number)
     with pytest.raises(ConflictError, match="Another run has taken over"):
-        embed_gaps(root, generation, read_state(root), overtaken, embedding_dtype="float16", row_group_bytes=1024)
+        embed_gaps(
+            root, generation, read_state(root), lambda: overtaken, embedding_dtype="float16", row_group_bytes=1024
+        )
     assert calls == [8]
     generation.abandon()
 
