@@ -183,7 +183,7 @@ def forget(
     root = generation.root
     dataset = Dataset(root, read_identity(root), read_state(root))
     groups, found = len(dataset.row_groups), _Found(listed)
-    for done, table in enumerate(scan_columns(dataset, generation, _TELLING), 1):
+    for done, table in enumerate(scan_columns(dataset, _TELLING, generation.check), 1):
         found.look(table)
         on_group(done, 2 * groups)
     known = Withdrawals.read(root, Withdrawals.keys(root))
@@ -203,7 +203,7 @@ def forget(
 
     everywhere, committer = Withdrawals([withdrawn]), Committer(root, generation.number, 1, None, {})
     gone, rows, waiting = RowSet.empty(), 0, list[pa.Table]()
-    for done, table in enumerate(scan_columns(dataset, generation, _TELLING), 1):
+    for done, table in enumerate(scan_columns(dataset, _TELLING, generation.check), 1):
         # Of a source row one variant may carry the id, or the perceptual hash: all of them go.
         mine = everywhere.among(table) | found.rows.contains(table["unit"].to_numpy(), table["row"].to_numpy())
         waiting.append(table.filter(pa.array(mine)).select(["unit", "row", "key"]))
