@@ -87,7 +87,9 @@ def deduplicate(
     shares, groups = max(1, -(-dataset.num_rows // work.limit)), len(dataset.row_groups)
     steps, done = groups if shares == 1 else 2 * groups, 0
     parts: dict[int, tuple[_Part, ...]] = {}
-    for first, read, written in spread(partial(work.partitioner, shares), work.pieces() if shares > 1 else ()):
+    for first, read, written in spread(
+        partial(work.partitioner, shares), pieces_of(dataset, work.limit // 2) if shares > 1 else ()
+    ):
         generation.check()
         parts[first] = written
         on_group(done := done + read, steps)
@@ -173,24 +175,13 @@ class _Work:
     source_uri: str
     limit: int
 
-    def pieces(self) -> Iterator[range]:
-        """Row groups, to be read at a time: half of `limit` rows, or one that has more."""
-        first = rows = 0
-        for group, count in enumerate(self.dataset.row_groups.rows.tolist()):
-            if rows and rows + count > self.limit // 2:
-                yield range(first, group)
-                first, rows = group, 0
-            rows += count
-        yield range(first, len(self.dataset.row_groups))
-
     def partitioner(self, shares: int) -> Callable[[range], tuple[int, int, tuple[_Part, ...]]]:
         """What leaves the rows of row groups in scratch: the first of these, how many they are, a part a share."""
         root, number = self.dataset.root, self.committer.generation
 
         def partition(groups: range) -> tuple[int, int, tuple[_Part, ...]]:
-            with ThreadPoolExecutor(_READERS) as pool:
-                tables = pool.map(lambda group: self.dataset.read(group, _COLUMNS), groups)
-                rows = np.concatenate([_rows(table, group) for group, table in zip(groups, tables, strict=True)])
+            tables = scan_columns(self.dataset, _COLUMNS, groups)
+            rows = np.concatenate([_rows(table, group) for group, table in zip(groups, tables, strict=True)])
             share = ((rows["hash"][:, 0] >> np.uint64(32)) * np.uint64(shares)) >> np.uint64(32)
             order = np.argsort(share, kind="stable")
             data = rows[order].tobytes()
@@ -312,15 +303,23 @@ def hash_rows(column: pa.ChunkedArray) -> Bytes:
     return binary_rows(pc.fill_null(column, b"\0" * width) if column.null_count else column, width)
 
 
-def scan_columns(
-    dataset: Dataset, columns: Sequence[str], check: Callable[[], None] = lambda: None
-) -> Iterator[pa.Table]:
-    """Some columns of each row group, few row groups in memory at a time; `check` is called now and then."""
+def scan_columns(dataset: Dataset, columns: Sequence[str], groups: range | None = None) -> Iterator[pa.Table]:
+    """Some columns of each row group, or of some in a row; few of them are in memory at a time."""
+    groups = range(len(dataset.row_groups)) if groups is None else groups
     with ThreadPoolExecutor(_READERS) as pool:
-        for first in range(0, len(dataset.row_groups), _READ_WINDOW):
-            check()
-            groups = dataset.row_groups[first : first + _READ_WINDOW]
-            yield from pool.map(lambda group: dataset.read(group.index, columns), groups)
+        for first in range(0, len(groups), _READ_WINDOW):
+            yield from pool.map(lambda group: dataset.read(group, columns), groups[first : first + _READ_WINDOW])
+
+
+def pieces_of(dataset: Dataset, most_rows: int) -> Iterator[range]:
+    """All row groups, in pieces of at most so many rows, or of one that has more."""
+    first = rows = 0
+    for group, count in enumerate(dataset.row_groups.rows.tolist()):
+        if rows and rows + count > most_rows:
+            yield range(first, group)
+            first, rows = group, 0
+        rows += count
+    yield range(first, len(dataset.row_groups))
 
 
 def filtered_rows(
