@@ -92,8 +92,8 @@ class Portion:
     """The files that a verification looks at: all by default.
 
     Those of generations after `after`, if it is given, and of the others a share: each write has a place on a ring,
-    by the hash of its record, and looked at are those from `begin` on, as far as the share goes. Runs that each begin
-    where the one before has ended go through all of them in turn.
+    by a hash of its record's name, and looked at are those from `begin` on, as far as the share goes. Runs that each
+    begin where the one before has ended go through all of them in turn.
     """
 
     after: int | None = None
@@ -118,7 +118,8 @@ class Portion:
     def distances(self, files: VisibleFiles) -> npt.NDArray[np.float64]:
         """How far from `begin` the place of each of all records lies, those of the files among them: [0, 1)."""
         names = files.records.table["name"].to_pylist()
-        places = np.array([int(layout.hash_in(name)[:13], 16) / 16**13 for name in names], np.float64)
+        digests = b"".join(hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
+        places = (np.frombuffer(digests, "<u8") >> np.uint64(11)) * 2.0**-53
         return np.asarray((places - self.begin) % 1.0)
 
 
