@@ -55,7 +55,10 @@ class Workers:
 
 
 def in_threads(count: int, make: Callable[[], Callable[[T], R]], items: Iterable[T]) -> Iterator[R]:
-    """As `Workers.spread`, by so many threads of this process."""
+    """As `Workers.spread`, by so many threads of this process; by its own, where it is one."""
+    if count == 1:
+        yield from map(make(), items)
+        return
     items, function, pool = iter(items), make(), ThreadPoolExecutor(count)
     try:
         running = {pool.submit(function, item) for item in islice(items, count)}

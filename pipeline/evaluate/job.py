@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.config import need_package
-from pipeline.dataflow.workers import open_workers
+from pipeline.dataflow.workers import open_workers, own_device
 from pipeline.errors import InputError
 from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.evaluate.figures import Record, missed_thresholds, read_record
@@ -81,7 +81,7 @@ def _evaluate(config: EvaluateJobConfig, inputs: Inputs, output: Root, run: Run)
             )
             (findings,) = there
         else:
-            findings = evaluate(config, inputs, output.uri, workers.device)
+            findings = evaluate(config, inputs, output.uri, own_device(config.device, config.cluster))
     run_id = tracker.wait_run_id(RUN_ID_WAIT_S)
     origins = inputs.origins(config)
     provenance = origins | {"this evaluation": {"key": inputs.key, "run_id": run_id}}

@@ -58,6 +58,13 @@ AREAS: dict[str, Callable[[Path, Path | None, bool], list[str]]] = {
         *("--out", f"{out}", *(["--quick"] if quick else [])),
         *(["--data", f"{data / 'cifar10'}"] if data else []),
     ],
+    "workers": lambda out, data, quick: [
+        *(
+            "--out",
+            f"{out}",
+            *(["--mb", "128", "--rows", "100000", "--captions", "512", "--rounds", "1"] if quick else []),
+        ),
+    ],
     "tracking_outage": lambda out, data, quick: ["--out", f"{out}"],
     "gpu": lambda out, data, quick: ["--out", f"{out}", *(["--quick"] if quick else [])],
     "sample_throughput": lambda out, data, quick: ["--out", f"{out}", *(["--many", "0"] if quick else [])],
