@@ -11,11 +11,13 @@ import base64
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -29,6 +31,7 @@ FORMATS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 MAX_EXIF_BYTES = 60_000  # a JPEG segment holds 65,533 bytes, EXIF headers included
 INLINE_SIDE = 192  # pixels of a picture inside a page; smaller ones keep their size and are scaled by the page
+_SPREAD = 2.5  # standard deviations of a channel from grey to black or white
 _ASCII = b"ASCII\0\0\0"
 
 
@@ -119,6 +122,19 @@ def inline_bytes(pixels_HWC: np.ndarray) -> tuple[bytes, str]:
     image.thumbnail((INLINE_SIDE, INLINE_SIDE), Image.Resampling.LANCZOS)
     image.save(out, "JPEG", quality=88)
     return out.getvalue(), FORMATS["jpeg"]
+
+
+def false_colours(
+    latent_CHW: npt.NDArray[np.float32], mean_C: npt.NDArray[np.float64], std_C: npt.NDArray[np.float64]
+) -> npt.NDArray[np.uint8]:
+    """The first three channels as red, green and blue, uint8 [h, w, 3]: grey is a channel's mean; one alone is grey.
+
+    mean_C, std_C: of each channel over the dataset, so that rows can be told apart by their colours.
+    """
+    channels = [min(at, len(latent_CHW) - 1) for at in range(3)]
+    scaled = (latent_CHW[channels] - mean_C[channels, None, None]) / (2 * _SPREAD * std_C[channels, None, None])
+    finite = np.nan_to_num(scaled, nan=0.0, posinf=1.0, neginf=-1.0)
+    return np.ascontiguousarray(((finite + 0.5).clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
 
 
 def _fitted(data: bytes, side: int) -> Image.Image:
@@ -239,6 +255,22 @@ def fact_text(value: Any) -> str:
     return "not known" if value is None else str(value)
 
 
+def flat(values: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every leaf of nested objects; lists stay whole, and what holds nothing is left out."""
+    for key, value in values.items():
+        whole = f"{name}.{key}" if name else str(key)
+        if isinstance(value, dict):
+            yield from flat(value, whole)
+        elif value is not None:
+            nested = isinstance(value, list) and any(isinstance(part, list | dict) for part in value)
+            yield whole, json.dumps(value) if nested else value
+
+
+def clock(seconds: float | None) -> str:
+    """A moment, given in seconds since 1970, in this machine's time."""
+    return "not known" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
 _environment = Environment(
     loader=PackageLoader("pipeline.media"),
     autoescape=True,
@@ -248,4 +280,4 @@ _environment = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_environment.filters["fact_text"] = fact_text
+_environment.filters |= {"fact_text": fact_text, "clock": clock}

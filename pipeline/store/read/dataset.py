@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from pipeline.storage.errors import storage_errors, unreadable
 from pipeline.storage.root import Root
 from pipeline.storage.stores import RangedFile
 from pipeline.store.ledger import layout
-from pipeline.store.ledger.generation import IN_UNITS, arrangement, at_one_generation, last_run
+from pipeline.store.ledger.generation import IN_UNITS, arrangement, at_one_generation, last_recipe, last_run
 from pipeline.store.ledger.identity import Identity, identity_at, read_identity
 from pipeline.store.ledger.rowset import RowSet, address, distinct
 from pipeline.store.ledger.state import State, read_state, state_at
@@ -187,6 +188,12 @@ class Dataset:
         note = last_run(self.root, int(written.max()) if len(written) else None)
         return {"run_id": note.get("run_id") or note.get("handle"), "source": note.get("source")} if note else {}
 
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the labels 0, 1, ...: of latents as the source told them last, of images as their model; or ()."""
+        told = self.identity.about.get("classes") or last_recipe(self.root).get("source", {}).get("classes", ())
+        return tuple(told)
+
     def files(self) -> list[DataFile]:
         """The files with visible rows, in order, for readers that know Parquet alone."""
         groups = self.row_groups
@@ -307,6 +314,9 @@ class Dataset:
             return table
 
 
+SHORT_SIDES = (1, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096)  # pixels from which each bin counts
+
+
 class LatentDataset(Dataset):
     """A dataset of latents."""
 
@@ -359,6 +369,23 @@ class LatentDataset(Dataset):
         if not len(groups) or groups.stored("unlabelled").any():
             return None
         return 1 + int(groups.stored("label_max").max())
+
+    def short_sides(self, most_groups: int = 8) -> tuple[list[tuple[str, int]], int]:
+        """(pixels, originals with such a short side) of each bin from the first in use on, and of how many rows.
+
+        Reads two columns of at most `most_groups` row groups, evenly spaced: the ledger does not tell sizes.
+        """
+        count = len(self.row_groups)
+        groups = range(count) if count <= most_groups else [at * count // most_groups for at in range(most_groups)]
+        bins, seen = np.zeros(len(SHORT_SIDES), np.int64), 0
+        for group in groups:
+            rows = self.read(group, ["original_height", "original_width"])
+            short = np.minimum(rows["original_height"].to_numpy(), rows["original_width"].to_numpy())
+            bins += np.bincount(np.searchsorted(SHORT_SIDES, short, "right") - 1, minlength=len(bins))
+            seen += len(short)
+        names = [f"{low} to {high - 1}" for low, high in pairwise(SHORT_SIDES)] + [f"{SHORT_SIDES[-1]} and more"]
+        used = np.flatnonzero(bins)
+        return [(names[at], int(bins[at])) for at in range(used[0], used[-1] + 1)] if seen else [], seen
 
     @cached_property
     def num_unlabelled(self) -> tuple[int, int]:
