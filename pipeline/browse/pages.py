@@ -214,7 +214,6 @@ class Pages:
         """Counts out of the ledger, and what the dataset says of itself."""
         data, state = self.opened.data, self.opened.data.state
         groups = self.opened.groups
-        buckets = np.bincount(groups.bucket_of, groups.rows, len(groups.buckets)).astype(np.int64).tolist()
         planned = planned_rows(state)
         of = "" if planned is None else f" of {planned:,} planned"
         tiles = {"visible rows": data.num_rows, f"source rows settled{of}": state.covered.count()}
@@ -230,7 +229,7 @@ class Pages:
         return {
             "tiles": tiles,
             "facts": facts,
-            "buckets": sorted(zip(groups.buckets, buckets, strict=True), key=lambda one: -one[1])[:40],
+            "buckets": [(bucket, count) for count, bucket in data.bucket_counts()[:40]],
             "more_buckets": max(0, len(groups.buckets) - 40),
             "left_out": self.reasons(),
             "sizes": data.short_sides() if self.opened.kind == "latents" else ([], 0),

@@ -155,24 +155,6 @@ def finish(
     return result
 
 
-def description_of(config: EncodeJobConfig, dataset: LatentDataset, counts: Mapping[str, int]) -> str:
-    """What a run made, in Markdown, for whoever looks at it: where from, where to, sizes, and what was left out."""
-    groups = dataset.row_groups
-    sizes = np.bincount(groups.bucket_of, groups.rows, len(groups.buckets)).astype(np.int64)
-    shown = sorted(zip(sizes.tolist(), groups.buckets, strict=True), reverse=True)[:20]
-    left_out = [(count, name) for name, count in counts.items() if name.startswith(("rejected.", "filtered."))]
-    lines = [
-        f"{counts['latents']:,} latents of `{without_credentials(config.source.uri)}` in "
-        f"`{without_credentials(config.output.uri)}`, encoded by `{without_credentials(config.codec.path)}`.",
-        *("", "| pixels | rows |", "| --- | ---: |"),
-        *(f"| {bucket} | {count:,} |" for count, bucket in shown),
-    ]
-    if left_out:
-        lines += ["", "| left out | rows |", "| --- | ---: |"]
-        lines += [f"| {name.replace('.', ': ')} | {count:,} |" for count, name in sorted(left_out, reverse=True)]
-    return "\n".join(lines)
-
-
 def _check_something_came(config: EncodeJobConfig, state: State, result: JobResult) -> None:
     """A run that gave no latent, or nothing of a field that somebody asked for, is no success."""
     source = config.source

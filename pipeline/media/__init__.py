@@ -233,6 +233,11 @@ class PagePicture:
         data, media_type = inline_bytes(pixels_HWC)
         return cls(data, media_type, caption, mark)
 
+    @classmethod
+    def encoded(cls, data: bytes, caption: str) -> PagePicture:
+        """From what `inline_bytes` gave: PNG or JPEG."""
+        return cls(data, FORMATS["png" if data.startswith(b"\x89PNG") else "jpeg"], caption)
+
     @property
     def source(self) -> str:
         """The picture as a data URI."""

@@ -35,14 +35,11 @@ from pipeline.tracking.journal import Header, JournalWriter, now_ms
 from pipeline.tracking.store import MlflowStore, machine_monitor
 
 # --------------------------------------------------------------------------------------------------------------
-# What a run ran on: code version, package versions, Python and host, as run tags; never an environment
-# variable.
+# What a run ran on: code version, Python and host, as run tags, and the packages as one artifact; never an
+# environment variable.
 
 
-_PACKAGES = (
-    "latentloom", "ray", "torch", "mlflow", "diffusers", "transformers", "pyarrow",
-    "numpy", "pillow", "pydantic", "fsspec", "s3fs", "safetensors",
-)  # fmt: skip
+PACKAGES = "requirements.txt"
 
 
 def environment_tags() -> dict[str, str]:
@@ -51,7 +48,6 @@ def environment_tags() -> dict[str, str]:
         "latentloom.python": platform.python_version(),
         "latentloom.platform": platform.platform(),
         "latentloom.host": platform.node(),
-        **{f"latentloom.package.{name}": version for name, version in package_versions().items()},
     }
     commit = git_commit(Path(__file__).parent)
     if commit is not None:
@@ -60,15 +56,12 @@ def environment_tags() -> dict[str, str]:
     return tags
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of the packages a result depends on; absent ones are left out."""
-    found: dict[str, str] = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def installed_packages() -> str:
+    """Every installed distribution and its version, a line each, in the form that pip installs from."""
+    found = {
+        dist.name.lower(): f"{dist.name}=={dist.version}" for dist in importlib.metadata.distributions() if dist.name
+    }
+    return "".join(f"{found[name]}\n" for name in sorted(found))
 
 
 def git_commit(folder: Path) -> str | None:
@@ -215,7 +208,7 @@ class JournalTracker:
             self._journal,
             make_store,
             period_s=FLUSH_PERIOD_S,
-            prepare=(lambda: self.set_tags(environment_tags())) if owner else None,
+            prepare=self._tell_environment if owner else None,
         )
         self._flusher.start()
         # A process that ends without finish() has failed; one that is killed is found by the next replay.
@@ -301,6 +294,10 @@ class JournalTracker:
             )
         if self._journal.num_lost:
             _log.error("%d tracking records could not be written and are lost", self._journal.num_lost)
+
+    def _tell_environment(self) -> None:
+        self.set_tags(environment_tags())
+        self.log_text(installed_packages(), PACKAGES)
 
     def _log_artifact(self, artifact_path: str, data: bytes | Path) -> None:
         parts = PurePosixPath(artifact_path)

@@ -194,6 +194,12 @@ class Dataset:
         told = self.identity.about.get("classes") or last_recipe(self.root).get("source", {}).get("classes", ())
         return tuple(told)
 
+    def bucket_counts(self) -> list[tuple[int, str]]:
+        """(visible rows, bucket) of each, by the ledger alone, the largest first."""
+        groups = self.row_groups
+        rows = np.bincount(groups.bucket_of, groups.rows, len(groups.buckets)).astype(np.int64).tolist()
+        return sorted(zip(rows, groups.buckets, strict=True), reverse=True)
+
     def files(self) -> list[DataFile]:
         """The files with visible rows, in order, for readers that know Parquet alone."""
         groups = self.row_groups
