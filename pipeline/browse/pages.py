@@ -19,7 +19,7 @@ from pipeline.codec.codec import Codec, load_codec
 from pipeline.encode.plan import planned_rows
 from pipeline.errors import ConfigError, ConflictError, InputError, PipelineError, argument_keys
 from pipeline.lineage import BOX, drawing_of, find_start, trace
-from pipeline.media import FORMATS, encode_image, false_colours, flat, inline_bytes
+from pipeline.media import FORMATS, class_text, encode_image, false_colours, flat, inline_bytes
 from pipeline.storage.root import Root
 from pipeline.storage.stored import OBJECT, parse
 from pipeline.store.ledger.generation import last_run, latest_number, read_claim, read_closing, read_note
@@ -30,8 +30,9 @@ from pipeline.store.schema import latents_from
 
 ROWS = 60  # on a page
 SCANNED_ROWS, SCANNED_GROUPS = 100_000, 64  # looked through for one page, before it says how far it came
+SCANNED_FILES = 64  # whose statistics are looked at for it
 REJECT_FILES = 32  # read for one page
-SMALL = 64  # pixels a side
+SMALL, MAX_PIXELS = 64, 1 << 24  # a side's, of a picture that shows its real pixels; a picture's, that is decoded
 GENERATIONS = 20  # told, the newest first
 COMPARED = 2_000_000  # images of the other run that are known by their request
 # Of each kind: what a page of rows reads, and in which of these texts are searched.
@@ -79,23 +80,16 @@ class OpenedDataset:
         opener = LatentDataset if self.kind == "latents" else Dataset
         self.data: Any = opener.open_kind(uri, self.kind, key)
         self.opened_s = time.time()
-        self.groups = self.data.row_groups
+        self.groups, self.class_names = self.data.row_groups, tuple[str, ...](self.data.class_names)
         self.ends: npt.NDArray[np.int64] = np.cumsum(self.groups.rows)
         self._kept: tuple[tuple[int, tuple[str, ...]], pa.Table] | None = None
         self._lock = threading.Lock()
-
-    @cached_property
-    def class_names(self) -> tuple[str, ...]:
-        """See `Dataset.class_names`."""
-        names: tuple[str, ...] = self.data.class_names
-        return names
 
     def label_text(self, label: int | None) -> str:
         """A label as it is told to people: with its name, where it has one."""
         if label is None:
             return ""
-        name = self.class_names[label] if 0 <= label < len(self.class_names) else ""
-        return f"{label} · {name}" if name else f"class {label}"
+        return class_text(label, self.class_names)
 
     def read(self, group: int, columns: Sequence[str]) -> pa.Table:
         """Columns of a row group; what was read last is kept: the pictures of a page are asked for one by one."""
@@ -128,27 +122,27 @@ class OpenedDataset:
         ends = np.cumsum(self.groups.rows[chosen])
         total = int(ends[-1]) if len(ends) else 0
         rows: list[dict[str, Any]] = []
-        place, scanned = min(asked.start, total), 0
-        first = int(np.searchsorted(ends, place, side="right"))
-        for at in range(first, min(len(chosen), first + SCANNED_GROUPS)):
+        place, scanned, read = min(asked.start, total), 0, 0
+        files: set[int] = set()
+        for at in range(int(np.searchsorted(ends, place, side="right")), len(chosen)):
             group = int(chosen[at])
+            files.add(int(self.groups.file_of[group]))
+            if len(rows) == ROWS or scanned >= SCANNED_ROWS or read == SCANNED_GROUPS or len(files) > SCANNED_FILES:
+                break
             before = int(ends[at] - self.groups.rows[group])
             number, bucket = int(self.ends[group]) - int(self.groups.rows[group]), self.groups.bucket_of[group]
-            scanned += int(ends[at]) - place
-            for one in self.matching(group, place - before, asked):
-                if len(rows) == ROWS:
-                    return Found(rows, asked.start, place, total)
-                rows.append({**one, "number": number + one["at"], "bucket": self.groups.buckets[bucket]})
-                place = before + one["at"] + 1
+            if asked.label is None or self.may_hold(group, asked.label):
+                scanned, read = scanned + int(ends[at]) - place, read + 1
+                for one in self.matching(group, place - before, asked):
+                    if len(rows) == ROWS:
+                        return Found(rows, asked.start, place, total)
+                    rows.append({**one, "number": number + one["at"], "bucket": self.groups.buckets[bucket]})
+                    place = before + one["at"] + 1
             place = int(ends[at])
-            if len(rows) == ROWS or scanned >= SCANNED_ROWS:
-                break
         return Found(rows, asked.start, place, total)
 
     def matching(self, group: int, skip: int, asked: Asked) -> Iterator[dict[str, Any]]:
         """Rows of a group from one on that are asked for; `at` is their place in it."""
-        if asked.label is not None and not self.may_hold(group, asked.label):
-            return
         names = [name for name in SEARCHED[self.kind] if asked.text] + (["label"] if asked.label is not None else [])
         if names:
             table = self.data.read(group, names)
@@ -330,7 +324,6 @@ class Pages:
             crop |= {"of_height": values["original_height"], "of_width": values["original_width"]}
             if (crop["height"], crop["width"]) == (crop["of_height"], crop["of_width"]):
                 crop = None  # all of it
-        label = self.opened.label_text(values.get("label"))
         generation = int(data.state.files.generations[file])
         note = last_run(data.root, generation)
         made = {
@@ -341,10 +334,10 @@ class Pages:
             "run": note.get("run_id") or note.get("handle"),
         }
         shown = {name: value.hex() if isinstance(value, bytes) else value for name, value in values.items()}
+        shown |= {"class": self.opened.label_text(values.get("label")) or None}
         return {
             "number": number,
-            "values": {name: value for name, value in shown.items() if value is not None}
-            | ({"label": label} if label else {}),
+            "values": {name: value for name, value in shown.items() if value is not None},
             "story": story,
             "crop": crop,
             "made": made,
@@ -364,17 +357,23 @@ class Pages:
             kind = row["media_type"]
             if kind not in FORMATS.values():  # what a browser would make of it is not for the data to say
                 raise InputError(f"The row says that its image is {kind!r:.60}", rule=", ".join(FORMATS.values()))
-            return row["image"] or read_outside(opened.data.root, row["file"]), kind
+            with reading_table(f"{opened.data.uri}, row {number}"):
+                return row["image"] or read_outside(opened.data.root, row["file"]), kind
         shape = tuple(row["latent_shape"])
-        latent = latents_from(pa.array([row["latent"]], pa.large_binary()), shape, opened.data.latent_dtype)[0]
+        with reading_table(f"{opened.data.uri}, row {number}"):
+            latent = latents_from(pa.array([row["latent"]], pa.large_binary()), shape, opened.data.latent_dtype)[0]
         if self._codec is None:
             return inline_bytes(false_colours(latent, *self._scale))
+        if (pixels := self._codec.info.factor**2 * shape[1] * shape[2]) > MAX_PIXELS:
+            raise InputError(
+                f"The picture would have {pixels:,} pixels", rule=f"at most {MAX_PIXELS:,} are decoded here"
+            )
         with self._decoding:  # one at a time: each has all cores
             import torch
 
             mean = torch.from_numpy(latent[None, : self._codec.info.latent_channels].copy())  # of stored moments
-            pixels = self._codec.decode(mean)[0].cpu().numpy()
-        return (encode_image(pixels, {}), FORMATS["png"]) if large else inline_bytes(pixels)
+            decoded = self._codec.decode(mean)[0].cpu().numpy()
+        return (encode_image(decoded, {}), FORMATS["png"]) if large else inline_bytes(decoded)
 
     @cached_property
     def _scale(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

@@ -106,6 +106,16 @@ def decode_image(data: bytes) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
+def preview(data: bytes, side: int = 512) -> bytes:
+    """WebP bytes of an encoded image fitted into side x side pixels: what a list of many shows first."""
+    out = io.BytesIO()
+    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as opened:
+        image = opened.convert("RGB")
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    image.save(out, "WEBP", quality=85)
+    return out.getvalue()
+
+
 def thumbnail(data: bytes, side: int) -> bytes:
     """PNG bytes of an encoded image fitted into side x side pixels; small images grow by a whole factor."""
     out = io.BytesIO()
@@ -206,10 +216,15 @@ def choose(requests: pa.Table, count: int) -> list[bytes]:
     return [request_id for key in keys for request_id in queues[key][: taken[key]]]
 
 
-def caption_of(request: Mapping[str, Any]) -> str:
-    """One line that tells a sample from its neighbours."""
+def class_text(label: int, names: Sequence[str] = ()) -> str:
+    """A class as people know it: by its name, where it has one, else by its number."""
+    return (names[label] if 0 <= label < len(names) else "") or f"class {label}"
+
+
+def caption_of(request: Mapping[str, Any], names: Sequence[str] = ()) -> str:
+    """One line that tells a sample from its neighbours; names: of the classes, in the order of their labels."""
     label, prompt = request["label"], request["prompt"]
-    conditions = [] if label is None else [f"class {label}"]
+    conditions = [] if label is None else [class_text(label, names)]
     conditions += [] if prompt is None else [str(prompt)]
     return " · ".join([*(conditions or ["unconditional"]), f"seed {request['seed']}"])
 

@@ -93,6 +93,7 @@ HANDLE_PREFIX = "key:"
 PARENT_TAG = "latentloom.parent."
 PARENTS_TAG = "latentloom.parents"
 JOB_TAG = "latentloom.job"
+IMAGES_TAG = "mlflow.loggedImages"  # what makes MLflow's pages look for images by step
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 FLUSH_PERIOD_S = 2.0
 _MAX_KEY, _MAX_PARAM, _MAX_TAG = 250, 6000, 8000
@@ -132,6 +133,10 @@ class Tracker(Protocol):
         """A file as artifact, copied now; `artifact_path` includes the file name."""
         ...
 
+    def log_image(self, image: bytes, preview: bytes, key: str, step: int) -> None:
+        """One of a row of pictures of one key, which MLflow shows by step; PNG, and a small WebP that comes first."""
+        ...
+
     def log_input(
         self, name: str, digest: str, source: str, context: str, tags: Mapping[str, str] | None = None
     ) -> None:
@@ -168,6 +173,7 @@ class NoopTracker:
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
     def log_text(self, text: str, artifact_path: str) -> None: ...
     def log_file(self, local: str | Path, artifact_path: str) -> None: ...
+    def log_image(self, image: bytes, preview: bytes, key: str, step: int) -> None: ...
     def log_input(
         self, name: str, digest: str, source: str, context: str, tags: Mapping[str, str] | None = None
     ) -> None: ...
@@ -258,6 +264,13 @@ class JournalTracker:
                 next_step="write the file first; log the files of a folder one by one",
             )
         self._log_artifact(artifact_path, path)
+
+    def log_image(self, image: bytes, preview: bytes, key: str, step: int) -> None:
+        # The names that MLflow's own client gives such files (3.17): its pages read key, step and time out of them.
+        name = f"images/{self._checked(key)}+step+{int(step)}+timestamp+{now_ms()}+{uuid.uuid4()}"
+        self._log_artifact(f"{name}.png", image)
+        self._log_artifact(f"{name}+compressed.webp", preview)
+        self.set_tags({IMAGES_TAG: "True"})
 
     def log_input(
         self, name: str, digest: str, source: str, context: str, tags: Mapping[str, str] | None = None
