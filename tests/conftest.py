@@ -40,7 +40,9 @@ _this_checkouts_package()
 # Markers of what needs processes, servers, a cluster or patience: all that --quick leaves out.
 HEAVY = ("integration", "ray", "slow", "s3", "soak")
 # A test that asks for one of these talks to a server or a database, whether it is marked so or not.
-SERVERS = frozenset({"radosgw", "postgres", "mlflow_stack", "s3_proxy", "s3_environment", "s3_server", "tracking"})
+SERVERS = frozenset(
+    {"radosgw", "postgres", "mlflow_stack", "s3_proxy", "s3_environment", "s3_server", "tracking", "hub_server"}
+)
 _HEAVY_FILE = re.compile(rf"^pytestmark = .*\bpytest\.mark\.({'|'.join(HEAVY)})\b", re.MULTILINE)
 
 

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.codec.codec import Codec, load_codec
-from pipeline.encode.plan import planned_rows
+from pipeline.encode.plan import planned_rows, short_sides
 from pipeline.errors import ConfigError, ConflictError, InputError, PipelineError, argument_keys
 from pipeline.lineage import BOX, drawing_of, find_start, trace
 from pipeline.media import FORMATS, class_text, encode_image, false_colours, flat, inline_bytes
@@ -193,7 +193,7 @@ class Pages:
                 rule="two outputs of the sample job are compared, by their requests",
                 next_step="leave --with out, or name two datasets of images",
             )
-        self._codec = None if codec is None else _open_codec(self.opened, codec)
+        self._codec = None if codec is None else open_codec(self.opened, codec)
         self._decoding = threading.Lock()
 
     @cached_property
@@ -226,7 +226,7 @@ class Pages:
             "buckets": [(bucket, count) for count, bucket in data.bucket_counts()[:40]],
             "more_buckets": max(0, len(groups.buckets) - 40),
             "left_out": self.reasons(),
-            "sizes": data.short_sides() if self.opened.kind == "latents" else ([], 0),
+            "sizes": short_sides(data) if self.opened.kind == "latents" else ([], 0),
             "generations": runs,
             "older": max(0, newest - GENERATIONS),
             "plan": state.plan.versions[:-21:-1],
@@ -363,7 +363,7 @@ class Pages:
         with reading_table(f"{opened.data.uri}, row {number}"):
             latent = latents_from(pa.array([row["latent"]], pa.large_binary()), shape, opened.data.latent_dtype)[0]
         if self._codec is None:
-            return inline_bytes(false_colours(latent, *self._scale))
+            return inline_bytes(false_colours(latent, *self.scale))
         if (pixels := self._codec.info.factor**2 * shape[1] * shape[2]) > MAX_PIXELS:
             raise InputError(
                 f"The picture would have {pixels:,} pixels", rule=f"at most {MAX_PIXELS:,} are decoded here"
@@ -376,7 +376,7 @@ class Pages:
         return (encode_image(decoded, {}), FORMATS["png"]) if large else inline_bytes(decoded)
 
     @cached_property
-    def _scale(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    def scale(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Mean and deviation of each channel by the ledger alone: rows that were replaced since count, too."""
         sums, squares = self.opened.groups.channel_sums()
         count = max(1, int(self.opened.groups.stored("values").sum()))
@@ -433,7 +433,8 @@ class Pages:
     # -- Two runs beside each other ------------------------------------------------------------------------------
 
     @cached_property
-    def _beside_by_request(self) -> dict[bytes, int]:
+    def beside_by_request(self) -> dict[bytes, int]:
+        """The other run's rows by their requests: the first `COMPARED`, or so."""
         assert self.beside is not None
         groups = range(int(np.searchsorted(self.beside.ends, COMPARED, side="right")) + 1)
         tables = (self.beside.data.read(group, ["sample_id"]) for group in groups if group < len(self.beside.groups))
@@ -443,7 +444,7 @@ class Pages:
         """A page of requests that both runs have drawn, in the order of the first."""
         assert self.beside is not None
         found, other = self.opened.find(asked), self.beside
-        numbers = self._beside_by_request
+        numbers = self.beside_by_request
         pairs = []
         for row in found.rows:
             number = numbers.get(bytes.fromhex(row["key"]))
@@ -472,7 +473,7 @@ class Pages:
         }
 
 
-def _open_codec(opened: OpenedDataset, path: str) -> Codec:
+def open_codec(opened: OpenedDataset, path: str) -> Codec:
     """The codec at a place that the user named; ConflictError when it is not the one the latents are of."""
     if opened.kind != "latents":
         raise ConfigError(

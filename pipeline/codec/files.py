@@ -19,7 +19,13 @@ from pipeline.errors import InputError
 from pipeline.storage.root import Root
 from pipeline.storage.trust import HUB_ID, hub_snapshot
 
-_HUB_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
+# A hub's patterns match a path as a whole, and * whatever folders there are: each begins with a name.
+_HUB_FILES = (
+    "config.json",
+    "diffusion_pytorch_model*.safetensors",
+    "diffusion_pytorch_model*.safetensors.index.json",
+)
+_HUB_LEFT = ("*.fp16.*", "*.non_ema.*")
 _LAYOUT = "a codec is a directory with config.json and diffusion_pytorch_model.safetensors (or a pipeline with vae/)"
 
 
@@ -37,7 +43,7 @@ def codec_root(path: str, revision: str | None = None) -> Root:
         raise InputError("The codec path is a file", key="path", value=path, rule=_LAYOUT)
     elif revision is not None and HUB_ID.fullmatch(path):
         patterns = [*_HUB_FILES, *(f"vae/{name}" for name in _HUB_FILES)]
-        root = Root(str(hub_snapshot(path, revision, patterns, what="this codec", key="path")))
+        root = Root(str(hub_snapshot(path, revision, patterns, what="this codec", key="path", ignore=_HUB_LEFT)))
     else:
         raise InputError(
             "There is no such codec directory",

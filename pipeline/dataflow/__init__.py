@@ -5,5 +5,6 @@ gaps --one read task a unit--> blocks --stages: pools of actors, tasks--> rows -
 Ray repeats, splits and reorders tasks and blocks as it likes, so rows carry their address and the ledger, not Ray,
 says after each execution what is missing. What dies is judged: a fault of a device or of software leaves rows open
 and its process is replaced (`device_faults`); a row on which processes die alone, again and again, is quarantined. A
-crash at any point leaves commits, which the next run counts, and nothing else.
+crash at any point leaves commits, which the next run counts, and nothing else. Work whose items need no rows to flow
+between processes (files to check, shards to write, captions to embed) goes to `workers` instead.
 """

@@ -180,8 +180,8 @@ class Passes:
 
     look() gives (state, gaps) from the ledger. execute(work, state, alone) runs one execution; `alone` for units
     under suspicion: a process then has one row at a time, and says which. quarantine(rows) commits rows as rejects
-    on which processes die so, again and again. actors() looks at the cluster before each execution: how many of each
-    stage are to start.
+    on which processes die so, again and again. actors(work, state, alone) looks at the cluster before each execution:
+    how many of each stage are to start for it.
     """
 
     monitor: Any
@@ -189,7 +189,7 @@ class Passes:
     look: Callable[[], tuple[State, RowSet]]
     execute: Callable[[list[Work], State, bool], None]
     quarantine: Callable[[list[tuple[int, int]]], None]
-    actors: Callable[[], Mapping[str, int]]
+    actors: Callable[[list[Work], State, bool], Mapping[str, int]]
     units_per_execution: int
     crash_limit: int
     doing: str
@@ -247,7 +247,7 @@ class Passes:
                 continue
 
             def attempt(part: list[Work] = part, alone: bool = alone) -> None:
-                ray.get(self.monitor.expect.remote(dict(self.actors())))
+                ray.get(self.monitor.expect.remote(dict(self.actors(part, state, alone))))
                 self.execute(part, state, alone)
 
             error = run_execution(attempt)

@@ -26,6 +26,7 @@ class Kind:
     name: str
     cpus: float
     gpus: float = 0.0
+    memory_bytes: int = 0
 
 
 def actor_pool(
@@ -84,22 +85,33 @@ def check_together(demands: Mapping[str, float], key: str, resource: Literal["CP
 def check_nodes(kinds: Iterable[Kind], nodes: Iterable[Mapping[str, float]], key: str) -> None:
     """ConfigError unless each kind of process fits a whole node by itself: for one that does not, Ray waits for ever.
 
-    `nodes`: what each node offers, by name ("CPU", "GPU").
+    `nodes`: what each node offers, by name ("CPU", "GPU", "memory").
     """
-    offers = [(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes]
+    offers = list(nodes)
     for kind in kinds:
-        if any(cpus + 1e-6 >= kind.cpus and gpus + 1e-6 >= kind.gpus for cpus, gpus in offers):
+        if any(room_for(kind, node) for node in offers):
             continue
-        shown = sorted({f"{cpus:g} CPUs and {gpus:g} GPUs" for cpus, gpus in offers})
+        shown = sorted({_amounts(kind, *map(node.get, ("CPU", "GPU", "memory"), (0.0,) * 3)) for node in offers})
+        taken = _amounts(kind, kind.cpus, kind.gpus, kind.memory_bytes)
         raise ConfigError(
-            f"No node has room for {kind.name}, which takes {kind.cpus:g} CPUs and {kind.gpus:g} GPUs: "
-            "it would wait for ever",
+            f"No node has room for {kind.name}, which takes {taken}: it would wait for ever",
             key=key,
-            value=f"{kind.cpus:g} CPUs, {kind.gpus:g} GPUs",
-            rule=f"one node must offer both; the cluster's nodes offer {'; '.join(shown) or 'nothing'}",
+            value=taken,
+            rule=f"one node must offer all of it; the cluster's nodes offer {'; '.join(shown) or 'nothing'}",
             next_step="lower what it reserves (no GPUs: 0), add such nodes, or ask an autoscaler for them with "
             "cluster.request_cpus and cluster.request_gpus",
         )
+
+
+def room_for(kind: Kind, node: Mapping[str, float]) -> int:
+    """How many processes of a kind a node holds that offers so much, by name ("CPU", "GPU", "memory")."""
+    wanted = (("CPU", kind.cpus), ("GPU", kind.gpus), ("memory", kind.memory_bytes))
+    return min((int((node.get(name, 0.0) + 1e-6) / amount) for name, amount in wanted if amount), default=1)
+
+
+def _amounts(kind: Kind, cpus: float, gpus: float, memory_bytes: float) -> str:
+    memory = f" and {memory_bytes / (1 << 30):.1f} GiB" if kind.memory_bytes else ""
+    return f"{cpus:g} CPUs and {gpus:g} GPUs{memory}"
 
 
 def no_gpus(cluster: ClusterConfig) -> ConfigError:

@@ -22,6 +22,7 @@ from pipeline.encode.plan import (
     finish,
     known_entries,
     recipe,
+    short_sides,
     source_note,
     update_plan,
     with_dtype,
@@ -312,7 +313,7 @@ def _linked(uri: str) -> str:
 def _sizes_page(dataset: LatentDataset) -> str:
     """Rows by bucket, and originals by size, as bars."""
     buckets = [(bucket, count) for count, bucket in dataset.bucket_counts()]
-    sizes, seen = dataset.short_sides()
+    sizes, seen = short_sides(dataset)
     shown = {"buckets": buckets[:60], "more": max(0, len(buckets) - 60), "sizes": sizes, "seen": seen}
     return render_page("sizes.html", title=f"Sizes in {dataset.uri}", **shown)
 

@@ -37,6 +37,7 @@ from pipeline.encode.stages import (
     EncodeBlocks,
     EncoderSpec,
     UnitReader,
+    blocks_at_most,
     try_encoder,
 )
 from pipeline.errors import ConfigError
@@ -116,10 +117,11 @@ class _Encoding:
             file_meta(read_identity(root), generation.number),
         )
         self.resources = _resources(config)
+        self.pool = self.resources.actors
         self.shares = Shares(_capacity(config, self.resources))
 
-    def _look_at_cluster(self) -> dict[str, int]:
-        """Nodes come and go while a run lasts: each execution takes what there is."""
+    def _look_at_cluster(self, work: list[Work], state: State, alone: bool) -> dict[str, int]:
+        """Nodes come and go while a run lasts: each execution takes what there is, and it has work for."""
         try:
             found = _resources(self.config)
         except ConfigError as error:
@@ -130,7 +132,12 @@ class _Encoding:
             _log.info("the cluster has changed: %d encoder actors, %d before", found.actors, self.resources.actors)
         self.resources = found
         self.shares.capacity = _capacity(self.config, found)
-        return {ENCODER: found.actors}
+        self.pool = found.actors
+        if self.config.encode.actors is None and not alone:
+            # Each loads the codec, which takes seconds, before it can say that there is no block for it.
+            size = sum(version.size_bytes for version in state.plan.versions)
+            self.pool = int(min(found.actors, blocks_at_most(work, size)))
+        return {ENCODER: self.pool}
 
     def run(self) -> State:
         """Executions until no planned row is open and none to retry has only what an earlier run made of it."""
@@ -219,7 +226,7 @@ class _Encoding:
             EncodeBlocks,
             (_spec(self.config, resources, calls), self.monitor),
             num_cpus=resources.num_cpus,
-            **actor_pool(resources.actors, _TASK_RETRIES, batch_rows, calls, num_gpus=resources.num_gpus),
+            **actor_pool(self.pool, _TASK_RETRIES, batch_rows, calls, num_gpus=resources.num_gpus),
         )
         commit = CommitRows(self.committer, self.monitor)
         sink = LedgerSink("CommitLatents", commit, rows_per_write(self.config, self.info))

@@ -6,6 +6,7 @@ Torch is imported by the encoder alone: the processes that read and write start 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -145,6 +146,15 @@ class ImageDecoder:
 
 
 BLOCK_BYTES = 32 << 20  # of compressed images, that travel from a read task to an encoder
+BLOCK_ROWS = 1024
+
+
+def blocks_at_most(work: Sequence[Work], size_bytes: int) -> float:
+    """How many blocks read tasks make of some units, of so many bytes at most; infinite where one has an open end."""
+    rows = [math.inf if stop is None else stop - start for w in work for start, stop in w.ranges]
+    return len(work) + sum(rows) / BLOCK_ROWS + size_bytes / BLOCK_BYTES
+
+
 # Blocks an actor has at a time: one whose images it takes, and others whose last batches wait for company. Beside a
 # GPU, whose queue holds three batches of up to hundreds of images, as many images must be on their way.
 CALLS, CALLS_BESIDE_A_GPU = 3, 16
@@ -158,7 +168,7 @@ class UnitReader:
     root: Root
     source: SourceConfig
     spans: dict[int, EntrySpan]
-    block_rows: int = 1024
+    block_rows: int = BLOCK_ROWS
     monitor: Any = None
     any_version: bool = False  # what the source holds now, not what was listed
     withdrawn: tuple[str, ...] = ()  # the lists of what is never stored again: see `store.maintain.forget`

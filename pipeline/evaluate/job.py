@@ -12,10 +12,11 @@ import math
 import tempfile
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from pipeline.config import need_package
-from pipeline.dataflow.cluster import own_device, reserved_gpu, run_reserved
+from pipeline.dataflow.workers import open_workers
 from pipeline.errors import InputError
 from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.evaluate.figures import Record, missed_thresholds, read_record
@@ -72,11 +73,15 @@ def _evaluate(config: EvaluateJobConfig, inputs: Inputs, output: Root, run: Run)
     from pipeline.evaluate.report import render_report
 
     tracker = _track(config, inputs, run)
-    with reserved_gpu(config.device, config.cluster) as device:
-        if device is None:
-            findings = evaluate(config, inputs, output.uri, own_device(config.device, config.cluster))
+    with open_workers("an evaluation beside a GPU", config.cluster, 1, device=config.device) as workers:
+        if workers.num_gpus:  # the driver of a cluster's job usually stands on a node without any
+            key = inputs.key
+            there = workers.spread(
+                lambda: partial(evaluate_again_inspected, config, key, output.uri), [workers.device]
+            )
+            (findings,) = there
         else:
-            findings = run_reserved(evaluate_again_inspected, config, inputs.key, output.uri, device)
+            findings = evaluate(config, inputs, output.uri, workers.device)
     run_id = tracker.wait_run_id(RUN_ID_WAIT_S)
     origins = inputs.origins(config)
     provenance = origins | {"this evaluation": {"key": inputs.key, "run_id": run_id}}

@@ -82,7 +82,21 @@ class VerifyJobConfig(StrictModel):
         description="Of the older files, the share to look at: each run goes on where the last one of this level "
         "ended, until all were looked at in turn. null: all, or none beside `since`.",
     )
+    resume_s: float = Field(
+        7 * 86_400.0,
+        ge=0,
+        description="A verification goes on with one of the same level, since and share that was killed or found "
+        "something, and looks again at what was damaged alone, unless that began longer ago than so many seconds; "
+        "0: all is looked at again.",
+    )
     decode: DecodeCheckConfig = Field(DecodeCheckConfig(), description="What level=decode compares.")
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="Files checked at a time, each held in memory; null: as many as the cluster at RAY_ADDRESS, or "
+        "this machine without one, has CPUs.",
+    )
+    cluster: ClusterConfig = Field(ClusterConfig(), description="The Ray cluster, where RAY_ADDRESS names one.")
     report: str | None = Field(None, description="Path or URI that receives the whole report as JSON.")
     gc: bool = Field(
         False,
@@ -111,7 +125,13 @@ class CompactJobConfig(StrictModel):
         "the shards which are there makes all of them anew.",
     )
     seed: int = Field(0, ge=0, lt=1 << 63, description="What rows are shuffled by.")
-    workers: int = Field(2, ge=1, description="Shards written at a time; each needs about three times its size.")
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="Shards written at a time, each with a CPU and three times its size in memory; null: as many as "
+        "the cluster at RAY_ADDRESS, or this machine without one, has room for.",
+    )
+    cluster: ClusterConfig = Field(ClusterConfig(), description="The Ray cluster, where RAY_ADDRESS names one.")
     tracking: TrackingConfig = Field(TrackingConfig(), description="Where the compaction is recorded.")
 
     def shuffled_by(self, kind: str) -> int | None:

@@ -1,4 +1,4 @@
-"""The verify, compact and forget jobs: plain processes, no Ray."""
+"""The verify, compact and forget jobs."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import json
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 from pydantic import Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
+from pipeline.dataflow.cluster import check_address
+from pipeline.dataflow.workers import Workers, open_workers
 from pipeline.errors import ConflictError, InputError
 from pipeline.maintenance.config import CompactJobConfig, ForgetJobConfig, ForgetListConfig, VerifyJobConfig
 from pipeline.progress import Progress
@@ -32,19 +34,40 @@ from pipeline.store.ledger.ledger import claimed
 from pipeline.store.ledger.state import read_state
 from pipeline.store.maintain.compact import arranged, compact, ranges_to_tell, shards_to_write
 from pipeline.store.maintain.forget import Listed, forget
-from pipeline.store.maintain.verify import Portion, VerifyReport, collect_garbage, has_garbage, verify
+from pipeline.store.maintain.verify import (
+    Portion,
+    Sweep,
+    Unchecked,
+    VerifyReport,
+    collect_garbage,
+    has_garbage,
+    verify,
+)
 from pipeline.store.plan import Plan
 from pipeline.store.read.dataset import Dataset
 from pipeline.tracking.queries import descend
 
 _log = logging.getLogger(__name__)
+_CHECK_BYTES = 1 << 30  # reserved by whoever checks files: one is held at a time, whole
+_SHARDS_HELD = 3  # in memory by whoever writes one
 _VERIFIED = "verified"  # below the root: of each level how far verifications have come, which is advice alone
+
+
+@with_config(OPEN)
+class _Sweep(TypedDict):
+    after: Count | None
+    share: float
+    generation: Count
+    reached: float
+    damaged: list[str]
+    since: float
 
 
 @with_config(OPEN)
 class _Told(TypedDict):
     generation: Count
     begin: Annotated[float, Field(ge=0, lt=1)]
+    sweep: NotRequired[_Sweep]  # of a verification that was killed, or found something
 
 
 _TOLD = TypeAdapter(_Told)
@@ -60,11 +83,22 @@ def run_verify(config: VerifyJobConfig) -> JobResult:
     with open_run(config, "verify", key="data.uri") as run:
         track(run, root, {"level": config.level, "gc": config.gc})
         began = time.monotonic()
-        with Progress("verify", None, unit="files") as progress:
-            level = "checksums" if config.level == "decode" else config.level
-            told = _told(root, level)
-            portion = _portion(config, root, told)
-            report = verify(root.uri, level, lambda done, total: progress.update(done, of=total), portion)
+        level = "checksums" if config.level == "decode" else config.level
+        told = _told(root, level)
+        portion = _portion(config, root, told)
+        relied = _relied(config, told, portion)
+        if relied is not None:
+            _log.info("going on with a verification of %s", _shown(relied.since_s))
+        with _checking(config) as workers, Progress("verify", None, unit="files") as progress:
+            report = verify(
+                root.uri,
+                level,
+                lambda done, total: progress.update(done, of=total),
+                portion,
+                relied=relied,
+                note=lambda sweep: _note(root, level, told, sweep),
+                spread=workers.spread,
+            )
         run.tracker.log_input(name=root.uri, digest=report.digest, source=root.uri, context="input")
         report.level = config.level
         figures = _compare(config, report) if config.level == "decode" and report.sound else {}
@@ -72,18 +106,10 @@ def run_verify(config: VerifyJobConfig) -> JobResult:
             place, name = place_of(config.report)
             place.put(name, json.dumps(asdict(report), indent=1).encode())
             _log.info("report: %s", config.report)
-        counts = {
-            "planned": report.planned_rows,
-            "latents": report.stored_rows,
-            "rejected": report.rejected_rows,
-            "filtered": report.filtered_rows,
-            "files": report.files,
-            "files_checked": report.files_checked,
-            "orphans": len(report.orphans),
-            "problems": len(report.problems),
-        }
+        counts = counts_of(report)
         rates = {"bytes_per_s": report.bytes_read / max(time.monotonic() - began, 1e-9)}
-        result = JobResult("done", counts, {"dataset": config.data.uri}, None, rates, figures)
+        details = {} if report.relied_since_s is None else {"relied_on_since": _shown(report.relied_since_s)}
+        result = JobResult("done", counts, {"dataset": config.data.uri}, None, rates, figures, details)
         if not report.sound:
             shown = "\n".join(f"    {p['kind']}: {p['where']}: {p['detail']}" for p in report.problems[:20])
             raise InputError(
@@ -97,8 +123,7 @@ def run_verify(config: VerifyJobConfig) -> JobResult:
             # What was written since the last time counts as looked at where all of it was.
             whole = portion.share >= 1.0 or (portion.after is not None and portion.after <= told["generation"])
             number = report.generation if whole else told["generation"]
-            done = {"generation": number, "begin": portion.end, "at": time.time()}
-            root.put(f"{_VERIFIED}/{level}.json", json.dumps(done).encode())
+            _note(root, level, _Told(generation=number, begin=portion.end))
         if config.gc and has_garbage(root, config.gc_grace_s):
             try:
                 with claimed(root, "gc") as generation:
@@ -109,12 +134,59 @@ def run_verify(config: VerifyJobConfig) -> JobResult:
         return run.done(result)
 
 
+def counts_of(report: VerifyReport) -> dict[str, int]:
+    """What a verification tells in its answer."""
+    return {
+        "planned": report.planned_rows,
+        "latents": report.stored_rows,
+        "rejected": report.rejected_rows,
+        "filtered": report.filtered_rows,
+        "files": report.files,
+        "files_checked": report.files_checked,
+        "files_relied_on": report.files_relied_on,
+        "orphans": len(report.orphans),
+        "problems": len(report.problems),
+    }
+
+
 def _told(root: Root, level: str) -> _Told:
     """How far verifications of a level have come."""
     try:
         return read_stored(_TOLD, root, f"{_VERIFIED}/{level}.json")
     except FileNotFoundError:
         return _Told(generation=0, begin=0.0)
+
+
+def _note(root: Root, level: str, told: _Told, sweep: Sweep | None = None) -> None:
+    """Remember how far verifications of a level have come; a newer note replaces an older one."""
+    done: dict[str, Any] = {"generation": told["generation"], "begin": told["begin"], "at": time.time()}
+    if sweep is not None:
+        known = {"after": sweep.portion.after, "share": sweep.portion.share, "generation": sweep.generation}
+        seen = {"reached": sweep.reached, "damaged": sorted(sweep.damaged), "since": sweep.since_s}
+        done["sweep"] = known | seen
+    root.put(f"{_VERIFIED}/{level}.json", json.dumps(done).encode())
+
+
+def _relied(config: VerifyJobConfig, told: _Told, portion: Portion) -> Sweep | None:
+    """What a verification goes on with: the sweep of the same portion, as long as it is not too old."""
+    sweep = told.get("sweep")
+    if sweep is None or time.time() - sweep["since"] > config.resume_s:
+        return None
+    of = Portion(sweep["after"], told["begin"], sweep["share"])
+    found = Sweep(of, sweep["generation"], sweep["reached"], frozenset(sweep["damaged"]), sweep["since"])
+    return found if of == portion else None
+
+
+def _shown(at_s: float) -> str:
+    return datetime.fromtimestamp(at_s, UTC).isoformat(timespec="seconds")
+
+
+def _checking(config: VerifyJobConfig) -> AbstractContextManager[Workers]:
+    """Those who look at files; the ledger alone needs none."""
+    if config.level == "ledger":
+        return nullcontext(Workers("", 1))
+    memory = 0 if config.level == "files" else _CHECK_BYTES
+    return open_workers("a process that checks files", config.cluster, config.workers, memory_bytes=memory)
 
 
 def _portion(config: VerifyJobConfig, root: Root, told: _Told) -> Portion:
@@ -134,11 +206,15 @@ def plan_verify(config: VerifyJobConfig) -> JobResult:
     """How much a verification would read."""
     root = Root(config.data.uri)
     state, level = _open(root).state, "checksums" if config.level == "decode" else config.level
-    portion = _portion(config, root, _told(root, level))
-    chosen = [(files, np.array(portion.of(files), np.int64)) for files in (state.files, state.reject_files)]
-    size = sum(int(files.size_bytes[mine].sum()) for files, mine in chosen)
-    counts = {"files": len(state.files), "files_to_check": 0 if level == "ledger" else sum(len(m) for _, m in chosen)}
-    return JobResult("dry-run", {**counts, "bytes": size if level == "checksums" else 0})
+    counts = {"files": len(state.files), "files_to_check": 0, "files_relied_on": 0, "bytes": 0}
+    if level != "ledger":
+        check_address()
+        told = _told(root, level)
+        portion = _portion(config, root, told)
+        unchecked = Unchecked.of(state, portion, _relied(config, told, portion))
+        counts |= {"files_to_check": len(unchecked.at), "files_relied_on": unchecked.relied_on}
+        counts["bytes"] = int(unchecked.size_bytes.sum()) if level == "checksums" else 0
+    return JobResult("dry-run", counts)
 
 
 def run_compact(config: CompactJobConfig) -> JobResult:
@@ -161,13 +237,17 @@ def run_compact(config: CompactJobConfig) -> JobResult:
         sizes = {"shard_bytes": config.shard_bytes, "row_group_bytes": config.row_group_bytes}
         track(run, root, {**sizes, **arranged(seed)})
         run.tracker.log_input(name=root.uri, digest=dataset.digest, source=root.uri, context="input")
-        report = compact(
-            run.generation,
-            **sizes,
-            seed=seed,
-            workers=config.workers,
-            on_shard=lambda done, total: progress.update(done, of=total),
-        )
+        memory = _SHARDS_HELD * config.shard_bytes
+        with open_workers(
+            "a process that writes shards", config.cluster, config.workers, memory_bytes=memory
+        ) as workers:
+            report = compact(
+                run.generation,
+                **sizes,
+                seed=seed,
+                spread=workers.spread,
+                on_shard=lambda done, total: progress.update(done, of=total),
+            )
         counts |= {
             "shards_written": report.shards_written,
             "shards_kept": report.shards_kept,
@@ -181,8 +261,11 @@ def run_compact(config: CompactJobConfig) -> JobResult:
 def plan_compact(config: CompactJobConfig) -> JobResult:
     """How many shards there would be."""
     dataset = _open(Root(config.data.uri))
-    shards, _ = shards_to_write(dataset, config.shard_bytes, config.shuffled_by(dataset.identity.kind))
-    return JobResult("dry-run", {"files": len(dataset.state.files), "shards": shards})
+    shards, todo = shards_to_write(dataset, config.shard_bytes, config.shuffled_by(dataset.identity.kind))
+    if todo:
+        check_address()
+    counts = {"files": len(dataset.state.files), "shards": shards, "shards_to_write": len(todo)}
+    return JobResult("dry-run", counts)
 
 
 def run_forget(config: ForgetJobConfig) -> JobResult:

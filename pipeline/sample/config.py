@@ -72,6 +72,11 @@ class FileRequests(RequestDefaults):
     other_columns: Literal["refuse", "keep", "drop"] = Field(
         "refuse", description="Columns that are no field: refuse, keep (written beside the image as JSON), or drop."
     )
+    max_bytes: int = Field(
+        256 << 20,
+        ge=1,
+        description="Bytes of the file, and of its cells as JSON: they are held in memory, some five times as large.",
+    )
     default_seed: int = Field(0, ge=0, lt=2**63, description="Seed of rows that name none.")
 
 

@@ -105,6 +105,7 @@ class _Sampling:
         self.resources = _resources(config, with_text=prepared.text is not None)
         self.monitor = start_monitor("sample")
         self.embedder = self._start_embedder()
+        self.pools: dict[str, int] = {}
         meta = file_meta(read_identity(root), generation.number)
         self.committer = Committer(root, generation.number, config.write.row_group_bytes, None, meta)
 
@@ -140,7 +141,7 @@ class _Sampling:
             look=self._read_open,
             execute=self._execute,
             quarantine=self._quarantine,
-            actors=lambda: {DENOISER: self.resources.denoise_actors, DECODER: self.resources.decode_actors},
+            actors=self._actors,
             units_per_execution=self.config.units_per_execution,
             crash_limit=_CRASH_LIMIT,
             doing="Sampling",
@@ -150,6 +151,16 @@ class _Sampling:
         ) as watch:
             passes.run()
             watch.finish(self.wanted.count())
+
+    def _actors(self, work: list[Work], state: State, alone: bool) -> dict[str, int]:
+        """No more than there are blocks for, one of each unit, unless the configuration says how many."""
+        r, config = self.resources, self.config
+        most = max(1, len(work)) if not alone else max(r.denoise_actors, r.decode_actors)
+        self.pools = {
+            DENOISER: config.denoise.actors or min(r.denoise_actors, most),
+            DECODER: config.decode.actors or min(r.decode_actors, most),
+        }
+        return self.pools
 
     def _read_open(self) -> tuple[State, RowSet]:
         """The state now, and which of the wanted requests are open."""
@@ -193,7 +204,7 @@ class _Sampling:
             DenoiseBlocks,
             (DenoiserSpec(prepared.model.uri, prepared.model.info.ema, draw, self.embedder, alone), self.monitor),
             num_cpus=r.denoise_cpus,
-            **actor_pool(r.denoise_actors, _TASK_RETRIES, num_gpus=r.denoise_gpus),
+            **actor_pool(self.pools[DENOISER], _TASK_RETRIES, num_gpus=r.denoise_gpus),
         )
         codec = DecoderSpec(
             prepared.codec_path, prepared.codec_kind, prepared.model.info.codec.revision, decoding, alone
@@ -203,7 +214,7 @@ class _Sampling:
             DecodeLatents,
             (codec, self.monitor),
             num_cpus=r.decode_cpus,
-            **actor_pool(r.decode_actors, _TASK_RETRIES, num_gpus=r.decode_gpus),
+            **actor_pool(self.pools[DECODER], _TASK_RETRIES, num_gpus=r.decode_gpus),
         )
         dataset = dataset.map_batches(
             EncodeImages(draw, prepared.origin, self.root if config.output.format == "files" else None),

@@ -13,8 +13,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from pipeline.codec.info import CodecInfo, codec_info
@@ -34,6 +32,9 @@ from pipeline.sample.requests import (
     refuse_broken,
     validate_requests,
 )
+from pipeline.source.reading.parquet import table_cells
+from pipeline.source.reading.parquet_file import TableError
+from pipeline.source.reading.rows import MAX_TEXT_BYTES
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root, place_of
 from pipeline.store.ledger.identity import Identity
@@ -186,8 +187,7 @@ def load_requests(config: GridRequests | FileRequests, limits: RequestLimits) ->
         guidance_interval=config.guidance_interval,
     )
     if isinstance(config, FileRequests):
-        data = _read_file(config.uri)
-        cells = read_columns(data, file_format(config.uri, config.format), config.uri)
+        cells = read_columns(config.uri, file_format(config.uri, config.format), config.max_bytes)
         try:
             columns = map_columns(cells.columns, config.columns, config.other_columns, config.uri)
         except ConfigError:
@@ -218,20 +218,6 @@ def load_requests(config: GridRequests | FileRequests, limits: RequestLimits) ->
     except InputError as error:  # a grid is written in the configuration
         raise ConfigError(
             error.what, key=error.key, value=error.value, rule=error.rule, next_step=error.next_step
-        ) from None
-
-
-def _read_file(uri: str) -> bytes:
-    unreadable: tuple[type[Exception], ...] = (*storage_errors(), ValueError)
-    try:
-        root, name = place_of(uri)
-        return root.read_bytes(name)
-    except unreadable as error:
-        raise InputError(
-            f"The request file cannot be read: {describe(error)}",
-            key="requests.uri",
-            value=uri,
-            next_step="correct the path, or write the requests as a grid",
         ) from None
 
 
@@ -310,7 +296,7 @@ def _origin(model: StoredModel, text: TextSpec | None, codec: CodecInfo, codec_p
 # A broken line is a row without cells and with a reason, so that all are told at once with what else is wrong.
 
 
-_MAX_ROWS, _MAX_BYTES = 20_000_000, 1 << 30
+_MAX_ROWS = 20_000_000
 SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 
 
@@ -341,65 +327,62 @@ class Cells:
     broken: dict[int, str] = field(default_factory=dict)
 
 
-def read_columns(data: bytes, kind: str, origin: str) -> Cells:
-    """All rows of a request file; InputError when it cannot be read at all."""
-    try:
-        if kind == "parquet":
-            return _read_parquet(data)
-        text = data.decode("utf-8-sig")
-        if kind == "csv":
-            return _read_csv(text)
-        # One object a line: a line that is none breaks its own row alone.
-        rows: list[dict[str, Any]] = []
-        names: dict[str, None] = {}
-        broken: dict[int, str] = {}
-        for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("no JSON object")
-            except (ValueError, RecursionError) as error:
-                row, broken[len(rows) + 1] = {}, f"line {number}: {error}"
-            rows.append(row)
-            names.update(dict.fromkeys(row))
-        return Cells({name: [row.get(name) for row in rows] for name in names}, broken)
-    except (pa.ArrowException, OSError, ValueError, csv.Error) as error:
-        raise InputError(
-            f"The request file {origin} cannot be read as {kind}: {error}",
-            key="requests.uri",
-            value=origin,
-            rule="Parquet, CSV with a header line, or one JSON object a line; text is UTF-8",
-            next_step="correct the file, or set requests.format",
-        ) from None
+def read_columns(uri: str, kind: str, max_bytes: int) -> Cells:
+    """All rows of a request file; InputError when it cannot be read at all, or is larger than it may be."""
 
-
-def _read_parquet(data: bytes) -> Cells:
-    """Texts that repeat are one text in memory: a file of kilobytes may hold one of megabytes a million times."""
-    file = pq.ParquetFile(io.BytesIO(data))
-    groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
-    size = sum(group.column(leaf).total_uncompressed_size for group in groups for leaf in range(group.num_columns))
-    if size > _MAX_BYTES or file.metadata.num_rows > _MAX_ROWS:
-        raise ValueError(
-            f"{file.metadata.num_rows} rows that unpack to {size} bytes, over {_MAX_ROWS} rows or {_MAX_BYTES} bytes"
+    def refused(why: str, **about: Any) -> InputError:
+        rule = "Parquet, CSV with a header line, or one JSON object a line; text is UTF-8"
+        next_step = "correct the file, or set requests.format"
+        what = f"The request file {uri} cannot be read as {kind}: {why}"
+        return InputError(
+            what, **{"key": "requests.uri", "value": uri, "rule": rule, "next_step": next_step, **about}
         )
-    texts = [f.name for f in file.schema_arrow if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
-    table = pq.read_table(io.BytesIO(data), read_dictionary=texts)
-    columns: dict[str, list[Any]] = {}
-    for name in table.column_names:
-        columns[name] = []
-        for chunk in table[name].chunks:
-            if pa.types.is_dictionary(chunk.type):
-                values = chunk.dictionary.to_pylist()
-                columns[name] += [None if index is None else values[index] for index in chunk.indices.to_pylist()]
-            else:
-                columns[name] += chunk.to_pylist()
-    return Cells(columns)
+
+    unreadable: tuple[type[Exception], ...] = (*storage_errors(), ValueError, csv.Error)
+    try:
+        root, name = place_of(uri)
+        size_bytes = root.info(name).size_bytes
+        if size_bytes > max_bytes:
+            raise refused(
+                f"it has {size_bytes:,} bytes",
+                key="requests.max_bytes",
+                value=max_bytes,
+                rule="requests are held in memory",
+                next_step="divide the file, or raise the limit",
+            )
+        if kind == "parquet":
+            return Cells(table_cells(root, name, max_rows=_MAX_ROWS, max_bytes=max_bytes))
+        file = io.BytesIO(root.read_bytes(name))
+        return _read_csv(file) if kind == "csv" else _read_json_lines(file)
+    except TableError as error:
+        raise refused(f"{error.message} (requests.max_bytes is {max_bytes:,})") from None
+    except unreadable as error:
+        raise refused(describe(error)) from None
 
 
-def _read_csv(text: str) -> Cells:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _read_json_lines(file: io.BytesIO) -> Cells:
+    """One object a line: a line that is none breaks its own row alone."""
+    rows: list[dict[str, Any]] = []
+    names: dict[str, None] = {}
+    broken: dict[int, str] = {}
+    for number, line in enumerate(io.TextIOWrapper(file, "utf-8-sig", newline="\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            if len(line) > MAX_TEXT_BYTES:
+                raise ValueError(f"{len(line):,} characters, at most {MAX_TEXT_BYTES:,}")
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("no JSON object")
+        except (ValueError, RecursionError) as error:
+            row, broken[len(rows) + 1] = {}, f"line {number}: {error}"
+        rows.append(row)
+        names.update(dict.fromkeys(row))
+    return Cells({name: [row.get(name) for row in rows] for name in names}, broken)
+
+
+def _read_csv(file: io.BytesIO) -> Cells:
+    reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
     header = next((row for row in reader if row), [])
     if len(set(header)) != len(header):
         raise ValueError(f"a column is named twice in {header}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, JsonValue, field_validator, model_validator
@@ -18,12 +19,16 @@ Channel = Annotated[int, Field(ge=0, le=255)]
 Side = Annotated[int, Field(ge=1, le=16_384)]
 
 
+_PINNED = re.compile(r"hf://(?:datasets/|spaces/)?[^/@]+/[^/@]+@[0-9a-f]{40}(?:/|$)")
+
+
 class _Source(StrictModel):
     uri: str = Field(
         ...,
         min_length=1,
-        description="where the images are: a path or any fsspec URI; tar and Parquet sources also take one file, "
-        "a glob (*, ?, [..], **) or a brace pattern ({000..099})",
+        description="where the images are: a path or any fsspec URI, a hub's dataset pinned to a commit among them "
+        "(hf://datasets/OWNER/NAME@COMMIT/FOLDER); tar and Parquet sources also take one file, a glob (*, ?, [..], "
+        "**) or a brace pattern ({000..099})",
     )
     name: str = Field(
         "source",
@@ -55,6 +60,16 @@ class _Source(StrictModel):
         None,
         description='rows to keep, by their metadata, e.g. "aesthetic > 5 and width >= 256"; others are filtered',
     )
+
+    @field_validator("uri")
+    @classmethod
+    def _hub_is_pinned(cls, value: str) -> str:
+        if value.startswith("hf://") and not _PINNED.match(value):
+            raise ValueError(
+                "a hub's dataset is pinned to a commit, as branches and tags move: hf://datasets/OWNER/NAME@COMMIT, "
+                "its 40 digits being in the history of the dataset's files"
+            )
+        return value
 
     @field_validator("filter")
     @classmethod

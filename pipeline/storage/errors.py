@@ -20,6 +20,7 @@ _CONFIGURATION = {
     "ParamValidationError": "the bucket or key has a form that S3 does not allow",
     "TokenRetrievalError": "the login has expired: log in again",
     "UnauthorizedSSOTokenError": "the login has expired: log in again",
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set: unset it where the hub is to be asked",
 }
 # A local disk's: a full one apart, which time may help.
 _REFUSALS = {
@@ -86,7 +87,8 @@ def _store_of(uri: str) -> str:
 def storage_errors() -> tuple[type[Exception], ...]:
     """What a store may raise: OSError, and its clients' own errors, which are none (an unreachable endpoint)."""
     found: list[type[Exception]] = [OSError]
-    for module, names in (("botocore.exceptions", ("BotoCoreError", "ClientError")), ("aiohttp", ("ClientError",))):
+    clients = {"botocore.exceptions": ("BotoCoreError", "ClientError"), "aiohttp": ("ClientError",)}
+    for module, names in {**clients, **dict.fromkeys(("httpx", "httpx2"), ("HTTPError",))}.items():
         loaded = sys.modules.get(module)
         found += [getattr(loaded, name) for name in names] if loaded is not None else []
     return tuple(found)
@@ -105,10 +107,12 @@ def _response(error: BaseException) -> tuple[int | None, str]:
     """(HTTP status, the store's own code) of the answer behind an error; (None, "") when there was no answer."""
     for cause in _causes(error):
         response = getattr(cause, "response", None)
+        if isinstance(status := getattr(response, "status_code", None), int):  # of a hub
+            return status, ""
         if isinstance(response, dict):
-            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            told = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             code = str((response.get("Error") or {}).get("Code") or "")
-            return (int(status) if status is not None else None), code
+            return (int(told) if told is not None else None), code
     return None, ""
 
 

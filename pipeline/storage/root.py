@@ -480,7 +480,7 @@ def _local_info(path: str, key: str) -> ObjectInfo:
 
 
 def _object_info(detail: dict[str, Any], key: str) -> ObjectInfo:
-    etag = detail.get("ETag") or detail.get("etag") or detail.get("md5Hash")
+    etag = detail.get("ETag") or detail.get("etag") or detail.get("md5Hash") or detail.get("blob_id")
     modified: Any = detail.get("LastModified") or detail.get("mtime") or detail.get("created")
     stamp = modified.timestamp() if hasattr(modified, "timestamp") else modified
     return ObjectInfo(

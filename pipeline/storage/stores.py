@@ -157,9 +157,10 @@ S3 = ("s3", "s3a")
 GCS = {"gs", "gcs"}
 WEB = ("http", "https")
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10.0, 30.0
-# A body that the store does not take at this rate, after the first half minute, is sent again.
+# A body that does not move at this rate, after the first half minute, is asked for or sent again.
 SLOWEST_BYTES_PER_S = 256 << 10
 LARGEST_PUT_BYTES = 5 << 30
+_USUAL_BYTES = 64 << 20  # what a body of unknown size is taken to have at first
 BUFFER_BYTES = 1 << 20
 _MARK = "latentloom-writer"  # metadata of created objects
 
@@ -201,8 +202,19 @@ def read_whole(fs: Any, path: str) -> bytes:
     """The bytes of an object, in one request where the store allows it."""
     # Without this S3 asks for the size first, which doubles the requests for small objects.
     one_stream = {"max_concurrency": 1} if "s3" in _protocols(fs) else {}
-    data: bytes = fs.cat_file(path, **one_stream)
-    return data
+
+    def read(size_bytes: int) -> bytes:
+        data: bytes = fs.cat_file(path, **one_stream, **_time_limit(fs, size_bytes))
+        return data
+
+    try:
+        return read(_USUAL_BYTES)
+    except TimeoutError:
+        # Large, or slower than anybody should be: its size tells which.
+        size_bytes = fs.info(path)["size"]
+        if not size_bytes or size_bytes <= _USUAL_BYTES:
+            raise
+        return read(size_bytes)
 
 
 def read_part(fs: Any, path: str, within: str, start: int, length: int) -> bytes:
@@ -214,7 +226,9 @@ def read_part(fs: Any, path: str, within: str, start: int, length: int) -> bytes
 
         data: bytes = sync(fs.loop, read, fs, path, within, start, length)
     else:
-        data = fs.cat_file(path, start=start, end=start + length)
+        # A hub's files read ahead by megabytes unless they are told not to.
+        exactly = {"cache_type": "none"} if "hf" in _protocols(fs) else {}
+        data = fs.cat_file(path, start=start, end=start + length, **exactly, **_time_limit(fs, length))
     return data
 
 
@@ -233,7 +247,7 @@ def read_if_match(fs: Any, path: str, etag: str, start: int, length: int | None)
             data: bytes = await body.read()
             return data
 
-    found: bytes = sync(fs.loop, get)
+    found: bytes = sync(fs.loop, get, **_time_limit(fs, _USUAL_BYTES if length is None else length))
     return found
 
 
@@ -242,7 +256,7 @@ def put_whole(fs: Any, path: str, data: bytes) -> None:
     if "s3" in _protocols(fs) and len(data) <= LARGEST_PUT_BYTES:
         _put_s3(fs, path, data)
     else:
-        fs.pipe_file(path, data, **_time_limit(fs, data))
+        fs.pipe_file(path, data, **_time_limit(fs, len(data)))
 
 
 def create_whole(fs: Any, path: str, data: bytes, mark: str) -> None:
@@ -250,9 +264,9 @@ def create_whole(fs: Any, path: str, data: bytes, mark: str) -> None:
     if "s3" in _protocols(fs):
         _put_s3(fs, path, data, IfNoneMatch="*", Metadata={_MARK: mark})
     elif GCS & set(_protocols(fs)):
-        fs.pipe_file(path, data, mode="create", metadata={_MARK: mark}, **_time_limit(fs, data))
+        fs.pipe_file(path, data, mode="create", metadata={_MARK: mark}, **_time_limit(fs, len(data)))
     else:
-        fs.pipe_file(path, data, mode="create", **_time_limit(fs, data))
+        fs.pipe_file(path, data, mode="create", **_time_limit(fs, len(data)))
 
 
 def is_marked(fs: Any, path: str, mark: str) -> bool | None:
@@ -267,12 +281,12 @@ def is_marked(fs: Any, path: str, mark: str) -> bool | None:
 
 def _put_s3(fs: Any, path: str, data: bytes, **conditions: Any) -> None:
     bucket, _, key = path.partition("/")
-    fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **conditions, **_time_limit(fs, data))
+    fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **conditions, **_time_limit(fs, len(data)))
 
 
-def _time_limit(fs: Any, data: bytes) -> dict[str, float]:
-    """fsspec's limit for a whole call: the clients have none for a body that the other side does not take."""
-    return {"timeout": READ_TIMEOUT_S + len(data) / SLOWEST_BYTES_PER_S} if getattr(fs, "async_impl", False) else {}
+def _time_limit(fs: Any, size_bytes: int) -> dict[str, float]:
+    """fsspec's limit for a whole call: the clients have none for a body that drips, or that nobody takes."""
+    return {"timeout": READ_TIMEOUT_S + size_bytes / SLOWEST_BYTES_PER_S} if getattr(fs, "async_impl", False) else {}
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:

@@ -266,13 +266,13 @@ class _Chunk:
         captions: list[list[str] | None] = [None] * count
         embeddings: list[Any] = [None] * count
         if self._captions:
-            for at in range(count):
-                own = slice(at * self._slot, (at + 1) * self._slot)
-                asked = list(chain.from_iterable(lane[own] for lane in self._captions))
-                if text is not None:
-                    embeddings[at] = text.lookup_stored(asked)
-                if any(caption is not None for caption in asked):
-                    captions[at] = [caption or "" for caption in asked]
+            owns = [slice(at * self._slot, (at + 1) * self._slot) for at in range(count)]
+            asked = [list(chain.from_iterable(lane[own] for lane in self._captions)) for own in owns]
+            captions = [[c or "" for c in some] if any(c is not None for c in some) else None for some in asked]
+            if text is not None:
+                # All at once: what lies together is read once, however many batches it is for.
+                found = text.lookup_stored(list(chain.from_iterable(asked)))
+                embeddings = list(zip(*(np.split(values, count) for values in found), strict=True))
         self._parts = list(zip(latents, list(sample_ids), labels, captions, sizes, embeddings, strict=True))
 
     def batch(self, index: int, step: int, epoch: int) -> Batch:

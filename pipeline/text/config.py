@@ -96,8 +96,19 @@ class EmbedTextJobConfig(StrictModel):
         "auto",
         description="auto takes a GPU when there is one: of the cluster at RAY_ADDRESS, else of this machine.",
     )
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="Encoders that work at a time on the cluster at RAY_ADDRESS; null: one beside each GPU, or where "
+        "there are none as many as there are CPUs. Without a cluster it is one, in this process.",
+    )
     cluster: ClusterConfig = Field(ClusterConfig(), description="The Ray cluster, where RAY_ADDRESS names one.")
-    threads: int | None = Field(None, ge=1, description="CPU threads; default all cores. Not part of the identity.")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads of an encoder; null: all cores of this machine, one on a cluster. Not part of the "
+        "identity.",
+    )
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow tracking.")
 
     @model_validator(mode="after")

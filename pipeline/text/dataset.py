@@ -145,6 +145,17 @@ def in_units(captions: Iterable[PlannedCaption], unit_captions: int) -> Iterator
 
 
 _READERS = 8
+_ROW_BITS = 32
+_INDEX = pa.schema([pa.field("hash", pa.binary(16), False), pa.field("place", pa.int64(), False)])
+_INDEX_ENDING = "-captions1.arrow"  # another number when another release would read it differently
+
+
+def _parsed_index(source: Any) -> pa.Table:
+    table = pa.ipc.open_file(source).read_all()
+    if table.schema != _INDEX or table["hash"].num_chunks != 1:
+        raise ValueError("it is no index of captions")
+    return table
+
 
 Floats = npt.NDArray[np.float32]
 Halves = npt.NDArray[Any]
@@ -222,11 +233,12 @@ class ArrangedText:
 class TextEmbeddings:
     """The embeddings of one encoder as they were visible when opened; safe to use from several threads.
 
-    Memory: 24 bytes a caption for the index, `cache_bytes` of row groups (never less than one of them), and what
-    a call returns. A caption of None is the empty prompt.
+    Memory: 24 bytes a caption for the index, which processes of one machine share where it was published with what
+    is pinned, `cache_bytes` of row groups (never less than one of them), and what a call returns. A caption of None
+    is the empty prompt.
     """
 
-    def __init__(self, dataset: Dataset, cache_bytes: int) -> None:
+    def __init__(self, dataset: Dataset, cache_bytes: int, index: pa.Table | None = None) -> None:
         self._dataset, self._cache_bytes = dataset, cache_bytes
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
         self._cached_bytes = 0
@@ -235,7 +247,10 @@ class TextEmbeddings:
         self.width = int(dataset.fingerprint["width"])
         self._dtype = str(dataset.fingerprint["embedding_dtype"])
         self._has_pooled = dataset.fingerprint["pooled"] != "none"
-        self._hashes, self._groups, self._rows = self._read_index()
+        self._index = self._read_index() if index is None else index
+        hashes, places = (self._index[name].chunk(0) for name in _INDEX.names)
+        self._hashes: Hashes = np.frombuffer(hashes.buffers()[1], "S16", len(hashes))
+        self._at: Ints = places.to_numpy()  # row group and row of each
 
     @classmethod
     def open(
@@ -245,7 +260,14 @@ class TextEmbeddings:
 
         pins: where their state may be kept, see `Dataset.open_kind`.
         """
-        return cls(Dataset.open_kind(uri, "text", key, pins), cache_bytes)
+        dataset = Dataset.open_kind(uri, "text", key, pins)
+        published = None if pins is None else pins.mapped(dataset.root, _INDEX_ENDING, _parsed_index)
+        return cls(dataset, cache_bytes, published)
+
+    def publish(self, pins: Pins) -> None:
+        """Leave row groups and index beside what is pinned, so that no reader makes them for itself."""
+        self._dataset.publish(pins)
+        pins.keep(self._dataset.root, _INDEX_ENDING, self._index_file)
 
     @property
     def uri(self) -> str:
@@ -348,11 +370,13 @@ class TextEmbeddings:
                 rule="every caption in use is embedded first",
                 next_step="run jobs.embed_text on the latent dataset; it embeds only what is new",
             )
-        groups = self._groups[at]
-        for group in np.unique(groups).tolist():
-            table = self._row_group(group)
-            for i in np.flatnonzero(groups == group).tolist():
-                yield table, i, int(self._rows[at[i]])
+        places = self._at[at]
+        order = np.argsort(places, kind="stable")
+        groups = places[order] >> _ROW_BITS
+        for mine in np.split(order, np.flatnonzero(np.diff(groups)) + 1) if len(order) else ():
+            table = self._row_group(int(places[mine[0]] >> _ROW_BITS))
+            for i in mine.tolist():
+                yield table, i, int(places[i] & ((1 << _ROW_BITS) - 1))
 
     def _row_group(self, group: int) -> pa.Table:
         with self._lock:
@@ -369,8 +393,14 @@ class TextEmbeddings:
                 self._cached_bytes -= old.nbytes
         return table
 
-    def _read_index(self) -> tuple[npt.NDArray[np.bytes_], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """(hashes ascending, row group of each, row in it)."""
+    def _index_file(self) -> pa.Buffer:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, _INDEX) as writer:
+            writer.write_table(self._index)
+        return sink.getvalue()
+
+    def _read_index(self) -> pa.Table:
+        """Hashes, ascending, and where each one's row lies."""
 
         def hashes_of(group: int) -> Hashes:
             return as_hashes(self._read(group, ["sample_id"])["sample_id"].to_pylist())
@@ -379,11 +409,14 @@ class TextEmbeddings:
         with ThreadPoolExecutor(_READERS) as pool:
             parts = list(pool.map(hashes_of, range(count)))
         hashes = np.concatenate([as_hashes([]), *parts])
-        lengths = [len(p) for p in parts]
-        groups = np.repeat(np.arange(count, dtype=np.int32), lengths)
-        rows = np.concatenate([np.zeros(0, np.int32), *(np.arange(n, dtype=np.int32) for n in lengths)])
+        firsts = np.arange(count, dtype=np.int64) << _ROW_BITS
+        places = np.concatenate([np.zeros(0, np.int64), *map(np.add, firsts, map(np.arange, map(len, parts)))])
         order = np.argsort(hashes, kind="stable")
-        return hashes[order], groups[order], rows[order]
+        data = [pa.py_buffer(np.ascontiguousarray(values[order])) for values in (hashes, places)]
+        arrays = [
+            pa.Array.from_buffers(kind, len(order), [None, of]) for kind, of in zip(_INDEX.types, data, strict=True)
+        ]
+        return pa.Table.from_arrays(arrays, schema=_INDEX)
 
     def _read(self, group: int, columns: list[str]) -> pa.Table:
         return self._dataset.read(group, columns)

@@ -1,6 +1,9 @@
-"""The embed_text job: captions of a latent dataset -> one dataset of embeddings for each encoder. A plain process.
+"""The embed_text job: captions of a latent dataset -> one dataset of embeddings for each encoder.
 
-    check everything -> for each encoder: look -> claim -> plan new captions -> load -> embed and commit the gaps
+    check everything -> for each encoder: look -> claim -> plan new captions -> a unit at a time: embed and commit
+
+Units are embedded in this process, or by workers of a cluster, each beside a GPU of its own where there are any; what
+is embedded is committed where it was, and only how much it was comes back.
 
 Nothing is written before every encoder has been found sound. An encoder whose plan has seen this very state of the
 latents and has no gap costs a hash of its files and one look at its ledger: no torch, no caption read.
@@ -11,8 +14,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -21,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.dataflow.cluster import own_device, reserved_function, reserved_gpu
+from pipeline.dataflow.cluster import check_address
+from pipeline.dataflow.workers import open_workers
 from pipeline.errors import InputError, argument_keys
 from pipeline.model.info import read_pipeline_encoders
 from pipeline.model.read import weights_root
@@ -29,11 +32,12 @@ from pipeline.progress import Progress
 from pipeline.result import JobResult
 from pipeline.runs import Run, open_run
 from pipeline.storage.root import Root
-from pipeline.store.ledger.generation import Generation, last_run
+from pipeline.store.ledger.generation import Generation, check_newest, last_run
 from pipeline.store.ledger.identity import Identity, check_same, read_identity
 from pipeline.store.ledger.layout import IDENTITY
 from pipeline.store.ledger.state import State, read_state
-from pipeline.store.plan import PlannedEntry, append_version, read_entries, read_plan, work_of
+from pipeline.store.maintain import Spread, in_turn
+from pipeline.store.plan import EntrySpan, PlannedEntry, Work, append_version, read_entries, read_plan, work_of
 from pipeline.store.read.dataset import Dataset, LatentDataset
 from pipeline.store.schema import ADDRESS, pack_latents
 from pipeline.store.writer import Committer, file_meta
@@ -88,28 +92,45 @@ def embed_gaps(
     root: Root,
     generation: Generation,
     state: State,
-    encode: Encode,
+    load: Callable[[], Encode],
     *,
     embedding_dtype: str,
     row_group_bytes: int,
     on_unit: OnUnit = lambda captions, tokens, truncated: None,
+    spread: Spread = in_turn,
 ) -> None:
     """Embed and commit every planned caption without a row; `on_unit` hears (captions, tokens, truncated) of each.
 
-    Raises ConflictError when a newer run takes over, InputError for numbers that cannot be stored.
+    load: gives what encodes, where units are embedded. Raises ConflictError when a newer run takes over, InputError
+    for numbers that cannot be stored.
     """
     meta = file_meta(read_identity(generation.root), generation.number)
     committer = Committer(root, generation.number, row_group_bytes, None, meta)
-    for works in work_of(state.gaps(), 1 << 16):
-        for work in works:
-            generation.check()
-            planned = read_entries(root, state.plan.locate(work.unit))
-            entries = [
-                e for e in planned if any(a <= e.first_row and (b is None or e.first_row < b) for a, b in work.ranges)
-            ]
-            rows = embed_entries(entries, encode, embedding_dtype)
-            committer.commit(rows, None, {})
-            on_unit(len(rows), int(np.sum(rows["tokens"].to_numpy())), int(np.sum(rows["truncated"].to_numpy())))
+    works = (work for execution in work_of(state.gaps(), 1 << 16) for work in execution)
+    units = ((state.plan.locate(work.unit), work) for work in works)
+    for told in spread(partial(unit_embedder, committer, load, embedding_dtype), units):
+        on_unit(*told)
+        generation.check()
+
+
+def unit_embedder(
+    committer: Committer, load: Callable[[], Encode], embedding_dtype: str
+) -> Callable[[tuple[EntrySpan, Work]], tuple[int, int, int]]:
+    """What embeds and commits a unit, given where its entries lie and what of it is to be done."""
+    encode = load()
+
+    def embed(unit: tuple[EntrySpan, Work]) -> tuple[int, int, int]:
+        planned = read_entries(committer.root, unit[0])
+        entries = [
+            e for e in planned if any(a <= e.first_row and (b is None or e.first_row < b) for a, b in unit[1].ranges)
+        ]
+        rows = embed_entries(entries, encode, embedding_dtype)
+        # Embedding takes a while: a run that was fenced off meanwhile leaves no file behind.
+        check_newest(committer.root, committer.generation)
+        committer.commit(rows, None, {})
+        return len(rows), int(np.sum(rows["tokens"].to_numpy())), int(np.sum(rows["truncated"].to_numpy()))
+
+    return embed
 
 
 def embed_entries(entries: Sequence[PlannedEntry], encode: Encode, embedding_dtype: str) -> pa.Table:
@@ -214,6 +235,8 @@ def dry_run(config: EmbedTextJobConfig) -> JobResult:
         todo = gaps + sum(1 for _ in new_captions(task.latents, known, Captions(config.captions), config.prompts))
         counts[f"{task.encoder.name}.new"] = todo
         figures[f"{task.encoder.name}.bytes_at_most"] = 2.0 * todo * task.files.max_length * task.files.width
+    if any(counts.values()):
+        check_address()
     return JobResult("dry-run", counts, outputs, None, {}, figures)
 
 
@@ -291,7 +314,15 @@ def _embed(task: _Task, run: Run, generation: Generation, state: State) -> JobRe
     began, start = time.monotonic(), state.num_stored
     totals = dict.fromkeys(("embedded", "tokens", "truncated"), 0)
     progress = Progress(f"embed {task.encoder.name}", start + state.gaps().count(), "captions", start=start)
-    with progress, _loaded(task) as encode:
+    config = task.config
+    opened = open_workers(
+        f"an encoder of {task.encoder.name}",
+        config.cluster,
+        config.workers,
+        num_cpus=float(config.threads or 1),
+        device=config.device,
+    )
+    with progress, opened as workers:
 
         def on_unit(captions: int, tokens: int, truncated: int) -> None:
             for name, value in zip(totals, (captions, tokens, truncated), strict=True):
@@ -302,10 +333,14 @@ def _embed(task: _Task, run: Run, generation: Generation, state: State) -> JobRe
             task.root,
             generation,
             state,
-            encode,
+            # What travels to other processes holds none of the task's datasets.
+            partial(
+                load_with_threads, task.files, task.encoder, config.embed.batch_size, config.threads, workers.device
+            ),
             embedding_dtype=task.encoder.embedding_dtype,
-            row_group_bytes=task.config.embed.row_group_bytes,
+            row_group_bytes=config.embed.row_group_bytes,
             on_unit=on_unit,
+            spread=workers.spread,
         )
     seconds = time.monotonic() - began
     final = read_state(task.root)
@@ -316,27 +351,17 @@ def _embed(task: _Task, run: Run, generation: Generation, state: State) -> JobRe
     )
 
 
-@contextmanager
-def _loaded(task: _Task) -> Iterator[Encode]:
-    """What encodes captions: in this process, or in one beside a GPU of the cluster, where it has any."""
-    config = task.config
-    # It may travel to another process: without the datasets of the task.
-    files, encoder, batch_size, threads = task.files, task.encoder, config.embed.batch_size, config.threads
+def load_with_threads(
+    files: EncoderFiles, encoder: TextEncoderConfig, batch_size: int, threads: int | None, device: str
+) -> Encode:
+    """What encodes on a device; None: by as many threads as torch takes."""
+    import torch
 
-    def make(device: str) -> Encode:
-        import torch
+    from pipeline.text.encoder import load_encoder
 
-        from pipeline.text.encoder import load_encoder
-
-        if threads is not None:
-            torch.set_num_threads(threads)
-        return load_encoder(files, encoder, batch_size=batch_size, device=device).encode
-
-    with reserved_gpu(config.device, config.cluster) as device:
-        if device is None:
-            yield make(own_device(config.device, config.cluster))
-        else:
-            yield reserved_function(partial(make, device))
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return load_encoder(files, encoder, batch_size=batch_size, device=device).encode
 
 
 def _result(

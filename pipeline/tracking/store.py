@@ -178,7 +178,7 @@ class MlflowStore:
         """One call: at most 1,000 points and 100 params and tags each; repeating it changes nothing."""
         from mlflow.entities import Metric, Param, RunTag
 
-        tags = {key: self._linked(text) if key == NOTE_TAG else text for key, text in tags.items()}
+        tags = {key: self.linked(text) if key == NOTE_TAG else text for key, text in tags.items()}
         with self._translated():
             self.client.log_batch(
                 run_id,
@@ -188,7 +188,7 @@ class MlflowStore:
                 synchronous=True,
             )
 
-    def _linked(self, note: str) -> str:
+    def linked(self, note: str) -> str:
         """A description whose `[words](run:ID)` lead to that run's page; of one that is not there, the words."""
 
         def link(found: re.Match[str]) -> str:

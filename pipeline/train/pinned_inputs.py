@@ -24,6 +24,7 @@ from pipeline.store.maintain.forget import WITHDRAWN
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.read.pins import Pins, lost_files
 from pipeline.stream.order import PARTS, rule_in
+from pipeline.text.dataset import TextEmbeddings
 from pipeline.train.checks import Facts, handshake
 from pipeline.train.config import TrainJobConfig
 from pipeline.train.retention import counting, newest_start
@@ -64,6 +65,9 @@ def pinned(config: TrainJobConfig, root: Root, begun: Begun) -> Begun:
         begun = replace(again, checkpoints=begun.checkpoints, order=begun.order, withdrawn=begun.withdrawn)
     for dataset in begun.datasets:
         dataset.publish(pins)
+    for key, part in config.data.parts.items():
+        for uri in part.text:
+            TextEmbeddings.open(uri, cache_bytes=1, key=f"{key}.text", pins=pins).publish(pins)
     for uri, rows in begun.withdrawn.items():
         if rows - pins.withdrawn(Root(uri)):
             pins.withdraw(Root(uri), rows)

@@ -36,6 +36,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -45,6 +46,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.dataflow.workers import in_threads
 from pipeline.storage.root import Root
 from pipeline.store.ledger.ledger import commit, visible_records
 from pipeline.store.ledger.rowset import RowSet
@@ -333,7 +335,9 @@ def mixing(total_bytes: int, rounds: int, folder: Path) -> dict[str, Any]:
     for layout in ("as listed", "compacted, shuffled"):
         if layout != "as listed":
             began = time.perf_counter()
-            report = compact(dataset.uri, shard_bytes=384 << 20, row_group_bytes=16 << 20, seed=0, workers=2)
+            report = compact(
+                dataset.uri, shard_bytes=384 << 20, row_group_bytes=16 << 20, seed=0, spread=partial(in_threads, 2)
+            )
             figures |= {"compact_s": time.perf_counter() - began, "compacted_bytes": report.bytes_written}
             collect_garbage(dataset.uri, grace_s=0, now_s=2.0**33)  # or the page cache would have to hold both
             dataset = LatentDataset.open(dataset.uri)

@@ -60,7 +60,7 @@ def run(
         look=encoding._state_and_gaps,
         execute=once,
         quarantine=quarantine,
-        actors=lambda: {"encoder": 1},
+        actors=lambda work, state, alone: {"encoder": 1},
         units_per_execution=100,
         crash_limit=crash_limit,
         doing="Encoding",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -21,12 +22,13 @@ from PIL import Image
 from pipeline.codec.codec import load_codec
 from pipeline.codec.config import CodecConfig
 from pipeline.encode.rows import Rejected, pixels_table, raw_table
-from pipeline.encode.stages import DecodeImages, EncodeBlocks, EncoderSpec
+from pipeline.encode.stages import BLOCK_BYTES, DecodeImages, EncodeBlocks, EncoderSpec, blocks_at_most
 from pipeline.errors import InputError, PipelineError
 from pipeline.source.config import ImageConfig
 from pipeline.source.pixels.prepare import thumbnail_of
 from pipeline.source.reading.rows import EndOfUnit, SourceRow
 from pipeline.source.reasons import Reason
+from pipeline.store.plan import Work
 from tests.support.images import make_codec
 from tests.support.jobs import environment
 from tests.support.monitor import LocalMonitor
@@ -277,3 +279,9 @@ def test_a_codecs_failures_are_shown_by_their_words(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(encode._encoder(), "encode", lambda items, on_batch: [failed])
     encode(block())
     assert monitor.state.left_out()["bad_latent"] == [("a.png", "not finite", None)]
+
+
+def test_no_more_blocks_come_than_are_reckoned_with() -> None:
+    assert int(blocks_at_most([Work(0, ((0, 20),))], 1 << 20)) == 1
+    assert int(blocks_at_most([Work(0, ((0, 20), (30, 2078))), Work(4, ((0, 64),))], BLOCK_BYTES)) == 2 + 2 + 1
+    assert blocks_at_most([Work(0, ((0, None),))], 0) == math.inf

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +48,19 @@ PROMPTS = 8
 
 
 class Site:
-    """The store as a folder, the settings of the base with it, and one cluster for every job."""
+    """A store, a tracker, the settings of the base with them, and one cluster for every job."""
 
-    def __init__(self, folder: Path, env: dict[str, str]) -> None:
-        self.folder, self.store, self.env = folder, folder / "store", env
+    def __init__(self, folder: Path, store: str, tracking: str, env: Mapping[str, str]) -> None:
+        self.folder, self.store, self.env, self.small = folder, store, env, dict(SMALL)
         manifests = render(BASE)
         self.specs = ray_job_specs(manifests)
-        self.settings = settings(manifests) | {
-            "LATENTLOOM_STORE": str(self.store),
-            "LATENTLOOM_TRACKING": f"sqlite:///{folder}/mlflow.db",
-        }
+        self.settings = settings(manifests) | {"LATENTLOOM_STORE": store, "LATENTLOOM_TRACKING": tracking}
 
     def command(self, step: str, run: str) -> list[str]:
         """A step's entrypoint, the places of the image and its volumes being here."""
         words = words_of(self.specs[step]["entrypoint"], self.settings | {"LATENTLOOM_RUN": run})
         here = [w.replace("/var/lib/latentloom/", f"{self.folder}/") for w in words[1:]]
-        return [sys.executable, *here, *SMALL.get(step, "").split(), "tracking.close_timeout_s=60"]
+        return [sys.executable, *here, *self.small.get(step, "").split(), "tracking.close_timeout_s=60"]
 
     def run(self, step: str, run: str) -> tuple[int, dict[str, Any], str]:
         began = time.monotonic()
@@ -73,7 +70,7 @@ class Site:
             env={**environment(), **self.env},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
             check=False,
         )
         lines = done.stdout.strip().splitlines()
@@ -115,10 +112,8 @@ def make_judge(path: Path) -> None:
     torch.jit.script(Means()).save(str(path))  # type: ignore[no-untyped-call]
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("night")
-    store = folder / "store"
+def fill(store: Path) -> None:
+    """What a night needs to be there: images, codec, networks and prompts."""
     add_images(store / "images", 0, 40)
     make_codec(store / "codecs" / "sd-vae")
     make_clip(store / "networks" / "clip-l", whole=True)
@@ -126,10 +121,18 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     (store / "prompts").mkdir()
     prompts = [json.dumps({"prompt": f"picture {i}", "seed": i}) for i in range(PROMPTS)]
     (store / "prompts" / "night.jsonl").write_text("\n".join(prompts) + "\n")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("night")
+    store = folder / "store"
+    fill(store)
     fetch = [sys.executable, str(INFRA / "docker" / "fetch_networks.py"), f"{store}/networks", f"{folder}/networks"]
     subprocess.run(fetch, check=True, capture_output=True)
     with ray_nodes(1, 3) as nodes:
-        yield Site(folder, {**nodes.env, "OMP_NUM_THREADS": "1"})
+        tracking = f"sqlite:///{folder}/mlflow.db"
+        yield Site(folder, str(store), tracking, {**nodes.env, "OMP_NUM_THREADS": "1"})
 
 
 def test_two_nights(site: Site) -> None:
@@ -138,7 +141,7 @@ def test_two_nights(site: Site) -> None:
     assert first["sample"]["counts"]["images"] == PROMPTS
     assert first["verify"]["counts"]["problems"] == 0
 
-    add_images(site.store / "images", 40, 8)
+    add_images(Path(site.store) / "images", 40, 8)
     second = site.night("nightly-2")
     assert second["encode"]["counts"]["source_new"] == 1, "one file more"
     assert second["encode"]["counts"]["latents"] == 48

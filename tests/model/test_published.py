@@ -20,12 +20,16 @@ from diffusers import (
     UNet2DModel,
 )
 
+from pipeline.codec.info import codec_info
 from pipeline.diffusion.objectives import Objective
 from pipeline.diffusion.samplers import sample
 from pipeline.errors import InputError
+from pipeline.model.config import InitConfig
 from pipeline.model.info import is_pipeline_dir
 from pipeline.model.load import load_model
+from pipeline.model.read import read_init
 from pipeline.storage.root import Root
+from tests.support.hub import Hub
 
 
 def a_vae(**changes: Any) -> AutoencoderKL:
@@ -220,3 +224,21 @@ def test_files_that_are_no_json_objects_are_refused(tmp_path: Path) -> None:
     (tmp_path / "vae" / "config.json").write_text("{")
     with pytest.raises(InputError, match="not JSON"):
         load_model(str(tmp_path))
+
+
+def test_weights_of_a_hub_are_those_of_the_directory_and_no_other_file_is_fetched(
+    hub_server: Hub, tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "pipe", "transformer", a_dit(), DDIMScheduler(), a_vae())
+    for left in ("net.safetensors", "transformer/pytorch_model.bin", "transformer/weights.fp16.safetensors"):
+        (folder / left).write_bytes(b"another layout of the same weights, or a pickle")
+    commit = hub_server.add("models/you/net", folder)
+    here, there = read_init(InitConfig(uri=str(folder))), read_init(InitConfig(uri="you/net", revision=commit))
+    assert there.digest == here.digest
+    assert codec_info("you/net", commit) == codec_info(str(folder))
+    fetched = {line.rpartition("/resolve/")[2].partition("/")[2] for line in hub_server.asked if "/resolve/" in line}
+    assert {"model_index.json", "transformer/diffusion_pytorch_model.safetensors"} < fetched
+    assert not [name for name in fetched if name.endswith(".bin") or "fp16" in name or name == "net.safetensors"]
+    for repo, revision in (("you/net", "0" * 40), ("you/nothing", commit)):
+        with pytest.raises(InputError, match="The hub does not give these weights"):
+            read_init(InitConfig(uri=repo, revision=revision))

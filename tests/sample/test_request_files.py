@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.errors import ConfigError, InputError
 from pipeline.sample.config import FileRequests
-from pipeline.sample.prepare import file_format, load_requests, map_columns, read_columns
+from pipeline.sample.prepare import Cells, file_format, load_requests, map_columns, read_columns
 from pipeline.sample.requests import Defaults, RequestLimits, validate_requests
 
 TEXT = RequestLimits(num_classes=4, takes_text=True, multiple=8, sizes=((64, 64),))
@@ -24,7 +24,13 @@ def parquet(columns: dict[str, Any]) -> bytes:
     return out.getvalue()
 
 
-def test_three_formats_give_the_same_requests() -> None:
+def read(folder: Path, data: bytes, kind: str) -> Cells:
+    path = folder / f"file.{kind}"
+    path.write_bytes(data)
+    return read_columns(str(path), kind, 4 << 20)
+
+
+def test_three_formats_give_the_same_requests(tmp_path: Path) -> None:
     files = {
         "parquet": parquet({"prompt": ["a", "007", "naïve 😀"], "seed": pa.array([1, None, 2**62 + 1], pa.int64())}),
         "csv": 'prompt,seed\r\na,1\r\n007,\r\n"naïve 😀",4611686018427387905\r\n'.encode("utf-8-sig"),
@@ -35,7 +41,7 @@ def test_three_formats_give_the_same_requests() -> None:
     }
     tables = [
         validate_requests(
-            map_columns(read_columns(data, kind, kind).columns, {}, "refuse", kind), limits=TEXT, defaults=Defaults()
+            map_columns(read(tmp_path, data, kind).columns, {}, "refuse", kind), limits=TEXT, defaults=Defaults()
         ).table
         for kind, data in files.items()
     ]
@@ -52,9 +58,11 @@ def test_three_formats_give_the_same_requests() -> None:
         (b"\xff\xfe", "csv", "codec can't decode"),
     ],
 )
-def test_files_that_are_no_such_file_say_so(data: bytes, kind: str, message: str) -> None:
+def test_files_that_are_no_such_file_say_so(data: bytes, kind: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
-        read_columns(data, kind, "file.x")
+        read(tmp_path, data, kind)
+    with pytest.raises(InputError, match="cannot be read as csv: FileNotFoundError"):
+        read_columns(str(tmp_path / "nothing"), "csv", 1)
 
 
 @pytest.mark.parametrize(
@@ -64,18 +72,21 @@ def test_files_that_are_no_such_file_say_so(data: bytes, kind: str, message: str
         (b'a,b\n\n"x"y,1\n2,3\n4\n', "csv", {1: "line 3: ',' expected after '\"'", 3: "line 5: 1 cells"}),
         (b'\na,b\n1,"open\n2,3\n', "csv", {1: "lines 3 to 4: unexpected end of data"}),
         (b'{"a": 1}\n' + b"[" * 100_000 + b"\n", "jsonl", {2: "line 2: "}),
+        (b'{"a": "' + b"x" * (1 << 20) + b'"}\n{"a": 1}\n', "jsonl", {1: "line 1: 1,048,586 characters, at most"}),
         (b'{"a":\n\n{"a": 1}\n[1]\n', "jsonl", {1: "line 1: Expecting value", 3: "line 4: no JSON object"}),
     ],
 )
-def test_every_broken_line_is_told_and_keeps_its_place(data: bytes, kind: str, broken: dict[int, str]) -> None:
-    cells = read_columns(data, kind, "file.x")
+def test_every_broken_line_is_told_and_keeps_its_place(
+    data: bytes, kind: str, broken: dict[int, str], tmp_path: Path
+) -> None:
+    cells = read(tmp_path, data, kind)
     assert cells.broken.keys() == broken.keys()
     assert all(cells.broken[row].startswith(text) for row, text in broken.items())
     assert all(column[row - 1] is None for column in cells.columns.values() for row in broken)
 
 
-def test_broken_lines_are_told_with_all_other_problems() -> None:
-    cells = read_columns(b"label,seed\n1\n99,x\n9,2\n", "csv", "file.csv")
+def test_broken_lines_are_told_with_all_other_problems(tmp_path: Path) -> None:
+    cells = read(tmp_path, b"label,seed\n1\n99,x\n9,2\n", "csv")
     with pytest.raises(InputError) as caught:
         validate_requests(cells.columns, limits=TEXT, defaults=Defaults(), origin="file.csv", broken=cells.broken)
     told = [line.strip("- ") for line in str(caught.value).splitlines() if "- row" in line]

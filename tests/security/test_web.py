@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.server
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import fsspec
 import pytest
+from fsspec.asyn import AsyncFileSystem
 
 from pipeline.source.reading.parquet import UriReader
-from pipeline.source.reading.rows import Failure
+from pipeline.source.reading.rows import Failure, fetch
 from pipeline.source.reasons import Reason
 from pipeline.storage import root as storage
-from pipeline.storage import web
-from pipeline.storage.root import Root
+from pipeline.storage import stores, web
+from pipeline.storage.errors import StoreUnavailable
+from pipeline.storage.root import ObjectInfo, Root
 
 pytestmark = pytest.mark.integration
 BODY = bytes(range(256)) * 4
@@ -112,6 +116,46 @@ def test_a_body_that_drips_ends_in_time(root: Root, monkeypatch: pytest.MonkeyPa
     assert isinstance(found, Failure)
     assert found.reason is Reason.READ_FAILED
     assert time.monotonic() - began < 30
+
+
+class Drip(AsyncFileSystem):  # type: ignore[misc]
+    """A store of fsspec's as those of GCS and Azure are; its bodies never end."""
+
+    protocol = "drip"
+
+    async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
+        await asyncio.sleep(3600)
+        return b""
+
+    async def _info(self, path: str, **_: Any) -> dict[str, Any]:
+        return {"name": path, "size": 10, "type": "file", "etag": "1"}
+
+
+@pytest.mark.parametrize("how", ["whole", "range", "version"])
+def test_every_store_is_given_up_in_time(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("drip", Drip, clobber=True)
+    monkeypatch.setattr(storage, "_BACKOFF_CAP_S", 0.0)
+    monkeypatch.setattr(stores, "READ_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(stores, "SLOWEST_BYTES_PER_S", 1 << 40)
+    root = Root("drip://bucket/data")
+    reads: dict[str, Callable[[], bytes | Failure]] = {
+        "whole": lambda: root.read_bytes("x"),
+        "range": lambda: root.read_range("x", 0, 5),
+        "version": lambda: root.read_version("x", ObjectInfo("x", 10, "1", None), 0, 5),
+    }
+    with pytest.raises(StoreUnavailable, match="the store does not answer"):
+        reads[how]()
+    found = fetch(root, "x", 100, 10, ObjectInfo("x", 10, "1", None))
+    assert isinstance(found, Failure)
+    assert found.reason is Reason.READ_FAILED
+
+
+@pytest.mark.parametrize("name", ["endless", "plain"])
+def test_a_server_that_sends_more_than_it_listed_is_cut(root: Root, server: Server, name: str) -> None:
+    server.sent = 0
+    found = fetch(root, name, 1 << 20, 10, ObjectInfo(name, 10, None, None))
+    assert found == BODY if name == "plain" else isinstance(found, Failure)
+    assert server.sent < 32 << 20
 
 
 @pytest.mark.parametrize("name", ["to=above", "to=outside", "to=elsewhere", "loop"])

@@ -17,6 +17,7 @@ PLAYED = {
     "store/ledger/generation.py: Generation.close: put_if_absent": "every job",
     "store/ledger/generation.py: claim_next: put_if_absent": "every job",
     "store/ledger/identity.py: claim_identity: put_if_absent": "World.encode, Samplers.sample",
+    "maintenance/job.py: _note: put": "an advisory object: test_wherever_a_verification_is_killed",
     "maintenance/job.py: run_verify: put": "a report somewhere else, which nothing reads",
     "store/ledger/ledger.py: commit: put_if_absent": "World.encode, World.compact, World.dedup, Samplers.sample",
     "store/read/pins.py: Pins.pin: put_if_absent": "Trainers.train",

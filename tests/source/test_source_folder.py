@@ -45,7 +45,7 @@ def test_failed_reads_are_rows(tmp_path, monkeypatch):
     write(tmp_path / "c.jpg", bytes(60))  # grown since it was listed
     real = Root.read_version
 
-    def read(self, key, version):
+    def read(self, key, version, *span):
         if key == "b.jpg":
             raise PermissionError(13, "Permission denied")
         assert key != "d.jpg", "an object known to be too large is not read"
@@ -72,7 +72,7 @@ def test_a_filter_marks_entries_and_reads_none_of_their_bytes(tmp_path, monkeypa
     assert {k for k in every if high[k] != low[k]} == {"b.png"}
     read = []
     real = Root.read_version
-    monkeypatch.setattr(Root, "read_version", lambda self, key, v: (read.append(key), real(self, key, v))[1])
+    monkeypatch.setattr(Root, "read_version", lambda self, key, *at: (read.append(key), real(self, key, *at))[1])
     source = FolderSource(uri=str(tmp_path), filter="score > 5")
     entries = list(list_entries(source))
     found = list(read_unit(source, entries, [(0, None)]))
@@ -96,7 +96,7 @@ def test_an_unusable_store_is_not_mistaken_for_bad_rows(tmp_path, monkeypatch):
     source = FolderSource(uri=str(tmp_path))
     entries = list(list_entries(source))
 
-    def refuse(self, key, version):
+    def refuse(self, key, version, *span):
         raise InputError("no backend for this scheme")
 
     monkeypatch.setattr(Root, "read_version", refuse)

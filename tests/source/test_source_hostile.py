@@ -452,6 +452,14 @@ def test_lines_that_cannot_be_kept_stop_the_listing(tmp_path, name, text, proble
         rows(FolderSource, tmp_path, filter="score > 5", strict=True)
 
 
+def test_a_line_that_would_become_gigabytes_is_not_parsed(tmp_path):
+    write(tmp_path / "a.png", PNG)
+    write(tmp_path / "metadata.jsonl", '{"a": [' + "{}," * (6 << 20) + '{}]}\n{"file_name": "a.png", "text": "t"}')
+    good, bad = sorted(rows(FolderSource, tmp_path), key=lambda row: row.key)
+    assert (good.key, good.caption) == ("a.png", "t")
+    assert (bad.reason, "bytes, at most 16,777,216" in bad.message) == ("bad_metadata", True)
+
+
 def test_metadata_of_absurd_size_are_not_read(tmp_path):
     write(tmp_path / "a.png", PNG)
     with open(tmp_path / "metadata.jsonl", "wb") as file:

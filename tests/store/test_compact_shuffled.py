@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.dataflow.workers import in_threads
 from pipeline.errors import InputError
 from pipeline.storage.root import Root
 from pipeline.store.ledger.ledger import claimed
@@ -127,7 +129,7 @@ def test_shards_do_not_depend_on_scheduling_but_on_the_seed(tmp_path: Path) -> N
         f.info.path for f in LatentDataset.open(two.uri).state.files
     ]
     for root, workers in ((one, 1), (two, 3)):
-        compact(root.uri, seed=7, workers=workers, **SIZES)
+        compact(root.uri, seed=7, spread=partial(in_threads, workers), **SIZES)
     names = [sorted(f.info.path for f in LatentDataset.open(root.uri).state.files) for root in (one, two)]
     assert names[0] == names[1]
     shuffled = layout_of(one)
@@ -262,7 +264,9 @@ def test_a_latent_is_read_twice_and_not_once_for_each_shard(tmp_path: Path, monk
     monkeypatch.setattr(Dataset, "read", counted)
     monkeypatch.setattr(StoredParts, "copy", copied)
     compact(root.uri, seed=0, **SIZES)
-    assert sum(whole) == sum(parts) == 32 * 40
+    assert sum(whole) == 32 * 40
+    # The first part of a row group is what was just read.
+    assert 0 < sum(parts) <= 32 * 40 - len(whole)
 
 
 def test_damage_is_noticed_before_it_is_moved(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.tracking.config import TrackingConfig
 from tests.support.fault_proxy import FaultProxy
+from tests.support.hub import Hub, served_hub
 from tests.support.mlflow_server import BasicAuth, MlflowServer
 from tests.support.postgres import Postgres, bin_dir
 from tests.support.radosgw import Radosgw, missing_programs
@@ -113,3 +114,22 @@ def forget_clients() -> None:
     import s3fs
 
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def hub_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A hub of models and datasets, which takes the place of the public one, with an empty cache."""
+    from huggingface_hub import HfFileSystem, constants
+
+    with served_hub() as hub:
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        for name, value in {
+            "ENDPOINT": hub.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": template,
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_CACHE": str(tmp_path / "hub-cache"),
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        HfFileSystem.clear_instance_cache()
+        yield hub
+        HfFileSystem.clear_instance_cache()

@@ -20,6 +20,7 @@ from pipeline.store.ledger.identity import Identity, claim_identity
 from pipeline.store.ledger.state import read_state
 from pipeline.store.plan import append_version, read_plan
 from pipeline.store.read.dataset import Dataset
+from pipeline.store.read.pins import Pins
 from pipeline.text.dataset import PlannedCaption, TextEmbeddings, caption_hash, in_units
 from pipeline.text.job import embed_gaps
 from tests.support.rows import claim, planned_root
@@ -59,7 +60,7 @@ def write(uri: Path, captions: Sequence[str], encode: Any = toy_encode, dtype: s
     generation = claim(root)
     planned = (PlannedCaption(caption_hash(c).hex(), len(c.encode()), c) for c in captions)
     append_version(read_plan(root), in_units(planned, 8), source={}, generation=generation.number)
-    embed_gaps(root, generation, read_state(root), encode, embedding_dtype=dtype, row_group_bytes=1024)
+    embed_gaps(root, generation, read_state(root), lambda: encode, embedding_dtype=dtype, row_group_bytes=1024)
     generation.close({"status": "done"})
     return str(uri)
 
@@ -122,6 +123,33 @@ def test_the_cache_is_bounded_and_evicts_the_least_recently_used(uri: str, monke
     for caption in CAPTIONS:
         first.lookup(["", caption])  # in use all the time: never evicted
     assert reads[0] == 1
+
+
+def test_a_published_index_spares_its_readers_all_rows(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    texts, root = TextEmbeddings.open(uri), Root(uri)
+    pins = Pins(Root(f"memory://published/{tmp_path.name}"), "inputs")
+    pins.pin(root)
+    texts.publish(pins)
+    texts.publish(pins)  # once is enough
+    read = list[int]()
+    real = Dataset.read
+    monkeypatch.setattr(Dataset, "read", lambda self, at, columns: (read.append(at), real(self, at, columns))[1])
+    for _ in range(2):
+        reader = TextEmbeddings.open(uri, pins=pins)
+        assert (reader.num_captions, read) == (texts.num_captions, [])
+    asked = [*CAPTIONS[::-1], None]
+    for ours, theirs in zip(reader.lookup_stored(asked), texts.lookup_stored(asked), strict=True):
+        assert np.array_equal(ours, theirs)
+    assert reader.missing(["never seen", CAPTIONS[0]]) == ["never seen"]
+    (key,) = (info.key for info in pins._root.list("inputs") if info.key.endswith("-captions1.arrow"))
+    pins._root.put(key, b"ARROW1 and no more")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))  # a machine that has no copy yet
+    with pytest.raises(InputError, match=r"captions1\.arrow"):
+        TextEmbeddings.open(uri, pins=pins)
 
 
 def test_threads_share_one_reader(uri: str) -> None:
@@ -214,7 +242,9 @@ def test_a_writer_that_was_taken_over_encodes_nothing_more(tmp_path: Path) -> No
     planned = [PlannedCaption(caption_hash(c).hex(), len(c), c) for c in CAPTIONS]
     append_version(read_plan(root), in_units(planned, 8), source={}, generation=generation.number)
     with pytest.raises(ConflictError, match="Another run has taken over"):
-        embed_gaps(root, generation, read_state(root), overtaken, embedding_dtype="float16", row_group_bytes=1024)
+        embed_gaps(
+            root, generation, read_state(root), lambda: overtaken, embedding_dtype="float16", row_group_bytes=1024
+        )
     assert calls == [8]
     generation.abandon()
 

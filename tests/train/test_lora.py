@@ -120,7 +120,7 @@ def test_what_adapters_cannot_be_put_into_is_refused(small: TrainJobConfig) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("merge", [False, True])
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux", "sana"])
 def test_diffusers_draws_with_the_adapters_what_we_draw(
     family: str, merge: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,7 +141,8 @@ def test_diffusers_draws_with_the_adapters_what_we_draw(
     solver = "euler" if kind == "flow" else "ddim"
     requests = {"prompts": PROMPTS, "negative_prompt": "blue blue sky"}
     names, ours = images_of(ready(export, requests, sampler={"name": solver}))
-    plain = requests | {"height": SIZE, "width": SIZE}
+    side = 2 * SIZE if family == "sana" else SIZE
+    plain = requests | {"height": side, "width": side}
     _, untuned = images_of(ready(tmp_path / "pipe", plain, sampler={"name": solver}))
     assert ours != untuned
     noise = noise_of(names)
@@ -149,8 +150,10 @@ def test_diffusers_draws_with_the_adapters_what_we_draw(
     if family == "flux":
         asked = {"true_cfg_scale": 3.0, "latents": pipe._pack_latents(noise, 2, 4, pipelines.SIDE, pipelines.SIDE)}
     if family != "sd":
-        asked |= {"height": SIZE, "width": SIZE}
-    if family == "sd3":
+        asked |= {"height": side, "width": side}
+    if family in ("sd3", "sana"):
         asked |= {"sigmas": SIGMAS}
+    if family == "sana":
+        asked |= {"clean_caption": False, "complex_human_instruction": None, "use_resolution_binning": False}
     theirs = pipe(PROMPTS, negative_prompt=["blue blue sky"] * 2, num_inference_steps=4, output_type="np", **asked)
     assert_same_pictures(ours, np.asarray(theirs.images))

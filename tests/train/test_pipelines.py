@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from diffusers import DiffusionPipeline
+import torch
+from diffusers import DiffusionPipeline, UNet2DModel
 
 from pipeline.codec.info import codec_info
 from pipeline.config import validate
 from pipeline.model.config import InitConfig
+from pipeline.model.load import load_model
 from pipeline.model.read import read_init, read_model
 from pipeline.text.config import EmbedTextJobConfig
 from pipeline.text.job import run as embed
@@ -150,6 +152,32 @@ def test_a_dit_pipeline_is_trained_and_comes_out_as_one(tmp_path: Path, monkeypa
     monkeypatch.setattr("diffusers.pipelines.dit.pipeline_dit.randn_tensor", lambda **_: noise_of(names))
     theirs = pipe([0, 2], guidance_scale=3.0, num_inference_steps=4, output_type="np").images
     assert_same_pictures(ours, theirs)
+
+
+def test_a_network_alone_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(17)
+    unet = UNet2DModel(
+        sample_size=pipelines.SIDE, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4, attention_head_dim=8,
+    )  # fmt: skip
+    unet.save_pretrained(tmp_path / "pipe")
+    latents = make_dataset(tmp_path / "latents", rows=48, classes=None, side=pipelines.SIDE)
+    plain = config_of(tmp_path, latents, [], {"train": {"text_dropout": 0.0}}).model_dump(
+        mode="json", exclude_unset=True
+    )
+    config = validate(TrainJobConfig, plain | {"objective": {"kind": "flow"}})
+    in_one_process(monkeypatch, tmp_path)
+    job.run(config)
+    export = Path(config.output.uri) / "model" / "000000000064"
+    trained = UNet2DModel.from_pretrained(export, subfolder="model")
+    moved = [not torch.equal(a, b) for a, b in zip(unet.parameters(), trained.parameters(), strict=True)]
+    assert all(moved)
+    near = [torch.allclose(a, b, atol=0.2) for a, b in zip(unet.parameters(), trained.parameters(), strict=True)]
+    assert all(near), "it went on from these weights"
+    ours, info = load_model(str(export))
+    assert info.init is not None
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), trained.parameters(), strict=True))
 
 
 def test_a_distilled_network_is_told_its_guidance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

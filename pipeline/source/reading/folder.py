@@ -54,6 +54,7 @@ from pipeline.storage.root import ObjectInfo, Root, check_key
 _log = logging.getLogger(__name__)
 NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 csv.field_size_limit(MAX_TEXT_BYTES)  # of a cell, as of any text; the library's own limit is an eighth of it
+_MAX_LINE_BYTES = 16 << 20  # what may be made of a longer one, some twenty times its size, is not tried
 FILTERED = "filtered"  # a key of an entry's metadata: the filter does not keep the row
 TEXTS = "texts"  # another: the files beside an image whose text is its own, each with its version
 PROBLEM = "problem"  # another: what is wrong with the line that names the file
@@ -203,6 +204,8 @@ class FolderMetadata:
                 continue
             record: dict[str, Any] = {}
             try:
+                if len(line) > _MAX_LINE_BYTES:
+                    raise ValueError(f"the line has {len(line):,} bytes, at most {_MAX_LINE_BYTES:,}")
                 record = parse_object(line.decode("utf-8", "surrogateescape"))
                 line.decode()
                 yield number, record.get("file_name"), self._meta(record)

@@ -17,6 +17,7 @@ of CPU, and by the parent when it is silent for ten times as long. Its end becom
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import signal
 import sys
@@ -77,6 +78,7 @@ class UriReader:
 
 _log = logging.getLogger(__name__)
 
+_CELLS_MEMORY_MB = 4096  # of a child that reads a table as a whole
 _SPAN_ROWS, _SPAN_BYTES = 10_000, 256 << 20
 
 
@@ -137,6 +139,22 @@ def table_rows(root: Root, info: ObjectInfo, source: ParquetSource) -> Iterator[
     total = sum(count for count, _ in _layout(root, info.key, source, info, info.size_bytes))
     whole = Entry(info.key, info.size_bytes, info.etag, info.mtime_ns, 0, total, None)
     return _rows(root, source, whole, 0, Ranges([(0, total)]))
+
+
+def table_cells(root: Root, key: str, *, max_rows: int, max_bytes: int) -> dict[str, list[Any]]:
+    """The columns of one file, with values as JSON has them; of a text that repeats there is one in memory.
+
+    max_bytes: of all values as JSON. Read in a child, whatever the file. TableError where it cannot be read, or is
+    larger than it may be.
+    """
+    columns: dict[str, list[Any]] = {}
+    one: dict[str, str] = {}
+    with open_ranges(root, key, root.info(key)) as (read, size):
+        for message, _ in _run(read, _CELLS_MEMORY_MB, {"size": size, "cells": [max_rows, max_bytes]}):
+            for name, (text, places) in message["columns"].items():
+                values = [one.setdefault(v, v) if isinstance(v, str) else v for v in json.loads(text)]
+                columns.setdefault(name, []).extend(values[place] for place in places)
+    return columns
 
 
 def _read_span(root: Root, source: ParquetSource, entry: Entry, base: int, wanted: Ranges) -> Iterator[Item]:
@@ -201,23 +219,29 @@ _ROW_FIELDS = tuple(f.name for f in fields(SourceRow) if f.name != "image")
 def _layout_in_child(read: ReadRange, size_bytes: int, source: ParquetSource, where: str) -> list[tuple[int, int]]:
     """As `parquet_file.layout`, in a child; also raises TableError for a timeout, a crash or too much memory."""
     groups: list[tuple[int, int]] = []
-    for message, _ in _run(read, source, {"size": size_bytes, "where": where, "span": None}):
+    task = {"size": size_bytes, "where": where, "source": _told(source), "span": None}
+    for message, _ in _run(read, source.memory_mb, task):
         groups = [(rows, size) for rows, size in message["groups"]]
     return groups
 
 
 def _rows_in_child(read: ReadRange, size_bytes: int, source: ParquetSource, where: str, span: Span) -> Iterator[Item]:
     """As `parquet_file.rows`, in a child; also raises TableError for a timeout, a crash or too much memory."""
-    for message, image in _run(read, source, {"size": size_bytes, "where": where, "span": asdict(span)}):
+    task = {"size": size_bytes, "where": where, "source": _told(source), "span": asdict(span)}
+    for message, image in _run(read, source.memory_mb, task):
         row = SourceRow(image=image, **message["row"])
         yield row if message["uri"] is None else (row, message["uri"])
 
 
-def _run(read: ReadRange, source: ParquetSource, task: dict[str, Any]) -> Iterator[Message]:
-    child, finished = children.take(source.memory_mb), False
+def _told(source: ParquetSource) -> str:
+    return source.model_dump_json(exclude_unset=True)
+
+
+def _run(read: ReadRange, memory_mb: int, task: dict[str, Any]) -> Iterator[Message]:
+    child, finished = children.take(memory_mb), False
     broken: Exception | None = None
     try:
-        child.send({**task, "source": source.model_dump_json(exclude_unset=True)}, [])
+        child.send(task, [])
         while not finished:
             message = child.receive_header(time.monotonic() + _SILENCE_S)
             kind = message["kind"]
@@ -229,7 +253,7 @@ def _run(read: ReadRange, source: ParquetSource, task: dict[str, Any]) -> Iterat
                     child.send({"size": -1}, [])
                 else:
                     child.send({"size": len(data)}, [data])
-            elif kind in ("row", "layout"):
+            elif kind in ("row", "layout", "cells"):
                 size = message.get("size")
                 yield message, None if size is None else child.receive(size, time.monotonic() + _SILENCE_S)
             else:
@@ -271,9 +295,14 @@ def close_children() -> None:
 
 
 def _messages(task: dict[str, Any], read: ReadRange) -> Iterator[Message]:
-    source = ParquetSource.model_validate_json(task["source"])
     with RangedFile(read, task["size"], whole=False) as file:
         try:
+            if "cells" in task:
+                for columns in parquet_file.cells(file, *task["cells"]):
+                    yield {"kind": "cells", "columns": columns}, None
+                yield {"kind": "end"}, None
+                return
+            source = ParquetSource.model_validate_json(task["source"])
             if task["span"] is None:
                 yield {"kind": "layout", "groups": parquet_file.layout(file, source, task["where"])}, None
             else:

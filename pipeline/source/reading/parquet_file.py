@@ -9,11 +9,13 @@ of each column, as stored and unpacked, and of a batch of rows: `parquet` runs t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError, PipelineError
@@ -36,6 +38,8 @@ from pipeline.storage.stores import RangedFile
 Item = SourceRow | tuple[SourceRow, str]  # with a URI: the image is elsewhere
 
 _BATCH_ROWS = 32
+_CELL_ROWS = 128
+_FREE_CELLS = 1 << 24  # more cells than these need a stored byte each to be believed
 _BUFFER_BYTES = 8 << 20  # of each column: a row group is never held as a whole
 _FREE_ROWS = 1 << 20  # more rows than this need a stored byte each to be believed
 _MAX_URI = 8192
@@ -86,9 +90,54 @@ def rows(file: RangedFile, source: ParquetSource, where: str, span: Span) -> Ite
             first += count
 
 
-def _opened(file: RangedFile) -> Any:
+def cells(file: RangedFile, max_rows: int, max_bytes: int) -> Iterator[dict[str, Any]]:
+    """All cells, some rows at a time: of each column the JSON of its distinct values, and the place of each row's.
+
+    A value that JSON does not know is its text. TableError for a damaged file, or one of more rows, or of more bytes
+    as such JSON, than it may have.
+    """
+    with _opened(file) as parquet:
+        rows, width = sum(count for count, _ in _groups(parquet, file.size)), len(parquet.schema_arrow)
+        if rows > max_rows or rows * width > max(_FREE_CELLS, file.size):
+            raise TableError(
+                Reason.CORRUPT_CONTAINER,
+                f"{rows:,} rows of {width:,} columns, more than {max_rows:,} rows or than its size makes likely",
+            )
+        texts = [
+            f.name for f in parquet.schema_arrow if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)
+        ]
+    with _opened(file, read_dictionary=texts) as parquet:
+        try:
+            for batch in parquet.iter_batches(_CELL_ROWS, use_threads=False):
+                columns = {name: _distinct(batch.column(name)) for name in batch.schema.names}
+                max_bytes -= sum(len(values) for values, _ in columns.values())
+                if max_bytes < 0:
+                    break
+                yield columns
+        except Exception as error:  # noqa: BLE001 - hostile bytes raise anything
+            raise _damage(file, error) from None
+    if max_bytes < 0:
+        raise TableError(Reason.CORRUPT_CONTAINER, "it unpacks to more bytes than it may")
+
+
+def _distinct(column: Any) -> tuple[str, list[int]]:
+    """(the JSON of values, the place of each row's among them); of a text that repeats there is one."""
+    if not pa.types.is_dictionary(column.type):
+        return json.dumps(column.to_pylist(), default=str), list(range(len(column)))
+    used = column.indices.unique().drop_null()
+    places = pc.index_in(column.indices, used).fill_null(len(used)).to_pylist()
+    return json.dumps([*column.dictionary.take(used).to_pylist(), None]), places
+
+
+def _opened(file: RangedFile, read_dictionary: list[str] | None = None) -> Any:
     try:
-        return pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
+        return pq.ParquetFile(
+            file,
+            buffer_size=_BUFFER_BYTES,
+            pre_buffer=False,
+            page_checksum_verification=True,
+            read_dictionary=read_dictionary,
+        )
     except Exception as error:  # noqa: BLE001 - as below
         raise _damage(file, error) from None
 

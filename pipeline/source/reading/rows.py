@@ -325,10 +325,12 @@ def fetch(
     if known_size is not None and known_size > max_bytes:
         return Failure(Reason.TOO_MANY_BYTES, f"{known_size} bytes, over source.max_bytes {max_bytes}")
     try:
-        if known_size is None:
-            data = root.read_range(key, 0, max_bytes + 1)
+        # No more than that, whatever a server says of its size. Of nothing there is no range.
+        length = None if known_size == 0 else max_bytes + 1
+        if version is not None:
+            data = root.read_version(key, version, 0, length)
         else:
-            data = root.read_bytes(key) if version is None else root.read_version(key, version)
+            data = root.read_bytes(key) if length is None else root.read_range(key, 0, length)
     except PipelineError:
         raise
     except Exception as error:  # noqa: BLE001 - stores raise anything; each failure becomes a row

@@ -17,8 +17,11 @@ equal parts, which one is drawn by the seed. Within a shard the rows of a bucket
   holds a 64th of a shard, of neighbours;
 - what comes later is mixed among itself, and leaves the shards of full pools as they are. Only that of the last
   pool, until it is full, is made anew with what joins it;
-- nothing but the shard at hand is in memory, and a latent is read twice: once as its row group is checked, once with
-  its part. What is small (keys, captions, labels) is read once for every shard with rows of its row group.
+- nothing but the shard at hand is in memory. A process reads the latents of a row group as a whole when it first
+  needs some of them, which checks them, and later their parts. What is small (keys, captions, labels) is read once
+  for every shard with rows of its row group.
+
+Shards are written in any order, by whoever the caller spreads them over: each commits its own.
 
 A claim tells how its compaction arranges rows: a file that another one wrote is no shard of this one.
 
@@ -30,20 +33,20 @@ claim lists none of their records.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.store.ledger.generation import ARRANGED, IN_UNITS, Generation, arrangement
+from pipeline.store.ledger.generation import ARRANGED, IN_UNITS, Generation, arrangement, check_newest
 from pipeline.store.ledger.identity import read_identity
 from pipeline.store.ledger.ledger import Lengths, extents
 from pipeline.store.ledger.rowset import RowSet, address, unit_of
 from pipeline.store.ledger.state import State, read_state
+from pipeline.store.maintain import Spread, in_turn
 from pipeline.store.read.dataset import Dataset
 from pipeline.store.read.row_groups import reading_table
 from pipeline.store.schema import LATENTS, REJECTS, StoredParts, ValuePlaces, keyed_words
@@ -82,13 +85,13 @@ def compact(
     shard_bytes: int,
     row_group_bytes: int,
     seed: int | None = None,
-    workers: int = 1,
+    spread: Spread = in_turn,
     on_shard: Callable[[int, int], None] = lambda done, total: None,
 ) -> CompactReport:
     """Rewrite what is not yet in full shards, under a generation that holds the dataset; a second call does nothing.
 
     seed: rows are shuffled by it, and the claim notes so (`arranged`); None: they are in unit order. ConflictError
-    when another run takes over, ValueError for another note in it. Memory: about three shards a worker.
+    when another run takes over, ValueError for another note in it. Memory: about three shards of whoever writes one.
     """
     root = generation.root
     if (noted := generation.claim.get(ARRANGED, IN_UNITS)) != arranged(seed)[ARRANGED]:
@@ -104,17 +107,11 @@ def compact(
         file_meta(identity, generation.number),
         seed,
     )
-    source = RowSource(dataset)
-
-    def write(rows: RowSet) -> tuple[int, int]:
-        generation.check()
-        return _write_shard(source, committer, rows)
-
     written = moved = size_bytes = 0
-    with ThreadPoolExecutor(workers) as pool:
-        for done, (rows, size) in enumerate(pool.map(write, todo), 1):
-            written, moved, size_bytes = written + (rows > 0), moved + rows, size_bytes + size
-            on_shard(done, len(todo))
+    for done, (rows, size) in enumerate(spread(partial(_shard_writer, dataset, committer), todo), 1):
+        written, moved, size_bytes = written + (rows > 0), moved + rows, size_bytes + size
+        on_shard(done, len(todo))
+        generation.check()
     ranges = ranges_to_tell(dataset.state)
     reach = _reach(dataset.state)
     for span in ranges:
@@ -329,20 +326,23 @@ class RowSource:
             if not inside.all():
                 if places is None:
                     return self._dataset.read(index, None).filter(pa.array(inside))
-                return self._with_latents(index, table.filter(pa.array(inside)), places[inside])
+                return self._with_latents(index, table.filter(pa.array(inside)), places, inside)
         self._checked.add(index)
         return self._dataset.read(index, None)
 
-    def _with_latents(self, index: int, others: pa.Table, places: ValuePlaces) -> pa.Table:
-        """Rows of a row group of which all else is read."""
+    def _with_latents(
+        self, index: int, others: pa.Table, places: ValuePlaces, inside: npt.NDArray[np.bool_]
+    ) -> pa.Table:
+        """Those rows `inside` a row group of which all else is read."""
         assert self._latents is not None
-        if index not in self._checked:
-            self._dataset.read(index, ["latent"])
+        if index in self._checked:
+            values = self._latents.copy(places[inside])
+            offsets = np.arange(len(values) + 1, dtype=np.int64) * places.width
+            buffers = [None, pa.py_buffer(offsets), pa.py_buffer(values)]
+            latents = pa.Array.from_buffers(pa.large_binary(), len(values), buffers)
+        else:
+            latents = self._dataset.read(index, ["latent"])["latent"].filter(pa.array(inside))
             self._checked.add(index)
-        values = self._latents.copy(places)
-        offsets = np.arange(len(values) + 1, dtype=np.int64) * places.width
-        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(values)]
-        latents = pa.Array.from_buffers(pa.large_binary(), len(values), buffers)
         return others.add_column(self._latents.columns(index).index("latent"), LATENTS.field("latent"), latents)
 
 
@@ -351,10 +351,18 @@ def rows_in_span(dataset: Dataset, span: Span) -> pa.Table | None:
     return RowSource(dataset).read(RowSet.from_keys(np.array([span[0]]), np.array([span[1]])))
 
 
+def _shard_writer(dataset: Dataset, committer: Committer) -> Callable[[RowSet], tuple[int, int]]:
+    """What writes a shard, given its rows' addresses."""
+    source = RowSource(dataset)
+    return lambda wanted: _write_shard(source, committer, wanted)
+
+
 def _write_shard(source: RowSource, committer: Committer, wanted: RowSet) -> tuple[int, int]:
     """(rows, bytes) of the shard written of some rows; nothing is written when none of them is visible."""
     rows = source.read(wanted)
     if rows is None:
         return 0, 0
+    # Reading took a while: who was fenced off meanwhile leaves no shard behind.
+    check_newest(committer.root, committer.generation)
     record = committer.commit(rows, None, {})
     return (0, 0) if record is None else (len(rows), sum(f.size_bytes for f in record.files))

@@ -1,4 +1,11 @@
-"""Proof that a dataset is what its ledger says: conservation, presence, sizes, checksums, and every row once."""
+"""Proof that a dataset is what its ledger says: conservation, presence, sizes, checksums, and every row once.
+
+    visible files --those of one write together, by their place on a ring--> items --checked, in any order--> problems
+
+Of each write the rows in its files are those that its record tells, as files are read; that no two records tell the
+same row, and all together every stored one, is the ledger's own arithmetic. So nothing of what was read is held but
+what is wrong, and a verification that was killed goes on: of a `Sweep` a number tells how far it has come.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +15,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -31,13 +39,17 @@ from pipeline.store.ledger.generation import (
 from pipeline.store.ledger.identity import read_identity
 from pipeline.store.ledger.ledger import visible_records
 from pipeline.store.ledger.record import FileInfo, Records
-from pipeline.store.ledger.rowset import RowSet
-from pipeline.store.ledger.state import State, VisibleFiles, fold, read_state
+from pipeline.store.ledger.rowset import Int64s, RowSet
+from pipeline.store.ledger.state import State, VisibleFile, VisibleFiles, fold, read_state
+from pipeline.store.maintain import Spread, in_turn
 from pipeline.store.plan import Plan, read_plan
 from pipeline.store.read.dataset import COLUMNS, Dataset, problems_outside
 
 Level = Literal["ledger", "files", "checksums"]
 _DELETES = 32  # at a time, and between two looks for a run that has taken over
+# Of an item: what a worker that dies costs, and how often the driver hears from one.
+_ITEM_BYTES, _ITEM_FILES = 1 << 28, 64
+_NOTE_S = 60.0  # what a verification that is killed does again
 LEVELS: tuple[Level, ...] = ("ledger", "files", "checksums")
 
 
@@ -54,6 +66,8 @@ class VerifyReport:
     generation: int = 0  # the newest whose files it saw all
     files: int = 0
     files_checked: int = 0
+    files_relied_on: int = 0  # found sound by earlier runs of the same sweep
+    relied_since_s: float | None = None  # when the first of these began
     bytes_read: int = 0
     problems: list[dict[str, Any]] = field(default_factory=list)
     orphans: list[str] = field(default_factory=list)
@@ -66,7 +80,11 @@ class VerifyReport:
 
     def problem(self, kind: str, where: str, detail: str) -> None:
         """Add one finding."""
-        self.problems.append({"kind": kind, "where": where, "detail": detail})
+        self.problems.append(_problem(kind, where, detail))
+
+
+def _problem(kind: str, where: str, detail: str) -> dict[str, Any]:
+    return {"kind": kind, "where": where, "detail": detail}
 
 
 @dataclass(frozen=True)
@@ -91,12 +109,81 @@ class Portion:
         """Which of some files these are; those of one write together."""
         if self.share >= 1.0:
             return range(len(files))
-        names = files.records.table["name"].take(pa.array(files.records.file_owner[files.numbers])).to_pylist()
-        places = np.array([int(layout.hash_in(name)[:13], 16) / 16**13 for name in names])
-        chosen = (places - self.begin) % 1.0 < self.share
+        owner = files.records.file_owner[files.numbers]
+        chosen = self.distances(files)[owner] < self.share
         if self.after is not None:
             chosen |= files.generations > self.after
         return [int(at) for at in np.flatnonzero(chosen)]
+
+    def distances(self, files: VisibleFiles) -> npt.NDArray[np.float64]:
+        """How far from `begin` the place of each of all records lies, those of the files among them: [0, 1)."""
+        names = files.records.table["name"].to_pylist()
+        places = np.array([int(layout.hash_in(name)[:13], 16) / 16**13 for name in names], np.float64)
+        return np.asarray((places - self.begin) % 1.0)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What was found sound by verifications of one portion of which none came to its end without a finding.
+
+    These are the files of generations up to `generation` whose writes lie less than `reached` from where the portion
+    begins, but for the `damaged` ones. since_s: when the first of them began.
+    """
+
+    portion: Portion
+    generation: int
+    reached: float
+    damaged: frozenset[str]
+    since_s: float
+
+
+@dataclass(frozen=True)
+class Unchecked:
+    """The files that a verification has to look at, in the order in which it does: those of a write together.
+
+    at: their numbers among the visible data files, or reject files where `rejects` says so; write: the number of each
+    one's record; distance: see `Portion.distances`. relied_on: how many others were looked at before.
+    """
+
+    at: Int64s
+    rejects: npt.NDArray[np.bool_]
+    write: Int64s
+    distance: npt.NDArray[np.float64]
+    size_bytes: Int64s
+    relied_on: int
+
+    @classmethod
+    def of(cls, state: State, portion: Portion, relied: Sweep | None = None) -> Unchecked:
+        """Those of a portion, without what a sweep of the same portion has found sound."""
+        both = (state.files, state.reject_files)
+        chosen = [np.array(portion.of(files), np.int64) for files in both]
+        at, rejects = np.concatenate(chosen), np.repeat([False, True], [len(mine) for mine in chosen])
+
+        def column(name: str) -> Int64s:
+            return np.concatenate([getattr(f, name)[mine] for f, mine in zip(both, chosen, strict=True)])
+
+        write, generation = state.files.records.file_owner[column("numbers")], column("generations")
+        distance = portion.distances(state.files)[write]
+        left = np.ones(len(at), np.bool_)
+        if relied is not None and relied.portion == portion:
+            left = (distance >= relied.reached) | (generation > relied.generation)
+            for mine, files in enumerate(both):
+                paths = files.paths.take(pa.array(chosen[mine])).to_pylist()
+                left[rejects == bool(mine)] |= [path in relied.damaged for path in paths]
+            # A write is looked at as a whole.
+            left = np.isin(write, write[left])
+        order = np.flatnonzero(left)[np.lexsort((write[left], distance[left]))]
+        sizes, relied_on = column("size_bytes")[order], int((~left).sum())
+        return cls(at[order], rejects[order], write[order], distance[order], sizes, relied_on)
+
+    def items(self, *, sized: bool) -> list[slice]:
+        """Cut into pieces of work, between writes; sized: by bytes, too."""
+        firsts = np.flatnonzero(np.diff(self.write, prepend=-1)).tolist()
+        cuts, reach = [0], np.concatenate([[0], np.cumsum(self.size_bytes if sized else 0 * self.size_bytes)])
+        for first in firsts:
+            if first - cuts[-1] >= _ITEM_FILES or reach[first] - reach[cuts[-1]] >= _ITEM_BYTES:
+                cuts.append(first)
+        return [slice(a, b) for a, b in zip(cuts, [*cuts[1:], len(self.at)], strict=True) if b > a]
 
 
 def verify(
@@ -104,14 +191,19 @@ def verify(
     level: Level,
     on_file: Callable[[int, int], None] = lambda done, total: None,
     portion: Portion = Portion(),
+    *,
+    relied: Sweep | None = None,
+    note: Callable[[Sweep], None] = lambda sweep: None,
+    spread: Spread = in_turn,
 ) -> VerifyReport:
     """Check a dataset; InputError when there is none or its ledger cannot be read at all.
 
     "ledger" reads no data; "files" also compares sizes and footers; "checksums" also reads every byte, compares
     sha256, and proves from the rows themselves that every stored row is there once. portion: of the files, what is
-    looked at; of it alone the proof is then.
+    looked at; of it alone the proof is then. relied: what earlier runs of that portion have found is not looked at
+    again; note: hears now and then, and at the end, what has been found sound by now.
     """
-    root = Root(uri)
+    root, began_s = Root(uri), time.time()
     number = latest_number(root)
     # One that goes on may write more than is seen here.
     settled = number if number and read_closing(root, number) is not None else max(0, number - 1)
@@ -131,32 +223,112 @@ def verify(
         except FileNotFoundError:
             report.problem("missing", name, "the plan or the newest claim names this object and it is not there")
     report.orphans = sorted(info.key for info in at_one_generation(root, lambda n: list(_orphans(root, n))))
-    data, rejects = portion.of(state.files), portion.of(state.reject_files)
-    report.files, report.files_checked = len(state.files) + len(state.reject_files), len(data) + len(rejects)
-    seen: list[RowSet] = []
-    with ThreadPoolExecutor(4) as pool:
-        visible = chain((state.files[at] for at in data), (state.reject_files[at] for at in rejects))
-        checks = pool.map(lambda file: _check_file(root, file.info, file.dead, level), visible)
-        for done, (problems, rows, size) in enumerate(checks, 1):
-            report.problems += problems
-            report.bytes_read += size
-            seen.append(rows)
-            on_file(done, report.files_checked)
     if level == "checksums":
-        # Every stored row is in the files once, and no other row is.
-        rows_in = seen[: len(data)]
-        union, total = RowSet.union_all(rows_in), sum(rows.count() for rows in rows_in)
-        wanted = state.stored
-        if len(data) < len(state.files):
-            wanted = RowSet.union_all([file.record.stored - file.dead for file in (state.files[at] for at in data)])
-        if total != union.count():
-            report.problem("duplicate", "data", f"{total - union.count():,} rows are visible more than once")
-        if wanted - union:
-            report.problem("lost", "data", f"{(wanted - union).count():,} committed rows are in no file")
-        if union - wanted:
-            extra = (union - wanted).count()
-            report.problem("extra", "data", f"{extra:,} visible rows were never committed as stored")
+        _arithmetic(state, portion, report)
+    unchecked = Unchecked.of(state, portion, relied)
+    report.files, report.files_checked = len(state.files) + len(state.reject_files), len(unchecked.at)
+    report.files_relied_on = unchecked.relied_on
+    if relied is None or not unchecked.relied_on:
+        relied = Sweep(portion, settled, 0.0, frozenset(), began_s)
+    else:
+        report.relied_since_s = relied.since_s
+    _check_files(root, level, state, unchecked, report, spread, on_file, relied, note)
     return report
+
+
+def _check_files(
+    root: Root,
+    level: Level,
+    state: State,
+    unchecked: Unchecked,
+    report: VerifyReport,
+    spread: Spread,
+    on_file: Callable[[int, int], None],
+    relied: Sweep,
+    note: Callable[[Sweep], None],
+) -> None:
+    """Look at all of them; `note` what this run and what it relies on have found, once that is more than before."""
+    cuts = unchecked.items(sized=level == "checksums")
+    finished, first_open, noted_s, done = np.zeros(len(cuts), np.bool_), 0, time.monotonic(), 0
+    damaged: set[str] = set()
+    items = ((number, _writes(state, unchecked, cut)) for number, cut in enumerate(cuts))
+    for number, problems, damage, size in spread(partial(_checker, root, level), items):
+        report.problems += problems
+        report.bytes_read += size
+        damaged |= damage
+        done += cuts[number].stop - cuts[number].start
+        on_file(done, len(unchecked.at))
+        finished[number] = True
+        while first_open < len(cuts) and finished[first_open]:
+            first_open += 1
+        reached = float(unchecked.distance[cuts[first_open].start]) if first_open < len(cuts) else 1.0
+        if first_open and reached >= relied.reached and time.monotonic() - noted_s >= _NOTE_S:
+            note(Sweep(relied.portion, report.generation, reached, frozenset(damaged), relied.since_s))
+            noted_s = time.monotonic()
+    note(Sweep(relied.portion, report.generation, 1.0, frozenset(damaged), relied.since_s))
+
+
+def _writes(state: State, unchecked: Unchecked, cut: slice) -> list[list[VisibleFile]]:
+    """The files of a piece of work, those of each write by themselves."""
+    writes: dict[int, list[VisibleFile]] = {}
+    columns = (unchecked.write[cut].tolist(), unchecked.at[cut].tolist(), unchecked.rejects[cut].tolist())
+    for write, at, is_reject in zip(*columns, strict=True):
+        writes.setdefault(write, []).append((state.reject_files if is_reject else state.files)[at])
+    return list(writes.values())
+
+
+Item = tuple[int, list[list[VisibleFile]]]
+
+
+def _checker(root: Root, level: Level) -> Callable[[Item], tuple[int, list[dict[str, Any]], set[str], int]]:
+    """What looks at a piece of work: its number, all problems, the files that have any, and the bytes it read."""
+
+    def check(item: Item) -> tuple[int, list[dict[str, Any]], set[str], int]:
+        problems: list[dict[str, Any]] = []
+        damaged: set[str] = set()
+        read = 0
+        for write in item[1]:
+            data = {info.path for info in write[0].record.files}
+            rows_in = []
+            for file in write:
+                wrong, rows, size = _check_file(root, file.info, file.dead, level)
+                problems += wrong
+                damaged |= {file.info.path} if wrong else set()
+                read += size
+                rows_in += [rows] if file.info.path in data else []
+            if level == "checksums" and rows_in and not damaged & {file.info.path for file in write}:
+                wrong = list(_against_record(write[0], rows_in))
+                problems += wrong
+                damaged |= data if wrong else set()
+        return item[0], problems, damaged, read
+
+    return check
+
+
+def _against_record(file: VisibleFile, rows_in: Sequence[RowSet]) -> Iterator[dict[str, Any]]:
+    """What is wrong with the visible rows in the data files of a write, by its record; `file`: one of them."""
+    union, total = RowSet.union_all(rows_in), sum(rows.count() for rows in rows_in)
+    wanted = file.record.stored - file.dead
+    if total != union.count():
+        yield _problem("duplicate", file.info.path, f"{total - union.count():,} rows are visible more than once")
+    if wanted - union:
+        yield _problem("lost", file.info.path, f"{(wanted - union).count():,} committed rows are in no file")
+    if union - wanted:
+        extra = (union - wanted).count()
+        yield _problem("extra", file.info.path, f"{extra:,} visible rows were never committed as stored")
+
+
+def _arithmetic(state: State, portion: Portion, report: VerifyReport) -> None:
+    """That no two of a portion's records tell the same visible row, and all records every stored one."""
+    chosen = portion.of(state.files)
+    owner = state.files.records.file_owner[state.files.numbers]
+    one_each = {int(owner[at]): state.files[at] for at in chosen}
+    rows = [file.record.stored - file.dead for file in one_each.values()]
+    union, total = RowSet.union_all(rows), sum(each.count() for each in rows)
+    if total != union.count():
+        report.problem("duplicate", "ledger", f"{total - union.count():,} rows are visible by more than one record")
+    if len(chosen) == len(state.files) and (union - state.stored or state.stored - union):
+        report.problem("lost", "ledger", "the stored rows are not those that the records of visible files tell")
 
 
 def _conservation(state: State, report: VerifyReport) -> None:
@@ -183,7 +355,7 @@ def _check_file(root: Root, info: FileInfo, dead: RowSet, level: Level) -> tuple
     """(problems, visible row addresses, bytes read) of one file."""
 
     def problem(kind: str, detail: str) -> tuple[list[dict[str, Any]], RowSet, int]:
-        return [{"kind": kind, "where": info.path, "detail": detail}], RowSet.empty(), 0
+        return [_problem(kind, info.path, detail)], RowSet.empty(), 0
 
     try:
         size = root.info(info.path).size_bytes
@@ -215,7 +387,7 @@ def _outside(root: Root, reader: pq.ParquetFile, *, read: bool) -> list[dict[str
     if not set(COLUMNS) <= set(reader.schema_arrow.names):
         return []
     problems = problems_outside(root, reader.read(columns=list(COLUMNS)), read=read)
-    return [{"kind": kind, "where": where, "detail": detail} for kind, where, detail in problems]
+    return [_problem(kind, where, detail) for kind, where, detail in problems]
 
 
 def _orphans(root: Root, number: int, since_s: float = math.inf) -> Iterator[ObjectInfo]:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -87,6 +86,10 @@ class Dataset:
                 alive = pool.map(lambda at: int(self.alive(at).sum()), partial)
                 self.row_groups.keep(dict(zip(partial, alive, strict=True)))
         self.num_rows = int(self.row_groups.rows.sum())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # For processes that read: the row groups, a buffer that pickle's protocol 5 moves as it is, and no ledger.
+        return _received, (type(self), self.root, self.identity, self.row_groups.to_arrow({}))
 
     @cached_property
     def state(self) -> State:
@@ -320,7 +323,13 @@ class Dataset:
             return table
 
 
-SHORT_SIDES = (1, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096)  # pixels from which each bin counts
+def _received(kind: type[Dataset], root: Root, identity: Identity, groups: pa.Buffer) -> Dataset:
+    """A dataset that another process has opened."""
+
+    def state() -> State:
+        raise AssertionError("who was sent a dataset reads rows, and leaves its ledger to who has opened it")
+
+    return kind(root, identity, state, ReadableGroups.from_arrow(groups))
 
 
 class LatentDataset(Dataset):
@@ -375,23 +384,6 @@ class LatentDataset(Dataset):
         if not len(groups) or groups.stored("unlabelled").any():
             return None
         return 1 + int(groups.stored("label_max").max())
-
-    def short_sides(self, most_groups: int = 8) -> tuple[list[tuple[str, int]], int]:
-        """(pixels, originals with such a short side) of each bin from the first in use on, and of how many rows.
-
-        Reads two columns of at most `most_groups` row groups, evenly spaced: the ledger does not tell sizes.
-        """
-        count = len(self.row_groups)
-        groups = range(count) if count <= most_groups else [at * count // most_groups for at in range(most_groups)]
-        bins, seen = np.zeros(len(SHORT_SIDES), np.int64), 0
-        for group in groups:
-            rows = self.read(group, ["original_height", "original_width"])
-            short = np.minimum(rows["original_height"].to_numpy(), rows["original_width"].to_numpy())
-            bins += np.bincount(np.searchsorted(SHORT_SIDES, short, "right") - 1, minlength=len(bins))
-            seen += len(short)
-        names = [f"{low} to {high - 1}" for low, high in pairwise(SHORT_SIDES)] + [f"{SHORT_SIDES[-1]} and more"]
-        used = np.flatnonzero(bins)
-        return [(names[at], int(bins[at])) for at in range(used[0], used[-1] + 1)] if seen else [], seen
 
     @cached_property
     def num_unlabelled(self) -> tuple[int, int]:

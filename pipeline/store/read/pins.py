@@ -3,6 +3,7 @@
     <directory>/<hash of the dataset's URI>.json   the plan's versions and the bundle              created once
     <directory>/<hash of the content>.parquet      the commit records visible then (see `bundles`)  immutable
     <directory>/<hash of the dataset's URI>-rows1.arrow  what follows from both: row groups, digests    created once
+    <directory>/<hash of the dataset's URI>-<name>.arrow  what readers of its kind need besides       created once
     <directory>/<hash of the dataset's URI>-withdrawn-<hash>.parquet  rows withdrawn since, of one start created once
 
 A pin holds all of a state but the plan, whose versions are never changed, and the files. While those are there, rows,
@@ -12,11 +13,17 @@ collection does not know of pins: it removes what a compaction replaced, after i
 
 from __future__ import annotations
 
+import atexit
+import fcntl
 import hashlib
 import json
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, NotRequired
+from pathlib import Path
+from typing import Any, Literal, NotRequired, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,6 +48,7 @@ _TRIPLE = ("unit", "start", "stop")
 _ROWS_GONE = pa.schema([pa.field(name, pa.int64(), False) for name in _TRIPLE])
 _ROWS = "-rows1.arrow"  # another number when another release would read it differently
 _READERS = 16
+T = TypeVar("T")
 
 
 @with_config(OPEN)
@@ -110,23 +118,33 @@ class Pins:
 
     def publish(self, dataset: Root, groups: ReadableGroups, facts: Callable[[], dict[str, str]]) -> None:
         """Keep what readers need of what is kept of a dataset, as one object that they map, unless it is there."""
-        key = self._key(dataset, _ROWS)
-        if not self._root.exists(key):
-            self._root.put_if_absent(key, groups.to_arrow(facts()).to_pybytes())
+        self.keep(dataset, _ROWS, lambda: groups.to_arrow(facts()))
 
     def published(self, dataset: Root) -> tuple[ReadableGroups, dict[str, str]] | None:
-        """(row groups, facts) that were published of a dataset, mapped where they lie on this machine; None without.
+        """(row groups, facts) that were published of a dataset, mapped; None without.
 
         InputError when they cannot be read.
         """
-        key = self._key(dataset, _ROWS)
-        local = self._root.local_path(key)
+        return self.mapped(dataset, _ROWS, ReadableGroups.from_arrow)
+
+    def keep(self, dataset: Root, ending: str, make: Callable[[], pa.Buffer]) -> None:
+        """Keep a file of Arrow's that follows from what is kept of a dataset, unless it is there."""
+        key = self._key(dataset, ending)
+        if not self._root.exists(key):
+            self._root.put_if_absent(key, make().to_pybytes())
+
+    def mapped(self, dataset: Root, ending: str, parse: Callable[[Any], T]) -> T | None:
+        """What `parse` makes of such a file; processes of one machine share its memory. None without.
+
+        InputError when it cannot be read.
+        """
+        key = self._key(dataset, ending)
         try:
-            source = pa.py_buffer(self._root.read_bytes(key)) if local is None else pa.memory_map(str(local))
+            source = pa.memory_map(str(_on_this_machine(self._root, key)))
         except (FileNotFoundError, NotADirectoryError):
             return None
         with reading_table(self._root.uri_of(key), "delete this one object: it only repeats what lies beside it"):
-            return ReadableGroups.from_arrow(source)
+            return parse(source)
 
     def withdraw(self, dataset: Root, rows: RowSet) -> None:
         """Remember rows of what is kept that were withdrawn since, and that no reader may serve any more."""
@@ -160,6 +178,29 @@ class Pins:
         if not own or not all(key.startswith(f"{layout.PLAN}/") for key in body.get("headers", [])):
             raise unreadable(where, "it names objects that are not its own", next_step=remedy)
         return body
+
+
+def _on_this_machine(root: Root, key: str) -> Path:
+    """Where a file that is created once lies on a disk here: of a remote one a copy, made by who comes first.
+
+    It has no name any more once one of those who map it has ended; who maps it keeps it.
+    """
+    local = root.local_path(key)
+    if local is not None:
+        return local
+    folder = Path(tempfile.gettempdir(), f"latentloom-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.lstat().st_uid != os.getuid() or folder.is_symlink():  # somebody else was there first
+        folder = Path(tempfile.mkdtemp(prefix="latentloom-"))
+    copy = folder / f"{hashlib.blake2b(root.uri_of(key).encode(), digest_size=16).hexdigest()}.arrow"
+    with open(f"{copy}.lock", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not copy.exists():
+            with root.open(key) as source, tempfile.NamedTemporaryFile(dir=folder, delete=False) as sink:
+                shutil.copyfileobj(source, sink, 8 << 20)
+            os.replace(sink.name, copy)
+        atexit.register(copy.unlink, missing_ok=True)
+    return copy
 
 
 def lost_files(dataset: Root, pinned: State, now: State) -> list[str]:
