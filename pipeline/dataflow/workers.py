@@ -77,12 +77,14 @@ def open_workers(
     num_cpus: float = 1.0,
     memory_bytes: int = 0,
     device: str | None = None,
+    key: str = "workers",
 ) -> Iterator[Workers]:
     """Workers on the cluster at RAY_ADDRESS, or on this machine without one; `name` says what one of them does.
 
     count: at most so many; None: as many as there is room for, by CPUs and the memory that each takes. device: they
     compute networks, as a job's `device` says: each beside a GPU of its own where the cluster has any; one, on this
-    machine. ConfigError when no node has room for one, or GPUs are asked for and there are none, or do not compute.
+    machine. key: of the configuration, that says what one takes. ConfigError when no node has room for one, or GPUs
+    are asked for and there are none, or do not compute.
     """
     if not os.environ.get("RAY_ADDRESS"):
         if device is not None:
@@ -102,7 +104,7 @@ def open_workers(
             raise no_gpus(cluster)
         kind = Kind(name, num_cpus, float(gpus), memory_bytes)
         offers = node_offers()
-        check_nodes([kind], offers, "device" if gpus else "workers")
+        check_nodes([kind], offers, "device" if gpus else key)
         if gpus:
             check_devices(cluster)
         room = sum(room_for(kind, node) for node in offers)

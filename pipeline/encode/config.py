@@ -92,7 +92,10 @@ class EncodeConfig(StrictModel):
         "label; the others are filtered as duplicate_content. Can be turned on at any time.",
     )
     dedup_memory_bytes: int = Field(
-        1 << 30, ge=1 << 20, description="Memory for comparing; less means more passes over the stored hashes."
+        1 << 30,
+        ge=1 << 20,
+        description="Memory of each process that compares hashes; more rows than fit are cut into shares by their "
+        "hash, which the cluster at RAY_ADDRESS, or this machine without one, compares side by side.",
     )
     reject_budget: float = Field(
         0.1, ge=0, le=1, description="Largest share of rejected rows; above it the job ends with exit code 5."

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.codec.info import CodecInfo, check_dtype, check_posterior, fitted_by, gpu_dtype, read_codec_info
 from pipeline.dataflow.cluster import check_address, ensure_ray
+from pipeline.dataflow.workers import open_workers
 from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.plan import (
     REHEARSED,
@@ -265,14 +266,20 @@ def _encode(
         # Under a generation of its own, newer than that of any row; this one ends, but the run is not done yet.
         run.note(generation)
         generation.close({"status": "encoded"})
+        memory = config.encode.dedup_memory_bytes
         with claimed(root, "dedup") as newer, Progress("dedup", None, unit="row groups") as progress:
             run.note(newer)
-            duplicates = deduplicate(
-                newer,
-                source_uri=config.source.uri,
-                memory_bytes=config.encode.dedup_memory_bytes,
-                on_group=lambda done, total: progress.update(done, of=total),
-            ).duplicates
+            key = "encode.dedup_memory_bytes"
+            with open_workers(
+                "a process that compares hashes", config.cluster, memory_bytes=memory, key=key
+            ) as workers:
+                duplicates = deduplicate(
+                    newer,
+                    source_uri=config.source.uri,
+                    memory_bytes=memory,
+                    spread=workers.spread,
+                    on_group=lambda done, total: progress.update(done, of=total),
+                ).duplicates
         _log.info("dedup: %s more images filtered as duplicates", f"{duplicates:,}")
         final = read_state(root)
     dataset = LatentDataset.open(root.uri)

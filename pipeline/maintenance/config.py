@@ -164,6 +164,13 @@ class ForgetJobConfig(StrictModel):
         "may still come.",
     )
     report: str | None = Field(None, description="Path or URI that receives what saw the rows, as JSON.")
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="Processes that look through rows; null: as many as the cluster at RAY_ADDRESS, or this machine "
+        "without one, has CPUs.",
+    )
+    cluster: ClusterConfig = Field(ClusterConfig(), description="The Ray cluster, where RAY_ADDRESS names one.")
     tracking: TrackingConfig = Field(TrackingConfig(), description="Where lineage is asked, and this recorded.")
 
 

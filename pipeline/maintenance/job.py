@@ -280,13 +280,15 @@ def run_forget(config: ForgetJobConfig) -> JobResult:
         assert run.generation is not None
         track(run, root, {"list.uri": config.list.uri, "listed": listed.count()})
         sources = [str(version.source.get("uri", "")) for version in dataset.state.plan.versions]
-        report = forget(
-            run.generation,
-            listed,
-            source_uri=sources[-1] if sources else "",
-            keep_unmatched=config.unmatched == "keep",
-            on_group=lambda done, total: progress.update(done, of=total),
-        )
+        with open_workers("a process that looks through rows", config.cluster, config.workers) as workers:
+            report = forget(
+                run.generation,
+                listed,
+                source_uri=sources[-1] if sources else "",
+                keep_unmatched=config.unmatched == "keep",
+                spread=workers.spread,
+                on_group=lambda done, total: progress.update(done, of=total),
+            )
         seen_by = _seen_by(config, dataset, report.first_unit)
         run.tracker.log_text(json.dumps(seen_by, indent=1), "seen_by.json")
         if config.report:
@@ -313,6 +315,7 @@ def plan_forget(config: ForgetJobConfig) -> JobResult:
     """How many names a list has; which of them match is seen by reading all rows' hashes, and is not tried."""
     root = Root(config.data.uri)
     dataset = _open_latents(root)
+    check_address()
     return JobResult(
         "dry-run", {"listed": read_list(config.list, dataset.state.plan).count(), "rows_to_compare": dataset.num_rows}
     )

@@ -125,11 +125,7 @@ def new_captions(
         captions = [c for c in dict.fromkeys(some) if c is not None]
         digests = [caption_hash(c) for c in captions]
         for i in known.add_new(digests):
-            yield _planned(captions[i], digests[i])
-
-
-def _planned(caption: str, digest: bytes) -> PlannedCaption:
-    return PlannedCaption(digest.hex(), len(caption.encode()), caption)
+            yield PlannedCaption(digests[i].hex(), len(captions[i].encode()), captions[i])
 
 
 def in_units(captions: Iterable[PlannedCaption], unit_captions: int) -> Iterator[list[Any]]:

@@ -8,12 +8,14 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
 import pytest
 
 from pipeline.dataflow import cluster as cluster_module
@@ -25,7 +27,7 @@ from pipeline.store.ledger.state import read_state
 from pipeline.store.maintain.verify import verify
 from tests.support.jobs import run, start
 from tests.support.kills import victims
-from tests.support.maintain import compact
+from tests.support.maintain import compact, deduplicate
 from tests.support.ray_nodes import RayNodes, ray_nodes
 from tests.support.rows import claim, committer, latent_rows, planned_root, rejected_rows
 from tests.support.site import site_environment
@@ -331,3 +333,37 @@ def test_a_compaction_on_a_cluster_whose_driver_is_killed_goes_on(nodes: RayNode
     assert answer["counts"]["shards_written"] > 0
     report = verify(root.uri, "checksums")
     assert (report.problems, report.stored_rows, report.rejected_rows) == ([], 1999, 1)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_hashes_compared_by_several_workers_of_which_one_is_killed(
+    named: RayNodes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The records of a deduplication do not depend on who has compared, or how often."""
+    chance = random.Random(2)
+    roots = [planned_root(str(tmp_path / name), units=20, rows=50) for name in ("alone", "slow-spread")]
+    hashes = [chance.randbytes(32) if chance.random() < 0.7 else b"same" * 8 for _ in range(1000)]
+    for root in roots:
+        generation = claim(root)
+        for unit in range(20):
+            rows = latent_rows([(unit, row) for row in range(50)])
+            at = rows.schema.get_field_index("content_sha256")
+            mine = pa.array(hashes[50 * unit : 50 * unit + 50], pa.binary(32))
+            committer(root, generation).commit(rows.set_column(at, rows.schema.field(at), mine), None, {})
+        generation.close({"status": "done"})
+    memory = {"source_uri": "mem", "memory_bytes": 200 * 320}
+    alone = deduplicate(roots[0].uri, **memory)
+    assert alone.shares == 5
+    assert alone.duplicates == hashes.count(b"same" * 8) - 1
+    scratch = tmp_path / "slow-spread" / "scratch"
+    killer = threading.Thread(target=kill_one, args=(named, lambda: scratch.exists() and any(scratch.iterdir())))
+    killer.start()
+    with open_workers("a process that compares hashes", CLUSTER) as workers:
+        assert deduplicate(roots[1].uri, **memory, spread=workers.spread) == alone
+    killer.join()
+    assert "a worker died and is replaced (a process that compares hashes)" in caplog.text
+    for place in ("rejects", "ledger", "scratch"):
+        first, second = ({i.key: root.read_bytes(i.key) for i in root.list(place)} for root in roots)
+        assert first == second
+        assert first

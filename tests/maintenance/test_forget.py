@@ -181,9 +181,10 @@ def test_near_hashes_are_those_within_so_many_bits() -> None:
     for distance in (0, 1, 3, 5):
         bits = np.bitwise_count(asked[:, None] ^ listed[None])
         near = _NearHashes(listed.tolist(), distance)
-        assert near.find(pa.chunked_array([pa.array(asked)])).tolist() == (bits <= distance).any(axis=1).tolist()
-        assert near.matched == {listed[at] for at in np.flatnonzero((bits <= distance).any(axis=0))}
-    assert _NearHashes([0], 0).find(pa.chunked_array([pa.array([None, 0], pa.uint64())])).tolist() == [False, True]
+        found, matched = near.find(pa.chunked_array([pa.array(asked)]))
+        assert found.tolist() == (bits <= distance).any(axis=1).tolist()
+        assert matched == {listed[at] for at in np.flatnonzero((bits <= distance).any(axis=0))}
+    assert _NearHashes([0], 0).find(pa.chunked_array([pa.array([None, 0], pa.uint64())]))[0].tolist() == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ PLAYED = {
     "store/writer.py: write_rejects: put_if_absent": "World.encode, World.dedup",
     "store/writer.py: write_shard: put_if_absent": "World.encode, World.compact, Samplers.sample",
     "store/maintain/verify.py: collect_garbage: delete": "World.gc",
+    "store/maintain/dedup.py: _Work.partitioner.partition: put_if_absent": "test_less_memory: named by its content",
     "store/maintain/forget.py: forget: put_if_absent": "test_the_list_is_kept_before_any_row_leaves: only added to",
     "maintenance/job.py: run_forget: put": "a report somewhere else, which nothing reads",
     # Exports: into a place of their own, by names that say what is in them; whoever writes one writes the same bytes.

@@ -7,21 +7,25 @@ import random
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import ConflictError
+from pipeline.dataflow.workers import in_threads
+from pipeline.errors import ConflictError, InputError
 from pipeline.source.reasons import Reason
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import last_run, latest_number, read_closing
 from pipeline.store.ledger.identity import claim_identity
 from pipeline.store.ledger.state import read_state
+from pipeline.store.maintain import Spread, in_turn
 from pipeline.store.maintain import dedup as module
 from pipeline.store.maintain.dedup import REASON, first_of_each, is_due, marked, released
 from pipeline.store.maintain.verify import verify
@@ -107,7 +111,7 @@ def test_the_first_of_equal_rows_stays_and_the_others_are_accounted_for(root: Ro
     before = LatentDataset.open(root.uri).digest
     report = deduplicate(root.uri, source_uri="s3://b/photos", memory_bytes=PLENTY)
     assert visible(root.uri) == firsts(CONTENTS)
-    assert (report.passes, report.rows_read, report.duplicates) == (1, 12, 12 - len(firsts(CONTENTS)))
+    assert (report.shares, report.rows_read, report.duplicates) == (1, 12, 12 - len(firsts(CONTENTS)))
     state = read_state(root)
     assert state.num_filtered == report.duplicates
     assert not state.gaps()
@@ -115,8 +119,6 @@ def test_the_first_of_equal_rows_stays_and_the_others_are_accounted_for(root: Ro
     found = verify(root.uri, "checksums")
     assert found.problems == []
     assert (found.planned_rows, found.stored_rows + found.filtered_rows) == (12, 12)
-    import pyarrow.parquet as pq
-
     files = [pq.read_table(root.local_path(f.info.path)) for f in state.reject_files]
     rows = {(r["unit"], r["row"]): r for t in files for r in t.to_pylist()}
     assert rows[(0, 3)] == {
@@ -170,25 +172,61 @@ def test_variants_of_a_row_share_its_fate(root: Root) -> None:
     assert verify(root.uri, "checksums").problems == []
 
 
-def test_less_memory_means_more_passes_and_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    states, shares = [], []
-    real = module._Work._share
+def filtered_rows(root: Root) -> list[dict[str, object]]:
+    """What is told of duplicates, row by row."""
+    tables = [pq.read_table(root.local_path(f.info.path)) for f in read_state(root).reject_files]
+    return sorted((row for t in tables for row in t.to_pylist()), key=lambda row: (row["unit"], row["row"]))
 
-    def share(self: object, *args: int) -> object:
-        shares.append(len(real(self, *args)))  # type: ignore[arg-type]
-        return real(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module._Work, "_share", share)
+@pytest.mark.parametrize("spread", [in_turn, partial(in_threads, 3)], ids=["in turn", "threads"])
+def test_less_memory_means_more_shares_and_the_same_result(tmp_path: Path, spread: Spread) -> None:
+    told = []
     for index, memory in enumerate([PLENTY, MEMORY_OF_ONE_ROW * 5, MEMORY_OF_ONE_ROW, 1]):
         root = planned_root(str(tmp_path / str(index)), units=3, rows=4)
         encode(root, CONTENTS)
-        report = deduplicate(root.uri, source_uri="mem", memory_bytes=memory)
-        assert report.passes == [1, 3, 12, 12][index]
-        assert report.rows_read == report.passes * 12
-        assert sum(shares) == 10  # each row with a hash is compared in one pass
-        shares.clear()
-        states.append(read_state(root).filtered[REASON])
-    assert all(s == states[0] for s in states)
+        steps: list[tuple[int, int]] = []
+        report = deduplicate(
+            root.uri,
+            source_uri="mem",
+            memory_bytes=memory,
+            spread=spread,
+            on_group=lambda *step, steps=steps: steps.append(step),
+        )
+        assert (report.shares, report.rows_read) == ([1, 3, 12, 12][index], 12)
+        assert steps[-1][0] == steps[-1][1]
+        assert steps == sorted(steps)
+        # Each row with a hash is left once, and where all can be compared at once none is.
+        assert sum(info.size_bytes for info in root.list("scratch")) == (10 * module._ROW.itemsize if index else 0)
+        told.append(filtered_rows(root))
+        assert verify(root.uri, "checksums").problems == []
+    assert len(told[0]) == 12 - len(firsts(CONTENTS))
+    assert all(rows == told[0] for rows in told)
+
+
+def test_what_a_deduplication_has_left_is_garbage(root: Root) -> None:
+    encode(root, CONTENTS)
+    run(root, memory_bytes=MEMORY_OF_ONE_ROW)
+    left = [info.key for info in root.list("scratch")]
+    assert left
+    assert verify(root.uri, "files").orphans == sorted(left)
+    assert collect_garbage(root.uri, grace_s=3600) == (0, 0)
+    assert collect_garbage(root.uri, grace_s=0, now_s=2**33)[0] == len(left)
+    assert list(root.list("scratch")) == []
+
+
+def test_hashes_that_come_back_changed_are_noticed(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode(root, CONTENTS)
+    real = Root.read_range
+
+    def read_range(self: Root, key: str, start: int, length: int) -> bytes:
+        data = real(self, key, start, length)
+        return data[:-1] + b"!" if data and key.startswith("scratch/") else data
+
+    monkeypatch.setattr(Root, "read_range", read_range)
+    with pytest.raises(InputError, match="does not hold what was written"):
+        run(root, memory_bytes=MEMORY_OF_ONE_ROW)
+    monkeypatch.undo()
+    assert visible(root.uri) == sorted(CONTENTS)
 
 
 def test_rows_held_at_a_time_are_bounded_though_one_content_is_everywhere(

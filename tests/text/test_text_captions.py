@@ -53,7 +53,7 @@ def test_contains_is_membership(ordered: list[bytes], asked: list[bytes]) -> Non
 
 @given(st.lists(st.text(max_size=4)), st.integers(1, 5))
 def test_units_keep_order_and_size(texts: list[str], size: int) -> None:
-    units = list(in_units((captions._planned(t, caption_hash(t)) for t in texts), size))
+    units = list(in_units((captions.PlannedCaption(caption_hash(t).hex(), len(t.encode()), t) for t in texts), size))
     assert [c.meta for unit in units for c in unit] == texts
     assert all(len(unit) == size for unit in units[:-1])
     assert all(units)

@@ -302,21 +302,8 @@ def _normal(name: str) -> str:
 
 _TEXTS = (".txt", ".caption", ".json")  # beside an image of the same name
 # Files that hold text for people or programs, by their endings: none is an image, and none of them is a row.
-_NO_IMAGES = (
-    *_TEXTS,
-    ".jsonl",
-    ".csv",
-    ".tsv",
-    ".md",
-    ".rst",
-    ".html",
-    ".xml",
-    ".yaml",
-    ".yml",
-    ".log",
-    ".ini",
-    ".py",
-)
+_FOR_PROGRAMS = (".jsonl", ".csv", ".tsv", ".html", ".xml", ".yaml", ".yml", ".ini", ".py")
+_NO_IMAGES = (*_TEXTS, ".md", ".rst", ".log", *_FOR_PROGRAMS)
 _HELD = 10_000  # files of one name held at a time
 
 

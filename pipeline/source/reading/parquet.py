@@ -184,7 +184,11 @@ def _layout(
     where = root.uri_of(key)
     with open_ranges(root, key, version, size_bytes) as (read, size):
         if source.isolate:
-            return _layout_in_child(read, size, source, where)
+            groups: list[tuple[int, int]] = []
+            task = {"size": size, "where": where, "source": _told(source), "span": None}
+            for message, _ in _run(read, source.memory_mb, task):
+                groups = [(rows, stored) for rows, stored in message["groups"]]
+            return groups
         with RangedFile(read, size, whole=False) as file:
             return parquet_file.layout(file, source, where)
 
@@ -199,7 +203,10 @@ def _rows(root: Root, source: ParquetSource, entry: Entry, base: int, wanted: Ra
     span = Span(entry.key, entry.row_start, entry.row_stop, base, wanted.pairs)
     with open_ranges(root, entry.key, entry) as (read, size):
         if source.isolate:
-            yield from _rows_in_child(read, size, source, where, span)
+            task = {"size": size, "where": where, "source": _told(source), "span": asdict(span)}
+            for message, image in _run(read, source.memory_mb, task):
+                row = SourceRow(image=image, **message["row"])
+                yield row if message["uri"] is None else (row, message["uri"])
             return
         with RangedFile(read, size, whole=False) as file:
             yield from parquet_file.rows(file, source, where, span)
@@ -216,28 +223,12 @@ _REQUEST_BYTES = 8 << 20
 _ROW_FIELDS = tuple(f.name for f in fields(SourceRow) if f.name != "image")
 
 
-def _layout_in_child(read: ReadRange, size_bytes: int, source: ParquetSource, where: str) -> list[tuple[int, int]]:
-    """As `parquet_file.layout`, in a child; also raises TableError for a timeout, a crash or too much memory."""
-    groups: list[tuple[int, int]] = []
-    task = {"size": size_bytes, "where": where, "source": _told(source), "span": None}
-    for message, _ in _run(read, source.memory_mb, task):
-        groups = [(rows, size) for rows, size in message["groups"]]
-    return groups
-
-
-def _rows_in_child(read: ReadRange, size_bytes: int, source: ParquetSource, where: str, span: Span) -> Iterator[Item]:
-    """As `parquet_file.rows`, in a child; also raises TableError for a timeout, a crash or too much memory."""
-    task = {"size": size_bytes, "where": where, "source": _told(source), "span": asdict(span)}
-    for message, image in _run(read, source.memory_mb, task):
-        row = SourceRow(image=image, **message["row"])
-        yield row if message["uri"] is None else (row, message["uri"])
-
-
 def _told(source: ParquetSource) -> str:
     return source.model_dump_json(exclude_unset=True)
 
 
 def _run(read: ReadRange, memory_mb: int, task: dict[str, Any]) -> Iterator[Message]:
+    """What a child answers; also raises TableError for a timeout, a crash or too much memory."""
     child, finished = children.take(memory_mb), False
     broken: Exception | None = None
     try:

@@ -18,6 +18,7 @@ LEDGER = "ledger"
 SNAPSHOTS = "snapshots"
 PLAN = "plan"
 PLAN_PARTS = "plan/parts"
+SCRATCH = "scratch"
 
 
 def content_name(data: bytes) -> str:
@@ -25,13 +26,13 @@ def content_name(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:32]
 
 
-def removable(directory: str, data: bytes, generation: int) -> str:
-    """The key of a Parquet object that garbage collection may remove one day.
+def removable(directory: str, data: bytes, generation: int, suffix: str = ".parquet") -> str:
+    """The key of an object that garbage collection may remove one day.
 
     It tells its generation, so that no two generations share an object: one could find in place, and name, what the
     other is about to remove.
     """
-    return f"{directory}/{content_name(data)}-{generation:08d}.parquet"
+    return f"{directory}/{content_name(data)}-{generation:08d}{suffix}"
 
 
 def hash_in(key: str) -> str:

@@ -108,7 +108,7 @@ def compact(
         seed,
     )
     written = moved = size_bytes = 0
-    for done, (rows, size) in enumerate(spread(partial(_shard_writer, dataset, committer), todo), 1):
+    for done, (rows, size) in enumerate(spread(partial(shard_writer, dataset, committer), todo), 1):
         written, moved, size_bytes = written + (rows > 0), moved + rows, size_bytes + size
         on_shard(done, len(todo))
         generation.check()
@@ -351,7 +351,7 @@ def rows_in_span(dataset: Dataset, span: Span) -> pa.Table | None:
     return RowSource(dataset).read(RowSet.from_keys(np.array([span[0]]), np.array([span[1]])))
 
 
-def _shard_writer(dataset: Dataset, committer: Committer) -> Callable[[RowSet], tuple[int, int]]:
+def shard_writer(dataset: Dataset, committer: Committer) -> Callable[[RowSet], tuple[int, int]]:
     """What writes a shard, given its rows' addresses."""
     source = RowSource(dataset)
     return lambda wanted: _write_shard(source, committer, wanted)

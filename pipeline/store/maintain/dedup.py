@@ -1,6 +1,10 @@
 """Exact deduplication: of source rows with equal bytes the first stays, the others become filtered rows.
 
-    row groups --content_sha256, unit, row--> first of each content --> commit records of filtered rows
+    row groups --hash, unit, row--> shares of the hashes --> first of each content --> records of filtered rows
+
+Rows are read once. Where they are more than may be compared at a time, whoever reads some of them leaves them below
+`scratch/`, sorted by the share that their hash falls into, and each share is then compared by itself: a process holds
+its share, and no more. What lies there is garbage once the deduplication has ended, and collected as such.
 
 The order is that of (unit, row); several variants of a source row count as one. The records are written under a
 generation of their own, newer than that of any row, so the fold lets them win. Every record stands for itself (each
@@ -11,9 +15,12 @@ compares what is still visible. Bytes on disk go with the next compaction and ga
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +28,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.errors import InputError
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import Generation, check_newest, latest_number, read_closing
 from pipeline.store.ledger.identity import read_identity
+from pipeline.store.ledger.layout import SCRATCH, removable
 from pipeline.store.ledger.rowset import Int64s, RowSet
 from pipeline.store.ledger.state import State, VisibleFile, read_state
+from pipeline.store.maintain import Spread, in_turn
 from pipeline.store.read.dataset import Dataset
 from pipeline.store.read.row_groups import reading_table
 from pipeline.store.schema import LATENTS, REJECTS, binary_rows
@@ -36,6 +46,7 @@ MARK = "deduplicated"  # in a closing note: the digest of the rows among which n
 
 Rows = npt.NDArray[np.void]
 Bytes = npt.NDArray[np.uint8]
+_COLUMNS = ("content_sha256", "unit", "row")
 _ROW = np.dtype([("hash", np.uint64, (4,)), ("address", np.int64), ("group", np.int32)])
 _PEAK_ROW_BYTES = 160  # of a row while it is compared: two copies of it, sort keys and their order
 _READERS, _READ_WINDOW = 8, 32
@@ -46,9 +57,9 @@ _MESSAGE_PATTERN = r"^same bytes as unit (?P<unit>\d+) row (?P<row>\d+)$"
 
 @dataclass(frozen=True)
 class DedupReport:
-    """What a deduplication did: passes over the hashes, data rows read, source rows newly filtered."""
+    """What a deduplication did: shares of the hashes compared, data rows read, source rows newly filtered."""
 
-    passes: int
+    shares: int
     rows_read: int
     duplicates: int
 
@@ -58,29 +69,40 @@ def deduplicate(
     *,
     source_uri: str,
     memory_bytes: int,
+    spread: Spread = in_turn,
     on_group: Callable[[int, int], None] = lambda done, total: None,
 ) -> DedupReport:
     """Filter every visible source row that has an equal one before it; a second call finds nothing to do.
 
-    Under a generation that holds the dataset and has committed no rows itself. Rows are compared in as many passes,
-    each over its share of the hashes, as `memory_bytes` asks for. The generation's closing note will tell that no two
-    of the stored rows are equal. ConflictError when another run takes over.
+    Under a generation that holds the dataset and has committed no rows itself. Whoever compares takes `memory_bytes`,
+    and the hashes are cut into as many shares as that asks for. on_group hears of row groups read, and compared. The
+    generation's closing note will tell that no two of the stored rows are equal. ConflictError when another run takes
+    over.
     """
     root = generation.root
     state = read_state(root)
     dataset = Dataset(root, read_identity(root), state)
     committer = Committer(root, generation.number, 1, None, {})
-    work = _Work(dataset, committer, generation, source_uri, memory_bytes // (2 * _PEAK_ROW_BYTES))
-    passes = max(1, -(-dataset.num_rows // max(1, work.limit)))
-    groups = len(dataset.row_groups)
-    for number in range(passes):
-        for done in work.run_pass(number, passes):
-            on_group(number * groups + done, passes * groups)
+    work = _Work(dataset, committer, source_uri, max(1, memory_bytes // (2 * _PEAK_ROW_BYTES)))
+    shares, groups = max(1, -(-dataset.num_rows // work.limit)), len(dataset.row_groups)
+    steps, done = groups if shares == 1 else 2 * groups, 0
+    parts: dict[int, tuple[_Part, ...]] = {}
+    for first, read, written in spread(
+        partial(work.partitioner, shares), pieces_of(dataset, work.limit // 2) if shares > 1 else ()
+    ):
+        generation.check()
+        parts[first] = written
+        on_group(done := done + read, steps)
+    # In the order of their row groups, whoever read them first; where all fits into one, nothing was written.
+    columns = list(zip(*(parts[first] for first in sorted(parts)), strict=True)) if parts else [()]
+    for number, _ in enumerate(spread(work.comparer, columns), 1):
+        generation.check()
+        on_group(steps - groups + number * groups // shares, steps)
     final = read_state(root)
     # A run that took over hides these commits: what is visible then may hold equal rows.
     check_newest(root, generation.number)
     generation.summary |= marked(final)
-    return DedupReport(passes, passes * dataset.num_rows, _filtered(final).count() - _filtered(state).count())
+    return DedupReport(shares, dataset.num_rows, _filtered(final).count() - _filtered(state).count())
 
 
 def is_due(root: Root, state: State) -> bool:
@@ -135,30 +157,79 @@ def _filtered(state: State) -> RowSet:
 
 
 @dataclass(frozen=True)
+class _Part:
+    """The rows of one share that lie in an object: bytes [start, stop), with their crc32."""
+
+    key: str
+    start: int
+    stop: int
+    crc: int
+
+
+@dataclass(frozen=True)
 class _Work:
-    """One deduplication: at most about `limit` rows are known, and as many more wait to be compared with them."""
+    """One deduplication, picklable: at most about `limit` rows are known, and as many more wait to be compared."""
 
     dataset: Dataset
     committer: Committer
-    generation: Generation
     source_uri: str
     limit: int
 
-    def run_pass(self, number: int, passes: int) -> Iterator[int]:
-        """Compare the rows whose hash falls into share `number` of `passes`, and commit what is not the first.
+    def partitioner(self, shares: int) -> Callable[[range], tuple[int, int, tuple[_Part, ...]]]:
+        """What leaves the rows of row groups in scratch: the first of these, how many they are, a part a share."""
+        root, number = self.dataset.root, self.committer.generation
 
-        Yields after each row group how many of them were read.
-        """
-        known = np.zeros(0, _ROW)
-        waiting: list[Rows] = []
+        def partition(groups: range) -> tuple[int, int, tuple[_Part, ...]]:
+            tables = scan_columns(self.dataset, _COLUMNS, groups)
+            rows = np.concatenate([_rows(table, group) for group, table in zip(groups, tables, strict=True)])
+            share = ((rows["hash"][:, 0] >> np.uint64(32)) * np.uint64(shares)) >> np.uint64(32)
+            order = np.argsort(share, kind="stable")
+            data = rows[order].tobytes()
+            ends = (np.searchsorted(share[order], np.arange(shares + 1)) * _ROW.itemsize).tolist()
+            key = removable(SCRATCH, data, number, ".rows")
+            check_newest(root, number)
+            root.put_if_absent(key, data)
+            cuts = list(pairwise(ends))
+            return groups.start, len(groups), tuple(_Part(key, a, b, zlib.crc32(data[a:b])) for a, b in cuts)
 
-        columns = ("content_sha256", "unit", "row")
-        for done, table in enumerate(scan_columns(self.dataset, self.generation, columns), 1):
-            waiting.append(self._share(table, done - 1, number, passes))
-            if sum(map(len, waiting)) > self.limit:
-                known = self._settle(known, waiting)
-            yield done
-        self._settle(known, waiting)
+        return partition
+
+    def comparer(self) -> Callable[[Sequence[_Part]], None]:
+        """What commits the rows of a share that are not the first, given its parts; given none, of all rows."""
+
+        def compare(parts: Sequence[_Part]) -> None:
+            known, waiting = np.zeros(0, _ROW), list[Rows]()
+            tables = scan_columns(self.dataset, _COLUMNS) if not parts else iter(())
+            scanned = (_rows(table, group) for group, table in enumerate(tables))
+            for rows in self._read(parts) if parts else scanned:
+                waiting.append(rows)
+                if sum(map(len, waiting)) > self.limit:
+                    known = self._settle(known, waiting)
+            self._settle(known, waiting)
+
+        return compare
+
+    def _read(self, parts: Sequence[_Part]) -> Iterator[Rows]:
+        """The rows of some parts, in order, a few at a time."""
+        root, most, first, size = self.dataset.root, self.limit * _ROW.itemsize // 2, 0, 0
+
+        def read(part: _Part) -> Rows:
+            data = root.read_range(part.key, part.start, part.stop - part.start)
+            if zlib.crc32(data) != part.crc:
+                raise InputError(
+                    f"{root.uri_of(part.key)} does not hold what was written",
+                    rule="what a deduplication keeps of the rows that it has read comes back as it was",
+                    next_step="see to the store, then run the same command again",
+                )
+            return np.frombuffer(data, _ROW)
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            for at, part in enumerate(parts):
+                if size and size + part.stop - part.start > most:
+                    yield from pool.map(read, parts[first:at])
+                    first, size = at, 0
+                size += part.stop - part.start
+            yield from pool.map(read, parts[first:])
 
     def _settle(self, known: Rows, waiting: list[Rows]) -> Rows:
         rows = np.concatenate([known, *waiting])
@@ -168,17 +239,6 @@ class _Work:
             part = slice(start, start + _ROWS_PER_COMMIT)
             self._commit(others[part], kept[part])
         return known
-
-    def _share(self, table: pa.Table, group: int, number: int, passes: int) -> Rows:
-        """The rows of a row group whose hash falls into a share."""
-        table = table.filter(pc.is_valid(table["content_sha256"]))
-        rows = np.zeros(len(table), _ROW)
-        if len(table):
-            rows["hash"] = hash_rows(table["content_sha256"]).view(">u8")
-        rows["address"] = addresses_of(table)
-        rows["group"] = group
-        share = ((rows["hash"][:, 0] >> np.uint64(32)) * np.uint64(passes)) >> np.uint64(32)
-        return rows if passes == 1 else rows[share == number]
 
     def _commit(self, others: Rows, kept: Int64s) -> None:
         order = np.argsort(others["address"], kind="stable")
@@ -193,8 +253,19 @@ class _Work:
             keys_of[mine[place[hit]]] = table["key"].take(pa.array(hit)).to_pylist()
         messages = [_MESSAGE.format(address >> 32, address & 0xFFFFFFFF) for address in kept.tolist()]
         outcomes = filtered_rows(others["address"], keys_of.tolist(), self.source_uri, REASON, messages)
-        self.generation.check()
+        check_newest(self.dataset.root, self.committer.generation)
         self.committer.commit(LATENTS.empty_table(), outcomes, {})
+
+
+def _rows(table: pa.Table, group: int) -> Rows:
+    """The rows of a row group that have a hash."""
+    table = table.filter(pc.is_valid(table["content_sha256"]))
+    rows = np.zeros(len(table), _ROW)
+    if len(table):
+        rows["hash"] = hash_rows(table["content_sha256"]).view(">u8")
+    rows["address"] = addresses_of(table)
+    rows["group"] = group
+    return rows
 
 
 def first_of_each(rows: Rows) -> tuple[Rows, Rows, Int64s]:
@@ -232,13 +303,23 @@ def hash_rows(column: pa.ChunkedArray) -> Bytes:
     return binary_rows(pc.fill_null(column, b"\0" * width) if column.null_count else column, width)
 
 
-def scan_columns(dataset: Dataset, generation: Generation, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """Some columns of each row group, few row groups in memory at a time."""
+def scan_columns(dataset: Dataset, columns: Sequence[str], groups: range | None = None) -> Iterator[pa.Table]:
+    """Some columns of each row group, or of some in a row; few of them are in memory at a time."""
+    groups = range(len(dataset.row_groups)) if groups is None else groups
     with ThreadPoolExecutor(_READERS) as pool:
-        for first in range(0, len(dataset.row_groups), _READ_WINDOW):
-            generation.check()
-            groups = dataset.row_groups[first : first + _READ_WINDOW]
-            yield from pool.map(lambda group: dataset.read(group.index, columns), groups)
+        for first in range(0, len(groups), _READ_WINDOW):
+            yield from pool.map(lambda group: dataset.read(group, columns), groups[first : first + _READ_WINDOW])
+
+
+def pieces_of(dataset: Dataset, most_rows: int) -> Iterator[range]:
+    """All row groups, in pieces of at most so many rows, or of one that has more."""
+    first = rows = 0
+    for group, count in enumerate(dataset.row_groups.rows.tolist()):
+        if rows and rows + count > most_rows:
+            yield range(first, group)
+            first, rows = group, 0
+        rows += count
+    yield range(first, len(dataset.row_groups))
 
 
 def filtered_rows(

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import numpy as np
@@ -30,7 +30,8 @@ from pipeline.store.ledger.generation import Generation, check_newest
 from pipeline.store.ledger.identity import read_identity
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import read_state
-from pipeline.store.maintain.dedup import Bytes, addresses_of, filtered_rows, hash_rows, scan_columns
+from pipeline.store.maintain import Spread, in_turn
+from pipeline.store.maintain.dedup import Bytes, addresses_of, filtered_rows, hash_rows, pieces_of, scan_columns
 from pipeline.store.read.dataset import Dataset
 from pipeline.store.read.row_groups import reading_table
 from pipeline.store.schema import LATENTS
@@ -39,8 +40,9 @@ from pipeline.store.writer import Committer
 WITHDRAWN = "withdrawn"  # the reason of the rows, and the directory of the lists
 _ID, _CONTENT, _PHASH = range(3)
 _SIZES = {_ID: 16, _CONTENT: 32, _PHASH: 8}
-_ROWS_PER_COMMIT = 1 << 18
-_TELLING = ("sample_id", "content_sha256", "phash", "unit", "row", "key")
+_ROWS_PER_COMMIT, _ROWS_PER_PIECE = 1 << 18, 1 << 19
+_TELLING = ("sample_id", "content_sha256", "unit", "row")
+_TAKEN = pa.schema([LATENTS.field(name) for name in ("unit", "row", "key")])
 _NAMES = pa.schema([pa.field("kind", pa.int8(), False), pa.field("name", pa.binary(), False)])
 
 
@@ -171,6 +173,7 @@ def forget(
     *,
     source_uri: str,
     keep_unmatched: bool = False,
+    spread: Spread = in_turn,
     on_group: Callable[[int, int], None] = lambda done, total: None,
 ) -> ForgetReport:
     """Withdraw what a list names, and every stored row of equal content; a second call finds nothing to do.
@@ -178,14 +181,15 @@ def forget(
     Under a generation that holds the dataset. First the contents are looked up, and kept with the list: from then on
     no encode stores such a row. Then all rows of these contents are filtered. ConflictError when another run takes
     over; InputError when no row has any of the names, unless they are to be kept for rows to come. Memory: some
-    hundred bytes a withdrawn row.
+    hundred bytes a withdrawn row; whoever looks through rows takes a piece of them and the list.
     """
     root = generation.root
     dataset = Dataset(root, read_identity(root), read_state(root))
-    groups, found = len(dataset.row_groups), _Found(listed)
-    for done, table in enumerate(scan_columns(dataset, generation, _TELLING), 1):
-        found.look(table)
-        on_group(done, 2 * groups)
+    pieces, groups, done, found = list(pieces_of(dataset, _ROWS_PER_PIECE)), len(dataset.row_groups), 0, _Found()
+    for number, some in spread(partial(_finder, dataset, listed), pieces):
+        generation.check()
+        found |= some
+        on_group(done := done + number, 2 * groups)
     known = Withdrawals.read(root, Withdrawals.keys(root))
     if not found.rows and not keep_unmatched and not known.has_all(listed):
         raise InputError(
@@ -201,46 +205,72 @@ def forget(
         root.put_if_absent(f"{WITHDRAWN}/{layout.content_name(data)}.parquet", data)
     check_newest(root, generation.number)
 
-    everywhere, committer = Withdrawals([withdrawn]), Committer(root, generation.number, 1, None, {})
-    gone, rows, waiting = RowSet.empty(), 0, list[pa.Table]()
-    for done, table in enumerate(scan_columns(dataset, generation, _TELLING), 1):
-        # Of a source row one variant may carry the id, or the perceptual hash: all of them go.
-        mine = everywhere.among(table) | found.rows.contains(table["unit"].to_numpy(), table["row"].to_numpy())
-        waiting.append(table.filter(pa.array(mine)).select(["unit", "row", "key"]))
-        if sum(map(len, waiting)) >= _ROWS_PER_COMMIT or done == groups:
+    committer, gone, rows = Committer(root, generation.number, 1, None, {}), RowSet.empty(), 0
+    waiting: list[pa.Table] = []
+    for number, table in spread(partial(_taker, dataset, withdrawn, found.rows), pieces):
+        waiting.append(table)
+        on_group(done := done + number, 2 * groups)
+        if sum(map(len, waiting)) >= _ROWS_PER_COMMIT or done == 2 * groups:
             outcomes = _withdrawn_rows(pa.concat_tables(waiting), gone, source_uri)
             waiting.clear()
             generation.check()
             committer.commit(LATENTS.empty_table(), outcomes, {})
             gone = gone | RowSet.from_rows(outcomes["unit"].to_numpy(), outcomes["row"].to_numpy())
             rows += len(outcomes)
-        on_group(groups + done, 2 * groups)
     return ForgetReport(rows, listed.count() - len(found.matched), added, int(gone.units()[0]) if gone else None)
 
 
+@dataclass(frozen=True)
 class _Found:
-    """What a list has matched so far: source rows, contents of theirs, and which of its names."""
+    """What a list has matched: source rows, contents of theirs, and which of its names."""
 
-    def __init__(self, listed: Listed) -> None:
-        self.rows, self.contents, self.matched = RowSet.empty(), set[bytes](), set[bytes | int]()
-        self._listed = listed
-        self._ids, self._contents = _Words(listed.ids), _Words(listed.contents)
-        self._near = _NearHashes(listed.phashes, listed.phash_distance)
+    rows: RowSet = field(default_factory=RowSet.empty)
+    contents: frozenset[bytes] = frozenset()
+    matched: frozenset[bytes | int] = frozenset()
 
-    def look(self, table: pa.Table) -> None:
-        """Take in the rows of a row group that the list names."""
-        by_id, by_content = (
-            words.find(hash_rows(table[name]))
-            for words, name in ((self._ids, "sample_id"), (self._contents, "content_sha256"))
-        )
-        by_phash = self._near.find(table["phash"]) if self._listed.phashes else by_id & False
+    def __or__(self, other: _Found) -> _Found:
+        return _Found(self.rows | other.rows, self.contents | other.contents, self.matched | other.matched)
+
+
+def _finder(dataset: Dataset, listed: Listed) -> Callable[[range], tuple[int, _Found]]:
+    """What looks through row groups for rows that a list names: how many groups, and what was found."""
+    names = {"sample_id": _Words(listed.ids), "content_sha256": _Words(listed.contents)}
+    near = _NearHashes(listed.phashes, listed.phash_distance)
+
+    def look(table: pa.Table) -> _Found:
+        by_id, by_content = (words.find(hash_rows(table[name])) for name, words in names.items())
+        by_phash, matched = near.find(table["phash"]) if listed.phashes else (by_id & False, frozenset[int]())
         mine = np.flatnonzero(by_id | by_content | by_phash)
-        if len(mine):
-            ids, contents = (table[name].take(pa.array(mine)).to_pylist() for name in ("sample_id", "content_sha256"))
-            self.matched.update(self._listed.ids.intersection(ids), self._listed.contents.intersection(contents))
-            self.matched.update(self._near.matched)
-            self.contents.update(content for content in contents if content is not None)
-            self.rows = self.rows | RowSet.from_rows(table["unit"].to_numpy()[mine], table["row"].to_numpy()[mine])
+        ids, contents = (table[name].take(pa.array(mine)).to_pylist() for name in names)
+        return _Found(
+            RowSet.from_rows(table["unit"].to_numpy()[mine], table["row"].to_numpy()[mine]),
+            frozenset(content for content in contents if content is not None),
+            listed.ids.intersection(ids) | listed.contents.intersection(contents) | matched,
+        )
+
+    def find(groups: range) -> tuple[int, _Found]:
+        found = _Found()
+        for table in scan_columns(dataset, (*_TELLING, *(["phash"] if listed.phashes else [])), groups):
+            found |= look(table)
+        return len(groups), found
+
+    return find
+
+
+def _taker(dataset: Dataset, withdrawn: Listed, rows: RowSet) -> Callable[[range], tuple[int, pa.Table]]:
+    """What gives the rows of row groups that are withdrawn, by address and key: how many groups, and the rows."""
+    everywhere = Withdrawals([withdrawn])
+
+    def take(groups: range) -> tuple[int, pa.Table]:
+        taken = [_TAKEN.empty_table()]
+        for group, table in zip(groups, scan_columns(dataset, _TELLING, groups), strict=True):
+            # Of a source row one variant may carry the id, or the perceptual hash: all of them go.
+            mine = everywhere.among(table) | rows.contains(table["unit"].to_numpy(), table["row"].to_numpy())
+            if mine.any():
+                taken.append(dataset.read(group, _TAKEN.names).filter(pa.array(mine)).cast(_TAKEN))
+        return len(groups), pa.concat_tables(taken)
+
+    return take
 
 
 class _NearHashes:
@@ -248,7 +278,6 @@ class _NearHashes:
 
     def __init__(self, hashes: Iterable[int], distance: int) -> None:
         self._hashes = np.array(sorted(hashes), np.uint64)
-        self.matched: set[bytes | int] = set()
         self._distance = distance
         cuts = np.linspace(0, 64, distance + 2).astype(int).tolist()
         self._pieces = []
@@ -261,11 +290,11 @@ class _NearHashes:
     def _part(hashes: npt.NDArray[np.uint64], low: int, high: int) -> npt.NDArray[np.uint64]:
         return (hashes >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
 
-    def find(self, column: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
-        """Which values are near a listed one; nulls are not: bool [n]."""
+    def find(self, column: pa.ChunkedArray) -> tuple[npt.NDArray[np.bool_], frozenset[int]]:
+        """Which values are near a listed one, bool [n], nulls not; and which of these they are near."""
         known = np.asarray(column.is_valid().to_numpy())
         values = np.asarray(pc.fill_null(column, 0).to_numpy(), np.uint64)
-        found = np.zeros(len(values), np.bool_)
+        found, matched = np.zeros(len(values), np.bool_), set[int]()
         for low, high, parts, order in self._pieces:
             asked = self._part(values, low, high)
             first, last = np.searchsorted(parts, asked), np.searchsorted(parts, asked, side="right")
@@ -273,8 +302,8 @@ class _NearHashes:
                 near = self._hashes[order[first[at] : last[at]]]
                 hits = near[np.bitwise_count(near ^ values[at]) <= self._distance]
                 found[at] |= bool(len(hits))
-                self.matched.update(hits.tolist())
-        return found
+                matched.update(hits.tolist())
+        return found, frozenset(matched)
 
 
 def _withdrawn_rows(table: pa.Table, gone: RowSet, source_uri: str) -> pa.Table:

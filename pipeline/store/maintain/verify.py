@@ -224,7 +224,7 @@ def verify(
             report.problem("missing", name, "the plan or the newest claim names this object and it is not there")
     report.orphans = sorted(info.key for info in at_one_generation(root, lambda n: list(_orphans(root, n))))
     if level == "checksums":
-        _arithmetic(state, portion, report)
+        arithmetic(state, portion, report)
     unchecked = Unchecked.of(state, portion, relied)
     report.files, report.files_checked = len(state.files) + len(state.reject_files), len(unchecked.at)
     report.files_relied_on = unchecked.relied_on
@@ -252,7 +252,7 @@ def _check_files(
     finished, first_open, noted_s, done = np.zeros(len(cuts), np.bool_), 0, time.monotonic(), 0
     damaged: set[str] = set()
     items = ((number, _writes(state, unchecked, cut)) for number, cut in enumerate(cuts))
-    for number, problems, damage, size in spread(partial(_checker, root, level), items):
+    for number, problems, damage, size in spread(partial(checker, root, level), items):
         report.problems += problems
         report.bytes_read += size
         damaged |= damage
@@ -280,7 +280,7 @@ def _writes(state: State, unchecked: Unchecked, cut: slice) -> list[list[Visible
 Item = tuple[int, list[list[VisibleFile]]]
 
 
-def _checker(root: Root, level: Level) -> Callable[[Item], tuple[int, list[dict[str, Any]], set[str], int]]:
+def checker(root: Root, level: Level) -> Callable[[Item], tuple[int, list[dict[str, Any]], set[str], int]]:
     """What looks at a piece of work: its number, all problems, the files that have any, and the bytes it read."""
 
     def check(item: Item) -> tuple[int, list[dict[str, Any]], set[str], int]:
@@ -297,7 +297,7 @@ def _checker(root: Root, level: Level) -> Callable[[Item], tuple[int, list[dict[
                 read += size
                 rows_in += [rows] if file.info.path in data else []
             if level == "checksums" and rows_in and not damaged & {file.info.path for file in write}:
-                wrong = list(_against_record(write[0], rows_in))
+                wrong = list(against_record(write[0], rows_in))
                 problems += wrong
                 damaged |= data if wrong else set()
         return item[0], problems, damaged, read
@@ -305,7 +305,7 @@ def _checker(root: Root, level: Level) -> Callable[[Item], tuple[int, list[dict[
     return check
 
 
-def _against_record(file: VisibleFile, rows_in: Sequence[RowSet]) -> Iterator[dict[str, Any]]:
+def against_record(file: VisibleFile, rows_in: Sequence[RowSet]) -> Iterator[dict[str, Any]]:
     """What is wrong with the visible rows in the data files of a write, by its record; `file`: one of them."""
     union, total = RowSet.union_all(rows_in), sum(rows.count() for rows in rows_in)
     wanted = file.record.stored - file.dead
@@ -318,7 +318,7 @@ def _against_record(file: VisibleFile, rows_in: Sequence[RowSet]) -> Iterator[di
         yield _problem("extra", file.info.path, f"{extra:,} visible rows were never committed as stored")
 
 
-def _arithmetic(state: State, portion: Portion, report: VerifyReport) -> None:
+def arithmetic(state: State, portion: Portion, report: VerifyReport) -> None:
     """That no two of a portion's records tell the same visible row, and all records every stored one."""
     chosen = portion.of(state.files)
     owner = state.files.records.file_owner[state.files.numbers]
@@ -418,7 +418,7 @@ def _orphans(root: Root, number: int, since_s: float = math.inf) -> Iterator[Obj
         kept.update(records.take(records.generation == seen).texts("file_path").to_pylist())
         if first:
             break
-    for directory in (layout.DATA, layout.REJECTS, layout.PLAN_PARTS, layout.SNAPSHOTS):
+    for directory in (layout.DATA, layout.REJECTS, layout.PLAN_PARTS, layout.SNAPSHOTS, layout.SCRATCH):
         yield from (info for info in root.list(directory) if info.key not in kept)
         yield from root.half_written(directory)
 

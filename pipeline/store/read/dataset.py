@@ -89,7 +89,7 @@ class Dataset:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # For processes that read: the row groups, a buffer that pickle's protocol 5 moves as it is, and no ledger.
-        return _received, (type(self), self.root, self.identity, self.row_groups.to_arrow({}))
+        return received, (type(self), self.root, self.identity, self.row_groups.to_arrow({}))
 
     @cached_property
     def state(self) -> State:
@@ -323,7 +323,7 @@ class Dataset:
             return table
 
 
-def _received(kind: type[Dataset], root: Root, identity: Identity, groups: pa.Buffer) -> Dataset:
+def received(kind: type[Dataset], root: Root, identity: Identity, groups: pa.Buffer) -> Dataset:
     """A dataset that another process has opened."""
 
     def state() -> State:
