@@ -3,11 +3,13 @@
     latentloom JOB CONFIG... [key=value ...]     the job, as `python -m jobs.JOB` runs it
     latentloom init IMAGES [--out encode.yaml] [--codec PATH]
     latentloom files URI [--format jsonl | duckdb | polars]
+    latentloom browse URI [--codec PATH] [--with URI] [--tracking URI] [--port NUMBER]
     latentloom configs list | show NAME | copy NAME [DEST]
     latentloom completion bash | zsh | fish
     latentloom --help | --version
 
-Light: none of these but the jobs themselves imports Ray, torch or MLflow, and none but `init` an image library.
+Light: none of these but the jobs themselves imports Ray, torch or MLflow (`browse` the latter two, where a page needs
+them), and none but `init` and `browse` an image library.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ STAGES = {
 HELPERS = {
     "init": "look at some images and write a configuration for encode that fits them, with the reasons as comments",
     "files": "print the files of a dataset and which of their rows are visible, for readers that know Parquet alone",
+    "browse": "show a dataset in a browser on this machine: pictures, what was left out and why, where it came from",
     "configs": "list, show or copy the configurations that come with the package",
     "completion": "print the completion of this command for bash, zsh or fish",
 }
@@ -72,7 +75,7 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
             said = _HELPER_OF[name](words[1:])
         if said is not None:
             try:
-                print(said, flush=True)
+                print(said, end="\n" if said else "", flush=True)
             except BrokenPipeError:  # whoever reads has read enough, as `head` does
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
@@ -348,6 +351,41 @@ _READERS: dict[str, Callable[[Sequence[DataFile]], str]] = {
 }
 
 
+# -- A dataset as pages of a browser ---------------------------------------------------------------------------
+
+
+def browse(words: Sequence[str]) -> str:
+    """Serve pages until the terminal says that it is enough."""
+    parser = Parser(prog="latentloom browse", description=HELPERS["browse"], allow_abbrev=False)
+    parser.add_argument("uri", metavar="URI", help="the dataset: latents, embeddings or samples")
+    parser.add_argument("--codec", metavar="PATH", help="the codec of the latents: pictures instead of false colours")
+    parser.add_argument(
+        "--with", dest="beside", metavar="URI", help="samples of another run, beside those of equal seeds"
+    )
+    parser.add_argument("--tracking", metavar="URI", help="the tracking.uri of its jobs (sqlite:///mlflow.db)")
+    parser.add_argument(
+        "--port", type=int, metavar="NUMBER", help="of this machine's loopback; by default a free one"
+    )
+    arguments = parser.parse_args(words)
+    from pipeline.browse import PageServer, serve
+    from pipeline.tracking.config import TrackingConfig
+
+    def ready(server: PageServer) -> None:
+        print(f"Only this machine is answered, and only at this address, until Ctrl-C:\n{server.address}", flush=True)
+
+    tracking = arguments.tracking or TrackingConfig().uri
+    with suppress(KeyboardInterrupt):
+        serve(
+            arguments.uri,
+            codec=arguments.codec,
+            beside=arguments.beside,
+            tracking=tracking,
+            port=arguments.port,
+            ready=ready,
+        )
+    return ""
+
+
 # -- Completion, printed from the list of jobs and the fields of their configurations --------------------------
 
 
@@ -363,6 +401,7 @@ def _actions() -> dict[str, list[str]]:
     found = {
         "init": ["--out", "--codec"],
         "files": ["--format"],
+        "browse": ["--codec", "--with", "--tracking", "--port"],
         "configs": ["list", "show", "copy", *shipped()],
         "completion": list(_SHELLS),
     }
@@ -444,6 +483,7 @@ _SHELLS: dict[str, Callable[[], str]] = {"bash": for_bash, "zsh": for_zsh, "fish
 _HELPER_OF: dict[str, Callable[[Sequence[str]], str]] = {
     "init": init,
     "files": print_files,
+    "browse": browse,
     "configs": configurations,
     "completion": completion,
 }

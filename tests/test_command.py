@@ -6,11 +6,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 import yaml
@@ -375,3 +377,26 @@ def test_every_extra_that_is_named_exists() -> None:
     distributions = {"lance": "pylance"}
     for package, extra in needed:
         assert any(line.startswith(distributions.get(package, package)) for line in extras[extra])
+
+
+def test_browse_serves_until_it_is_interrupted(tmp_path: Path) -> None:
+    from tests.support.rows import claim, committer, latent_rows, planned_root
+
+    root = planned_root(str(tmp_path / "latents"), units=1, rows=2)
+    committer(root, claim(root)).commit(latent_rows([(0, 0)]), None, {})
+    command = [sys.executable, "-c", LIGHT, "browse", root.uri]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        first, address = process.stdout.readline(), process.stdout.readline().strip()
+        assert "Ctrl-C" in first
+        with urlopen(f"{address}rows", timeout=30) as page:
+            assert b"u0/r0.png" in page.read()
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert (process.returncode, out) == (0, "")
+    assert errors.splitlines() == ["HEAVY ['PIL']"]  # neither Ray nor torch nor MLflow, and no traceback

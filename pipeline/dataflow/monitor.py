@@ -26,6 +26,7 @@ from pipeline.store.ledger.rowset import RowSet
 
 _POLL_S = 0.5
 _PICTURES = 32
+_EXAMPLES = 6  # of rows that were left out for one reason
 _NOTHING: Mapping[str, float] = {}
 Rows = tuple[int, int, int]  # of a unit: (unit, first row, last row + 1)
 
@@ -68,6 +69,7 @@ class MonitorState:
         self._faults: list[str] = []
         self._starts: dict[str, _Starts] = {}
         self._pictures: list[tuple[str, bytes]] = []
+        self._left_out: dict[str, list[tuple[str, str, bytes | None]]] = {}
 
     def picture(self, caption: str, data: bytes) -> None:
         """Keep an encoded image for people to look at; beyond the first few none is kept."""
@@ -77,6 +79,16 @@ class MonitorState:
     def pictures(self) -> list[tuple[str, bytes]]:
         """Those that were kept, with their captions."""
         return self._pictures
+
+    def leave_out(self, reason: str, key: str, message: str, data: bytes | None) -> None:
+        """Keep a row that was left out, with an encoded image of it where there is one; of each reason the first."""
+        examples = self._left_out.setdefault(reason, [])
+        if len(examples) < _EXAMPLES:
+            examples.append((key, message, data))
+
+    def left_out(self) -> dict[str, list[tuple[str, str, bytes | None]]]:
+        """(key, message, image) of those that were kept, by reason."""
+        return self._left_out
 
     def expect(self, actors: Mapping[str, int]) -> None:
         """An execution begins: so many processes of each stage are to start."""

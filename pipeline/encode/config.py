@@ -78,7 +78,8 @@ class EncodeConfig(StrictModel):
         ge=0,
         le=16,
         description="Images that an encoder shows beside what their latents decode to, with the tracked run: of its "
-        "first block, at most 256 pixels of each side, and not with codec.compile; 0: none.",
+        "first block, at most 256 pixels of each side, and not with codec.compile; 0: none, nor of what was "
+        "left out.",
     )
     reread: tuple[Literal["captions"], ...] = Field(
         (),

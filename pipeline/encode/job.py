@@ -18,18 +18,19 @@ from pipeline.encode.plan import (
     StoredContent,
     adopted,
     count_source,
-    description_of,
     estimate,
     fingerprint_of,
     finish,
     known_entries,
     recipe,
+    short_sides,
     source_note,
     update_plan,
     with_dtype,
 )
 from pipeline.encode.reading import REREADING, carry_over, check_same_reading, reread
 from pipeline.errors import ConfigError, ConflictError, argument_keys, keyed
+from pipeline.media import render_page
 from pipeline.progress import Progress
 from pipeline.result import JobResult
 from pipeline.runs import Run, open_run
@@ -44,6 +45,8 @@ from pipeline.store.ledger.state import State, read_state
 from pipeline.store.maintain.dedup import deduplicate, is_due, marked, released
 from pipeline.store.plan import DiffReport
 from pipeline.store.read.dataset import LatentDataset
+from pipeline.tracking.config import without_credentials
+from pipeline.tracking.store import NOTE_TAG
 
 _log = logging.getLogger(__name__)
 _BEFORE_AMPERE = ("K80", "P4", "P100", "V100", "T4")  # as Ray names them
@@ -243,7 +246,7 @@ def _encode(
 ) -> JobResult:
     """The passes over the gaps, then the deduplication where it is asked for."""
     root = generation.root
-    _track(config, run, root, info, state, since)
+    fitted = _track(config, run, root, info, state, since)
     began = time.monotonic()
     if since:
         with Progress("reread", None, unit="rows") as progress:
@@ -279,12 +282,47 @@ def _encode(
                 ).duplicates
         _log.info("dedup: %s more images filtered as duplicates", f"{duplicates:,}")
         final = read_state(root)
-    result, dataset = (
-        finish(config, final, report, status="done", run_id=None, seconds=seconds),
-        LatentDataset.open(root.uri),
-    )
-    run.tracker.set_tags({"mlflow.note.content": description_of(config, dataset, result.counts)})
+    dataset = LatentDataset.open(root.uri)
+    # Before the budgets are looked at: a run over its budget is the one that people look at most.
+    run.tracker.log_text(_sizes_page(dataset), "pictures/sizes.html")
+    run.tracker.set_tags({NOTE_TAG: description_of(config, dataset, fitted)})
+    result = finish(config, final, report, status="done", run_id=None, seconds=seconds)
     return run.done(result, step=final.covered.count(), digest=dataset.digest)
+
+
+def description_of(config: EncodeJobConfig, dataset: LatentDataset, fitted: str | None) -> str:
+    """What a run made, in Markdown, for whoever looks at it: where from, where to, sizes, and what was left out.
+
+    fitted: the run that fitted the codec; `run:` is what the tracker makes a link of.
+    """
+    state, codec = dataset.state, without_credentials(config.codec.path)
+    made = f", which [fit_codec](run:{fitted}) fitted" if fitted else ""
+    left_out = [(rows.count(), f"rejected: {reason}") for reason, rows in state.rejects.items()]
+    left_out += [(rows.count(), f"filtered: {reason}") for reason, rows in state.filtered.items()]
+    lines = [
+        f"{state.num_stored:,} latents of {_linked(config.source.uri)} in {_linked(config.output.uri)}, encoded by "
+        f"`{codec}`{made}.",
+        *("", "| pixels | rows |", "| --- | ---: |"),
+        *(f"| {bucket} | {count:,} |" for count, bucket in dataset.bucket_counts()[:20]),
+    ]
+    if left_out:
+        lines += ["", "| left out | rows |", "| --- | ---: |"]
+        lines += [f"| {name} | {count:,} |" for count, name in sorted(left_out, reverse=True)]
+    return "\n".join(lines)
+
+
+def _linked(uri: str) -> str:
+    """A place as Markdown: a link where a browser can follow it."""
+    told = without_credentials(uri)
+    return f"<{told}>" if told.startswith(("http://", "https://")) else f"`{told}`"
+
+
+def _sizes_page(dataset: LatentDataset) -> str:
+    """Rows by bucket, and originals by size, as bars."""
+    buckets = [(bucket, count) for count, bucket in dataset.bucket_counts()]
+    sizes, seen = short_sides(dataset)
+    shown = {"buckets": buckets[:60], "more": max(0, len(buckets) - 60), "sizes": sizes, "seen": seen}
+    return render_page("sizes.html", title=f"Sizes in {dataset.uri}", **shown)
 
 
 def _before_rereading(config: EncodeJobConfig, run: Run) -> int:
@@ -299,8 +337,8 @@ def _before_rereading(config: EncodeJobConfig, run: Run) -> int:
     return since
 
 
-def _track(config: EncodeJobConfig, run: Run, root: Root, info: CodecInfo, state: State, since: int) -> None:
-    """The MLflow run, under that of the job that fitted the codec, where these are the weights it made."""
+def _track(config: EncodeJobConfig, run: Run, root: Root, info: CodecInfo, state: State, since: int) -> str | None:
+    """The MLflow run, under that of the job that fitted the codec, which is told where these are its weights."""
     weights = info.weights_sha256
     fitted = fitted_by(config.codec.path, weights)
     tracker = run.track(
@@ -326,3 +364,4 @@ def _track(config: EncodeJobConfig, run: Run, root: Root, info: CodecInfo, state
         context="input",
     )
     tracker.log_input(name="codec", digest=weights[:32], source=config.codec.path, context="codec")
+    return fitted

@@ -6,6 +6,7 @@ import logging
 import math
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,6 +31,7 @@ from pipeline.encode.stages import (
     CALLS,
     CALLS_BESIDE_A_GPU,
     ENCODER,
+    EXAMPLES,
     CommitRows,
     DecodeImages,
     EncodeBlocks,
@@ -39,7 +41,7 @@ from pipeline.encode.stages import (
     try_encoder,
 )
 from pipeline.errors import ConfigError
-from pipeline.media import contact_sheet
+from pipeline.media import PagePicture, contact_sheet, render_page
 from pipeline.progress import Progress
 from pipeline.source.reasons import Reason
 from pipeline.storage.root import Root
@@ -60,7 +62,7 @@ _log = logging.getLogger(__name__)
 _TASK_RETRIES = 2
 # The same for tasks, which Ray by itself would repeat for ever; losing a node costs one, too.
 _PROCESS_RETRIES = 3
-_LOG_S = 10.0
+_POINTS_S = (1.0, 60.0)  # between two points of the tracked progress, at least and at most
 _SHARES_S = 10.0
 
 
@@ -106,7 +108,6 @@ class _Encoding:
         configure_ray_data()
         self.monitor = start_monitor("encode")
         self.gauges = Gauges("encode")
-        self._next_log = 0.0
         self._bundles: dict[str, Records] = {}  # read so far: a run of many passes reads each once
         self.committer = Committer(
             root,
@@ -144,6 +145,12 @@ class _Encoding:
 
         state, _ = self._state_and_gaps()
         total, done = planned_rows(state), (state.covered - self.retry).count()
+        points = ProgressPoints(self.tracker, done)
+
+        def tell(totals: dict[str, float]) -> None:
+            self.gauges({"tracking_unsent_bytes": self.tracker.num_unsent_bytes()})
+            points(totals)
+
         progress = Progress("encode", total, start=done)
         passes = Passes(
             monitor=self.monitor,
@@ -157,9 +164,12 @@ class _Encoding:
             doing="Encoding",
             on_clean_pass=self._retried,
         )
-        with Watch(self.monitor, progress, done, self.shares, self._log_totals, total=total) as watch:
+        with Watch(self.monitor, progress, done, self.shares, tell, total=total) as watch:
             state = passes.run()
             watch.finish((state.covered - self.retry).count())
+        points(ray.get(self.monitor.totals.remote())[0], last=True)
+        if examples := ray.get(self.monitor.left_out.remote()):
+            self.tracker.log_text(left_out_page(self.root.uri, state, examples), "pictures/left_out.html")
         if shown := ray.get(self.monitor.pictures.remote()):
             captions, images = zip(*shown, strict=True)
             pairs_a_line = math.ceil(math.sqrt(len(images)) / 2)
@@ -196,7 +206,13 @@ class _Encoding:
         )
         if encode.decode == "tasks":
             dataset = dataset.map_batches(
-                DecodeImages(image, self.config.source.uri, max(1, int(encode.decode_cpus)), self.monitor),
+                DecodeImages(
+                    image,
+                    self.config.source.uri,
+                    max(1, int(encode.decode_cpus)),
+                    self.monitor,
+                    _examples(self.config),
+                ),
                 batch_size=batch_rows,
                 batch_format="pyarrow",
                 num_cpus=encode.decode_cpus,
@@ -234,12 +250,28 @@ class _Encoding:
         ]
         self.committer.commit(LATENTS.empty_table(), pa.Table.from_pylist(values, schema=REJECTS), {})
 
-    def _log_totals(self, totals: dict[str, float]) -> None:
-        """Totals as tracked metrics, every few seconds, by rows done; and what waits for the tracking server."""
-        self.gauges({"tracking_unsent_bytes": self.tracker.num_unsent_bytes()})
-        if time.monotonic() >= self._next_log and totals.get("rows"):
-            self._next_log = time.monotonic() + _LOG_S
-            self.tracker.log_metrics({f"progress/{k}": v for k, v in totals.items()}, step=int(totals["rows"]))
+
+class ProgressPoints:
+    """Totals as tracked metrics, at the rows that are done with those of earlier runs, and how many came a second.
+
+    A run of any length has some hundred points: they come further apart as it goes on, from a second up to a minute.
+    """
+
+    def __init__(self, tracker: Tracker, done: int) -> None:
+        self._tracker, self._done = tracker, done
+        self._began_s = self._told_s = time.monotonic()
+        self._rows = 0
+
+    def __call__(self, totals: Mapping[str, float], *, last: bool = False) -> None:
+        """A point, where it is time for one or it is the last; none where no row came on top."""
+        now_s, rows = time.monotonic(), int(totals.get("rows", 0))
+        least_s, most_s = _POINTS_S
+        due = now_s - self._told_s >= min(most_s, max(least_s, (now_s - self._began_s) / 100))
+        if rows > self._rows and (due or last):
+            rate = (rows - self._rows) / max(now_s - self._told_s, 1e-3)
+            self._told_s, self._rows = now_s, rows
+            figures = {f"progress/{name}": value for name, value in {**totals, "images_per_s": rate}.items()}
+            self._tracker.log_metrics(figures, step=self._done + rows)
 
 
 class Shares:
@@ -306,7 +338,25 @@ def _spec(config: EncodeJobConfig, resources: EncodeResources, calls: int) -> En
         calls=calls,
         # Compiled, a decoder would take minutes to be ready for the first picture.
         pictures=encode.pictures if config.tracking.enabled and not config.codec.compile else 0,
+        examples=_examples(config),
     )
+
+
+def _examples(config: EncodeJobConfig) -> int:
+    return EXAMPLES if config.tracking.enabled and config.encode.pictures else 0
+
+
+def left_out_page(uri: str, state: State, examples: Mapping[str, Sequence[tuple[str, str, bytes | None]]]) -> str:
+    """What the dataset leaves out, by reason, with rows of this run: (key, message, an encoded image or None)."""
+    counts = [(rows.count(), "rejected", reason) for reason, rows in state.rejects.items()]
+    counts += [(rows.count(), "filtered", reason) for reason, rows in state.filtered.items()]
+    groups = []
+    for count, outcome, reason in sorted(counts, reverse=True):
+        shown = examples.get(reason, ())
+        pictures = [PagePicture.encoded(data, f"{key}: {message}") for key, message, data in shown if data]
+        others = [(key, message) for key, message, data in shown if not data]
+        groups.append((reason, outcome, count, pictures, others))
+    return render_page("left_out.html", title=f"Left out of {uri}", groups=groups)
 
 
 def _capacity(config: EncodeJobConfig, resources: EncodeResources) -> dict[str, float]:

@@ -9,7 +9,7 @@ import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -39,10 +39,10 @@ from pipeline.encode.rows import (
 )
 from pipeline.errors import ConfigError, argument_keys, keyed
 from pipeline.source.config import ImageConfig, SourceConfig
-from pipeline.source.pixels.prepare import Reject, prepare
+from pipeline.source.pixels.prepare import Reject, prepare, thumbnail_of
 from pipeline.source.reading.listing import read_unit
 from pipeline.source.reading.rows import EndOfUnit, Entry, SourceRow, sample_id
-from pipeline.source.reasons import Reason
+from pipeline.source.reasons import ENCODING, Reason
 from pipeline.storage.root import Root
 from pipeline.store.maintain.forget import Withdrawals
 from pipeline.store.plan import EntrySpan, Work, read_entries
@@ -50,6 +50,8 @@ from pipeline.store.schema import to_float32
 from pipeline.store.writer import Committer
 
 _log = logging.getLogger(__name__)
+EXAMPLES = 3  # of each reason why rows are left out, that one process shows
+_shown: Counter[tuple[str, str]] = Counter()  # by source and reason: how many this process has
 _PICTURE_SIDE = 256  # of an image that is shown: what decoding a part of it takes is little anywhere
 
 # -- Decoding beside the device: rows of compressed bytes to pixels, in order, on threads that run ahead -------
@@ -58,8 +60,12 @@ _PICTURE_SIDE = 256  # of an image that is shown: what decoding a part of it tak
 class ImageDecoder:
     """Turns RAW tables into items; holds its threads until closed."""
 
-    def __init__(self, image: ImageConfig, source_uri: str, threads: int, ahead: int) -> None:
+    def __init__(
+        self, image: ImageConfig, source_uri: str, threads: int, ahead: int, monitor: Any = None, examples: int = 0
+    ) -> None:
+        """monitor: is shown the first `examples` rows that are left out for each reason."""
         self._image, self._source_uri, self._ahead = image, source_uri, max(ahead, threads)
+        self._monitor, self._examples = monitor, examples
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._lock = threading.Lock()
         self.busy_s = 0.0  # seconds of work of all threads together
@@ -100,6 +106,7 @@ class ImageDecoder:
             if isinstance(prepared, Reject):
                 uri = f"{self._source_uri}/{item.key}"
                 cause = (prepared.status, str(prepared.reason), prepared.message)
+                self._show(item, prepared)
                 return [Rejected(values["unit"], item.row, item.key, uri, *cause)]
             kept = {name: values[name] for name in ("unit", "row", "key", "caption", "label", "extra")}
             items: list[Item] = []
@@ -124,6 +131,18 @@ class ImageDecoder:
         finally:
             with self._lock:
                 self.busy_s += time.perf_counter() - began
+
+    def _show(self, row: SourceRow, why: Reject) -> None:
+        """What was left out, for people, and what it looks like where that can be seen."""
+        with self._lock:
+            _shown[self._source_uri, why.reason] += 1
+            enough = _shown[self._source_uri, why.reason] > self._examples
+        if not enough:
+            from pipeline.media import inline_bytes
+
+            pixels = thumbnail_of(row, self._image, why.reason)
+            data = None if pixels is None else inline_bytes(np.ascontiguousarray(pixels))[0]
+            self._monitor.leave_out.remote(str(why.reason), row.key, why.message, data)
 
 
 BLOCK_BYTES = 32 << 20  # of compressed images, that travel from a read task to an encoder
@@ -220,6 +239,7 @@ class EncoderSpec:
     decoded: bool  # blocks come with pixels, from decode tasks
     calls: int  # blocks an actor has at a time
     pictures: int = 0  # images of its first block that an actor shows beside their round trips
+    examples: int = 0  # rows that an actor shows of those left out for one reason
 
 
 class EncodeBlocks:
@@ -239,7 +259,9 @@ class EncodeBlocks:
         self._encoder = self._reports.load(partial(load_encoder, spec))
         ahead = -(-2 * spec.batch_size // spec.calls)  # by each call; together they hold two batches of pixels
         self._decoder = (
-            None if spec.decoded else ImageDecoder(spec.image, spec.source_uri, spec.decode_threads, ahead)
+            None
+            if spec.decoded
+            else ImageDecoder(spec.image, spec.source_uri, spec.decode_threads, ahead, monitor, spec.examples)
         )
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -250,6 +272,9 @@ class EncodeBlocks:
             items = items_of(block) if self._decoder is None else self._decoder.items(block)
             outcomes = encoder.encode(items, on_batch=lambda stored: reports.add(self._news(encoder, stored)))
             reports.add(self._news(encoder, 0))
+        for outcome in outcomes if self._spec.examples else ():
+            if isinstance(outcome, Rejected) and outcome.reason in ENCODING:
+                self._monitor.leave_out.remote(outcome.reason, outcome.key, outcome.message, None)
         shown, self._pictures = [o for o in outcomes if isinstance(o, EncodedImage)][: self._pictures], 0
         if shown:
             self._show(encoder.codec, shown)
@@ -336,11 +361,13 @@ class DecodeImages:
     source_uri: str
     threads: int
     monitor: Any
+    examples: int = 0
 
     def __call__(self, block: pa.Table) -> pa.Table:
         from pipeline.dataflow.monitor import Reports
 
-        decoder = ImageDecoder(self.image, self.source_uri, self.threads, 2 * self.threads)
+        ahead = 2 * self.threads
+        decoder = ImageDecoder(self.image, self.source_uri, self.threads, ahead, self.monitor, self.examples)
         reports = Reports(self.monitor, "decode task")
         # As encoders do: an image that kills its process leaves its rows open.
         with reports.busy(block):

@@ -259,7 +259,7 @@ def sample_batches(samples: Dataset, batch_size: int) -> Iterator[SampleBatch]:
                 ids=tuple(row["sample_id"] for row in rows),
                 images_NHWC=images_NHWC,
                 labels=tuple(row["label"] for row in rows),
-                captions=tuple(caption_of(row) for row in rows),
+                captions=tuple(caption_of(row, samples.class_names) for row in rows),
                 prompts=tuple(row["prompt"] for row in rows),
                 encoded=tuple(encoded),
                 settings=frozenset(
@@ -292,6 +292,12 @@ class Inputs:
         """Tracking runs that made the inputs, by job."""
         runs = {"sample": run_of(self.samples), "encode": run_of(self.latents)}
         return {job: run for job, run in runs.items() if run}
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the labels in order, as the latents or else the samples tell them; () where neither does."""
+        named = [part.class_names for part in (self.latents, self.samples) if part is not None]
+        return next(filter(None, named), ())
 
     def origins(self, config: EvaluateJobConfig) -> dict[str, dict[str, Any]]:
         """Uri, digest and run of everything that was read."""

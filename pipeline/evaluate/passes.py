@@ -32,7 +32,7 @@ from pipeline.evaluate.report import ReportContent, report_content
 from pipeline.features import INCEPTION
 from pipeline.features.networks import Extractor, load_extractor
 from pipeline.features.statistics import ClassSums, Features, FeatureStats, Sums
-from pipeline.media import PagePicture, choose
+from pipeline.media import PagePicture, choose, class_text
 from pipeline.progress import Progress
 from pipeline.storage.root import Root
 from pipeline.store.read.dataset import Dataset
@@ -210,7 +210,7 @@ class Evaluation:
         if networks.space_digest is not None and config.samples is not None:
             measured.real = self._reference_stats(networks, networks.space_digest)
         measured.real_shown = [
-            PagePicture.of(pixels, "no label" if label is None else f"class {label}")
+            PagePicture.of(pixels, "no label" if label is None else class_text(label, self.inputs.class_names))
             for pixels, label in first_of_each_label(self._real(REAL_LOOKED_AT), REAL_SHOWN)
         ]
         if config.codec is not None:

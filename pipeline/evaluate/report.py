@@ -24,7 +24,7 @@ from matplotlib.ticker import EngFormatter, PercentFormatter, StrMethodFormatter
 from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.evaluate.figures import Figure, contract_of, number
 from pipeline.evaluate.inputs import Inputs
-from pipeline.media import PagePicture, decode_image, render_page
+from pipeline.media import PagePicture, class_text, decode_image, render_page
 
 if TYPE_CHECKING:
     from pipeline.evaluate.passes import Measured
@@ -173,7 +173,7 @@ def report_content(
         sample_facts |= {name.replace("_", " "): values for name, values in samples.settings.items()}
         for label in sorted({asked for asked, _ in samples.seen}):
             of_class = sum(n for (asked, _), n in samples.seen.items() if asked == label)
-            by_class.append((f"class {label}", samples.seen[label, label], of_class))
+            by_class.append((class_text(label, inputs.class_names), samples.seen[label, label], of_class))
     own_space = measured.networks.classifier is not None and measured.networks.extractor is None
     return ReportContent(
         title=config.title,

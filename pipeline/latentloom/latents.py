@@ -74,14 +74,12 @@ class Latents(Sequence[dict[str, Any]]):
     @cached_property
     def statistics(self) -> LatentStatistics:
         """See `LatentStatistics`; InputError when there is no row."""
-        groups = self.dataset.row_groups
-        counts = np.bincount(groups.bucket_of, groups.rows, len(groups.buckets)).astype(np.int64).tolist()
         return LatentStatistics(
             len(self),
             self.dataset.channel_mean,
             self.dataset.channel_std,
             self.dataset.num_classes,
-            dict(zip(groups.buckets, counts, strict=True)),
+            {bucket: rows for rows, bucket in self.dataset.bucket_counts()},
         )
 
     def __len__(self) -> int:

@@ -39,26 +39,19 @@ class LineageStart:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Chain:
+    """A start, the runs that it came from and those that came of it, each once, nearest first."""
+
+    start: LineageStart
+    back: list[LineageStep]
+    forward: list[LineageStep]
+
+
 def run(config: LineageJobConfig) -> JobResult:
     """The chain as text (messages) and as JSON (`details`); InputError when there is nothing to start from."""
-    uri = config.tracking.uri
-    start = find_start(config.start)
-    related = runs_of_dataset(start.digest, uri) if start.digest else []
-    made = [s for s in related if any(d.digest == start.digest for d in s.outputs)]
-    read = [s for s in related if s not in made]
-    makers = list(dict.fromkeys([*start.runs, *(s.run_id for s in made)]))
-    if not makers and not read:
-        raise InputError(
-            f"Nothing recorded says where {start.name} comes from",
-            key="start",
-            value=config.start,
-            rule="it was made with tracking.enabled, by a run that this tracking store holds",
-            next_step="name the tracking.uri of the job that made it",
-        )
-    back = _merged(_walk_each(walk, makers, uri, start))
-    onward = makers if start.kind != "dataset" else [*makers, *(s.run_id for s in read)]
-    known = {s.run_id for s in back}
-    forward = [s for s in _merged(_walk_each(descend, onward, uri, start)) if s.run_id not in known]
+    chain = trace(find_start(config.start), config.tracking.uri)
+    start, back, forward = chain.start, chain.back, chain.forward
     for line in _text(start, back, forward):
         _log.info(line)
     steps = [*back, *forward]
@@ -72,6 +65,27 @@ def run(config: LineageJobConfig) -> JobResult:
             "forward": [asdict(s) for s in forward],
         },
     )
+
+
+def trace(start: LineageStart, uri: str) -> Chain:
+    """Walk both ways from a start through the tracking store at `uri`; InputError when it knows nothing of it."""
+    related = runs_of_dataset(start.digest, uri) if start.digest else []
+    made = [s for s in related if any(d.digest == start.digest for d in s.outputs)]
+    read = [s for s in related if s not in made]
+    makers = list(dict.fromkeys([*start.runs, *(s.run_id for s in made)]))
+    if not makers and not read:
+        raise InputError(
+            f"Nothing recorded says where {start.name} comes from",
+            key="start",
+            value=start.name,
+            rule="it was made with tracking.enabled, by a run that this tracking store holds",
+            next_step="name the tracking.uri of the job that made it",
+        )
+    back = _merged(_walk_each(walk, makers, uri, start))
+    onward = makers if start.kind != "dataset" else [*makers, *(s.run_id for s in read)]
+    known = {s.run_id for s in back}
+    forward = [s for s in _merged(_walk_each(descend, onward, uri, start)) if s.run_id not in known]
+    return Chain(start, back, forward)
 
 
 def plan(config: LineageJobConfig) -> JobResult:
@@ -176,3 +190,64 @@ def _text(start: LineageStart, back: list[LineageStep], forward: list[LineageSte
 
 def _short(digest: str) -> str:
     return digest[:12]
+
+
+# -- A drawing of runs: columns from left to right, each run right of all that it came from ----------------------
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Boxes (x, y, step) and lines (x1, y1, x2, y2) between them, in units of an SVG of width x height."""
+
+    boxes: list[tuple[int, int, LineageStep]]
+    lines: list[tuple[int, int, int, int]]
+    width: int
+    height: int
+
+
+BOX = (190, 58)
+_GAP = (60, 18)
+
+
+def drawing_of(chain: Chain) -> Drawing:
+    """Where each run of a chain lies: in the column after the last of its parents and of the makers of its inputs."""
+    steps = {step.run_id: step for step in (*chain.back, *chain.forward)}
+    makers: dict[str, list[str]] = {}
+    for step in steps.values():
+        for link in step.outputs:
+            makers.setdefault(link.digest, []).append(step.run_id)
+    behind = {
+        run: list(
+            dict.fromkeys(
+                other
+                for other in (
+                    *(parent for _, parent in step.parents),
+                    *(maker for link in step.inputs for maker in makers.get(link.digest, ())),
+                )
+                if other in steps and other != run
+            )
+        )
+        for run, step in steps.items()
+    }
+    columns: dict[str, int] = {}
+
+    def column(run: str, seen: tuple[str, ...] = ()) -> int:
+        if run not in columns:
+            before = [column(other, (*seen, run)) for other in behind[run] if other not in (*seen, run)]
+            columns[run] = 1 + max(before, default=-1)
+        return columns[run]
+
+    filled: dict[int, int] = {}
+    places: dict[str, tuple[int, int]] = {}
+    for run in steps:
+        at = column(run)
+        places[run] = (at * (BOX[0] + _GAP[0]), filled.get(at, 0) * (BOX[1] + _GAP[1]))
+        filled[at] = filled.get(at, 0) + 1
+    lines = [
+        (places[other][0] + BOX[0], places[other][1] + BOX[1] // 2, places[run][0], places[run][1] + BOX[1] // 2)
+        for run, others in behind.items()
+        for other in others
+    ]
+    boxes = [(*places[run], step) for run, step in steps.items()]
+    width = max((x for x, _, _ in boxes), default=0) + BOX[0]
+    return Drawing(boxes, lines, width, max((y for _, y, _ in boxes), default=0) + BOX[1])

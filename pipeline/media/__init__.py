@@ -11,11 +11,13 @@ import base64
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -29,6 +31,7 @@ FORMATS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 MAX_EXIF_BYTES = 60_000  # a JPEG segment holds 65,533 bytes, EXIF headers included
 INLINE_SIDE = 192  # pixels of a picture inside a page; smaller ones keep their size and are scaled by the page
+_SPREAD = 2.5  # standard deviations of a channel from grey to black or white
 _ASCII = b"ASCII\0\0\0"
 
 
@@ -103,6 +106,16 @@ def decode_image(data: bytes) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
+def preview(data: bytes, side: int = 512) -> bytes:
+    """WebP bytes of an encoded image fitted into side x side pixels: what a list of many shows first."""
+    out = io.BytesIO()
+    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as opened:
+        image = opened.convert("RGB")
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    image.save(out, "WEBP", quality=85)
+    return out.getvalue()
+
+
 def thumbnail(data: bytes, side: int) -> bytes:
     """PNG bytes of an encoded image fitted into side x side pixels; small images grow by a whole factor."""
     out = io.BytesIO()
@@ -119,6 +132,19 @@ def inline_bytes(pixels_HWC: np.ndarray) -> tuple[bytes, str]:
     image.thumbnail((INLINE_SIDE, INLINE_SIDE), Image.Resampling.LANCZOS)
     image.save(out, "JPEG", quality=88)
     return out.getvalue(), FORMATS["jpeg"]
+
+
+def false_colours(
+    latent_CHW: npt.NDArray[np.float32], mean_C: npt.NDArray[np.float64], std_C: npt.NDArray[np.float64]
+) -> npt.NDArray[np.uint8]:
+    """The first three channels as red, green and blue, uint8 [h, w, 3]: grey is a channel's mean; one alone is grey.
+
+    mean_C, std_C: of each channel over the dataset, so that rows can be told apart by their colours.
+    """
+    channels = [min(at, len(latent_CHW) - 1) for at in range(3)]
+    scaled = (latent_CHW[channels] - mean_C[channels, None, None]) / (2 * _SPREAD * std_C[channels, None, None])
+    finite = np.nan_to_num(scaled, nan=0.0, posinf=1.0, neginf=-1.0)
+    return np.ascontiguousarray(((finite + 0.5).clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
 
 
 def _fitted(data: bytes, side: int) -> Image.Image:
@@ -190,10 +216,15 @@ def choose(requests: pa.Table, count: int) -> list[bytes]:
     return [request_id for key in keys for request_id in queues[key][: taken[key]]]
 
 
-def caption_of(request: Mapping[str, Any]) -> str:
-    """One line that tells a sample from its neighbours."""
+def class_text(label: int, names: Sequence[str] = ()) -> str:
+    """A class as people know it: by its name, where it has one, else by its number."""
+    return (names[label] if 0 <= label < len(names) else "") or f"class {label}"
+
+
+def caption_of(request: Mapping[str, Any], names: Sequence[str] = ()) -> str:
+    """One line that tells a sample from its neighbours; names: of the classes, in the order of their labels."""
     label, prompt = request["label"], request["prompt"]
-    conditions = [] if label is None else [f"class {label}"]
+    conditions = [] if label is None else [class_text(label, names)]
     conditions += [] if prompt is None else [str(prompt)]
     return " · ".join([*(conditions or ["unconditional"]), f"seed {request['seed']}"])
 
@@ -217,6 +248,11 @@ class PagePicture:
         data, media_type = inline_bytes(pixels_HWC)
         return cls(data, media_type, caption, mark)
 
+    @classmethod
+    def encoded(cls, data: bytes, caption: str) -> PagePicture:
+        """From what `inline_bytes` gave: PNG or JPEG."""
+        return cls(data, FORMATS["png" if data.startswith(b"\x89PNG") else "jpeg"], caption)
+
     @property
     def source(self) -> str:
         """The picture as a data URI."""
@@ -239,6 +275,22 @@ def fact_text(value: Any) -> str:
     return "not known" if value is None else str(value)
 
 
+def flat(values: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every leaf of nested objects; lists stay whole, and what holds nothing is left out."""
+    for key, value in values.items():
+        whole = f"{name}.{key}" if name else str(key)
+        if isinstance(value, dict):
+            yield from flat(value, whole)
+        elif value is not None:
+            nested = isinstance(value, list) and any(isinstance(part, list | dict) for part in value)
+            yield whole, json.dumps(value) if nested else value
+
+
+def clock(seconds: float | None) -> str:
+    """A moment, given in seconds since 1970, in this machine's time."""
+    return "not known" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
 _environment = Environment(
     loader=PackageLoader("pipeline.media"),
     autoescape=True,
@@ -248,4 +300,4 @@ _environment = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_environment.filters["fact_text"] = fact_text
+_environment.filters |= {"fact_text": fact_text, "clock": clock}

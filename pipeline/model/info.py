@@ -132,6 +132,7 @@ class ModelInfo:
     lora: Lora | None = None  # its weights are adapters to those of `init`
     weights_sha256: str = ""  # filled in by save_export
     combinations: tuple[Combination, ...] = ()  # see `trained_on`; empty where the above tell
+    classes: tuple[str, ...] = ()  # names of its classes, as far as the data told them, in the order of the labels
 
     def __post_init__(self) -> None:
         if not len(self.latent_mean) == len(self.latent_std) == self.latent_channels:
@@ -169,7 +170,7 @@ class ModelInfo:
 
     def to_json(self) -> dict[str, Any]:
         """Its fields as JSON values; what came later only where there is some. `text`: one encoder, or a list."""
-        optional = ("mixture", "zero_empty_text", "init", "lora", "shift_by_size", "combinations")
+        optional = ("mixture", "zero_empty_text", "init", "lora", "shift_by_size", "combinations", "classes")
         absent = {name for name in optional if not getattr(self, name)}
         values: dict[str, Any] = _INFO.dump_python(self, mode="json", by_alias=True, exclude={*absent, "texts"})
         if not self.objective.zero_terminal_snr:

@@ -152,7 +152,7 @@ def show(uri: str, plan: pa.Table, wanted: Iterable[bytes], count: int, facts: d
         return {}
     rows = _read(dataset, candidates, choose(candidates, count))
     images = [row["image"] or read_outside(dataset.root, row["file"]) for row in rows]
-    captions = [caption_of(row) for row in rows]
+    captions = [caption_of(row, dataset.class_names) for row in rows]
     pictures = [
         PagePicture(
             thumbnail(image, THUMBNAIL),

@@ -163,7 +163,8 @@ def prepare(config: SampleJobConfig) -> SamplingInputs:
         "form": config.output.format,
     }
     known = {key: value for key, value in asdict(origin).items() if value != ()}
-    about = {"origin": {**known, "versions": dict(origin.versions)}}
+    about: dict[str, Any] = {"origin": {**known, "versions": dict(origin.versions)}}
+    about |= {"classes": list(info.classes)} if info.classes else {}
     identity = Identity("images", fingerprint, about)
     return SamplingInputs(requests, model, text, codec, codec_path, codec_kind, draw, origin, identity)
 

@@ -26,10 +26,12 @@ RUN_KEY_TAG = "latentloom.run_key"
 ATTEMPT_TAG = "latentloom.attempt"
 DIGEST_TAG = "latentloom.digest"
 URI_TAG = "latentloom.uri"
+NOTE_TAG = "mlflow.note.content"  # what MLflow's pages show as a run's description, in Markdown
 MAX_POINTS_PER_CALL = 1000
 MAX_PAIRS_PER_CALL = 100
 _MAX_DIGEST = 36  # mlflow's column; the whole digest travels as an input tag
 _MAX_TAG = 8000
+_RUN_LINK = re.compile(r"\[([^\[\]]*)\]\(run:([\w:]+)\)")
 _REFUSED_STATUS = frozenset({400, 413, 422})
 _REQUEST_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -176,6 +178,7 @@ class MlflowStore:
         """One call: at most 1,000 points and 100 params and tags each; repeating it changes nothing."""
         from mlflow.entities import Metric, Param, RunTag
 
+        tags = {key: self.linked(text) if key == NOTE_TAG else text for key, text in tags.items()}
         with self._translated():
             self.client.log_batch(
                 run_id,
@@ -184,6 +187,19 @@ class MlflowStore:
                 tags=[RunTag(k, v[:_MAX_TAG]) for k, v in tags.items()],
                 synchronous=True,
             )
+
+    def linked(self, note: str) -> str:
+        """A description whose `[words](run:ID)` lead to that run's page; of one that is not there, the words."""
+
+        def link(found: re.Match[str]) -> str:
+            try:
+                with self._translated():
+                    run = self.client.get_run(found[2])
+            except (RunMissing, StoreRefused):
+                return found[1]
+            return f"[{found[1]}](#/experiments/{run.info.experiment_id}/runs/{found[2]})"
+
+        return _RUN_LINK.sub(link, note)
 
     def log_artifact(self, run_id: str, local: Path, folder: str) -> None:
         """Upload one file into a folder of the run's artifacts ("" is the top)."""

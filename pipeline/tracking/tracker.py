@@ -35,14 +35,11 @@ from pipeline.tracking.journal import Header, JournalWriter, now_ms
 from pipeline.tracking.store import MlflowStore, machine_monitor
 
 # --------------------------------------------------------------------------------------------------------------
-# What a run ran on: code version, package versions, Python and host, as run tags; never an environment
-# variable.
+# What a run ran on: code version, Python and host, as run tags, and the packages as one artifact; never an
+# environment variable.
 
 
-_PACKAGES = (
-    "latentloom", "ray", "torch", "mlflow", "diffusers", "transformers", "pyarrow",
-    "numpy", "pillow", "pydantic", "fsspec", "s3fs", "safetensors",
-)  # fmt: skip
+PACKAGES = "requirements.txt"
 
 
 def environment_tags() -> dict[str, str]:
@@ -51,7 +48,6 @@ def environment_tags() -> dict[str, str]:
         "latentloom.python": platform.python_version(),
         "latentloom.platform": platform.platform(),
         "latentloom.host": platform.node(),
-        **{f"latentloom.package.{name}": version for name, version in package_versions().items()},
     }
     commit = git_commit(Path(__file__).parent)
     if commit is not None:
@@ -60,15 +56,12 @@ def environment_tags() -> dict[str, str]:
     return tags
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of the packages a result depends on; absent ones are left out."""
-    found: dict[str, str] = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def installed_packages() -> str:
+    """Every installed distribution and its version, a line each, in the form that pip installs from."""
+    found = {
+        dist.name.lower(): f"{dist.name}=={dist.version}" for dist in importlib.metadata.distributions() if dist.name
+    }
+    return "".join(f"{found[name]}\n" for name in sorted(found))
 
 
 def git_commit(folder: Path) -> str | None:
@@ -100,6 +93,7 @@ HANDLE_PREFIX = "key:"
 PARENT_TAG = "latentloom.parent."
 PARENTS_TAG = "latentloom.parents"
 JOB_TAG = "latentloom.job"
+IMAGES_TAG = "mlflow.loggedImages"  # what makes MLflow's pages look for images by step
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 FLUSH_PERIOD_S = 2.0
 _MAX_KEY, _MAX_PARAM, _MAX_TAG = 250, 6000, 8000
@@ -139,6 +133,10 @@ class Tracker(Protocol):
         """A file as artifact, copied now; `artifact_path` includes the file name."""
         ...
 
+    def log_image(self, image: bytes, preview: bytes, key: str, step: int) -> None:
+        """One of a row of pictures of one key, which MLflow shows by step; PNG, and a small WebP that comes first."""
+        ...
+
     def log_input(
         self, name: str, digest: str, source: str, context: str, tags: Mapping[str, str] | None = None
     ) -> None:
@@ -175,6 +173,7 @@ class NoopTracker:
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
     def log_text(self, text: str, artifact_path: str) -> None: ...
     def log_file(self, local: str | Path, artifact_path: str) -> None: ...
+    def log_image(self, image: bytes, preview: bytes, key: str, step: int) -> None: ...
     def log_input(
         self, name: str, digest: str, source: str, context: str, tags: Mapping[str, str] | None = None
     ) -> None: ...
@@ -215,7 +214,7 @@ class JournalTracker:
             self._journal,
             make_store,
             period_s=FLUSH_PERIOD_S,
-            prepare=(lambda: self.set_tags(environment_tags())) if owner else None,
+            prepare=self._tell_environment if owner else None,
         )
         self._flusher.start()
         # A process that ends without finish() has failed; one that is killed is found by the next replay.
@@ -266,6 +265,13 @@ class JournalTracker:
             )
         self._log_artifact(artifact_path, path)
 
+    def log_image(self, image: bytes, preview: bytes, key: str, step: int) -> None:
+        # The names that MLflow's own client gives such files (3.17): its pages read key, step and time out of them.
+        name = f"images/{self._checked(key)}+step+{int(step)}+timestamp+{now_ms()}+{uuid.uuid4()}"
+        self._log_artifact(f"{name}.png", image)
+        self._log_artifact(f"{name}+compressed.webp", preview)
+        self.set_tags({IMAGES_TAG: "True"})
+
     def log_input(
         self, name: str, digest: str, source: str, context: str, tags: Mapping[str, str] | None = None
     ) -> None:
@@ -301,6 +307,10 @@ class JournalTracker:
             )
         if self._journal.num_lost:
             _log.error("%d tracking records could not be written and are lost", self._journal.num_lost)
+
+    def _tell_environment(self) -> None:
+        self.set_tags(environment_tags())
+        self.log_text(installed_packages(), PACKAGES)
 
     def _log_artifact(self, artifact_path: str, data: bytes | Path) -> None:
         parts = PurePosixPath(artifact_path)

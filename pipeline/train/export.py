@@ -391,6 +391,7 @@ def export_info(
         always_labelled=all("class" in one for one in learned),
         guidable="none" in learned,
         combinations=learned,
+        classes=dataset.class_names if facts.num_classes is not None else (),
         license=config.export.license or facts.license or "unknown",
         texts=tuple(TextReference(**{k: text[k] for k in _TEXT}) for text in facts.texts),
         zero_empty_text=facts.zero_empty_text,

@@ -23,7 +23,7 @@ from pipeline.diffusion.samplers import Drawer, Embedding, Solving, Texts, padde
 from pipeline.features import ExtractorConfig
 from pipeline.features.networks import load_extractor
 from pipeline.features.statistics import FeatureStats, frechet, kid
-from pipeline.media import contact_sheet, encode_image
+from pipeline.media import class_text, contact_sheet, encode_image
 from pipeline.storage.root import Root
 from pipeline.train import collectives
 from pipeline.train.checks import Facts, trained_combinations
@@ -113,8 +113,8 @@ _CPU_GRID = torch.device("cpu")
 class SampleGrid:
     """How a grid is drawn. shape: (c, h, w) of a latent.
 
-    prompts: the prompt of each picture, and their embeddings; None for a model that reads no text. factor, distilled:
-    see `Drawer`.
+    prompts: the prompt of each picture, and their embeddings; None for a model that reads no text. names: of the
+    classes, as far as they are known. factor, distilled: see `Drawer`.
     collective: every rank draws it (sharded models need that); otherwise rank 0 alone. precision: that of training.
     `show` gets the PNG bytes on rank 0.
     """
@@ -128,6 +128,7 @@ class SampleGrid:
     show: Callable[[TrainState, bytes], None]
     collective: bool = False
     prompts: tuple[tuple[str, ...], Text] | None = None
+    names: tuple[str, ...] = ()
     factor: int | None = None
     distilled: bool = False
     device: torch.device = _CPU_GRID
@@ -183,7 +184,7 @@ class SampleGrid:
         chunk = max(1, min(_CHUNK, _DECODED_PIXELS // (height * width)))
         pixels = torch.cat([codec.decode(latents[i : i + chunk]).cpu() for i in range(0, self.images, chunk)]).numpy()
         labels = self.classes()
-        captions = [[] if labels is None else [f"class {labels[i]}"] for i in range(self.images)]
+        captions = [[] if labels is None else [class_text(labels[i], self.names)] for i in range(self.images)]
         if self.prompts is not None:
             for caption, prompt in zip(captions, self.prompts[0], strict=True):
                 caption.append(prompt[:_CAPTION])
@@ -333,6 +334,7 @@ def make_hooks(
             solving=_solving(config, facts, config.grid.sampler),
             show=show,
             prompts=None if first.text is None else grid_prompts(config, first, zero_empty=zero_empty),
+            names=first.latents.class_names,
             collective=config.train.strategy != "ddp",
             **drawing,
         )

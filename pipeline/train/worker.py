@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.errors import ConflictError
+from pipeline.media import preview
 from pipeline.model.build import add_adapters, build_model, repeated_blocks
 from pipeline.model.info import Lora
 from pipeline.model.load import fill
@@ -210,8 +211,14 @@ class Reporter:
         self.publish({**figures, **progress})
 
     def show(self, state: TrainState, png: bytes) -> None:
-        """Pictures of the run as it is now."""
-        self.keep(f"grids/{state.images:012d}.png", png)
+        """Pictures of the run as it is now: a file of its outputs, and one of a row of images to the tracker."""
+        images = state.images
+
+        def put() -> None:
+            self.root.put(f"grids/{images:012d}.png", png)
+            self.tracker.log_image(png, preview(png), "grid", images)
+
+        self.background.submit(put)
 
     def keep(self, name: str, data: bytes) -> None:
         """A file of the run, with its outputs and with the tracker."""

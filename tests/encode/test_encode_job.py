@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pyarrow.parquet as pq
 import pytest
@@ -60,9 +61,16 @@ def test_a_dataset_through_its_life(base: Path) -> None:
     assert first["rates"]["images_per_s"] > 0
     before = rows(base)
     tracked = MlflowStore(f"sqlite:///{base}/mlflow.db").client
-    assert [file.path for file in tracked.list_artifacts(first["mlflow_run_id"], "pictures")] == [
-        "pictures/round_trips.png"
-    ]
+    shown = [file.path for file in tracked.list_artifacts(first["mlflow_run_id"], "pictures")]
+    assert shown == [f"pictures/{name}" for name in ("left_out.html", "round_trips.png", "sizes.html")]
+    artifacts = Path(unquote(urlsplit(tracked.get_run(first["mlflow_run_id"]).info.artifact_uri).path))
+    left_out, sizes = ((artifacts / "pictures" / name).read_text() for name in ("left_out.html", "sizes.html"))
+    assert "3 source rows, rejected" in left_out
+    assert "broken-000.png" in left_out
+    assert "32x32" in sizes
+    assert "1 to 63" in sizes
+    points = tracked.get_metric_history(first["mlflow_run_id"], "progress/rows")
+    assert max(point.step for point in points) == 43  # the last report is a point, too
     told = tracked.get_run(first["mlflow_run_id"]).data.tags["mlflow.note.content"]
     assert told.startswith("40 latents of `")
     assert "| 32x32 | 40 |" in told

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import ray
 from ray import cloudpickle
@@ -13,14 +16,16 @@ from pipeline.config import load_config
 from pipeline.dataflow.passes import UnitSource
 from pipeline.encode import passes
 from pipeline.encode.config import EncodeJobConfig
-from pipeline.encode.passes import Shares
+from pipeline.encode.passes import ProgressPoints, Shares, left_out_page
 from pipeline.encode.plan import known_entries, planned_rows
 from pipeline.encode.stages import UnitReader
+from pipeline.media import inline_bytes
 from pipeline.source.config import FolderSource
 from pipeline.storage.root import Root
-from pipeline.store.ledger.rowset import MAX_ROWS
-from pipeline.store.ledger.state import read_state
+from pipeline.store.ledger.rowset import MAX_ROWS, RowSet
+from pipeline.store.ledger.state import State, read_state
 from pipeline.store.plan import DiffReport, EntrySpan, Work, append_version, read_plan
+from pipeline.tracking.tracker import Tracker
 from tests.support.rows import Listed, planned_root
 
 
@@ -83,6 +88,51 @@ def test_the_busiest_stage_is_the_one_with_the_largest_share(monkeypatch: pytest
     later = {**totals, "device_s": 10.0, "write_s": 100.0}
     # Since then: 1 device second of 10; more writing than there are writers is shown as all of them.
     assert shares(later, 120.0)["busy"] == "read 0% decode 0% device 10% write 100%"
+
+
+def test_progress_has_many_points_however_short_or_long_a_run_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(passes.time, "monotonic", lambda: now[0])
+    told: list[tuple[int, float]] = []
+    tracker = SimpleNamespace(log_metrics=lambda figures, step: told.append((step, figures["progress/images_per_s"])))
+
+    def run(seconds: float) -> list[tuple[int, float]]:
+        told.clear()
+        points, began = ProgressPoints(cast(Tracker, tracker), 500), now[0]
+        while now[0] < began + seconds:
+            now[0] += 0.5
+            points({"rows": 10 * (now[0] - began)})
+        points({"rows": 10 * seconds}, last=True)
+        return list(told)
+
+    short = run(20)
+    assert len(short) == 20
+    assert [step for step, _ in short] == [500 + 10 * at for at in range(1, 21)]  # with those of earlier runs
+    assert {rate for _, rate in short} == {10.0}
+    assert 200 < len(run(12 * 3600)) < 1200
+    assert run(0.4) == [(504, 8.0)]  # the end is told, however soon it comes
+    points = ProgressPoints(cast(Tracker, tracker), 0)
+    told.clear()
+    points({}, last=True)
+    assert told == []
+
+
+def test_what_was_left_out_is_shown_by_reason_with_its_pictures() -> None:
+    picture = inline_bytes(np.full((8, 16, 3), 200, np.uint8))[0]
+    state = SimpleNamespace(
+        rejects={"corrupt": RowSet.from_triples([(0, 0, 7)])},
+        filtered={"too_small": RowSet.from_triples([(1, 0, 9)])},
+    )
+    examples = {
+        "too_small": [("<b>small</b>.png", "8 pixels", picture)],
+        "corrupt": [("bad.png", "the png header cannot be read", None)],
+    }
+    page = left_out_page("s3://bucket/latents", cast(State, state), examples)
+    assert page.index("too_small") < page.index("corrupt")
+    for told in ("9 source rows, filtered", "7 source rows, rejected", "&lt;b&gt;small", "the png header"):
+        assert told in page, told
+    assert page.count("<img") == 1
+    assert base64.b64encode(picture).decode() in page
 
 
 Nodes = tuple[dict[str, float], ...]

@@ -21,10 +21,11 @@ from PIL import Image
 
 from pipeline.codec.codec import load_codec
 from pipeline.codec.config import CodecConfig
-from pipeline.encode.rows import pixels_table, raw_table
+from pipeline.encode.rows import Rejected, pixels_table, raw_table
 from pipeline.encode.stages import BLOCK_BYTES, DecodeImages, EncodeBlocks, EncoderSpec, blocks_at_most
 from pipeline.errors import InputError, PipelineError
 from pipeline.source.config import ImageConfig
+from pipeline.source.pixels.prepare import thumbnail_of
 from pipeline.source.reading.rows import EndOfUnit, SourceRow
 from pipeline.source.reasons import Reason
 from pipeline.store.plan import Work
@@ -210,6 +211,74 @@ def test_a_decode_task_says_which_rows_it_is_busy_with(monkeypatch: pytest.Monke
     assert table["outcome"].to_pylist() == ["rejected", "end"]
     assert seen == [[[(7, 3, 4)]]]  # what a process that dies now leaves open
     assert monitor.state.deaths() == ([], [])
+
+
+def left_out_rows(folder: str) -> pa.Table:
+    """Broken bytes, pictures that are too small or too long, and one that is wanted."""
+
+    def png(width: int, height: int, colour: tuple[int, int, int]) -> bytes:
+        out = io.BytesIO()
+        Image.new("RGB", (width, height), colour).save(out, "PNG")
+        return out.getvalue()
+
+    images = [
+        b"no image",
+        *[png(12, 10, (200, 30, at)) for at in range(5)],
+        png(900, 20, (0, 0, 250)),
+        png(40, 40, (9, 9, 9)),
+    ]
+    return raw_table(7, [SourceRow(at, f"{folder}/{at}", image, source=folder) for at, image in enumerate(images)])
+
+
+@pytest.mark.parametrize("tasks", [False, True])
+@pytest.mark.parametrize("examples", [0, 3])
+def test_what_is_left_out_is_shown_where_it_can_be_seen(tmp_path: Path, tasks: bool, examples: int) -> None:
+    monitor, image = LocalMonitor(), ImageConfig(resolution=32, multiple_of=4, min_side=16)
+    where = str(tmp_path)  # how many were shown is counted by source
+    if tasks:
+        DecodeImages(image, where, 1, monitor, examples)(left_out_rows(where))
+        DecodeImages(image, where, 1, monitor, examples)(left_out_rows(where))
+    else:
+        described = replace(spec(make_codec(tmp_path / "codec")), image=image, source_uri=where, examples=examples)
+        encode = EncodeBlocks(described, monitor)
+        assert encode(left_out_rows(where))["outcome"].to_pylist().count("stored") == 1
+        encode(left_out_rows(where))
+    shown = monitor.state.left_out()
+    if not examples:
+        assert shown == {}
+        return
+    assert {reason: len(rows) for reason, rows in shown.items()} == {
+        "unsupported_format": 2, "too_small": 3, "extreme_aspect": 2,
+    }  # fmt: skip
+    key, message, data = shown["unsupported_format"][0]
+    assert (key, data) == (f"{where}/0", None)
+    assert message.startswith("no known image format")
+    for at, (key, _, data) in enumerate(shown["too_small"], 1):
+        assert key == f"{where}/{at}"
+        assert data is not None
+        pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        assert np.abs(pixels.mean(axis=(0, 1)) - (200, 30, at - 1)).max() < 4
+    assert shown["extreme_aspect"][0][2] is not None
+
+
+def test_only_what_was_left_out_for_its_shape_is_decoded_for_a_picture() -> None:
+    """Bytes on which a decoder died or took too long are not decoded a second time, sound as these may be."""
+    out = io.BytesIO()
+    Image.new("RGB", (4, 4), (200, 30, 0)).save(out, "PNG")
+    row = SourceRow(0, "k", out.getvalue(), source="s")
+    shown = {reason for reason in Reason if thumbnail_of(row, ImageConfig(resolution=32), reason) is not None}
+    assert shown == {Reason.TOO_SMALL, Reason.UPSCALE_LIMIT, Reason.EXTREME_ASPECT}
+    broken = replace(row, image=b"\x89PNG\r\n\x1a\n" + bytes(40))
+    assert thumbnail_of(broken, ImageConfig(resolution=32), Reason.TOO_SMALL) is None
+
+
+def test_a_codecs_failures_are_shown_by_their_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monitor = LocalMonitor()
+    encode = EncodeBlocks(replace(spec(make_codec(tmp_path / "codec")), examples=3), monitor)
+    failed = Rejected(7, 3, "a.png", "mem/a.png", "rejected", str(Reason.BAD_LATENT), "not finite")
+    monkeypatch.setattr(encode._encoder(), "encode", lambda items, on_batch: [failed])
+    encode(block())
+    assert monitor.state.left_out()["bad_latent"] == [("a.png", "not finite", None)]
 
 
 def test_no_more_blocks_come_than_are_reckoned_with() -> None:

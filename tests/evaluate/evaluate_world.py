@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from pipeline.sample.output import IMAGES, encode_rows
 from pipeline.sample.provenance import Origin
 from pipeline.sample.requests import request_id
 from pipeline.source.reading.rows import Entry
-from pipeline.source.synthetic import draw_shape, write_shapes
+from pipeline.source.synthetic import CLASS_NAMES, draw_shape, write_shapes
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import claim_next, note_run
 from pipeline.store.ledger.identity import Identity, claim_identity
@@ -44,10 +45,11 @@ def write_samples(
     prompts: list[str] | None = None,
     run: str = "sample-run",
     outside: bool = False,
+    classes: Sequence[str] = (),
 ) -> None:
     """Image rows with a plan and one commit, as the sample job leaves them; outside: each image in a file."""
     root = Root(uri)
-    claim_identity(root, Identity("images", {"draw": "test"}, {}))
+    claim_identity(root, Identity("images", {"draw": "test"}, {"classes": list(classes)} if classes else {}))
     generation = claim_next(root, lambda number: collect(root, number), job="sample")
     entries = [[Entry("requests", 0, None, None, 0, len(images), None)]]
     append_version(read_plan(root), entries, source={}, generation=generation.number)
@@ -104,7 +106,7 @@ def build_world(folder: Path, *, count: int = 480, samples: int = 96) -> None:
     write_shapes(str(folder / "real"), count=count, seed=0, size=32)
     images, labels = real_images(samples, seed=5)
     asked = [int(label) if i % 8 else int(label + 1) % NUM_CLASSES for i, label in enumerate(labels)]
-    write_samples(str(folder / "samples"), images, list(asked))
+    write_samples(str(folder / "samples"), images, list(asked), classes=CLASS_NAMES)
     write_codec(folder / "codec")
     write_history(folder / "train")
 

@@ -78,6 +78,8 @@ def test_report_is_self_contained_escaped_and_complete(evaluated: Path) -> None:
     assert all(target.startswith(("data:image/", "#")) for target in targets)
     assert not re.search(r"<script|<link|@import|url\(|https?://", page)
     assert "not Inception" in page
+    assert page.count("green circle") > 3  # among real images, among samples, and by class
+    assert "class 1" not in page
     assert record_of(evaluated).inputs["samples"]["digest"] in page
     assert len(page.encode()) < 4 << 20
 

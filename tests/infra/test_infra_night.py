@@ -35,7 +35,9 @@ SMALL = {
     "embed-text": "embed.batch_size=8 threads=1",
     "train": "model.hidden=32 model.depth=1 model.heads=2 train.images=64 train.batch_size=16 train.micro_batch=16 "
     "train.device=cpu train.num_workers=1 train.num_cpus=1 train.strategy=ddp train.precision=fp32 "
-    "train.compile=false train.warmup_images=16 train.log_images=16 checkpoint.every_images=32",
+    "train.compile=false train.warmup_images=16 train.log_images=16 checkpoint.every_images=32 "
+    "stream.holdout=0.1 validation.images=2 validation.chunk=1 validation.every_images=32 "
+    "grid.images=2 grid.every_images=32",
     "sample": "requests.height=32 requests.width=32 requests.steps=2 batch_size=4 "
     "denoise.actors=1 decode.actors=1 denoise.num_cpus=0.5 decode.num_cpus=0.5",
     "evaluate": "image.resolution=32 image.multiple_of=4",

@@ -66,6 +66,7 @@ def make_tiny(root: Path, codec_kind: str = "auto") -> Tiny:
         images_seen=1000,
         ema="ema_0.10",
         buckets=("16x16", "16x24"),
+        classes=("owl", "a <b>fox</b>"),  # the third has no name
     )
     save_export(root / "export", model, info)
     return Tiny(str(Path(root, "export")), str(Path(root, "codec")))

@@ -170,6 +170,9 @@ def test_garbage_collection_leaves_images_and_pages_alone(
     path, plan = written(form)
     names = plan["request_id"].to_pylist()
     assert set(show(str(path), plan, names, 9, {})) == {"contact", "gallery"}
+    gallery = (path / "gallery.html").read_text()
+    for told in ("owl · seed 0", "a &lt;b&gt;fox&lt;/b&gt; · seed 0", "class 2 · seed 0"):
+        assert told in gallery, told
     orphan = path / "data" / "left-over.parquet"
     orphan.write_bytes(b"left by a crash")
     before = files(path) - {orphan}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.errors import ConfigError, InputError
@@ -59,14 +61,40 @@ def test_a_run_holds_everything_it_was_told(tracking: TrackingConfig, tmp_path: 
     assert run.data.params == {"lr": "0.0001", "model": "{'kind': 'dit'}"}
     wanted = {"note": "second", "team": "vision", "latentloom.job": "train", "latentloom.parent.encode": "e" * 32}
     assert wanted.items() <= run.data.tags.items()
-    assert {"latentloom.python", "latentloom.package.mlflow", "latentloom.host"} <= run.data.tags.keys()
+    assert {"latentloom.python", "latentloom.host"} <= run.data.tags.keys()
     assert points(tracking.uri, tracker.run_id) == [(i, 1.0 / (i + 1)) for i in range(20)]
     assert len(points(tracking.uri, tracker.run_id, "bad")) == 20
     artifacts = Path(tracking.uri.removeprefix("sqlite:///")).parent / "mlartifacts" / "latentloom"
     files = {p.name: p.read_bytes() for p in artifacts.rglob("*") if p.is_file()}
+    assert b"\nmlflow==" in files.pop("requirements.txt")
     assert files == {"resolved.yaml": b"a: 1\n", "contact.png": b"png"}
     assert journals(Path(tracking.journal_dir)) == []
     assert not (Path.cwd() / "mlruns").exists()
+
+
+def test_images_by_step_are_named_as_mlflows_own_client_names_them(tracking: TrackingConfig) -> None:
+    tracker = start(tracking)
+    for step in (0, 64):
+        tracker.log_image(f"png {step}".encode(), b"webp", "grid", step)
+    tracker.finish("FINISHED")
+    client = MlflowStore(tracking.uri).client
+    theirs = client.create_run(client.get_experiment_by_name("latentloom").experiment_id).info.run_id
+    client.log_image(theirs, np.zeros((2, 2, 3), np.uint8), key="grid", step=64)
+
+    def shapes(run_id: str) -> set[str]:
+        """Names with time and random part taken out."""
+        names = (file.path for file in client.list_artifacts(run_id, "images"))
+        return {re.sub(r"timestamp\+\d+\+[0-9a-f-]{36}", "timestamp+T+U", name) for name in names}
+
+    ours = shapes(str(tracker.run_id))
+    assert shapes(theirs) < ours
+    assert ours == {
+        f"images/grid+step+{step}+timestamp+T+U{end}" for step in (0, 64) for end in (".png", "+compressed.webp")
+    }
+    tag = "mlflow.loggedImages"
+    assert client.get_run(tracker.run_id).data.tags[tag] == client.get_run(theirs).data.tags[tag]
+    with pytest.raises(InputError, match="cannot be the name"):
+        start(tracking).log_image(b"", b"", "a+b", 0)
 
 
 def test_a_resumed_run_goes_on_without_double_points_or_params(tracking: TrackingConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import shlex
 import subprocess
 import sys
@@ -15,8 +16,8 @@ import pytest
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.delivery import mlflow_ui_command
 from pipeline.tracking.journal import Header
-from pipeline.tracking.store import MlflowStore, Point, RunMissing, StoreRefused, TrackingUnavailable
-from pipeline.tracking.tracker import environment_tags, git_commit, package_versions
+from pipeline.tracking.store import NOTE_TAG, MlflowStore, Point, RunMissing, StoreRefused, TrackingUnavailable
+from pipeline.tracking.tracker import environment_tags, git_commit, installed_packages
 
 Build = Callable[..., Header]
 
@@ -104,9 +105,26 @@ def test_the_ui_command_can_be_run_as_it_is(tracking: TrackingConfig) -> None:
 
 def test_environment_names_code_and_packages_and_no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLANTED", "planted-Secret-77")
-    tags = environment_tags()
-    assert tags["latentloom.package.pydantic"] == package_versions()["pydantic"]
-    assert "planted-Secret-77" not in repr(tags)
+    tags, packages = environment_tags(), installed_packages().splitlines()
+    assert not [name for name in tags if "package" in name]
+    assert f"pydantic=={importlib.metadata.version('pydantic')}" in packages
+    assert packages == sorted(packages, key=lambda line: line.partition("==")[0].lower())
+    assert len({line.partition("==")[0].lower() for line in packages}) == len(packages)
+    assert "planted-Secret-77" not in repr((tags, packages))
+
+
+def test_a_description_leads_to_the_runs_it_names(tracking: TrackingConfig, header: Build) -> None:
+    store = MlflowStore(tracking.uri)
+    made = store.create_run(header(1, run_key="k1"))
+    other = store.create_run(header(2, run_key="k2"))
+    note = f"by [fit_codec](run:{made.run_id}), [gone](run:{'0' * 32}), [early](run:key:{'1' * 32}), [x](s3://y)"
+    store.log_batch(other.run_id, [], {}, {NOTE_TAG: note, "plain": note})
+    tags = store.client.get_run(other.run_id).data.tags
+    experiment = store.client.get_run(made.run_id).info.experiment_id
+    assert tags[NOTE_TAG] == (
+        f"by [fit_codec](#/experiments/{experiment}/runs/{made.run_id}), gone, early, [x](s3://y)"
+    )
+    assert tags["plain"] == note
 
 
 def test_the_commit_is_that_of_the_repository_that_tracks_the_code(tmp_path: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from pipeline.media import encode_image
 from pipeline.model.checkpoints import list_complete
 from pipeline.storage.root import Root
 from pipeline.store.read.dataset import LatentDataset
@@ -96,12 +100,16 @@ class Told:
         self.store.save(self.state.tensors(), self.state.meta())
 
 
-def test_a_checkpoint_counts_when_all_that_was_told_before_it_is_written(tmp_path: Path) -> None:
+def test_a_checkpoint_counts_when_all_that_was_told_before_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = Told(tmp_path)
     run.reporter.log({"step": 1, "images": 64, "loss": 0.5})
     skipped = {"step": 1, "images": 64, "loss": 1.0, "grad_norm": 2.0, "sample_ids": ["00" * 16], "dataset": 0}
     run.reporter.skip(skipped)
-    run.reporter.show(run.state, b"a picture")
+    picture, told = encode_image(np.zeros((8, 8, 3), np.uint8), {}), []
+    monkeypatch.setattr(NoopTracker, "log_image", lambda self, *given: told.append(given))
+    run.reporter.show(run.state, picture)
     run.save()  # returns, though what was told is not out
     assert run.store._thread is not None
     run.store._thread.join(1.0)
@@ -112,7 +120,10 @@ def test_a_checkpoint_counts_when_all_that_was_told_before_it_is_written(tmp_pat
     assert [record["step"] for record in read_records(run.root)] == [1]
     assert read_quarantine(run.root)["step"].to_pylist() == [1]
     assert run.published == [64]
-    assert run.root.read_bytes("grids/000000000000.png") == b"a picture"
+    assert run.root.read_bytes("grids/000000000000.png") == picture
+    ((png, small, key, step),) = told
+    assert (png, key, step) == (picture, "grid", 0)  # as it was when it was shown
+    assert Image.open(io.BytesIO(small)).format == "WEBP"
     run.background.close()
 
 

@@ -20,6 +20,7 @@ from pipeline.diffusion.samplers import Solving
 from pipeline.errors import ConfigError
 from pipeline.features import ExtractorConfig
 from pipeline.features.statistics import Moments, frechet_between
+from pipeline.media import contact_sheet
 from pipeline.storage.root import Root
 from pipeline.train import collectives, job
 from pipeline.train import hooks as module
@@ -84,6 +85,20 @@ def test_a_grid_is_the_same_picture_of_the_same_weights(tmp_path: Path, decoded:
     classes = grid.classes()
     assert classes is not None
     assert classes[:5] == [0, 1, 2, 0, 1]
+
+
+def test_cells_are_told_by_the_names_of_their_classes(
+    tmp_path: Path, decoded: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def sheet(images: list[bytes], captions: list[str]) -> bytes:
+        told.extend(captions)
+        return contact_sheet(images, captions)
+
+    monkeypatch.setattr(module, "contact_sheet", sheet)
+    make_grid([], images=4, names=("owl", "fox")).run(new_run(tmp_path)[0])
+    assert told == ["owl", "fox", "class 2", "owl"]
 
 
 def test_a_grid_shows_the_average_and_leaves_the_weights(tmp_path: Path, decoded: list[torch.Tensor]) -> None:

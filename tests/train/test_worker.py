@@ -13,6 +13,7 @@ from pipeline.errors import ConfigError, ConflictError
 from pipeline.model.load import load_model
 from pipeline.model.read import read_model
 from pipeline.storage.root import Root
+from pipeline.store.ledger.generation import latest_number, note_run
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.train.checks import handshake
 from pipeline.train.config import TrainJobConfig
@@ -97,10 +98,14 @@ def as_of_an_earlier_release(root: Root, recorded: str) -> None:
 
 
 def test_an_export_says_how_it_is_to_be_sampled(data_uri: str, tmp_path: Path) -> None:
+    source = {"kind": "folder", "uri": "x", "classes": ["owl", "fox"]}
+    note = {"handle": "h", "recipe": {"source": source, "image": {}, "batch_size": 1}}
+    note_run(Root(data_uri), latest_number(Root(data_uri)), note)
     changes = {"train": {"images": 32, "label_dropout": 0.0}, "timesteps": {"shift": 2.0, "shift_base_pixels": 16}}
     start(job_config(tmp_path / "a", data_uri, changes), tmp_path)
     info = read_model(str(tmp_path / "a" / "run" / "model")).info
     assert (info.always_labelled, info.guidable) == (True, False)
+    assert info.classes == ("owl", "fox")
     assert (info.sampling_shift, info.buckets) == (4.0, ("32x32",))
     # Another size is drawn with the shift that it was trained with, or would have been.
     assert [info.shift_at(*size) for size in ((8, 8), (16, 16), (4, 16))] == [4.0, 8.0, 4.0]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import features
 
-from pipeline.source.config import ImageConfig
+from pipeline.source.config import BudgetBuckets, ImageConfig
 from pipeline.source.pixels.decode import EXTRAS, is_risky, sniff
 from pipeline.source.pixels.render import DRAFT_MARGIN, Size, bucket_sizes, render
 from pipeline.source.pixels.sandbox import render_isolated
@@ -95,6 +95,29 @@ def prepare(row: SourceRow, image: ImageConfig) -> list[PreparedImage] | Reject:
                 )
             )
     return out
+
+
+_THUMBNAIL = 96  # pixels of a side, by area
+# Left out for what the configuration wants: the bytes themselves may well be a picture.
+_SOUND = frozenset((Reason.TOO_SMALL, Reason.UPSCALE_LIMIT, Reason.EXTREME_ASPECT))
+
+
+def thumbnail_of(row: SourceRow, image: ImageConfig, reason: Reason) -> np.ndarray | None:
+    """A small picture, uint8 [h, w, 3], of a row that was left out for its shape; None where there is nothing to see.
+
+    Decoded in a killable child whatever `image.isolate` says, under the same limits of bytes, pixels and seconds.
+    """
+    if row.image is None or reason not in _SOUND:
+        return None
+    shape = {"resolution": _THUMBNAIL, "buckets": BudgetBuckets(kind="budget", step=8, max_aspect=4.0)}
+    wide = {"multiple_of": 1, "min_side": 1, "max_upscale": 1e6, "max_aspect": 1e6, "crop": "center", "phash": False}
+    try:
+        drawn = render_isolated(
+            row.image, bytes(16), row.exif_orientation, image.model_copy(update={**shape, **wide})
+        )
+    except DecodeError:
+        return None
+    return drawn.outputs[0].pixels
 
 
 def policy_fingerprint(image: ImageConfig) -> dict[str, Any]:

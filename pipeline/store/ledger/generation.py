@@ -395,13 +395,19 @@ def note_run(root: Root, generation: int, note: dict[str, Any]) -> None:
     root.put(f"{layout.generation_dir(generation)}/run.json", json.dumps(note, sort_keys=True).encode())
 
 
+def read_note(root: Root, number: int) -> dict[str, Any]:
+    """The note of a generation, {} where it left none."""
+    try:
+        return cast(dict[str, Any], read_stored(_NOTE, root, f"{layout.generation_dir(number)}/run.json"))
+    except FileNotFoundError:
+        return {}
+
+
 def _notes(root: Root, upto: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """(generation, note) of every generation, up to one where it is given, that left one, the newest first."""
     for number in range(latest_number(root) if upto is None else upto, 0, -1):
-        try:
-            yield number, cast(dict[str, Any], read_stored(_NOTE, root, f"{layout.generation_dir(number)}/run.json"))
-        except FileNotFoundError:
-            continue
+        if note := read_note(root, number):
+            yield number, note
 
 
 def last_recipe(root: Root) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class _Codec(TypedDict, total=False):
 class _About(TypedDict, total=False):
     codec: _Codec
     encoder: dict[str, Any]
+    classes: list[str]
 
 
 @with_config(OPEN)

@@ -25,7 +25,7 @@ from pipeline.storage.errors import storage_errors, unreadable
 from pipeline.storage.root import Root
 from pipeline.storage.stores import RangedFile
 from pipeline.store.ledger import layout
-from pipeline.store.ledger.generation import IN_UNITS, arrangement, at_one_generation, last_run
+from pipeline.store.ledger.generation import IN_UNITS, arrangement, at_one_generation, last_recipe, last_run
 from pipeline.store.ledger.identity import Identity, identity_at, read_identity
 from pipeline.store.ledger.rowset import RowSet, address, distinct
 from pipeline.store.ledger.state import State, read_state, state_at
@@ -190,6 +190,18 @@ class Dataset:
         written = np.concatenate([self.state.files.generations, self.state.reject_files.generations])
         note = last_run(self.root, int(written.max()) if len(written) else None)
         return {"run_id": note.get("run_id") or note.get("handle"), "source": note.get("source")} if note else {}
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the labels 0, 1, ...: of latents as the source told them last, of images as their model; or ()."""
+        told = self.identity.about.get("classes") or last_recipe(self.root).get("source", {}).get("classes", ())
+        return tuple(told)
+
+    def bucket_counts(self) -> list[tuple[int, str]]:
+        """(visible rows, bucket) of each, by the ledger alone, the largest first."""
+        groups = self.row_groups
+        rows = np.bincount(groups.bucket_of, groups.rows, len(groups.buckets)).astype(np.int64).tolist()
+        return sorted(zip(rows, groups.buckets, strict=True), reverse=True)
 
     def files(self) -> list[DataFile]:
         """The files with visible rows, in order, for readers that know Parquet alone."""
