@@ -6,8 +6,8 @@ JOB = Job(
     name="ema",
     summary="Export an average of a training run's weights of any length, rebuilt from its kept checkpoints.",
     config="pipeline.train.config:EmaJobConfig",
-    run="pipeline.train.average:run",
-    dry_run="pipeline.train.average:plan",
+    run="pipeline.train.retention:run_average",
+    dry_run="pipeline.train.retention:plan_average",
     example="python -m jobs.ema run=runs/model sigma_rel=0.12 output=runs/model-0.12",
 )
 

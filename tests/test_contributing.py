@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from pipeline.codec.codec import load_codec
-from pipeline.model.build import build_model
 from pipeline.model.config import InstalledConfig
+from pipeline.model.load import build_model
 from pipeline.source.config import InstalledSource
 from pipeline.source.reading.listing import list_entries, read_unit
 from tests.support.jobs import REPOSITORY

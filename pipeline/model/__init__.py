@@ -7,14 +7,14 @@ x is normalised latents plus noise, t in [0, 1] with 1 pure noise; label index n
 the model's `null_label`. Nothing is dropped inside: the trainer drops labels and text per row, by the row's id.
 
     config    ModelConfig, a union on `kind`: sizes, and what each learns from  (pydantic only)
-    build     ModelConfig + what the dataset is   ->  nn.Module  (dit.py, adapters.py around a diffusers class, or a
-              network of an installed package); low-rank adapters in it
     info      ModelInfo, the one description of a model: all that a sampler must know, also of a published pipeline
               (no torch)
     checkpoints  which checkpoints of a run are complete, and their files, checked
     read      export, checkpoint or published pipeline  ->  StoredModel: ModelInfo, digest, hashes  (no torch);
               of these, or a network of diffusers alone  ->  InitialWeights, which a run starts from
-    load      the same                            ->  nn.Module + ModelInfo, or a network filled
+    load      ModelConfig + what the dataset is   ->  nn.Module  (dit.py, adapters.py around a diffusers class, or a
+              network of an installed package); low-rank adapters in it; what `read` reads  ->  nn.Module + ModelInfo,
+              or a network filled
 
 `train.export` writes exports: safetensors, JSON, a model card. One is complete when its latentloom.json is there;
 that file is written last, so a crash leaves a directory that reads as "no export" and is written over by the next

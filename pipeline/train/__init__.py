@@ -12,7 +12,7 @@
     reports --worker----->  history, quarantine, tracker             beside the step, before its checkpoint counts
     EMA     --export----->  <output>/model/<images>                  what sampling loads, written last; a whole
                                                                      diffusers pipeline where one is (`pipelines`)
-    checkpoints --average-> an export of an average of another length  a job of its own, after the run
+    checkpoints --retention-> an export of an average of another length  a job of its own, after the run
 
 `loop` (which also counts FLOPs), `task`, `state`, `checkpoint`, `hooks` know torch only. `worker` joins them to the
 dataset, the stream and the tracker on one rank; `job` starts workers with Ray Train and watches them.

@@ -321,8 +321,10 @@ def handshake(start: Start, dataset: LatentDataset, *mix: LatentDataset, pins: P
 
 def _with_weights(start: Start, facts: Facts) -> Facts:
     """The facts, adapters included, where the weights to start from fit the network by every name and shape."""
-    from pipeline.model.build import targets_in  # torch, which most runs' drivers do without
-    from pipeline.model.load import check_start
+    from pipeline.model.load import (
+        check_start,
+        targets_in,  # torch, which most runs' drivers do without
+    )
 
     config, weights = start.config, start.weights
     assert weights is not None

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from pipeline.diffusion.objectives import TimestepDensity
 from pipeline.errors import ConflictError, InputError
 from pipeline.model.adapters import DiffusersAdapter
-from pipeline.model.build import adapters_of, build_model, merge, to_file
 from pipeline.model.config import InstalledConfig
 from pipeline.model.info import CodecReference, DatasetShare, InitReference, Lora, ModelInfo, SizeShift, TextReference
-from pipeline.model.load import file_sha256, fill
+from pipeline.model.load import adapters_of, build_model, file_sha256, fill, merge, to_file
 from pipeline.model.read import (
     ADAPTERS_KEY,
     CARD_KEY,

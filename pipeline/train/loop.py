@@ -426,7 +426,7 @@ def forward_flops(
     text_length: int = 77,
 ) -> int:
     """FLOPs of one forward pass on one latent [latent_channels, height, width]."""
-    from pipeline.model.build import build_model  # it reads configurations; who counts a module has none
+    from pipeline.model.load import build_model  # it reads configurations; who counts a module has none
 
     more = {"pooled_BP": (model.pooled_dim,)} if model.pooled_dim else {}
     return module_flops(

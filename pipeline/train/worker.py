@@ -20,9 +20,8 @@ import torch
 
 from pipeline.errors import ConflictError
 from pipeline.media import preview
-from pipeline.model.build import add_adapters, build_model, repeated_blocks
 from pipeline.model.info import Lora
-from pipeline.model.load import fill
+from pipeline.model.load import add_adapters, build_model, fill, repeated_blocks
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import is_superseded
 from pipeline.store.read.row_groups import reading_table

@@ -46,9 +46,8 @@ from torch import Tensor, nn
 from pipeline.codec.codec import Codec, load_codec
 from pipeline.features.statistics import FeatureStats, Sums, frechet
 from pipeline.latentloom.latents import open_latents
-from pipeline.model.build import build_model
 from pipeline.model.config import ModelConfig
-from pipeline.model.load import load_model
+from pipeline.model.load import build_model, load_model
 from pipeline.store.read.dataset import Dataset
 from pipeline.store.schema import latents_from
 from tests.benchmarks import pca_codec

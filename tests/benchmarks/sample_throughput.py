@@ -45,9 +45,9 @@ def make_model(folder: Path, hidden: int, depth: int) -> Path:
 
     from pipeline.codec.info import codec_info
     from pipeline.diffusion.config import ObjectiveConfig
-    from pipeline.model.build import build_model
     from pipeline.model.config import DiTConfig
     from pipeline.model.info import CodecReference, ModelInfo
+    from pipeline.model.load import build_model
     from pipeline.train.export import save_export
     from tests.support.images import make_codec
 

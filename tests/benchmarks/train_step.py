@@ -35,8 +35,8 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from pipeline.config import merge, validate
-from pipeline.model.build import build_model
 from pipeline.model.config import ModelConfig
+from pipeline.model.load import build_model
 from pipeline.storage.root import Root
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.train.checkpoint import list_complete

@@ -17,10 +17,9 @@ from pipeline.diffusion.config import ObjectiveConfig
 from pipeline.diffusion.objectives import Objective
 from pipeline.diffusion.solvers import Combination
 from pipeline.errors import ConflictError, InputError
-from pipeline.model.build import build_model
 from pipeline.model.config import DiTConfig, ModelConfig, UNet2DConfig
 from pipeline.model.info import CodecReference, ModelInfo
-from pipeline.model.load import load_model
+from pipeline.model.load import build_model, load_model
 from pipeline.model.read import CARD_KEY, FILE_KEYS, MARKER, WEIGHTS_KEY, read_model
 from pipeline.storage.root import Root
 from pipeline.train.export import export_name, save_export

@@ -29,9 +29,9 @@ def make_tiny(root: Path, codec_kind: str = "auto") -> Tiny:
 
     from pipeline.codec.info import codec_info
     from pipeline.diffusion.config import ObjectiveConfig
-    from pipeline.model.build import build_model
     from pipeline.model.config import DiTConfig
     from pipeline.model.info import CodecReference, ModelInfo
+    from pipeline.model.load import build_model
     from pipeline.train.export import save_export
 
     with torch.random.fork_rng():

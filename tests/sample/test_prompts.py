@@ -14,9 +14,9 @@ import torch
 
 from pipeline.config import validate
 from pipeline.errors import ConflictError, InputError
-from pipeline.model.build import build_model
 from pipeline.model.config import UNet2DConditionConfig
 from pipeline.model.info import TextReference
+from pipeline.model.load import build_model
 from pipeline.model.read import read_model
 from pipeline.sample.config import SampleJobConfig
 from pipeline.sample.denoise import Denoiser, use_threads

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipeline.source.config import ImageConfig
-from pipeline.source.pixels import sandbox
+from pipeline.source.pixels import prepare as preparing
 from pipeline.source.pixels.child_process import Pool, _environment
 from pipeline.source.pixels.prepare import Reject, prepare
 from pipeline.source.reading.rows import SourceRow
@@ -119,7 +119,7 @@ def test_files_of_the_current_directory_are_no_packages(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))  # as python -m has it
     monkeypatch.setattr(
-        sandbox, "children", Pool(lambda memory: sandbox._Decoder("pipeline.source.pixels.sandbox", memory))
+        preparing, "children", Pool(lambda memory: preparing._Decoder("pipeline.source.pixels.prepare", memory))
     )
     found = prepare(SourceRow(0, "a.png", encoded("PNG")), CONFIG)
     assert isinstance(found, list)
@@ -141,7 +141,7 @@ def test_an_answer_that_is_none_is_a_reject_and_the_childs_end(
 ) -> None:
     ended = []
 
-    class Lies(sandbox._Decoder):
+    class Lies(preparing._Decoder):
         def receive_header(self, deadline: float) -> dict[str, Any]:
             super().receive_header(deadline)
             return answer
@@ -150,7 +150,7 @@ def test_an_answer_that_is_none_is_a_reject_and_the_childs_end(
             ended.append(self)
             super().kill()
 
-    monkeypatch.setattr(sandbox, "children", Pool(lambda memory: Lies("pipeline.source.pixels.sandbox", memory)))
+    monkeypatch.setattr(preparing, "children", Pool(lambda memory: Lies("pipeline.source.pixels.prepare", memory)))
     found = prepare(SourceRow(0, "a.png", encoded("PNG")), CONFIG)
     assert isinstance(found, Reject)
     assert found.reason is Reason.DECODER_CRASHED

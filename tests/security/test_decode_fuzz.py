@@ -18,7 +18,7 @@ import tifffile
 from PIL import Image
 
 from pipeline.source.config import ImageConfig
-from pipeline.source.pixels import sandbox
+from pipeline.source.pixels import prepare as preparing
 from pipeline.source.pixels.decode import sniff
 from pipeline.source.pixels.prepare import Reject, prepare
 from pipeline.source.reading.rows import SourceRow
@@ -132,7 +132,7 @@ def fuzz(originals: list[bytes], count: int, seed: int) -> Counter[tuple[str, st
             data = mutate(data, rng)
         outcomes[sniff(original) or "other", outcome(data)] += 1
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - size) >> 10 < GROWTH_MB
-    assert sandbox.children.idle.qsize() <= 1, "one thread, one child"
+    assert preparing.children.idle.qsize() <= 1, "one thread, one child"
     assert outcomes.total() == count
     return outcomes
 

@@ -15,9 +15,9 @@ import pytest
 from source_images import OPEN, encode, gradient, outcome, reason_of
 
 from pipeline.source.config import ImageConfig
-from pipeline.source.pixels import sandbox as isolate
+from pipeline.source.pixels import prepare as isolate
 from pipeline.source.pixels.decode import DecodeError
-from pipeline.source.pixels.sandbox import close_children, render_isolated
+from pipeline.source.pixels.prepare import close_children, render_isolated
 
 pytestmark = pytest.mark.integration
 
@@ -104,7 +104,7 @@ def test_threads_have_children_of_their_own():
 
 def test_children_end_with_their_parent():
     code = (
-        "from pipeline.source.pixels.sandbox import children; c = children.take(3072); children.give_back(c);"
+        "from pipeline.source.pixels.prepare import children; c = children.take(3072); children.give_back(c);"
         "print(c._process.pid, flush=True); import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

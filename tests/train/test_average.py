@@ -14,7 +14,7 @@ from pipeline.errors import ConflictError, InputError
 from pipeline.model.checkpoints import list_complete
 from pipeline.model.load import load_model
 from pipeline.storage.root import Root
-from pipeline.train import average, job
+from pipeline.train import job, retention
 from pipeline.train.config import EmaJobConfig
 from tests.train.dataset import make_dataset
 from tests.train.job_config import job_config
@@ -47,8 +47,8 @@ def test_the_export_is_the_average_that_was_asked_for(trained: Path, tmp_path: P
     assert [track["name"] for track in hidden["meta"]["ema_tracks"]] == ["a", "b", "wanted"]
     for marker in (trained / "checkpoints").glob("*/COMPLETE.json"):
         marker.write_text(marker.read_text().replace('"sigma_rel": 0.07', '"sigma_rel": null'))
-    planned = average.plan(asked(trained, tmp_path / "out"))
-    done = average.run(asked(trained, tmp_path / "out"))
+    planned = retention.plan_average(asked(trained, tmp_path / "out"))
+    done = retention.run_average(asked(trained, tmp_path / "out"))
     assert done.counts == planned.counts == {"images": 320, "checkpoints": 20, "averages": 40}
     model, info = load_model(done.outputs["model"])
     assert (info.ema, info.images_seen) == ("sigma_rel-0.07", 320)
@@ -59,25 +59,25 @@ def test_the_export_is_the_average_that_was_asked_for(trained: Path, tmp_path: P
 
     assert distance(truth) < 1e-3
     assert distance(load_model(str(trained / "checkpoints" / newest.name), "a")[0]) > 5 * distance(truth)
-    average.run(asked(trained, tmp_path / "out"))  # as it is there already
+    retention.run_average(asked(trained, tmp_path / "out"))  # as it is there already
     with pytest.raises(ConflictError, match="another exported model is already there"):
-        average.run(asked(trained, tmp_path / "out", sigma_rel=0.2))
+        retention.run_average(asked(trained, tmp_path / "out", sigma_rel=0.2))
 
 
 def test_an_earlier_count_of_images_uses_the_checkpoints_up_to_it(trained: Path, tmp_path: Path) -> None:
-    done = average.run(asked(trained, tmp_path / "out", images=160))
+    done = retention.run_average(asked(trained, tmp_path / "out", images=160))
     assert done.counts["checkpoints"] == 10
     assert load_model(done.outputs["model"])[1].images_seen == 160
 
 
 def test_what_cannot_be_rebuilt_is_said(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"keeps no checkpoint of so many images[\s\S]*at 16, 32, "):
-        average.plan(asked(trained, tmp_path, images=17))
+        retention.plan_average(asked(trained, tmp_path, images=17))
     with pytest.raises(InputError, match="no training run with a checkpoint"):
-        average.plan(asked(tmp_path, tmp_path))
+        retention.plan_average(asked(tmp_path, tmp_path))
     for marker in (trained / "checkpoints").glob("*/COMPLETE.json"):
         values = json.loads(marker.read_text())
         values["meta"]["ema_tracks"] = [{"name": "h", "sigma_rel": None}]
         marker.write_text(json.dumps(values))
     with pytest.raises(InputError, match="hold no power-function average"):
-        average.plan(asked(trained, tmp_path))
+        retention.plan_average(asked(trained, tmp_path))

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from pipeline.errors import ConfigError, InputError
-from pipeline.model.build import build_model
 from pipeline.model.config import InstalledConfig
+from pipeline.model.load import build_model
 from pipeline.train import job
 from tests.train.dataset import make_dataset
 from tests.train.job_config import job_config

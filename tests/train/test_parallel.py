@@ -13,8 +13,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from pipeline.errors import ConfigError
-from pipeline.model.build import build_model, repeated_blocks
 from pipeline.model.config import ModelConfig
+from pipeline.model.load import build_model, repeated_blocks
 from pipeline.train import collectives
 from pipeline.train.parallel import wrap
 from tests.train.helpers import on_ranks, write_json

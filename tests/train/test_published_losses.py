@@ -24,9 +24,8 @@ from diffusers import (
 from torch import Tensor
 
 from pipeline.diffusion.objectives import Objective, TimestepDensity
-from pipeline.model.build import build_model, repeated_blocks
 from pipeline.model.config import InitConfig, PublishedConfig
-from pipeline.model.load import check_start, fill
+from pipeline.model.load import build_model, check_start, fill, repeated_blocks
 from pipeline.model.read import read_init
 from pipeline.train.task import Task
 

@@ -11,7 +11,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.errors import ConfigError, InputError
-from pipeline.model.build import build_model, num_parameters, repeated_blocks
 from pipeline.model.config import (
     DiTConfig,
     DiTTransformer2DConfig,
@@ -20,6 +19,7 @@ from pipeline.model.config import (
     UNet2DConditionConfig,
     UNet2DConfig,
 )
+from pipeline.model.load import build_model, num_parameters, repeated_blocks
 from pipeline.train.loop import forward_flops, train_flops
 
 pytestmark = pytest.mark.integration
