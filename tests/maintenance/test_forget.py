@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +40,9 @@ from tests.support.rows import claim, committer, latent_rows, planned_root
 
 UNITS, ROWS = 3, 5
 EVERYTHING = [(u, r) for u in range(UNITS) for r in range(ROWS)]
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def content(unit: int, row: int) -> bytes:
@@ -75,6 +79,13 @@ def withdraw(root: Root, listed: Listed, **settings: Any) -> ForgetReport:
         return forget(generation, listed, source_uri="mem", **settings)
 
 
+def elsewhere_backwards(make: Callable[[], Callable[[T], R]], items: Iterable[T]) -> Iterator[R]:
+    """As other processes do it, the last item first: all of it travels."""
+    function = pickle.loads(pickle.dumps(make))()
+    for item in reversed(list(items)):
+        yield pickle.loads(pickle.dumps(function(item)))
+
+
 def stored(root: Root) -> list[tuple[int, int]]:
     dataset = LatentDataset.open(root.uri)
     tables = [dataset.read(g.index, ["unit", "row"]) for g in dataset.row_groups]
@@ -97,9 +108,10 @@ def without(*gone: tuple[int, int]) -> list[tuple[int, int]]:
     ],
 )
 def test_rows_that_are_named_leave_with_all_of_equal_content(
-    root: Root, listed: Listed, gone: list[tuple[int, int]]
+    root: Root, listed: Listed, gone: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert withdraw(root, listed) == ForgetReport(len(gone), 0, True, gone[0][0])
+    monkeypatch.setattr("pipeline.store.maintain.forget._ROWS_PER_PIECE", 4)
+    assert withdraw(root, listed, spread=elsewhere_backwards) == ForgetReport(len(gone), 0, True, gone[0][0])
     assert stored(root) == without(*gone)
     assert read_state(root).filtered == {"withdrawn": RowSet.from_triples([(u, r, r + 1) for u, r in gone])}
     assert not read_state(root).gaps()
