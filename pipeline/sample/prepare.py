@@ -329,35 +329,37 @@ class Cells:
 
 def read_columns(uri: str, kind: str, max_bytes: int) -> Cells:
     """All rows of a request file; InputError when it cannot be read at all, or is larger than it may be."""
-
-    def refused(why: str, **about: Any) -> InputError:
-        rule = "Parquet, CSV with a header line, or one JSON object a line; text is UTF-8"
-        next_step = "correct the file, or set requests.format"
-        what = f"The request file {uri} cannot be read as {kind}: {why}"
-        return InputError(
-            what, **{"key": "requests.uri", "value": uri, "rule": rule, "next_step": next_step, **about}
-        )
-
-    unreadable: tuple[type[Exception], ...] = (*storage_errors(), ValueError, csv.Error)
+    what = f"The request file {uri} cannot be read"
+    stores: tuple[type[Exception], ...] = (*storage_errors(), ValueError)
     try:
         root, name = place_of(uri)
-        size_bytes = root.info(name).size_bytes
-        if size_bytes > max_bytes:
-            raise refused(
-                f"it has {size_bytes:,} bytes",
-                key="requests.max_bytes",
-                value=max_bytes,
-                rule="requests are held in memory",
-                next_step="divide the file, or raise the limit",
-            )
+        size_bytes, data = root.info(name).size_bytes, b""
+        if kind != "parquet" and size_bytes <= max_bytes:
+            data = root.read_bytes(name)
+    except stores as error:
+        next_step = "correct the path, or write the requests as a grid"
+        raise InputError(f"{what}: {describe(error)}", key="requests.uri", value=uri, next_step=next_step) from None
+    if size_bytes > max_bytes:
+        raise InputError(
+            f"{what}: it has {size_bytes:,} bytes",
+            key="requests.max_bytes",
+            value=max_bytes,
+            rule="requests are held in memory",
+            next_step="divide the file, or raise the limit",
+        )
+    try:
         if kind == "parquet":
             return Cells(table_cells(root, name, max_rows=_MAX_ROWS, max_bytes=max_bytes))
-        file = io.BytesIO(root.read_bytes(name))
-        return _read_csv(file) if kind == "csv" else _read_json_lines(file)
-    except TableError as error:
-        raise refused(f"{error.message} (requests.max_bytes is {max_bytes:,})") from None
-    except unreadable as error:
-        raise refused(describe(error)) from None
+        return _read_csv(io.BytesIO(data)) if kind == "csv" else _read_json_lines(io.BytesIO(data))
+    except (TableError, ValueError, csv.Error) as error:
+        more = f" (requests.max_bytes is {max_bytes:,})" if isinstance(error, TableError) else ""
+        raise InputError(
+            f"{what} as {kind}: {error}{more}",
+            key="requests.uri",
+            value=uri,
+            rule="Parquet, CSV with a header line, or one JSON object a line; text is UTF-8",
+            next_step="correct the file, or set requests.format",
+        ) from None
 
 
 def _read_json_lines(file: io.BytesIO) -> Cells:

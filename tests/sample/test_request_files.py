@@ -61,7 +61,7 @@ def test_three_formats_give_the_same_requests(tmp_path: Path) -> None:
 def test_files_that_are_no_such_file_say_so(data: bytes, kind: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         read(tmp_path, data, kind)
-    with pytest.raises(InputError, match="cannot be read as csv: FileNotFoundError"):
+    with pytest.raises(InputError, match="cannot be read: FileNotFoundError"):
         read_columns(str(tmp_path / "nothing"), "csv", 1)
 
 
