@@ -209,7 +209,10 @@ def test_a_head_that_goes_lets_training_write_its_checkpoint(site: Site, radosgw
         listed = client.list_objects_v2(Bucket=bucket, Prefix="models/stopped/")
         return [entry["Key"] for entry in listed.get("Contents", [])]
 
-    wait_for(lambda: any(k.endswith(".jsonl") for k in keys()), 600)
+    # Its workers have begun; no checkpoint is due for days.
+    wait_for(lambda: any("/starts/" in k for k in keys()), 600)
+    time.sleep(20)
+    assert not any(k.endswith("/COMPLETE.json") for k in keys())
     hook = [sys.executable, str(INFRA / "docker" / "stop_jobs.py"), site.cluster.dashboard]
     subprocess.run(hook, env=site.cluster.environment, check=True, capture_output=True, timeout=360)
     assert any(k.endswith("/COMPLETE.json") for k in keys())
