@@ -14,7 +14,7 @@ collection does not know of pins: it removes what a compaction replaced, after i
 from __future__ import annotations
 
 import atexit
-import fcntl
+import contextlib
 import hashlib
 import json
 import os
@@ -181,9 +181,10 @@ class Pins:
 
 
 def _on_this_machine(root: Root, key: str) -> Path:
-    """Where a file that is created once lies on a disk here: of a remote one a copy, made by who comes first.
+    """Where a file that is created once lies on a disk here: of a remote one a copy, whoever made it.
 
-    It has no name any more once one of those who map it has ended; who maps it keeps it.
+    Nobody waits for anybody who makes it: of several the first one counts. It has no name any more once one of those
+    who map it has ended; who maps it keeps it.
     """
     local = root.local_path(key)
     if local is not None:
@@ -192,13 +193,15 @@ def _on_this_machine(root: Root, key: str) -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.lstat().st_uid != os.getuid() or folder.is_symlink():  # somebody else was there first
         folder = Path(tempfile.mkdtemp(prefix="latentloom-"))
-    copy = folder / f"{hashlib.blake2b(root.uri_of(key).encode(), digest_size=16).hexdigest()}.arrow"
-    with open(f"{copy}.lock", "ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not copy.exists():
-            with root.open(key) as source, tempfile.NamedTemporaryFile(dir=folder, delete=False) as sink:
-                shutil.copyfileobj(source, sink, 8 << 20)
-            os.replace(sink.name, copy)
+    info = root.info(key)
+    stamp = f"{root.uri_of(key)} {info.size_bytes} {info.etag} {info.mtime_ns}"
+    copy = folder / f"{hashlib.blake2b(stamp.encode(), digest_size=16).hexdigest()}.arrow"
+    if not copy.exists():
+        with root.open(key) as source, tempfile.NamedTemporaryFile(dir=folder) as sink:
+            shutil.copyfileobj(source, sink, 8 << 20)
+            sink.flush()
+            with contextlib.suppress(FileExistsError):
+                os.link(sink.name, copy)
         atexit.register(copy.unlink, missing_ok=True)
     return copy
 
