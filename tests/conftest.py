@@ -6,10 +6,13 @@ import importlib.util
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from pipeline.store.ledger.ledger import claimed
 
 # How long an example takes says nothing on a machine that does other things, too.
 settings.register_profile("suite", deadline=None)
@@ -53,6 +56,12 @@ def shared_data() -> Path:
     if not (path / "photos" / "metadata.jsonl").is_file():
         pytest.skip(f"no real images at {path} (set LATENTLOOM_TEST_DATA to a folder with photos/ and tricky/)")
     return path
+
+
+@pytest.fixture
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that died in the tests' own process belongs to one that lives on: nobody waits for a sign of its life."""
+    monkeypatch.setattr("pipeline.runs.claimed", partial(claimed, patience_s=0.0))
 
 
 @pytest.fixture

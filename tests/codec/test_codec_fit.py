@@ -216,6 +216,7 @@ def test_another_configuration_is_refused(tmp_path: Path, data: dict[str, Any]) 
     assert {p: p.read_bytes() for p in (tmp_path / "codec").rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.usefixtures("no_patience")
 def test_a_crash_before_the_marker_is_fitted_again(
     tmp_path: Path, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

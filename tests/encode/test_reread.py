@@ -91,6 +91,7 @@ def test_texts_are_new_and_latents_are_those_there_were(
         encode_here(monkeypatch, **settings)
 
 
+@pytest.mark.usefixtures("no_patience")
 def test_a_run_that_died_meanwhile_is_finished_before_any_other(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +213,7 @@ def counting(encoded: list[int]) -> Any:
     return Counting
 
 
+@pytest.mark.usefixtures("no_patience")
 def test_a_reread_of_a_folder_that_died_is_finished_without_an_encoder(
     folder: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from text_builders import job_config, make_clip, make_latents, make_t5
 import pipeline.text.encoder as encoder_module
 from pipeline.errors import ConflictError, InputError, StoppedError
 from pipeline.storage.root import Root
-from pipeline.store.ledger.generation import claim_next
 from pipeline.store.maintain.verify import verify
 from pipeline.store.read.dataset import Dataset, LatentDataset
 from pipeline.text import job
@@ -30,7 +28,7 @@ from tests.support.jobs import run as run_job
 from tests.support.maintain import compact
 from tests.support.rows import claim
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_patience")]
 
 UNITS: list[list[str | None]] = [
     ["a red circle", "the blue sky", None, "a red circle", "picture 1"],
@@ -47,12 +45,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_clip(folder / "other", seed=1)
     make_t5(folder / "t5")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that died here belongs to a process that lives on: nobody waits for its next sign of life."""
-    monkeypatch.setattr("pipeline.store.ledger.ledger.claim_next", partial(claim_next, patience_s=0.0))
 
 
 @pytest.fixture

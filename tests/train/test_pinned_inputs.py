@@ -141,6 +141,7 @@ def test_until_there_is_a_checkpoint_a_start_takes_what_is_visible(tmp_path: Pat
     assert LatentDataset.open(uri, pins=pins_of(root, first.inputs)).num_rows == 96
 
 
+@pytest.mark.usefixtures("no_patience")
 def test_a_start_that_is_refused_changes_nothing_for_the_one_at_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
