@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pyarrow as pa
 import pytest
+from ray._private.authentication_test_utils import reset_auth_token_state
 
 from pipeline.dataflow import cluster as cluster_module
 from pipeline.dataflow.cluster import ClusterConfig
@@ -58,10 +59,14 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
 
 
 @pytest.fixture
-def named(nodes: RayNodes, monkeypatch: pytest.MonkeyPatch) -> RayNodes:
-    for name, value in nodes.env.items():
-        monkeypatch.setenv(name, value)
-    return nodes
+def named(nodes: RayNodes) -> Iterator[RayNodes]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in nodes.env.items():
+            patch.setenv(name, value)
+        # Ray reads how it shows itself once a process: here it may have been for another cluster, or for none.
+        reset_auth_token_state()
+        yield nodes
+    reset_auth_token_state()
 
 
 @pytest.fixture
