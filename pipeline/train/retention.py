@@ -1,10 +1,12 @@
-"""Which checkpoints count for a start of the workers, and which of them are kept. No torch.
+"""Which checkpoints count for a start of the workers, and which of them are kept.
 
     checkpoints/starts/<generation>-<attempt>.json   one per start: the complete checkpoints that it began with
 
 For a start counts what it began with and what it has completed itself. A start that was superseded may still complete
 one: it is in no list, so nobody goes on from it. The generation is that of the job's start (see `control`), whose
 driver says what its first attempt begins with; each restart of the workers is a further attempt.
+
+And what is made of those that were kept, after the run: an average of another length. Torch comes with its weights.
 """
 
 from __future__ import annotations

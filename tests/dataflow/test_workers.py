@@ -31,26 +31,14 @@ from tests.support.kills import victims
 from tests.support.maintain import compact, deduplicate
 from tests.support.ray_nodes import RayNodes, ray_nodes
 from tests.support.rows import claim, committer, latent_rows, planned_root, rejected_rows
-from tests.support.site import site_environment
+from tests.support.site import site_environment, slow_disk
 
 CLUSTER = ClusterConfig()
 
 
-# What is written below a folder whose name begins so comes slowly to its disk, on all nodes.
-SLOW = """
-    import os, time
-    real = os.fsync
-    def fsync(descriptor):
-        if "/slow-" in os.readlink(f"/proc/self/fd/{descriptor}"):
-            time.sleep(0.3)
-        return real(descriptor)
-    os.fsync = fsync
-"""
-
-
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
-    slow = site_environment(tmp_path_factory.mktemp("site"), SLOW)
+    slow = site_environment(tmp_path_factory.mktemp("site"), slow_disk("/slow-"))  # on all nodes
     with pytest.MonkeyPatch.context() as patch:
         for name, value in slow.items():
             patch.setenv(name, value)  # what the nodes' workers inherit

@@ -15,20 +15,11 @@ import pytest
 from tests.maintenance.test_export_job import contents, make_bfloat16
 from tests.support.jobs import run, start
 from tests.support.kills import victims
-from tests.support.site import site_environment
+from tests.support.site import site_environment, slow_disk
 from tests.train.dataset import make_dataset
 
 pytestmark = pytest.mark.ray
 
-SLOW_SHARDS = """
-    import os, time
-    real = os.fsync
-    def fsync(descriptor):
-        if "/killed" in os.readlink(f"/proc/self/fd/{descriptor}"):
-            time.sleep(0.3)
-        return real(descriptor)
-    os.fsync = fsync
-"""
 ROWS = 300
 NOBODY = "127.0.0.1:1"  # as RAY_ADDRESS: whoever starts Ray is refused
 
@@ -84,7 +75,7 @@ def test_a_driver_and_a_worker_that_are_killed_change_nothing(form: str, base: P
     assert calm["mlflow_run_id"]
     assert calm["details"]["open"] in errors
 
-    output, slow = base / f"killed-{form}", site_environment(tmp_path / "site", SLOW_SHARDS)
+    output, slow = base / f"killed-{form}", site_environment(tmp_path / "site", slow_disk("/killed"))
     killed = arguments(output.name, form)
     process = start("export", *killed, cwd=base, env=slow)
     (driver,) = await_(lambda: victims(psutil.Process(process.pid), "driver"), 30)

@@ -29,7 +29,7 @@ from tests.support.ray_nodes import ray_nodes
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.s3, pytest.mark.timeout(1800)]
 
 # Long enough to be cut in two.
-LONG = "train.images=3200 train.log_images=320 checkpoint.every_images=320"
+LONG = "train.images=12800 train.log_images=640 checkpoint.every_images=640"
 
 
 class Operator(Api):
@@ -159,7 +159,7 @@ def test_a_night_with_two_outages_and_the_night_after_it(site: Site, radosgw: Ra
     assert operator.created == [f"nightly-1-{s}-{n}" for s in NIGHT for n in range(1, attempts.get(s, 1) + 1)]
     first = {step: operator.answers[f"nightly-1-{step}-{attempts.get(step, 1)}"] for step in NIGHT}
     assert first["encode"]["counts"]["latents"] == 40
-    assert first["train"]["counts"]["images"] == 3200
+    assert first["train"]["counts"]["images"] == 12_800
     assert first["verify"]["counts"]["problems"] == 0
 
     site.small["train"] = short

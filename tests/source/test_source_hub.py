@@ -40,6 +40,8 @@ def test_one_commit_and_the_next_make_one_dataset(
 ) -> None:
     make_images(tmp_path / "one" / "train", 5)
     make_codec(tmp_path / "codec")
+    pixels = tmp_path / "one" / "train" / "pixels.ppm"
+    pixels.write_bytes(b"P6 40 36 255\n" + bytes(40 * 36 * 3))
     first = hub_server.add("datasets/you/pictures", tmp_path / "one")
     common = {
         "source__kind": "folder",
@@ -49,21 +51,23 @@ def test_one_commit_and_the_next_make_one_dataset(
         "output__uri": tmp_path / "latents",
     }
     result = encode_here(monkeypatch, source__uri=f"hf://datasets/you/pictures@{first}/train", **common)
-    assert result.counts["latents"] == 5
+    assert result.counts["latents"] == 6
 
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     make_images(tmp_path / "more", 7)
     for name in sorted(path.name for path in (tmp_path / "more").iterdir())[5:]:
         shutil.copy(tmp_path / "more" / name, tmp_path / "two" / "train" / name)
+    # Another picture of the same size: its name in the commit tells.
+    (tmp_path / "two" / "train" / pixels.name).write_bytes(b"P6 40 36 255\n" + bytes([200]) * (40 * 36 * 3))
     second = hub_server.add("datasets/you/pictures", tmp_path / "two")
     assert second != first
     result = encode_here(monkeypatch, source__uri=f"hf://datasets/you/pictures@{second}/train", **common)
     counts = {name: result.counts[name] for name in ("latents", "source_new", "source_changed", "source_removed")}
-    assert counts == {"latents": 7, "source_new": 2, "source_changed": 0, "source_removed": 0}
+    assert counts == {"latents": 8, "source_new": 2, "source_changed": 1, "source_removed": 0}
     local = encode_here(
         monkeypatch, **{**common, "source__uri": tmp_path / "two" / "train", "output__uri": tmp_path / "local"}
     )
-    assert local.counts["latents"] == 7
+    assert local.counts["latents"] == 8
     rows = [
         {
             row["key"]: row["latent"]

@@ -10,6 +10,8 @@ or bloat the process that asks:
             <--"read" offset, length-- ... --bytes-->        every byte comes from the parent, with its retries
             <--"row" ... , "layout", "refused", "damaged", "failed", "end"--
 
+The cells of a whole table, of any columns, are read in the same child (`table_cells`): "cells" instead of rows.
+
 The child has no store and no credentials of its own. It is ended by its alarm when no row comes after _CPU_S seconds
 of CPU, and by the parent when it is silent for ten times as long. Its end becomes a TableError.
 """
