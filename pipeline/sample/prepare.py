@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
-import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,9 +30,8 @@ from pipeline.sample.requests import (
     refuse_broken,
     validate_requests,
 )
-from pipeline.source.reading.parquet import table_cells
+from pipeline.source.reading.parquet import Cells, table_cells
 from pipeline.source.reading.parquet_file import TableError
-from pipeline.source.reading.rows import MAX_TEXT_BYTES
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root, place_of
 from pipeline.store.ledger.identity import Identity
@@ -316,26 +313,13 @@ def file_format(uri: str, given: str) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Cells:
-    """What a request file holds: columns by their own names, of equal length, and by row (from 1) what is broken.
-
-    A broken row has None in every column.
-    """
-
-    columns: dict[str, list[Any]]
-    broken: dict[int, str] = field(default_factory=dict)
-
-
 def read_columns(uri: str, kind: str, max_bytes: int) -> Cells:
     """All rows of a request file; InputError when it cannot be read at all, or is larger than it may be."""
     what = f"The request file {uri} cannot be read"
     stores: tuple[type[Exception], ...] = (*storage_errors(), ValueError)
     try:
         root, name = place_of(uri)
-        size_bytes, data = root.info(name).size_bytes, b""
-        if kind != "parquet" and size_bytes <= max_bytes:
-            data = root.read_bytes(name)
+        size_bytes = root.info(name).size_bytes
     except stores as error:
         next_step = "correct the path, or write the requests as a grid"
         raise InputError(f"{what}: {describe(error)}", key="requests.uri", value=uri, next_step=next_step) from None
@@ -348,63 +332,17 @@ def read_columns(uri: str, kind: str, max_bytes: int) -> Cells:
             next_step="divide the file, or raise the limit",
         )
     try:
-        if kind == "parquet":
-            return Cells(table_cells(root, name, max_rows=_MAX_ROWS, max_bytes=max_bytes))
-        return _read_csv(io.BytesIO(data)) if kind == "csv" else _read_json_lines(io.BytesIO(data))
-    except (TableError, ValueError, csv.Error) as error:
-        more = f" (requests.max_bytes is {max_bytes:,})" if isinstance(error, TableError) else ""
+        return table_cells(root, name, kind, max_rows=_MAX_ROWS, max_bytes=max_bytes)
+    except storage_errors() as error:
+        raise InputError(f"{what}: {describe(error)}", key="requests.uri", value=uri) from None
+    except TableError as error:
         raise InputError(
-            f"{what} as {kind}: {error}{more}",
+            f"{what} as {kind}: {error} (requests.max_bytes is {max_bytes:,})",
             key="requests.uri",
             value=uri,
             rule="Parquet, CSV with a header line, or one JSON object a line; text is UTF-8",
             next_step="correct the file, or set requests.format",
         ) from None
-
-
-def _read_json_lines(file: io.BytesIO) -> Cells:
-    """One object a line: a line that is none breaks its own row alone."""
-    rows: list[dict[str, Any]] = []
-    names: dict[str, None] = {}
-    broken: dict[int, str] = {}
-    for number, line in enumerate(io.TextIOWrapper(file, "utf-8-sig", newline="\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            if len(line) > MAX_TEXT_BYTES:
-                raise ValueError(f"{len(line):,} characters, at most {MAX_TEXT_BYTES:,}")
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("no JSON object")
-        except (ValueError, RecursionError) as error:
-            row, broken[len(rows) + 1] = {}, f"line {number}: {error}"
-        rows.append(row)
-        names.update(dict.fromkeys(row))
-    return Cells({name: [row.get(name) for row in rows] for name in names}, broken)
-
-
-def _read_csv(file: io.BytesIO) -> Cells:
-    reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
-    header = next((row for row in reader if row), [])
-    if len(set(header)) != len(header):
-        raise ValueError(f"a column is named twice in {header}")
-    rows: list[list[str]] = []
-    broken: dict[int, str] = {}
-    while True:
-        first = reader.line_num + 1
-        try:
-            values = next(reader)
-            if values and len(values) != len(header):
-                raise ValueError(f"{len(values)} cells, the header has {len(header)}")
-        except StopIteration:
-            break
-        except (csv.Error, ValueError) as error:
-            last = reader.line_num
-            broken[len(rows) + 1] = f"{f'lines {first} to {last}' if last > first else f'line {first}'}: {error}"
-            values = [""] * len(header)
-        if values:
-            rows.append(values)
-    return Cells({name: [row[i] or None for row in rows] for i, name in enumerate(header)}, broken)
 
 
 def map_columns(

@@ -72,7 +72,7 @@ def test_files_that_are_no_such_file_say_so(data: bytes, kind: str, message: str
         (b'a,b\n\n"x"y,1\n2,3\n4\n', "csv", {1: "line 3: ',' expected after '\"'", 3: "line 5: 1 cells"}),
         (b'\na,b\n1,"open\n2,3\n', "csv", {1: "lines 3 to 4: unexpected end of data"}),
         (b'{"a": 1}\n' + b"[" * 100_000 + b"\n", "jsonl", {2: "line 2: "}),
-        (b'{"a": "' + b"x" * (1 << 20) + b'"}\n{"a": 1}\n', "jsonl", {1: "line 1: 1,048,586 characters, at most"}),
+        (b'{"a": "' + b"x" * (1 << 20) + b'"}\n{"a": 1}\n', "jsonl", {1: "line 1: 1,048,586 bytes, at most"}),
         (b'{"a":\n\n{"a": 1}\n[1]\n', "jsonl", {1: "line 1: Expecting value", 3: "line 4: no JSON object"}),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tracemalloc
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,20 @@ def test_small_files_that_unpack_without_end_are_refused(tmp_path: Path, columns
     assert Path(uri).stat().st_size < MIB
     with pytest.raises(InputError, match=why):
         read_columns(uri, "parquet", 4 * MIB)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_texts_are_parsed_in_a_child(tmp_path: Path, kind: str) -> None:
+    lines = {"csv": "prompt\n" + "," * MIB + "\na\n", "jsonl": "[" + "[]," * (MIB // 4) + '[]]\n{"prompt": "a"}\n'}
+    (tmp_path / "f").write_text(lines[kind])
+    read_columns(str(tmp_path / "f"), kind, 16 * MIB)
+    tracemalloc.start()
+    try:
+        found = read_columns(str(tmp_path / "f"), kind, 16 * MIB)
+        assert tracemalloc.get_traced_memory()[1] < 2 * MIB
+    finally:
+        tracemalloc.stop()
+    assert (found.columns, list(found.broken)) == ({"prompt": [None, "a"]}, [1])
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])

@@ -11,7 +11,9 @@ import signal
 import tarfile
 import threading
 import time
-from dataclasses import replace
+import tracemalloc
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -23,12 +25,13 @@ from test_source_webdataset import tar_of
 from pipeline.errors import InputError
 from pipeline.source.config import FolderSource, ParquetSource, WebDatasetSource
 from pipeline.source.pixels.child_process import Child, Pool
+from pipeline.source.reading import folder, webdataset
 from pipeline.source.reading import parquet as table_child
-from pipeline.source.reading import webdataset
 from pipeline.source.reading.listing import list_entries, read_unit
 from pipeline.source.reading.rows import MAX_STORED_BYTES, EndOfUnit
 from pipeline.source.reading.tar import Archive, TarError
 from pipeline.source.reasons import Reason
+from pipeline.storage.root import Root
 
 pytestmark = pytest.mark.integration
 
@@ -47,6 +50,25 @@ def grown(since: int) -> int:
 
 def size_now() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@dataclass
+class ObjectsBytes:
+    """Of Python's objects: the most of a block, and what its end holds."""
+
+    most: int = 0
+    held: int = 0
+
+
+@contextmanager
+def objects_bytes():
+    tracemalloc.start()
+    size = ObjectsBytes()
+    try:
+        yield size
+        size.held, size.most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
 
 
 # -- Parquet -----------------------------------------------------------------------------------------------------
@@ -458,6 +480,54 @@ def test_a_line_that_would_become_gigabytes_is_not_parsed(tmp_path):
     good, bad = sorted(rows(FolderSource, tmp_path), key=lambda row: row.key)
     assert (good.key, good.caption) == ("a.png", "t")
     assert (bad.reason, "bytes, at most 16,777,216" in bad.message) == ("bad_metadata", True)
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_what_a_line_becomes_while_it_is_parsed_is_the_childs(tmp_path, name):
+    write(tmp_path / "a.png", PNG)
+    # Twenty times its size as objects, and a row of as many cells.
+    odd = '{"a": [' + "[]," * (5 << 20) + "[]]}" if name.endswith("jsonl") else "," * (15 << 20)
+    good = '{"file_name": "a.png", "text": "t"}' if name.endswith("jsonl") else "file_name,text\na.png,t"
+    write(tmp_path / name, f"{good}\n{odd}\n")
+    source = FolderSource(uri=str(tmp_path))
+    list(list_entries(source))  # what is imported meanwhile counts, too
+    with objects_bytes() as size:
+        entries = list(list_entries(source))
+    assert size.most < 16 << 20  # the parts of the file on their way to the child
+    a, bad = read_unit(source, entries, [(0, None)])
+    assert (a.key, a.caption, bad.reason) == ("a.png", "t", "bad_metadata")
+
+
+def test_a_line_of_csv_without_end_is_one_row(tmp_path):
+    for name in ("a.png", "b.png"):
+        write(tmp_path / name, PNG)
+    write(tmp_path / "metadata.csv", "file_name,text\na.png,t" + "x" * (40 << 20) + "\nb.png,t\n")
+    a, b, bad = sorted(rows(FolderSource, tmp_path), key=lambda row: row.key)
+    assert (a.caption, b.key, b.caption) == (None, "b.png", "t")
+    assert (bad.reason, "field larger than field limit" in bad.message) == ("bad_metadata", True)
+
+
+def test_a_metadata_file_that_ends_its_process_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(table_child, "_WHOLE_MEMORY_MB", 1)  # less than it has when it starts
+    write(tmp_path / "a.png", PNG)
+    write(tmp_path / "metadata.csv", "file_name,text\na.png," + "x" * (1 << 20) + "\n")
+    with pytest.raises(InputError, match=r"metadata\.csv cannot be read: .*(memory|ended by)"):
+        rows(FolderSource, tmp_path)
+
+
+def test_metadata_are_held_as_columns(tmp_path):
+    count = 200_000
+    lines = (
+        f'{{"file_name": "{n:09}.png", "text": "a photograph of some kind", "label": {n}}}\n' for n in range(count)
+    )
+    write(tmp_path / "metadata.jsonl", "".join(lines))
+    metadata = folder.FolderMetadata(Root(str(tmp_path)), FolderSource(uri=str(tmp_path), label="label"))
+    columns = pa.total_allocated_bytes()
+    with objects_bytes() as size:
+        assert next(metadata.enter("a.png"))[0] == "000000000.png"
+    assert json.loads(metadata.record_of("000199999.png"))["label"] == 199_999
+    assert size.held < 1 << 20
+    assert pa.total_allocated_bytes() - columns < 1.5 * (tmp_path / "metadata.jsonl").stat().st_size
 
 
 def test_metadata_of_absurd_size_are_not_read(tmp_path):

@@ -13,22 +13,25 @@ is lost without a word. Texts beside an image are read with it; which they are, 
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import logging
 import posixpath
 import re
 import stat
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from pipeline.errors import InputError
 from pipeline.source.config import FolderSource, ManifestSource, ParquetSource, WebDatasetSource
-from pipeline.source.reading.filters import Cell, filter_columns, keeps
-from pipeline.source.reading.parquet import table_rows
+from pipeline.source.reading.filters import keeps
+from pipeline.source.reading.parquet import metadata_lines, table_rows
 from pipeline.source.reading.parquet_file import TableError
 from pipeline.source.reading.rows import (
     FAILED_STATUSES,
@@ -42,47 +45,51 @@ from pipeline.source.reading.rows import (
     fetch,
     is_hidden,
     map_ahead,
-    parse_caption,
-    parse_label,
     parse_object,
-    pick_extra,
 )
+from pipeline.source.reading.text_file import FILTERED, Metadata, meta_of, picked
 from pipeline.source.reasons import Reason
 from pipeline.storage.errors import ObjectChanged
 from pipeline.storage.root import ObjectInfo, Root, check_key
 
 _log = logging.getLogger(__name__)
 NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-csv.field_size_limit(MAX_TEXT_BYTES)  # of a cell, as of any text; the library's own limit is an eighth of it
-_MAX_LINE_BYTES = 16 << 20  # what may be made of a longer one, some twenty times its size, is not tried
-FILTERED = "filtered"  # a key of an entry's metadata: the filter does not keep the row
 TEXTS = "texts"  # another: the files beside an image whose text is its own, each with its version
 PROBLEM = "problem"  # another: what is wrong with the line that names the file
-
-
-@dataclass(slots=True)
-class _Line:
-    """What a line says of a file: its key, the canonical JSON of the fields, and whether the file has come."""
-
-    key: str
-    number: int
-    meta: str
-    found: bool = False
+_LINES = pa.schema([("key", pa.large_string()), ("number", pa.int64()), ("meta", pa.large_string())])
+_CHUNK_LINES = 1 << 16
 
 
 class _Directory:
-    """The metadata file of a directory, "" where there is none, and its lines in the order of their keys."""
+    """The metadata file of a directory, "" where there is none, and its lines (_LINES) in the order of their keys.
 
-    def __init__(self, path: str, file: str, lines: Iterable[_Line]) -> None:
+    A line says of a file: its key, the canonical JSON of the fields, and, here, whether the file has come. Lines are
+    held as columns: as objects, they would take several times the memory that the file takes.
+    """
+
+    def __init__(self, path: str, file: str, lines: pa.Table) -> None:
         self.path, self.file = path, file
-        self.lines = sorted(lines, key=lambda line: line.key)
+        self._keys, self._numbers, self._metas = (lines[name] for name in _LINES.names)
+        self.found = bytearray(len(lines))
         self.next = 0  # the first line whose place in the listing has not come
-        self._exact = {line.key: line for line in self.lines}
-        self._normal = {_normal(line.key): line for line in self.lines if not line.key.isascii()}
+        foreign = np.flatnonzero(~pc.string_is_ascii(self._keys).to_numpy())
+        self._normal = {_normal(self.key(line)): line for line in foreign.tolist()}
 
-    def line_of(self, key: str) -> _Line | None:
+    def key(self, line: int) -> str:
+        return str(self._keys[line].as_py())
+
+    def number(self, line: int) -> int:
+        return int(self._numbers[line].as_py())
+
+    def meta(self, line: int) -> str:
+        return str(self._metas[line].as_py())
+
+    def line_of(self, key: str) -> int | None:
         """The line that names a file, by these letters or by others that Unicode holds for the same."""
-        return self._exact.get(key) or (None if key.isascii() else self._normal.get(_normal(key)))
+        line = bisect_left(range(len(self.found)), key, key=self.key)
+        if line < len(self.found) and self.key(line) == key:
+            return line
+        return None if key.isascii() else self._normal.get(_normal(key))
 
 
 class FolderMetadata:
@@ -92,7 +99,6 @@ class FolderMetadata:
         self._root, self._source = root, source
         self._open: list[_Directory] = []
         self.fields: set[str] = set()  # that some line has
-        self._needed = filter_columns(source.filter) if source.filter else set()
         # A file that no metadata name has null in every field.
         self.unnamed = None if source.filter is None or keeps(source.filter, {}) else canonical({FILTERED: True})
 
@@ -118,27 +124,27 @@ class FolderMetadata:
     def record_of(self, key: str) -> str | None:
         """The canonical JSON of a file's caption, label, extra fields and mark; None when no metadata name it."""
         named = [(d, line) for d in self._open if (line := d.line_of(key)) is not None]
-        for _, line in named:
-            line.found = True
+        for directory, line in named:
+            directory.found[line] = True
         if len(named) > 1:
-            places = " and ".join(f"{d.file}, line {line.number}" for d, line in named)
-            return self._problem(f"{places} both name this file", named[-1][0].file, named[-1][1].number)
-        return named[0][1].meta if named else self.unnamed
+            places = " and ".join(f"{d.file}, line {d.number(line)}" for d, line in named)
+            last, line = named[-1]
+            return self._problem(f"{places} both name this file", last.file, last.number(line))
+        return named[0][0].meta(named[0][1]) if named else self.unnamed
 
     def _passed(self, key: str | None) -> Iterator[tuple[str, str]]:
         """Lines before `key` (all, without one) whose file has not come, in order."""
         while True:
-            heads = [(d.lines[d.next].key, d) for d in self._open if d.next < len(d.lines)]
+            heads = [(d.key(d.next), d) for d in self._open if d.next < len(d.found)]
             first, directory = min(heads, key=itemgetter(0), default=("", None))
             if directory is None or (key is not None and first >= key):
                 return
-            line = directory.lines[directory.next]
-            directory.next += 1
-            forms = {unicodedata.normalize(form, line.key) for form in ("NFC", "NFD")} - {line.key}
-            if not line.found and not any(self._root.exists(form) for form in forms):  # such a one comes later
-                problem = f"{directory.file}, line {line.number} names this file, and it is not there"
-                bad = PROBLEM in parse_object(line.meta)
-                yield line.key, line.meta if bad else self._problem(problem, directory.file, line.number)
+            line, directory.next = directory.next, directory.next + 1
+            forms = {unicodedata.normalize(form, first) for form in ("NFC", "NFD")} - {first}
+            if not directory.found[line] and not any(self._root.exists(form) for form in forms):  # such comes later
+                number, meta = directory.number(line), directory.meta(line)
+                problem = f"{directory.file}, line {number} names this file, and it is not there"
+                yield first, meta if PROBLEM in parse_object(meta) else self._problem(problem, directory.file, number)
 
     def _problem(self, problem: str, file: str, line: int) -> str:
         """What stands for a line that is of no use; an InputError where the source is strict."""
@@ -161,9 +167,31 @@ class FolderMetadata:
                 rule="one metadata file per directory",
                 next_step="keep one of them",
             )
-        return _Directory(path, present[0], self._parse(path, present[0])) if present else _Directory(path, "", ())
+        return _Directory(path, present[0] if present else "", self._table(path, present[0] if present else None))
 
-    def _parse(self, path: str, file: str) -> Iterator[_Line]:
+    def _table(self, path: str, file: str | None) -> pa.Table:
+        """The lines of a file in order; one that names what an earlier one names stands for itself."""
+        if file is None:
+            return _LINES.empty_table()
+        lines = self._parse(path, file)
+        chunks = iter(lambda: list(zip(*islice(lines, _CHUNK_LINES), strict=True)), [])
+        tables = (pa.table(list(map(list, columns)), schema=_LINES) for columns in chunks)
+        table = _sorted(pa.concat_tables([_LINES.empty_table(), *tables]))
+        same = pc.equal(table["key"].slice(1), table["key"].slice(0, max(0, len(table) - 1)))
+        again = np.append(False, same.to_numpy())[: len(table)]
+        if not again.any():
+            return table
+        first = np.maximum.accumulate(np.where(again, 0, np.arange(len(table))))
+        odd = []
+        for place in np.flatnonzero(again).tolist():
+            number, earlier = (table["number"][i].as_py() for i in (place, int(first[place])))
+            name = table["key"][place].as_py()[len(path) :]
+            meta = self._problem(f"{name} was already named in line {earlier}", file, number)
+            odd.append({"key": _nameless(file, number), "number": number, "meta": meta})
+        return _sorted(pa.concat_tables([table.filter(pa.array(~again)), pa.Table.from_pylist(odd, _LINES)]))
+
+    def _parse(self, path: str, file: str) -> Iterator[tuple[str, int, str]]:
+        """(key, line, canonical JSON) of each line."""
         size, limit = self._root.info(file).size_bytes, self._source.max_metadata_bytes
         if size > limit:
             raise InputError(
@@ -173,10 +201,12 @@ class FolderMetadata:
                 rule="a metadata file is held in memory while its directory is listed",
                 next_step="split it over the directories it speaks of, use Parquet or tar shards, or raise the limit",
             )
-        lines_of = {"csv": self._csv_lines, "jsonl": self._json_lines, "parquet": self._parquet_lines}
-        named: dict[str, int] = {}
-        for number, name, meta in lines_of[file.rpartition(".")[2]](file):
-            key = f"{file}?{number:08d}"  # of a line that names nothing
+        kind = file.rpartition(".")[2]
+        lines = self._parquet_lines(file) if kind == "parquet" else self._text_lines(file, kind)
+        for number, name, meta, problem in lines:
+            key = _nameless(file, number)
+            if problem is not None:
+                meta = self._problem(problem, file, number)
             if isinstance(name, str) and name:
                 normal = posixpath.normpath(name)
                 try:
@@ -187,73 +217,26 @@ class FolderMetadata:
                     )
                     meta = self._problem(problem, file, number)
                 else:
-                    if normal in named:
-                        meta = self._problem(f"{normal} was already named in line {named[normal]}", file, number)
-                    else:
-                        key, named[normal] = path + normal, number
-            elif PROBLEM not in parse_object(meta):
+                    key = path + normal
+            elif problem is None:
                 meta = self._problem("file_name is missing", file, number)
             # Bytes that are no text, which no key may hold, are told by their numbers.
-            yield _Line(key.encode("utf-8", "xmlcharrefreplace").decode(), number, meta)
+            yield key.encode("utf-8", "xmlcharrefreplace").decode(), number, meta
 
-    def _json_lines(self, file: str) -> Iterator[tuple[int, Any, str]]:
-        """(line, file name, canonical JSON) of each; where a line is broken, of what can be read of it."""
-        for number, line in enumerate(io.BytesIO(self._root.read_bytes(file)), 1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if not line.strip():
-                continue
-            record: dict[str, Any] = {}
-            try:
-                if len(line) > _MAX_LINE_BYTES:
-                    raise ValueError(f"the line has {len(line):,} bytes, at most {_MAX_LINE_BYTES:,}")
-                record = parse_object(line.decode("utf-8", "surrogateescape"))
-                line.decode()
-                yield number, record.get("file_name"), self._meta(record)
-            except ValueError as error:
-                wrong = "the text is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
-                yield number, record.get("file_name"), self._problem(wrong, file, number)
-
-    def _csv_lines(self, file: str) -> Iterator[tuple[int, Any, str]]:
-        text = self._root.read_bytes(file).decode("utf-8-sig", "surrogateescape")
-        # Divided by what gives the first line a cell file_name; by commas where nothing does.
-        first = next(iter(text[: MAX_TEXT_BYTES // 2].splitlines()), "")
-        named = (d for d in ",;\t|" if "file_name" in next(csv.reader([first], delimiter=d), []))
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=next(named, ","), strict=True)
+    def _text_lines(self, file: str, kind: Any) -> Iterator[Metadata]:
         try:
-            names = next(reader, [])
-            wrong = [f"there is no column {name}, which source.filter names" for name in self._needed - set(names)]
-            wrong += [f"there are two columns {name!r}" for name in names if names.count(name) > 1]
-            if "file_name" not in names:
-                wrong.append(f"there is no column file_name; there are {', '.join(names)[:300]}")
-        except csv.Error as error:
-            wrong = [str(error)]
-        if wrong:
+            for lines, names in metadata_lines(self._root, self._root.info(file), kind, self._source):
+                self.fields |= set(names)
+                yield from lines
+        except TableError as error:
             raise InputError(
-                f"{self._root.uri_of(file)}, line 1: {wrong[0]}",
+                f"{self._root.uri_of(file)} cannot be read: {error.message}",
                 key="uri",
-                rule="the first line names the columns, each once, file_name among them",
-                next_step="correct the first line",
-            )
-        while True:
-            try:
-                row = next(reader, None)
-                if row is None:
-                    return
-                record = dict(zip(names, row, strict=False))
-                if not row:
-                    continue
-                if len(row) != len(names):
-                    raise ValueError(f"{len(names)} cells are needed, as in the header, and there are {len(row)}")
-                "\n".join(row).encode()
-                meta = self._meta({name: Cell(value) for name, value in record.items()})
-            except (ValueError, csv.Error) as error:
-                wrong_line = "the text is not UTF-8" if isinstance(error, UnicodeError) else str(error)
-                lost = isinstance(error, csv.Error)  # where such a line ends, and the next begins, is not known
-                meta = self._problem(wrong_line, file, reader.line_num)
-                record = {} if lost else record
-            yield reader.line_num, record.get("file_name"), meta
+                rule="a metadata file is CSV or one JSON object a line, of lines that a process of 4 GiB can read",
+                next_step="write it again, divide it, or remove it",
+            ) from None
 
-    def _parquet_lines(self, file: str) -> Iterator[tuple[int, Any, str]]:
+    def _parquet_lines(self, file: str) -> Iterator[Metadata]:
         """Rows of a table by the reader of Parquet sources, for which the file names are URIs of images."""
         root = self._root
         table = ParquetSource(
@@ -262,13 +245,15 @@ class FolderMetadata:
         try:
             for number, item in enumerate(table_rows(root, root.info(file), table), 1):
                 if isinstance(item, SourceRow):
-                    yield number, None, self._problem(item.message or str(item.reason), file, number)
+                    yield number, None, "", item.message or str(item.reason)
                     continue
                 row, name = item
                 try:
-                    yield number, name, self._meta(parse_object(row.extra or "{}"))
+                    record = parse_object(row.extra or "{}")
+                    self.fields |= record.keys()
+                    yield number, name, meta_of(self._source, record), None
                 except ValueError as error:
-                    yield number, name, self._problem(str(error), file, number)
+                    yield number, name, "", str(error)
         except TableError as error:
             raise InputError(
                 f"{root.uri_of(file)} cannot be read: {error.message}",
@@ -277,20 +262,17 @@ class FolderMetadata:
                 next_step="write it again, or remove it",
             ) from None
 
-    def _meta(self, record: dict[str, Any]) -> str:
-        self.fields |= record.keys()
-        mark = {} if self._source.filter is None or keeps(self._source.filter, record) else {FILTERED: True}
-        return canonical({**picked(self._source, record), **mark})
+
+def _sorted(lines: pa.Table) -> pa.Table:
+    order = pc.sort_indices(lines, [("key", "ascending"), ("number", "ascending")])
+    # As most programs write them: a copy would double what they take.
+    in_order = (order.to_numpy() == np.arange(len(lines))).all()
+    return lines if in_order else lines.take(order)
 
 
-def picked(source: FolderSource, record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a folder keeps of a record: caption, label and extra fields; ValueError where one is of the wrong type."""
-    label = source.label if source.label_from == "metadata" else None
-    return {
-        "caption": parse_caption(record.get(source.caption)) if source.caption else None,
-        "label": parse_label(record.get(label), source.classes) if label else None,
-        "extra": pick_extra(record, source.extra, source.caption, ("file_name", source.label)),
-    }
+def _nameless(file: str, number: int) -> str:
+    """The key of a line that names nothing, or nothing of its own."""
+    return f"{file}?{number:08d}"
 
 
 def _normal(name: str) -> str:

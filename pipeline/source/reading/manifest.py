@@ -33,7 +33,7 @@ from pipeline.config import need_package
 from pipeline.errors import InputError, PipelineError
 from pipeline.source.config import IMAGE_ENDINGS, ManifestSource, ParquetSource, TableConfig
 from pipeline.source.reading.filters import filter_columns, keeps
-from pipeline.source.reading.folder import FILTERED, PROBLEM
+from pipeline.source.reading.folder import PROBLEM
 from pipeline.source.reading.rows import (
     FAILED_STATUSES,
     Entry,
@@ -43,6 +43,7 @@ from pipeline.source.reading.rows import (
     parse_label,
     pick_extra,
 )
+from pipeline.source.reading.text_file import FILTERED
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import CONTENT, ObjectInfo, Root, place_of
 

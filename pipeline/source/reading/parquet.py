@@ -10,7 +10,8 @@ or bloat the process that asks:
             <--"read" offset, length-- ... --bytes-->        every byte comes from the parent, with its retries
             <--"row" ... , "layout", "refused", "damaged", "failed", "end"--
 
-The cells of a whole table, of any columns, are read in the same child (`table_cells`): "cells" instead of rows.
+In the same child are read the cells of a whole file, of any columns (`table_cells`: "cells" instead of rows), and the
+metadata files of folders (`metadata_lines`: "lines"), both also of the text files that `text_file` reads.
 
 The child has no store and no credentials of its own. It is ended by its alarm when no row comes after _CPU_S seconds
 of CPU, and by the parent when it is silent for ten times as long. Its end becomes a TableError.
@@ -25,15 +26,15 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.errors import InputError, PipelineError
-from pipeline.source.config import ParquetSource
+from pipeline.source.config import FolderSource, ParquetSource
 from pipeline.source.pixels.child_process import Child, Pool, alarms, limited_pipes, read_exactly, read_header, send
-from pipeline.source.reading import parquet_file
+from pipeline.source.reading import parquet_file, text_file
 from pipeline.source.reading.parquet_file import Item, Span, TableError
 from pipeline.source.reading.rows import (
     EndOfUnit,
@@ -80,7 +81,7 @@ class UriReader:
 
 _log = logging.getLogger(__name__)
 
-_CELLS_MEMORY_MB = 4096  # of a child that reads a table as a whole
+_WHOLE_MEMORY_MB = 4096  # of a child that reads a file as a whole
 _SPAN_ROWS, _SPAN_BYTES = 10_000, 256 << 20
 
 
@@ -143,20 +144,48 @@ def table_rows(root: Root, info: ObjectInfo, source: ParquetSource) -> Iterator[
     return _rows(root, source, whole, 0, Ranges([(0, total)]))
 
 
-def table_cells(root: Root, key: str, *, max_rows: int, max_bytes: int) -> dict[str, list[Any]]:
-    """The columns of one file, with values as JSON has them; of a text that repeats there is one in memory.
+@dataclass(frozen=True)
+class Cells:
+    """The rows of a file: columns by their own names, of equal length, and by row (from 1) what is broken.
+
+    A broken row has None in every column.
+    """
+
+    columns: dict[str, list[Any]]
+    broken: dict[int, str] = field(default_factory=dict)
+
+
+def table_cells(root: Root, key: str, kind: str, *, max_rows: int, max_bytes: int) -> Cells:
+    """All of one "parquet", "csv" or "jsonl" file, with values as JSON has them; of equal texts one is in memory.
 
     max_bytes: of all values as JSON. Read in a child, whatever the file. TableError where it cannot be read, or is
     larger than it may be.
     """
-    columns: dict[str, list[Any]] = {}
+    found = Cells({})
     one: dict[str, str] = {}
+    done = 0
     with open_ranges(root, key, root.info(key)) as (read, size):
-        for message, _ in _run(read, _CELLS_MEMORY_MB, {"size": size, "cells": [max_rows, max_bytes]}):
+        for message, _ in _run(read, _WHOLE_MEMORY_MB, {"size": size, "cells": [kind, max_rows, max_bytes]}):
             for name, (text, places) in message["columns"].items():
                 values = [one.setdefault(v, v) if isinstance(v, str) else v for v in json.loads(text)]
-                columns.setdefault(name, []).extend(values[place] for place in places)
-    return columns
+                column = found.columns.setdefault(name, [])
+                column += [None] * (done - len(column))  # lines of JSON before may have lacked it
+                column += [values[place] for place in places]
+            found.broken.update({done + int(row) + 1: problem for row, problem in message["broken"].items()})
+            done += message["rows"]
+    for column in found.columns.values():
+        column += [None] * (done - len(column))
+    return found
+
+
+def metadata_lines(
+    root: Root, info: ObjectInfo, kind: text_file.Kind, source: FolderSource
+) -> Iterator[tuple[list[text_file.Metadata], list[str]]]:
+    """`text_file.metadata` of one file, read in a child; InputError or TableError where it is none."""
+    task = {"where": root.uri_of(info.key), "source": source.model_dump_json(exclude_unset=True), "lines": kind}
+    with open_ranges(root, info.key, info) as (read, size):
+        for message, _ in _run(read, _WHOLE_MEMORY_MB, {"size": size, **task}):
+            yield [tuple(line) for line in message["lines"]], message["fields"]
 
 
 def _read_span(root: Root, source: ParquetSource, entry: Entry, base: int, wanted: Ranges) -> Iterator[Item]:
@@ -246,7 +275,7 @@ def _run(read: ReadRange, memory_mb: int, task: dict[str, Any]) -> Iterator[Mess
                     child.send({"size": -1}, [])
                 else:
                     child.send({"size": len(data)}, [data])
-            elif kind in ("row", "layout", "cells"):
+            elif kind in ("row", "layout", "cells", "lines"):
                 size = message.get("size")
                 yield message, None if size is None else child.receive(size, time.monotonic() + _SILENCE_S)
             else:
@@ -291,8 +320,13 @@ def _messages(task: dict[str, Any], read: ReadRange) -> Iterator[Message]:
     with RangedFile(read, task["size"], whole=False) as file:
         try:
             if "cells" in task:
-                for columns in parquet_file.cells(file, *task["cells"]):
-                    yield {"kind": "cells", "columns": columns}, None
+                yield from _cells(file, *task["cells"])
+                yield {"kind": "end"}, None
+                return
+            if "lines" in task:
+                folder = FolderSource.model_validate_json(task["source"])
+                for lines, names in text_file.metadata(file, task["lines"], folder, task["where"]):
+                    yield {"kind": "lines", "lines": lines, "fields": names}, None
                 yield {"kind": "end"}, None
                 return
             source = ParquetSource.model_validate_json(task["source"])
@@ -316,6 +350,16 @@ def _messages(task: dict[str, Any], read: ReadRange) -> Iterator[Message]:
             yield {"kind": "damaged", "reason": Reason.DECODE_MEMORY.value, "message": "out of memory"}, None
         except OSError:
             yield {"kind": "failed"}, None
+
+
+def _cells(file: RangedFile, kind: Any, max_rows: int, max_bytes: int) -> Iterator[Message]:
+    if kind == "parquet":
+        for columns, rows in parquet_file.cells(file, max_rows, max_bytes):
+            yield {"kind": "cells", "columns": columns, "rows": rows, "broken": {}}, None
+        return
+    for texts, rows, broken in text_file.cells(file, kind, max_rows):
+        columns = {name: (json.dumps(values), list(range(rows))) for name, values in texts.items()}
+        yield {"kind": "cells", "columns": columns, "rows": rows, "broken": broken}, None
 
 
 def _serve(memory_mb: int) -> None:

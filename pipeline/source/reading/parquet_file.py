@@ -90,11 +90,11 @@ def rows(file: RangedFile, source: ParquetSource, where: str, span: Span) -> Ite
             first += count
 
 
-def cells(file: RangedFile, max_rows: int, max_bytes: int) -> Iterator[dict[str, Any]]:
+def cells(file: RangedFile, max_rows: int, max_bytes: int) -> Iterator[tuple[dict[str, Any], int]]:
     """All cells, some rows at a time: of each column the JSON of its distinct values, and the place of each row's.
 
-    A value that JSON does not know is its text. TableError for a damaged file, or one of more rows, or of more bytes
-    as such JSON, than it may have.
+    Bytes are hexadecimal digits, other values that JSON does not know are their text. TableError for a damaged file,
+    or one of more rows, or of more bytes as such JSON, than it may have.
     """
     with _opened(file) as parquet:
         rows, width = sum(count for count, _ in _groups(parquet, file.size)), len(parquet.schema_arrow)
@@ -113,7 +113,7 @@ def cells(file: RangedFile, max_rows: int, max_bytes: int) -> Iterator[dict[str,
                 max_bytes -= sum(len(values) for values, _ in columns.values())
                 if max_bytes < 0:
                     break
-                yield columns
+                yield columns, batch.num_rows
         except Exception as error:  # noqa: BLE001 - hostile bytes raise anything
             raise _damage(file, error) from None
     if max_bytes < 0:
@@ -123,10 +123,14 @@ def cells(file: RangedFile, max_rows: int, max_bytes: int) -> Iterator[dict[str,
 def _distinct(column: Any) -> tuple[str, list[int]]:
     """(the JSON of values, the place of each row's among them); of a text that repeats there is one."""
     if not pa.types.is_dictionary(column.type):
-        return json.dumps(column.to_pylist(), default=str), list(range(len(column)))
+        return json.dumps(column.to_pylist(), default=_told), list(range(len(column)))
     used = column.indices.unique().drop_null()
     places = pc.index_in(column.indices, used).fill_null(len(used)).to_pylist()
     return json.dumps([*column.dictionary.take(used).to_pylist(), None]), places
+
+
+def _told(value: Any) -> str:
+    return value.hex() if isinstance(value, bytes) else str(value)
 
 
 def _opened(file: RangedFile, read_dictionary: list[str] | None = None) -> Any:
