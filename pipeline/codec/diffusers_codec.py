@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,26 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # What the constructor of an autoencoder makes of a configuration that is not its own.
 _UNFIT = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, MemoryError)
 _COMPILED_SHAPES = 64  # aspect-ratio buckets; beyond torch's own limit of eight the rest would not be compiled
+
+
+def import_networks() -> None:
+    """Import what diffusers' networks need, in a process that runs one of them and nothing else of diffusers.
+
+    Where transformers, peft, accelerate or scipy are installed, diffusers takes them along, which is a third of the
+    seconds that its import takes, and a network needs none of them. In this process diffusers takes them for absent
+    from now on; whoever else imports them gets them. No effect where diffusers is imported already.
+    """
+    if "diffusers" in sys.modules:
+        return
+    hidden = [name for name in ("transformers", "peft", "accelerate", "scipy") if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: as if it were not installed
+    gc.disable()  # of all that is imported nothing is garbage, and looking for it takes a fifth of the time
+    try:
+        import diffusers.models.autoencoders  # noqa: F401
+    finally:
+        gc.enable()
+        for name in hidden:
+            del sys.modules[name]
 
 
 class DiffusersCodec:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -318,3 +320,18 @@ def test_weights_that_are_there_twice_are_refused_and_what_is_hashed_is_loaded(t
     for read in (codec_info, load_codec):
         with pytest.raises(InputError, match="weights are there twice"):
             read(str(folder))
+
+
+def test_a_process_that_runs_networks_imports_no_more(sd: Path) -> None:
+    code = f"""
+import gc, sys
+from pipeline.codec.codec import load_codec
+from pipeline.codec.diffusers_codec import import_networks
+import_networks()
+load_codec({str(sd)!r})
+print([name for name in ("transformers", "peft", "scipy") if name in sys.modules], gc.isenabled())
+import transformers, peft
+print(transformers.AutoTokenizer.__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split("\n")[:2] == ["[] True", "AutoTokenizer"], done.stderr[-800:]
