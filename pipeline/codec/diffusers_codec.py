@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from pipeline.codec.files import codec_root, local_directory
-from pipeline.codec.info import CodecInfo, check_dtype, check_posterior, diffusers_info
+from pipeline.codec.info import SQUARES, CodecInfo, check_dtype, check_posterior, diffusers_info
 from pipeline.diffusion.samplers import compile_for_shapes
 from pipeline.errors import InputError
 from pipeline.storage.root import Root
@@ -60,6 +61,7 @@ class DiffusersCodec:
         # `vae` holds weights of `dtype` already.
         self.info = info
         self.device, self.dtype = torch.device(device), DTYPES[dtype]
+        self._square = SQUARES.get(info.class_name, 1)
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self._vae: Any = vae.requires_grad_(False).eval().to(self.device, memory_format=self._layout)  # type: ignore[call-overload]
         if compile:
@@ -124,10 +126,10 @@ class DiffusersCodec:
         pixels = pixels.to(torch.float32, memory_format=self._layout).div_(127.5).sub_(1).to(self.dtype)
         encoded = self._vae.encode(pixels, return_dict=False)[0]
         if not self.info.has_posterior:
-            return _dense(encoded)
+            return self._stored(encoded)
         if posterior == "mode":
-            return _dense(encoded.mode())
-        mean, logvar = _dense(encoded.mean), _dense(encoded.logvar)
+            return self._stored(encoded.mode())
+        mean, logvar = self._stored(encoded.mean), self._stored(encoded.logvar)
         if posterior == "moments":
             return torch.cat([mean, logvar], dim=1)
         # One standard normal draw per seed, made on the CPU so that a GPU stores the same sample.
@@ -140,17 +142,21 @@ class DiffusersCodec:
         """Raw latents [n,c,h,w] -> uint8 [n,h*f,w*f,3]; see the protocol."""
         if latents_NCHW.ndim != 4 or latents_NCHW.shape[1] != self.info.latent_channels:
             raise ValueError(f"latents must be [n,{self.info.latent_channels},h,w], not {list(latents_NCHW.shape)}")
-        latents = latents_NCHW.to(self.device, self.dtype, non_blocking=True, memory_format=self._layout)
+        latents = pixel_shuffle(latents_NCHW.to(self.device, self.dtype, non_blocking=True), self._square)
+        latents = latents.contiguous(memory_format=self._layout)
         pixels: torch.Tensor = self._vae.decode(latents, return_dict=False)[0].float()
         return pixels.add(1).mul(127.5).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+    def _stored(self, latents_NCHW: torch.Tensor) -> torch.Tensor:
+        return pixel_unshuffle(latents_NCHW.float(), self._square).contiguous()
 
 
 def write_scaled(path: str, revision: str | None, mean: Sequence[float], std: Sequence[float], folder: Path) -> str:
     """Write the codec at `path` so that diffusers' pipelines decode latents normalised as (raw - mean) / std.
 
     Its own scale and shift stay where they say just that. Else they become 1 and 0, and the affine map goes exactly
-    into the 1x1 convolutions behind the encoder and before the decoder, which are made where the codec has none.
-    Returns the class; InputError for a codec that has no such place.
+    into the 1x1 convolutions behind the encoder and before the decoder, which are made where the codec has none; of
+    FLUX.2's it is the statistics of the batch norm. Returns the class; InputError for a codec without such a place.
     """
     directory = local_directory(codec_root(path, revision))
     codec = DiffusersCodec.load(directory, diffusers_info(Root(str(directory)), path), name=path)
@@ -158,15 +164,20 @@ def write_scaled(path: str, revision: str | None, mean: Sequence[float], std: Se
     own_mean = info.latents_mean or (info.shift_factor,) * info.latent_channels
     own_std = [value / info.scaling_factor for value in info.latents_std or (1.0,) * info.latent_channels]
     if not (np.allclose(own_mean, mean, rtol=1e-6, atol=1e-9) and np.allclose(own_std, std, rtol=1e-6)):
-        if info.class_name != "AutoencoderKL":
+        if info.class_name == "AutoencoderKLFlux2":
+            vae.register_to_config(batch_norm_eps=0.0)  # which is added to a variance, however small
+            vae.bn.running_mean.copy_(torch.tensor(mean, dtype=torch.float64))
+            vae.bn.running_var.copy_(torch.tensor(std, dtype=torch.float64).square())
+        elif info.class_name == "AutoencoderKL":
+            vae = _rescaled(vae, mean, std)
+        else:
             raise InputError(
                 "This codec cannot take another scale of its latents exactly",
                 key="codec.path",
                 value=path,
-                rule="an AutoencoderKL has 1x1 convolutions at its latents, or can be given them",
+                rule="an AutoencoderKL takes one in 1x1 convolutions at its latents, FLUX.2's in its batch norm",
                 next_step="train with data.normalise=codec for a pipeline that diffusers loads",
             )
-        vae = _rescaled(vae, mean, std)
     vae.save_pretrained(folder, safe_serialization=True, max_shard_size="100TB")
     return info.class_name
 
@@ -195,7 +206,3 @@ def _rescaled(vae: Any, mean: Sequence[float], std: Sequence[float]) -> Any:
     out.post_quant_conv.bias.copy_(bias + (weight[:, :, 0, 0] @ shift))
     out.post_quant_conv.weight.copy_(weight * scale[None, :, None, None])
     return out.eval()
-
-
-def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float().contiguous()

@@ -6,17 +6,13 @@ import hashlib
 import json
 import os
 import shutil
-import struct
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
-
-import numpy as np
-import numpy.typing as npt
 
 from pipeline.errors import InputError
 from pipeline.storage.root import Root
+from pipeline.storage.stored import tensor_head
 from pipeline.storage.trust import HUB_ID, hub_snapshot
 
 # A hub's patterns match a path as a whole, and * whatever folders there are: each begins with a name.
@@ -98,14 +94,13 @@ def local_directory(root: Root) -> Path:
     return target
 
 
-# -- Weight files of a codec: which they are, their hashes, single small tensors. Safetensors only, no torch ---
+# -- Weight files of a codec: which they are, their hashes. Safetensors only, no torch --------------------
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
 _PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CHUNK_BYTES = 8 << 20
-_MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 
 
 @dataclass(frozen=True)
@@ -122,9 +117,7 @@ def weight_files(root: Root, path: str) -> list[WeightFile]:
     files = []
     for name in _names(root, path):
         size = root.info(name).size_bytes
-        _, end = _header(root, name, size, path)
-        if end != size:
-            _broken(name, f"it has {size} bytes, its header describes {end}", path)
+        tensor_head(root, name, path)
         digest = hashlib.sha256()
         with root.open(name) as stream:
             while chunk := stream.read(_CHUNK_BYTES):
@@ -183,55 +176,3 @@ def _names(root: Root, path: str) -> list[str]:
             next_step="copy the missing files",
         )
     return names
-
-
-def _header(root: Root, name: str, size: int, path: str) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, and the file size that it implies."""
-    if size < 8:
-        _broken(name, f"it has {size} bytes", path)
-    (length,) = struct.unpack("<Q", root.read_range(name, 0, 8))
-    if length > min(size - 8, _MAX_HEADER_BYTES):
-        _broken(name, f"its header claims {length} bytes", path)
-    try:
-        header: dict[str, Any] = json.loads(root.read_range(name, 8, length))
-        ends = [int(v["data_offsets"][1]) for k, v in header.items() if k != "__metadata__"]
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        _broken(name, f"its header is unreadable ({type(error).__name__})", path)
-    return header, 8 + length + max(ends, default=0)
-
-
-def _broken(name: str, why: str, path: str) -> NoReturn:
-    raise InputError(
-        f"The weight file {name} is broken: {why}",
-        key="path",
-        value=path,
-        rule="a safetensors file is as long as its header says",
-        next_step="copy or download it again",
-    )
-
-
-def _decoded(root: Root, name: str, entry: dict[str, Any]) -> npt.NDArray[np.float64]:
-    """The values that an entry of a header describes; ValueError and its like when it describes none."""
-    start, stop = entry["data_offsets"]
-    (length,) = struct.unpack("<Q", root.read_range(name, 0, 8))
-    data, dtype = root.read_range(name, 8 + length + start, stop - start), entry["dtype"]
-    if dtype == "BF16":  # the upper half of a float32
-        values = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
-    elif dtype in ("F16", "F32", "F64"):
-        values = np.frombuffer(data, "<f" + str(int(dtype[1:]) // 8))
-    else:
-        raise ValueError(f"statistics of type {dtype}")
-    return values.astype(np.float64).reshape(entry["shape"])
-
-
-def read_tensor(root: Root, names: list[str], tensor: str, path: str) -> npt.NDArray[np.float64]:
-    """One small floating-point tensor out of the weight files, by ranged reads."""
-    for name in names:
-        header, _ = _header(root, name, root.info(name).size_bytes, path)
-        if tensor not in header:
-            continue
-        try:
-            return _decoded(root, name, header[tensor])
-        except (ValueError, LookupError, TypeError, ArithmeticError) as error:
-            _broken(name, f"its tensor {tensor} is unreadable ({error})", path)
-    raise InputError(f"The weights hold no tensor {tensor}", key="path", value=path)

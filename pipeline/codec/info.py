@@ -11,10 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from pipeline.codec.files import codec_root, read_tensor, weight_files
+from pipeline.codec.files import codec_root, weight_files
 from pipeline.errors import ConfigError, InputError
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root
+from pipeline.storage.stored import batch_norm_scale
 from pipeline.storage.trust import check_sizes
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ DIFFUSERS_CLASSES = {
     "AutoencoderTiny": ("autoencoder_tiny", "encoder_block_out_channels", False),
     "AutoencoderDC": ("autoencoder_dc", "encoder_block_out_channels", False),
 }
+# Classes whose models read squares of so many latent pixels to a side as the channels of one, as `pixel_unshuffle`
+# orders them; their latents are stored in that form, for it is the one that is normalised channel by channel.
+SQUARES = {"AutoencoderKLFlux2": 2}
 _MAX_CHANNELS, _MAX_DEPTH = 1 << 12, 16  # of latents; levels of halved sides
 FITTED = (
     "fit_codec.complete.json"  # in a codec that jobs.fit_codec made: which weights those are, which run made them
@@ -134,19 +138,21 @@ def diffusers_info(root: Root, path: str) -> CodecInfo:
     mean, std = resolved.get("latents_mean"), resolved.get("latents_std")
     try:
         check_sizes(config)
-        if class_name == "AutoencoderKLFlux2":
-            mean, std = _flux2_statistics(root, [f.name for f in files], resolved, path)
-        if (
-            not 0 < int(resolved["latent_channels"]) <= _MAX_CHANNELS
-            or not 0 < len(resolved[factor_key]) <= _MAX_DEPTH
-        ):
+        side = SQUARES.get(class_name, 1)
+        channels, levels = int(resolved["latent_channels"]) * side**2, len(resolved[factor_key])
+        if not 0 < channels <= _MAX_CHANNELS or not 0 < levels <= _MAX_DEPTH:
             raise ValueError(f"latent_channels or {factor_key} are out of all bounds")
+        if class_name == "AutoencoderKLFlux2":
+            names, eps = [f.name for f in files], float(resolved["batch_norm_eps"])
+            mean, std = batch_norm_scale(root, names, eps, path)
+            if len(mean) != channels:
+                raise ValueError(f"its batch norm is none of {channels} channels")
         return CodecInfo(
             class_name=class_name,
             config=config,
             weights_sha256=sha256,
-            latent_channels=int(resolved["latent_channels"]),
-            factor=int(2 ** (len(resolved[factor_key]) - 1)),
+            latent_channels=channels,
+            factor=int(2 ** (levels - 1)) * side,
             scaling_factor=float(resolved.get("scaling_factor") or 1.0),
             shift_factor=float(resolved.get("shift_factor") or 0.0),
             latents_mean=None if mean is None else tuple(float(v) for v in mean),
@@ -224,21 +230,6 @@ def _read_config(root: Root, path: str) -> dict[str, Any]:
             next_step="save the codec again with save_pretrained",
         )
     return data
-
-
-def _flux2_statistics(
-    root: Root, names: list[str], resolved: dict[str, Any], path: str
-) -> tuple[list[float], list[float]]:
-    """Mean and std per raw channel, from the batch-norm statistics of FLUX.2's 2x2 patches.
-
-    The class keeps a mean and a variance for each (channel, place in the patch). Over the places of one
-    channel the law of total variance gives Var = E[var] + Var[mean].
-    """
-    mean, var = (read_tensor(root, names, f"bn.running_{which}", path) for which in ("mean", "var"))
-    eps, channels = float(resolved["batch_norm_eps"]), int(resolved["latent_channels"])
-    mean_cp, var_cp = mean.reshape(channels, -1), var.reshape(channels, -1) + eps
-    total = var_cp.mean(axis=1) + mean_cp.var(axis=1)
-    return mean_cp.mean(axis=1).tolist(), (total**0.5).tolist()
 
 
 @cache
@@ -352,8 +343,12 @@ def _count(info: CodecInfo, method: str, shape_CHW: tuple[int, int, int]) -> int
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
+    side = SQUARES.get(info.class_name, 1)
     with torch.device("meta"), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         vae = getattr(diffusers, info.class_name).from_config(info.config).eval()
+        given = torch.empty(1, *shape_CHW)
+        if method == "decode":
+            given = torch.nn.functional.pixel_shuffle(given, side)
         with FlopCounterMode(display=False) as counter:
-            getattr(vae, method)(torch.empty(1, *shape_CHW))
+            getattr(vae, method)(given)
     return int(counter.get_total_flops())

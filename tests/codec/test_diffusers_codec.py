@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from codec_builders import SHAPES, build, images, save
+from diffusers import Flux2KleinPipeline
 from safetensors.numpy import load_file, save_file
 
 from pipeline.codec.codec import load_codec, posterior_seed, resolve_dtype
-from pipeline.codec.diffusers_codec import DiffusersCodec
+from pipeline.codec.diffusers_codec import DiffusersCodec, write_scaled
 from pipeline.codec.files import INDEX, WEIGHTS
 from pipeline.codec.info import CodecInfo, check_dtype, codec_info
 from pipeline.errors import ConfigError, InputError
@@ -40,7 +41,9 @@ def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _diffusers_latents(name: str, pixels: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
         encoded = build(name).encode(pixels.permute(0, 3, 1, 2) / 127.5 - 1, return_dict=False)[0]
-    return encoded.mode() if name in WITH_POSTERIOR else encoded
+    encoded = encoded.mode() if name in WITH_POSTERIOR else encoded
+    # As its pipeline has them: squares of latent pixels are the channels of one.
+    return Flux2KleinPipeline._patchify_latents(encoded) if name == "flux2" else encoded
 
 
 @pytest.mark.parametrize("name", sorted(SHAPES))
@@ -54,7 +57,8 @@ def test_encodes_and_decodes_as_diffusers_does(tmp_path: Path, name: str, channe
     assert latents.shape == (3, *codec.info.latent_shape(32, 64))
     assert torch.allclose(latents, _diffusers_latents(name, pixels), atol=1e-4)
     with torch.inference_mode():
-        expected = build(name).decode(latents, return_dict=False)[0]
+        raw = Flux2KleinPipeline._unpatchify_latents(latents) if name == "flux2" else latents
+        expected = build(name).decode(raw, return_dict=False)[0]
     decoded = codec.decode(latents)
     assert decoded.dtype == torch.uint8
     assert decoded.shape == pixels.shape
@@ -300,6 +304,20 @@ def test_copy_that_fails_leaves_nothing(sd: Path, tmp_path: Path, monkeypatch: p
     with pytest.raises(InputError, match=r"The codec cannot be read: .*gone"):
         load_codec("memory://codecs/torn")
     assert list((tmp_path / "codecs").iterdir()) == []
+
+
+def test_another_scale_of_flux2_is_that_of_its_batch_norm_exactly(tmp_path: Path) -> None:
+    folder, out, same = save(tmp_path / "vae", "flux2"), tmp_path / "out", tmp_path / "same"
+    mean, std = np.linspace(-3, 3, 32).tolist(), np.geomspace(1e-4, 1e3, 32).tolist()
+    assert write_scaled(str(folder), None, mean, std, out) == "AutoencoderKLFlux2"
+    info, own = codec_info(str(out)), codec_info(str(folder))
+    assert info.latents_mean == pytest.approx(mean, rel=1e-6)
+    assert info.latents_std == pytest.approx(std, rel=1e-6)
+    assert torch.equal(load_codec(str(out)).encode(images(1)), load_codec(str(folder)).encode(images(1)))
+    assert own.latents_mean is not None
+    assert own.latents_std is not None
+    write_scaled(str(folder), None, own.latents_mean, own.latents_std, same)
+    assert codec_info(str(same)) == own
 
 
 def test_info_travels_with_the_codec(sd: Path) -> None:
