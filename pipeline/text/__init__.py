@@ -8,7 +8,7 @@ Captions stay text in the latent dataset. The job embed_text reads them (and not
 
 A row is one distinct caption, addressed by the blake2b-128 of its UTF-8 bytes; the empty prompt is always one of
 them. Padding is computed, for every batch has one shape, and stored only where it is part of the text
-(`encoders.padding=attended`), as published models read it. The plan holds the captions themselves:
+(`encoders.padding` attended or shown), as published models read it. The plan holds the captions themselves:
 a run that was killed goes on from the plan without reading the latents again, and loses at most one unit. A later
 run plans only captions no version holds. Rows follow the order in which captions first occur in the latents, so a
 stream that reads latents in windows finds the embeddings of a window close together.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -22,7 +22,9 @@ class TextEncoderConfig(StrictModel):
         ..., pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$", description="Names the embeddings: the folder below output.uri."
     )
     path: str = Field(
-        ..., min_length=1, description="Directory in transformers layout (CLIP, OpenCLIP or T5), or hub id."
+        ...,
+        min_length=1,
+        description="Directory in transformers layout (CLIP, OpenCLIP, T5, Gemma 2 or Qwen 3), or hub id.",
     )
     revision: str | None = Field(
         None, description="Commit or tag that pins a hub id; required for one, without meaning for a directory."
@@ -36,16 +38,26 @@ class TextEncoderConfig(StrictModel):
     max_length: int | None = Field(
         None, ge=1, description="Tokens a caption is cut to; default what a CLIP model can hold, required for T5."
     )
-    layer: Literal["last", "penultimate"] = Field(
-        "last", description="last: the final hidden state, normed; penultimate: the one before, as SDXL uses it."
+    layer: (
+        Literal["last", "penultimate"] | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    ) = Field(
+        "last",
+        description="last: the final hidden state, normed; penultimate: the one before, as SDXL uses it; a list "
+        "such as [9, 18, 27]: the states behind so many layers side by side, as FLUX.2 uses them.",
+    )
+    prompt: Literal["plain", "chat"] = Field(
+        "plain",
+        description="chat: a caption is a user's turn in the tokenizer's chat template, before an answer without "
+        "thinking, as FLUX.2 klein reads it.",
     )
     pooled: Literal["none", "pooler", "projection"] = Field(
         "none", description="CLIP only, stored as well: the pooled state as it is, or through the text projection."
     )
-    padding: Literal["masked", "attended"] = Field(
+    padding: Literal["masked", "attended", "shown"] = Field(
         "masked",
         description="masked: padding is hidden from encoder and model; attended: its states are part of the text, as "
-        "Stable Diffusion, SDXL, SD3 and FLUX read them.",
+        "Stable Diffusion, SDXL, SD3 and FLUX read them; shown: so they are, yet no token of the encoder attends to "
+        "padding, as FLUX.2 reads it.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Arithmetic of the encoder.")
     embedding_dtype: Literal["float16", "bfloat16"] = Field("float16", description="How embeddings are stored.")

@@ -34,7 +34,7 @@ class TextEncoder:
     """A loaded encoder with its tokenizer; every forward pass has the shape [batch_size, max_length].
 
     The shape is fixed so that no kernel is chosen by what else is in a batch: on a CPU a caption's bytes do not
-    depend on its neighbours. Padding is masked and stands on the right, so it reaches no true token.
+    depend on its neighbours. Padding that is masked stands on the right, so it reaches no true token.
     """
 
     def __init__(
@@ -44,15 +44,15 @@ class TextEncoder:
         *,
         max_length: int,
         batch_size: int,
-        layer: str,
-        pooled: str,
         device: str,
-        attend_padding: bool = False,
+        layer: str | tuple[int, ...],
+        pooled: str,
+        padding: str,
+        prompt: str,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._max_length, self._batch_size = max_length, batch_size
-        self._layer, self._pooled, self._device = layer, pooled, device
-        self._attend_padding = attend_padding
+        self._max_length, self._batch_size, self._device = max_length, batch_size, device
+        self._layer, self._pooled, self._padding, self._prompt = layer, pooled, padding, prompt
 
     def encode(self, captions: Sequence[str]) -> Encoded:
         """Any number of captions, in batches of one shape; the last one is filled with the empty prompt."""
@@ -72,24 +72,38 @@ class TextEncoder:
     def _batch(self, captions: Sequence[str]) -> Encoded:
         count, length = len(captions), self._max_length
         filled = [*captions, *[""] * (self._batch_size - count)]
+        if self._prompt == "chat":
+            filled = [
+                self._tokenizer.apply_chat_template(
+                    [{"role": "user", "content": caption}],
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    enable_thinking=False,
+                )
+                for caption in filled
+            ]
         batch = self._tokenizer(
             filled, padding="max_length", truncation=True, max_length=self._max_length, return_tensors="pt"
         )
         mask_NL = batch["attention_mask"]
         states = self._model(
             input_ids=batch["input_ids"].to(self._device),
-            attention_mask=None if self._attend_padding else mask_NL.to(self._device),
-            output_hidden_states=self._layer == "penultimate",
+            attention_mask=None if self._padding == "attended" else mask_NL.to(self._device),
+            output_hidden_states=self._layer != "last",
         )
-        hidden_NLD = states.hidden_states[-2] if self._layer == "penultimate" else states.last_hidden_state
+        if self._layer == "last":
+            hidden_NLD = states.last_hidden_state
+        else:
+            layers = (-2,) if isinstance(self._layer, str) else self._layer
+            hidden_NLD = torch.cat([states.hidden_states[at] for at in layers], dim=-1)
         tokens = mask_NL[:count].sum(dim=1).to(torch.int32).numpy()
         # Only captions that fill the length can have been cut: these are counted again, whole.
         truncated = np.zeros(count, np.bool_)
         full: list[int] = np.flatnonzero(tokens == length).tolist()
         if full:
-            longer = self._tokenizer([captions[i] for i in full], truncation=False, verbose=False)["input_ids"]
+            longer = self._tokenizer([filled[i] for i in full], truncation=False, verbose=False)["input_ids"]
             truncated[full] = [len(ids) > length for ids in longer]
-        if self._attend_padding:
+        if self._padding != "masked":
             tokens = np.full_like(tokens, length)
         pooled_NP: npt.NDArray[np.float32] | None = None
         if self._pooled != "none":
@@ -129,8 +143,10 @@ def load_encoder(
                 dtype=getattr(torch, encoder.dtype),
                 output_loading_info=True,
             )
+            # Where the padding is part of the text it stands where the tokenizer's maker put it.
+            side = {} if encoder.padding == "shown" else {"padding_side": "right"}
             tokenizer = transformers.AutoTokenizer.from_pretrained(
-                folder / "tokenizer", local_files_only=True, trust_remote_code=False, padding_side="right"
+                folder / "tokenizer", local_files_only=True, trust_remote_code=False, **side
             )
     except PipelineError:  # SIGTERM arrives as one
         raise
@@ -142,17 +158,19 @@ def load_encoder(
         # transformers would fill them with random numbers.
         names = sorted(report["missing_keys"])
         raise _unusable(encoder, f"its weights lack {len(names)} tensors, such as {names[0]}")
-    if tokenizer.pad_token_id is None:
-        raise _unusable(encoder, "its tokenizer has no padding token")
+    for what, there in (("padding token", tokenizer.pad_token), ("chat template", tokenizer.chat_template)):
+        if there is None and (what == "padding token" or encoder.prompt == "chat"):
+            raise _unusable(encoder, f"its tokenizer has no {what}")
+    if files.class_name.endswith("ForCausalLM"):
+        model = model.model  # its states are read, no next token is asked for
+        model.config.use_cache = False
     return TextEncoder(
         model.eval().to(device),
         tokenizer,
         max_length=files.max_length,
         batch_size=batch_size,
-        layer=encoder.layer,
-        pooled=encoder.pooled,
         device=device,
-        attend_padding=encoder.padding == "attended",
+        **encoder.model_dump(include={"layer", "pooled", "padding", "prompt"}),
     )
 
 

@@ -28,8 +28,10 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+_TEMPLATE = "chat_template.jinja"  # of newer tokenizers; tokenizer_config.json holds that of older ones
 _CLIP = ("clip", "clip_text_model")
-_OTHERS = {"t5": "T5EncoderModel", "gemma2": "Gemma2Model"}  # which pool nothing and hold texts of any length
+# Which pool nothing and hold texts of any length.
+_OTHERS = {"t5": "T5EncoderModel", "gemma2": "Gemma2Model", "qwen3": "Qwen3ForCausalLM"}
 _PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 _LAYOUT = f"an encoder is a directory with config.json, {WEIGHTS} and its tokenizer's files"
 # Notes of whoever saved the file; they change no number.
@@ -91,10 +93,11 @@ class EncoderFiles:
             "caption_hash": "blake2b-128 of the UTF-8 caption",
             "max_length": self.max_length,
             "width": self.width,
-            "layer": encoder.layer,
+            "layer": encoder.layer if isinstance(encoder.layer, str) else list(encoder.layer),
             "pooled": encoder.pooled,
-            # Masked in every fingerprint of before there was another way.
+            # Masked and plain in every fingerprint of before there was another way.
             **({} if encoder.padding == "masked" else {"padding": encoder.padding}),
+            **({} if encoder.prompt == "plain" else {"prompt": encoder.prompt}),
             "encoder_dtype": encoder.dtype,
             "embedding_dtype": encoder.embedding_dtype,
         }
@@ -111,7 +114,7 @@ def encoder_files(encoder: TextEncoderConfig) -> EncoderFiles:
         raise _refusal(
             f"The encoder {encoder.name} is of model_type {kind!r}",
             encoder,
-            "encoders are CLIP text models (OpenAI's and OpenCLIP's, in transformers format), T5 and Gemma 2",
+            "encoders are CLIP text models (OpenAI's and OpenCLIP's, in transformers format), T5, Gemma 2 and Qwen 3",
             "name another model, or the subfolder that holds the text encoder of a pipeline",
         )
     if kind == "clip":
@@ -128,6 +131,17 @@ def encoder_files(encoder: TextEncoderConfig) -> EncoderFiles:
             rule="only CLIP has a pooled state",
             next_step="set pooled: none",
         )
+    if not isinstance(encoder.layer, str):
+        layers = text.get("num_layers" if kind == "t5" else "num_hidden_layers")
+        if not isinstance(layers, int) or max(encoder.layer) > layers:
+            raise ConfigError(
+                f"The encoder {encoder.name} has no hidden state {max(encoder.layer)}",
+                key="encoders.layer",
+                value=list(encoder.layer),
+                rule=f"its states are 0, the embedded tokens, to {layers}",
+                next_step="name layers that it has",
+            )
+        width *= len(encoder.layer)
     clip_class = "CLIPTextModelWithProjection" if encoder.pooled == "projection" else "CLIPTextModel"
     weights = _weight_names(model_dir, encoder)
     return EncoderFiles(
@@ -159,7 +173,7 @@ def _directory(encoder: TextEncoderConfig) -> Path:
         )
     model, tokenizer = (f"{f}/" if f else "" for f in (encoder.subfolder, encoder.tokenizer_subfolder))
     patterns = [model + name for name in ("config.json", "model*.safetensors", INDEX)]
-    patterns += [tokenizer + name for name in TOKENIZER_FILES]
+    patterns += [tokenizer + name for name in (*TOKENIZER_FILES, _TEMPLATE)]
     what = f"the encoder {encoder.name} at revision {encoder.revision}"
     return hub_snapshot(encoder.path, encoder.revision, patterns, what=what, key="encoders.path")
 
@@ -248,7 +262,8 @@ def _hash_tokenizer(folder: Path, encoder: TextEncoderConfig) -> dict[str, str]:
             rule=f"a tokenizer's directory holds one of {', '.join(VOCABULARIES)}",
             next_step="save the tokenizer beside the model, or name the subfolder that holds it",
         )
-    return {name: _sha256(folder / name) for name in sorted(TOKENIZER_FILES) if (folder / name).is_file()}
+    names = (*TOKENIZER_FILES, _TEMPLATE) if encoder.prompt == "chat" else TOKENIZER_FILES
+    return {name: _sha256(folder / name) for name in sorted(names) if (folder / name).is_file()}
 
 
 def _sha256(path: Path) -> str:

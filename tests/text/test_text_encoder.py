@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from text_builders import CLIP_LENGTH, make_clip, make_t5
+from text_builders import CLIP_LENGTH, make_clip, make_qwen3, make_t5
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 
 from pipeline.errors import ConflictError, InputError, StoppedError
@@ -108,6 +108,15 @@ def test_padding_stands_on_the_right_whatever_the_files_say(folder: Path, tmp_pa
     (t5 / "tokenizer_config.json").write_text(json.dumps({**settings, "padding_side": "left"}))
     want, got = (load(p, max_length=8).encode(["a red sky"]) for p in (folder / "t5", t5))
     np.testing.assert_array_equal(got.embeddings_NLD[0, :4], want.embeddings_NLD[0, :4])
+
+
+def test_a_talk_needs_a_template_and_is_counted_whole(tmp_path: Path) -> None:
+    talk: dict[str, Any] = {"layer": (1, 2), "prompt": "chat", "padding": "shown", "max_length": 40}
+    got = load(make_qwen3(tmp_path / "qwen", layers=2), **talk).encode(["", "red", "a red sky" * 20])
+    assert got.tokens.tolist() == [40] * 3
+    assert got.truncated.tolist() == [False, False, True]
+    with pytest.raises(InputError, match="its tokenizer has no chat template"):
+        load(make_qwen3(tmp_path / "plain", layers=2, chat=None), **talk)
 
 
 def test_weights_that_lack_a_tensor_are_refused_not_invented(folder: Path, tmp_path: Path) -> None:

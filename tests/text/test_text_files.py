@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from text_builders import CLIP_LENGTH, WIDTH, make_clip, make_t5
+from text_builders import CLIP_LENGTH, WIDTH, make_clip, make_qwen3, make_t5
 
 from pipeline.errors import ConfigError, InputError
 from pipeline.text.config import EmbedTextJobConfig, TextEncoderConfig
@@ -21,6 +21,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_clip(folder / "clip")
     make_clip(folder / "whole", whole=True)
     make_t5(folder / "t5")
+    make_qwen3(folder / "qwen", layers=2)
     return folder
 
 
@@ -42,6 +43,11 @@ def test_classes_lengths_and_widths_are_read_from_the_files(encoders: Path) -> N
     assert (t5.class_name, t5.max_length, t5.width) == ("T5EncoderModel", 9, WIDTH)
     assert encoder_files(setting(encoders / "clip", pooled="projection")).class_name == "CLIPTextModelWithProjection"
     assert "vision_config" not in whole.config
+    qwen = encoder_files(setting(encoders / "qwen", max_length=9, layer=(0, 2), prompt="chat"))
+    assert (qwen.class_name, qwen.max_length, qwen.width) == ("Qwen3ForCausalLM", 9, 2 * 16)
+    # How a talk is written decides numbers where captions are turns of one.
+    assert "chat_template.jinja" in qwen.tokenizer_sha256
+    assert "chat_template.jinja" not in encoder_files(setting(encoders / "qwen", max_length=9)).tokenizer_sha256
 
 
 def test_everything_that_decides_the_numbers_is_in_the_fingerprint(encoders: Path, clip: Path) -> None:
@@ -55,6 +61,9 @@ def test_everything_that_decides_the_numbers_is_in_the_fingerprint(encoders: Pat
     settings: list[dict[str, object]] = [
         {"max_length": 8},
         {"layer": "penultimate"},
+        {"layer": (2, 3)},
+        {"prompt": "chat"},
+        {"padding": "shown"},
         {"pooled": "pooler"},
         {"dtype": "bfloat16"},
         {"embedding_dtype": "bfloat16"},
@@ -150,6 +159,8 @@ def test_a_directory_that_is_no_encoder_is_refused(clip: Path, damage: Callable[
         ("clip", {"max_length": CLIP_LENGTH + 1}, f"at most {CLIP_LENGTH} tokens"),
         ("t5", {}, "its files do not bound it"),
         ("t5", {"max_length": 8, "pooled": "pooler"}, "which pools nothing"),
+        ("clip", {"layer": (1, 4)}, "has no hidden state 4"),
+        ("qwen", {"max_length": 8, "layer": (1, 3)}, "has no hidden state 3"),
     ],
 )
 def test_a_setting_that_does_not_fit_the_encoder_is_a_config_error(

@@ -17,6 +17,9 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
 )
@@ -88,6 +91,39 @@ def make_t5(folder: Path, seed: int = 0, *, pad: bool = True, width: int = WIDTH
     )
     T5EncoderModel(config).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)
+    return folder
+
+
+# The turns of a talk, one of them begun and its thoughts left out on demand, as Qwen's own template has it.
+CHAT = (
+    "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def make_qwen3(folder: Path, seed: int = 0, *, layers: int = 28, width: int = 16, chat: str | None = CHAT) -> Path:
+    """A Qwen 3 with a byte-level BPE tokenizer that knows how a talk is written."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("r", "e"), ("re", "d"), ("s", "k"), ("sk", "y")]
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocab = {piece: i for i, piece in enumerate([*alphabet, *(a + b for a, b in merges), *marks])}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, extra_special_tokens=marks[1:])
+    tokenizer.chat_template = chat
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -59,7 +59,7 @@ class _Fingerprint(TypedDict, total=False):
     posterior: str
     max_length: Count
     width: Count
-    layer: str
+    layer: str | list[int]
     pooled: str
     embedding_dtype: str
     encoder_dtype: str
