@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from pipeline.errors import InputError
 
@@ -169,12 +170,13 @@ class Published(DiffusersAdapter):
         guidance_B: Tensor | None = None,
     ) -> Tensor:
         name, network, batch = self.network.class_name, self.network, len(x_BCHW)
+        flux = name in ("FluxTransformer2DModel", "Flux2Transformer2DModel")
         arguments: dict[str, Any] = {}
         if network.num_classes is not None:
             arguments["class_labels"] = self._labels(batch, x_BCHW.device, labels_B)
         if network.uses[1] == "required":
             arguments["encoder_hidden_states"] = self._need_text(text_BLD)
-        if network.masked:
+        if network.padding == "masked":
             arguments["encoder_attention_mask"] = text_mask_BL
         if network.arrangement in ("sdxl", "sd3", "flux"):
             pooled_BP = self._need(
@@ -190,30 +192,37 @@ class Published(DiffusersAdapter):
                 else {"resolution": sizes[:, 4:], "aspect_ratio": sizes[:, 4:5] / sizes[:, 5:6]}
             )
         if network.distilled:
-            scale = (
-                float(network.arguments.get("guidance_embeds_scale", 0.1)) if name != "FluxTransformer2DModel" else 1
-            )
+            scale = 1 if flux else float(network.arguments.get("guidance_embeds_scale", 0.1))
             told = x_BCHW.new_full((batch,), network.distilled_guidance) if guidance_B is None else guidance_B
             arguments["guidance"] = told * scale
-        if name == "FluxTransformer2DModel":
+        if flux:
             return self._flux(x_BCHW, t_B, **arguments)
         return self._predict(x_BCHW, t_B * float(network.arguments.get("timestep_scale", 1.0)), **arguments)
 
     def _flux(self, x_BCHW: Tensor, t_B: Tensor, **arguments: Any) -> Tensor:
-        """Squares of 2 x 2 latent pixels are its tokens, their places given beside them; its times are 0 to 1."""
+        """Squares of latent pixels are its tokens, their places given beside them; its times are 0 to 1.
+
+        A Flux 2 finds its squares in the channels (see `codec.info.SQUARES`), and its words have places, too.
+        """
         self._check_size(x_BCHW)
-        batch, channels, height, width = x_BCHW.shape
-        rows, columns = height // 2, width // 2
-        squares = x_BCHW.reshape(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
-        tokens = squares.reshape(batch, rows * columns, channels * 4)
-        places = torch.zeros(rows, columns, 3, device=x_BCHW.device)
+        side, axes = (2, 3) if self.network.class_name == "FluxTransformer2DModel" else (1, 4)
+        squares = pixel_unshuffle(x_BCHW, side)
+        rows, columns = squares.shape[2:]
+        places = torch.zeros(rows, columns, axes, device=x_BCHW.device)
         places[..., 1] += torch.arange(rows, device=x_BCHW.device)[:, None]
         places[..., 2] += torch.arange(columns, device=x_BCHW.device)
-        text_places = torch.zeros(arguments["encoder_hidden_states"].shape[1], 3, device=x_BCHW.device)
+        words = arguments["encoder_hidden_states"].shape[1]
+        text_places = torch.zeros(words, axes, device=x_BCHW.device)
+        text_places[:, 3:] += torch.arange(words, device=x_BCHW.device)[:, None]
         out: Tensor = self.inner(
-            tokens, timestep=t_B, img_ids=places.reshape(-1, 3), txt_ids=text_places, return_dict=False, **arguments
+            squares.flatten(2).transpose(1, 2),
+            timestep=t_B,
+            img_ids=places.flatten(0, 1),
+            txt_ids=text_places,
+            return_dict=False,
+            **arguments,
         )[0]
-        return out.reshape(batch, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x_BCHW.shape)
+        return pixel_shuffle(out.transpose(1, 2).reshape(squares.shape), side)
 
     def _need(self, name: str, value: Tensor | None, rule: str) -> Tensor:
         if value is None:

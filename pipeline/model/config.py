@@ -22,11 +22,13 @@ PublishedClass = Literal[
     "DiTTransformer2DModel",
     "SD3Transformer2DModel",
     "FluxTransformer2DModel",
+    "Flux2Transformer2DModel",
     "PixArtTransformer2DModel",
     "SanaTransformer2DModel",
 ]
 # How the states of a model's text encoders become what it reads, see `text.dataset.arrange`.
 Arrangement = Literal["none", "single", "sdxl", "sd3", "flux"]
+Padding = Literal["masked", "attended", "shown"]
 
 
 @dataclass(frozen=True)
@@ -340,8 +342,13 @@ class PublishedConfig(NetworkConfig):
 
     @property
     def latent_channels(self) -> int:
-        """Of the latents; a Flux sees squares of 2 x 2 latent pixels."""
-        default = {"UNet2DModel": 3, "SD3Transformer2DModel": 16, "FluxTransformer2DModel": 64}
+        """Of the latents; a Flux sees squares of 2 x 2 latent pixels, the latents of a Flux 2 are such squares."""
+        default = {
+            "UNet2DModel": 3,
+            "SD3Transformer2DModel": 16,
+            "FluxTransformer2DModel": 64,
+            "Flux2Transformer2DModel": 128,
+        }
         channels = self.arguments.get("in_channels") or default.get(str(self.class_name), 4)
         return int(channels) // (4 if self.class_name == "FluxTransformer2DModel" else 1)
 
@@ -354,7 +361,7 @@ class PublishedConfig(NetworkConfig):
 
     @property
     def distilled(self) -> bool:
-        return bool(self.arguments.get("guidance_embeds", False))
+        return bool(self.arguments.get("guidance_embeds", self.class_name == "Flux2Transformer2DModel"))
 
     @property
     def pooled_dim(self) -> int | None:
@@ -375,9 +382,11 @@ class PublishedConfig(NetworkConfig):
         return named.get(str(self.class_name), "single")
 
     @property
-    def masked(self) -> bool:
-        """Whether padding of the text is hidden from it; else it reads the states of padding like any others."""
-        return self.class_name in ("PixArtTransformer2DModel", "SanaTransformer2DModel")
+    def padding(self) -> Padding:
+        """What padding of its text is to it, as `text.config.TextEncoderConfig` says it."""
+        if self.class_name in ("PixArtTransformer2DModel", "SanaTransformer2DModel"):
+            return "masked"
+        return "shown" if self.class_name == "Flux2Transformer2DModel" else "attended"
 
     @property
     def text_dim(self) -> int | None:
@@ -386,6 +395,7 @@ class PublishedConfig(NetworkConfig):
             "UNet2DConditionModel": ("cross_attention_dim", 1280),
             "SD3Transformer2DModel": ("joint_attention_dim", 4096),
             "FluxTransformer2DModel": ("joint_attention_dim", 4096),
+            "Flux2Transformer2DModel": ("joint_attention_dim", 15360),
             "PixArtTransformer2DModel": ("caption_channels", 4096),
             "SanaTransformer2DModel": ("caption_channels", 2304),
         }
@@ -403,7 +413,8 @@ class PublishedConfig(NetworkConfig):
             return Sides("patch_size", 2)
         if str(self.class_name).startswith("UNet"):
             return _of_levels(self.arguments.get("block_out_channels") or (0,) * 4)
-        patch = int(self.arguments.get("patch_size") or (1 if self.class_name == "SanaTransformer2DModel" else 2))
+        single = self.class_name in ("SanaTransformer2DModel", "Flux2Transformer2DModel")
+        patch = int(self.arguments.get("patch_size") or (1 if single else 2))
         most = self.arguments.get("pos_embed_max_size") if self.class_name == "SD3Transformer2DModel" else None
         return Sides("pos_embed_max_size" if most else "patch_size", patch, most=most and int(most) * patch)
 

@@ -14,9 +14,10 @@ from pydantic_core import from_json
 
 from pipeline.diffusion.config import ObjectiveConfig
 from pipeline.diffusion.solvers import NUM_TRAIN_STEPS, Combination, combination
-from pipeline.errors import InputError
-from pipeline.model.config import ModelConfig, PublishedClass, PublishedConfig
+from pipeline.errors import InputError, argument_keys
+from pipeline.model.config import ModelConfig, Padding, PublishedClass, PublishedConfig
 from pipeline.storage.root import Root, check_key
+from pipeline.storage.stored import batch_norm_scale
 
 Bucket = Annotated[str, Field(pattern=r"^[1-9]\d{0,5}x[1-9]\d{0,5}$")]
 
@@ -48,20 +49,25 @@ class SizeShift:
 
     sqrt: low times sqrt(pixels / base) (Esser et al. 2024, section 5.3.2). exponential: exp of the line through
     (base, low) and (most, high), as the schedulers of FLUX say it; `patch` latent pixels to a side make one token.
+    empirical: it falls with the steps, too, as FLUX.2's pipelines compute it (`compute_empirical_mu` in diffusers):
+    exp of FLUX's line above `base` tokens and with 200 steps, of another line with 10, else of what lies between.
     """
 
-    kind: Literal["sqrt", "exponential"]
+    kind: Literal["sqrt", "exponential", "empirical"]
     base: Annotated[int, Field(ge=1)]
     most: Annotated[int, Field(ge=1)] = 1
     low: float = 0.0
     high: float = 0.0
     patch: Annotated[int, Field(ge=1)] = 1
 
-    def at(self, height: int, width: int) -> float:
-        """The shift for a latent of this size."""
+    def at(self, height: int, width: int, steps: int) -> float:
+        """The shift for a latent of this size, drawn in so many steps."""
         if self.kind == "sqrt":
             return self.low * math.sqrt(height * width / self.base)
         tokens = height * width / self.patch**2
+        if self.kind == "empirical":
+            many, few = 0.00016927 * tokens + 0.45666666, 8.73809524e-05 * tokens + 1.89833333
+            return math.exp(many if tokens > self.base else many + (few - many) * (200 - steps) / 190)
         return math.exp(self.low + (self.high - self.low) * (tokens - self.base) / (self.most - self.base))
 
 
@@ -164,9 +170,9 @@ class ModelInfo:
         """Height and width in pixels of each bucket."""
         return tuple((int(h), int(w)) for h, w in (bucket.split("x") for bucket in self.buckets))
 
-    def shift_at(self, height: int, width: int) -> float:
-        """The shift of the sampling times for a latent of this size."""
-        return self.sampling_shift if self.shift_by_size is None else self.shift_by_size.at(height, width)
+    def shift_at(self, height: int, width: int, steps: int) -> float:
+        """The shift of the sampling times for a latent of this size, drawn in so many steps."""
+        return self.sampling_shift if self.shift_by_size is None else self.shift_by_size.at(height, width, steps)
 
     def to_json(self) -> dict[str, Any]:
         """Its fields as JSON values; what came later only where there is some. `text`: one encoder, or a list."""
@@ -218,10 +224,11 @@ class PipelineTextEncoder:
     name: str
     subfolder: str
     tokenizer_subfolder: str
-    layer: Literal["last", "penultimate"] = "last"
+    layer: Literal["last", "penultimate"] | tuple[int, ...] = "last"
     pooled: Literal["none", "pooler", "projection"] = "none"
     max_length: int | None = None
-    padding: Literal["masked", "attended"] = "attended"
+    padding: Padding = "attended"
+    prompt: Literal["plain", "chat"] = "plain"
 
 
 @dataclass(frozen=True)
@@ -278,8 +285,13 @@ def read_pipeline_dir(root: Root) -> PublishedPipeline:
     vae = _json(root, "vae/config.json")
     # Of these classes only DiT reserves a label for "no label"; a UNet's last class is a class.
     always_labelled = model.num_classes is not None and model.class_name != "DiTTransformer2DModel"
-    mean, std = codec_scale(vae, model.latent_channels)
     factor = 2 ** (len(vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or ()) - 1)
+    if vae.get("_class_name") == "AutoencoderKLFlux2":  # of which the latents are squares of 2 x 2
+        folder, eps = root.child("vae"), float(vae.get("batch_norm_eps", 1e-4))
+        with argument_keys({"path": "model.uri"}):
+            scale = batch_norm_scale(folder, _weight_names(folder), eps, folder.uri)
+        vae, factor = dict(zip(("latents_mean", "latents_std"), scale, strict=True)), 2 * factor
+    mean, std = codec_scale(vae, model.latent_channels)
     buckets: tuple[str, ...] = ()
     if size := model.arguments.get("sample_size"):
         height, width = size if isinstance(size, list) else (size, size)
@@ -305,11 +317,11 @@ def read_pipeline_dir(root: Root) -> PublishedPipeline:
         "sampling_shift": shift,
         **({} if by_size is None else {"shift_by_size": by_size}),
         "always_labelled": always_labelled,
-        "guidable": not always_labelled,
+        "guidable": not (always_labelled or index.get("is_distilled")),
         **({"zero_empty_text": True} if zeros else {}),
         "weights_sha256": ",".join(network.weights.values()),
     }
-    encoders = _encoders(index, model)
+    encoders = _encoders(root, index, model)
     return PublishedPipeline(root, named[0], model, network.weights, info, encoders)
 
 
@@ -322,7 +334,7 @@ def read_pipeline_encoders(root: Root) -> tuple[PipelineTextEncoder, ...]:
     if class_name not in CLASSES:
         raise refused(root, component, f"{class_name} is not one of {', '.join(CLASSES)}")
     arguments = {k: v for k, v in config.items() if k[:1] != "_"}
-    encoders = _encoders(index, PublishedConfig.model_validate({"class": class_name, "config": arguments}))
+    encoders = _encoders(root, index, PublishedConfig.model_validate({"class": class_name, "config": arguments}))
     if not encoders:
         raise refused(root, f"{INDEX}: its text encoders", f"they are not those that a {class_name} reads")
     return encoders
@@ -361,6 +373,8 @@ def _objective(
         if not scheduler.get("use_dynamic_shifting"):
             return {"kind": "flow"}, float(scheduler.get("shift", scheduler.get("flow_shift", 1.0))), None
         high = float(scheduler.get("max_shift", 1.15))
+        if model.class_name == "Flux2Transformer2DModel":
+            return {"kind": "flow"}, math.exp(high), {"kind": "empirical", "base": 4300}
         by_size = {
             "kind": "exponential",
             "base": int(scheduler.get("base_image_seq_len", 256)),
@@ -382,8 +396,11 @@ def _objective(
     return {"kind": kind, "schedule": schedule, **betas, **zero_snr}, 1.0, None
 
 
-def _encoders(index: Mapping[str, Any], model: PublishedConfig) -> tuple[PipelineTextEncoder, ...]:
-    """The encoders that the index names, as its class reads them; none where they are others than it reads."""
+def _encoders(root: Root, index: Mapping[str, Any], model: PublishedConfig) -> tuple[PipelineTextEncoder, ...]:
+    """The encoders that the index names, as its class reads them; none where they are others than it reads.
+
+    InputError for those of FLUX.2 dev, which are not known here.
+    """
     there = [
         number
         for number in ("", "_2", "_3")
@@ -394,9 +411,18 @@ def _encoders(index: Mapping[str, Any], model: PublishedConfig) -> tuple[Pipelin
         return PipelineTextEncoder(f"text_encoder{number}", f"text_encoder{number}", f"tokenizer{number}", **reads)
 
     arrangement = model.arrangement
+    if model.class_name == "Flux2Transformer2DModel" and there == [""]:
+        if (named := index["text_encoder"][1]) != "Qwen3ForCausalLM":
+            raise refused(
+                root,
+                f"{INDEX}: text_encoder {named}",
+                "FLUX.2's text is read from Qwen 3, as klein has it; dev's Mistral 3, a model of images and text "
+                "behind a processor and a system prompt, is not among the text encoders",
+            )
+        return (encoder("", layer=(9, 18, 27), prompt="chat", padding="shown", max_length=512),)
     if arrangement == "single" and there == [""]:
         length = _MASKED_LENGTHS.get(str(model.class_name))
-        return (encoder("", padding="masked", max_length=length) if model.masked else encoder(""),)
+        return (encoder("", padding=model.padding, max_length=length),)
     if arrangement == "sdxl" and there == ["", "_2"]:
         return (encoder("", layer="penultimate"), encoder("_2", layer="penultimate", pooled="projection"))
     if arrangement == "sd3" and there[:2] == ["", "_2"]:
@@ -407,16 +433,21 @@ def _encoders(index: Mapping[str, Any], model: PublishedConfig) -> tuple[Pipelin
     return ()
 
 
-def _weights(component: Root) -> dict[str, str]:
-    """The SHA-256 of each weight file by its name."""
+def _weight_names(component: Root) -> list[str]:
+    """The weight files, or those that their index names."""
     names, sharded = [WEIGHTS], f"{WEIGHTS}.index.json"
     if component.exists(WEIGHTS) and component.exists(sharded):
         raise refused(component, f"{WEIGHTS} and {sharded}", "weights are there once: remove what is not to be used")
     if not component.exists(WEIGHTS):
         index = _json(component, sharded)
         names = sorted({str(name) for name in dict(index.get("weight_map", {})).values()})
+    return names
+
+
+def _weights(component: Root) -> dict[str, str]:
+    """The SHA-256 of each weight file by its name."""
     digests = {}
-    for name in names:
+    for name in _weight_names(component):
         if not name.endswith(".safetensors") or "/" in name:
             raise refused(component, name, "weights must be safetensors files beside their index")
         try:

@@ -121,8 +121,9 @@ def num_parameters(model: nn.Module) -> int:
 
 # -- Low-rank adapters (Hu et al. 2021) through peft: put into a network, as diffusers loads them, merged ------
 
-# The projections of attention, as diffusers and the reference DiT call them.
-_USUAL = ("to_q", "to_k", "to_v", "to_out.0")
+# The projections of attention, as diffusers (a Flux 2 has them in one layer in most of its blocks) and the reference
+# DiT call them.
+_USUAL = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj")
 _OF_DIT = ("qkv", "query", "key_value", "out")
 
 

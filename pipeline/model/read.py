@@ -145,7 +145,7 @@ class InitialWeights:
     hub: bool = False
 
 
-_HUB_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
+_HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
 _HUB_LEFT = ("*.fp16.*", "*.non_ema.*", "*onnx*", "*flax*", "*openvino*")
 
 

@@ -134,7 +134,7 @@ class Denoiser:
         factor, shift = self.info.factor, self.draw.shift
         shape = (self.info.latent_channels, schedule.height // factor, schedule.width // factor)
         if self.draw.shift_by_size:
-            shift = self.info.shift_at(*shape[1:])
+            shift = self.info.shift_at(*shape[1:], schedule.steps)
         solving = Solving(self.draw.sampler, schedule.steps, schedule.guidance, schedule.interval, shift)
         return self._drawer(names, labels, texts, shape, solving)
 

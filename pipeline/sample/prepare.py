@@ -58,7 +58,7 @@ def text_of(model: StoredModel) -> TextSpec | None:
         return None
     published = info.model if isinstance(info.model, PublishedConfig) else None
     arrangement = "single" if published is None else published.arrangement
-    masked = published is None or published.masked
+    masked = published is None or published.padding == "masked"
     if isinstance(place, PublishedPipeline):
         encoders = _of_pipeline(place)
         files = tuple(encoder_files(e) for e in encoders)

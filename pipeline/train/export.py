@@ -106,7 +106,7 @@ def model_card(
 def _snippet(info: ModelInfo, form: DiffusersPipeline, copied: bool) -> dict[str, str]:
     """How the pipeline is loaded and asked, for the card."""
     height, width = info.sizes[0] if info.sizes else (512, 512)
-    asked = ["[0]"] if form.name == "DiTPipeline" else ['"a photograph"', f"height={height}", f"width={width}"]
+    asked = ["[0]"] if form.name == "DiTPipeline" else ['prompt="a photograph"', f"height={height}", f"width={width}"]
     if info.objective.kind == "flow" and form.name in ("StableDiffusion3Pipeline", "SanaPipeline"):
         asked.append("sigmas=[1 - i / 25 for i in range(25)]")
     # DiTPipeline's label for "none" is 1000, whatever the network has.

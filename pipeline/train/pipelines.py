@@ -29,6 +29,7 @@ _PIPELINES = {
     "DiTTransformer2DModel": ("DiTPipeline", "transformer"),
     "SD3Transformer2DModel": ("StableDiffusion3Pipeline", "transformer"),
     "FluxTransformer2DModel": ("FluxPipeline", "transformer"),
+    "Flux2Transformer2DModel": ("Flux2KleinPipeline", "transformer"),
     "PixArtTransformer2DModel": ("PixArtSigmaPipeline", "transformer"),
     "SanaTransformer2DModel": ("SanaPipeline", "transformer"),
 }
@@ -65,6 +66,10 @@ def pipeline_of(info: ModelInfo) -> DiffusersPipeline | str:
         name, component = _PIPELINES.get(str(network.class_name), ("", ""))
         if not name:
             return f"diffusers has no pipeline of latents for {network.class_name}"
+        if name == "Flux2KleinPipeline" and network.distilled:
+            return (
+                "FLUX.2 with guidance embeddings has a pipeline with Mistral 3 alone, which is no text encoder here"
+            )
         if network.arrangement == "sdxl":
             name = "StableDiffusionXLPipeline"
         if network.class_name == "PixArtTransformer2DModel" and network.micro_conditions:
@@ -102,6 +107,8 @@ def write_around(
     index["vae"] = ["diffusers", vae]
     if form.name == "StableDiffusionXLPipeline":
         index["force_zeros_for_empty_prompt"] = info.zero_empty_text
+    if form.name == "Flux2KleinPipeline":  # of which guidance asks nothing of a network that is distilled
+        index["is_distilled"] = not info.guidable
     for at, reference in enumerate(info.texts):
         number = "" if at == 0 else f"_{at + 1}"
         encoder = TextEncoderConfig.model_validate(reference.encoder, strict=False)
@@ -129,7 +136,7 @@ def scheduler_config(
 ) -> dict[str, Any]:
     """scheduler_config.json of an objective: FlowMatchEulerDiscreteScheduler for flows, else DDIMScheduler.
 
-    by_size: only the exponential rule, which that scheduler knows; else `sampling_shift` holds at every size.
+    by_size: only rules that this scheduler, or FLUX.2's pipeline, knows; else `sampling_shift` holds at every size.
     """
     if objective.kind == "flow":
         flow: dict[str, Any] = {
@@ -137,6 +144,8 @@ def scheduler_config(
             "num_train_timesteps": NUM_TRAIN_STEPS,
             "shift": sampling_shift,
         }
+        if by_size is not None and by_size.kind == "empirical":
+            flow |= {"shift": 1.0, "use_dynamic_shifting": True}
         if by_size is not None and by_size.kind == "exponential":
             flow |= {
                 "shift": 1.0,

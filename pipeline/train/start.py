@@ -241,7 +241,7 @@ def check_start_fits(start: Start, dataset: LatentDataset, texts: tuple[dict[str
                 value=ours["uri"],
                 rule="text is embedded by the encoders that a model learned with, read as it reads them",
                 next_step="run jobs.embed_text with these encoders (of a pipeline: its text_encoder folders, with "
-                "layer, pooled, padding and max_length as above)",
+                "layer, prompt, pooled, padding and max_length as above)",
             )
 
 
@@ -281,7 +281,7 @@ def text_facts(
         )
     made_by, where = text.fingerprint, dict(text.identity.about["encoder"])
     shared = {name: made_by[name] for name in ("max_length", "layer", "pooled", "embedding_dtype")}
-    shared |= {"padding": made_by["padding"]} if "padding" in made_by else {}
+    shared |= {name: made_by[name] for name in ("padding", "prompt") if name in made_by}
     path = where["path"]
     encoder = {
         **where,
@@ -296,9 +296,7 @@ def text_facts(
 def check_arrangement(config: TrainJobConfig, texts: tuple[dict[str, Any], ...]) -> None:
     """ConfigError when a network reads text of other encoders, by number, width or padding, than there are."""
     network = config.model
-    arrangement, masked = "single", True
-    if isinstance(network, PublishedConfig):
-        arrangement, masked = network.arrangement, network.masked
+    arrangement = network.arrangement if isinstance(network, PublishedConfig) else "single"
     if not texts or arrangement == "none":
         return
     fewest, most = ARRANGEMENTS[arrangement]
@@ -314,10 +312,8 @@ def check_arrangement(config: TrainJobConfig, texts: tuple[dict[str, Any], ...])
         wrong = "several encoders are stored in one embedding_dtype"
     elif isinstance(network, PublishedConfig):
         states = made[1:] if arrangement == "flux" else made
-        if any((one.get("padding", "masked") == "masked") != masked for one in states):
-            wrong = f"its padding is {'masked' if masked else 'attended'}: embed with padding: " + (
-                "masked" if masked else "attended"
-            )
+        if any(one.get("padding", "masked") != network.padding for one in states):
+            wrong = f"its padding is {network.padding}: embed with padding: {network.padding}"
         width = sum(one["width"] for one in states[:2]) if arrangement in ("sdxl", "sd3") else states[0]["width"]
         if width > (network.text_dim or 0) or (arrangement != "sd3" and width != network.text_dim):
             wrong = f"it reads states of width {network.text_dim}, these are {width} wide"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
 from pipeline.codec.info import codec_info
 from pipeline.diffusion.objectives import Objective
 from pipeline.diffusion.samplers import sample
 from pipeline.errors import InputError
 from pipeline.model.config import InitConfig
-from pipeline.model.info import is_pipeline_dir
+from pipeline.model.info import SizeShift, is_pipeline_dir
 from pipeline.model.load import load_model
 from pipeline.model.read import read_init
 from pipeline.storage.root import Root
@@ -139,6 +141,15 @@ def test_channel_statistics_and_shards(tmp_path: Path) -> None:
     x, t, labels = torch.randn(1, 4, 8, 8), torch.tensor([0.5]), torch.tensor([2])
     with torch.no_grad():
         assert torch.equal(model(x, t, labels), transformer(x, torch.tensor([500.0]), labels).sample[:, :4])
+
+
+@pytest.mark.parametrize("steps", [1, 4, 10, 28, 50, 200, 1000])
+def test_the_shift_of_flux2_falls_with_steps_as_its_pipeline_computes_it(steps: int) -> None:
+    by_size = SizeShift("empirical", base=4300)
+    for height, width in ((16, 16), (48, 80), (64, 64), (50, 86), (51, 86), (128, 96)):
+        assert math.log(by_size.at(height, width, steps)) == pytest.approx(
+            compute_empirical_mu(height * width, steps)
+        )
 
 
 def test_a_foreign_unet_has_no_null_label(tmp_path: Path) -> None:

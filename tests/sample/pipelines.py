@@ -9,10 +9,13 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
@@ -31,10 +34,11 @@ from transformers import (
     CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
+    Qwen3ForCausalLM,
     T5EncoderModel,
 )
 
-from tests.text.text_builders import CLIP_LENGTH, WIDTH, make_clip, make_t5
+from tests.text.text_builders import CLIP_LENGTH, WIDTH, make_clip, make_qwen3, make_t5
 
 SIDE = 8  # latent pixels
 
@@ -165,6 +169,33 @@ def make_flux_pipeline(folder: Path, *, guidance: bool = False) -> Any:
         transformer=transformer,
     )
     pipe.save_pretrained(folder / "pipe", safe_serialization=True)
+    return pipe
+
+
+def make_flux2_pipeline(folder: Path, *, distilled: bool = False, guidance: bool = False) -> Any:
+    torch.manual_seed(16)
+    make_qwen3(folder / "qwen", seed=17)
+    transformer = Flux2Transformer2DModel(
+        in_channels=8, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=3 * 16, timestep_guidance_channels=32, axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=guidance,
+    ).eval()  # fmt: skip
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, latent_channels=2, layers_per_block=1,
+    ).eval()  # fmt: skip
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    pipe = Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=Qwen3ForCausalLM.from_pretrained(folder / "qwen").eval(),
+        tokenizer=AutoTokenizer.from_pretrained(folder / "qwen"),
+        transformer=transformer,
+        is_distilled=distilled,
+    )
+    pipe.save_pretrained(folder / "pipe", safe_serialization=True)
+    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 

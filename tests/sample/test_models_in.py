@@ -18,7 +18,7 @@ from pipeline.diffusion.rng import ids_from_bytes, keyed_normal
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.media import decode_image
 from pipeline.model import load
-from pipeline.model.info import PublishedPipeline
+from pipeline.model.info import PublishedPipeline, read_pipeline_encoders
 from pipeline.model.load import load_model
 from pipeline.model.read import read_model
 from pipeline.sample.config import SampleJobConfig
@@ -33,7 +33,7 @@ from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.export import save_export
 from pipeline.train.state import Track, make_state
 from tests.sample.conftest import Tiny
-from tests.sample.pipelines import SIDE, make_dit_pipeline, make_sd3_pipeline, make_sd_pipeline
+from tests.sample.pipelines import SIDE, make_dit_pipeline, make_flux2_pipeline, make_sd3_pipeline, make_sd_pipeline
 
 pytestmark = pytest.mark.integration
 
@@ -66,9 +66,9 @@ def images_of(prepared: SamplingInputs) -> tuple[list[bytes], list[bytes]]:
     return rows["sample_id"].to_pylist(), rows["image"].to_pylist()
 
 
-def noise_of(names: list[bytes]) -> torch.Tensor:
+def noise_of(names: list[bytes], channels: int = 4) -> torch.Tensor:
     """The noise our requests start from, to start theirs from it too."""
-    return keyed_normal(0, ids_from_bytes(names), purpose=NOISE, shape=(4, SIDE, SIDE))
+    return keyed_normal(0, ids_from_bytes(names), purpose=NOISE, shape=(channels, SIDE, SIDE))
 
 
 def assert_same_pictures(ours: list[bytes], theirs: np.ndarray) -> None:
@@ -165,6 +165,16 @@ def test_a_text_pipeline_whose_encoders_are_not_known_is_refused(tmp_path: Path)
     )
     with pytest.raises(InputError, match=r"its text encoders[\s\S]*UNet2DConditionModel reads the text of 1"):
         text_of(read_model(str(tmp_path / "pipe")))
+
+
+def test_flux2_with_another_text_encoder_is_refused_by_its_name(tmp_path: Path) -> None:
+    make_flux2_pipeline(tmp_path)
+    index = tmp_path / "pipe" / "model_index.json"
+    mistral = {"text_encoder": ["transformers", "Mistral3ForConditionalGeneration"]}
+    index.write_text(json.dumps(json.loads(index.read_text()) | mistral))
+    for read in (lambda uri: read_model(str(uri)), lambda uri: read_pipeline_encoders(Root(str(uri)))):
+        with pytest.raises(InputError, match=r"text_encoder Mistral3For[\s\S]*klein has it; dev's Mistral 3"):
+            read(tmp_path / "pipe")
 
 
 def test_an_export_that_was_never_trained_without_a_class_is_not_guided(tiny: Tiny, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_what_adapters_cannot_be_put_into_is_refused(small: TrainJobConfig) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("merge", [False, True])
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux", "sana"])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux", "flux2", "sana"])
 def test_diffusers_draws_with_the_adapters_what_we_draw(
     family: str, merge: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,16 +136,20 @@ def test_diffusers_draws_with_the_adapters_what_we_draw(
     pipe = DiffusionPipeline.from_pretrained(export if merge else tmp_path / "pipe")
     if not merge:
         pipe.load_lora_weights(export)
+        if family == "flux2":  # most of whose blocks have all projections in one layer
+            with safe_open(str(export / "pytorch_lora_weights.safetensors"), framework="pt") as file:
+                assert any("single_transformer_blocks.0.attn.to_qkv_mlp_proj" in key for key in file.keys())  # noqa: SIM118
     pipe.set_progress_bar_config(disable=True)
-    kind = read_model(str(export)).info.objective.kind
-    solver = "euler" if kind == "flow" else "ddim"
-    requests = {"prompts": PROMPTS, "negative_prompt": "blue blue sky"}
+    info = read_model(str(export)).info
+    solver = "euler" if info.objective.kind == "flow" else "ddim"
+    negative = {} if family == "flux2" else {"negative_prompt": "blue blue sky"}
+    requests = {"prompts": PROMPTS} | negative
     names, ours = images_of(ready(export, requests, sampler={"name": solver}))
-    side = 2 * SIZE if family == "sana" else SIZE
+    side = 2 * SIZE if family in ("flux2", "sana") else SIZE
     plain = requests | {"height": side, "width": side}
     _, untuned = images_of(ready(tmp_path / "pipe", plain, sampler={"name": solver}))
     assert ours != untuned
-    noise = noise_of(names)
+    noise = noise_of(names, info.latent_channels)
     asked: dict[str, Any] = {"guidance_scale": 3.0, "latents": noise}
     if family == "flux":
         asked = {"true_cfg_scale": 3.0, "latents": pipe._pack_latents(noise, 2, 4, pipelines.SIDE, pipelines.SIDE)}
@@ -155,5 +159,6 @@ def test_diffusers_draws_with_the_adapters_what_we_draw(
         asked |= {"sigmas": SIGMAS}
     if family == "sana":
         asked |= {"clean_caption": False, "complex_human_instruction": None, "use_resolution_binning": False}
-    theirs = pipe(PROMPTS, negative_prompt=["blue blue sky"] * 2, num_inference_steps=4, output_type="np", **asked)
+    asked |= {name: [text] * 2 for name, text in negative.items()}
+    theirs = pipe(prompt=PROMPTS, num_inference_steps=4, output_type="np", **asked)
     assert_same_pictures(ours, np.asarray(theirs.images))

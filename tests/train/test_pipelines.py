@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,16 @@ from diffusers import DiffusionPipeline, UNet2DModel
 
 from pipeline.codec.info import codec_info
 from pipeline.config import validate
+from pipeline.errors import ConfigError
 from pipeline.model.config import InitConfig
 from pipeline.model.load import load_model
 from pipeline.model.read import read_init, read_model
 from pipeline.text.config import EmbedTextJobConfig
+from pipeline.text.dataset import TextEmbeddings
 from pipeline.text.job import run as embed
 from pipeline.train import job
 from pipeline.train.config import TrainJobConfig
+from pipeline.train.pipelines import pipeline_of
 from tests.sample import pipelines
 from tests.sample.test_models_in import assert_same_pictures, images_of, noise_of, ready
 from tests.train.dataset import make_dataset
@@ -45,6 +50,7 @@ FAMILIES: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
         {"height": SIZE, "width": SIZE, "sigmas": SIGMAS},
     ),
     "flux": (pipelines.make_flux_pipeline, {"height": SIZE, "width": SIZE}),
+    "flux2": (pipelines.make_flux2_pipeline, {"height": 2 * SIZE, "width": 2 * SIZE}),
     "pixart": (pipelines.make_pixart_pipeline, {"height": SIZE, "width": SIZE, "clean_caption": False}),
     "sana": (
         pipelines.make_sana_pipeline,
@@ -55,10 +61,9 @@ FAMILIES: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
 
 def latents_of(folder: Path, **changes: Any) -> str:
     vae = str(folder / "pipe" / "vae")
-    codec = {**codec_info(vae).as_dict(), "path": vae}
-    return make_dataset(
-        folder / "latents", rows=48, classes=None, side=pipelines.SIDE, captions=CAPTIONS, codec=codec, **changes
-    )
+    info = codec_info(vae)
+    changes = {"channels": info.latent_channels, "codec": {**info.as_dict(), "path": vae}} | changes
+    return make_dataset(folder / "latents", rows=48, classes=None, side=pipelines.SIDE, captions=CAPTIONS, **changes)
 
 
 def embedded_by(folder: Path, latents: str) -> list[str]:
@@ -113,9 +118,11 @@ def test_a_published_pipeline_is_trained_and_comes_out_as_one(
     pipe = DiffusionPipeline.from_pretrained(export, **absent)
     pipe.set_progress_bar_config(disable=True)
     requests: dict[str, Any] = {"prompts": PROMPTS, "negative_prompt": "blue blue sky"}
+    if family == "flux2":  # whose pipeline leads away from the empty prompt alone
+        requests["negative_prompt"] = None
     solver = "euler" if stored.info.objective.kind == "flow" else "ddim"
     names, ours = images_of(ready(export, requests, sampler={"name": solver}))
-    noise = noise_of(names)
+    noise = noise_of(names, stored.info.latent_channels)
     if family == "flux":
         noise = pipe._pack_latents(noise, 2, 4, pipelines.SIDE, pipelines.SIDE)
         call = call | {"true_cfg_scale": 3.0}
@@ -123,10 +130,10 @@ def test_a_published_pipeline_is_trained_and_comes_out_as_one(
         call = call | {"complex_human_instruction": None, "use_resolution_binning": False}
     elif family == "pixart":
         call = call | {"use_resolution_binning": False}
-    negative = ["blue blue sky"] * 2
+    away = {} if family == "flux2" else {"negative_prompt": ["blue blue sky"] * 2}
     scale = {} if family == "flux" else {"guidance_scale": 3.0}
     theirs = pipe(
-        PROMPTS, negative_prompt=negative, num_inference_steps=4, latents=noise, output_type="np", **scale, **call
+        prompt=PROMPTS, num_inference_steps=4, latents=noise, output_type="np", **away, **scale, **call
     ).images
     assert_same_pictures(ours, theirs)
     if family == "sdxl":  # whose missing prompt is zeros, not the empty one
@@ -134,6 +141,39 @@ def test_a_published_pipeline_is_trained_and_comes_out_as_one(
         call = call | {"latents": noise_of(names)}
         theirs = pipe(PROMPTS, num_inference_steps=4, output_type="np", **scale, **call).images
         assert_same_pictures(ours, theirs)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_captions_become_what_the_pipeline_makes_of_prompts(side: str, tmp_path: Path) -> None:
+    pipe = pipelines.make_flux2_pipeline(tmp_path)
+    settings = tmp_path / "pipe" / "tokenizer" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"padding_side": side}))
+    pipe.tokenizer.padding_side = side
+    (uri,) = embedded_by(tmp_path, latents_of(tmp_path))
+    captions = [*CAPTIONS, ""]
+    states_NLD, mask_NL = TextEmbeddings.open(uri).lookup(captions)
+    with torch.no_grad():
+        expected, _ = pipe.encode_prompt(captions)
+    assert states_NLD.shape == (4, 512, 48)
+    assert np.allclose(states_NLD, expected.numpy(), rtol=1e-3, atol=1e-3)  # stored in float16
+    assert mask_NL.all(), "padding is part of what it reads"
+
+
+def test_a_step_distilled_network_is_asked_without_guidance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipelines.make_flux2_pipeline(tmp_path, distilled=True)
+    with pytest.raises(ConfigError, match=r"guidance 3\.0 leads away from neither label nor prompt"):
+        ready(tmp_path / "pipe", {"prompts": PROMPTS, "height": 2 * SIZE, "width": 2 * SIZE})
+    latents = latents_of(tmp_path)
+    config = config_of(tmp_path, latents, embedded_by(tmp_path, latents), {"train": {"text_dropout": 0.0}})
+    in_one_process(monkeypatch, tmp_path)
+    job.run(config)
+    export = Path(config.output.uri) / "model" / "000000000064"
+    names, ours = images_of(ready(export, {"prompts": PROMPTS, "guidance": 1.0}))
+    pipe = DiffusionPipeline.from_pretrained(export)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.config.is_distilled
+    asked = {"height": 2 * SIZE, "width": 2 * SIZE, "latents": noise_of(names, 8), "num_inference_steps": 4}
+    assert_same_pictures(ours, pipe(prompt=PROMPTS, guidance_scale=3.0, output_type="np", **asked).images)
 
 
 def test_a_dit_pipeline_is_trained_and_comes_out_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +239,14 @@ def test_a_distilled_network_is_told_its_guidance(tmp_path: Path, monkeypatch: p
     assert_same_pictures(ours, theirs)
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "flux"])
+def test_flux2_that_is_told_its_guidance_has_no_pipeline(tmp_path: Path) -> None:
+    pipelines.make_flux2_pipeline(tmp_path, guidance=True)
+    info = read_model(str(tmp_path / "pipe")).info
+    assert info.model.distilled
+    assert re.search("a pipeline with Mistral 3 alone", str(pipeline_of(info)))
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "flux", "flux2"])
 def test_text_encoders_may_stay_where_they_are(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     FAMILIES[family][0](tmp_path)
     latents = latents_of(tmp_path)

@@ -13,6 +13,8 @@ from diffusers import (
     DDPMScheduler,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
@@ -61,6 +63,23 @@ def _flux(network: Any, x: Tensor, t: Tensor, given: dict[str, Tensor]) -> Tenso
     ).sample  # fmt: skip
     unpacked: Tensor = FluxPipeline._unpack_latents(out, SIDE * 8, SIDE * 8, 8)
     return unpacked
+
+
+def _flux2(network: Any, x: Tensor, t: Tensor, given: dict[str, Tensor]) -> Tensor:
+    guidance = torch.full((B,), 3.5) if network.config.guidance_embeds else None
+    places, words = Flux2Pipeline._prepare_latent_ids(x), Flux2Pipeline._prepare_text_ids(given["text"])
+    out = network(
+        Flux2Pipeline._pack_latents(x), given["text"], timestep=t, img_ids=places, txt_ids=words, guidance=guidance,
+    ).sample  # fmt: skip
+    return Flux2Pipeline._unpack_latents_with_ids(out, places)  # type: ignore[no-any-return]
+
+
+def _flux2_network(guidance: bool) -> Any:
+    return Flux2Transformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=WIDTH, timestep_guidance_channels=32, axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=guidance,
+    )  # fmt: skip
 
 
 def _sized(network: Any, x: Tensor, t: Tensor, given: dict[str, Tensor]) -> Tensor:
@@ -133,6 +152,8 @@ CASES = {
     "flux (distilled)": Case(
         lambda: _flux_network(True), _flux, gives=("text", "pooled"), changes={"distilled_guidance": 3.5}
     ),
+    "flux2": Case(lambda: _flux2_network(False), _flux2),
+    "flux2 (distilled)": Case(lambda: _flux2_network(True), _flux2, changes={"distilled_guidance": 3.5}),
     "pixart": Case(
         lambda: PixArtTransformer2DModel(
             **(HEADS | {"num_attention_heads": 3}), sample_size=SIDE, cross_attention_dim=24, caption_channels=WIDTH,
@@ -219,7 +240,7 @@ def test_the_loss_is_that_of_diffusers(name: str, tmp_path: Path) -> None:
     assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-5), (ours, expected)
     # What is given matters, or nothing has been shown.
     for lost in set(case.gives) - {"mask"}:
-        other = {**given, lost: given[lost].flip(0) if lost == "labels" else given[lost] * 2}
+        other = {**given, lost: given[lost].flip(-1)}
         assert not torch.allclose(theirs(case, network, x0, noise, t, other), expected, rtol=1e-4), lost
 
 

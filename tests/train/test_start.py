@@ -186,6 +186,25 @@ def test_text_of_another_encoder_is_refused(published: tuple[Path, str, list[str
         job.dry_run(config_of(folder, latents, []))
 
 
+def test_text_that_is_read_otherwise_than_the_network_does_is_refused(tmp_path: Path) -> None:
+    pipelines.make_flux2_pipeline(tmp_path)
+    latents = latents_of(tmp_path)
+    folders = {"subfolder": "text_encoder", "tokenizer_subfolder": "tokenizer"}
+    talk: dict[str, Any] = {"layer": [9, 18, 27], "prompt": "chat", "padding": "shown", "max_length": 40, **folders}
+    for changes, message in (
+        ({"padding": "attended"}, r"its padding is shown: embed with padding: shown"),
+        ({"layer": [9, 18]}, r"it reads states of width 48, these are 32 wide"),
+        ({"layer": [9, 18, 26]}, r"another text encoder[^\n]*\n    layer[^\n]*27\D* there"),
+        ({"prompt": "plain"}, r"another text encoder[\s\S]*\n    prompt: chat there"),
+    ):
+        name = f"read{len(list((tmp_path / 'latents').rglob('dataset.json')))}"
+        text = embed_captions(latents, tmp_path / "pipe", name=name, **(talk | changes))
+        with pytest.raises((ConfigError, ConflictError), match=message):
+            job.dry_run(config_of(tmp_path, latents, [text]))
+    text = embed_captions(latents, tmp_path / "pipe", name="same", **talk)
+    assert job.dry_run(config_of(tmp_path, latents, [text])).counts["images"] == 64
+
+
 def test_weights_that_do_not_fit_and_lack_a_licence_are_refused(
     published: tuple[Path, str, list[str]], tmp_path: Path
 ) -> None:
