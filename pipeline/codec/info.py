@@ -81,9 +81,11 @@ class CodecInfo:
         return cls(**known)
 
     def resolved_config(self) -> dict[str, Any]:
-        """`config` completed by the defaults of the installed diffusers class."""
+        """`config` completed by the defaults of the installed diffusers class, and by squares that are stored."""
         defaults = class_defaults(self.class_name) if self.class_name in DIFFUSERS_CLASSES else {}
-        return {**defaults, **self.config}
+        # Part of a dataset's fingerprint: rows of another form than those that are there are not added to them.
+        squares = {"squares": SQUARES[self.class_name]} if self.class_name in SQUARES else {}
+        return {**defaults, **self.config, **squares}
 
 
 def read_codec_info(codec: CodecConfig) -> CodecInfo:

@@ -65,6 +65,8 @@ def test_every_class(tmp_path: Path, name: str, channels: int, scaling: float, s
     info = codec_info(str(save(tmp_path, name)))
     assert (info.latent_channels, info.factor) == (channels, 8 if name == "flux2" else 4)
     assert (info.scaling_factor, info.shift_factor, info.has_posterior) == (scaling, shift, posterior)
+    # What a dataset is recognised by: latents of before they were stored in squares are other ones.
+    assert info.resolved_config().get("squares") == (2 if name == "flux2" else None)
 
 
 def test_statistics_per_channel_come_from_the_config(tmp_path: Path) -> None:
