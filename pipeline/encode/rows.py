@@ -193,4 +193,6 @@ def split_outcomes(table: pa.Table) -> tuple[pa.Table, pa.Table, dict[int, int]]
     others = table.filter(pc.is_in(table["outcome"], pa.array(["rejected", "filtered"])))
     ends = table.filter(pc.equal(table["outcome"], "end"))
     unit_rows = dict(zip(ends["unit"].to_pylist(), ends["unit_rows"].to_pylist(), strict=True))
-    return stored.select([*LATENTS.names, "variants"]), others.select(REJECTS.names).cast(REJECTS), unit_rows
+    # As declared: what must not be null is so in the file, too.
+    latents = stored.select(LATENTS.names).cast(LATENTS).append_column("variants", stored["variants"])
+    return latents, others.select(REJECTS.names).cast(REJECTS), unit_rows

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -171,8 +171,19 @@ _DATA_PAGE, _PLAIN = 0, 0
 _LENGTH = 4  # bytes before each value
 
 
-def plain_span(footer: pq.FileMetaData, group: int, column: str) -> tuple[int, int] | None:
-    """(first byte, bytes) of a column chunk that `fixed_width_pages` can read; None where it must be decoded."""
+class PlainSpan(NamedTuple):
+    """Where a column chunk lies whose values need no decoding.
+
+    optional: it may hold nulls by its schema, so that each page begins with which of its values are.
+    """
+
+    start: int
+    size_bytes: int
+    optional: bool
+
+
+def plain_span(footer: pq.FileMetaData, group: int, column: str) -> PlainSpan | None:
+    """That of a column chunk that `fixed_width_pages` can read; None where it must be decoded."""
     names = footer.schema.names
     if column not in names:
         return None
@@ -180,12 +191,20 @@ def plain_span(footer: pq.FileMetaData, group: int, column: str) -> tuple[int, i
     described, chunk = footer.schema.column(place), footer.row_group(group).column(place)
     plain = (
         described.path == column
-        and described.max_definition_level == described.max_repetition_level == 0
+        and described.max_definition_level <= 1
+        and described.max_repetition_level == 0
         and chunk.physical_type == "BYTE_ARRAY"
         and chunk.compression == "UNCOMPRESSED"
         and not chunk.has_dictionary_page
     )
-    return (chunk.data_page_offset, chunk.total_compressed_size) if plain else None
+    if not plain:
+        return None
+    return PlainSpan(chunk.data_page_offset, chunk.total_compressed_size, described.max_definition_level == 1)
+
+
+def _levels_bytes(data: memoryview, at: int, optional: bool) -> int:
+    """Bytes at the beginning of a page that say which values are null; no null has a place among those behind."""
+    return _LENGTH + int.from_bytes(data[at : at + _LENGTH], "little") if optional else 0
 
 
 @dataclass(frozen=True)
@@ -235,8 +254,8 @@ def gather(parts: Sequence[Bytes], part_of: npt.NDArray[np.int32], starts: Ints,
     return np.frombuffer(copied.buffers()[-1], np.uint8).reshape(len(starts), width)
 
 
-def fixed_width_pages(chunk: Bytes, rows: int) -> FixedRows:
-    """The values of a column chunk in order, in its own bytes.
+def fixed_width_pages(chunk: Bytes, rows: int, *, optional: bool) -> FixedRows:
+    """The values of a column chunk in order, in its own bytes; optional as in its `PlainSpan`.
 
     ValueError when the chunk is not what `plain_span` promised, when it does not hold `rows` values, or when they
     differ in length. Checksums are not looked at.
@@ -249,10 +268,10 @@ def fixed_width_pages(chunk: Bytes, rows: int) -> FixedRows:
         size, page = header.get(3), header.get(5)
         if header.get(1) != _DATA_PAGE or not isinstance(page, dict) or page.get(2) != _PLAIN:
             raise ValueError(f"the page at byte {at} of the column is no plain data page")
-        count = int(page.get(1, 0))
+        count, at = int(page.get(1, 0)), begin + int(size or 0)
+        begin += _levels_bytes(data, begin, optional)
         if width < 0:
             width = int.from_bytes(data[begin : begin + _LENGTH], "little")
-        at = begin + int(size or 0)
         if not 0 < count <= left or (_LENGTH + width) * count != at - begin or at > len(chunk):
             raise ValueError(f"a page of {at - begin} bytes does not hold {count} values of {width} bytes")
         lengths = np.ndarray((count,), "<u4", chunk[begin:at], 0, (_LENGTH + width,))
@@ -368,7 +387,7 @@ class StoredParts:
 
     def __init__(self, dataset: Dataset, column: str) -> None:
         self._dataset, self._root, self._column = dataset, dataset.root, column
-        self._described: dict[int, tuple[list[str], list[tuple[int, int] | None]]] = {}
+        self._described: dict[int, tuple[list[str], list[PlainSpan | None]]] = {}
         self._maps: dict[str, tuple[mmap.mmap, Bytes]] = {}
         self._lock = threading.Lock()
         self.remote = dataset.root.local_path() is None
@@ -381,7 +400,7 @@ class StoredParts:
         span, left = self._describe(file)[1][number], int(groups.stored("rows")[row_group])
         if span is None:
             return None
-        at, stop, width = span[0], sum(span), -1
+        at, stop, width = span.start, span.start + span.size_bytes, -1
         offsets = [np.zeros(0, np.int64)]
         while left:
             data = self._bytes(path, at, min(_HEADER_BYTES, stop - at))
@@ -390,15 +409,18 @@ class StoredParts:
             except ValueError:
                 return None
             page = header.get(5)
-            if header.get(1) != 0 or not isinstance(page, dict) or page.get(2) != 0 or begin + _LENGTH > len(data):
+            if header.get(1) != 0 or not isinstance(page, dict) or page.get(2) != 0:
+                return None
+            count, end = int(page.get(1, 0)), begin + int(header.get(3) or 0)
+            begin += _levels_bytes(data.data, begin, span.optional)
+            if begin + _LENGTH > len(data):
                 return None
             if width < 0:
                 width = int.from_bytes(data[begin : begin + _LENGTH].tobytes(), "little")
-            count, held = int(page.get(1, 0)), int(header.get(3) or 0)
-            if not 0 < count <= left or (_LENGTH + width) * count != held or at + begin + held > stop:
+            if not 0 < count <= left or (_LENGTH + width) * count != end - begin or at + end > stop:
                 return None
             offsets.append(np.arange(count, dtype=np.int64) * (_LENGTH + width) + (at + begin + _LENGTH))
-            at, left = at + begin + held, left - count
+            at, left = at + end, left - count
         places = ValuePlaces(path, np.concatenate(offsets), max(width, 0))
         return places[self._dataset.alive(row_group)] if groups.partial[row_group] else places
 
@@ -458,7 +480,7 @@ class StoredParts:
             if (words != width).any():
                 raise ValueError(f"a value is {int(words[words != width][0])} bytes long, not {width}")
 
-    def _describe(self, file: int) -> tuple[list[str], list[tuple[int, int] | None]]:
+    def _describe(self, file: int) -> tuple[list[str], list[PlainSpan | None]]:
         """The columns of a file, and where this one lies in each of its row groups."""
         described = self._described.get(file)
         if described is None:

@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.store.maintain.verify import verify
 from pipeline.store.read.dataset import LatentDataset
+from pipeline.store.schema import LATENTS
 from pipeline.tracking.store import MlflowStore
 from tests.support.images import make_codec, make_images
 from tests.support.jobs import run
@@ -59,6 +60,9 @@ def test_a_dataset_through_its_life(base: Path) -> None:
     assert (first["counts"]["latents"], first["counts"]["rejected"]) == (40, 3)
     assert first["mlflow_run_id"]
     assert first["rates"]["images_per_s"] > 0
+    dataset = LatentDataset.open(str(base / "latents"))
+    schema = pq.read_schema(base / "latents" / dataset.row_groups[0].file)
+    assert {field.name: field.nullable for field in schema} == {f.name: f.nullable for f in LATENTS}
     before = rows(base)
     tracked = MlflowStore(f"sqlite:///{base}/mlflow.db").client
     shown = [file.path for file in tracked.list_artifacts(first["mlflow_run_id"], "pictures")]

@@ -311,7 +311,12 @@ class RowSource:
         near = wanted.touches(address(groups.stored("first_unit")), address(groups.stored("last_unit") + 1))
         tables = [self._of_group(index, wanted) for index in np.flatnonzero(near).tolist()]
         found = [table for table in tables if table is not None]
-        return pa.concat_tables(found) if found else None
+        if not found:
+            return None
+        # Encode once wrote files that may hold nulls in every column, by their schema.
+        rows = pa.concat_tables(found, promote_options="default")
+        known = {field.name: field for field in LATENTS} if self._latents is not None else {}
+        return rows.cast(pa.schema([known.get(field.name, field) for field in rows.schema]))
 
     def _of_group(self, index: int, wanted: RowSet) -> pa.Table | None:
         info = self._dataset.row_groups.info(index)

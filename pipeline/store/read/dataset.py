@@ -248,8 +248,9 @@ class Dataset:
             return fixed_width_values(self.read(row_group, [column], verify=verify)[column])
         path = self.row_groups.path(file)
         with reading_table(self.root.uri_of(path)):
-            chunk = self._bytes(path, *span)
-        values = fixed_width_pages(chunk, int(self.row_groups.stored("rows")[row_group]))
+            chunk = self._bytes(path, span.start, span.size_bytes)
+        rows = int(self.row_groups.stored("rows")[row_group])
+        values = fixed_width_pages(chunk, rows, optional=span.optional)
         return values[self.alive(row_group)] if self.row_groups.partial[row_group] else values
 
     def withdrawn_in(self, row_group: int) -> npt.NDArray[np.bool_] | None:
