@@ -7,8 +7,7 @@
 reading    listing, and a unit's rows of compressed bytes: folder, manifest, WebDataset tars, Parquet
 pixels     bytes to pixels under limits, in children where decoders may be slow or crash; buckets; DECODE.md
 reasons    the closed list of reasons; config: what is read, and how
-synthetic  the shapes that the quickstart learns to draw
 
 Every row ends as pixels, as rejected(reason) or as filtered(reason); no bytes, however hostile, raise or hang.
-Nothing here writes except `synthetic`, so a crash leaves nothing behind: the same call gives the same rows again.
+Nothing here writes, so a crash leaves nothing behind: the same call gives the same rows again.
 """

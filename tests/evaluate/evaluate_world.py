@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from jobs.quickstart import CLASS_NAMES, draw_shape, write_shapes
 from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.sample.output import IMAGES, encode_rows
 from pipeline.sample.provenance import Origin
 from pipeline.sample.requests import request_id
 from pipeline.source.reading.rows import Entry
-from pipeline.source.synthetic import CLASS_NAMES, draw_shape, write_shapes
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import claim_next, note_run
 from pipeline.store.ledger.identity import Identity, claim_identity

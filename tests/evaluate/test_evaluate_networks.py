@@ -16,10 +16,10 @@ from evaluate_world import config_of, real_images, write_codec, write_samples
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from jobs.quickstart import draw_shape, write_shapes
 from pipeline.errors import InputError
 from pipeline.evaluate.figures import Record
 from pipeline.evaluate.job import run
-from pipeline.source.synthetic import draw_shape, write_shapes
 
 
 class Eye(nn.Module):

@@ -9,10 +9,10 @@ import os
 import numpy as np
 import pytest
 
+from jobs.quickstart import CLASS_NAMES, draw_shape, write_shapes
 from pipeline.errors import ConflictError
 from pipeline.source.config import FolderSource
 from pipeline.source.reading.listing import list_entries
-from pipeline.source.synthetic import CLASS_NAMES, draw_shape, write_shapes
 
 
 def test_a_folder_of_shapes_lists_with_labels_and_captions(tmp_path):
