@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -85,9 +85,7 @@ def latents_from(
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
     size = 2 * math.prod(shape)
     parts: list[npt.NDArray[np.uint8]] = []
-    for chunk in chunks:
-        if not len(chunk):
-            continue
+    for chunk in filter(len, chunks):
         # The value bytes without a copy: they lie one after the other where every value has the same length.
         wide = pa.types.is_large_binary(chunk.type)
         offsets = np.frombuffer(chunk.buffers()[1], np.int64 if wide else np.int32, len(chunk) + 1 + chunk.offset)
@@ -172,14 +170,11 @@ _LENGTH = 4  # bytes before each value
 
 
 class PlainSpan(NamedTuple):
-    """Where a column chunk lies whose values need no decoding.
-
-    optional: it may hold nulls by its schema, so that each page begins with which of its values are.
-    """
+    """Where a column chunk lies whose values need no decoding."""
 
     start: int
     size_bytes: int
-    optional: bool
+    optional: bool  # by its schema it may hold nulls: each page begins with which those are
 
 
 def plain_span(footer: pq.FileMetaData, group: int, column: str) -> PlainSpan | None:
@@ -189,22 +184,42 @@ def plain_span(footer: pq.FileMetaData, group: int, column: str) -> PlainSpan | 
         return None
     place = names.index(column)
     described, chunk = footer.schema.column(place), footer.row_group(group).column(place)
-    plain = (
+    if not (
         described.path == column
         and described.max_definition_level <= 1
         and described.max_repetition_level == 0
         and chunk.physical_type == "BYTE_ARRAY"
         and chunk.compression == "UNCOMPRESSED"
         and not chunk.has_dictionary_page
-    )
-    if not plain:
+    ):
         return None
     return PlainSpan(chunk.data_page_offset, chunk.total_compressed_size, described.max_definition_level == 1)
 
 
-def _levels_bytes(data: memoryview, at: int, optional: bool) -> int:
-    """Bytes at the beginning of a page that say which values are null; no null has a place among those behind."""
-    return _LENGTH + int.from_bytes(data[at : at + _LENGTH], "little") if optional else 0
+def _plain_pages(
+    window: Callable[[int], Bytes], start: int, stop: int, rows: int, optional: bool
+) -> Iterator[tuple[int, int, int]]:
+    """(where values begin, how many, bytes of one) of each page of plain values; ValueError where one is none.
+
+    window: the bytes from a place on, those of a page's header and its first length at least.
+    """
+    width = -1
+    while rows > 0:
+        data = window(start)
+        header, begin = _struct(data.data, 0)
+        page, end = header.get(5), begin + int(header.get(3) or 0)
+        if header.get(1) != _DATA_PAGE or not isinstance(page, dict) or page.get(2) != _PLAIN:
+            raise ValueError(f"the page at byte {start} is no plain data page")
+        count, length = int(page.get(1, 0)), slice(begin, begin + _LENGTH)
+        if optional:  # first, which of them are null: such a one takes no place behind, so that none is missing there
+            begin += _LENGTH + int.from_bytes(data[length].tobytes(), "little")
+        if width < 0:
+            width = int.from_bytes(data[begin : begin + _LENGTH].tobytes(), "little")
+        fits = 0 < count <= rows and begin + _LENGTH <= len(data) and start + end <= stop
+        if not fits or (_LENGTH + width) * count != end - begin:
+            raise ValueError(f"a page of {end - begin} bytes does not hold {count} values of {width} bytes")
+        yield start + begin, count, width
+        start, rows = start + end, rows - count
 
 
 @dataclass(frozen=True)
@@ -260,26 +275,13 @@ def fixed_width_pages(chunk: Bytes, rows: int, *, optional: bool) -> FixedRows:
     ValueError when the chunk is not what `plain_span` promised, when it does not hold `rows` values, or when they
     differ in length. Checksums are not looked at.
     """
-    starts: list[Ints] = []
-    data: memoryview = chunk.data  # whose items are plain integers, quick to look at
-    at, left, width = 0, rows, -1
-    while left > 0:
-        header, begin = _struct(data, at)
-        size, page = header.get(3), header.get(5)
-        if header.get(1) != _DATA_PAGE or not isinstance(page, dict) or page.get(2) != _PLAIN:
-            raise ValueError(f"the page at byte {at} of the column is no plain data page")
-        count, at = int(page.get(1, 0)), begin + int(size or 0)
-        begin += _levels_bytes(data, begin, optional)
-        if width < 0:
-            width = int.from_bytes(data[begin : begin + _LENGTH], "little")
-        if not 0 < count <= left or (_LENGTH + width) * count != at - begin or at > len(chunk):
-            raise ValueError(f"a page of {at - begin} bytes does not hold {count} values of {width} bytes")
-        lengths = np.ndarray((count,), "<u4", chunk[begin:at], 0, (_LENGTH + width,))
+    starts, width = [np.zeros(0, np.int64)], 0
+    for begin, count, width in _plain_pages(lambda at: chunk[at:], 0, len(chunk), rows, optional):
+        lengths = np.ndarray((count,), "<u4", chunk[begin:], 0, (_LENGTH + width,))
         if (lengths != width).any():
             raise ValueError(f"a value is {int(lengths[lengths != width][0])} bytes long, not {width}")
         starts.append(np.arange(count, dtype=np.int64) * (_LENGTH + width) + (begin + _LENGTH))
-        left -= count
-    return FixedRows(chunk, np.concatenate([np.zeros(0, np.int64), *starts]), max(0, width))
+    return FixedRows(chunk, np.concatenate(starts), width)
 
 
 def fixed_width_values(column: pa.ChunkedArray) -> FixedRows:
@@ -397,31 +399,19 @@ class StoredParts:
         groups = self._dataset.row_groups
         file, number = groups.place(row_group)
         path = groups.path(file)
-        span, left = self._describe(file)[1][number], int(groups.stored("rows")[row_group])
+        span, rows = self._describe(file)[1][number], int(groups.stored("rows")[row_group])
         if span is None:
             return None
-        at, stop, width = span.start, span.start + span.size_bytes, -1
-        offsets = [np.zeros(0, np.int64)]
-        while left:
-            data = self._bytes(path, at, min(_HEADER_BYTES, stop - at))
-            try:
-                header, begin = _struct(data.data, 0)
-            except ValueError:
-                return None
-            page = header.get(5)
-            if header.get(1) != 0 or not isinstance(page, dict) or page.get(2) != 0:
-                return None
-            count, end = int(page.get(1, 0)), begin + int(header.get(3) or 0)
-            begin += _levels_bytes(data.data, begin, span.optional)
-            if begin + _LENGTH > len(data):
-                return None
-            if width < 0:
-                width = int.from_bytes(data[begin : begin + _LENGTH].tobytes(), "little")
-            if not 0 < count <= left or (_LENGTH + width) * count != end - begin or at + end > stop:
-                return None
-            offsets.append(np.arange(count, dtype=np.int64) * (_LENGTH + width) + (at + begin + _LENGTH))
-            at, left = at + end, left - count
-        places = ValuePlaces(path, np.concatenate(offsets), max(width, 0))
+        stop, width, offsets = span.start + span.size_bytes, 0, [np.zeros(0, np.int64)]
+        try:
+            for begin, count, width in _plain_pages(
+                lambda at: self._bytes(path, at, min(_HEADER_BYTES, stop - at)),
+                *(span.start, stop, rows, span.optional),
+            ):
+                offsets.append(np.arange(count, dtype=np.int64) * (_LENGTH + width) + (begin + _LENGTH))
+        except ValueError:
+            return None
+        places = ValuePlaces(path, np.concatenate(offsets), width)
         return places[self._dataset.alive(row_group)] if groups.partial[row_group] else places
 
     def columns(self, row_group: int) -> list[str]:
