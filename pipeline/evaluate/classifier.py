@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -24,7 +24,9 @@ from torch import nn
 from typing_extensions import TypedDict
 
 from pipeline.errors import InputError
+from pipeline.evaluate.inputs import ReferenceBatch
 from pipeline.features.statistics import Estimate, Features, wilson
+from pipeline.progress import Progress
 from pipeline.storage.stored import OPEN, parse
 
 FORMAT = "latentloom.classifier.v1"
@@ -159,6 +161,31 @@ def fit_classifier(
         for rows in np.array_split(np.flatnonzero(held_out_N), math.ceil(held_out_N.sum() / 256))
     )
     return Classifier(net, classes, wilson(hits, int(held_out_N.sum())), fitted.fitted_on, digest)
+
+
+def fit_on(
+    batches: Iterable[ReferenceBatch], settings: FitSettings, *, device: str, progress: Progress
+) -> Classifier:
+    """Fit on the labelled images of `batches`, held at the classifier's resolution; InputError when it cannot be."""
+    side = settings.resolution
+    pool, labels, keys = [np.zeros((0, side, side, 3), np.uint8)], [], []
+    for batch in batches:
+        rows = [i for i, label in enumerate(batch.labels) if label is not None]
+        if rows:
+            images_NHWC = batch.images_NHWC[rows]
+            if images_NHWC.shape[1:3] != (side, side):  # as the classifier does it itself
+                x_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2).float()
+                small_NCHW = functional.interpolate(x_NCHW, (side, side), mode="bilinear", antialias=True)
+                images_NHWC = small_NCHW.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+            pool.append(images_NHWC)
+            labels += [label for label in batch.labels if label is not None]
+            keys += [batch.keys[i] for i in rows]
+
+    def on_step(step: int, loss: float) -> None:
+        progress.update(step, loss=loss)
+
+    labels_N = np.array(labels, np.int64)
+    return fit_classifier(np.concatenate(pool), labels_N, keys, settings, device=device, on_step=on_step)
 
 
 def _fit(

@@ -23,7 +23,12 @@ class SamplesConfig(StrictModel):
 class LatentsConfig(StrictModel):
     """The latent dataset the model learned from."""
 
-    uri: str = Field(..., min_length=1, description="Latent dataset, described in the report.")
+    uri: str = Field(
+        ...,
+        min_length=1,
+        description="Latent dataset, described in the report. Where it was encoded of the reference, the real images "
+        "are those of which it has latents: its plan is read and nothing is listed.",
+    )
 
 
 class RunConfig(StrictModel):
@@ -138,6 +143,12 @@ class EvaluateJobConfig(StrictModel):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
         description="auto takes a GPU when there is one: of the cluster at RAY_ADDRESS, else of this machine.",
+    )
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="Processes that look at images on the cluster at RAY_ADDRESS; null: one beside each GPU, or "
+        "where there are none as many as there are CPUs. Without a cluster it is one, this process.",
     )
     cluster: ClusterConfig = Field(ClusterConfig(), description="The Ray cluster, where RAY_ADDRESS names one.")
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow tracking.")

@@ -22,7 +22,8 @@ from pipeline.storage.stored import OPEN, parse
 
 if TYPE_CHECKING:
     from pipeline.evaluate.inputs import Inputs
-    from pipeline.evaluate.passes import Measured, RoundTrip
+    from pipeline.evaluate.metrics import RoundTrip
+    from pipeline.evaluate.passes import Measured
 
 FORMAT = "latentloom.evaluation.v1"
 SPREAD = "jackknife interval over 20 blocks"
@@ -58,6 +59,26 @@ class Figure:
     def interval_text(self) -> str:
         """The interval, for people; empty where there is none."""
         return "" if self.low is None or self.high is None else f"{number(self.low)} to {number(self.high)}"
+
+
+@dataclass(frozen=True)
+class NetworkFacts:
+    """What is told of the networks that took the figures; it travels where they do not.
+
+    space_digest, space_name: of the feature space, None where there is none, and in words. extractor: a network from
+    outside, its contract, and whether it is that of published FIDs. lpips: (net, digest).
+    """
+
+    space_digest: str | None = None
+    space_name: str = ""
+    extractor: str | None = None
+    extractor_contract: dict[str, Any] = field(default_factory=dict)
+    published: bool = False
+    classifier_digest: str | None = None
+    fitted_on: int = 0
+    holdout: Estimate | None = None  # the classifier's accuracy on real images that it was not fitted on
+    lpips: tuple[str, str] | None = None
+    clip: bool = False
 
 
 def number(value: float) -> str:
@@ -148,9 +169,9 @@ def figures_of(measured: Measured, neighbours: int) -> tuple[tuple[Figure, ...],
     _add_sample_figures(measured, neighbours, out, absent)
     if measured.trip is not None:
         _add_codec_figures(measured, measured.trip, out, absent)
-    if measured.networks.classifier is not None:
+    if measured.networks.holdout is not None:
         method = "the judge itself: share of real images kept aside whose class it sees (Wilson interval)"
-        out.append(Figure.of("classifier_accuracy", measured.networks.classifier.holdout, method))
+        out.append(Figure.of("classifier_accuracy", measured.networks.holdout, method))
     return tuple(out), absent
 
 
@@ -168,18 +189,18 @@ def _add_sample_figures(measured: Measured, neighbours: int, out: list[Figure], 
             "mean of 100 max(cos(image, prompt), 0) over samples with a prompt, Hessel et al. 2021 (normal interval)"
         )
         out.append(Figure.of("clip_score", samples.clip.mean(), method))
-    elif networks.clip is not None:
+    elif networks.clip:
         absent["clip_score"] = "no sample has a prompt"
     if samples.classes is not None:
         method = f"exp of the mean KL(p(y|x) | p(y)), Salimans et al. 2016, {networks.space_name}; {SPREAD}"
         out.append(Figure.of("inception_score", samples.classes.score(), method))
     elif networks.extractor is not None:
-        absent["inception_score"] = f"{networks.extractor.name} gives no classes beside its features"
+        absent["inception_score"] = f"{networks.extractor} gives no classes beside its features"
     real, drawn = measured.real, samples.stats
     if real is None or drawn is None:
         return
     # Each distance by its own need: a covariance more images than features, a manifold more than neighbours.
-    space, published = networks.space_name, networks.extractor is not None and networks.extractor.published
+    space, published = networks.space_name, networks.published
     fewest, kept = min(real.n, drawn.n), min(len(real.features_MD), len(drawn.features_MD))
     if fewest > real.dims:
         distance = frechet(real, drawn)
@@ -223,7 +244,7 @@ def _add_codec_figures(measured: Measured, trip: RoundTrip, out: list[Figure], a
     method = "codec there and back: mean SSIM, 11 x 11 Gaussian window, RGB (Wang et al. 2004; normal interval)"
     out.append(Figure.of("ssim", trip.sums.ssim.mean(), method))
     if measured.networks.lpips is not None and trip.lpips.n:
-        method = f"codec there and back: mean LPIPS, {measured.networks.lpips.net} backbone"
+        method = f"codec there and back: mean LPIPS, {measured.networks.lpips[0]} backbone"
         out.append(Figure.of("lpips", trip.lpips.mean(), f"{method} (Zhang et al. 2018; normal interval)"))
     if trip.real is not None and trip.decoded is not None:
         if trip.real.n > trip.real.dims:
@@ -240,34 +261,29 @@ def _add_codec_figures(measured: Measured, trip: RoundTrip, out: list[Figure], a
 
 def contract_of(config: EvaluateJobConfig, inputs: Inputs, measured: Measured) -> dict[str, Any]:
     """What the figures depend on; two figures with equal contracts can be compared."""
-    classifier, extractor, lpips = (
-        measured.networks.classifier,
-        measured.networks.extractor,
-        measured.networks.lpips,
-    )
+    networks = measured.networks
     out: dict[str, Any] = {
         "reference_digest": inputs.reference.digest,
         "reference_images": measured.real.n if measured.real else None,
         "image": f"{config.image.resolutions[0]} pixels, {config.image.buckets.kind}, {config.image.crop} crop",
     }
-    if classifier is not None:
+    if networks.classifier_digest is not None:
         side = config.classifier_resolution
         facts = {
-            "sha256": classifier.digest,
+            "sha256": networks.classifier_digest,
             "resize": f"{side}x{side}, bilinear, antialiased",
-            "fitted_on": classifier.fitted_on,
+            "fitted_on": networks.fitted_on,
             "seed": config.classifier.seed,
         }
-        if extractor is None:
+        if networks.extractor is None:
             out["feature_extractor"] = "penultimate layer of a classifier fitted on the reference images"
         # Beside another extractor of the distances the classifier still judges classes.
-        role = "extractor" if extractor is None else "classifier"
+        role = "extractor" if networks.extractor is None else "classifier"
         out |= {f"{role}_{name}": value for name, value in facts.items()}
-    if extractor is not None:
-        out |= extractor.contract
-    if lpips is not None:
-        out |= {"lpips_net": lpips.net, "lpips_sha256": lpips.digest}
-    if config.clip is not None and measured.networks.clip is not None:
+    out |= networks.extractor_contract
+    if networks.lpips is not None:
+        out |= {"lpips_net": networks.lpips[0], "lpips_sha256": networks.lpips[1]}
+    if config.clip is not None and networks.clip:
         out["clip_model"] = Path(config.clip.path).name
         out["clip_sha256"] = inputs.files.get("clip.path")
     if measured.samples is not None:

@@ -12,22 +12,26 @@ import math
 import tempfile
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config import need_package
-from pipeline.dataflow.workers import open_workers, own_device
-from pipeline.errors import InputError
+from pipeline.dataflow.workers import open_workers
+from pipeline.errors import ConflictError, InputError
 from pipeline.evaluate.config import EvaluateJobConfig
-from pipeline.evaluate.figures import Record, missed_thresholds, read_record
+from pipeline.evaluate.figures import Record, contract_of, figures_of, missed_thresholds, read_record
 from pipeline.evaluate.inputs import Inputs, inspect
 from pipeline.result import JobResult
 from pipeline.runs import RUN_ID_WAIT_S, Run, open_run
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root
+from pipeline.store.ledger.layout import IDENTITY
 from pipeline.tracking.config import PromoteJobConfig, resolve_paths
 from pipeline.tracking.queries import LineageStep, ModelVersion, Registry, opened, walk
 from pipeline.tracking.tracker import Tracker
+
+if TYPE_CHECKING:
+    from pipeline.evaluate.passes import Measured
 
 RECORD = "evaluation.json"
 REPORT = "report.html"
@@ -41,6 +45,7 @@ def run(config: EvaluateJobConfig) -> JobResult:
     InputError (exit code 3), with everything written and logged, when a threshold is missed.
     """
     output = Root(config.output.uri)
+    check_output(output)
     inputs = inspect(config)
     record = _recorded(output, inputs.key)
     if record is not None:
@@ -53,8 +58,10 @@ def run(config: EvaluateJobConfig) -> JobResult:
 
 def dry_run(config: EvaluateJobConfig) -> JobResult:
     """What would be read and whether there is anything to do; writes nothing."""
+    output = Root(config.output.uri)
+    check_output(output)
     inputs = inspect(config)
-    record = _recorded(Root(config.output.uri), inputs.key)
+    record = _recorded(output, inputs.key)
     counts = {
         "samples": inputs.samples.num_rows if inputs.samples else 0,
         "reference": inputs.reference.rows or 0,
@@ -69,31 +76,29 @@ def _evaluate(config: EvaluateJobConfig, inputs: Inputs, output: Root, run: Run)
     if config.clip is not None:
         need_package("transformers", "text")
     # Only here: a run that finds its inputs evaluated loads neither torch nor anything that draws.
-    from pipeline.evaluate.passes import evaluate, evaluate_again_inspected
-    from pipeline.evaluate.report import render_report
+    from pipeline.evaluate.passes import Evaluation
+    from pipeline.evaluate.report import GONE_NOTE, render_report, report_content
 
     tracker = _track(config, inputs, run)
-    with open_workers("an evaluation beside a GPU", config.cluster, 1, device=config.device) as workers:
-        if workers.num_gpus:  # the driver of a cluster's job usually stands on a node without any
-            key = inputs.key
-            there = workers.spread(
-                lambda: partial(evaluate_again_inspected, config, key, output.uri), [workers.device]
-            )
-            (findings,) = there
-        else:
-            findings = evaluate(config, inputs, output.uri, own_device(config.device, config.cluster))
+    doing = "a process that judges images"
+    with open_workers(doing, config.cluster, config.workers, device=config.device) as workers:
+        measured = Evaluation(config, inputs, output, workers).measure()
+    if measured.gone:
+        _log.warning(GONE_NOTE.format(measured.gone))
+    figures, absent = figures_of(measured, config.quality.neighbours)
     run_id = tracker.wait_run_id(RUN_ID_WAIT_S)
     origins = inputs.origins(config)
     provenance = origins | {"this evaluation": {"key": inputs.key, "run_id": run_id}}
-    page = render_report(replace(findings.content, provenance=provenance), config.output.max_bytes).encode()
+    content = replace(report_content(config, inputs, measured, figures, absent), provenance=provenance)
+    page = render_report(content, config.output.max_bytes).encode()
     record = Record(
         key=inputs.key,
-        figures=findings.figures,
-        contract=findings.contract,
+        figures=figures,
+        contract=contract_of(config, inputs, measured),
         inputs=origins,
-        absent=findings.absent,
-        missed=missed_thresholds(findings.figures, config.thresholds),
-        counts=findings.counts,
+        absent=absent,
+        missed=missed_thresholds(figures, config.thresholds),
+        counts=_counts(inputs, measured),
         run_id=run_id,
         files={REPORT: hashlib.sha256(page).hexdigest()},
     )
@@ -108,6 +113,46 @@ def _evaluate(config: EvaluateJobConfig, inputs: Inputs, output: Root, run: Run)
         local.write_bytes(page)
         tracker.log_file(local, REPORT)
     return record
+
+
+def _counts(inputs: Inputs, measured: Measured) -> dict[str, int]:
+    """How many images the figures are of."""
+    counts = {"reference": measured.real.n if measured.real else 0}
+    if measured.trip is not None:
+        counts["round_trips"] = measured.trip.sums.n
+    if measured.samples is not None and inputs.samples is not None:
+        counts |= {"samples": inputs.samples.num_rows, "unjudged": measured.samples.unjudged}
+    if inputs.images.plan is not None:
+        counts["source_changed"] = measured.gone
+    return counts
+
+
+def check_output(output: Root) -> None:
+    """ConflictError or InputError when the output cannot be ours."""
+    try:
+        kind = output.kind()
+        holds_dataset = kind == "directory" and output.exists(IDENTITY)
+    except storage_errors() as error:
+        raise InputError(
+            f"The output {output.uri} cannot be looked at: {describe(error)}",
+            key="output.uri",
+            value=output.uri,
+        ) from None
+    if kind == "file":
+        raise InputError(
+            f"The output {output.uri} is a file",
+            key="output.uri",
+            value=output.uri,
+            rule="output.uri is a directory, which need not exist",
+            next_step="choose another output.uri",
+        )
+    if holds_dataset:
+        raise ConflictError(
+            f"{output.uri} holds a dataset, and this job writes a report",
+            key="output.uri",
+            value=output.uri,
+            next_step="choose another output.uri",
+        )
 
 
 def _recorded(output: Root, key: str) -> Record | None:

@@ -1,5 +1,7 @@
 """Figures of single images: PSNR, SSIM and LPIPS of an image against its round trip, CLIP score against its prompt.
 
+At the end stand the networks of one evaluation together, and the sums of what they say of many images.
+
 PSNR and SSIM are torchmetrics'. LPIPS and CLIP score are written out here: torchmetrics' LPIPS is built from
 torchvision's networks with downloaded weights, here both state dicts are local files and torchvision is not needed
 (test_networks compares the two); its CLIP score reads features in a form that transformers 5 no longer gives.
@@ -9,10 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +25,21 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from pipeline.errors import InputError, PipelineError
-from pipeline.evaluate.inputs import SSIM_WINDOW
-from pipeline.features.networks import load_state_dict
-from pipeline.features.statistics import Sums
+from pipeline.codec.codec import Codec, load_codec
+from pipeline.codec.config import CodecConfig
+from pipeline.codec.info import read_codec_info
+from pipeline.errors import InputError, PipelineError, argument_keys
+from pipeline.evaluate.classifier import Classifier, from_bytes
+from pipeline.evaluate.config import ClipConfig, LpipsConfig
+from pipeline.evaluate.figures import NetworkFacts
+from pipeline.evaluate.inputs import SSIM_WINDOW, network_files
+from pipeline.features import ExtractorConfig
+from pipeline.features.networks import Extractor, load_extractor, load_state_dict
+from pipeline.features.statistics import ClassSums, Features, FeatureStats, Sums
 
+Images = npt.NDArray[np.uint8]
+PAIRS_SHOWN = 24
+SETTINGS_SHOWN = 20
 PEAK = 255.0
 PSNR_CEILING_DB = 100.0  # an identical pair has no finite PSNR; in the mean of images it counts as this
 
@@ -255,3 +269,180 @@ class ClipScorer:
         cosine_N = functional.cosine_similarity(image_ND.double(), text_ND.double(), dim=1)
         scores: npt.NDArray[np.float64] = (100 * cosine_N.clamp_min(0)).cpu().numpy()
         return scores
+
+
+# -- All networks that look at the images of one evaluation -----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the networks say of a batch: labels [n], features [n, d], class probabilities [n, k]; None without one."""
+
+    labels_N: npt.NDArray[np.int64] | None = None
+    features_ND: Features | None = None
+    probabilities_NK: Features | None = None
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """Which networks look at images; a process that is asked several times loads them once.
+
+    classifier: as `to_bytes` wrote it for `classifier_key`; digests: of the others' files, by configuration key.
+    """
+
+    extractor: ExtractorConfig
+    clip: ClipConfig | None
+    lpips: LpipsConfig | None
+    codec: CodecConfig | None
+    digests: tuple[tuple[str, str], ...]
+    classifier_key: str
+    device: str
+    classifier: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The classifier fitted here sees classes; features come from `extractor` where one is given, else from it."""
+
+    classifier: Classifier | None = None
+    extractor: Extractor | None = None
+    clip: ClipScorer | None = None
+    lpips: Lpips | None = None
+    codec: Codec | None = None
+
+    def predict(self, images_NHWC: Images) -> Predictions:
+        """Everything about a batch of uint8 images [n, h, w, 3], each network asked once."""
+        labels = features = probabilities = None
+        if self.classifier is not None:
+            labels, features, probabilities = self.classifier.predict(images_NHWC)
+        if self.extractor is not None:
+            features, probabilities = self.extractor(images_NHWC)
+        return Predictions(labels, features, probabilities)
+
+    @property
+    def facts(self) -> NetworkFacts:
+        """What figures and report tell of them."""
+        classifier, extractor, lpips = self.classifier, self.extractor, self.lpips
+        space = extractor or classifier
+        name = "in the feature space of the classifier fitted here (not Inception)"
+        if extractor is not None:
+            name = f"in the feature space of {extractor.name} (sha256 {extractor.digest[:12]})"
+        return NetworkFacts(
+            space_digest=space.digest if space else None,
+            space_name=name,
+            extractor=extractor.name if extractor else None,
+            extractor_contract=extractor.contract if extractor else {},
+            published=extractor is not None and extractor.published,
+            classifier_digest=classifier.digest if classifier else None,
+            fitted_on=classifier.fitted_on if classifier else 0,
+            holdout=classifier.holdout if classifier else None,
+            lpips=(lpips.net, lpips.digest) if lpips else None,
+            clip=self.clip is not None,
+        )
+
+
+@lru_cache(maxsize=1)
+def load_networks(spec: NetworkSpec) -> Networks:
+    """The networks, on their device; InputError when a file is another one here than where the evaluation began."""
+    here = network_files(spec.extractor, spec.lpips, spec.clip)
+    if spec.codec is not None:
+        with argument_keys("codec"):
+            here["codec.path"] = read_codec_info(spec.codec).weights_sha256
+    changed = sorted(key for key, digest in here.items() if dict(spec.digests)[key] != digest)
+    if changed:
+        raise InputError(
+            "A network is another one than when the evaluation began",
+            key=", ".join(changed),
+            rule="networks stay as they are while they are used; all nodes of a cluster have the same files",
+            next_step="copy the same files to every node, then run the same command again",
+        )
+    classifier = None if spec.classifier is None else from_bytes(spec.classifier, spec.classifier_key)
+    if classifier is not None:
+        classifier.net.to(spec.device)
+    lpips, codec = spec.lpips, None
+    if spec.codec is not None:
+        settings = spec.codec.model_dump(include={"revision", "kind", "dtype", "compile", "channels_last"})
+        codec = load_codec(spec.codec.path, **settings, device=spec.device)
+    return Networks(
+        classifier,
+        load_extractor(spec.extractor, device=spec.device),
+        ClipScorer(spec.clip.path, device=spec.device) if spec.clip else None,
+        Lpips.load(lpips.net, lpips.backbone, lpips.linear, device=spec.device) if lpips else None,
+        codec,
+    )
+
+
+# -- What they have found, as sums that merge by addition -------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """What the codec does to real images; `pairs` are the first few (real, decoded), uint8 [h,w,3] each.
+
+    `a + b` is that of both, but for the statistics of features, which are added up beside it.
+    """
+
+    sums: FidelitySums = field(default_factory=FidelitySums)
+    real: FeatureStats | None = None
+    decoded: FeatureStats | None = None
+    lpips: Sums = field(default_factory=Sums)
+    hits: int = 0
+    judged: int = 0
+    pairs: tuple[tuple[Images, Images], ...] = ()
+
+    def __add__(self, other: RoundTrip) -> RoundTrip:
+        return RoundTrip(
+            self.sums + other.sums,
+            lpips=self.lpips + other.lpips,
+            hits=self.hits + other.hits,
+            judged=self.judged + other.judged,
+            pairs=(self.pairs + other.pairs)[:PAIRS_SHOWN],
+        )
+
+
+@dataclass(frozen=True)
+class ShownSample:
+    """A sample for the report: encoded bytes, caption, whether its class is the one asked for ("": not judged)."""
+
+    encoded: bytes
+    caption: str
+    mark: Literal["", "right", "wrong"]
+
+
+@dataclass(frozen=True)
+class SampleResults:
+    """What the networks say of the samples: features, and how often each class was seen where each was asked for.
+
+    `a + b` is that of both, but for the statistics of features, which are added up beside it.
+    """
+
+    stats: FeatureStats | None = None
+    classes: ClassSums | None = None
+    clip: Sums = field(default_factory=Sums)
+    seen: Counter[tuple[int, int]] = field(default_factory=Counter)  # (asked, seen) -> images
+    unjudged: int = 0
+    settings: dict[str, list[Any]] = field(default_factory=dict)  # of each the first SETTINGS_SHOWN values
+    shown: dict[bytes, ShownSample] = field(default_factory=dict)
+
+    def __add__(self, other: SampleResults) -> SampleResults:
+        both = [classes for classes in (self.classes, other.classes) if classes is not None]
+        settings = {
+            name: sorted({*self.settings.get(name, ()), *other.settings.get(name, ())})[:SETTINGS_SHOWN]
+            for name in sorted({*self.settings, *other.settings})
+        }
+        return SampleResults(
+            classes=both[0] + both[1] if len(both) == 2 else next(iter(both), None),
+            clip=self.clip + other.clip,
+            seen=self.seen + other.seen,
+            unjudged=self.unjudged + other.unjudged,
+            settings=settings,
+            shown=self.shown | other.shown,
+        )
+
+    @property
+    def hits(self) -> int:
+        return sum(count for (asked, seen), count in self.seen.items() if asked == seen)
+
+    @property
+    def judged(self) -> int:
+        return sum(self.seen.values())

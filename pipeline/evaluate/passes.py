@@ -1,354 +1,302 @@
 """The passes over images: fit the classifier on real ones, send real ones through the codec, look at the samples.
 
-Images pass in batches and are never held together; what stays is sums that merge by addition and a bounded choice of
-feature vectors. Where a pass cannot be run, the reason stands in `absent` under the figures that it costs.
+    prepare    one worker     reference --> classifier, a few pictures, what the networks are
+    judge      all workers    a piece of the reference or of the samples --networks--> a part: sums, vectors, pictures
+    measure    the driver     parts, in the order of their pieces --> statistics
+
+Images stay where they were decoded. Sums merge by addition. The vectors of a piece come back as they are and are
+added up here: for 2,048 features they take 2 MB, the sums of their blocks, however few images they are of, 671 MB.
+Parts are merged in one order, so that no figure depends on how many workers there were, or which of them died. Where
+a pass cannot be run, the reason stands in `absent` under the figures that it costs.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain, count
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-import torch.nn.functional as functional
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
-from pipeline.codec.codec import load_codec
+from pipeline.dataflow.workers import Workers
 from pipeline.errors import InputError
-from pipeline.evaluate.classifier import Classifier, FitSettings, fit_classifier, from_bytes, to_bytes
+from pipeline.evaluate.classifier import FitSettings, fit_on, from_bytes, to_bytes
 from pipeline.evaluate.config import EvaluateJobConfig
-from pipeline.evaluate.figures import Figure, contract_of, figures_of
-from pipeline.evaluate.inputs import Inputs, ReferenceBatch, inspect, reference_batches, sample_batches
-from pipeline.evaluate.metrics import ClipScorer, FidelitySums, Lpips, compare
-from pipeline.evaluate.report import ReportContent, report_content
+from pipeline.evaluate.figures import NetworkFacts
+from pipeline.evaluate.inputs import (
+    Inputs,
+    Piece,
+    Reference,
+    ReferenceBatch,
+    Selection,
+    in_batches,
+    no_images,
+    read_piece,
+    reference_batches,
+)
+from pipeline.evaluate.metrics import (
+    PAIRS_SHOWN,
+    Networks,
+    NetworkSpec,
+    Predictions,
+    RoundTrip,
+    SampleResults,
+    ShownSample,
+    compare,
+    load_networks,
+)
+from pipeline.evaluate.report import first_of_each_label
 from pipeline.features import INCEPTION
-from pipeline.features.networks import Extractor, load_extractor
-from pipeline.features.statistics import ClassSums, Features, FeatureStats, Sums
-from pipeline.media import PagePicture, choose, class_text
+from pipeline.features.statistics import ClassSums, FeatureStats, StatsBuilder, Sums, Vectors
+from pipeline.media import PagePicture, caption_of, choose, class_text, decode_image
 from pipeline.progress import Progress
+from pipeline.source.config import ImageConfig, SourceConfig
 from pipeline.storage.root import Root
-from pipeline.store.read.dataset import Dataset
+from pipeline.store.read.dataset import Dataset, read_outside
+from pipeline.store.read.row_groups import reading_table
 
 CLASSIFIER = "classifier.safetensors"
 STATISTICS = "reference/{key}.safetensors"
-PAIRS_SHOWN = 24
+BATCHES_A_PIECE = 4
 REAL_SHOWN = 24
 REAL_LOOKED_AT = 512
 SAMPLES_SHOWN = 96
 NEEDS_CLASSIFIER = ("accuracy", "classifier_accuracy", "reconstruction_accuracy")
 NEEDS_SPACE = ("frechet", "kid", "precision", "recall", "inception_score", "rfid")
+SAMPLE_COLUMNS = (
+    "sample_id",
+    "image",
+    "file",
+    "label",
+    "prompt",
+    "seed",
+    "steps",
+    "guidance",
+    "sampler",
+    "run_seed",
+)
+SAMPLE_SETTINGS = ("sampler", "steps", "guidance", "run_seed")
 Images = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What the networks say of a batch: labels [n], features [n, d], class probabilities [n, k]; None without one."""
-
-    labels_N: npt.NDArray[np.int64] | None = None
-    features_ND: Features | None = None
-    probabilities_NK: Features | None = None
-
-
-@dataclass(frozen=True)
-class Networks:
-    """The classifier fitted here sees classes; features come from `extractor` where one is given, else from it."""
-
-    classifier: Classifier | None = None
-    extractor: Extractor | None = None
-    clip: ClipScorer | None = None
-    lpips: Lpips | None = None
-
-    def predict(self, images_NHWC: Images) -> Predictions:
-        """Everything about a batch of uint8 images [n, h, w, 3], each network asked once."""
-        labels = features = probabilities = None
-        if self.classifier is not None:
-            labels, features, probabilities = self.classifier.predict(images_NHWC)
-        if self.extractor is not None:
-            features, probabilities = self.extractor(images_NHWC)
-        return Predictions(labels, features, probabilities)
-
-    @property
-    def space_digest(self) -> str | None:
-        """Names the feature space; None when there is none."""
-        network = self.extractor or self.classifier
-        return None if network is None else network.digest
-
-    @property
-    def space_name(self) -> str:
-        """The feature space in words."""
-        if self.extractor is not None:
-            return f"in the feature space of {self.extractor.name} (sha256 {self.extractor.digest[:12]})"
-        return "in the feature space of the classifier fitted here (not Inception)"
-
-
-@dataclass
-class RoundTrip:
-    """What the codec does to real images; `pairs` are the first few (real, decoded), uint8 [h,w,3] each."""
-
-    sums: FidelitySums = field(default_factory=FidelitySums)
-    real: FeatureStats | None = None
-    decoded: FeatureStats | None = None
-    lpips: Sums = field(default_factory=Sums)
-    hits: int = 0
-    judged: int = 0
-    pairs: list[tuple[Images, Images]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class ShownSample:
-    """A sample for the report: encoded bytes, caption, whether its class is the one asked for ("": not judged)."""
-
-    encoded: bytes
-    caption: str
-    mark: Literal["", "right", "wrong"]
-
-
-@dataclass
-class SampleResults:
-    """What the networks say of the samples: features, and how often each class was seen where each was asked for."""
-
-    stats: FeatureStats | None = None
-    classes: ClassSums | None = None
-    clip: Sums = field(default_factory=Sums)
-    seen: Counter[tuple[int, int]] = field(default_factory=Counter)  # (asked, seen) -> images
-    unjudged: int = 0
-    settings: dict[str, list[Any]] = field(default_factory=dict)
-    shown: dict[bytes, ShownSample] = field(default_factory=dict)
-
-    @property
-    def hits(self) -> int:
-        return sum(count for (asked, seen), count in self.seen.items() if asked == seen)
-
-    @property
-    def judged(self) -> int:
-        return sum(self.seen.values())
 
 
 @dataclass
 class Measured:
-    """Everything the passes found; what was not measured is None, with the reason in `absent`."""
+    """Everything the passes found; what was not measured is None, with the reason in `absent`.
 
-    networks: Networks = field(default_factory=Networks)
+    gone: rows of the reference that gave no image, as their objects were replaced or removed after they were listed.
+    """
+
+    networks: NetworkFacts = field(default_factory=NetworkFacts)
     real: FeatureStats | None = None
     trip: RoundTrip | None = None
     samples: SampleResults | None = None
     real_shown: Sequence[PagePicture] = ()
+    gone: int = 0
     absent: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What an evaluation has found, without the networks that found it: it travels between processes."""
-
-    figures: tuple[Figure, ...]
-    absent: dict[str, str]
-    content: ReportContent
-    contract: dict[str, Any]
-    counts: dict[str, int]
-
-
-def evaluate(config: EvaluateJobConfig, inputs: Inputs, output_uri: str, device: str) -> Findings:
-    """Measure on a device ("cuda" or "cpu") and name the figures; what is worth keeping goes below `output_uri`."""
-    measured = Evaluation(config, inputs, Root(output_uri), device).measure()
-    figures, absent = figures_of(measured, config.quality.neighbours)
-    counts = {"reference": measured.real.n if measured.real else 0}
-    if measured.trip is not None:
-        counts["round_trips"] = measured.trip.sums.n
-    if measured.samples is not None and inputs.samples is not None:
-        counts |= {"samples": inputs.samples.num_rows, "unjudged": measured.samples.unjudged}
-    content = report_content(config, inputs, measured, figures, absent)
-    return Findings(figures, absent, content, contract_of(config, inputs, measured), counts)
-
-
-def evaluate_again_inspected(config: EvaluateJobConfig, key: str, output_uri: str, device: str) -> Findings:
-    """`evaluate` in another process, which opens the inputs itself; InputError when they are not those of `key`."""
-    inputs = inspect(config)
-    if inputs.key != key:
-        raise InputError(
-            "What is evaluated has changed since the evaluation began",
-            rule="reference, samples, codec and networks stay as they are while they are looked at",
-            next_step="run the same command again; on a cluster, all nodes must see the same files",
-        )
-    return evaluate(config, inputs, output_uri, device)
+# -- What workers do ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """The passes that one configuration asks for, over its inputs, on one device."""
+class Prepared:
+    """What the passes begin with: the networks, the first pictures of each label, and why there is no classifier.
 
-    config: EvaluateJobConfig
-    inputs: Inputs
-    output: Root
-    device: str
+    gone: as of `Measured`.
+    """
 
-    def measure(self) -> Measured:
-        """All passes over the images."""
-        config, measured = self.config, Measured()
-        lpips = config.lpips
-        measured.networks = networks = Networks(
-            self._classifier(measured.absent),
-            load_extractor(config.extractor, device=self.device),
-            ClipScorer(config.clip.path, device=self.device) if config.clip and config.samples else None,
-            Lpips.load(lpips.net, lpips.backbone, lpips.linear, device=self.device)
-            if lpips and config.codec
-            else None,
+    spec: NetworkSpec
+    facts: NetworkFacts
+    shown: list[tuple[Images, int | None]]
+    no_classifier: str
+    gone: int
+
+
+def prepare_networks(config: EvaluateJobConfig, images: Reference, total: int | None, spec: NetworkSpec) -> Prepared:
+    """Fit the classifier, unless `spec` has one; a second call gives the same. total: rows of the reference."""
+    c, counts = config.classifier, (Counter[str](), Counter[str]())
+
+    def real(limit: int, counted: Counter[str]) -> Iterator[ReferenceBatch]:
+        chosen, size = Selection(images, limit, total), config.quality.batch_size
+        return reference_batches(chosen, config.image, batch_size=size, counts=counted)
+
+    reason = "" if c.enabled else "the classifier is switched off (classifier.enabled)"
+    if c.enabled and spec.classifier is None:
+        settings = FitSettings(
+            config.classifier_resolution,
+            c.width,
+            c.steps,
+            c.batch_size,
+            c.learning_rate,
+            holdout=c.holdout,
+            seed=c.seed,
         )
-        extractor = networks.extractor
-        if config.fid is not None and extractor is not None and not extractor.published:
-            measured.absent["fid"] = (
-                f"{extractor.name} (SHA-256 {extractor.digest}) is not {INCEPTION}: the distance is told as frechet "
-                "and cannot be called FID"
-            )
-        if networks.space_digest is not None and config.samples is not None:
-            measured.real = self._reference_stats(networks, networks.space_digest)
-        measured.real_shown = [
-            PagePicture.of(pixels, "no label" if label is None else class_text(label, self.inputs.class_names))
-            for pixels, label in first_of_each_label(self._real(REAL_LOOKED_AT), REAL_SHOWN)
-        ]
-        if config.codec is not None:
-            measured.trip = self._round_trip(networks)
-        if self.inputs.samples is not None:
-            measured.samples = self._samples(self.inputs.samples, networks)
-        return measured
-
-    def _real(self, limit: int, batch_size: int | None = None) -> Iterator[ReferenceBatch]:
-        config, total = self.config, self.inputs.reference.rows
-        size = batch_size or config.quality.batch_size
-        return reference_batches(config.reference, config.image, batch_size=size, limit=limit, total=total)
-
-    def _total(self, limit: int) -> int | None:
-        """Real images that a pass of at most `limit` sees; None when only reading tells."""
-        return None if self.inputs.reference.rows is None else min(self.inputs.reference.rows, limit)
-
-    def _classifier(self, absent: dict[str, str]) -> Classifier | None:
-        """The one kept from an earlier evaluation of the same reference, or a new one; None: see `absent`."""
-        c = self.config.classifier
-        reason = "the classifier is switched off (classifier.enabled)"
-        if c.enabled:
-            try:
-                kept = from_bytes(self.output.read_bytes(CLASSIFIER), self.inputs.classifier_key)
-            except (FileNotFoundError, NotADirectoryError):
-                kept = None
-            if kept is not None:
-                kept.net.to(self.device)
-                return kept
-            settings = FitSettings(
-                self.config.classifier_resolution,
-                c.width,
-                c.steps,
-                c.batch_size,
-                c.learning_rate,
-                holdout=c.holdout,
-                seed=c.seed,
-            )
-            try:
-                with Progress("evaluate classifier", c.steps, "steps") as progress:
-                    fitted = fit_on(self._real(c.images), settings, device=self.device, progress=progress)
-                self.output.put(CLASSIFIER, to_bytes(fitted, self.inputs.classifier_key))
-                return fitted
-            except InputError as error:
-                if error.key != "classifier.holdout":
-                    raise
-                reason = error.what[:1].lower() + error.what[1:]
-        no_space = NEEDS_SPACE if self.config.extractor.kind == "classifier" else ()
-        absent.update(dict.fromkeys((*NEEDS_CLASSIFIER, *no_space), reason))
-        return None
-
-    def _reference_stats(self, networks: Networks, space_digest: str) -> FeatureStats:
-        """Feature statistics of the reference, kept under everything they depend on, for this report or for all."""
-        quality = self.config.quality
-        key = STATISTICS.format(key=f"{self.inputs.space_key}-{space_digest[:16]}")
-        cache = Root(self.config.reference_cache) if self.config.reference_cache else self.output
         try:
-            return FeatureStats.from_arrays(load_arrays(cache.read_bytes(key)), quality.vectors)
-        except (FileNotFoundError, NotADirectoryError, SafetensorError, KeyError):
-            stats: FeatureStats | None = None  # none yet, or a torn one: both are taken anew
-        with Progress("evaluate reference", self._total(quality.reference_images)) as progress:
-            for batch in self._real(quality.reference_images):
-                stats = _added(stats, batch.ids, networks.predict(batch.images_NHWC), quality.vectors)
-                progress.update(stats.n if stats else 0)
-        assert stats is not None, "reference_batches gives an image or raises, and there is a feature space"
-        cache.put(key, save_arrays({name: np.ascontiguousarray(a) for name, a in stats.arrays().items()}))
-        return stats
+            with Progress("evaluate classifier", c.steps, "steps") as progress:
+                fitted = fit_on(real(c.images, counts[0]), settings, device=spec.device, progress=progress)
+            spec = replace(spec, classifier=to_bytes(fitted, spec.classifier_key))
+        except InputError as error:
+            if error.key != "classifier.holdout":
+                raise
+            reason = error.what[:1].lower() + error.what[1:]
+    shown = list(first_of_each_label(real(REAL_LOOKED_AT, counts[1]), REAL_SHOWN))
+    return Prepared(spec, load_networks(spec).facts, shown, reason, max(map(images.gone, counts)))
 
-    def _round_trip(self, networks: Networks) -> RoundTrip:
-        """Encode to the posterior's mode and decode again, batch by batch."""
-        settings, fidelity, vectors = self.config.codec, self.config.fidelity, self.config.quality.vectors
-        assert settings is not None  # checked by the caller
-        codec = load_codec(
-            settings.path,
-            revision=settings.revision,
-            kind=settings.kind,
-            device=self.device,
-            dtype=settings.dtype,
-            compile=settings.compile,
-            channels_last=settings.channels_last,
+
+Kind = Literal["reference", "round_trips", "samples"]
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """Images to look at: a piece of the reference, or a row group of the samples; numbers count within their kind."""
+
+    kind: Kind
+    number: int
+    content: Piece | int
+    batch_size: int
+
+
+@dataclass
+class Findings:
+    """What was found of the images of a task; counts: as of `read_piece`."""
+
+    task: ImageTask
+    counts: Counter[str] = field(default_factory=Counter)
+    vectors: list[Vectors] = field(default_factory=list)
+    decoded: list[Vectors] = field(default_factory=list)  # beside the vectors of the images that were sent through
+    trip: RoundTrip = field(default_factory=RoundTrip)
+    samples: SampleResults = field(default_factory=SampleResults)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Looks at images where it is called; wanted: ids of the samples to show."""
+
+    source: SourceConfig
+    image: ImageConfig
+    samples: Dataset | None
+    wanted: frozenset[bytes]
+    spec: NetworkSpec
+
+    def __call__(self, task: ImageTask) -> Findings:
+        """What the networks say of a task's images."""
+        networks, part = load_networks(self.spec), Findings(replace(task, content=0))  # pieces need not travel back
+        if isinstance(task.content, int):
+            assert self.samples is not None
+            for drawn in sample_batches(self.samples, task.content, task.batch_size):
+                self._look_at_samples(networks, drawn, part)
+            return part
+        rows = read_piece(self.source, self.image, task.content, part.counts)
+        for batch in in_batches(rows, task.batch_size):
+            if task.kind == "reference":
+                part.vectors += _vectors(batch.ids, networks.predict(batch.images_NHWC))
+            else:
+                self._round_trip(networks, batch, part)
+        return part
+
+    def _round_trip(self, networks: Networks, batch: ReferenceBatch, part: Findings) -> None:
+        """Encode to the posterior's mode and decode again."""
+        codec, classifier = networks.codec, networks.classifier
+        assert codec is not None
+        images = torch.from_numpy(batch.images_NHWC)
+        with torch.inference_mode():
+            decoded = codec.decode(codec.encode(images, posterior="mode")).cpu()
+        decoded_NHWC, hits, judged = decoded.numpy(), 0, 0
+        predictions = networks.predict(decoded_NHWC)
+        if predictions.features_ND is not None:
+            part.vectors += _vectors(batch.ids, networks.predict(batch.images_NHWC))
+            part.decoded += _vectors(batch.ids, predictions)
+        if predictions.labels_N is not None and classifier is not None:
+            known = [i for i, label in enumerate(batch.labels) if label in classifier.classes]
+            judged = len(known)
+            hits = sum(int(predictions.labels_N[i]) == batch.labels[i] for i in known)
+        # Those of the first pieces: pictures of all others would travel to be left out.
+        early = part.task.number * BATCHES_A_PIECE * part.task.batch_size < 2 * PAIRS_SHOWN
+        shown = PAIRS_SHOWN if early else 0
+        part.trip += RoundTrip(
+            compare(images, decoded),
+            lpips=Sums.of(networks.lpips(images, decoded)) if networks.lpips is not None else Sums(),
+            hits=hits,
+            judged=judged,
+            pairs=tuple(zip(batch.images_NHWC[:shown], decoded_NHWC[:shown], strict=True)),
         )
-        out = RoundTrip()
-        with Progress("evaluate codec", self._total(fidelity.images)) as progress:
-            for batch in self._real(fidelity.images, fidelity.batch_size):
-                images = torch.from_numpy(batch.images_NHWC)
-                with torch.inference_mode():
-                    decoded = codec.decode(codec.encode(images, posterior="mode")).cpu()
-                out.sums += compare(images, decoded)
-                if networks.lpips is not None:
-                    out.lpips += Sums.of(networks.lpips(images, decoded))
-                decoded_NHWC = decoded.numpy()
-                pairs = zip(batch.images_NHWC, decoded_NHWC, strict=True)
-                out.pairs += list(pairs)[: PAIRS_SHOWN - len(out.pairs)]
-                predictions = networks.predict(decoded_NHWC)
-                if predictions.features_ND is not None:
-                    out.real = _added(out.real, batch.ids, networks.predict(batch.images_NHWC), vectors)
-                    out.decoded = _added(out.decoded, batch.ids, predictions, vectors)
-                if predictions.labels_N is not None and networks.classifier is not None:
-                    known = [i for i, label in enumerate(batch.labels) if label in networks.classifier.classes]
-                    out.judged += len(known)
-                    out.hits += sum(int(predictions.labels_N[i]) == batch.labels[i] for i in known)
-                progress.update(out.sums.n)
-        return out
 
-    def _samples(self, samples: Dataset, networks: Networks) -> SampleResults:
-        """One pass over all samples; without networks only their settings and the ones to show are collected."""
-        columns = [samples.read(group.index, ("sample_id", "label", "prompt")) for group in samples.row_groups]
-        requests = pa.concat_tables(columns).rename_columns(["request_id", "label", "prompt"])
-        wanted = set(choose(requests, SAMPLES_SHOWN))  # as the sample job chooses them for its own contact sheet
-        out, settings, done = SampleResults(), dict[str, set[Any]](), 0
+    def _look_at_samples(self, networks: Networks, batch: SampleBatch, part: Findings) -> None:
+        """Without networks only their settings and the ones to show are collected."""
+        predictions = networks.predict(batch.images_NHWC)
+        part.vectors += _vectors(batch.ids, predictions)
+        part.counts["taken"] += len(batch.ids)
         classes = networks.classifier.classes if networks.classifier else ()
-        with Progress("evaluate samples", samples.num_rows) as progress:
-            for batch in sample_batches(samples, self.config.quality.batch_size):
-                predictions = networks.predict(batch.images_NHWC)
-                out.stats = _added(out.stats, batch.ids, predictions, self.config.quality.vectors)
-                if predictions.probabilities_NK is not None:
-                    sums = ClassSums.of(image_keys(batch.ids), predictions.probabilities_NK)
-                    out.classes = sums if out.classes is None else out.classes + sums
-                prompted = [i for i, prompt in enumerate(batch.prompts) if prompt is not None]
-                if networks.clip is not None and prompted:
-                    prompts = [prompt for prompt in batch.prompts if prompt is not None]
-                    out.clip += Sums.of(networks.clip(batch.images_NHWC[prompted], prompts))
-                for i, asked in enumerate(batch.labels):
-                    mark: Literal["", "right", "wrong"] = ""
-                    if predictions.labels_N is not None and asked is not None and asked in classes:
-                        seen = int(predictions.labels_N[i])
-                        out.seen[asked, seen] += 1
-                        mark = "right" if asked == seen else "wrong"
-                    else:
-                        out.unjudged += 1
-                    if batch.ids[i] in wanted:
-                        out.shown[batch.ids[i]] = ShownSample(batch.encoded[i], batch.captions[i], mark)
-                for name, value in batch.settings:
-                    settings.setdefault(name, set()).add(value)
-                done += len(batch.ids)
-                progress.update(done)
-        out.settings = {name: sorted(values)[:20] for name, values in sorted(settings.items())}
-        return out
+        prompted = [i for i, prompt in enumerate(batch.prompts) if prompt is not None]
+        clip, seen, unjudged = Sums(), Counter[tuple[int, int]](), 0
+        if networks.clip is not None and prompted:
+            prompts = [prompt for prompt in batch.prompts if prompt is not None]
+            clip = Sums.of(networks.clip(batch.images_NHWC[prompted], prompts))
+        shown: dict[bytes, ShownSample] = {}
+        for i, asked in enumerate(batch.labels):
+            mark: Literal["", "right", "wrong"] = ""
+            if predictions.labels_N is not None and asked is not None and asked in classes:
+                label = int(predictions.labels_N[i])
+                seen[asked, label] += 1
+                mark = "right" if asked == label else "wrong"
+            else:
+                unjudged += 1
+            if batch.ids[i] in self.wanted:
+                shown[batch.ids[i]] = ShownSample(batch.encoded[i], batch.captions[i], mark)
+        settings: dict[str, list[Any]] = {}
+        for name, value in batch.settings:
+            settings.setdefault(name, []).append(value)
+        probabilities_NK = predictions.probabilities_NK
+        sums = None if probabilities_NK is None else ClassSums.of(image_keys(batch.ids), probabilities_NK)
+        part.samples += SampleResults(
+            classes=sums, clip=clip, seen=seen, unjudged=unjudged, settings=settings, shown=shown
+        )
+
+
+@dataclass(frozen=True)
+class SampleBatch:
+    """Samples of one size: ids (16 bytes each), pixels uint8 [n,h,w,3], labels asked for, encoded bytes,
+    captions.
+
+    `settings` are the distinct (name, value) pairs of how they were drawn.
+    """
+
+    ids: tuple[bytes, ...]
+    images_NHWC: npt.NDArray[np.uint8]
+    labels: tuple[int | None, ...]
+    captions: tuple[str, ...]
+    prompts: tuple[str | None, ...]
+    encoded: tuple[bytes, ...]
+    settings: frozenset[tuple[str, Any]]
+
+
+def sample_batches(samples: Dataset, number: int, batch_size: int) -> Iterator[SampleBatch]:
+    """Every visible sample of a row group once; memory is bounded by the group and one batch of pixels."""
+    group = samples.row_groups[number]
+    table = samples.read(number, SAMPLE_COLUMNS)
+    for start in range(0, table.num_rows, batch_size):
+        rows: list[dict[str, Any]] = table.slice(start, batch_size).to_pylist()
+        with reading_table(samples.root.uri_of(group.file)):
+            encoded = [row["image"] or read_outside(samples.root, row["file"]) for row in rows]
+            images_NHWC = np.stack([decode_image(data) for data in encoded])
+        yield SampleBatch(
+            ids=tuple(row["sample_id"] for row in rows),
+            images_NHWC=images_NHWC,
+            labels=tuple(row["label"] for row in rows),
+            captions=tuple(caption_of(row, samples.class_names) for row in rows),
+            prompts=tuple(row["prompt"] for row in rows),
+            encoded=tuple(encoded),
+            settings=frozenset((key, row[key]) for row in rows for key in SAMPLE_SETTINGS if row[key] is not None),
+        )
 
 
 def image_keys(ids: Sequence[bytes]) -> npt.NDArray[np.uint64]:
@@ -356,51 +304,195 @@ def image_keys(ids: Sequence[bytes]) -> npt.NDArray[np.uint64]:
     return np.array([int.from_bytes(identity[:8], "big") for identity in ids], np.uint64)
 
 
-def _added(
-    stats: FeatureStats | None, ids: Sequence[bytes], predictions: Predictions, vectors: int
-) -> FeatureStats | None:
-    """Statistics with those of one more batch; None without a feature space."""
-    if predictions.features_ND is None:
-        return stats
-    part = FeatureStats.of(image_keys(ids), predictions.features_ND, vectors)
-    return part if stats is None else stats + part
+def _vectors(ids: Sequence[bytes], predictions: Predictions) -> list[Vectors]:
+    """Those of one batch; none without a feature space."""
+    features_ND = predictions.features_ND
+    return [] if features_ND is None else [Vectors(image_keys(ids), features_ND)]
 
 
-def fit_on(
-    batches: Iterable[ReferenceBatch], settings: FitSettings, *, device: str, progress: Progress
-) -> Classifier:
-    """Fit on the labelled images of `batches`, held at the classifier's resolution; InputError when it cannot be."""
-    side = settings.resolution
-    pool, labels, keys = [np.zeros((0, side, side, 3), np.uint8)], [], []
-    for batch in batches:
-        rows = [i for i, label in enumerate(batch.labels) if label is not None]
-        if rows:
-            images_NHWC = batch.images_NHWC[rows]
-            if images_NHWC.shape[1:3] != (side, side):  # as the classifier does it itself
-                x_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2).float()
-                small_NCHW = functional.interpolate(x_NCHW, (side, side), mode="bilinear", antialias=True)
-                images_NHWC = small_NCHW.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-            pool.append(images_NHWC)
-            labels += [label for label in batch.labels if label is not None]
-            keys += [batch.keys[i] for i in rows]
-
-    def on_step(step: int, loss: float) -> None:
-        progress.update(step, loss=loss)
-
-    labels_N = np.array(labels, np.int64)
-    return fit_classifier(np.concatenate(pool), labels_N, keys, settings, device=device, on_step=on_step)
+# -- What the driver does ----------------------------------------------------------------------------------------
 
 
-def first_of_each_label(batches: Iterable[ReferenceBatch], limit: int) -> Iterator[tuple[Images, int | None]]:
-    """The first image of every label, then second ones, ... of the given batches, at most `limit`."""
-    by_label: dict[int | None, list[Images]] = {}
-    for batch in batches:
-        for pixels, label in zip(batch.images_NHWC, batch.labels, strict=True):
-            kept = by_label.setdefault(label, [])
-            if len(kept) < limit:
-                kept.append(pixels)
-    labels = sorted(by_label, key=lambda label: (label is None, label or 0))
-    rounds = (
-        (by_label[label][place], label) for place in range(limit) for label in labels if place < len(by_label[label])
-    )
-    return islice(rounds, limit)
+class Pass:
+    """One kind of tasks: what is left to look at, and what was found, added up in the order of the tasks."""
+
+    def __init__(
+        self,
+        kind: Kind,
+        next_round: Callable[[int], Iterable[Piece | int] | None],
+        batch_size: int,
+        vectors: int,
+        total: int | None,
+        selection: Selection | None = None,
+    ) -> None:
+        """next_round: the pieces of a round, each of so many images at most; None: there is none.
+
+        total: images at most, None where only reading tells.
+        """
+        self.kind, self.total = kind, total
+        self.counts = Counter[str]()
+        self.trip, self.samples = RoundTrip(), SampleResults()
+        self.stats, self.decoded = StatsBuilder(vectors), StatsBuilder(vectors)
+        self._next_round, self._batch_size, self._selection = next_round, batch_size, selection
+        self._numbers, self._turn, self._early = count(), 0, dict[int, Findings]()
+
+    def next_round(self) -> Iterator[ImageTask] | None:
+        """The tasks that follow from what was found until now; None when nothing is left to look at."""
+        pieces = self._next_round(BATCHES_A_PIECE * self._batch_size)
+        if pieces is None:
+            return None
+        return (ImageTask(self.kind, next(self._numbers), piece, self._batch_size) for piece in pieces)
+
+    def add(self, part: Findings) -> None:
+        """The part of one task; it waits until those of all tasks before it have come."""
+        self._early[part.task.number] = part
+        while (due := self._early.pop(self._turn, None)) is not None:
+            self._turn += 1
+            self.counts += due.counts
+            self.trip += due.trip
+            self.samples += due.samples
+            for builder, several in ((self.stats, due.vectors), (self.decoded, due.decoded)):
+                for vectors in several:
+                    builder.add(vectors)
+            if self._selection is not None:
+                self._selection.left -= due.counts["taken"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The passes that one configuration asks for, over its inputs, by workers."""
+
+    config: EvaluateJobConfig
+    inputs: Inputs
+    output: Root
+    workers: Workers
+
+    def measure(self) -> Measured:
+        """All passes over the images; what is worth keeping goes below `output`."""
+        try:
+            return self._measure()
+        finally:
+            load_networks.cache_clear()  # those of this process, where it was the worker
+
+    def _measure(self) -> Measured:
+        prepared, measured = self._prepare(), Measured()
+        measured.networks = facts = prepared.facts
+        if facts.holdout is None:
+            no_space = NEEDS_SPACE if self.config.extractor.kind == "classifier" else ()
+            measured.absent.update(dict.fromkeys((*NEEDS_CLASSIFIER, *no_space), prepared.no_classifier))
+        if self.config.fid is not None and facts.extractor is not None and not facts.published:
+            measured.absent["fid"] = (
+                f"{facts.extractor} (SHA-256 {facts.space_digest}) is not {INCEPTION}: the distance is told as "
+                "frechet and cannot be called FID"
+            )
+        measured.real_shown = [
+            PagePicture.of(pixels, "no label" if label is None else class_text(label, self.inputs.class_names))
+            for pixels, label in prepared.shown
+        ]
+        kept, passes = self._kept_statistics(facts), dict[Kind, Pass]()
+        if kept is None and facts.space_digest is not None and self.config.samples is not None:
+            passes["reference"] = self._real("reference")
+        if self.config.codec is not None:
+            passes["round_trips"] = self._real("round_trips")
+        if self.inputs.samples is not None:
+            passes["samples"] = self._samples(self.inputs.samples)
+        self._run(passes, prepared.spec)
+        measured.gone = max([prepared.gone, *(self.inputs.images.gone(each.counts) for each in passes.values())])
+        measured.real = kept
+        if (reference := passes.get("reference")) is not None:
+            measured.real = reference.stats.stats()
+            self._keep_statistics(facts, reference)
+        if (trips := passes.get("round_trips")) is not None:
+            measured.trip = replace(trips.trip, real=trips.stats.stats(), decoded=trips.decoded.stats())
+        if (samples := passes.get("samples")) is not None:
+            measured.samples = replace(samples.samples, stats=samples.stats.stats())
+        return measured
+
+    def _prepare(self) -> Prepared:
+        """By one worker, with the classifier that an earlier evaluation of the same reference left, or a new one."""
+        config, inputs = self.config, self.inputs
+        kept: bytes | None = None
+        if config.classifier.enabled:
+            try:
+                kept = self.output.read_bytes(CLASSIFIER)
+            except (FileNotFoundError, NotADirectoryError):
+                kept = None
+            kept = kept if kept is not None and from_bytes(kept, inputs.classifier_key) is not None else None
+        codec = {"codec.path": inputs.codec.weights_sha256} if inputs.codec is not None else {}
+        spec = NetworkSpec(
+            config.extractor,
+            config.clip if config.samples else None,
+            config.lpips if config.codec else None,
+            config.codec,
+            tuple({**inputs.files, **codec}.items()),
+            inputs.classifier_key,
+            self.workers.device,
+            kept,
+        )
+        images, total = inputs.images, inputs.reference.rows
+        one = replace(self.workers, count=1)
+        (prepared,) = one.spread(lambda: partial(prepare_networks, config, images, total), [spec])
+        fitted = prepared.spec.classifier
+        if fitted is not None and kept is None and not prepared.gone:  # as for the statistics
+            self.output.put(CLASSIFIER, fitted)
+        return prepared
+
+    def _real(self, kind: Literal["reference", "round_trips"]) -> Pass:
+        """A pass over real images."""
+        quality, rows = self.config.quality, self.inputs.reference.rows
+        limit, size = quality.reference_images, quality.batch_size
+        if kind == "round_trips":
+            limit, size = self.config.fidelity.images, self.config.fidelity.batch_size
+        selection = Selection(self.inputs.images, limit, rows)
+        total = None if rows is None else min(rows, limit)
+        return Pass(kind, selection.next_round, size, quality.vectors, total, selection)
+
+    def _samples(self, samples: Dataset) -> Pass:
+        """The pass over all samples."""
+        quality, rounds = self.config.quality, iter([range(len(samples.row_groups))])
+        return Pass("samples", lambda _: next(rounds, None), quality.batch_size, quality.vectors, samples.num_rows)
+
+    def _run(self, passes: Mapping[Kind, Pass], spec: NetworkSpec) -> None:
+        """Every task of every round, by all workers; InputError where real images are needed and there are none."""
+        config = self.config
+        judge = Judge(config.reference, config.image, self.inputs.samples, self._to_show(), spec)
+        totals = [each.total for each in passes.values()]
+        known = [total for total in totals if total is not None]
+        with Progress("evaluate", sum(known) if len(known) == len(totals) else None) as progress:
+            while rounds := [tasks for each in passes.values() if (tasks := each.next_round()) is not None]:
+                for part in self.workers.spread(lambda: judge, chain.from_iterable(rounds)):
+                    passes[part.task.kind].add(part)
+                    done = {kind: each.counts["taken"] for kind, each in passes.items()}
+                    progress.update(sum(done.values()), **done)
+        if any(each.counts["taken"] == 0 for kind, each in passes.items() if kind != "samples"):
+            raise no_images(config.reference)
+
+    def _to_show(self) -> frozenset[bytes]:
+        """Ids of the samples to show, as the sample job chooses them for its own contact sheet."""
+        samples = self.inputs.samples
+        if samples is None:
+            return frozenset()
+        columns = [samples.read(group.index, ("sample_id", "label", "prompt")) for group in samples.row_groups]
+        requests = pa.concat_tables(columns).rename_columns(["request_id", "label", "prompt"])
+        return frozenset(choose(requests, SAMPLES_SHOWN))
+
+    def _statistics(self, facts: NetworkFacts) -> tuple[Root, str]:
+        """Where the reference's statistics are kept, for this report or for all, under everything they depend on."""
+        cache = Root(self.config.reference_cache) if self.config.reference_cache else self.output
+        return cache, STATISTICS.format(key=f"{self.inputs.space_key}-{str(facts.space_digest)[:16]}")
+
+    def _kept_statistics(self, facts: NetworkFacts) -> FeatureStats | None:
+        if facts.space_digest is None or self.config.samples is None:
+            return None
+        cache, key = self._statistics(facts)
+        try:
+            return FeatureStats.from_arrays(load_arrays(cache.read_bytes(key)), self.config.quality.vectors)
+        except (FileNotFoundError, NotADirectoryError, SafetensorError, KeyError):
+            return None  # none yet, or a torn one: both are taken anew
+
+    def _keep_statistics(self, facts: NetworkFacts, reference: Pass) -> None:
+        stats = reference.stats.stats()
+        # With an image gone they are not those of the reference that the key names: it may be put back.
+        if stats is not None and not self.inputs.images.gone(reference.counts):
+            cache, key = self._statistics(facts)
+            cache.put(key, save_arrays({name: np.ascontiguousarray(a) for name, a in stats.arrays().items()}))

@@ -9,13 +9,15 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import matplotlib
 import numpy as np
+import numpy.typing as npt
 from markupsafe import Markup
 from matplotlib.figure import Figure as Canvas
 from matplotlib.rcsetup import cycler
@@ -23,7 +25,7 @@ from matplotlib.ticker import EngFormatter, PercentFormatter, StrMethodFormatter
 
 from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.evaluate.figures import Figure, contract_of, number
-from pipeline.evaluate.inputs import Inputs
+from pipeline.evaluate.inputs import Inputs, ReferenceBatch
 from pipeline.media import PagePicture, class_text, decode_image, render_page
 
 if TYPE_CHECKING:
@@ -46,8 +48,10 @@ CLASSIFIER_NOTE = (
     "the same reference; they are not the Inception-based FID or KID of the literature, and real images the "
     "classifier was fitted on may look a little more typical to it than unseen ones."
 )
+GONE_NOTE = "{:,} real images have changed or gone since they were listed, and are left out of every figure."
 BARS_LABEL = "share of samples in which the classifier sees the class asked for"
 _Item = TypeVar("_Item")
+Image = npt.NDArray[np.uint8]  # [h, w, 3]
 MAX_POINTS = 400
 MAX_CURVES = 4
 MAX_BARS = 64
@@ -151,7 +155,8 @@ def report_content(
 ) -> ReportContent:
     """The report of one evaluation, but for its provenance."""
     samples, latents = measured.samples, inputs.latents
-    data_facts: dict[str, Any] = {"real images": inputs.reference.rows, "listed objects": inputs.reference.entries}
+    objects = "listed objects" if inputs.images.plan is None else "objects of the latents"
+    data_facts: dict[str, Any] = {"real images": inputs.reference.rows, objects: inputs.reference.entries}
     if latents is not None:
         data_facts |= {
             "latents": latents.num_rows,
@@ -174,7 +179,7 @@ def report_content(
         for label in sorted({asked for asked, _ in samples.seen}):
             of_class = sum(n for (asked, _), n in samples.seen.items() if asked == label)
             by_class.append((class_text(label, inputs.class_names), samples.seen[label, label], of_class))
-    own_space = measured.networks.classifier is not None and measured.networks.extractor is None
+    own_space = measured.networks.holdout is not None and measured.networks.extractor is None
     return ReportContent(
         title=config.title,
         headline=[Tile.of(figure) for figure in figures if figure.name in HEADLINE],
@@ -193,9 +198,25 @@ def report_content(
         contract=contract_of(config, inputs, measured),
         notes=[
             *([CLASSIFIER_NOTE] if own_space else []),
+            *([GONE_NOTE.format(measured.gone)] if measured.gone else []),
             *(f"{name}: {reason}." for name, reason in measured.absent.items()),
         ],
     )
+
+
+def first_of_each_label(batches: Iterable[ReferenceBatch], limit: int) -> Iterator[tuple[Image, int | None]]:
+    """The first image of every label, then second ones, ... of the given batches, at most `limit`."""
+    by_label: dict[int | None, list[Image]] = {}
+    for batch in batches:
+        for pixels, label in zip(batch.images_NHWC, batch.labels, strict=True):
+            kept = by_label.setdefault(label, [])
+            if len(kept) < limit:
+                kept.append(pixels)
+    labels = sorted(by_label, key=lambda label: (label is None, label or 0))
+    rounds = (
+        (by_label[label][place], label) for place in range(limit) for label in labels if place < len(by_label[label])
+    )
+    return islice(rounds, limit)
 
 
 def line_chart(curves: Mapping[str, Sequence[tuple[float, float]]], *, x_name: str, y_name: str) -> Markup:

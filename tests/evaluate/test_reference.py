@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.evaluate.inputs import ReferenceBatch, ranges_over, reference_batches, summarize
+from pipeline.evaluate.inputs import Reference, ReferenceBatch, Selection, ranges_over, reference_batches, summarize
 from pipeline.source.config import FolderSource, ImageConfig, SourceConfig, WebDatasetSource
 
 CLASSES, PER_CLASS = 4, 30
@@ -51,9 +51,9 @@ def tar(tmp_path: Path) -> SourceConfig:
 
 
 def keys(source: SourceConfig, limit: int, batch_size: int = 7) -> list[str]:
-    batches: list[ReferenceBatch] = list(
-        reference_batches(source, IMAGE, batch_size=batch_size, limit=limit, total=summarize(source).rows)
-    )
+    reference = Reference(source)
+    selection = Selection(reference, limit, summarize(reference).rows)
+    batches: list[ReferenceBatch] = list(reference_batches(selection, IMAGE, batch_size=batch_size, counts=Counter()))
     assert all(len(batch.keys) <= batch_size for batch in batches)
     return [key for batch in batches for key in batch.keys]
 

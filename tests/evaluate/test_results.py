@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -10,9 +9,10 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.evaluate.config import EvaluateJobConfig
-from pipeline.evaluate.figures import Record, figures_of
+from pipeline.evaluate.figures import NetworkFacts, Record, figures_of
 from pipeline.evaluate.job import accepted
-from pipeline.evaluate.passes import Measured, Networks, SampleResults
+from pipeline.evaluate.metrics import SampleResults
+from pipeline.evaluate.passes import Measured
 from pipeline.features.statistics import FeatureStats
 from pipeline.result import JobResult
 
@@ -24,10 +24,8 @@ def stats_of(n: int, dims: int, seed: int) -> FeatureStats:
 
 
 def figures(n: int, dims: int, neighbours: int = 3) -> tuple[set[str], dict[str, str]]:
-    extractor: Any = SimpleNamespace(name="timm dino", digest="d" * 64, published=False)
-    measured = Measured(
-        Networks(extractor=extractor), stats_of(n, dims, 1), samples=SampleResults(stats_of(n, dims, 2))
-    )
+    networks = NetworkFacts(space_digest="d" * 64, extractor="timm dino")
+    measured = Measured(networks, stats_of(n, dims, 1), samples=SampleResults(stats_of(n, dims, 2)))
     found, absent = figures_of(measured, neighbours)
     return {figure.name for figure in found}, absent
 

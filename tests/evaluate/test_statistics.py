@@ -10,7 +10,16 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from pipeline.features.statistics import FeatureStats, Moments, frechet, frechet_between, kid, precision_recall
+from pipeline.features.statistics import (
+    FeatureStats,
+    Moments,
+    StatsBuilder,
+    Vectors,
+    frechet,
+    frechet_between,
+    kid,
+    precision_recall,
+)
 
 LIMIT = 2_000
 
@@ -173,6 +182,29 @@ def test_too_few_vectors_for_a_manifold_are_refused() -> None:
 def test_statistics_of_unlike_limits_do_not_merge() -> None:
     with pytest.raises(ValueError, match="keep 5 and 6 vectors"):
         FeatureStats.empty(2, 5) + FeatureStats.empty(2, 6)
+
+
+def test_vectors_in_parts_are_folded_to_the_statistics_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.features.statistics.FOLDED_ROWS", 20)
+    x = gaussian(110, 4, 8).astype(np.float32)
+    keys = np.random.default_rng(3).permutation(110).astype(np.uint64)
+    parts = [Vectors(keys[at : at + 7], x[at : at + 7]) for at in range(0, 110, 7)]
+    found = []
+    for _ in range(2):
+        builder = StatsBuilder(30)
+        assert builder.stats() is None
+        for part in parts:
+            builder.add(part)
+        stats = builder.stats()
+        assert stats is not None
+        assert builder.stats() is stats
+        found.append(stats)
+    whole = FeatureStats.of(keys, x, 30)
+    assert np.array_equal(found[0].keys_M, whole.keys_M)
+    assert np.array_equal(found[0].features_MD, whole.features_MD)
+    for name, array in found[0].arrays().items():
+        assert np.array_equal(array, found[1].arrays()[name])
+        np.testing.assert_allclose(array, whole.arrays()[name], rtol=1e-12, atol=1e-12)
 
 
 def test_keys_and_vectors_must_pair() -> None:

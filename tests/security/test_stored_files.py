@@ -21,7 +21,8 @@ from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.evaluate import job as evaluate_job
 from pipeline.evaluate.classifier import Classifier, ConvNet, _digest, from_bytes, to_bytes
 from pipeline.evaluate.figures import Figure, Record
-from pipeline.evaluate.inputs import open_samples, sample_batches
+from pipeline.evaluate.inputs import open_samples
+from pipeline.evaluate.passes import sample_batches
 from pipeline.features.statistics import wilson
 from pipeline.lineage import find_start
 from pipeline.media import KEYWORD, encode_image
@@ -306,7 +307,8 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def read_samples(place: Path) -> None:
     opened = open_samples(str(place))
-    list(sample_batches(opened, 2))
+    for group in opened.row_groups:
+        list(sample_batches(opened, group.index, 2))
 
 
 @pytest.mark.parametrize("pattern", ["data/*.parquet", "dataset.json"])
