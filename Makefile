@@ -26,15 +26,17 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-# The build says of every editable installation, in a box, that folders may hide packages: to who installs, it is noise.
+# Bytecode is made when a module is first imported: most of what is installed never is, and making all of it takes as
+# long as the rest. The build says of every editable installation, in a box, that folders may hide packages: to who
+# installs, it is noise.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV) (once; some minutes)"
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[report,s3,text]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[report,s3,text]'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing with development tools into $(VENV) (once; some minutes)"
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,report,s3,text]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev,report,s3,text]'
 	@touch $@ $(VENV)/.installed
 
 install: $(VENV)/.installed
