@@ -10,12 +10,14 @@ import argparse
 import ctypes
 import gc
 import importlib
+import io
 import json
 import logging
 import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +41,9 @@ from pipeline.tracking.delivery import mlflow_ui_command
 # What a job ends with: its exit code, and the line that goes to standard output.
 Ending = tuple[int, str | None]
 _PR_SET_PDEATHSIG = 1
+# What Ray's core says, as an error, of every pool of actors that Ray Data makes so itself.
+_NOISE = "has constructor arguments in the object store and max_restarts > 0"
+_LAST_WORDS_S = 1.0  # for which those of a process that has ended are waited for, if others hold its standard error
 
 
 def supervised(work: Callable[[], Ending], on_death: Callable[[str], Ending]) -> Ending:
@@ -50,9 +55,15 @@ def supervised(work: Callable[[], Ending], on_death: Callable[[str], Ending]) ->
     with tempfile.TemporaryFile() as note:
         sys.stdout.flush()
         sys.stderr.flush()
+        reader, writer = os.pipe()
         me, worker = os.getpid(), os.fork()
         if worker == 0:
+            os.close(reader)
+            _divert(writer)
             _work(me, work, note)
+        os.close(writer)
+        passing = threading.Thread(target=_pass_on, args=(reader,), daemon=True)
+        passing.start()
 
         def forward(signum: int, frame: FrameType | None) -> None:
             os.kill(worker, signum)
@@ -60,6 +71,7 @@ def supervised(work: Callable[[], Ending], on_death: Callable[[str], Ending]) ->
         previous = signal.signal(signal.SIGTERM, forward), signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             status = os.waitpid(worker, 0)[1]
+            passing.join(_LAST_WORDS_S)
         finally:
             signal.signal(signal.SIGTERM, previous[0])
             signal.signal(signal.SIGINT, previous[1])
@@ -72,6 +84,35 @@ def supervised(work: Callable[[], Ending], on_death: Callable[[str], Ending]) ->
     if code < 0:
         return on_death(f"it was killed by {signal.Signals(-code).name}")
     return on_death(f"it ended with status {code} and said nothing")
+
+
+def _divert(writer: int) -> None:
+    """From here on what is written beneath Python goes to `writer`, what Python writes to where all of it went."""
+    told = os.dup(2)
+    os.dup2(writer, 2)
+    os.close(writer)
+    sys.stderr = _Quiet(os.fdopen(told, "wb"), errors="backslashreplace", line_buffering=True)
+    for handler in logging.getLogger("pipeline").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
+
+
+def _pass_on(reader: int) -> None:
+    with open(reader, "rb") as lines:
+        for line in lines:
+            if _NOISE not in line.decode(errors="replace"):
+                with suppress(OSError):  # nobody reads any more: whoever writes must not wait for that
+                    os.write(2, line)
+
+
+class _Quiet(io.TextIOWrapper):
+    """Standard error without the noise that workers say and Ray's driver repeats, a `print` each."""
+
+    _left_out = False
+
+    def write(self, text: str) -> int:
+        self._left_out = _NOISE in text or (self._left_out and text == "\n")
+        return len(text) if self._left_out else super().write(text)
 
 
 def _work(parent: int, work: Callable[[], Ending], note: BinaryIO) -> NoReturn:

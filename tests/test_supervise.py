@@ -18,7 +18,7 @@ from tests.support.jobs import environment
 pytestmark = pytest.mark.integration
 
 MODULE = """
-import os, signal, time
+import os, signal, sys, time
 from pathlib import Path
 from pipeline.errors import StoppedError
 from pipeline.result import JobResult
@@ -30,6 +30,13 @@ def run(config):
         return JobResult("done", details={"text": "x" * 200_000})
     if what == "exit":
         os._exit(1)
+    if what == "noise":
+        noise = "E 7] core.cc:1: Actor 'x' has constructor arguments in the object store and max_restarts > 0. If"
+        os.write(2, f"before\\n{noise}\\nbeneath\\n".encode())
+        print(noise, file=sys.stderr)
+        print("of Python", file=sys.stderr)
+        os.write(2, b"last words")
+        os.kill(os.getpid(), signal.SIGKILL)
     if what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     try:
@@ -105,3 +112,13 @@ def test_no_worker_outlives_the_command(tmp_path: Path) -> None:
     while psutil.pid_exists(worker) and psutil.Process(worker).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_what_ray_says_of_its_own_actors_is_not_repeated(tmp_path: Path) -> None:
+    process = start(tmp_path, "noise")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75
+    lines = errors.split("\n")
+    assert [line for line in lines if "constructor" in line] == []
+    assert {"before", "beneath", "of Python"} <= set(lines)
+    assert "last words" in errors, "what a process said before it was killed"
