@@ -26,17 +26,22 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-# Bytecode is made when a module is first imported: most of what is installed never is, and making all of it takes as
-# long as the rest. The build says of every editable installation, in a box, that folders may hide packages: to who
+# pip makes the bytecode of all that it installs with one core, tests and examples too; here that of what is imported is
+# made with all cores. The build says of every editable installation, in a box, that folders may hide packages: to who
 # installs, it is noise.
+PIP_INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable
+BYTECODE = $(BIN)/python -m compileall -qq -j 0 -x '/(tests?|rllib|_inductor|pipelines)/|transformers/models/' $(VENV)/lib || true
+
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV) (once; some minutes)"
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[report,s3,text]'
+	$(PIP_INSTALL) '.[report,s3,text]'
+	@$(BYTECODE)
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing with development tools into $(VENV) (once; some minutes)"
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev,report,s3,text]'
+	$(PIP_INSTALL) '.[dev,report,s3,text]'
+	@$(BYTECODE)
 	@touch $@ $(VENV)/.installed
 
 install: $(VENV)/.installed
