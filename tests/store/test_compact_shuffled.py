@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,10 +24,19 @@ from pipeline.store.maintain.compact import CompactReport, RowSource, shards_to_
 from pipeline.store.maintain.verify import verify
 from pipeline.store.plan import append_version, read_plan
 from pipeline.store.read.dataset import Dataset, LatentDataset
-from pipeline.store.schema import StoredParts
+from pipeline.store.schema import LATENTS, StoredParts
 from pipeline.store.writer import ROW_BYTES
 from tests.support.maintain import collect_garbage, compact
-from tests.support.rows import Listed, claim, committer, latent_rows, planned_root, rejected_rows, sample_id
+from tests.support.rows import (
+    Listed,
+    claim,
+    committer,
+    latent_rows,
+    may_be_null,
+    planned_root,
+    rejected_rows,
+    sample_id,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -34,16 +45,21 @@ SIZES = {"shard_bytes": 130 * ROW, "row_group_bytes": 32 * ROW}
 
 
 def add(root: Root, units: range, rows: int, seed: int = 0) -> None:
-    """Commit planned units, one class each, in fragments that were cut at random; one row in each is rejected."""
+    """Commit planned units, one class each, in fragments that were cut at random; one row in each is rejected.
+
+    Every other file is as encode once wrote them.
+    """
     chance, generation = random.Random(seed), claim(root)
     addresses = [(unit, row) for unit in units for row in range(rows)]
-    while addresses:
+    for written in cycle([pa.Table.combine_chunks, may_be_null]):
+        if not addresses:
+            break
         cut = chance.randint(rows // 2, 3 * rows)
         part, addresses = addresses[:cut], addresses[cut:]
         tables = [latent_rows([a for a in part if a[0] == u and a[1]], label=u) for u in {u for u, _ in part}]
         rejected = [a for a in part if not a[1]]
         outcomes = rejected_rows(rejected, "truncated") if rejected else None
-        committer(root, generation, row_group_bytes=20 * ROW).commit(pa.concat_tables(tables), outcomes, {})
+        committer(root, generation, row_group_bytes=20 * ROW).commit(written(pa.concat_tables(tables)), outcomes, {})
     generation.close({"status": "done"})
 
 
@@ -91,6 +107,8 @@ def test_every_row_stays_the_digest_too_and_a_second_call_does_nothing(tmp_path:
     assert everything(root.uri) == rows
     assert after.digest == before.digest
     assert after.layout_digest != before.layout_digest
+    schemas = [pq.read_schema(Path(root.uri) / group.file) for group in after.row_groups]
+    assert all(schema.equals(LATENTS) for schema in schemas), "columns are as they are declared"
     assert np.allclose(after.channel_mean, before.channel_mean, rtol=0, atol=1e-12)
     assert not after.row_groups.partial.any()
     assert verify(root.uri, "checksums").sound

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pipeline.errors import InputError
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.schema import PlainSpan, StoredParts, fixed_width_pages, fixed_width_values, gather, plain_span
-from tests.support.rows import claim, committer, latent_rows, planned_root
+from tests.support.rows import claim, committer, latent_rows, may_be_null, planned_root
 
 
 def column_chunk(
@@ -104,11 +104,6 @@ def test_decoded_columns_are_held_to_the_same_rule() -> None:
         fixed_width_values(pa.chunked_array([pa.array([b"ab", None])]))
     with pytest.raises(ValueError, match="3 bytes long, not 2"):
         fixed_width_values(pa.chunked_array([pa.array([b"ab"]), pa.array([b"abc"])]))
-
-
-def may_be_null(rows: pa.Table) -> pa.Table:
-    """As encode once wrote rows: no column is declared to be without nulls."""
-    return rows.cast(pa.schema([field.with_nullable(True) for field in rows.schema]))
 
 
 @pytest.fixture(params=["declared", "nullable"])

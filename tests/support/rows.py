@@ -47,6 +47,11 @@ def latent(unit: int, row: int, shape: tuple[int, int, int] = SHAPE) -> np.ndarr
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+def may_be_null(rows: pa.Table) -> pa.Table:
+    """As encode once wrote rows: no column is declared to be without nulls."""
+    return rows.cast(pa.schema([field.with_nullable(True) for field in rows.schema]))
+
+
 def latent_rows(addresses: Sequence[tuple[int, int]], bucket: str = "24x32", label: int | None = 0) -> pa.Table:
     """LATENTS rows whose content is a function of their address."""
     shapes = {"24x32": SHAPE, "32x24": (2, 4, 3), "24x64": (2, 3, 8)}
