@@ -28,7 +28,8 @@ _log = logging.getLogger(__name__)
 _asked = False
 
 # Several processes share the cores: OpenMP threads that spin while they wait steal them from each other.
-WORKER_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"}
+_WORKER = "LATENTLOOM_WORKER"
+WORKER_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false", _WORKER: "1"}
 # Of actors whose network is on the CPU, for VAEs above all. By default glibc maps a block above 32 MiB anew and
 # gives it back when freed, so that the kernel clears an activation's pages again and again, a tenth of a VAE's
 # time; so told, it keeps what is freed for the next batch. Set before the process starts: a thread that has
@@ -79,6 +80,11 @@ class ClusterConfig(StrictModel):
 def device_of(cluster: ClusterConfig, num_gpus: float) -> Literal["cuda", "cpu"]:
     """What a process computes on that reserves so many GPUs."""
     return "cuda" if num_gpus and cluster.device != "cpu" else "cpu"
+
+
+def is_worker() -> bool:
+    """Whether Ray started this process for a job of this project: what runs in it ends with it."""
+    return _WORKER in os.environ
 
 
 def ensure_ray(cluster: ClusterConfig) -> Any:

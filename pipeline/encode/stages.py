@@ -252,14 +252,19 @@ class EncodeBlocks:
         import torch
 
         from pipeline.codec.diffusers_codec import import_networks
+        from pipeline.dataflow.cluster import is_worker
         from pipeline.dataflow.monitor import Reports
 
         torch.set_num_threads(spec.threads)
         self._spec, self._monitor, self._pictures = spec, monitor, spec.pictures
         self._reports = Reports(monitor, ENCODER)
-        if spec.codec.kind == "auto":
-            import_networks()
-        self._encoder = self._reports.load(partial(load_encoder, spec))
+
+        def load() -> Any:
+            if spec.codec.kind == "auto" and is_worker():
+                import_networks()
+            return load_encoder(spec)
+
+        self._encoder = self._reports.load(load)
         ahead = -(-2 * spec.batch_size // spec.calls)  # by each call; together they hold two batches of pixels
         self._decoder = (
             None

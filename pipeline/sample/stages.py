@@ -193,14 +193,16 @@ class DenoiseBlocks:
 
     def __init__(self, spec: DenoiserSpec, monitor: Any) -> None:
         from pipeline.codec.diffusers_codec import import_networks
+        from pipeline.dataflow.cluster import is_worker
         from pipeline.sample.denoise import Denoiser, use_threads
 
         use_threads(spec.draw.threads)
-        import_networks()
         self._reports, self._draw, self._alone = Reports(monitor, DENOISER), spec.draw, spec.alone
         embed = None if spec.embedder is None else lambda prompts: answer(spec.embedder.embed.remote(list(prompts)))
 
         def load() -> Any:
+            if is_worker():
+                import_networks()
             with networks_fit(spec.draw, "Loading the model"):
                 return Denoiser.load(spec.model_uri, spec.draw, ema=spec.ema, embed=embed)
 
@@ -232,13 +234,15 @@ class DecodeLatents:
 
     def __init__(self, spec: DecoderSpec, monitor: Any) -> None:
         from pipeline.codec.diffusers_codec import import_networks
+        from pipeline.dataflow.cluster import is_worker
         from pipeline.sample.denoise import LatentDecoder, use_threads
 
         use_threads(spec.draw.threads)
-        import_networks()
         self._reports, self._draw, self._alone = Reports(monitor, DECODER), spec.draw, spec.alone
 
         def load() -> Any:
+            if is_worker():
+                import_networks()
             with networks_fit(spec.draw, "Loading the codec"):
                 return LatentDecoder(
                     spec.codec_path,

@@ -14,9 +14,9 @@ from pipeline.dataflow.cluster import private_folder, private_token
 ROOT = Path(__file__).parents[2]
 STARTED = """
 import psutil
-from pipeline.dataflow.cluster import ClusterConfig, ensure_ray, shutdown_ray
+from pipeline.dataflow.cluster import ClusterConfig, ensure_ray, is_worker, shutdown_ray
 ray = ensure_ray(ClusterConfig(num_cpus=1, object_store_bytes=80 << 20))
-assert ray.get(ray.remote(lambda: 1).remote()) == 1
+assert (ray.get(ray.remote(is_worker).remote()), is_worker()) == (True, False)
 print("FOLDER", ray._private.worker._global_node.get_session_dir_path())
 for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
     for connection in process.net_connections("inet"):
