@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 from pipeline.config import SHIPPED
 from pipeline.errors import ConflictError
@@ -208,6 +207,8 @@ def write_shapes(
         for i in range(count)
     ]
 
+    from PIL import Image
+
     def write(index: int) -> int:
         sink = io.BytesIO()
         Image.fromarray(draw_shape(seed, index, size)).save(sink, "PNG")
@@ -226,6 +227,8 @@ def write_shapes(
 
 def draw_shape(seed: int, index: int, size: int) -> np.ndarray:
     """Picture `index` of a seed, uint8 [size, size, 3]; its label is index modulo 12."""
+    from PIL import Image, ImageDraw
+
     label = index % len(CLASS_NAMES)
     color, shape = COLORS[label % len(COLORS)], SHAPES[label // len(COLORS)]
     key = hashlib.blake2b(f"shapes {seed} {index}".encode(), digest_size=16).digest()

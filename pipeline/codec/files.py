@@ -12,8 +12,7 @@ from pathlib import Path
 
 from pipeline.errors import InputError
 from pipeline.storage.root import Root
-from pipeline.storage.stored import tensor_head
-from pipeline.storage.trust import HUB_ID, hub_snapshot
+from pipeline.storage.trust import HUB_ID, hub_snapshot, tensor_head
 
 # A hub's patterns match a path as a whole, and * whatever folders there are: each begins with a name.
 _HUB_FILES = (

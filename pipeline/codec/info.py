@@ -15,8 +15,7 @@ from pipeline.codec.files import codec_root, weight_files
 from pipeline.errors import ConfigError, InputError
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root
-from pipeline.storage.stored import batch_norm_scale
-from pipeline.storage.trust import check_sizes
+from pipeline.storage.trust import batch_norm_scale, check_sizes
 
 if TYPE_CHECKING:
     from pipeline.codec.codec import Codec

@@ -17,7 +17,7 @@ from pipeline.diffusion.solvers import NUM_TRAIN_STEPS, Combination, combination
 from pipeline.errors import InputError, argument_keys
 from pipeline.model.config import ModelConfig, Padding, PublishedClass, PublishedConfig
 from pipeline.storage.root import Root, check_key
-from pipeline.storage.stored import batch_norm_scale
+from pipeline.storage.trust import batch_norm_scale
 
 Bucket = Annotated[str, Field(pattern=r"^[1-9]\d{0,5}x[1-9]\d{0,5}$")]
 

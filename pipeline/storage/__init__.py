@@ -6,9 +6,9 @@ root     what everybody uses; a creation is made once, whoever repeats it, and a
          lead out of a root are refused
 stores   a disk: names linked in place, synced with their directories; and what fsspec opens: S3 and GCS in their own
          words, stores without conditional writes refused
-stored   documents read back: JSON becomes a typed value, or an error that names file and field; of
+stored   documents read back: JSON becomes a typed value, or an error that names file and field
+trust    what a received thing may make us do: places that are followed, sizes, the files that a library sees; of
          safetensors their heads and small tensors
-trust    what a received thing may make us do: places that are followed, sizes, the files that a library sees
 web      servers that nobody here runs: how much is read, for how long, and where a request may lead
 errors   what a store's exception means for a job
 

@@ -1,17 +1,26 @@
-"""What a received thing may make us do: which places written in data are followed, which files a library reads."""
+"""What a received thing may make us do: which places written in data are followed, which files a library reads.
+
+Of weight files heads and single small tensors are read here, by ranges; safetensors only, without torch.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
+import struct
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import unquote
 
+import numpy as np
+import numpy.typing as npt
+
 from pipeline.errors import InputError
+from pipeline.storage.root import Root
 
 # -- Places: a path, URI or hub id that stands in an image or a dataset is whatever its maker wrote ----------------
 
@@ -142,3 +151,71 @@ def hub_snapshot(
             rule="a hub id must exist at its revision and be reachable or cached",
             next_step="check id, revision, network and HF_TOKEN, or download it and give the directory",
         ) from error
+
+
+# -- Weight files: heads, and single small tensors by ranged reads. Safetensors only, no torch -------------------
+
+
+_MAX_HEAD_BYTES = 100 << 20  # the format's own limit
+
+
+def tensor_head(root: Root, name: str, path: str) -> dict[str, Any]:
+    """The head of a safetensors file: its tensors by name. InputError unless the file is as long as it says."""
+    size = root.info(name).size_bytes
+    if size < 8:
+        _broken(name, f"it has {size} bytes", path)
+    (length,) = struct.unpack("<Q", root.read_range(name, 0, 8))
+    if length > min(size - 8, _MAX_HEAD_BYTES):
+        _broken(name, f"its header claims {length} bytes", path)
+    try:
+        head: dict[str, Any] = json.loads(root.read_range(name, 8, length))
+        ends = [int(v["data_offsets"][1]) for k, v in head.items() if k != "__metadata__"]
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        _broken(name, f"its header is unreadable ({type(error).__name__})", path)
+    end = 8 + length + max(ends, default=0)
+    if end != size:
+        _broken(name, f"it has {size} bytes, its header describes {end}", path)
+    return head
+
+
+def _broken(name: str, why: str, path: str) -> NoReturn:
+    raise InputError(
+        f"The weight file {name} is broken: {why}",
+        key="path",
+        value=path,
+        rule="a safetensors file is as long as its header says",
+        next_step="copy or download it again",
+    )
+
+
+def _read_tensor(root: Root, names: Sequence[str], tensor: str, path: str) -> npt.NDArray[np.float64]:
+    for name in names:
+        head = tensor_head(root, name, path)
+        if tensor not in head:
+            continue
+        try:
+            (start, stop), dtype = head[tensor]["data_offsets"], head[tensor]["dtype"]
+            (length,) = struct.unpack("<Q", root.read_range(name, 0, 8))
+            data = root.read_range(name, 8 + length + start, stop - start)
+            if dtype == "BF16":  # the upper half of a float32
+                values = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+            elif dtype in ("F16", "F32", "F64"):
+                values = np.frombuffer(data, "<f" + str(int(dtype[1:]) // 8))
+            else:
+                raise ValueError(f"statistics of type {dtype}")
+            return values.astype(np.float64).reshape(head[tensor]["shape"])
+        except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+            _broken(name, f"its tensor {tensor} is unreadable ({error})", path)
+    raise InputError(f"The weights hold no tensor {tensor}", key="path", value=path)
+
+
+def batch_norm_scale(root: Root, names: Sequence[str], eps: float, path: str) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel that the batch norm `bn` of a network takes for those of its input.
+
+    names: the weight files that may hold it; path: what errors call the place. InputError where none does, ValueError
+    for variances that are none.
+    """
+    mean, var = (_read_tensor(root, names, f"bn.running_{which}", path) for which in ("mean", "var"))
+    if mean.shape != var.shape or not (var + eps > 0).all():
+        raise ValueError("the statistics of a batch norm are a mean and a positive variance per channel")
+    return mean.tolist(), np.sqrt(var + eps).tolist()
