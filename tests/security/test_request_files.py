@@ -16,6 +16,7 @@ import pytest
 from pipeline.errors import InputError
 from pipeline.sample import prepare
 from pipeline.sample.prepare import read_columns
+from pipeline.source.reading import parquet
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
@@ -98,3 +99,13 @@ def test_a_file_over_the_limit_is_not_opened(tmp_path: Path, kind: str) -> None:
     with pytest.raises(InputError, match="it has 1,001 bytes") as caught:
         read_columns(str(tmp_path / "f"), kind, 1000)
     assert (caught.value.key, caught.value.value) == ("requests.max_bytes", 1000)
+
+
+@pytest.mark.parametrize("answer", [{"columns": {"a": ["[1]", [7]]}}, {"columns": []}, {"columns": {}, "rows": "x"}])
+def test_what_is_no_answer_is_an_error_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]
+) -> None:
+    (tmp_path / "f").write_text("prompt\na\n")
+    monkeypatch.setattr(parquet, "_run", lambda *_: iter([({"broken": {}, "rows": 1, **answer}, None)]))
+    with pytest.raises(InputError, match="gave no answer"):
+        read_columns(str(tmp_path / "f"), "csv", MIB)

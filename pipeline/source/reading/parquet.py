@@ -26,6 +26,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -166,13 +167,14 @@ def table_cells(root: Root, key: str, kind: str, *, max_rows: int, max_bytes: in
     done = 0
     with open_ranges(root, key, root.info(key)) as (read, size):
         for message, _ in _run(read, _WHOLE_MEMORY_MB, {"size": size, "cells": [kind, max_rows, max_bytes]}):
-            for name, (text, places) in message["columns"].items():
-                values = [one.setdefault(v, v) if isinstance(v, str) else v for v in json.loads(text)]
-                column = found.columns.setdefault(name, [])
-                column += [None] * (done - len(column))  # lines of JSON before may have lacked it
-                column += [values[place] for place in places]
-            found.broken.update({done + int(row) + 1: problem for row, problem in message["broken"].items()})
-            done += message["rows"]
+            with _an_answer():
+                for name, (text, places) in message["columns"].items():
+                    values = [one.setdefault(v, v) if isinstance(v, str) else v for v in json.loads(text)]
+                    column = found.columns.setdefault(name, [])
+                    column += [None] * (done - len(column))  # lines of JSON before may have lacked it
+                    column += [values[place] for place in places]
+                found.broken.update({done + int(row) + 1: str(why) for row, why in message["broken"].items()})
+                done += int(message["rows"])
     for column in found.columns.values():
         column += [None] * (done - len(column))
     return found
@@ -185,7 +187,13 @@ def metadata_lines(
     task = {"where": root.uri_of(info.key), "source": source.model_dump_json(exclude_unset=True), "lines": kind}
     with open_ranges(root, info.key, info) as (read, size):
         for message, _ in _run(read, _WHOLE_MEMORY_MB, {"size": size, **task}):
-            yield [tuple(line) for line in message["lines"]], message["fields"]
+            with _an_answer():
+                lines = [
+                    (int(number), name, str(meta), None if problem is None else str(problem))
+                    for number, name, meta, problem in message["lines"]
+                ]
+                names = [str(name) for name in message["fields"]]
+            yield lines, names
 
 
 def _read_span(root: Root, source: ParquetSource, entry: Entry, base: int, wanted: Ranges) -> Iterator[Item]:
@@ -294,14 +302,25 @@ def _run(read: ReadRange, memory_mb: int, task: dict[str, Any]) -> Iterator[Mess
         raise TableError(Reason.DECODER_CRASHED, f"the process that read the file ended by {end}") from None
     except (KeyError, TypeError, ValueError) as error:
         # No answer of ours: `finished` is not set, so whoever speaks there is not asked again.
-        raise TableError(
-            Reason.DECODER_CRASHED, f"the process that read the file gave no answer: {error!r}"
-        ) from None
+        raise _no_answer(error) from None
     finally:
         if finished:
             children.give_back(child)
         else:
             child.kill()
+
+
+@contextmanager
+def _an_answer() -> Iterator[None]:
+    """What a child says is taken apart in the block; TableError where it is no answer of ours."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise _no_answer(error) from None
+
+
+def _no_answer(error: Exception) -> TableError:
+    return TableError(Reason.DECODER_CRASHED, f"the process that read the file gave no answer: {error!r}")
 
 
 children: Pool[Child] = Pool(lambda memory_mb: Child("pipeline.source.reading.parquet", memory_mb))
