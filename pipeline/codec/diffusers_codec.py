@@ -24,24 +24,35 @@ _UNFIT = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, A
 _COMPILED_SHAPES = 64  # aspect-ratio buckets; beyond torch's own limit of eight the rest would not be compiled
 
 
-def import_networks() -> None:
+def import_networks(*, compiled: bool) -> None:
     """Import what diffusers' networks need, in a process that runs one of them and nothing else of diffusers.
 
     Where transformers, peft, accelerate or scipy are installed, diffusers takes them along, which is a third of the
     seconds that its import takes, and a network needs none of them. In this process diffusers takes them for absent
-    from now on; whoever else imports them gets them. No effect where diffusers is imported already.
+    from now on; whoever else imports them gets them. torch's compiler, which takes as long, is imported only for what
+    is `compiled`. No effect where diffusers is imported already.
     """
     if "diffusers" in sys.modules:
         return
-    hidden = [name for name in ("transformers", "peft", "accelerate", "scipy") if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: as if it were not installed
+    packages = ("transformers", "peft", "accelerate", "scipy", *(() if compiled else ("torch._dynamo",)))
+    hidden = [name for name in packages if name not in sys.modules]
+    disable = torch.compiler.disable
+    modules: dict[str, Any] = sys.modules
+    modules.update(dict.fromkeys(hidden))  # None: as if it were not installed
     gc.disable()  # of all that is imported nothing is garbage, and looking for it takes a fifth of the time
+    if not compiled:
+        torch.compiler.disable = _as_it_is  # torch's own imports the compiler, to say what is never to be compiled
     try:
         import diffusers.models.autoencoders  # noqa: F401
     finally:
         gc.enable()
+        torch.compiler.disable = disable
         for name in hidden:
             del sys.modules[name]
+
+
+def _as_it_is(fn: Any = None, *_: Any, **__: Any) -> Any:
+    return fn if fn is not None else _as_it_is
 
 
 class DiffusersCodec:

@@ -102,18 +102,15 @@ def ensure_ray(cluster: ClusterConfig) -> Any:
     os.environ.update(store)
     job_config = ray.job_config.JobConfig()
     job_config._py_driver_sys_path = DriversPath()
-    common: dict[str, Any] = {
-        "runtime_env": {"env_vars": {**WORKER_ENV, **store}},
-        "job_config": job_config,
-        "logging_level": logging.ERROR,
-    }
+    variables = {**WORKER_ENV, **store}
+    common: dict[str, Any] = {"job_config": job_config, "logging_level": logging.ERROR}
     address = os.environ.get("RAY_ADDRESS")
     # What Ray Data says of small data is true of small data.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"ray\.data\.")
     if address:
         check_address()
         try:
-            ray.init(address=address, **common)
+            ray.init(address=address, runtime_env={"env_vars": variables}, **common)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise InputError(
                 f"The Ray cluster cannot be reached: {' '.join(str(error).split())[:300]}",
@@ -126,7 +123,9 @@ def ensure_ray(cluster: ClusterConfig) -> Any:
         return ray
     private_token()
     try:
-        with _on_loopback():
+        # What Ray's processes start with, workers have: asked for as a runtime environment, they would be started
+        # anew, and those that Ray holds ready be for nobody.
+        with _on_loopback(), environment(variables):
             ray.init(
                 address="local",
                 num_cpus=cluster.num_cpus,
@@ -188,6 +187,21 @@ class DriversPath(list[str]):
             return  # a checkout at work: here it is first, whatever is installed
         first = [place for place in sys.path if place and place not in last]
         super().extend(reversed(first if home in first else [*first, home]))
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Processes that start in the block have these variables; afterwards this one's environment is as before."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
@@ -258,7 +272,18 @@ def shutdown_ray() -> None:
 
             request_resources(bundles=[])
             _asked = False
+        _end_autoscaler()
         ray.shutdown()
+
+
+def _end_autoscaler() -> None:
+    """End the process that would grow a local Ray: it has nothing to do here, and Ray waits a second for its end."""
+    import psutil
+
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any(part.endswith("autoscaler/_private/monitor.py") for part in child.cmdline()):
+                child.kill()
 
 
 def _grow(ray: Any, cluster: ClusterConfig) -> None:

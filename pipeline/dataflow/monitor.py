@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import os
@@ -312,6 +313,7 @@ class Reports:
             answer = _fails(error, self._stage)
         else:
             answer = lambda: loaded  # noqa: E731 - the one line says it
+            gc.freeze()  # it lives as long as the process, whose end would search it for garbage for a second
         self._monitor.started.remote(self._stage, self._process)
         return answer
 

@@ -261,7 +261,7 @@ class EncodeBlocks:
 
         def load() -> Any:
             if spec.codec.kind == "auto" and is_worker():
-                import_networks()
+                import_networks(compiled=spec.codec.compile)
             return load_encoder(spec)
 
         self._encoder = self._reports.load(load)

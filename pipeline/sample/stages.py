@@ -202,7 +202,7 @@ class DenoiseBlocks:
 
         def load() -> Any:
             if is_worker():
-                import_networks()
+                import_networks(compiled=spec.draw.compile)
             with networks_fit(spec.draw, "Loading the model"):
                 return Denoiser.load(spec.model_uri, spec.draw, ema=spec.ema, embed=embed)
 
@@ -242,7 +242,7 @@ class DecodeLatents:
 
         def load() -> Any:
             if is_worker():
-                import_networks()
+                import_networks(compiled=False)
             with networks_fit(spec.draw, "Loading the codec"):
                 return LatentDecoder(
                     spec.codec_path,

@@ -35,10 +35,12 @@ class Flusher:
         *,
         period_s: float,
         prepare: Callable[[], None] | None = None,
+        rest_s: float = 0.0,
     ) -> None:
         self.run_id: str | None = None
         self.last_error: str | None = None
         self._writer, self._make_store, self._period_s, self._prepare = writer, make_store, period_s, prepare
+        self._rest_s = rest_s  # before anything else, unless somebody waits for the run or the end comes
         self._journal = JournalReader(writer.path)
         self._store: Store | None = None
         self._delivery: Delivery | None = None
@@ -47,7 +49,7 @@ class Flusher:
         self._is_others_turn = False
         self._unsent = 0
         self._backoff_s = FIRST_BACKOFF_S
-        self._closing = threading.Event()
+        self._closing, self._wanted = threading.Event(), threading.Event()
         self._closing_until = 0.0  # set before `_closing` is
         self._is_early = self._is_made_by_owner = False
         self._connected = threading.Event()
@@ -59,6 +61,7 @@ class Flusher:
 
     def wait_connected(self, timeout_s: float) -> bool:
         """True when the run is known at the store, waiting at most `timeout_s`."""
+        self._wanted.set()
         return self._connected.wait(timeout_s)
 
     def num_unsent_bytes(self) -> int:
@@ -73,10 +76,13 @@ class Flusher:
         """
         self._closing_until = time.monotonic() + timeout_s
         self._closing.set()
+        self._wanted.set()
         self._thread.join(timeout_s)
         return max(1, self._journal.num_unsent_bytes()) if self._thread.is_alive() else self._unsent
 
     def _run(self) -> None:
+        # What speaks to the store is the heaviest import of a job, which is starting its workers just now.
+        self._wanted.wait(self._rest_s)
         synced, attempts_left = time.monotonic(), CLOSING_ATTEMPTS
         if self._prepare is not None:
             self._prepare()

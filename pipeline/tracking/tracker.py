@@ -96,6 +96,7 @@ JOB_TAG = "latentloom.job"
 IMAGES_TAG = "mlflow.loggedImages"  # what makes MLflow's pages look for images by step
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 FLUSH_PERIOD_S = 2.0
+FIRST_REST_S = 4.0  # of what sends, at the start
 _MAX_KEY, _MAX_PARAM, _MAX_TAG = 250, 6000, 8000
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. :/-]*")
 
@@ -215,6 +216,7 @@ class JournalTracker:
             make_store,
             period_s=FLUSH_PERIOD_S,
             prepare=self._tell_environment if owner else None,
+            rest_s=FIRST_REST_S if owner else 0.0,
         )
         self._flusher.start()
         # A process that ends without finish() has failed; one that is killed is found by the next replay.

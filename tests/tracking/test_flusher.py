@@ -25,10 +25,10 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def open_flusher(
-    folder: Path, header: Header, store: FakeStore | Callable[[], FakeStore]
+    folder: Path, header: Header, store: FakeStore | Callable[[], FakeStore], rest_s: float = 0.0
 ) -> tuple[JournalWriter, Flusher]:
     writer = JournalWriter(folder, header)
-    flusher = Flusher(writer, store if callable(store) else lambda: store, period_s=0.01)
+    flusher = Flusher(writer, store if callable(store) else lambda: store, period_s=0.01, rest_s=rest_s)
     flusher.start()
     return writer, flusher
 
@@ -63,6 +63,18 @@ def test_records_arrive_and_the_journal_is_gone_after_closing(tmp_path: Path, he
     assert flusher.close(PATIENCE_S) == 0
     assert steps(store) == list(range(5))
     assert journals(tmp_path) == []
+
+
+def test_a_rest_at_the_start_ends_when_somebody_waits_or_the_end_comes(tmp_path: Path, header: Build) -> None:
+    store = FakeStore()
+    writer, flusher = open_flusher(tmp_path, header(), store, rest_s=3600.0)
+    assert flusher.wait_connected(PATIENCE_S)
+    assert flusher.close(PATIENCE_S) == 0
+    writer, flusher = open_flusher(tmp_path, header(), store := FakeStore(), rest_s=3600.0)
+    writer.append(metric(0))
+    assert not store.runs
+    assert flusher.close(PATIENCE_S) == 0
+    assert steps(store) == [0]
 
 
 def test_an_outage_delays_records_and_loses_none(
