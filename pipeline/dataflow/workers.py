@@ -98,7 +98,10 @@ def open_workers(
         free = psutil.virtual_memory().available // memory_bytes if memory_bytes else os.cpu_count() or 1
         yield Workers(name, count or max(1, min(os.cpu_count() or 1, free)))
         return
-    ray = ensure_ray(cluster)
+    import ray
+
+    connected = ray.is_initialized()
+    ensure_ray(cluster)
     from pipeline.dataflow.resources import Kind, check_devices, check_nodes, no_gpus, node_offers, room_for
 
     try:
@@ -114,7 +117,8 @@ def open_workers(
         computing = device_of(cluster, kind.gpus)
         yield Workers(name, min(count or room, room), computing, num_cpus, kind.gpus, memory_bytes, on_cluster=True)
     finally:
-        shutdown_ray()
+        if not connected:  # else whoever did goes on with it
+            shutdown_ray()
 
 
 def own_device(device: str, cluster: ClusterConfig) -> Literal["cuda", "cpu"]:

@@ -28,7 +28,7 @@ from pipeline.encode.plan import (
     update_plan,
     with_dtype,
 )
-from pipeline.encode.reading import REREADING, carry_over, check_same_reading, reread
+from pipeline.encode.reading import REREADING, carry_over, check_same_reading, directories, reread
 from pipeline.errors import ConfigError, ConflictError, argument_keys, keyed
 from pipeline.media import render_page
 from pipeline.progress import Progress
@@ -43,7 +43,7 @@ from pipeline.store.ledger.ledger import claimed
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State, read_state
 from pipeline.store.maintain.dedup import deduplicate, is_due, marked, released
-from pipeline.store.plan import DiffReport
+from pipeline.store.plan import DiffReport, read_plan
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.tracking.config import without_credentials
 from pipeline.tracking.store import NOTE_TAG
@@ -69,18 +69,19 @@ def run(config: EncodeJobConfig) -> JobResult:
         since = _before_rereading(config, run) if config.encode.reread else 0
         with argument_keys("source"):
             note = source_note(config, listing_digest(config.source))
-        plan, report = update_plan(
-            root,
-            # Under the claim: a listing of before it could retire what a run in between has planned.
-            keyed(list_entries(config.source, known_entries(root, config.source.kind)), "source"),
-            source=note,
-            generation=run.generation.number,
-            unit_rows=config.encode.unit_rows,
-            unit_bytes=config.encode.unit_bytes,
-            drop_removed=config.encode.on_removed == "drop",
-            before_freezing=(lambda: None) if later else ready,
-            content=StoredContent(root.uri),
-        )
+        # Under the claim: a listing of before it could retire what a run in between has planned.
+        with directories(config, root, read_plan(root).number, on_cluster=not later) as lister:
+            plan, report = update_plan(
+                root,
+                keyed(list_entries(config.source, known_entries(root, config.source.kind), lister), "source"),
+                source=note,
+                generation=run.generation.number,
+                unit_rows=config.encode.unit_rows,
+                unit_bytes=config.encode.unit_bytes,
+                drop_removed=config.encode.on_removed == "drop",
+                before_freezing=(lambda: None) if later else ready,
+                content=StoredContent(root.uri),
+            )
         changes = [f"{report.new:,} new", f"{report.changed:,} changed", f"{report.unchanged:,} unchanged"]
         if report.removed:
             changes.append(f"{report.removed:,} removed (for example {', '.join(report.removed_examples[:3])})")

@@ -1,4 +1,4 @@
-"""How a dataset's source is read: whether this run does as those before it, and texts that are read again.
+"""How a dataset's source is read: whether this run does as those before it, texts that are read again, its listing.
 
     stored rows of a unit --source--> texts        data files --rows with new texts--> commits of a newer generation
 
@@ -12,29 +12,44 @@ carried over to that row, and only what was not is left for the encoders.
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Callable
-from dataclasses import replace
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from pipeline.dataflow.workers import in_threads, open_workers
 from pipeline.encode.config import EncodeJobConfig
 from pipeline.encode.plan import recipe
 from pipeline.encode.stages import UnitReader
-from pipeline.errors import ConflictError, InputError, StoppedError
+from pipeline.errors import ConfigError, ConflictError, InputError, StoppedError
+from pipeline.progress import Progress
 from pipeline.source.config import SourceConfig
+from pipeline.source.reading.listing import source_root
+from pipeline.source.reading.rows import map_ahead
 from pipeline.source.reasons import Reason
-from pipeline.storage.root import Root
+from pipeline.storage.root import Entries, Lister, ObjectInfo, Root
 from pipeline.store.ledger.generation import Generation, last_recipe
 from pipeline.store.ledger.identity import read_identity
+from pipeline.store.ledger.layout import SCRATCH, canonical_json
 from pipeline.store.ledger.rowset import Int64s, RowSet, address, unit_of
 from pipeline.store.ledger.state import State, read_state, state_at
+from pipeline.store.maintain import Spread
 from pipeline.store.maintain.compact import rows_in_span, shard_spans
 from pipeline.store.maintain.forget import Withdrawals
 from pipeline.store.plan import Plan, Work, live_entries, same_version
 from pipeline.store.read.dataset import LatentDataset
+from pipeline.store.read.row_groups import reading_table
 from pipeline.store.schema import LATENTS, REJECTS
 from pipeline.store.writer import Committer, file_meta
 
@@ -244,3 +259,192 @@ def _with_texts(table: pa.Table, sound: Told) -> pa.Table:
         values = pa.array([sound[place][name] for place in places if place in sound], column.type)
         table = table.set_column(table.schema.get_field_index(name), column, values)
     return table
+
+
+# -- The listing of a source in an object store: by many hands, and gone on with where a run was cut off -----------
+#
+#    directories of a level --batches--> workers --what lies below, an object a batch--> those of the next level
+#
+# A store lists its keys one page after another, and what a client makes of a page costs a core a tenth of a second.
+# So each directory is listed by itself, by whoever is free, level by level, and what came is kept in the dataset's
+# scratch space until it is planned. A run that goes on there takes what it finds and lists what is missing: no
+# listing is of one moment anyway, and an object that has changed since is seen when it is read. One directory is one
+# stream, and is held in memory whole.
+
+
+KEPT = f"{SCRATCH}/listing"
+REUSED_S = 24 * 3600.0  # since a listing began for which the next run goes on with it
+_THREADS = 16  # that wait for a store, where no cluster lists
+_MOST, _FEW_BATCHES = 256, 64  # directories at a time, and batches that there are before any holds so many
+_SCHEMA = pa.schema(
+    [
+        pa.field("directory", pa.int32(), False),  # of its batch
+        pa.field("name", pa.string(), False),
+        pa.field("size_bytes", pa.int64()),  # null: a directory
+        pa.field("etag", pa.string()),
+        pa.field("mtime_ns", pa.int64()),
+    ]
+)
+
+
+@contextmanager
+def directories(
+    config: EncodeJobConfig, root: Root, plan_number: int, *, on_cluster: bool
+) -> Iterator[Lister | None]:
+    """What lists one directory of the source, for `list_entries`; None where the source lists itself fast enough.
+
+    root: the dataset's, claimed; plan_number: of its plan, as what is kept is for the next one. on_cluster: whether
+    the cluster at RAY_ADDRESS may list. What is kept goes when the block ends, but stays for a run that goes on: not
+    where what was listed, as a whole, is what is wrong.
+    """
+    source = source_root(config.source)
+    if source.local_path() is not None or config.source.kind in ("manifest", "installed"):
+        yield None
+        return
+    folder = _folder(root, source, plan_number, time.time())
+    listing: Directories | None = None
+    try:
+        if on_cluster and os.environ.get("RAY_ADDRESS"):
+            with open_workers("a process that lists", config.cluster) as workers:
+                yield (listing := Directories(source, root, folder, workers.spread))
+        else:
+            yield (listing := Directories(source, root, folder, partial(in_threads, _THREADS)))
+    except (ConfigError, InputError):
+        if listing is not None and listing.is_complete:  # it is mended before the command is run again
+            _forget(root)
+        raise
+    _forget(root)
+
+
+def _forget(root: Root) -> None:
+    for _ in map_ahead(root.delete, [info.key for info in root.list(KEPT)], _THREADS):
+        pass
+
+
+def _folder(root: Root, source: Root, plan_number: int, now_s: float) -> str:
+    """Where this listing is kept: where an earlier run for the same plan and source has begun, not too long ago."""
+    name = hashlib.blake2b(canonical_json([source.uri, plan_number]), digest_size=16).hexdigest()
+    begun = [int(key.rpartition("-")[2]) for key in root.list_dirs(KEPT) if key.startswith(f"{name}-")]
+    began_s = max((s for s in begun if now_s - s < REUSED_S), default=None)
+    if began_s is not None:
+        since = datetime.fromtimestamp(began_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
+        _log.info("going on with the listing that began at %s; what came since then is seen by the next run", since)
+    return f"{KEPT}/{name}-{int(now_s) if began_s is None else began_s}"
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Directories of one level that are listed at once, and where what lies below them is kept."""
+
+    number: int
+    directories: tuple[str, ...]
+    key: str
+
+
+_Listed = tuple[int, int, list[str]]  # a batch's number, how many objects there are, the directories below
+
+
+class Directories:
+    """All directories of a source, in the order of `Root.list`, as the workers of `spread` list them.
+
+    Nothing is listed before the first is asked for. What was asked out of order is asked of the store itself.
+    """
+
+    def __init__(self, source: Root, root: Root, folder: str, spread: Spread) -> None:
+        self._source, self._root, self._folder, self._spread = source, root, folder, spread
+        self._levels: list[Iterator[tuple[str, pa.Table]]] = []
+        self.is_complete = False
+
+    def __call__(self, prefix: str) -> Entries:
+        """One level below a directory, as `Root.entries`."""
+        if not self.is_complete:
+            self._list_all()
+            self.is_complete = True
+        depth = prefix.count("/") + 1 if prefix else 0
+        directory, rows = next(self._levels[depth], (None, None)) if depth < len(self._levels) else (None, None)
+        if directory != prefix or rows is None:
+            yield from self._source.entries(prefix)
+            return
+        columns = [rows[name].to_pylist() for name in _SCHEMA.names[1:]]
+        for name, size, etag, mtime_ns in zip(*columns, strict=True):
+            yield name, partial(ObjectInfo, size_bytes=size, etag=etag, mtime_ns=mtime_ns)
+
+    def _list_all(self) -> None:
+        level, objects = [""], 0
+        list_batch = partial(_ListBatch, self._source, self._root)
+        with Progress("list", None, unit="objects") as progress:
+            while level:
+                batches = list(_batches(self._folder, level))
+                below: dict[int, list[str]] = {}
+                for number, count, names in self._spread(list_batch, batches):
+                    below[number], objects = names, objects + count
+                    progress.update(objects)
+                self._levels.append(self._kept(batches))
+                level = [name for number in range(len(batches)) for name in below[number]]
+
+    def _kept(self, batches: list[_Batch]) -> Iterator[tuple[str, pa.Table]]:
+        """(directory, what lies below it) of one level, in order; one batch is in memory."""
+        for batch in batches:
+            rows = _rows(self._root, batch)
+            ends = np.searchsorted(rows["directory"].to_numpy(), np.arange(len(batch.directories) + 1))
+            for at, directory in enumerate(batch.directories):
+                yield directory, rows.slice(ends[at], ends[at + 1] - ends[at])
+
+
+def _batches(folder: str, level: list[str]) -> Iterator[_Batch]:
+    """Cut by what there is alone: the next run finds what this one has kept."""
+    size = min(_MOST, math.ceil(len(level) / _FEW_BATCHES))
+    for number, first in enumerate(range(0, len(level), size)):
+        chosen = tuple(level[first : first + size])
+        name = hashlib.blake2b(canonical_json(chosen), digest_size=16).hexdigest()
+        yield _Batch(number, chosen, f"{folder}/{name}.parquet")
+
+
+@dataclass(frozen=True)
+class _ListBatch:
+    """What a worker does: list directories that nobody has listed, and keep what came."""
+
+    source: Root
+    root: Root
+
+    def __call__(self, batch: _Batch) -> _Listed:
+        try:
+            rows = _rows(self.root, batch)
+        except FileNotFoundError:
+            rows = self._list(batch.directories)
+            sink = pa.BufferOutputStream()
+            pq.write_table(rows, sink, compression="zstd", write_page_checksum=True)
+            if not self.root.put_if_absent(batch.key, sink.getvalue().to_pybytes()):
+                rows = _rows(self.root, batch)  # of two runs that list the same at once the first is right for both
+        is_object = rows["size_bytes"].is_valid().to_numpy()
+        folders = rows.filter(pa.array(~is_object))
+        below = [
+            f"{batch.directories[at]}/{name}".lstrip("/")[:-1]
+            for at, name in zip(folders["directory"].to_pylist(), folders["name"].to_pylist(), strict=True)
+            if name != "/"  # keys that go on with //, which `Root.list` finds by itself
+        ]
+        return batch.number, int(is_object.sum()), below
+
+    def _list(self, chosen: tuple[str, ...]) -> pa.Table:
+        rows: list[tuple[int, str, int | None, str | None, int | None]] = []
+        for at, directory in enumerate(chosen):
+            for name, version_of in self.source.entries(directory):
+                if name.endswith("/"):
+                    rows.append((at, name, None, None, None))
+                else:
+                    info = version_of(name)
+                    rows.append((at, name, info.size_bytes, info.etag, info.mtime_ns))
+        columns = list(zip(*rows, strict=True)) or [()] * len(_SCHEMA)
+        return pa.table(
+            [pa.array(values, field.type) for values, field in zip(columns, _SCHEMA, strict=True)], _SCHEMA
+        )
+
+
+def _rows(root: Root, batch: _Batch) -> pa.Table:
+    data = root.read_bytes(batch.key)
+    with reading_table(root.uri_of(batch.key), next_step="remove it: the next run lists anew what it held"):
+        rows = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read().cast(_SCHEMA)
+        at = rows["directory"].to_numpy()
+        if len(at) and (at[0] < 0 or at[-1] >= len(batch.directories) or (np.diff(at) < 0).any()):
+            raise ValueError("its rows are not those of its directories")
+    return rows

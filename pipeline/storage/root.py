@@ -74,8 +74,7 @@ def check_key(key: str, *, remote: bool = False) -> str:
 
 T = TypeVar("T")
 
-_ATTEMPTS = 8
-_BACKOFF_BASE_S, _BACKOFF_CAP_S = 0.25, 15.0
+_ATTEMPTS, _BACKOFF_BASE_S, _BACKOFF_CAP_S = 8, 0.25, 15.0
 CONTENT = "sha256:"  # what an etag begins with that is not the store's: the content was hashed when it was listed
 _log = logging.getLogger(__name__)
 
@@ -102,6 +101,8 @@ class Version(Protocol):
 # One level of a directory, sorted: a name, of a directory with "/" at its end, and how to get the version of a key.
 # A directory sorts as "name/": so the depth-first order is the order of the full keys.
 Entries = Iterator[tuple[str, Callable[[str], ObjectInfo]]]
+Lister = Callable[[str], Entries]  # of what lies directly below a directory, as `Root.entries`
+Infos = Iterator[ObjectInfo]
 Names = list[str]
 
 
@@ -229,11 +230,10 @@ class Root:
 
     def exists(self, key: str) -> bool:
         """Whether an object of this key exists now."""
-        try:
+        with contextlib.suppress(FileNotFoundError):
             self.info(key)
-        except FileNotFoundError:
-            return False
-        return True
+            return True
+        return False
 
     def info(self, key: str) -> ObjectInfo:
         """Size and version of an object; FileNotFoundError when it is absent or a directory."""
@@ -261,19 +261,19 @@ class Root:
             raise
         return "directory" if detail["type"] == "directory" else "file"
 
-    def list(self, prefix: str = "", *, dangling: bool = False) -> Iterator[ObjectInfo]:
+    def list(self, prefix: str = "", *, dangling: bool = False, entries: Lister | None = None) -> Infos:
         """Every object below a directory, recursively, ordered by key; nothing when it does not exist.
 
-        Memory is bounded by the largest single directory. Half-written temporary files are not objects, nor are links
-        to nowhere, but with `dangling`, where they are listed without a size or version.
+        Memory is that of the largest directory. Half-written files are no objects, nor are links to nowhere, but with
+        `dangling`, where they have no size or version. entries: what lists a directory, instead of this root's own.
         """
-        for name, version_of in self._entries(prefix):
+        for name, version_of in (entries or self.entries)(prefix):
             key = f"{prefix}/{name}" if prefix else name
             if name == "/":
                 yield from self._below_empty(prefix)
                 continue
             if name.endswith("/"):
-                yield from self.list(key[:-1], dangling=dangling)
+                yield from self.list(key[:-1], dangling=dangling, entries=entries)
                 continue
             try:
                 info = version_of(key)
@@ -300,9 +300,10 @@ class Root:
 
     def list_dirs(self, prefix: str = "") -> Names:
         """The names of the directories directly below a directory, sorted."""
-        return [name[:-1] for name, _ in self._entries(prefix) if name.endswith("/")]
+        return [name[:-1] for name, _ in self.entries(prefix) if name.endswith("/")]
 
-    def _entries(self, prefix: str) -> Entries:
+    def entries(self, prefix: str) -> Entries:
+        """What lies directly below a directory, sorted; nothing when it does not exist."""
         if not self._local:
             return self._remote_entries(prefix)
         # Of a directory with millions of files only the names are held; each is asked for its size in its turn.

@@ -22,6 +22,7 @@ from ray._private.authentication_test_utils import reset_auth_token_state
 from pipeline.dataflow import cluster as cluster_module
 from pipeline.dataflow.cluster import ClusterConfig
 from pipeline.dataflow.workers import open_workers
+from pipeline.encode.reading import Directories
 from pipeline.errors import ConfigError, ConflictError, InputError, StoppedError
 from pipeline.storage.root import Root
 from pipeline.store.ledger.state import read_state
@@ -163,6 +164,17 @@ def test_a_worker_that_dies_is_replaced_and_one_item_that_kills_all_ends_it(
             list(workers.spread(die(tmp_path, 5, times=99), range(12)))
     assert "run the same command again" in str(stopped.value)
     assert len(list(tmp_path.iterdir())) == 5
+
+
+@pytest.mark.ray
+def test_directories_are_listed_by_the_cluster(named: RayNodes, tmp_path: Path) -> None:
+    source, kept = Root(str(tmp_path / "source")), Root(str(tmp_path / "kept"))
+    for number in range(90):
+        source.put(f"{number % 9}/{number % 3}/{number:03d}.jpg", bytes(number))
+    with open_workers("a process that lists", CLUSTER) as workers:
+        listing = Directories(source, kept, "listing", workers.spread)
+        assert list(source.list(entries=listing)) == list(source.list())
+    assert len(list(kept.list("listing"))) == 1 + 9 + 9
 
 
 @pytest.mark.ray

@@ -100,7 +100,7 @@ def test_missing_empty_and_file_sources_are_refused(tmp_path):
 def test_a_store_that_refuses_is_an_input_error(monkeypatch, tmp_path):
     write(tmp_path / "a.jpg", "x")
 
-    def refuse(self, prefix="", *, dangling=False):
+    def refuse(self, prefix="", *, dangling=False, entries=None):
         raise PermissionError("403 Forbidden")
         yield
 
@@ -353,8 +353,8 @@ def _etags(monkeypatch: pytest.MonkeyPatch, changed: dict[str, str], opened: lis
     """Local files seen as an object store shows them, with etags; notes which are opened for their footers."""
     plain, layout = listing.matching, parquet.spans
 
-    def matching(place: Any, suffixes: Any) -> Any:
-        for info in plain(place, suffixes):
+    def matching(place: Any, suffixes: Any, directories: Any) -> Any:
+        for info in plain(place, suffixes, directories):
             yield replace(info, etag=changed.get(info.key, f"etag-{info.key}"), mtime_ns=None)
 
     def spans(root: Any, info: Any, source: Any) -> Any:

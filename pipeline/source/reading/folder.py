@@ -50,7 +50,7 @@ from pipeline.source.reading.rows import (
 from pipeline.source.reading.text_file import FILTERED, Metadata, meta_of, picked
 from pipeline.source.reasons import Reason
 from pipeline.storage.errors import ObjectChanged
-from pipeline.storage.root import ObjectInfo, Root, check_key
+from pipeline.storage.root import Lister, ObjectInfo, Root, check_key
 
 _log = logging.getLogger(__name__)
 NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -289,7 +289,12 @@ _NO_IMAGES = (*_TEXTS, ".md", ".rst", ".log", *_FOR_PROGRAMS)
 _HELD = 10_000  # files of one name held at a time
 
 
-def list_folder(root: Root, source: FolderSource, excluded: re.Pattern[str] | None) -> Iterator[Entry]:
+def list_folder(
+    root: Root,
+    source: FolderSource,
+    excluded: re.Pattern[str] | None,
+    directories: Lister | None = None,
+) -> Iterator[Entry]:
     """Every file below a root but for hidden and excluded ones and texts, with what stands beside it.
 
     A text that metadata name as an image is listed all the same: somebody says that it is one.
@@ -297,7 +302,7 @@ def list_folder(root: Root, source: FolderSource, excluded: re.Pattern[str] | No
     metadata = FolderMetadata(root, source)
     local = root.local_path()
     captioned, passed, example = False, 0, ""
-    for info, texts in _with_texts(root.list(dangling=True), excluded):
+    for info, texts in _with_texts(root.list(dangling=True, entries=directories), excluded):
         directory, _, name = info.key.rpartition("/")
         for key, meta in metadata.enter(info.key):
             yield Entry(key, 0, None, None, 0, 1, meta)

@@ -38,7 +38,7 @@ from pipeline.source.reading.parquet import read_parquets, spans
 from pipeline.source.reading.rows import EndOfUnit, Entry, Ranges, SourceRow, is_hidden, map_ahead
 from pipeline.source.reading.webdataset import known_fields, read_tars
 from pipeline.storage.errors import describe, storage_errors
-from pipeline.storage.root import CONTENT, KeyRefused, ObjectInfo, Root
+from pipeline.storage.root import CONTENT, KeyRefused, Lister, ObjectInfo, Root
 
 # -- Where the files of a source are: a directory, one file, a glob or a brace pattern, on any store -----------
 
@@ -87,15 +87,18 @@ def locate(uri: str, *, patterns_allowed: bool) -> SourceLocation:
     return SourceLocation(Root(parent or "/"), (re.sub(r"([*?\[])", r"[\1]", name),))
 
 
-def matching(place: SourceLocation, suffixes: tuple[str, ...]) -> Iterator[ObjectInfo]:
+def matching(
+    place: SourceLocation, suffixes: tuple[str, ...], directories: Lister | None = None
+) -> Iterator[ObjectInfo]:
     """The objects of a place in key order; without patterns all of some suffixes (.tar, .TAR), none hidden."""
+    listed = place.root.list(entries=directories)
     if place.patterns is None:
-        yield from (i for i in place.root.list() if i.key.lower().endswith(suffixes) and not is_hidden(i.key))
+        yield from (i for i in listed if i.key.lower().endswith(suffixes) and not is_hidden(i.key))
         return
     # [*], [?] and [[] are single characters: a pattern with no more than those names one object.
     if any(re.search(r"[*?]|\[(?![*?\[]\])", p) for p in place.patterns):
         accept = compiled(place.patterns, "uri")
-        yield from (i for i in place.root.list() if accept.fullmatch(i.key))
+        yield from (i for i in listed if accept.fullmatch(i.key))
         return
     for key in sorted({re.sub(r"\[([*?\[])\]", r"\1", p) for p in place.patterns}):
         try:
@@ -224,11 +227,14 @@ def source_root(source: SourceConfig) -> Root:
     return _place(source).root
 
 
-def list_entries(source: SourceConfig, known: Iterable[KnownEntry] = ()) -> Iterator[Entry]:
+def list_entries(
+    source: SourceConfig, known: Iterable[KnownEntry] = (), directories: Lister | None = None
+) -> Iterator[Entry]:
     """All entries, streaming, strictly ordered; InputError for a missing, empty or unusable source.
 
     `known`: entries of an earlier listing, in the same order, which save opening files that their etag shows to be
-    the same. Files that no etag describes are opened each time.
+    the same. Files that no etag describes are opened each time. directories: what lists those of the source's root,
+    instead of itself.
     """
     place = _place(source)
     entries: Iterator[Entry]
@@ -236,14 +242,14 @@ def list_entries(source: SourceConfig, known: Iterable[KnownEntry] = ()) -> Iter
         entries = iter(_installed(source).list_entries(known))
     elif isinstance(source, FolderSource):
         excluded = compiled(source.exclude, "exclude") if source.exclude else None
-        entries = list_folder(place.root, source, excluded)
+        entries = list_folder(place.root, source, excluded, directories)
     elif isinstance(source, ManifestSource):
         entries = list_manifest(place.root, source)
     elif isinstance(source, WebDatasetSource):
-        tars = matching(place, tar.SUFFIXES)
+        tars = matching(place, tar.SUFFIXES, directories)
         entries = _tars(place, source, (Entry(i.key, i.size_bytes, i.etag, i.mtime_ns, 0, None, None) for i in tars))
     else:
-        entries = _parquets(place, source, known)
+        entries = _parquets(place, source, known, directories)
     if source.detect == "content":
         entries = _hashed(place.root, entries)
     last: tuple[str, int] | None = None
@@ -347,7 +353,9 @@ def _tars(place: SourceLocation, source: WebDatasetSource, entries: Iterator[Ent
         yield entry
 
 
-def _parquets(place: SourceLocation, source: ParquetSource, known: Iterable[KnownEntry]) -> Iterator[Entry]:
+def _parquets(
+    place: SourceLocation, source: ParquetSource, known: Iterable[KnownEntry], directories: Lister | None
+) -> Iterator[Entry]:
     earlier = _Earlier(known)
     first = True
 
@@ -357,7 +365,8 @@ def _parquets(place: SourceLocation, source: ParquetSource, known: Iterable[Know
 
     def files() -> Iterator[tuple[ObjectInfo, list[Span] | None]]:
         nonlocal first
-        for info in matching(place, _PARQUET_SUFFIXES) if source.table is None else table_snapshot(source)[1]:
+        listed = table_snapshot(source)[1] if source.table is not None else None
+        for info in matching(place, _PARQUET_SUFFIXES, directories) if listed is None else listed:
             planned = earlier.spans(info)
             # The first is opened always: a column that is configured and not there is an error, whatever is known.
             yield info, None if first else planned
