@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -229,6 +232,7 @@ class PipelineTextEncoder:
     max_length: int | None = None
     padding: Padding = "attended"
     prompt: Literal["plain", "chat"] = "plain"
+    system: str | None = None
 
 
 @dataclass(frozen=True)
@@ -397,10 +401,7 @@ def _objective(
 
 
 def _encoders(root: Root, index: Mapping[str, Any], model: PublishedConfig) -> tuple[PipelineTextEncoder, ...]:
-    """The encoders that the index names, as its class reads them; none where they are others than it reads.
-
-    InputError for those of FLUX.2 dev, which are not known here.
-    """
+    """The encoders that the index names, as its class reads them; none where they are others than it reads."""
     there = [
         number
         for number in ("", "_2", "_3")
@@ -412,14 +413,13 @@ def _encoders(root: Root, index: Mapping[str, Any], model: PublishedConfig) -> t
 
     arrangement = model.arrangement
     if model.class_name == "Flux2Transformer2DModel" and there == [""]:
-        if (named := index["text_encoder"][1]) != "Qwen3ForCausalLM":
-            raise refused(
-                root,
-                f"{INDEX}: text_encoder {named}",
-                "FLUX.2's text is read from Qwen 3, as klein has it; dev's Mistral 3, a model of images and text "
-                "behind a processor and a system prompt, is not among the text encoders",
-            )
-        return (encoder("", layer=(9, 18, 27), prompt="chat", padding="shown", max_length=512),)
+        reads: dict[str, Any] = {"prompt": "chat", "padding": "shown", "max_length": 512}
+        if (named := index["text_encoder"][1]) == "Mistral3ForConditionalGeneration":
+            return (encoder("", layer=(10, 20, 30), system=_flux2_system(), **reads),)
+        if named != "Qwen3ForCausalLM":
+            rule = "FLUX.2's text is read from Qwen 3, as klein has it, or from Mistral 3, as dev has it"
+            raise refused(root, f"{INDEX}: text_encoder {named}", rule)
+        return (encoder("", layer=(9, 18, 27), **reads),)
     if arrangement == "single" and there == [""]:
         length = _MASKED_LENGTHS.get(str(model.class_name))
         return (encoder("", padding=model.padding, max_length=length),)
@@ -431,6 +431,18 @@ def _encoders(root: Root, index: Mapping[str, Any], model: PublishedConfig) -> t
     if arrangement == "flux" and there == ["", "_2"]:
         return (encoder("", pooled="pooler"), encoder("_2", max_length=512))
     return ()
+
+
+def _flux2_system() -> str:
+    """What the system says to FLUX.2 dev's text encoder, from diffusers' source: an import would take torch along."""
+    package = find_spec("diffusers")
+    assert package is not None, "a dependency of this project"
+    assert package.origin is not None
+    source = Path(package.origin).parent / "pipelines" / "flux2" / "system_messages.py"
+    for statement in ast.parse(source.read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "SYSTEM_MESSAGE":
+            return str(ast.literal_eval(statement.value))
+    raise AssertionError(f"{source} has no SYSTEM_MESSAGE")
 
 
 def _weight_names(component: Root) -> list[str]:

@@ -24,7 +24,7 @@ class TextEncoderConfig(StrictModel):
     path: str = Field(
         ...,
         min_length=1,
-        description="Directory in transformers layout (CLIP, OpenCLIP, T5, Gemma 2 or Qwen 3), or hub id.",
+        description="Directory in transformers layout (CLIP, OpenCLIP, T5, Gemma 2, Qwen 3 or Mistral 3), or hub id.",
     )
     revision: str | None = Field(
         None, description="Commit or tag that pins a hub id; required for one, without meaning for a directory."
@@ -50,6 +50,11 @@ class TextEncoderConfig(StrictModel):
         description="chat: a caption is a user's turn in the tokenizer's chat template, before an answer without "
         "thinking, as FLUX.2 klein reads it.",
     )
+    system: str | None = Field(
+        None,
+        description="With prompt: chat, what the system says before the caption; no answer is begun then, as "
+        "FLUX.2 dev reads it.",
+    )
     pooled: Literal["none", "pooler", "projection"] = Field(
         "none", description="CLIP only, stored as well: the pooled state as it is, or through the text projection."
     )
@@ -61,6 +66,12 @@ class TextEncoderConfig(StrictModel):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Arithmetic of the encoder.")
     embedding_dtype: Literal["float16", "bfloat16"] = Field("float16", description="How embeddings are stored.")
+
+    @model_validator(mode="after")
+    def _system_speaks_in_a_chat(self) -> TextEncoderConfig:
+        if self.system is not None and self.prompt != "chat":
+            raise ValueError("system: it speaks with prompt: chat alone")
+        return self
 
 
 class TextOutputConfig(StrictModel):

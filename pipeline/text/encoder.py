@@ -49,10 +49,12 @@ class TextEncoder:
         pooled: str,
         padding: str,
         prompt: str,
+        system: str | None,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._max_length, self._batch_size, self._device = max_length, batch_size, device
-        self._layer, self._pooled, self._padding, self._prompt = layer, pooled, padding, prompt
+        self._layer, self._pooled, self._padding = layer, pooled, padding
+        self._prompt, self._system = prompt, system
 
     def encode(self, captions: Sequence[str]) -> Encoded:
         """Any number of captions, in batches of one shape; the last one is filled with the empty prompt."""
@@ -73,17 +75,12 @@ class TextEncoder:
         count, length = len(captions), self._max_length
         filled = [*captions, *[""] * (self._batch_size - count)]
         if self._prompt == "chat":
-            filled = [
-                self._tokenizer.apply_chat_template(
-                    [{"role": "user", "content": caption}],
-                    tokenize=False,
-                    add_generation_prompt=True,
-                    enable_thinking=False,
-                )
-                for caption in filled
-            ]
+            filled = [self._in_chat(caption) for caption in filled]
+        # A template may have said already where a text begins.
+        first = self._tokenizer.bos_token
+        marks = {"add_special_tokens": self._prompt != "chat" or first is None or not filled[0].startswith(first)}
         batch = self._tokenizer(
-            filled, padding="max_length", truncation=True, max_length=self._max_length, return_tensors="pt"
+            filled, padding="max_length", truncation=True, max_length=self._max_length, return_tensors="pt", **marks
         )
         mask_NL = batch["attention_mask"]
         states = self._model(
@@ -101,7 +98,7 @@ class TextEncoder:
         truncated = np.zeros(count, np.bool_)
         full: list[int] = np.flatnonzero(tokens == length).tolist()
         if full:
-            longer = self._tokenizer([filled[i] for i in full], truncation=False, verbose=False)["input_ids"]
+            longer = self._tokenizer([filled[i] for i in full], truncation=False, verbose=False, **marks)["input_ids"]
             truncated[full] = [len(ids) > length for ids in longer]
         if self._padding != "masked":
             tokens = np.full_like(tokens, length)
@@ -110,6 +107,18 @@ class TextEncoder:
             pooled = states.text_embeds if self._pooled == "projection" else states.pooler_output
             pooled_NP = pooled[:count].float().cpu().numpy()
         return Encoded(tokens, truncated, hidden_NLD[:count].float().cpu().numpy(), pooled_NP)
+
+    def _in_chat(self, caption: str) -> str:
+        if self._system is None:
+            turn = [{"role": "user", "content": caption}]
+            talk = self._tokenizer.apply_chat_template(
+                turn, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        else:
+            parts = {"system": self._system, "user": caption.replace("[IMG]", "")}  # which stands for a picture
+            turns = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in parts.items()]
+            talk = self._tokenizer.apply_chat_template(turns, tokenize=False)
+        return str(talk)
 
 
 def load_encoder(
@@ -164,13 +173,16 @@ def load_encoder(
     if files.class_name.endswith("ForCausalLM"):
         model = model.model  # its states are read, no next token is asked for
         model.config.use_cache = False
+    elif files.class_name == "Mistral3ForConditionalGeneration":  # no picture is shown to it
+        model = model.model.language_model
+        model.config.use_cache = False
     return TextEncoder(
         model.eval().to(device),
         tokenizer,
         max_length=files.max_length,
         batch_size=batch_size,
         device=device,
-        **encoder.model_dump(include={"layer", "pooled", "padding", "prompt"}),
+        **encoder.model_dump(include={"layer", "pooled", "padding", "prompt", "system"}),
     )
 
 

@@ -29,9 +29,16 @@ TOKENIZER_FILES = (
     "added_tokens.json",
 )
 _TEMPLATE = "chat_template.jinja"  # of newer tokenizers; tokenizer_config.json holds that of older ones
+PROCESSOR = "processor_config.json"  # what pictures and texts are read by together; its tokenizer reads texts alone
+_PROCESSOR_FILES = (PROCESSOR, "preprocessor_config.json")
 _CLIP = ("clip", "clip_text_model")
 # Which pool nothing and hold texts of any length.
-_OTHERS = {"t5": "T5EncoderModel", "gemma2": "Gemma2Model", "qwen3": "Qwen3ForCausalLM"}
+_OTHERS = {
+    "t5": "T5EncoderModel",
+    "gemma2": "Gemma2Model",
+    "qwen3": "Qwen3ForCausalLM",
+    "mistral3": "Mistral3ForConditionalGeneration",
+}
 _PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 _LAYOUT = f"an encoder is a directory with config.json, {WEIGHTS} and its tokenizer's files"
 # Notes of whoever saved the file; they change no number.
@@ -98,6 +105,7 @@ class EncoderFiles:
             # Masked and plain in every fingerprint of before there was another way.
             **({} if encoder.padding == "masked" else {"padding": encoder.padding}),
             **({} if encoder.prompt == "plain" else {"prompt": encoder.prompt}),
+            **({} if encoder.system is None else {"system": encoder.system}),
             "encoder_dtype": encoder.dtype,
             "embedding_dtype": encoder.embedding_dtype,
         }
@@ -114,7 +122,8 @@ def encoder_files(encoder: TextEncoderConfig) -> EncoderFiles:
         raise _refusal(
             f"The encoder {encoder.name} is of model_type {kind!r}",
             encoder,
-            "encoders are CLIP text models (OpenAI's and OpenCLIP's, in transformers format), T5, Gemma 2 and Qwen 3",
+            "encoders are CLIP text models (OpenAI's and OpenCLIP's, in transformers format), T5, Gemma 2, Qwen 3 "
+            "and Mistral 3",
             "name another model, or the subfolder that holds the text encoder of a pipeline",
         )
     if kind == "clip":
@@ -173,7 +182,7 @@ def _directory(encoder: TextEncoderConfig) -> Path:
         )
     model, tokenizer = (f"{f}/" if f else "" for f in (encoder.subfolder, encoder.tokenizer_subfolder))
     patterns = [model + name for name in ("config.json", "model*.safetensors", INDEX)]
-    patterns += [tokenizer + name for name in (*TOKENIZER_FILES, _TEMPLATE)]
+    patterns += [tokenizer + name for name in (*TOKENIZER_FILES, _TEMPLATE, *_PROCESSOR_FILES)]
     what = f"the encoder {encoder.name} at revision {encoder.revision}"
     return hub_snapshot(encoder.path, encoder.revision, patterns, what=what, key="encoders.path")
 
@@ -262,7 +271,7 @@ def _hash_tokenizer(folder: Path, encoder: TextEncoderConfig) -> dict[str, str]:
             rule=f"a tokenizer's directory holds one of {', '.join(VOCABULARIES)}",
             next_step="save the tokenizer beside the model, or name the subfolder that holds it",
         )
-    names = (*TOKENIZER_FILES, _TEMPLATE) if encoder.prompt == "chat" else TOKENIZER_FILES
+    names = (*TOKENIZER_FILES, _TEMPLATE, *_PROCESSOR_FILES) if encoder.prompt == "chat" else TOKENIZER_FILES
     return {name: _sha256(folder / name) for name in sorted(names) if (folder / name).is_file()}
 
 

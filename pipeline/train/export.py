@@ -33,6 +33,7 @@ from pipeline.model.read import (
     read_model,
 )
 from pipeline.storage.root import Root
+from pipeline.text.files import PROCESSOR
 from pipeline.train import collectives
 from pipeline.train.checks import Facts, trained_combinations
 from pipeline.train.config import ExportConfig, TrainJobConfig
@@ -121,12 +122,13 @@ def _snippet(info: ModelInfo, form: DiffusersPipeline, copied: bool) -> dict[str
             number = "" if at == 0 else f"_{at + 1}"
             path, sub = text.encoder["path"], text.encoder.get("subfolder", "")
             words = text.encoder.get("tokenizer_subfolder", "")
-            made_by = text.fingerprint if isinstance(text.fingerprint, dict) else {}
-            classes.append(str(made_by.get("encoder", {}).get("class", "AutoModel")))
-            before += f'text_encoder{number} = {classes[-1]}.from_pretrained("{path}", subfolder="{sub}")\n'
-            before += f'tokenizer{number} = AutoTokenizer.from_pretrained("{path}", subfolder="{words}")\n'
+            made_by = text.fingerprint.get("encoder", {}) if isinstance(text.fingerprint, dict) else {}
+            reads = "AutoProcessor" if PROCESSOR in made_by.get("tokenizer_sha256", {}) else "AutoTokenizer"
+            classes += [str(made_by.get("class", "AutoModel")), reads]
+            before += f'text_encoder{number} = {classes[-2]}.from_pretrained("{path}", subfolder="{sub}")\n'
+            before += f'tokenizer{number} = {reads}.from_pretrained("{path}", subfolder="{words}")\n'
             names += [f"text_encoder{number}=text_encoder{number}", f"tokenizer{number}=tokenizer{number}"]
-        before = f"from transformers import {', '.join(sorted({'AutoTokenizer', *classes}))}\n" + before
+        before = f"from transformers import {', '.join(sorted(set(classes)))}\n" + before
     return {"given": "".join(f", {name}" for name in names), "before": before, "asked": ", ".join(asked)}
 
 

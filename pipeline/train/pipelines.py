@@ -21,7 +21,7 @@ from pipeline.errors import InputError
 from pipeline.model.config import DiTTransformer2DConfig, PublishedConfig, UNet2DConditionConfig
 from pipeline.model.info import INDEX, ModelInfo, SizeShift
 from pipeline.text.config import TextEncoderConfig
-from pipeline.text.files import encoder_files
+from pipeline.text.files import PROCESSOR, encoder_files
 
 # diffusers class of the network -> pipeline class, the denoiser's folder in it
 _PIPELINES = {
@@ -66,10 +66,10 @@ def pipeline_of(info: ModelInfo) -> DiffusersPipeline | str:
         name, component = _PIPELINES.get(str(network.class_name), ("", ""))
         if not name:
             return f"diffusers has no pipeline of latents for {network.class_name}"
+        if name == "Flux2KleinPipeline" and any(text.encoder.get("system") for text in info.texts):
+            name = "Flux2Pipeline"
         if name == "Flux2KleinPipeline" and network.distilled:
-            return (
-                "FLUX.2 with guidance embeddings has a pipeline with Mistral 3 alone, which is no text encoder here"
-            )
+            return "FLUX.2 with guidance embeddings has a pipeline with dev's text encoder alone, Mistral 3"
         if network.arrangement == "sdxl":
             name = "StableDiffusionXLPipeline"
         if network.class_name == "PixArtTransformer2DModel" and network.micro_conditions:
@@ -114,9 +114,11 @@ def write_around(
         encoder = TextEncoderConfig.model_validate(reference.encoder, strict=False)
         files = encoder_files(encoder)
         index[f"text_encoder{number}"] = ["transformers", files.class_name]
-        settings = files.tokenizer_dir / "tokenizer_config.json"
-        its_class = json.loads(settings.read_text()).get("tokenizer_class") if settings.is_file() else None
-        index[f"tokenizer{number}"] = ["transformers", str(its_class or "AutoTokenizer")]
+        its_class = None
+        for name, says in (("tokenizer_config.json", "tokenizer_class"), (PROCESSOR, "processor_class")):
+            if name in files.tokenizer_sha256:
+                its_class = json.loads((files.tokenizer_dir / name).read_text()).get(says) or its_class
+        index[f"tokenizer{number}"] = ["transformers", str(its_class or "PreTrainedTokenizerFast")]
         if copy_text:
             # The very files that were hashed, and the configuration that they were loaded with.
             files.check()

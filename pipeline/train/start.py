@@ -281,7 +281,7 @@ def text_facts(
         )
     made_by, where = text.fingerprint, dict(text.identity.about["encoder"])
     shared = {name: made_by[name] for name in ("max_length", "layer", "pooled", "embedding_dtype")}
-    shared |= {name: made_by[name] for name in ("padding", "prompt") if name in made_by}
+    shared |= {name: made_by[name] for name in ("padding", "prompt", "system") if name in made_by}
     path = where["path"]
     encoder = {
         **where,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from diffusers import (
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -34,11 +37,12 @@ from transformers import (
     CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
+    Mistral3ForConditionalGeneration,
     Qwen3ForCausalLM,
     T5EncoderModel,
 )
 
-from tests.text.text_builders import CLIP_LENGTH, WIDTH, make_clip, make_qwen3, make_t5
+from tests.text.text_builders import CLIP_LENGTH, WIDTH, make_clip, make_mistral3, make_qwen3, make_t5
 
 SIDE = 8  # latent pixels
 
@@ -172,9 +176,11 @@ def make_flux_pipeline(folder: Path, *, guidance: bool = False) -> Any:
     return pipe
 
 
-def make_flux2_pipeline(folder: Path, *, distilled: bool = False, guidance: bool = False) -> Any:
+def make_flux2_pipeline(folder: Path, *, distilled: bool = False, guidance: bool = False, dev: bool = False) -> Any:
+    """klein, with Qwen 3; or dev, with Mistral 3 and its processor, whose network is told the guidance."""
     torch.manual_seed(16)
-    make_qwen3(folder / "qwen", seed=17)
+    made = make_mistral3(folder / "mistral", seed=17) if dev else make_qwen3(folder / "qwen", seed=17)
+    guidance = guidance or dev
     transformer = Flux2Transformer2DModel(
         in_channels=8, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=3 * 16, timestep_guidance_channels=32, axes_dims_rope=(2, 2, 2, 2),
@@ -186,15 +192,26 @@ def make_flux2_pipeline(folder: Path, *, distilled: bool = False, guidance: bool
     ).eval()  # fmt: skip
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2.0)
-    pipe = Flux2KleinPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=vae,
-        text_encoder=Qwen3ForCausalLM.from_pretrained(folder / "qwen").eval(),
-        tokenizer=AutoTokenizer.from_pretrained(folder / "qwen"),
-        transformer=transformer,
-        is_distilled=distilled,
-    )
+    parts = {
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        "vae": vae,
+        "transformer": transformer,
+    }
+    if dev:
+        encoder = Mistral3ForConditionalGeneration.from_pretrained(made / "text_encoder").eval()
+        # Of the processor the pipeline asks for a talk's tokens, which come from the tokenizer.
+        tokenizer = AutoTokenizer.from_pretrained(made / "tokenizer")
+        pipe: Any = Flux2Pipeline(text_encoder=encoder, tokenizer=tokenizer, **parts)
+    else:
+        encoder = Qwen3ForCausalLM.from_pretrained(made).eval()
+        tokenizer = AutoTokenizer.from_pretrained(made)
+        pipe = Flux2KleinPipeline(text_encoder=encoder, tokenizer=tokenizer, is_distilled=distilled, **parts)
     pipe.save_pretrained(folder / "pipe", safe_serialization=True)
+    if dev:
+        index = folder / "pipe" / "model_index.json"
+        named = {"tokenizer": ["transformers", "PixtralProcessor"]}
+        index.write_text(json.dumps(json.loads(index.read_text()) | named))
+        shutil.copytree(made / "tokenizer", folder / "pipe" / "tokenizer", dirs_exist_ok=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -16,6 +16,10 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    PixtralVisionConfig,
     PreTrainedTokenizerFast,
     Qwen2Tokenizer,
     Qwen3Config,
@@ -28,6 +32,7 @@ from pipeline.storage.root import Root
 from pipeline.store.ledger.identity import claim_identity
 from pipeline.store.plan import append_version, read_plan
 from pipeline.text.config import EmbedTextJobConfig
+from pipeline.text.files import PROCESSOR
 from tests.support.rows import IDENTITY, Listed, claim, committer, latent_rows
 
 CLIP_LENGTH = 16
@@ -124,6 +129,57 @@ def make_qwen3(folder: Path, seed: int = 0, *, layers: int = 28, width: int = 16
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+# A talk as Mistral's own template writes it, which begins with the token of the beginning.
+TALK = (
+    "{{ bos_token }}{% for turn in messages %}{% if turn.role == 'system' %}"
+    "[SYSTEM_PROMPT]{{ turn.content[0].text }}[/SYSTEM_PROMPT]"
+    "{% else %}[INST]{{ turn.content[0].text }}[/INST]{% endif %}{% endfor %}"
+)
+
+
+def make_mistral3(folder: Path, seed: int = 0, *, layers: int = 31, width: int = 16) -> Path:
+    """A Mistral 3 of pictures and text in text_encoder/, and what its processor is saved as in tokenizer/.
+
+    As FLUX.2 dev holds them. The processor itself, a PixtralProcessor, is made only where torchvision is installed.
+    """
+    marks = ["<unk>", "<s>", "</s>", "<pad>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
+    marks += ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({piece: i for i, piece in enumerate([*marks, *alphabet])}, [], unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        padding_side="left",
+        extra_special_tokens=marks[4:],
+    )
+    tokenizer.chat_template = TALK
+    torch.manual_seed(seed)
+    text = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    eyes = PixtralVisionConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = Mistral3Config(text_config=text.to_dict(), vision_config=eyes.to_dict(), image_token_index=8)
+    Mistral3ForConditionalGeneration(config).save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    processor = {"processor_class": "PixtralProcessor", "patch_size": 14, "image_token": "[IMG]"}
+    (folder / "tokenizer" / PROCESSOR).write_text(json.dumps(processor))
     return folder
 
 
