@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import pickle
+import sys
 import threading
 import time
 import tracemalloc
@@ -13,6 +14,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,7 +24,15 @@ from hypothesis import strategies as st
 
 from pipeline.errors import InputError
 from pipeline.storage import root as storage
-from pipeline.storage.errors import ObjectChanged, StoreUnavailable, describe, job_error, note_answer, plain_error
+from pipeline.storage.errors import (
+    ObjectChanged,
+    StoreUnavailable,
+    describe,
+    job_error,
+    note_answer,
+    plain_error,
+    storage_errors,
+)
 from pipeline.storage.root import KeyRefused, Root, check_key
 from pipeline.storage.stores import RangedFile, put_whole
 
@@ -54,6 +64,13 @@ def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     root = Root(f"s3://{bucket}/prefix")
     root.fs.call_s3("create_bucket", Bucket=bucket)
     return root
+
+
+def test_a_client_that_is_just_being_imported_has_no_errors_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's sign of life asks from a thread of its own, at any moment, and must not end for that."""
+    monkeypatch.setitem(sys.modules, "httpx2", ModuleType("httpx2"))
+    monkeypatch.setitem(sys.modules, "aiohttp", ModuleType("aiohttp"))
+    assert OSError in storage_errors()
 
 
 def test_objects_come_back_whole_and_in_ranges(root: Root) -> None:

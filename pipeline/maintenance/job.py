@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated, Any, NotRequired
@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 
 from pipeline.dataflow.cluster import check_address
 from pipeline.dataflow.workers import Workers, open_workers
-from pipeline.errors import ConflictError, InputError
+from pipeline.errors import ConflictError, InputError, StoppedError
 from pipeline.maintenance.config import CompactJobConfig, ForgetJobConfig, ForgetListConfig, VerifyJobConfig
 from pipeline.progress import Progress
 from pipeline.result import JobResult
@@ -28,7 +28,16 @@ from pipeline.source.reading.rows import sample_id
 from pipeline.storage.errors import describe, storage_errors
 from pipeline.storage.root import Root, place_of
 from pipeline.storage.stored import OPEN, Count, read_stored
-from pipeline.store.ledger.generation import last_run, latest_number, noted_runs, read_claim
+from pipeline.store.ledger.generation import (
+    GC,
+    UPKEEP,
+    Generation,
+    is_superseded,
+    last_run,
+    latest_number,
+    noted_runs,
+    read_claim,
+)
 from pipeline.store.ledger.identity import read_identity
 from pipeline.store.ledger.ledger import claimed
 from pipeline.store.ledger.state import read_state
@@ -126,7 +135,7 @@ def run_verify(config: VerifyJobConfig) -> JobResult:
             _note(root, level, _Told(generation=number, begin=portion.end))
         if config.gc and has_garbage(root, config.gc_grace_s):
             try:
-                with claimed(root, "gc") as generation:
+                with claimed(root, GC) as generation:
                     removed, size = collect_garbage(generation, config.gc_grace_s)
             except ConflictError as error:
                 raise error.with_result(result) from None
@@ -238,9 +247,12 @@ def run_compact(config: CompactJobConfig) -> JobResult:
         track(run, root, {**sizes, **arranged(seed)})
         run.tracker.log_input(name=root.uri, digest=dataset.digest, source=root.uri, context="input")
         memory = _SHARDS_HELD * config.shard_bytes
-        with open_workers(
-            "a process that writes shards", config.cluster, config.workers, memory_bytes=memory
-        ) as workers:
+        with (
+            _giving_way(run.generation),
+            open_workers(
+                "a process that writes shards", config.cluster, config.workers, memory_bytes=memory
+            ) as workers,
+        ):
             report = compact(
                 run.generation,
                 **sizes,
@@ -256,6 +268,24 @@ def run_compact(config: CompactJobConfig) -> JobResult:
         }
         status = "done" if report.shards_written or report.ranges_told else "unchanged"
         return run.done(JobResult(status, counts, outputs), digest=_open(root).digest)
+
+
+@contextmanager
+def _giving_way(generation: Generation) -> Iterator[None]:
+    """StoppedError where another job has taken over: this one does not contend with it, and goes on another time."""
+    root = generation.root
+    try:
+        yield
+    except ConflictError:
+        newest = latest_number(root)  # this one's own, where another is announced and not yet claimed
+        by = read_claim(root, newest)["job"] if newest > generation.number else "another job"
+        if by in (*UPKEEP, GC) or not is_superseded(root, generation.number):
+            raise
+        raise StoppedError(
+            f"{by} has begun to write {root.uri}, and the compaction gives way to it",
+            rule="the shards that were written are kept",
+            next_step="run the same command again once that job has ended: it goes on where it stopped",
+        ) from None
 
 
 def plan_compact(config: CompactJobConfig) -> JobResult:

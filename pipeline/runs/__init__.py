@@ -8,10 +8,11 @@
 
     identity of the root --claim--> a generation, whose heartbeat shows that its owner lives --> the work --> closed
 
-A run finds another *living* run on its root: it steps back (exit code 4), in every job alike. It finds a dead one:
-it fences it off and goes on, also in its MLflow run. How a run ends is said twice, to the next run (the closing note
-of the generation) and to people (FINISHED, KILLED where the same command goes on, FAILED). A crash says nothing: the
-next run sees that the owner is dead, or silent for too long. A job that only reads has no root: an MLflow run alone.
+A run finds another *living* run on its root: it steps back (exit code 4), in every job alike. It finds a dead one, or
+a compaction, which a job that writes rows need not wait for: it fences it off and goes on, also in its MLflow run.
+How a run ends is said twice, to the next run (the closing note of the generation) and to people (FINISHED, KILLED
+where the same command goes on, FAILED). A crash says nothing: the next run sees that the owner is dead, or silent for
+too long. A job that only reads has no root: an MLflow run alone.
 """
 
 from __future__ import annotations

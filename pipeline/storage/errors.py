@@ -89,8 +89,9 @@ def storage_errors() -> tuple[type[Exception], ...]:
     found: list[type[Exception]] = [OSError]
     clients = {"botocore.exceptions": ("BotoCoreError", "ClientError"), "aiohttp": ("ClientError",)}
     for module, names in {**clients, **dict.fromkeys(("httpx", "httpx2"), ("HTTPError",))}.items():
-        loaded = sys.modules.get(module)
-        found += [getattr(loaded, name) for name in names] if loaded is not None else []
+        # Of a module that another thread is just importing there may be no such name yet: nobody has raised it.
+        known = [getattr(sys.modules.get(module), name, None) for name in names]
+        found += [error for error in known if error is not None]
     return tuple(found)
 
 

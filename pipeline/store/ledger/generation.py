@@ -283,9 +283,11 @@ def claim_next(
     `collect(previous)` must persist every commit record visible in generation `previous` and return the names
     of the bundles that hold them. note: what else the claim tells, looked up once older runs can see that they are
     superseded. after: a number that the generation's exceeds in any case.
+
+    A job of UPKEEP is no reason to step back: it is fenced off, and whoever runs it again goes on where it was.
     """
     previous = latest_number(root)
-    if previous:
+    if previous and not _gives_way(root, previous, job):
         _wait_for_silence(root, previous, patience_s)
     number = max(previous, after) + 1
     place = layout.generation_dir(number)
@@ -316,6 +318,11 @@ def claim_next(
     generation = Generation(root, number, bundles, claim)
     generation.start_heartbeat()
     return generation
+
+
+def _gives_way(root: Root, number: int, job: str) -> bool:
+    """Whether the run of a generation is of upkeep, and `job` is not: what it does can wait, for days if need be."""
+    return job not in (*UPKEEP, GC) and read_claim(root, number)["job"] in UPKEEP
 
 
 def _wait_for_silence(root: Root, number: int, patience_s: float) -> None:
@@ -387,7 +394,7 @@ def _start_time(pid: int) -> str:
 # -- Which tracking run wrote a dataset: one note per generation that did work ---------------------------------
 
 
-UPKEEP = ("compact",)  # jobs that move rows which others have made
+UPKEEP, GC = ("compact",), "gc"  # jobs that move rows which others have made, and what removes what is left of them
 
 
 def note_run(root: Root, generation: int, note: dict[str, Any]) -> None:
