@@ -41,8 +41,12 @@ from pipeline.tracking.delivery import mlflow_ui_command
 # What a job ends with: its exit code, and the line that goes to standard output.
 Ending = tuple[int, str | None]
 _PR_SET_PDEATHSIG = 1
-# What Ray's core says, as an error, of every pool of actors that Ray Data makes so itself.
-_NOISE = "has constructor arguments in the object store and max_restarts > 0"
+# What Ray's core says, as an error, of every pool of actors that Ray Data makes so itself; and what Ray Train says
+# every so often where there is no dashboard to ask, of what would tidy up after a driver: a local Ray ends with it.
+_NOISE = (
+    "has constructor arguments in the object store and max_restarts > 0",
+    "Failed to query Ray Train Controller actor state",
+)
 _LAST_WORDS_S = 1.0  # for which those of a process that has ended are waited for, if others hold its standard error
 
 
@@ -100,9 +104,13 @@ def _divert(writer: int) -> None:
 def _pass_on(reader: int) -> None:
     with open(reader, "rb") as lines:
         for line in lines:
-            if _NOISE not in line.decode(errors="replace"):
+            if not _is_noise(line.decode(errors="replace")):
                 with suppress(OSError):  # nobody reads any more: whoever writes must not wait for that
                     os.write(2, line)
+
+
+def _is_noise(text: str) -> bool:
+    return any(known in text for known in _NOISE)
 
 
 class _Quiet(io.TextIOWrapper):
@@ -111,7 +119,7 @@ class _Quiet(io.TextIOWrapper):
     _left_out = False
 
     def write(self, text: str) -> int:
-        self._left_out = _NOISE in text or (self._left_out and text == "\n")
+        self._left_out = _is_noise(text) or (self._left_out and text == "\n")
         return len(text) if self._left_out else super().write(text)
 
 

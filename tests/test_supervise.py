@@ -34,6 +34,7 @@ def run(config):
         noise = "E 7] core.cc:1: Actor 'x' has constructor arguments in the object store and max_restarts > 0. If"
         os.write(2, f"before\\n{noise}\\nbeneath\\n".encode())
         print(noise, file=sys.stderr)
+        print("(Cleaner pid=1) Failed to query Ray Train Controller actor state. State API may be", file=sys.stderr)
         print("of Python", file=sys.stderr)
         os.write(2, b"last words")
         os.kill(os.getpid(), signal.SIGKILL)
