@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.errors import ConfigError, InputError
+from pipeline.store.maintain import Spread, in_turn
 from pipeline.store.schema import LATENTS, FixedRows, binary_rows, keyed_words
 from pipeline.stream.order import Layout
 
@@ -224,9 +225,9 @@ def _columns(
 # happens once per state of a dataset and not once per start or per rank. Choosing by place in the manifest instead
 # would need no pass, but would leak held-out rows into training whenever the data are compacted or re-planned.
 
-
 RULE = "content 1"  # part of the cache's name and of a stream's state; changes when a row's side does
 SIDE_COLUMNS = ("sample_id", "content_sha256")
+_AT_ONCE = 256  # row groups that are counted before anything is told of them
 
 
 def id_words(ids: NDArray[np.uint8]) -> NDArray[np.uint64]:
@@ -256,38 +257,43 @@ def held_out(images: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
 
 
 def held_out_counts(
-    dataset: LatentRows, share: float, *, cache: Root | None = None, threads: int = 4
+    dataset: LatentRows, share: float, *, cache: Root | None = None, threads: int = 4, spread: Spread = in_turn
 ) -> NDArray[np.int64]:
     """How many rows of each row group are held out: int64 [row groups].
 
-    Reads SIDE_COLUMNS of every row group, unless `cache` already has the answer for these data and this
-    share. A cached answer that is damaged or does not fit is made again.
+    Reads SIDE_COLUMNS of every row group, unless `cache` has the answer for these data and this share, undamaged.
     """
+    count = partial(_count_chosen, dataset, Choice(share, held=True))
+    return _counted(dataset, repr((RULE, dataset.layout_digest, share)), count, cache, threads, spread)
 
-    def count(row_group: int) -> int:
-        images = image_words(dataset.read(row_group, SIDE_COLUMNS, verify=False))
-        return int(np.count_nonzero(held_out(images, share)))
 
-    return _counted(dataset, repr((RULE, dataset.layout_digest, share)), count, cache, threads)
+def _count_chosen(dataset: LatentRows, choice: Choice, row_group: int) -> int:
+    return len(choice.rows(dataset.read(row_group, choice.columns, verify=False)))
+
+
+def _count_each(count: Callable[[int], int], threads: int, groups: range) -> tuple[range, list[int]]:
+    with ThreadPoolExecutor(threads, thread_name_prefix="held-out") as pool:
+        return groups, list(pool.map(count, groups))
 
 
 def _counted(
-    dataset: LatentRows, asked: str, count: Callable[[int], int], cache: Root | None, threads: int
+    dataset: LatentRows, asked: str, count: Callable[[int], int], cache: Root | None, threads: int, spread: Spread
 ) -> NDArray[np.int64]:
     """A number for each row group, kept in `cache` under what was asked."""
     key = f"heldout-{hashlib.blake2b(asked.encode(), digest_size=16).hexdigest()}.npy"
     limits = row_counts(dataset.row_groups)
     if cache is not None and cache.exists(key):
-        data = cache.read_bytes(key)
-        cached: Any = None
+        cached, data = None, cache.read_bytes(key)
         with contextlib.suppress(ValueError, EOFError, OSError):
             cached = np.load(io.BytesIO(data), allow_pickle=False)
         if isinstance(cached, np.ndarray) and cached.dtype == np.int64 and cached.shape == limits.shape:
-            kept: NDArray[np.int64] = cached
-            if ((kept >= 0) & (kept <= limits)).all():
-                return kept
-    with ThreadPoolExecutor(threads, thread_name_prefix="held-out") as pool:
-        counts = np.fromiter(pool.map(count, range(len(limits))), np.int64, len(limits))
+            counts: NDArray[np.int64] = cached
+            if ((counts >= 0) & (counts <= limits)).all():
+                return counts
+    counts = np.zeros(len(limits), np.int64)
+    pieces = (range(at, min(at + _AT_ONCE, len(limits))) for at in range(0, len(limits), _AT_ONCE))
+    for groups, found in spread(partial(partial, _count_each, count, threads), pieces):
+        counts[groups.start : groups.stop] = found
     if cache is not None:
         buffer = io.BytesIO()
         np.save(buffer, counts, allow_pickle=False)
@@ -480,7 +486,7 @@ def choice_of(share: float, split: str, where: str | None) -> Choice:
 
 
 def chosen_rows(
-    dataset: LatentRows, choice: Choice, *, cache: Root | None = None, threads: int = 4
+    dataset: LatentRows, choice: Choice, *, cache: Root | None = None, threads: int = 4, spread: Spread = in_turn
 ) -> NDArray[np.int64] | None:
     """How many rows of each row group are served; None when all are. InputError when the held-out side is empty."""
     if choice.held and not choice.share:
@@ -488,11 +494,7 @@ def chosen_rows(
     if choice.where is None:
         if not choice.share:
             return None
-        counts = held_out_counts(dataset, choice.share, cache=cache, threads=threads)
+        counts = held_out_counts(dataset, choice.share, cache=cache, threads=threads, spread=spread)
         return counts if choice.held else row_counts(dataset.row_groups) - counts
-
-    def count(row_group: int) -> int:
-        return len(choice.rows(dataset.read(row_group, choice.columns, verify=False)))
-
     name = repr((RULE, "where 1", dataset.layout_digest, choice.share, choice.held, choice.where.text))
-    return _counted(dataset, name, count, cache, threads)
+    return _counted(dataset, name, partial(_count_chosen, dataset, choice), cache, threads, spread)

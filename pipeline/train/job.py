@@ -11,7 +11,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
@@ -22,6 +22,7 @@ from typing_extensions import TypedDict
 
 from pipeline.config import config_digest, validate
 from pipeline.dataflow.cluster import WORKER_ENV, check_address, device_of, ensure_ray
+from pipeline.dataflow.workers import open_workers
 from pipeline.errors import InputError, PipelineError, StoppedError, argument_keys
 from pipeline.model.config import NetworkConfig
 from pipeline.progress import Progress
@@ -44,10 +45,12 @@ from pipeline.train.retention import read_records
 
 DONE = "done.json"
 WEIGHT_TAG = "latentloom.weight"
-_COUNTING = 16  # row groups looked at a time
+_COUNTING = 16  # row groups that one process looks at at a time
 _WATCH_S = 1.0
 
 Data = TypeVar("Data", TrainDataConfig, MixConfig)
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @with_config(OPEN)
@@ -221,12 +224,17 @@ def _track(config: TrainJobConfig, root: Root, run: Run, begun: Begun) -> Tracke
 
 def _count_rows(config: TrainJobConfig, root: Root, datasets: Sequence[LatentDataset]) -> None:
     """Count once, and keep for all ranks, how many rows of each row group are served and held out."""
+
+    def spread(make: Callable[[], Callable[[T], R]], items: Iterable[T]) -> Iterator[R]:
+        with open_workers("a process that counts rows", config.cluster) as workers:
+            yield from workers.spread(make, items)
+
     splits = ["train", *(["holdout"] if config.validation.images else [])]
     for part, dataset in zip(config.data.parts.values(), datasets, strict=True):
         for split in splits if config.stream.holdout or part.where else []:
             with argument_keys(STREAM_KEYS), naming(dataset.uri if len(datasets) > 1 else None):
                 choice = choice_of(config.stream.holdout, split, part.where)
-                chosen_rows(dataset, choice, cache=root.child(CACHE), threads=_COUNTING)
+                chosen_rows(dataset, choice, cache=root.child(CACHE), threads=_COUNTING, spread=spread)
 
 
 # -- Ray -------------------------------------------------------------------------------------------------------

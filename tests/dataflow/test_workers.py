@@ -26,7 +26,10 @@ from pipeline.encode.reading import Directories
 from pipeline.errors import ConfigError, ConflictError, InputError, StoppedError
 from pipeline.storage.root import Root
 from pipeline.store.ledger.state import read_state
+from pipeline.store.maintain import in_turn
 from pipeline.store.maintain.verify import verify
+from pipeline.store.read.dataset import LatentDataset
+from pipeline.stream import data as stream
 from tests.support.jobs import run, start
 from tests.support.kills import victims
 from tests.support.maintain import compact, deduplicate
@@ -175,6 +178,27 @@ def test_directories_are_listed_by_the_cluster(named: RayNodes, tmp_path: Path) 
         listing = Directories(source, kept, "listing", workers.spread)
         assert list(source.list(entries=listing)) == list(source.list())
     assert len(list(kept.list("listing"))) == 1 + 9 + 9
+
+
+@pytest.mark.ray
+def test_rows_that_are_served_are_counted_by_the_cluster(
+    named: RayNodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "_AT_ONCE", 2)
+    root = planned_root(str(tmp_path / "data"), 9, 7)
+    generation = claim(root)
+    for unit in range(9):
+        committer(root, generation).commit(latent_rows([(unit, row) for row in range(7)], label=unit), None, {})
+    generation.close({"status": "done"})
+    dataset = LatentDataset.open(root.uri)
+    with open_workers("a process that counts rows", CLUSTER) as workers:
+        for asked in ((0.3, "holdout", None), (0.3, "train", "label != 4")):
+            choice = stream.choice_of(*asked)
+            ours, alone = (stream.chosen_rows(dataset, choice, spread=s) for s in (workers.spread, in_turn))
+            assert ours is not None
+            assert alone is not None
+            assert ours.tolist() == alone.tolist()
+            assert 0 < ours.sum() < 63
 
 
 @pytest.mark.ray
