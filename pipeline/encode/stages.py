@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from pipeline.codec.codec import Codec, load_codec
 from pipeline.codec.config import CodecConfig
+from pipeline.dataflow.cluster import is_worker
 from pipeline.dataflow.device_faults import out_of_memory
 from pipeline.encode.rows import (
     Decoded,
@@ -252,7 +253,6 @@ class EncodeBlocks:
         import torch
 
         from pipeline.codec.diffusers_codec import import_networks
-        from pipeline.dataflow.cluster import is_worker
         from pipeline.dataflow.monitor import Reports
 
         torch.set_num_threads(spec.threads)

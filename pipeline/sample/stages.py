@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.dataflow.cluster import is_worker
 from pipeline.dataflow.device_faults import ends_with_its_device, out_of_memory
 from pipeline.dataflow.monitor import Reports, answer, held, one_by_one
 from pipeline.errors import ConfigError
@@ -193,7 +194,6 @@ class DenoiseBlocks:
 
     def __init__(self, spec: DenoiserSpec, monitor: Any) -> None:
         from pipeline.codec.diffusers_codec import import_networks
-        from pipeline.dataflow.cluster import is_worker
         from pipeline.sample.denoise import Denoiser, use_threads
 
         use_threads(spec.draw.threads)
@@ -234,7 +234,6 @@ class DecodeLatents:
 
     def __init__(self, spec: DecoderSpec, monitor: Any) -> None:
         from pipeline.codec.diffusers_codec import import_networks
-        from pipeline.dataflow.cluster import is_worker
         from pipeline.sample.denoise import LatentDecoder, use_threads
 
         use_threads(spec.draw.threads)

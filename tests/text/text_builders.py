@@ -172,10 +172,10 @@ def make_mistral3(folder: Path, seed: int = 0, *, layers: int = 31, width: int =
         num_key_value_heads=1,
         head_dim=8,
     )
-    eyes = PixtralVisionConfig(
+    vision = PixtralVisionConfig(
         hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
     )
-    config = Mistral3Config(text_config=text.to_dict(), vision_config=eyes.to_dict(), image_token_index=8)
+    config = Mistral3Config(text_config=text.to_dict(), vision_config=vision.to_dict(), image_token_index=8)
     Mistral3ForConditionalGeneration(config).save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
     processor = {"processor_class": "PixtralProcessor", "patch_size": 14, "image_token": "[IMG]"}
