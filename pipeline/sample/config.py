@@ -125,7 +125,8 @@ class SolverConfig(StrictModel):
 
     name: SamplerName = Field(
         "auto",
-        description="euler or heun (flow models only), ddim or dpmpp (any); auto: euler for flows, else dpmpp.",
+        description="euler or heun (flow models only), ddim or dpmpp (any); auto: euler for flows, else dpmpp. euler "
+        "takes some contrast away, 5 % in 25 steps; dpmpp does not at the same cost, nor heun at twice that.",
     )
     shift: float | None = Field(
         None,

@@ -185,6 +185,18 @@ def test_dpmpp_beats_ddim_at_equal_cost(kind: str) -> None:
     assert error["dpmpp"] < 0.35 * error["ddim"]
 
 
+@pytest.mark.parametrize("std", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize(
+    ("sampler", "least", "most"), [("euler", 0.92, 0.96), ("heun", 0.99, 1.0), ("dpmpp", 0.98, 1.02)]
+)
+def test_solvers_of_second_order_keep_the_spread_of_the_data(
+    sampler: str, least: float, most: float, std: float
+) -> None:
+    objective = Objective("flow")
+    drawn = sample(gaussian_model(objective, 0.0, std), NOISE, objective=objective, sampler=sampler, steps=25)
+    assert least < (drawn.std() / (std * NOISE.std())).item() < most
+
+
 def test_evaluation_counts() -> None:
     for sampler, expected in (("euler", 8), ("heun", 15), ("ddim", 8), ("dpmpp", 8)):
         calls: list[float] = []
