@@ -125,7 +125,7 @@ def ensure_ray(cluster: ClusterConfig) -> Any:
     try:
         # What Ray's processes start with, workers have: asked for as a runtime environment, they would be started
         # anew, and those that Ray holds ready be for nobody.
-        with _on_loopback(), environment(variables):
+        with _on_loopback(), _environment(variables):
             ray.init(
                 address="local",
                 num_cpus=cluster.num_cpus,
@@ -190,7 +190,7 @@ class DriversPath(list[str]):
 
 
 @contextmanager
-def environment(variables: Mapping[str, str]) -> Iterator[None]:
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
     """Processes that start in the block have these variables; afterwards this one's environment is as before."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
@@ -213,15 +213,12 @@ def _on_loopback() -> Iterator[None]:
     """
     from ray._private import ray_constants
 
-    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
-    told = os.environ.get(name)
-    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
-        yield
+        with _environment({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}):
+            yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
-        del os.environ[name]
-        os.environ.update({} if told is None else {name: told})
 
 
 def private_folder(above: str = "/tmp") -> str:
@@ -272,7 +269,8 @@ def shutdown_ray() -> None:
 
             request_resources(bundles=[])
             _asked = False
-        _end_autoscaler()
+        if not os.environ.get("RAY_ADDRESS"):
+            _end_autoscaler()
         ray.shutdown()
 
 

@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ from typing_extensions import TypedDict
 
 from pipeline.config import config_digest, validate
 from pipeline.dataflow.cluster import WORKER_ENV, check_address, device_of, ensure_ray
-from pipeline.dataflow.workers import open_workers
+from pipeline.dataflow.workers import Workers, open_workers
 from pipeline.errors import InputError, PipelineError, StoppedError, argument_keys
 from pipeline.model.config import NetworkConfig
 from pipeline.progress import Progress
@@ -224,17 +225,21 @@ def _track(config: TrainJobConfig, root: Root, run: Run, begun: Begun) -> Tracke
 
 def _count_rows(config: TrainJobConfig, root: Root, datasets: Sequence[LatentDataset]) -> None:
     """Count once, and keep for all ranks, how many rows of each row group are served and held out."""
-
-    def spread(make: Callable[[], Callable[[T], R]], items: Iterable[T]) -> Iterator[R]:
-        with open_workers("a process that counts rows", config.cluster) as workers:
-            yield from workers.spread(make, items)
-
     splits = ["train", *(["holdout"] if config.validation.images else [])]
-    for part, dataset in zip(config.data.parts.values(), datasets, strict=True):
-        for split in splits if config.stream.holdout or part.where else []:
-            with argument_keys(STREAM_KEYS), naming(dataset.uri if len(datasets) > 1 else None):
-                choice = choice_of(config.stream.holdout, split, part.where)
-                chosen_rows(dataset, choice, cache=root.child(CACHE), threads=_COUNTING, spread=spread)
+    with contextlib.ExitStack() as stack:
+
+        @cache
+        def workers() -> Workers:  # for all of them, and for none where all is known
+            return stack.enter_context(open_workers("a process that counts rows", config.cluster))
+
+        def spread(make: Callable[[], Callable[[T], R]], items: Iterable[T]) -> Iterator[R]:
+            return workers().spread(make, items)
+
+        for part, dataset in zip(config.data.parts.values(), datasets, strict=True):
+            for split in splits if config.stream.holdout or part.where else []:
+                with argument_keys(STREAM_KEYS), naming(dataset.uri if len(datasets) > 1 else None):
+                    choice = choice_of(config.stream.holdout, split, part.where)
+                    chosen_rows(dataset, choice, cache=root.child(CACHE), threads=_COUNTING, spread=spread)
 
 
 # -- Ray -------------------------------------------------------------------------------------------------------

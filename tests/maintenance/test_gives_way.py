@@ -83,6 +83,6 @@ def test_it_gives_way_to_no_other_upkeep(root: Root, met: list[str], other: str)
         compacted(root)
 
 
-def test_it_steps_back_from_one_that_writes_already(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_steps_back_from_one_that_writes_already(root: Root) -> None:
     with claimed(root, "encode"), pytest.raises(ConflictError, match="Another run is writing"):
         compacted(root)

@@ -107,6 +107,19 @@ CHAT = (
 )
 
 
+def _decoder(vocabulary: int, layers: int, width: int) -> dict[str, int]:
+    """The sizes of a small language model."""
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
+
+
 def make_qwen3(folder: Path, seed: int = 0, *, layers: int = 28, width: int = 16, chat: str | None = CHAT) -> Path:
     """A Qwen 3 with a byte-level BPE tokenizer that knows how a talk is written."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -117,13 +130,7 @@ def make_qwen3(folder: Path, seed: int = 0, *, layers: int = 28, width: int = 16
     tokenizer.chat_template = chat
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
+        **_decoder(len(tokenizer), layers, width),
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -164,13 +171,7 @@ def make_mistral3(folder: Path, seed: int = 0, *, layers: int = 31, width: int =
     tokenizer.chat_template = TALK
     torch.manual_seed(seed)
     text = MistralConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
+        **_decoder(len(tokenizer), layers, width),
     )
     vision = PixtralVisionConfig(
         hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
