@@ -128,6 +128,8 @@ def _work(parent: int, work: Callable[[], Ending], note: BinaryIO) -> NoReturn:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died before it could be watched
             os._exit(1)
+    # A job begins with thousands of objects of modules, of which none is garbage: looking for it is a sixth of that.
+    gc.set_threshold(50_000, 20, 20)
     code, line = work()
     note.write(json.dumps([code, line]).encode())
     note.flush()
@@ -297,6 +299,8 @@ def _run(job: Job, arguments: argparse.Namespace) -> Ending:
 
 def _last_words(job: Job, config: Any, result: JobResult) -> str:
     """For a person: what came out, where it lies, how to look at the run, and what usually comes next."""
+    from pipeline.dataflow.cluster import dashboard  # of configurations that have a cluster: loaded by now
+
     counts = ", ".join(f"{value:,} {name}" for name, value in result.counts.items() if value and "." not in name)
     lines = [f"\n{job.name}: {result.status}" + (f": {counts}" if counts else "")]
     lines += [f"  {name:<9} {uri}" for name, uri in result.outputs.items()]
@@ -304,6 +308,8 @@ def _last_words(job: Job, config: Any, result: JobResult) -> str:
     if result.run_id and tracking is not None:
         shown = mlflow_ui_command(resolve_paths(tracking).uri)
         lines.append(f"  {'MLflow':<10}run {result.run_id}; to look at it: {shown}")
+    if url := dashboard():
+        lines.append(f"  {'dashboard':<10}{url}")
     with suppress(KeyError):  # an output that this run did not make
         if job.then:
             lines.append(f"  {'next':<10}{job.then.format_map(result.outputs)}")

@@ -134,13 +134,15 @@ def test_the_answer_of_a_refusal_carries_all_that_a_person_is_told(tmp_path: Pat
     assert "levle = ledger: there is no such key; did you mean level?" in answer["error"]
 
 
-def test_last_words_say_what_came_out_and_what_comes_next(tmp_path: Path) -> None:
+def test_last_words_say_what_came_out_and_what_comes_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.dataflow.cluster._dashboard", "http://head:8265")
     from jobs._main import _last_words
     from jobs.encode import JOB as ENCODE
 
     tracked = SimpleNamespace(tracking=TrackingConfig(uri=f"sqlite:///{tmp_path}/db"))
     result = JobResult("done", {"latents": 1234, "rejected": 0, "rejected.corrupt": 5}, {"dataset": "place"}, "r1")
     told = _last_words(ENCODE, tracked, result)
+    assert "  dashboard http://head:8265" in told
     assert "encode: done: 1,234 latents\n" in told
     assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/db" in told
     assert "data.uri=place" in told.splitlines()[-1]

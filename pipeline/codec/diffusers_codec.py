@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,13 +38,11 @@ def import_networks(*, compiled: bool) -> None:
     disable = torch.compiler.disable
     modules: dict[str, Any] = sys.modules
     modules.update(dict.fromkeys(hidden))  # None: as if it were not installed
-    gc.disable()  # of all that is imported nothing is garbage, and looking for it takes a fifth of the time
     if not compiled:
         torch.compiler.disable = _as_it_is  # torch's own imports the compiler, to say what is never to be compiled
     try:
         import diffusers.models.autoencoders  # noqa: F401
     finally:
-        gc.enable()
         torch.compiler.disable = disable
         for name in hidden:
             del sys.modules[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import glob
 import logging
 import os
 import secrets
@@ -30,13 +31,16 @@ _asked = False
 # Several processes share the cores: OpenMP threads that spin while they wait steal them from each other.
 _WORKER = "LATENTLOOM_WORKER"
 WORKER_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false", _WORKER: "1"}
-# Of actors whose network is on the CPU, for VAEs above all. By default glibc maps a block above 32 MiB anew and
+# Of processes whose network is on the CPU, for VAEs above all. By default glibc maps a block above 32 MiB anew and
 # gives it back when freed, so that the kernel clears an activation's pages again and again, a tenth of a VAE's
 # time; so told, it keeps what is freed for the next batch. Set before the process starts: a thread that has
 # allocated has its arena already, and only the first arena holds large blocks. Training and fitting gain
 # nothing: their blocks are smaller.
 CPU_WORKER_ENV = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 62)}
+_TOKEN_PLACES = "in RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
 _ANSWER_S = 10.0  # for which a named cluster is waited for
+_dashboard: str | None = None
+_given: dict[str, str] = {}  # the variables of all workers of the Ray that this process started
 
 
 def _part_or_whole(value: float) -> float:
@@ -87,10 +91,12 @@ def is_worker() -> bool:
     return _WORKER in os.environ
 
 
-def ensure_ray(cluster: ClusterConfig) -> Any:
+def ensure_ray(cluster: ClusterConfig, *, networks: bool = False) -> Any:
     """Connect to RAY_ADDRESS when it is set, else start Ray here; returns the `ray` module.
 
-    Already connected: nothing happens. Raises InputError when the named cluster cannot be reached.
+    Already connected: nothing happens. networks: the job's actors compute networks, so that a Ray that starts here,
+    on a machine without GPUs, gives its workers CPU_WORKER_ENV. Raises InputError when the named cluster cannot be
+    reached.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
@@ -110,7 +116,7 @@ def ensure_ray(cluster: ClusterConfig) -> Any:
     if address:
         check_address()
         try:
-            ray.init(address=address, runtime_env={"env_vars": variables}, **common)
+            _tell_dashboard(ray.init(address=address, runtime_env={"env_vars": variables}, **common), lasts=True)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise InputError(
                 f"The Ray cluster cannot be reached: {' '.join(str(error).split())[:300]}",
@@ -122,11 +128,13 @@ def ensure_ray(cluster: ClusterConfig) -> Any:
         _grow(ray, cluster)
         return ray
     private_token()
+    if networks and not glob.glob("/dev/nvidia[0-9]*"):
+        variables |= CPU_WORKER_ENV
     try:
         # What Ray's processes start with, workers have: asked for as a runtime environment, they would be started
         # anew, and those that Ray holds ready be for nobody.
         with _on_loopback(), _environment(variables):
-            ray.init(
+            started = ray.init(
                 address="local",
                 num_cpus=cluster.num_cpus,
                 object_store_memory=cluster.object_store_bytes,
@@ -143,11 +151,32 @@ def ensure_ray(cluster: ClusterConfig) -> Any:
             rule="starting Ray takes some free memory, disk space under /tmp and CPU time",
             next_step="see that the machine has room, then run the same command again",
         ) from None
+    _given.update(variables)
+    _end_autoscaler()
+    _tell_dashboard(started, lasts=False)
     return ray
 
 
+def dashboard() -> str | None:
+    """Where the cluster shows itself that this process worked on; None for a local Ray, which is gone by now."""
+    return _dashboard
+
+
+def _tell_dashboard(connected: Any, *, lasts: bool) -> None:
+    global _dashboard
+    if connected.dashboard_url:
+        url = f"http://{connected.dashboard_url}"
+        _log.info("Ray's dashboard: %s%s", url, "" if lasts else ", until this job ends")
+        _dashboard = url if lasts else None
+
+
+def lacking(variables: Mapping[str, str]) -> dict[str, str]:
+    """Of these variables those that Ray's workers do not have anyhow; asked for, they take a worker of their own."""
+    return {name: value for name, value in variables.items() if _given.get(name) != value}
+
+
 def check_address() -> None:
-    """InputError when RAY_ADDRESS names a place where no such server as Ray's answers.
+    """InputError when RAY_ADDRESS names a place where no such server as Ray's answers, or one that refuses us.
 
     Ray itself would ask for minutes, in silence; and a dry run says what the run would meet.
     """
@@ -169,6 +198,69 @@ def check_address() -> None:
                 rule="RAY_ADDRESS names a running cluster: HOST:PORT of its head, or ray://HOST:PORT of its clients",
                 next_step="start the cluster, correct the address, or unset RAY_ADDRESS to run on this machine",
             ) from None
+        if place == address:  # a server of Ray's clients has none of the head's services
+            _check_token(channel, place)
+
+
+def _check_token(channel: Any, place: str) -> None:
+    """InputError when the cluster asks for a token and would not get the right one: Ray tries that for long, loudly.
+
+    Ray sends its token to an address that is given only if RAY_AUTH_MODE says so, for the address may be a
+    stranger's. One on this machine is not, and `ray start` asks for a token wherever Ray has made one before.
+    """
+    import grpc
+
+    def is_refused(token: str | None) -> bool:
+        call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
+        try:
+            call(b"", timeout=_ANSWER_S, metadata=[("authorization", f"Bearer {token}")] if token else None)
+        except grpc.RpcError as error:
+            return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
+        return False
+
+    token = _token()
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        if not is_refused(None):
+            return
+        if "RAY_AUTH_MODE" not in os.environ and token and _is_here(place.rpartition(":")[0].strip("[]")):
+            os.environ["RAY_AUTH_MODE"] = "token"
+            if "ray" in sys.modules:  # which has read it at its import
+                from ray._raylet import Config  # type: ignore[attr-defined]
+
+                Config.initialize("")
+        else:
+            raise InputError(
+                f"The Ray cluster at {place} asks for a token, and this process sends none",
+                key="RAY_AUTH_MODE",
+                value=os.environ.get("RAY_AUTH_MODE", ""),
+                rule="Ray sends its token to a cluster where RAY_AUTH_MODE=token",
+                next_step=f"set RAY_AUTH_MODE=token, and have the cluster's token {_TOKEN_PLACES}",
+            )
+    if is_refused(token):
+        raise InputError(
+            f"The Ray cluster at {place} does not take this process's token",
+            key="RAY_AUTH_TOKEN",
+            value="***" if token else "",
+            rule="the token is the cluster's, which `ray get-auth-token` prints on its head",
+            next_step=f"have it {_TOKEN_PLACES}",
+        )
+
+
+def _is_here(host: str) -> bool:
+    import psutil
+
+    return host == "localhost" or any(host == a.address for own in psutil.net_if_addrs().values() for a in own)
+
+
+def _token() -> str | None:
+    """The token that Ray would send."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token.strip()
+    place = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
+    try:
+        return Path(place).read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 class DriversPath(list[str]):
@@ -269,13 +361,12 @@ def shutdown_ray() -> None:
 
             request_resources(bundles=[])
             _asked = False
-        if not os.environ.get("RAY_ADDRESS"):
-            _end_autoscaler()
         ray.shutdown()
+        _given.clear()
 
 
 def _end_autoscaler() -> None:
-    """End the process that would grow a local Ray: it has nothing to do here, and Ray waits a second for its end."""
+    """End the process that would grow a local Ray: it has nothing to do here, and in the end Ray waits for it."""
     import psutil
 
     for child in psutil.Process().children():

@@ -11,7 +11,7 @@ import ray
 from ray.data import ActorPoolStrategy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.dataflow.cluster import CPU_WORKER_ENV, ClusterConfig
+from pipeline.dataflow.cluster import CPU_WORKER_ENV, ClusterConfig, lacking
 from pipeline.dataflow.device_faults import cuda_problem, device_fault, stopped_by, unusable_cuda
 from pipeline.errors import ConfigError, PipelineError, StoppedError
 
@@ -54,7 +54,10 @@ def actor_pool(
 
 def device_options(num_gpus: float) -> dict[str, Any]:
     """Ray's options of an actor that computes: the GPUs it reserves; without any, CPU_WORKER_ENV."""
-    return {"num_gpus": num_gpus} if num_gpus else {"runtime_env": {"env_vars": CPU_WORKER_ENV}}
+    if num_gpus:
+        return {"num_gpus": num_gpus}
+    variables = lacking(CPU_WORKER_ENV)
+    return {"runtime_env": {"env_vars": variables}} if variables else {}
 
 
 def map_on_actors(dataset: Any, stage: type, arguments: tuple[Any, ...], *, num_cpus: float, **pool: Any) -> Any:

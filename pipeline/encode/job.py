@@ -188,7 +188,7 @@ def _with_known_dtype(config: EncodeJobConfig, root: Root, info: CodecInfo) -> E
     if _on_gpus(config):
         # A GPU of before Ampere only emulates bfloat16; of those that are still to come nothing is known.
         awaited = config.cluster.request_gpus and os.environ.get("RAY_ADDRESS")
-        offered = {} if awaited else ensure_ray(config.cluster).cluster_resources()
+        offered = {} if awaited else ensure_ray(config.cluster, networks=True).cluster_resources()
         old = any(f"accelerator_type:{name}" in offered for name in _BEFORE_AMPERE)
         dtype = gpu_dtype(info, bfloat16=not old)
     _log.info("codec.dtype=auto: %s, for all of this dataset", dtype)
@@ -202,7 +202,7 @@ def _on_gpus(config: EncodeJobConfig) -> bool:
     if config.cluster.request_gpus and os.environ.get("RAY_ADDRESS"):
         return True  # the job waits for them, later: they need not idle while the source is listed
     # Nothing has been planned yet: there is work, and it needs Ray anyhow.
-    return bool(ensure_ray(config.cluster).cluster_resources().get("GPU", 0.0))
+    return bool(ensure_ray(config.cluster, networks=True).cluster_resources().get("GPU", 0.0))
 
 
 def _is_rehearsal(config: EncodeJobConfig, known: Mapping[str, Any] | None) -> bool:

@@ -73,7 +73,7 @@ def run_passes(
 
     StoppedError when workers die without any progress.
     """
-    ensure_ray(config.cluster)
+    ensure_ray(config.cluster, networks=True)
     try:
         return _Encoding(config, root, generation, info, tracker, retry).run()
     finally:
@@ -85,7 +85,7 @@ def check_cluster(config: EncodeJobConfig) -> None:
 
     ConfigError when what it reserves does not fit, GPUs do not compute, or the codec does not fit beside one.
     """
-    ensure_ray(config.cluster)
+    ensure_ray(config.cluster, networks=True)
     resources = _resources(config)
     if resources.num_gpus:
         check_devices(config.cluster, partial(try_encoder, _spec(config, resources, calls=1)))

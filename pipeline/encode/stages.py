@@ -250,16 +250,17 @@ class EncodeBlocks:
     """
 
     def __init__(self, spec: EncoderSpec, monitor: Any) -> None:
-        import torch
-
-        from pipeline.codec.diffusers_codec import import_networks
         from pipeline.dataflow.monitor import Reports
 
-        torch.set_num_threads(spec.threads)
         self._spec, self._monitor, self._pictures = spec, monitor, spec.pictures
         self._reports = Reports(monitor, ENCODER)
 
         def load() -> Any:
+            import torch
+
+            from pipeline.codec.diffusers_codec import import_networks
+
+            torch.set_num_threads(spec.threads)
             if spec.codec.kind == "auto" and is_worker():
                 import_networks(compiled=spec.codec.compile)
             return load_encoder(spec)

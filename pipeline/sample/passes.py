@@ -74,7 +74,7 @@ class SampleResources:
 
 def check_cluster(config: SampleJobConfig, *, with_text: bool) -> None:
     """Everything about the cluster that would make the job fail or wait for ever, before anything is written."""
-    ensure_ray(config.cluster)
+    ensure_ray(config.cluster, networks=True)
     r = _resources(config, with_text=with_text)
     if r.denoise_gpus or r.decode_gpus or r.prompts_gpus:
         check_devices(config.cluster)
@@ -84,7 +84,7 @@ def run_passes(
     config: SampleJobConfig, prepared: SamplingInputs, root: Root, generation: Generation, wanted: RowSet
 ) -> None:
     """Settle every wanted row; StoppedError when workers die without any progress."""
-    ensure_ray(config.cluster)
+    ensure_ray(config.cluster, networks=True)
     try:
         _Sampling(config, prepared, root, generation, wanted).run()
     finally:

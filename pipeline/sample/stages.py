@@ -193,14 +193,14 @@ class DenoiseBlocks:
     """An actor: a block of requests in, the same with raw latents out. Reports finished rows to `monitor`."""
 
     def __init__(self, spec: DenoiserSpec, monitor: Any) -> None:
-        from pipeline.codec.diffusers_codec import import_networks
-        from pipeline.sample.denoise import Denoiser, use_threads
-
-        use_threads(spec.draw.threads)
         self._reports, self._draw, self._alone = Reports(monitor, DENOISER), spec.draw, spec.alone
         embed = None if spec.embedder is None else lambda prompts: answer(spec.embedder.embed.remote(list(prompts)))
 
         def load() -> Any:
+            from pipeline.codec.diffusers_codec import import_networks
+            from pipeline.sample.denoise import Denoiser, use_threads
+
+            use_threads(spec.draw.threads)
             if is_worker():
                 import_networks(compiled=spec.draw.compile)
             with networks_fit(spec.draw, "Loading the model"):
@@ -233,13 +233,13 @@ class DecodeLatents:
     """An actor: a block with raw latents in, the same with pixels (or a reason) out."""
 
     def __init__(self, spec: DecoderSpec, monitor: Any) -> None:
-        from pipeline.codec.diffusers_codec import import_networks
-        from pipeline.sample.denoise import LatentDecoder, use_threads
-
-        use_threads(spec.draw.threads)
         self._reports, self._draw, self._alone = Reports(monitor, DECODER), spec.draw, spec.alone
 
         def load() -> Any:
+            from pipeline.codec.diffusers_codec import import_networks
+            from pipeline.sample.denoise import LatentDecoder, use_threads
+
+            use_threads(spec.draw.threads)
             if is_worker():
                 import_networks(compiled=False)
             with networks_fit(spec.draw, "Loading the codec"):

@@ -96,7 +96,7 @@ JOB_TAG = "latentloom.job"
 IMAGES_TAG = "mlflow.loggedImages"  # what makes MLflow's pages look for images by step
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 FLUSH_PERIOD_S = 2.0
-FIRST_REST_S = 4.0  # of what sends, at the start
+FIRST_REST_S = 2.5  # of what sends, at the start
 _MAX_KEY, _MAX_PARAM, _MAX_TAG = 250, 6000, 8000
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. :/-]*")
 

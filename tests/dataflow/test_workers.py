@@ -20,7 +20,7 @@ import pytest
 from ray._private.authentication_test_utils import reset_auth_token_state
 
 from pipeline.dataflow import cluster as cluster_module
-from pipeline.dataflow.cluster import ClusterConfig
+from pipeline.dataflow.cluster import ClusterConfig, check_address
 from pipeline.dataflow.workers import open_workers
 from pipeline.encode.reading import Directories
 from pipeline.errors import ConfigError, ConflictError, InputError, StoppedError
@@ -233,6 +233,31 @@ def test_a_cluster_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(cluster_module, "_ANSWER_S", 0.2)
     with pytest.raises(InputError, match="No Ray cluster answers"), open_workers("an actor", CLUSTER):
         pass
+
+
+@pytest.mark.ray
+def test_a_cluster_that_asks_for_a_token_is_given_it_or_told_of_at_once(
+    named: RayNodes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    check_address()  # as its operator says: the mode and the token
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "another")
+    with pytest.raises(InputError, match="does not take this process's token") as refused:
+        check_address()
+    assert refused.value.value == "***"
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(InputError, match="asks for a token, and this process sends none") as asked:
+        check_address()
+    assert asked.value.key == "RAY_AUTH_MODE"
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    with pytest.raises(InputError, match="asks for a token"):
+        check_address()
+    # On this machine the token that Ray keeps for this user is sent, as if Ray had found the cluster by itself.
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text(named.token)
+    check_address()
+    assert os.environ["RAY_AUTH_MODE"] == "token"
 
 
 # -- Jobs whose work is spread so ------------------------------------------------------------------------------

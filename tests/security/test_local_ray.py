@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,15 @@ from pipeline.dataflow.cluster import private_folder, private_token
 
 ROOT = Path(__file__).parents[2]
 STARTED = """
-import psutil
-from pipeline.dataflow.cluster import ClusterConfig, ensure_ray, is_worker, shutdown_ray
-ray = ensure_ray(ClusterConfig(num_cpus=1, object_store_bytes=80 << 20))
+import logging, os, psutil, urllib.request
+from pipeline.dataflow.cluster import CPU_WORKER_ENV, ClusterConfig, dashboard, ensure_ray, is_worker, shutdown_ray
+from pipeline.dataflow.resources import device_options
+logging.basicConfig(format="SAID %(message)s", level=logging.INFO)
+assert device_options(0) == {"runtime_env": {"env_vars": CPU_WORKER_ENV}}
+ray = ensure_ray(ClusterConfig(num_cpus=1, object_store_bytes=80 << 20), networks=True)
+if device_options(0) == {}:  # no GPU here: all workers have what an actor with a network asks for
+    got = ray.get(ray.remote(lambda: dict(os.environ)).remote())
+    assert CPU_WORKER_ENV.items() <= got.items() and not CPU_WORKER_ENV.items() <= os.environ.items()
 assert (ray.get(ray.remote(is_worker).remote()), is_worker()) == (True, False)
 print("FOLDER", ray._private.worker._global_node.get_session_dir_path())
 for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
@@ -23,6 +30,8 @@ for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
         if connection.status == "LISTEN":
             print("LISTENS", connection.laddr.ip, process.name())
 shutdown_ray()
+assert dashboard() is None
+assert device_options(0) == {"runtime_env": {"env_vars": CPU_WORKER_ENV}}
 """
 
 
@@ -35,6 +44,9 @@ def test_it_listens_on_loopback_alone_and_keeps_its_token_private(tmp_path: Path
     )
     listening = [line.split() for line in done.stdout.splitlines() if line.startswith("LISTENS")]
     assert len(listening) >= 5, done.stderr[-2000:]
+    (said,) = [line for line in done.stderr.splitlines() if "dashboard" in line]
+    assert re.fullmatch(r"SAID Ray's dashboard: http://127\.0\.0\.1:\d+, until this job ends", said)
+    assert done.returncode == 0, done.stderr[-2000:]
     assert [line for line in listening if line[1] not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")] == []
     assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
     (session,) = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("FOLDER")]
