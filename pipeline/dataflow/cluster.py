@@ -118,13 +118,8 @@ def ensure_ray(cluster: ClusterConfig, *, networks: bool = False) -> Any:
         try:
             _tell_dashboard(ray.init(address=address, runtime_env={"env_vars": variables}, **common), lasts=True)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise InputError(
-                f"The Ray cluster cannot be reached: {' '.join(str(error).split())[:300]}",
-                key="RAY_ADDRESS",
-                value=address,
-                rule="RAY_ADDRESS names a running cluster of the same Ray version",
-                next_step="start the cluster, correct the address, or unset RAY_ADDRESS to run on this machine",
-            ) from None
+            what = f"The Ray cluster cannot be reached: {' '.join(str(error).split())[:300]}"
+            raise _no_cluster(what, address) from None
         _grow(ray, cluster)
         return ray
     private_token()
@@ -182,6 +177,8 @@ def check_address() -> None:
     """
     address = os.environ.get("RAY_ADDRESS", "")
     place = address.removeprefix("ray://")
+    if address == "local" or place.startswith(("http://", "https://")):  # its own Ray, open to all; a dashboard
+        raise _no_cluster(f"{address} is no address of a Ray cluster", address)
     host, _, port = place.rpartition(":")
     if not host or not port.isdigit() or os.environ.get("RAY_USE_TLS", "0") != "0":
         return  # a word of Ray's such as auto, or a channel that only Ray can open
@@ -191,15 +188,21 @@ def check_address() -> None:
         try:
             grpc.channel_ready_future(channel).result(timeout=_ANSWER_S)
         except grpc.FutureTimeoutError:
-            raise InputError(
-                f"No Ray cluster answers at {place} within {_ANSWER_S:g} seconds",
-                key="RAY_ADDRESS",
-                value=address,
-                rule="RAY_ADDRESS names a running cluster: HOST:PORT of its head, or ray://HOST:PORT of its clients",
-                next_step="start the cluster, correct the address, or unset RAY_ADDRESS to run on this machine",
-            ) from None
+            what = f"No Ray cluster answers at {place} within {_ANSWER_S:g} seconds"
+            raise _no_cluster(what, address) from None
         if place == address:  # a server of Ray's clients has none of the head's services
             _check_token(channel, place)
+
+
+def _no_cluster(what: str, address: str) -> InputError:
+    return InputError(
+        what,
+        key="RAY_ADDRESS",
+        value=address,
+        rule="RAY_ADDRESS names a running cluster of the same Ray version: HOST:PORT of its head, or ray://HOST:PORT "
+        "of its clients",
+        next_step="start the cluster, correct the address, or unset RAY_ADDRESS to run on this machine",
+    )
 
 
 def _check_token(channel: Any, place: str) -> None:
@@ -209,6 +212,7 @@ def _check_token(channel: Any, place: str) -> None:
     stranger's. One on this machine is not, and `ray start` asks for a token wherever Ray has made one before.
     """
     import grpc
+    import psutil
 
     def is_refused(token: str | None) -> bool:
         call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
@@ -222,7 +226,9 @@ def _check_token(channel: Any, place: str) -> None:
     if os.environ.get("RAY_AUTH_MODE") != "token":
         if not is_refused(None):
             return
-        if "RAY_AUTH_MODE" not in os.environ and token and _is_here(place.rpartition(":")[0].strip("[]")):
+        host = place.rpartition(":")[0].strip("[]")
+        own = {"localhost", *(each.address for card in psutil.net_if_addrs().values() for each in card)}
+        if "RAY_AUTH_MODE" not in os.environ and token and host in own:
             os.environ["RAY_AUTH_MODE"] = "token"
             if "ray" in sys.modules:  # which has read it at its import
                 from ray._raylet import Config  # type: ignore[attr-defined]
@@ -244,12 +250,6 @@ def _check_token(channel: Any, place: str) -> None:
             rule="the token is the cluster's, which `ray get-auth-token` prints on its head",
             next_step=f"have it {_TOKEN_PLACES}",
         )
-
-
-def _is_here(host: str) -> bool:
-    import psutil
-
-    return host == "localhost" or any(host == a.address for own in psutil.net_if_addrs().values() for a in own)
 
 
 def _token() -> str | None:

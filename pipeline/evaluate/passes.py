@@ -395,7 +395,11 @@ class Evaluation:
         if self.config.codec is not None:
             passes["round_trips"] = self._real("round_trips")
         if self.inputs.samples is not None:
-            passes["samples"] = self._samples(self.inputs.samples)
+            quality, drawn = self.config.quality, self.inputs.samples
+            rounds = iter([range(len(drawn.row_groups))])
+            passes["samples"] = Pass(
+                "samples", lambda _: next(rounds, None), quality.batch_size, quality.vectors, drawn.num_rows
+            )
         self._run(passes, prepared.spec)
         measured.gone = max([prepared.gone, *(self.inputs.images.gone(each.counts) for each in passes.values())])
         measured.real = kept
@@ -446,11 +450,6 @@ class Evaluation:
         selection = Selection(self.inputs.images, limit, rows)
         total = None if rows is None else min(rows, limit)
         return Pass(kind, selection.next_round, size, quality.vectors, total, selection)
-
-    def _samples(self, samples: Dataset) -> Pass:
-        """The pass over all samples."""
-        quality, rounds = self.config.quality, iter([range(len(samples.row_groups))])
-        return Pass("samples", lambda _: next(rounds, None), quality.batch_size, quality.vectors, samples.num_rows)
 
     def _run(self, passes: Mapping[Kind, Pass], spec: NetworkSpec) -> None:
         """Every task of every round, by all workers; InputError where real images are needed and there are none."""

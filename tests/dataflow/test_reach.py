@@ -42,6 +42,13 @@ def test_an_address_without_a_cluster_is_an_input_error(
     assert (refused.value.key, refused.value.value) == ("RAY_ADDRESS", address)
 
 
+@pytest.mark.parametrize("address", ["local", "http://127.0.0.1:8265"])
+def test_what_is_no_address_of_a_cluster_is_refused_at_once(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(InputError, match="is no address of a Ray cluster"):
+        ensure_ray(ClusterConfig())
+
+
 def test_a_dry_run_with_something_to_do_meets_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_images(tmp_path / "images", 3)
     settings = {"kind": "folder", "uri": str(tmp_path / "images")}

@@ -123,14 +123,11 @@ def cells(file: RangedFile, max_rows: int, max_bytes: int) -> Iterator[tuple[dic
 def _distinct(column: Any) -> tuple[str, list[int]]:
     """(the JSON of values, the place of each row's among them); of a text that repeats there is one."""
     if not pa.types.is_dictionary(column.type):
-        return json.dumps(column.to_pylist(), default=_told), list(range(len(column)))
+        shown = json.dumps(column.to_pylist(), default=lambda v: v.hex() if isinstance(v, bytes) else str(v))
+        return shown, list(range(len(column)))
     used = column.indices.unique().drop_null()
     places = pc.index_in(column.indices, used).fill_null(len(used)).to_pylist()
     return json.dumps([*column.dictionary.take(used).to_pylist(), None]), places
-
-
-def _told(value: Any) -> str:
-    return value.hex() if isinstance(value, bytes) else str(value)
 
 
 def _opened(file: RangedFile, read_dictionary: list[str] | None = None) -> Any:
