@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,11 +100,18 @@ def test_ray_listens_on_loopback_and_keeps_its_token_authentication(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", lambda **options: seen.update(options, inherited=dict(os.environ)))
+
+    def start(**options: Any) -> SimpleNamespace:
+        seen.update(options, inherited=dict(os.environ))
+        return SimpleNamespace(dashboard_url="")
+
+    monkeypatch.setattr(ray, "init", start)
     ensure_ray(ClusterConfig())
     assert (seen["address"], seen["dashboard_host"]) == ("local", "127.0.0.1")
     assert not [name for name in seen["inherited"] if name.startswith("RAY_AUTH")], "what Ray's processes start with"
-    # Nothing in the package touches the setting: what the cluster's operator chose stays.
+    # What the cluster's operator chose stays: one place looks at it, which sends the token where nobody chose.
     sources = [p for folder in ("pipeline", "jobs") for p in (REPOSITORY / folder).rglob("*.py")]
     assert len(sources) > 100
-    assert [p for p in sources if "RAY_AUTH_MODE" in p.read_text()] == []
+    touching = [p for p in sources if "RAY_AUTH_MODE" in p.read_text()]
+    assert [p.name for p in touching] == ["cluster.py"]
+    assert re.findall(r'RAY_AUTH_MODE"\] = (.*)', touching[0].read_text()) == ['"token"']

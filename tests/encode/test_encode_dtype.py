@@ -49,7 +49,7 @@ def test_auto_is_settled_by_what_encoders_of_a_new_dataset_run_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], gpus: dict[str, float], dtype: str
 ) -> None:
     ray = SimpleNamespace(cluster_resources=lambda: {"CPU": 4.0, **gpus})
-    monkeypatch.setattr(job, "ensure_ray", lambda cluster: ray)
+    monkeypatch.setattr(job, "ensure_ray", lambda cluster, networks: ray)
     assert resolved(tmp_path / "latents", *overrides) == dtype
 
 
@@ -57,7 +57,7 @@ def test_a_codec_that_overflows_in_float16_is_float32_on_old_gpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = SimpleNamespace(cluster_resources=lambda: {"GPU": 8.0, "accelerator_type:T4": 1.0})
-    monkeypatch.setattr(job, "ensure_ray", lambda cluster: ray)
+    monkeypatch.setattr(job, "ensure_ray", lambda cluster, networks: ray)
     assert resolved(tmp_path / "latents", force_upcast=True) == "float32"
 
 
@@ -74,7 +74,7 @@ def test_a_dataset_keeps_the_arithmetic_it_began_with(tmp_path: Path, monkeypatc
     root = Root(str(tmp_path / "latents"))
     assert read_identity(root).fingerprint["codec_dtype"] == "float32"
 
-    def no_ray(cluster: Any) -> Any:
+    def no_ray(cluster: Any, *, networks: bool) -> Any:
         raise AssertionError("nothing has to be asked of a cluster")
 
     monkeypatch.setattr(job, "ensure_ray", no_ray)
