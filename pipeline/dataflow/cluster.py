@@ -202,8 +202,8 @@ def _no_cluster(what: str, address: str) -> InputError:
         value=address,
         rule="RAY_ADDRESS names a running cluster of the same Ray version: HOST:PORT of its head, or ray://HOST:PORT "
         "of its clients",
-        next_step="start the cluster, correct the address, set RAY_AUTH_MODE=token where it asks for a token, or unset "
-        "RAY_ADDRESS to run on this machine",
+        next_step="start the cluster, correct the address, set RAY_AUTH_MODE=token where it asks for a token, or "
+        "unset RAY_ADDRESS to run on this machine",
     )
 
 
