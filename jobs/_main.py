@@ -128,7 +128,7 @@ def _work(parent: int, work: Callable[[], Ending], note: BinaryIO) -> NoReturn:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died before it could be watched
             os._exit(1)
-    # A job begins with thousands of objects of modules, of which none is garbage: looking for it is a sixth of that.
+    # Of the modules that a job begins with nothing is garbage; looking for it takes a sixth of their imports' time.
     gc.set_threshold(50_000, 20, 20)
     code, line = work()
     note.write(json.dumps([code, line]).encode())

@@ -211,10 +211,10 @@ def _check_token(channel: Any, place: str) -> None:
     """InputError when the cluster asks for a token and would not get the right one: Ray tries that for long, loudly.
 
     Ray sends its token to an address that is given only if RAY_AUTH_MODE says so, for the address may be a
-    stranger's. One on this machine is not, and `ray start` asks for a token wherever Ray has made one before.
+    stranger's. One where a process of this user listens is not, and `ray start` asks for a token wherever Ray has
+    made one before.
     """
     import grpc
-    import psutil
 
     def is_refused(token: str | None) -> bool:
         call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
@@ -228,9 +228,7 @@ def _check_token(channel: Any, place: str) -> None:
     if os.environ.get("RAY_AUTH_MODE") != "token":
         if not is_refused(None):
             return
-        host = place.rpartition(":")[0].strip("[]")
-        own = {"localhost", *(each.address for card in psutil.net_if_addrs().values() for each in card)}
-        if "RAY_AUTH_MODE" not in os.environ and token and host in own:
+        if "RAY_AUTH_MODE" not in os.environ and token and _is_own(place):
             os.environ["RAY_AUTH_MODE"] = "token"
             if "ray" in sys.modules:  # which has read it at its import
                 from ray._raylet import Config  # type: ignore[attr-defined]
@@ -252,6 +250,20 @@ def _check_token(channel: Any, place: str) -> None:
             rule="the token is the cluster's, which `ray get-auth-token` prints on its head",
             next_step=f"have it {_TOKEN_PLACES}",
         )
+
+
+def _is_own(place: str) -> bool:
+    """Whether a process of this user listens there: at an address of this machine, too, it may be somebody else's."""
+    import psutil
+
+    host, _, port = place.rpartition(":")
+    if host != "localhost" and all(host.strip("[]") != a.address for c in psutil.net_if_addrs().values() for a in c):
+        return False
+    with contextlib.suppress(psutil.Error):  # it ends while it is looked at, or this system shows no such thing
+        listening = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+        processes = [c.pid for c in listening if c.laddr.port == int(port)]  # None: another user's
+        return bool(processes) and all(p and psutil.Process(p).uids().real == os.getuid() for p in processes)
+    return False
 
 
 def _token() -> str | None:
