@@ -30,13 +30,15 @@ _PICTURES = 32
 _EXAMPLES = 6  # of rows that were left out for one reason
 _NOTHING: Mapping[str, float] = {}
 Rows = tuple[int, int, int]  # of a unit: (unit, first row, last row + 1)
+Stage = tuple[int, str]  # of one execution: its number, the stage's name
 
 
 @dataclass
 class _Starts:
-    """How the processes of one stage have started in this execution."""
+    """How the processes of one stage have started in one execution, and which units they were given."""
 
     expected: int
+    units: set[int] = field(default_factory=set)
     begun: int = 0
     loading: set[str] = field(default_factory=set)
     started: int = 0
@@ -68,7 +70,8 @@ class MonitorState:
         self._done: dict[str, float] = {}
         self._open: dict[tuple[str, int], list[Rows]] = {}
         self._faults: list[str] = []
-        self._starts: dict[str, _Starts] = {}
+        self._starts: dict[Stage, _Starts] = {}
+        self._units: dict[int, int] = {}
         self._pictures: list[tuple[str, bytes]] = []
         self._left_out: dict[str, list[tuple[str, str, bytes | None]]] = {}
 
@@ -91,31 +94,51 @@ class MonitorState:
         """(key, message, image) of those that were kept, by reason."""
         return self._left_out
 
-    def expect(self, actors: Mapping[str, int]) -> None:
-        """An execution begins: so many processes of each stage are to start."""
-        self._starts = {stage: _Starts(count) for stage, count in actors.items()}
+    def expect(self, execution: int, actors: Mapping[str, int], units: int) -> None:
+        """An execution begins, of so many units: so many processes of each stage are to start."""
+        self._starts |= {(execution, stage): _Starts(count) for stage, count in actors.items()}
+        self._units[execution] = units
 
-    def loading(self, stage: str, process: str) -> None:
+    def ended(self, execution: int) -> None:
+        """It is over: nothing more is expected of it."""
+        self._units.pop(execution, None)
+        self._starts = {stage: starts for stage, starts in self._starts.items() if stage[0] != execution}
+
+    def tails(self) -> list[int]:
+        """The executions of which some stage has begun on every unit: its processes have ever less to do.
+
+        A unit without rows is never begun on: an execution that has one has no tail that is seen.
+        """
+        most: dict[int, int] = {}
+        for (execution, _), starts in self._starts.items():
+            most[execution] = max(most.get(execution, 0), len(starts.units))
+        return [execution for execution, units in self._units.items() if most.get(execution, 0) >= units]
+
+    def loading(self, stage: Stage, process: str) -> None:
         """A process begins to load what it works with."""
         starts = self._starts.setdefault(stage, _Starts(1))
         starts.begun += 1
         starts.loading.add(process)
 
-    def started(self, stage: str, process: str) -> None:
+    def started(self, stage: Stage, process: str) -> None:
         """It has, or met an error that its first call will raise."""
         starts = self._starts.setdefault(stage, _Starts(1))
         starts.started += 1
         starts.loading.discard(process)
 
-    def cannot_start(self, stage: str, process: str, error: PipelineError) -> None:
+    def cannot_start(self, stage: Stage, process: str, error: PipelineError) -> None:
         """It could not, on the device that it was given; another process may, on another."""
         starts = self._starts.setdefault(stage, _Starts(1))
         starts.failures.append(error)
         starts.loading.discard(process)
 
-    def begin(self, process: str, call: int, rows: list[Rows], amounts: Mapping[str, float] = _NOTHING) -> None:
+    def begin(
+        self, stage: Stage, process: str, call: int, rows: list[Rows], amounts: Mapping[str, float] = _NOTHING
+    ) -> None:
         """A process starts on some rows; amounts: what it has done before and not told."""
         self._open[process, call] = rows
+        if stage in self._starts:
+            self._starts[stage].units.update(unit for unit, _, _ in rows)
         self.add(amounts)
 
     def end(self, process: str, call: int, amounts: Mapping[str, float] = _NOTHING) -> None:
@@ -152,7 +175,7 @@ class MonitorState:
 
     def totals(self) -> tuple[dict[str, float], PipelineError | None]:
         """The named totals, and why the execution cannot go on: no process of some stage starts."""
-        hopeless = (starts.hopeless(stage) for stage, starts in self._starts.items())
+        hopeless = (starts.hopeless(stage) for (_, stage), starts in self._starts.items())
         return dict(self._done), next((error for error in hopeless if error is not None), None)
 
     def deaths(self) -> tuple[list[list[Rows]], list[str]]:
@@ -280,11 +303,12 @@ class Amounts:
 class Reports:
     """What one process of a stage tells the monitor.
 
-    What it is busy with is sent at once, since it may die of it; what it has done is added up.
+    What it is busy with is sent at once, since it may die of it; what it has done is added up. execution: the number
+    of the one that it was started for.
     """
 
-    def __init__(self, monitor: Any, stage: str) -> None:
-        self._monitor, self._stage = monitor, stage
+    def __init__(self, monitor: Any, stage: str, execution: int = 0) -> None:
+        self._monitor, self._stage = monitor, (execution, stage)
         self._process = f"{os.uname().nodename}-{os.getpid()}-{id(self):x}"
         self._calls = itertools.count()
         self._amounts = Amounts(monitor.add.remote)
@@ -306,12 +330,12 @@ class Reports:
             if isinstance(error, PipelineError):
                 failure = error if error.__cause__ is not None and out_of_memory(error.__cause__) else None
             elif (fault := device_fault(error)) is not None:
-                failure = stopped_by(fault, f"Starting the {self._stage}")
+                failure = stopped_by(fault, f"Starting the {self._stage[1]}")
             if failure is not None:
                 self._monitor.cannot_start.remote(self._stage, self._process, failure)
                 time.sleep(_PAUSE_S)
                 raise failure from error
-            answer = _fails(error, self._stage)
+            answer = _fails(error, self._stage[1])
         else:
             answer = lambda: loaded  # noqa: E731 - the one line says it
             gc.freeze()  # it lives as long as the process, whose end would search it for garbage for a second
@@ -324,9 +348,9 @@ class Reports:
     def busy(self, block: pa.Table) -> Iterator[None]:
         """Around the work on a block: a process that dies leaves its rows open; one that its device ends, none."""
         call = next(self._calls)
-        self._monitor.begin.remote(self._process, call, touched(block), self._amounts.take())
+        self._monitor.begin.remote(self._stage, self._process, call, touched(block), self._amounts.take())
         try:
-            with ends_with_its_device(self._stage, self.fault):
+            with ends_with_its_device(self._stage[1], self.fault):
                 yield
         except Exception:
             self._amounts.flush()  # the process may be given nothing else to do

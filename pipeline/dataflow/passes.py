@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import DataContext
+from ray.data import DataContext, ExecutionResources
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasink, Datasource, ReadTask
 from ray.exceptions import RayError
@@ -174,41 +177,84 @@ _log = logging.getLogger(__name__)
 _FAULTY_PASSES = 2
 
 
+# How often it is asked whether a running execution has come to its tail, where others wait.
+_TAIL_POLL_S = 0.5
+_BLOCKS_SHARE = 0.5  # of the object stores, as Ray Data takes by itself
+
+
+@dataclass(frozen=True)
+class Execution:
+    """One execution, ready to run, and how many actors of each stage will start for it.
+
+    run travels to another process where a job has several drivers.
+    """
+
+    actors: Mapping[str, int]
+    run: Callable[[], None]
+
+
+class ExecutionDriver:
+    """An actor that runs executions, so that no one process hands out all blocks of a job.
+
+    drivers: how many there are at a time; blocks of all of them share the cluster's memory.
+    """
+
+    def __init__(self, drivers: int) -> None:
+        configure_ray_data()
+        memory = ray.cluster_resources().get("object_store_memory", 0.0) * _BLOCKS_SHARE / drivers
+        DataContext.get_current().execution_options.resource_limits = ExecutionResources.for_limits(
+            object_store_memory=memory
+        )
+
+    def run(self, execute: Callable[[], None]) -> str | None:
+        """As `run_execution`; the error as text, for Ray's own do not all travel."""
+        error = run_execution(execute)
+        return None if error is None else str(error)
+
+
+def run_elsewhere(execute: Callable[[], None], drivers: int) -> Exception | None:
+    """`run_execution` by a driver of its own, which ends with it: where it dies, its rows are open."""
+    driver = ray.remote(ExecutionDriver).options(num_cpus=0, scheduling_strategy="SPREAD").remote(drivers)
+    answers: list[str | None] = []
+    error = run_execution(lambda: answers.append(ray.get(driver.run.remote(execute))))
+    return RuntimeError(answers[0]) if answers and answers[0] is not None else error
+
+
 @dataclass
 class Passes:
     """The loop that the jobs share.
 
-    look() gives (state, gaps) from the ledger. execute(work, state, alone) runs one execution; `alone` for units
-    under suspicion: a process then has one row at a time, and says which. quarantine(rows) commits rows as rejects
-    on which processes die so, again and again. actors(work, state, alone) looks at the cluster before each execution:
-    how many of each stage are to start for it.
+    look() gives (state, gaps) from the ledger. prepare(work, state, alone, number) looks at the cluster and gives an
+    execution; `alone` for units under suspicion: a process then has one row at a time, and says which.
+    quarantine(rows) commits rows as rejects on which processes die so, again and again.
+
+    drivers: executions at a time, each of other units and all under the one generation; with more than one, each is
+    run by a process of its own, somewhere on the cluster. One more begins for each that has come to its tail, and its
+    actors start as those of the other end.
     """
 
     monitor: Any
     generation: Generation
     look: Callable[[], tuple[State, RowSet]]
-    execute: Callable[[list[Work], State, bool], None]
+    prepare: Callable[[list[Work], State, bool, int], Execution]
     quarantine: Callable[[list[tuple[int, int]]], None]
-    actors: Callable[[list[Work], State, bool], Mapping[str, int]]
     units_per_execution: int
     crash_limit: int
     doing: str
     on_clean_pass: Callable[[], None] = lambda: None
+    drivers: int = 1
     suspects: set[int] = field(default_factory=set)
     # What dead workers were busy with, over all passes: their last word does not always arrive.
     _left_open: Counter[tuple[Rows, ...]] = field(default_factory=Counter)
+    _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    _running: dict[Future[Exception | None], int] = field(default_factory=dict)
 
     def run(self) -> State:
         """Executions until there is no gap; StoppedError when workers die without any progress."""
         state, gaps = self.look()
         stalled = 0
         while gaps:
-            failures = []
-            for work in work_of(gaps, self.units_per_execution):
-                error = self._once(work, state)
-                failures += [error] if error is not None else []
-                # By and by: whoever opens the dataset, this run after its pass too, reads few objects then.
-                self.generation.seal()
+            failures = self._pass_over(gaps, state)
             self.generation.check()
             faults = self._classify_failures(failures)
             if not failures:
@@ -237,24 +283,65 @@ class Passes:
                 ) from failures[-1]
         return state
 
-    def _once(self, work: list[Work], state: State) -> Exception | None:
-        """One execution, or two when units are under suspicion: those run row by row. The last error, if any."""
-        usual = [w for w in work if w.unit not in self.suspects]
-        suspect = [w for w in work if w.unit in self.suspects]
-        last: Exception | None = None
-        for part, alone in ((usual, False), (suspect, True)):
-            if not part:
-                continue
+    def _pass_over(self, gaps: RowSet, state: State) -> list[Exception]:
+        """Executions over all gaps, then over units under suspicion, row by row; the errors that ended some."""
+        failures: list[Exception] = []
+        suspect: list[Work] = []
+        for work in work_of(gaps, self.units_per_execution):
+            usual = [w for w in work if w.unit not in self.suspects]
+            suspect += [w for w in work if w.unit in self.suspects]
+            if usual:
+                self._collect(failures, until=self._has_room)
+                self._start(usual, state, alone=False)
+        self._collect(failures)
+        for first in range(0, len(suspect), self.units_per_execution):
+            self._start(suspect[first : first + self.units_per_execution], state, alone=True)
+            self._collect(failures)
+        return failures
 
-            def attempt(part: list[Work] = part, alone: bool = alone) -> None:
-                ray.get(self.monitor.expect.remote(dict(self.actors(part, state, alone))))
-                self.execute(part, state, alone)
+    def _start(self, work: list[Work], state: State, *, alone: bool) -> None:
+        """Begin an execution in a thread of its own, which asks a driver where there are several."""
+        number = next(self._numbers)
+        execution = self.prepare(work, state, alone, number)
+        ray.get(self.monitor.expect.remote(number, dict(execution.actors), len(work)))
+        future: Future[Exception | None] = Future()
 
-            error = run_execution(attempt)
-            if error is not None:
-                _log.warning("workers died, going on with what is left: %s", str(error).splitlines()[0])
-                last = error
-        return last
+        def run() -> None:
+            try:
+                if self.drivers == 1:
+                    future.set_result(run_execution(execution.run))
+                else:
+                    future.set_result(run_elsewhere(execution.run, self.drivers))
+            except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+                future.set_exception(error)
+
+        self._running[future] = number
+        # No thread that the end of the job would wait for: without Ray it ends by itself.
+        threading.Thread(target=run, name=f"execution-{number}", daemon=True).start()
+
+    def _has_room(self) -> bool:
+        """Whether another execution may begin: of those that run fewer than `drivers` are not at their tail."""
+        if len(self._running) < self.drivers:
+            return True
+        if len(self._running) >= 2 * self.drivers:
+            return False  # a straggler does not let more and more of them begin
+        try:
+            tails = set(ray.get(self.monitor.tails.remote(), timeout=60))
+        except RayError:
+            return False  # then when one ends
+        return sum(number not in tails for number in self._running.values()) < self.drivers
+
+    def _collect(self, failures: list[Exception], until: Callable[[], bool] = lambda: False) -> None:
+        """Wait until all executions have ended, or until it is so; raises what one raised."""
+        while self._running and not until():
+            for future in wait(self._running, _TAIL_POLL_S, FIRST_COMPLETED).done:
+                number, error = self._running.pop(future), future.result()
+                self.monitor.ended.remote(number)
+                if error is not None:
+                    _log.warning("workers died, going on with what is left: %s", str(error).splitlines()[0])
+                    failures.append(error)
+                # By and by: whoever opens the dataset, this run after its pass too, reads few objects then.
+                self.generation.seal()
 
     def _classify_failures(self, failures: list[Exception]) -> list[str]:
         """After a pass: units that workers died on run row by row from now on, rows they die on are quarantined.

@@ -68,7 +68,15 @@ class EncodeConfig(StrictModel):
     row_group_bytes: int = Field(
         16 << 20, ge=1024, le=1 << 30, description="Latent bytes of a row group, the quantum of shuffling."
     )
-    units_per_execution: int = Field(10_000, ge=1, description="Units in one Ray Data execution; more run in turn.")
+    units_per_execution: int = Field(
+        10_000, ge=1, description="Units in one Ray Data execution; the next one begins in the tail of the last."
+    )
+    drivers: int = Field(
+        1,
+        ge=1,
+        description="Executions at a time, of disjoint units, each with its part of the actors and writers; of more "
+        "than one each has a process of its own that drives it: one hands out some 100,000 images a second.",
+    )
     crash_limit: int = Field(
         5, ge=1, description="Passes in which workers died and nothing got done, before the job stops (exit code 75)."
     )

@@ -9,11 +9,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from pipeline.codec.info import CodecInfo
 from pipeline.dataflow.cluster import Gauges, device_of, ensure_ray, shutdown_ray
 from pipeline.dataflow.monitor import Watch, start_monitor
-from pipeline.dataflow.passes import LedgerSink, Passes, UnitSource, configure_ray_data
+from pipeline.dataflow.passes import Execution, LedgerSink, Passes, UnitSource, configure_ray_data
 from pipeline.dataflow.resources import (
     Kind,
     actor_pool,
@@ -117,11 +118,13 @@ class _Encoding:
             file_meta(read_identity(root), generation.number),
         )
         self.resources = _resources(config)
-        self.pool = self.resources.actors
         self.shares = Shares(_capacity(config, self.resources))
 
-    def _look_at_cluster(self, work: list[Work], state: State, alone: bool) -> dict[str, int]:
-        """Nodes come and go while a run lasts: each execution takes what there is, and it has work for."""
+    def _prepare(self, work: list[Work], state: State, alone: bool, number: int) -> Execution:
+        """Nodes come and go while a run lasts: each execution takes what there is, and it has work for.
+
+        Of several drivers each has its part of the actors and of the writers.
+        """
         try:
             found = _resources(self.config)
         except ConfigError as error:
@@ -132,12 +135,35 @@ class _Encoding:
             _log.info("the cluster has changed: %d encoder actors, %d before", found.actors, self.resources.actors)
         self.resources = found
         self.shares.capacity = _capacity(self.config, found)
-        self.pool = found.actors
+        size_bytes = sum(version.size_bytes for version in state.plan.versions)
+        pool = found.actors if alone else -(-found.actors // self.config.encode.drivers)
         if self.config.encode.actors is None and not alone:
             # Each loads the codec, which takes seconds, before it can say that there is no block for it.
-            size = sum(version.size_bytes for version in state.plan.versions)
-            self.pool = int(min(found.actors, blocks_at_most(work, size)))
-        return {ENCODER: self.pool}
+            pool = int(min(pool, blocks_at_most(work, size_bytes)))
+        spans = {w.unit: state.plan.locate(w.unit) for w in work}
+        reader = UnitReader(
+            self.root,
+            for_workers(self.config).source,
+            spans,
+            monitor=self.monitor,
+            withdrawn=Withdrawals.keys(self.root),
+        )
+        # Alone with a row under suspicion: whoever dies then has died of it.
+        calls = 1 if alone else CALLS_BESIDE_A_GPU if found.num_gpus else CALLS
+        execution = EncodeExecution(
+            config=self.config,
+            units=len(work),
+            source=UnitSource("ReadImages", work, reader.of, size_bytes),
+            resources=found,
+            pool=pool,
+            encoder=_spec(self.config, found, calls, number),
+            sink=LedgerSink(
+                "CommitLatents", CommitRows(self.committer, self.monitor), rows_per_write(self.config, self.info)
+            ),
+            monitor=self.monitor,
+            batch_rows=1 if alone else None,
+        )
+        return Execution({ENCODER: pool}, execution)
 
     def run(self) -> State:
         """Executions until no planned row is open and none to retry has only what an earlier run made of it."""
@@ -156,13 +182,13 @@ class _Encoding:
             monitor=self.monitor,
             generation=self.generation,
             look=self._state_and_gaps,
-            execute=self._execute,
+            prepare=self._prepare,
             quarantine=self._quarantine,
-            actors=self._look_at_cluster,
             units_per_execution=self.config.encode.units_per_execution,
             crash_limit=self.config.encode.crash_limit,
             doing="Encoding",
             on_clean_pass=self._retried,
+            drivers=self.config.encode.drivers,
         )
         with Watch(self.monitor, progress, done, self.shares, tell, total=total) as watch:
             state = passes.run()
@@ -189,50 +215,6 @@ class _Encoding:
         """All of it was tried: what a source no longer yields stays what an earlier run made of it."""
         self.retry = RowSet.empty()
 
-    def _execute(self, work: list[Work], state: State, alone: bool) -> None:
-        import ray.data
-
-        batch_rows = 1 if alone else None
-        encode, image = self.config.encode, self.config.image
-        spans = {w.unit: state.plan.locate(w.unit) for w in work}
-        withdrawn = Withdrawals.keys(self.root)
-        reader = UnitReader(
-            self.root, for_workers(self.config).source, spans, monitor=self.monitor, withdrawn=withdrawn
-        )
-        source = UnitSource("ReadImages", work, reader.of, sum(v.size_bytes for v in state.plan.versions))
-        repeats = {"max_retries": _PROCESS_RETRIES}
-        dataset = ray.data.read_datasource(
-            source, num_cpus=encode.read_cpus, override_num_blocks=len(work), ray_remote_args=repeats
-        )
-        if encode.decode == "tasks":
-            dataset = dataset.map_batches(
-                DecodeImages(
-                    image,
-                    self.config.source.uri,
-                    max(1, int(encode.decode_cpus)),
-                    self.monitor,
-                    _examples(self.config),
-                ),
-                batch_size=batch_rows,
-                batch_format="pyarrow",
-                num_cpus=encode.decode_cpus,
-                **repeats,
-            )
-        # Alone with a row under suspicion: whoever dies then has died of it.
-        resources = self.resources
-        calls = 1 if alone else CALLS_BESIDE_A_GPU if resources.num_gpus else CALLS
-        dataset = map_on_actors(
-            dataset,
-            EncodeBlocks,
-            (_spec(self.config, resources, calls), self.monitor),
-            num_cpus=resources.num_cpus,
-            **actor_pool(self.pool, _TASK_RETRIES, batch_rows, calls, num_gpus=resources.num_gpus),
-        )
-        commit = CommitRows(self.committer, self.monitor)
-        sink = LedgerSink("CommitLatents", commit, rows_per_write(self.config, self.info))
-        writing = {"num_cpus": encode.write_cpus, **repeats}
-        dataset.write_datasink(sink, ray_remote_args=writing, concurrency=encode.writers)
-
     def _quarantine(self, rows: list[tuple[int, int]]) -> None:
         import pyarrow as pa
 
@@ -249,6 +231,50 @@ class _Encoding:
             for unit, row in rows
         ]
         self.committer.commit(LATENTS.empty_table(), pa.Table.from_pylist(values, schema=REJECTS), {})
+
+
+@dataclass(frozen=True)
+class EncodeExecution:
+    """The stages of the encode job over some units, by Ray Data; called in whichever process is to drive them."""
+
+    config: EncodeJobConfig
+    units: int
+    source: UnitSource
+    resources: EncodeResources
+    pool: int
+    encoder: EncoderSpec
+    sink: LedgerSink
+    monitor: Any
+    batch_rows: int | None
+
+    def __call__(self) -> None:
+        import ray.data
+
+        config, resources, encode = self.config, self.resources, self.config.encode
+        repeats = {"max_retries": _PROCESS_RETRIES}
+        dataset = ray.data.read_datasource(
+            self.source, num_cpus=encode.read_cpus, override_num_blocks=self.units, ray_remote_args=repeats
+        )
+        if encode.decode == "tasks":
+            threads = max(1, int(encode.decode_cpus))
+            dataset = dataset.map_batches(
+                DecodeImages(config.image, config.source.uri, threads, self.monitor, _examples(config)),
+                batch_size=self.batch_rows,
+                batch_format="pyarrow",
+                num_cpus=encode.decode_cpus,
+                **repeats,
+            )
+        calls = self.encoder.calls
+        dataset = map_on_actors(
+            dataset,
+            EncodeBlocks,
+            (self.encoder, self.monitor),
+            num_cpus=resources.num_cpus,
+            **actor_pool(self.pool, _TASK_RETRIES, self.batch_rows, calls, num_gpus=resources.num_gpus),
+        )
+        writers = -(-encode.writers // encode.drivers)
+        writing = {"num_cpus": encode.write_cpus, **repeats}
+        dataset.write_datasink(self.sink, ray_remote_args=writing, concurrency=writers)
 
 
 class ProgressPoints:
@@ -322,7 +348,7 @@ class EncodeResources:
     decode_threads: int
 
 
-def _spec(config: EncodeJobConfig, resources: EncodeResources, calls: int) -> EncoderSpec:
+def _spec(config: EncodeJobConfig, resources: EncodeResources, calls: int, execution: int = 0) -> EncoderSpec:
     encode = config.encode
     return EncoderSpec(
         codec=for_workers(config).codec,
@@ -336,6 +362,7 @@ def _spec(config: EncodeJobConfig, resources: EncodeResources, calls: int) -> En
         device=device_of(config.cluster, resources.num_gpus),
         decoded=encode.decode == "tasks",
         calls=calls,
+        execution=execution,
         # Compiled, a decoder would take minutes to be ready for the first picture.
         pictures=encode.pictures if config.tracking.enabled and not config.codec.compile else 0,
         examples=_examples(config),

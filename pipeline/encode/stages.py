@@ -239,6 +239,7 @@ class EncoderSpec:
     largest: tuple[int, int]  # height and width of the bucket with most pixels
     decoded: bool  # blocks come with pixels, from decode tasks
     calls: int  # blocks an actor has at a time
+    execution: int = 0  # the number of the one that it starts for
     pictures: int = 0  # images of its first block that an actor shows beside their round trips
     examples: int = 0  # rows that an actor shows of those left out for one reason
 
@@ -253,7 +254,7 @@ class EncodeBlocks:
         from pipeline.dataflow.monitor import Reports
 
         self._spec, self._monitor, self._pictures = spec, monitor, spec.pictures
-        self._reports = Reports(monitor, ENCODER)
+        self._reports = Reports(monitor, ENCODER, spec.execution)
 
         def load() -> Any:
             import torch

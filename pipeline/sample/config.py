@@ -180,7 +180,9 @@ class SampleJobConfig(StrictModel):
         1, ge=1, description="Torch threads of each CPU actor; they decide last bits, so all images share them."
     )
     unit_requests: int = Field(64, ge=1, description="Requests a unit of work, the quantum of planning and retries.")
-    units_per_execution: int = Field(10_000, ge=1, description="Units in one Ray Data execution; more run in turn.")
+    units_per_execution: int = Field(
+        10_000, ge=1, description="Units in one Ray Data execution; the next one begins in the tail of the last."
+    )
     reject_budget: float = Field(
         0.0, ge=0, le=1, description="Share of requests that may be rejected; more is exit 5."
     )

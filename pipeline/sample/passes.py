@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.dataflow.cluster import device_of, ensure_ray, shutdown_ray
 from pipeline.dataflow.monitor import Watch, start_monitor
-from pipeline.dataflow.passes import LedgerSink, Passes, UnitSource, configure_ray_data, whole_blocks
+from pipeline.dataflow.passes import Execution, LedgerSink, Passes, UnitSource, configure_ray_data, whole_blocks
 from pipeline.dataflow.resources import (
     Kind,
     actor_pool,
@@ -105,7 +107,6 @@ class _Sampling:
         self.resources = _resources(config, with_text=prepared.text is not None)
         self.monitor = start_monitor("sample")
         self.embedder = self._start_embedder()
-        self.pools: dict[str, int] = {}
         meta = file_meta(read_identity(root), generation.number)
         self.committer = Committer(root, generation.number, config.write.row_group_bytes, None, meta)
 
@@ -139,9 +140,8 @@ class _Sampling:
             monitor=self.monitor,
             generation=self.generation,
             look=self._read_open,
-            execute=self._execute,
+            prepare=self._prepare,
             quarantine=self._quarantine,
-            actors=self._actors,
             units_per_execution=self.config.units_per_execution,
             crash_limit=_CRASH_LIMIT,
             doing="Sampling",
@@ -152,15 +152,15 @@ class _Sampling:
             passes.run()
             watch.finish(self.wanted.count())
 
-    def _actors(self, work: list[Work], state: State, alone: bool) -> dict[str, int]:
-        """No more than there are blocks for, one of each unit, unless the configuration says how many."""
+    def _prepare(self, work: list[Work], state: State, alone: bool, number: int) -> Execution:
+        """No more actors than there are blocks for, one of each unit, unless the configuration says how many."""
         r, config = self.resources, self.config
         most = max(1, len(work)) if not alone else max(r.denoise_actors, r.decode_actors)
-        self.pools = {
+        pools = {
             DENOISER: config.denoise.actors or min(r.denoise_actors, most),
             DECODER: config.decode.actors or min(r.decode_actors, most),
         }
-        return self.pools
+        return Execution(pools, partial(self._execute, work, state, alone, number, pools))
 
     def _read_open(self) -> tuple[State, RowSet]:
         """The state now, and which of the wanted requests are open."""
@@ -188,7 +188,7 @@ class _Sampling:
         ]
         self.committer.commit(IMAGES.empty_table(), pa.Table.from_pylist(values, schema=REJECTS), {})
 
-    def _execute(self, work: list[Work], state: State, alone: bool) -> None:
+    def _execute(self, work: list[Work], state: State, alone: bool, number: int, pools: Mapping[str, int]) -> None:
         import ray.data
 
         config, prepared, r = self.config, self.prepared, self.resources
@@ -202,19 +202,22 @@ class _Sampling:
         dataset = map_on_actors(
             dataset,
             DenoiseBlocks,
-            (DenoiserSpec(prepared.model.uri, prepared.model.info.ema, draw, self.embedder, alone), self.monitor),
+            (
+                DenoiserSpec(prepared.model.uri, prepared.model.info.ema, draw, self.embedder, alone, number),
+                self.monitor,
+            ),
             num_cpus=r.denoise_cpus,
-            **actor_pool(self.pools[DENOISER], _TASK_RETRIES, num_gpus=r.denoise_gpus),
+            **actor_pool(pools[DENOISER], _TASK_RETRIES, num_gpus=r.denoise_gpus),
         )
         codec = DecoderSpec(
-            prepared.codec_path, prepared.codec_kind, prepared.model.info.codec.revision, decoding, alone
+            prepared.codec_path, prepared.codec_kind, prepared.model.info.codec.revision, decoding, alone, number
         )
         dataset = map_on_actors(
             dataset,
             DecodeLatents,
             (codec, self.monitor),
             num_cpus=r.decode_cpus,
-            **actor_pool(self.pools[DECODER], _TASK_RETRIES, num_gpus=r.decode_gpus),
+            **actor_pool(pools[DECODER], _TASK_RETRIES, num_gpus=r.decode_gpus),
         )
         dataset = dataset.map_batches(
             EncodeImages(draw, prepared.origin, self.root if config.output.format == "files" else None),

@@ -180,6 +180,7 @@ class DenoiserSpec:
     """Everything a denoising actor needs to start; `embedder` is the EmbedPrompts of a text model.
 
     alone: requests are drawn one by one, for units under suspicion; blocks stay whole, since a unit is one tar.
+    execution: the number of the one that it starts for.
     """
 
     model_uri: str
@@ -187,13 +188,15 @@ class DenoiserSpec:
     draw: Draw
     embedder: Any = None
     alone: bool = False
+    execution: int = 0
 
 
 class DenoiseBlocks:
     """An actor: a block of requests in, the same with raw latents out. Reports finished rows to `monitor`."""
 
     def __init__(self, spec: DenoiserSpec, monitor: Any) -> None:
-        self._reports, self._draw, self._alone = Reports(monitor, DENOISER), spec.draw, spec.alone
+        self._reports = Reports(monitor, DENOISER, spec.execution)
+        self._draw, self._alone = spec.draw, spec.alone
         embed = None if spec.embedder is None else lambda prompts: answer(spec.embedder.embed.remote(list(prompts)))
 
         def load() -> Any:
@@ -220,20 +223,22 @@ class DenoiseBlocks:
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """Everything a decoding actor needs to start; `alone` as for denoisers."""
+    """Everything a decoding actor needs to start; `alone` and `execution` as for denoisers."""
 
     codec_path: str
     codec_kind: str
     codec_revision: str | None
     draw: Draw
     alone: bool = False
+    execution: int = 0
 
 
 class DecodeLatents:
     """An actor: a block with raw latents in, the same with pixels (or a reason) out."""
 
     def __init__(self, spec: DecoderSpec, monitor: Any) -> None:
-        self._reports, self._draw, self._alone = Reports(monitor, DECODER), spec.draw, spec.alone
+        self._reports = Reports(monitor, DECODER, spec.execution)
+        self._draw, self._alone = spec.draw, spec.alone
 
         def load() -> Any:
             from pipeline.codec.diffusers_codec import import_networks

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
+import threading
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from pipeline.dataflow import passes as module
-from pipeline.dataflow.passes import Passes
+from pipeline.dataflow.passes import Execution, Passes
 from pipeline.encode.passes import _Encoding
 from pipeline.errors import ConfigError, StoppedError
 from pipeline.storage.root import Root
@@ -24,6 +28,7 @@ from tests.support.monitor import LocalMonitor
 from tests.support.rows import claim, committer, latent_rows, planned_root, rejected_rows
 
 Rows = list[tuple[int, int]]
+ENCODER = 1, "encoder"
 
 
 def asked_for(work: list[Work]) -> set[tuple[int, int]]:
@@ -43,7 +48,7 @@ def run(
     encoding.root, encoding.generation, encoding.retry = root, generation, retry or RowSet.empty()
     encoding._bundles = {}
 
-    def once(work: list[Work], state: State, alone: bool) -> None:
+    def once(work: list[Work], alone: bool) -> None:
         asked.append(asked_for(work))
         rows = execute(generation, monitor, asked[-1], alone)
         if rows:
@@ -58,15 +63,119 @@ def run(
         monitor=monitor,
         generation=generation,
         look=encoding._state_and_gaps,
-        execute=once,
+        prepare=lambda work, state, alone, number: Execution({"encoder": 1}, partial(once, work, alone)),
         quarantine=quarantine,
-        actors=lambda work, state, alone: {"encoder": 1},
         units_per_execution=100,
         crash_limit=crash_limit,
         doing="Encoding",
         on_clean_pass=encoding._retried,
     )
     return passes.run(), asked
+
+
+class Halting:
+    """Executions of one unit each that end when they are let go; `begun` says which did, by unit."""
+
+    def __init__(self, root: Root, drivers: int = 1) -> None:
+        self.generation, self.monitor, self.root = claim(root), LocalMonitor(), root
+        self.begun: list[int] = []
+        self.go = defaultdict[int, threading.Event](threading.Event)
+        encoding: Any = object.__new__(_Encoding)
+        encoding.root, encoding.generation, encoding.retry = root, self.generation, RowSet.empty()
+        encoding._bundles = {}
+        self.passes = Passes(
+            monitor=self.monitor,
+            generation=self.generation,
+            look=encoding._state_and_gaps,
+            prepare=self.prepare,
+            quarantine=lambda rows: None,
+            units_per_execution=1,
+            crash_limit=0,
+            doing="Encoding",
+            drivers=drivers,
+        )
+
+    def prepare(self, work: list[Work], state: State, alone: bool, number: int) -> Execution:
+        (unit,) = (w.unit for w in work)
+        assert number == unit + 1
+
+        def run() -> None:
+            self.begun.append(unit)
+            assert self.go[unit].wait(30)
+            committer(self.root, self.generation).commit(latent_rows([(unit, 0), (unit, 1)]), None, {})
+
+        return Execution({"encoder": 1}, run)
+
+    def tail(self, unit: int) -> None:
+        """An encoder has begun on all that the execution has."""
+        self.monitor.state.begin((unit + 1, "encoder"), "p", 0, [(unit, 0, 2)])
+
+    def begin(self, *units: int) -> None:
+        """Wait until executions of these have begun, and see that no other does."""
+        until = time.monotonic() + 30
+        while self.begun != list(units):
+            assert time.monotonic() < until, self.begun
+            time.sleep(0.01)
+        time.sleep(3 * module._TAIL_POLL_S)
+        assert self.begun == list(units)
+
+
+@pytest.fixture
+def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What runs elsewhere needs a cluster (tests/dataflow/test_workers.py).
+    monkeypatch.setattr(module, "run_elsewhere", lambda execute, drivers: module.run_execution(execute))
+    monkeypatch.setattr(module, "_TAIL_POLL_S", 0.02)
+
+
+def test_an_execution_begins_in_the_tail_of_the_one_before_and_no_third_beside_a_straggler(
+    tmp_path: Path, local_ray: None, quick_polls: None
+) -> None:
+    job = Halting(planned_root(str(tmp_path / "data"), units=4, rows=2))
+    with ThreadPoolExecutor(1) as driver:
+        done = driver.submit(job.passes.run)
+        job.begin(0)
+        job.tail(0)
+        job.begin(0, 1)
+        job.tail(1)
+        job.begin(0, 1)  # the first has not ended
+        job.go[1].set()
+        job.begin(0, 1, 2)
+        for unit in (0, 2, 3):
+            job.go[unit].set()
+        assert done.result(30).num_stored == 8
+    assert job.begun == [0, 1, 2, 3]
+    assert job.monitor.state.tails() == []
+
+
+def test_several_drivers_run_as_many_executions(tmp_path: Path, local_ray: None, quick_polls: None) -> None:
+    job = Halting(planned_root(str(tmp_path / "data"), units=5, rows=2), drivers=2)
+    with ThreadPoolExecutor(1) as driver:
+        done = driver.submit(job.passes.run)
+        job.begin(0, 1)
+        job.tail(1)
+        job.begin(0, 1, 2)
+        for unit in range(5):
+            job.go[unit].set()
+        assert done.result(30).num_stored == 10
+
+
+def test_what_one_execution_raises_does_not_wait_for_the_other(
+    tmp_path: Path, local_ray: None, quick_polls: None
+) -> None:
+    job = Halting(planned_root(str(tmp_path / "data"), units=2, rows=2), drivers=2)
+    usual = job.prepare
+
+    def prepare(work: list[Work], state: State, alone: bool, number: int) -> Execution:
+        def run() -> None:
+            raise ConfigError("no such codec")
+
+        return usual(work, state, alone, number) if work[0].unit == 0 else Execution({}, run)
+
+    job.passes.prepare = prepare
+    with pytest.raises(ConfigError, match="no such codec"):
+        job.passes.run()
+    assert job.begun == [0]
+    job.go[0].set()
 
 
 def rejected_root(path: Path) -> tuple[Root, RowSet]:
@@ -140,7 +249,7 @@ def test_a_row_that_kills_its_process_alone_is_quarantined_and_nothing_else(tmp_
                 continue
             unit, rows = next(iter(block))[0], sorted(row for _, row in block)
             for process in range(3):
-                monitor.state.begin(f"p{process}", 0, [(unit, rows[0], rows[-1] + 1)])
+                monitor.state.begin(ENCODER, f"p{process}", 0, [(unit, rows[0], rows[-1] + 1)])
         return sorted(done)
 
     state, asked = run(root, execute)
@@ -156,7 +265,7 @@ def test_a_fault_of_the_device_blames_no_row_and_stops_the_run_with_its_words(
 
     def execute(generation: Any, monitor: LocalMonitor, asked: set[tuple[int, int]], alone: bool) -> Rows:
         for process in range(3):
-            monitor.state.begin(f"p{process}", 0, [(0, 0, 1)])
+            monitor.state.begin(ENCODER, f"p{process}", 0, [(0, 0, 1)])
             monitor.state.fault(f"p{process}", "RuntimeError: CUDA error: CUBLAS_STATUS_EXECUTION_FAILED")
         return []
 

@@ -6,13 +6,16 @@ with real ones; what only CUDA can show is in tests/gpu.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pipeline.config import dump_yaml
@@ -195,6 +198,26 @@ def test_software_that_always_fails_rejects_nothing_and_stops_with_its_words(wor
     code, _, errors = encode(world, "broken", **{"codec.kind": "faulty", "encode.actors": 1})
     assert code == 0, errors
     check(world, "broken")
+
+
+def test_encode_by_several_drivers_of_which_one_is_killed(world: World) -> None:
+    """Two executions at a time, under one generation; the rows of the one whose process dies are another's."""
+    several = {"encode.drivers": 2, "encode.units_per_execution": 2, "tracking.enabled": "false"}
+    job = start("encode", *settings("drivers", **several), cwd=world.base, env=world.env)
+    try:
+        until, drivers = time.monotonic() + 120, set[int]()
+        while len(drivers) < 2:
+            assert job.poll() is None, job.communicate()
+            assert time.monotonic() < until
+            drivers |= {p.pid for p in psutil.process_iter(["name"]) if "ExecutionDriver" in (p.info["name"] or "")}
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(max(drivers), signal.SIGKILL)
+        _, errors = job.communicate(timeout=300)
+    finally:
+        job.kill()
+    assert job.returncode == 0, errors
+    assert "workers died, going on with what is left" in errors
+    check(world, "drivers")
 
 
 def test_sample_with_its_default_shares(world: World) -> None:

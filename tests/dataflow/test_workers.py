@@ -18,9 +18,11 @@ import psutil
 import pyarrow as pa
 import pytest
 from ray._private.authentication_test_utils import reset_auth_token_state
+from ray.exceptions import ActorDiedError
 
 from pipeline.dataflow import cluster as cluster_module
 from pipeline.dataflow.cluster import ClusterConfig, check_address
+from pipeline.dataflow.passes import run_elsewhere
 from pipeline.dataflow.workers import open_workers
 from pipeline.encode.reading import Directories
 from pipeline.errors import ConfigError, ConflictError, InputError, StoppedError
@@ -421,3 +423,23 @@ def test_hashes_compared_by_several_workers_of_which_one_is_killed(
         first, second = ({i.key: root.read_bytes(i.key) for i in root.list(place)} for root in roots)
         assert first == second
         assert first
+
+
+def test_an_execution_elsewhere_ends_as_it_would_here(named: RayNodes, tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise ConfigError("no such codec", key="codec.path")
+
+    def worker_dies() -> None:
+        raise ActorDiedError
+
+    def die() -> None:
+        os._exit(1)
+
+    with open_workers("a worker", CLUSTER):
+        assert run_elsewhere(lambda: (tmp_path / "ran").touch(), 2) is None
+        assert (tmp_path / "ran").exists()
+        with pytest.raises(ConfigError) as caught:
+            run_elsewhere(refuse, 2)
+        assert (caught.value.what, caught.value.key) == ("no such codec", "codec.path")
+        for execute in (worker_dies, die):
+            assert "died" in str(run_elsewhere(execute, 2))

@@ -17,11 +17,13 @@ class _Quiet(MonitorState):
 
 
 class LocalMonitor:
-    """`monitor.name.remote(...)` answers at once; `state` is what the actor would hold. actors: of each stage."""
+    """`monitor.name.remote(...)` answers at once; `state` is what the actor would hold. actors: of each stage, of the
+    execution 0.
+    """
 
     def __init__(self, **actors: int) -> None:
         self.state = _Quiet("test")
-        self.state.expect(actors)
+        self.state.expect(0, actors, 1 << 30)
 
     def __getattr__(self, name: str) -> Any:
         return SimpleNamespace(remote=getattr(self.state, name))
