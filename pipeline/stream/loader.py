@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import threading
@@ -369,6 +370,8 @@ class LatentStream:
         """An iteration that begins at this step; several may be in progress."""
         run = _Run(self, step)
         self._running.add(run)
+        # Of an iteration that is still held when the interpreter ends, threads could not be ended any more by then.
+        atexit.register(run.close)
         try:
             while (packet := run.next()) is not None:
                 for batch in packet:
@@ -379,6 +382,7 @@ class LatentStream:
                     yield batch
         finally:
             self._running.discard(run)
+            atexit.unregister(run.close)
             run.close()
 
     def close(self) -> None:
@@ -473,6 +477,8 @@ class _Run:
         return packet
 
     def close(self) -> None:
+        if self.closed:
+            return
         self.closed = True
         self._channel.close()
         self._reader.close()

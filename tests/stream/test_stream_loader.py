@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import threading
 import weakref
 from collections import Counter
@@ -27,6 +29,7 @@ from pipeline.stream.loader import LatentStream
 from pipeline.stream.order import PARTS, ROW_GROUPS, Order, OrderSpec, Window, check_state
 from pipeline.stream.reader import WindowReader, WindowRows
 from tests.stream.latent_rows import MemoryRows, global_batch, sample_id
+from tests.support.jobs import REPOSITORY
 
 GROUPS = [("64x64", 23), ("64x96", 40), ("64x64", 31), ("96x64", 5), ("64x96", 9), ("64x64", 30)]
 
@@ -315,6 +318,20 @@ def test_dropping_an_iterator_ends_its_threads() -> None:
     batches = iter(stream)
     next(batches)
     del batches
+
+
+def test_an_iterator_that_a_program_ends_with_is_closed_in_silence() -> None:
+    program = """
+import torch
+from tests.stream.latent_rows import MemoryRows
+from pipeline.stream.loader import LatentStream
+batches = iter(LatentStream(MemoryRows([("64x64", 4000)]), seed=0, batch_size=8))
+next(batches)
+"""
+    answer = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert (answer.stdout, answer.stderr) == ("", "")
 
 
 def test_a_stream_of_unlabelled_rows_without_captions_says_none() -> None:
