@@ -28,13 +28,14 @@ from pipeline.encode.plan import (
     update_plan,
     with_dtype,
 )
-from pipeline.encode.reading import REREADING, carry_over, check_same_reading, directories, reread
+from pipeline.encode.reading import carry_over, directories, reread
 from pipeline.errors import ConfigError, ConflictError, argument_keys, keyed
 from pipeline.media import render_page
 from pipeline.progress import Progress
 from pipeline.result import JobResult
 from pipeline.runs import Run, open_run
 from pipeline.source.reading.listing import check_apart, list_entries, listing_digest, source_root
+from pipeline.source.reasons import Reason
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import Generation, last_recipe, last_run
 from pipeline.store.ledger.identity import Identity, check_same, read_identity
@@ -49,6 +50,13 @@ from pipeline.tracking.config import without_credentials
 from pipeline.tracking.store import NOTE_TAG
 
 _log = logging.getLogger(__name__)
+# Settings of a source that decide what is stored of a row, or under which name, and are in no fingerprint, as they
+# may grow; all others bound it, or say where it is. What metadata say of an image of a folder is part of its entry: a
+# changed line is a changed file, encoded anew.
+_READ_AS = ("name", "image", "images", "caption", "label", "label_from", "extra", "exif", "status", "filter")
+_TEXTS_BY = ("caption", "label", "label_from", "extra")  # the settings that a reread may change
+# A key of a recipe: the generation before a reread that is not done; not all rows have been read that way.
+_REREADING = "rereading"
 _BEFORE_AMPERE = ("K80", "P4", "P100", "V100", "T4")  # as Ray names them
 
 
@@ -127,8 +135,62 @@ def _check(config: EncodeJobConfig) -> tuple[Root, CodecInfo]:
         rehearsal = _is_rehearsal(config, recorded.fingerprint)
         with argument_keys({"root": "output.uri"}):
             check_same(root, recorded, _identity(adopted(config, recorded.fingerprint), info, rehearsal=rehearsal))
-        check_same_reading(config, root)
+        _check_same_reading(config, root)
     return root, info
+
+
+def _check_same_reading(config: EncodeJobConfig, root: Root) -> None:
+    """ConflictError where a dataset would hold rows that were read in two ways; names every setting that differs.
+
+    Classes may be added behind those there are. A filter or status may change for the rows that are tried again.
+    """
+    before, now = last_recipe(root), recipe(config)
+    if not before:
+        return
+    if before.get(_REREADING) and not config.encode.reread:
+        raise ConflictError(
+            f"A run that read the texts of {root.uri} again did not finish: its rows were read in two ways",
+            key="encode.reread",
+            value=[],
+            rule="such a run is finished before any other",
+            next_step="run with the settings that it had and encode.reread=[captions]",
+        )
+    changes: list[tuple[str, Any, Any]] = []
+    old, new = (r if isinstance(r, list) else [r] for r in (i["image"].get("resolution") for i in (before, now)))
+    if old != new:  # the fingerprint has the same sizes, yet not their order, which numbers the variants
+        changes.append(("image.resolution", old, new))
+    there, here = before["source"], now["source"]
+    if there.get("kind") == here["kind"]:
+        retried = {"filter": Reason.ROW_FILTER, "status": Reason.SOURCE_STATUS}
+        changes += [
+            (f"source.{name}", there[name], here[name])
+            for name in _READ_AS
+            # What an earlier release did not know of cannot differ.
+            if name in there and name in here and there[name] != here[name]
+            if retried.get(name) not in config.encode.retry_rejects
+            if not (config.encode.reread and name in _TEXTS_BY)
+        ]
+        known = there.get("classes", [])
+        if here["classes"][: len(known)] != known and not config.encode.reread:
+            changes.append(("source.classes", known[:20], here["classes"][:20]))
+    if changes:
+        shown = "\n".join(f"    {name}: {old} there, {new} here" for name, old, new in changes)
+        raise ConflictError(
+            f"{root.uri} has rows that were read in another way; the differing settings are\n{shown}",
+            key="output.uri",
+            value=root.uri,
+            rule="what is stored of a row, its name, its label and its variant's number mean the same in all rows of "
+            "a dataset; classes are only added at the end",
+            next_step="restore the settings, or choose another output.uri; encode.reread=[captions] reads captions, "
+            "labels and further fields again, rows that a filter or a status left out are tried again by "
+            "encode.retry_rejects=[row_filter] or [source_status]",
+        )
+    if before["source"].get("uri") != now["source"]["uri"]:
+        _log.warning(
+            "the run before read %s: what has the same key there and in %s counts as one object, the newer one stays",
+            before["source"].get("uri"),
+            now["source"]["uri"],
+        )
 
 
 def dry_run(config: EncodeJobConfig) -> JobResult:
@@ -333,8 +395,8 @@ def _before_rereading(config: EncodeJobConfig, run: Run) -> int:
     before = last_recipe(generation.root)
     if not before:
         return 0
-    since = int(before.get(REREADING, generation.number - 1))
-    run.note(generation, recipe=recipe(config) | {REREADING: since})
+    since = int(before.get(_REREADING, generation.number - 1))
+    run.note(generation, recipe=recipe(config) | {_REREADING: since})
     return since
 
 
@@ -355,7 +417,7 @@ def _track(config: EncodeJobConfig, run: Run, root: Root, info: CodecInfo, state
         },
         note={
             "source": source_note(config),
-            "recipe": recipe(config) | ({REREADING: since} if since else {}),
+            "recipe": recipe(config) | ({_REREADING: since} if since else {}),
         },
     )
     tracker.log_input(

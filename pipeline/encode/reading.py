@@ -1,4 +1,4 @@
-"""How a dataset's source is read: whether this run does as those before it, texts that are read again, its listing.
+"""How a dataset's source is read: texts that are read again, and its listing.
 
     stored rows of a unit --source--> texts        data files --rows with new texts--> commits of a newer generation
 
@@ -30,16 +30,15 @@ import pyarrow.parquet as pq
 
 from pipeline.dataflow.workers import in_threads, open_workers
 from pipeline.encode.config import EncodeJobConfig
-from pipeline.encode.plan import recipe
 from pipeline.encode.stages import UnitReader
-from pipeline.errors import ConfigError, ConflictError, InputError, StoppedError
+from pipeline.errors import ConfigError, InputError, StoppedError
 from pipeline.progress import Progress
 from pipeline.source.config import SourceConfig
 from pipeline.source.reading.listing import source_root
 from pipeline.source.reading.rows import map_ahead
 from pipeline.source.reasons import Reason
 from pipeline.storage.root import Entries, Lister, ObjectInfo, Root
-from pipeline.store.ledger.generation import Generation, last_recipe
+from pipeline.store.ledger.generation import Generation
 from pipeline.store.ledger.identity import read_identity
 from pipeline.store.ledger.layout import SCRATCH, canonical_json
 from pipeline.store.ledger.rowset import Int64s, RowSet, address, unit_of
@@ -54,71 +53,6 @@ from pipeline.store.schema import LATENTS, REJECTS
 from pipeline.store.writer import Committer, file_meta
 
 _log = logging.getLogger(__name__)
-
-# -- Whether a run reads its source as the runs before it did: what the fingerprint cannot hold, as it may grow
-
-
-# Settings of a source that decide what is stored of a row, or under which name; all others bound it, or say where it
-# is. What metadata say of an image of a folder is part of its entry: a changed line is a changed file, encoded anew.
-_READ_AS = ("name", "image", "images", "caption", "label", "label_from", "extra", "exif", "status", "filter")
-_TEXTS_BY = ("caption", "label", "label_from", "extra")  # the settings that a reread may change
-# A key of a recipe: the generation before a reread that is not done; not all rows have been read that way.
-REREADING = "rereading"
-
-
-def check_same_reading(config: EncodeJobConfig, root: Root) -> None:
-    """ConflictError where a dataset would hold rows that were read in two ways; names every setting that differs.
-
-    Classes may be added behind those there are. A filter or status may change for the rows that are tried again.
-    """
-    before, now = last_recipe(root), recipe(config)
-    if not before:
-        return
-    if before.get(REREADING) and not config.encode.reread:
-        raise ConflictError(
-            f"A run that read the texts of {root.uri} again did not finish: its rows were read in two ways",
-            key="encode.reread",
-            value=[],
-            rule="such a run is finished before any other",
-            next_step="run with the settings that it had and encode.reread=[captions]",
-        )
-    changes: list[tuple[str, Any, Any]] = []
-    old, new = (r if isinstance(r, list) else [r] for r in (i["image"].get("resolution") for i in (before, now)))
-    if old != new:  # the fingerprint has the same sizes, yet not their order, which numbers the variants
-        changes.append(("image.resolution", old, new))
-    there, here = before["source"], now["source"]
-    if there.get("kind") == here["kind"]:
-        retried = {"filter": Reason.ROW_FILTER, "status": Reason.SOURCE_STATUS}
-        changes += [
-            (f"source.{name}", there[name], here[name])
-            for name in _READ_AS
-            # What an earlier release did not know of cannot differ.
-            if name in there and name in here and there[name] != here[name]
-            if retried.get(name) not in config.encode.retry_rejects
-            if not (config.encode.reread and name in _TEXTS_BY)
-        ]
-        known = there.get("classes", [])
-        if here["classes"][: len(known)] != known and not config.encode.reread:
-            changes.append(("source.classes", known[:20], here["classes"][:20]))
-    if changes:
-        shown = "\n".join(f"    {name}: {old} there, {new} here" for name, old, new in changes)
-        raise ConflictError(
-            f"{root.uri} has rows that were read in another way; the differing settings are\n{shown}",
-            key="output.uri",
-            value=root.uri,
-            rule="what is stored of a row, its name, its label and its variant's number mean the same in all rows of "
-            "a dataset; classes are only added at the end",
-            next_step="restore the settings, or choose another output.uri; encode.reread=[captions] reads captions, "
-            "labels and further fields again, rows that a filter or a status left out are tried again by "
-            "encode.retry_rejects=[row_filter] or [source_status]",
-        )
-    if before["source"].get("uri") != now["source"]["uri"]:
-        _log.warning(
-            "the run before read %s: what has the same key there and in %s counts as one object, the newer one stays",
-            before["source"].get("uri"),
-            now["source"]["uri"],
-        )
-
 
 # -- Texts read again ---------------------------------------------------------------------------------------------
 
@@ -268,19 +202,25 @@ def _with_texts(table: pa.Table, sound: Told) -> pa.Table:
 # A store lists its keys one page after another, and what a client makes of a page costs a core a tenth of a second.
 # So each directory is listed by itself, by whoever is free, level by level, and what came is kept in the dataset's
 # scratch space until it is planned. A run that goes on there takes what it finds and lists what is missing: no
-# listing is of one moment anyway, and an object that has changed since is seen when it is read. One directory is one
-# stream, and is held in memory whole.
+# listing is of one moment anyway, and an object that has changed since is seen when it is read.
+#
+# A directory of more than some pages is cut, where the store can list names that begin with something (S3): at the
+# first letter by which they differ, each part being of the next level and cut in its turn where it has to be.
+# Elsewhere a directory is one stream, and is held in memory whole.
 
 
 KEPT = f"{SCRATCH}/listing"
 REUSED_S = 24 * 3600.0  # since a listing began for which the next run goes on with it
 _THREADS = 16  # that wait for a store, where no cluster lists
 _MOST, _FEW_BATCHES = 256, 64  # directories at a time, and batches that there are before any holds so many
+_MOST_PARTS = 16  # parts of directories at a time: each may have as many names as are not cut
+_WIDE = 20_000  # names, in directories of more of which the work is cut
 _SCHEMA = pa.schema(
     [
         pa.field("directory", pa.int32(), False),  # of its batch
-        pa.field("name", pa.string(), False),
-        pa.field("size_bytes", pa.int64()),  # null: a directory
+        pa.field("name", pa.string(), False),  # of a part: what its names begin with
+        pa.field("part", pa.bool_(), False),
+        pa.field("size_bytes", pa.int64()),  # null: a directory, or a part of this one
         pa.field("etag", pa.string()),
         pa.field("mtime_ns", pa.int64()),
     ]
@@ -323,7 +263,7 @@ def _forget(root: Root) -> None:
 
 def _folder(root: Root, source: Root, plan_number: int, now_s: float) -> str:
     """Where this listing is kept: where an earlier run for the same plan and source has begun, not too long ago."""
-    name = hashlib.blake2b(canonical_json([source.uri, plan_number]), digest_size=16).hexdigest()
+    name = hashlib.blake2b(canonical_json([source.uri, plan_number, "parts"]), digest_size=16).hexdigest()
     begun = [int(key.rpartition("-")[2]) for key in root.list_dirs(KEPT) if key.startswith(f"{name}-")]
     began_s = max((s for s in begun if now_s - s < REUSED_S), default=None)
     if began_s is not None:
@@ -332,16 +272,19 @@ def _folder(root: Root, source: Root, plan_number: int, now_s: float) -> str:
     return f"{KEPT}/{name}-{int(now_s) if began_s is None else began_s}"
 
 
+_Part = tuple[str, str]  # a directory, and what those of its names begin with that are meant
+
+
 @dataclass(frozen=True)
 class _Batch:
-    """Directories of one level that are listed at once, and where what lies below them is kept."""
+    """Directories, or parts of them, of one level that are listed at once; where what lies below them is kept."""
 
     number: int
-    directories: tuple[str, ...]
+    parts: tuple[_Part, ...]
     key: str
 
 
-_Listed = tuple[int, int, list[str]]  # a batch's number, how many objects there are, the directories below
+_Listed = tuple[int, int, list[_Part]]  # a batch's number, how many objects there are, what the next level lists
 
 
 class Directories:
@@ -352,7 +295,8 @@ class Directories:
 
     def __init__(self, source: Root, root: Root, folder: str, spread: Spread) -> None:
         self._source, self._root, self._folder, self._spread = source, root, folder, spread
-        self._levels: list[Iterator[tuple[str, pa.Table]]] = []
+        self._levels: list[Iterator[tuple[_Part, pa.Table]]] = []
+        self._level_of = {"": 0}  # of the directories that were named and not yet asked for
         self.is_complete = False
 
     def __call__(self, prefix: str) -> Entries:
@@ -360,40 +304,52 @@ class Directories:
         if not self.is_complete:
             self._list_all()
             self.is_complete = True
-        depth = prefix.count("/") + 1 if prefix else 0
-        directory, rows = next(self._levels[depth], (None, None)) if depth < len(self._levels) else (None, None)
-        if directory != prefix or rows is None:
+        level = self._level_of.pop(prefix, len(self._levels))
+        part, rows = next(self._levels[level], (None, None)) if level < len(self._levels) else (None, None)
+        if part != (prefix, "") or rows is None:
             yield from self._source.entries(prefix)
             return
+        yield from self._below(prefix, rows, level)
+
+    def _below(self, prefix: str, rows: pa.Table, level: int) -> Entries:
+        """The names of a directory, or of a part of it, each part of it in its place."""
         columns = [rows[name].to_pylist() for name in _SCHEMA.names[1:]]
-        for name, size, etag, mtime_ns in zip(*columns, strict=True):
+        for name, is_part, size, etag, mtime_ns in zip(*columns, strict=True):
+            if is_part:
+                part, below = next(self._levels[level + 1])
+                assert part == (prefix, name), (part, prefix, name)
+                yield from self._below(prefix, below, level + 1)
+                continue
+            if size is None:
+                self._level_of[f"{prefix}/{name}".lstrip("/")[:-1]] = level + 1
             yield name, partial(ObjectInfo, size_bytes=size, etag=etag, mtime_ns=mtime_ns)
 
     def _list_all(self) -> None:
-        level, objects = [""], 0
+        level, objects = [("", "")], 0
         list_batch = partial(_ListBatch, self._source, self._root)
         with Progress("list", None, unit="objects") as progress:
             while level:
                 batches = list(_batches(self._folder, level))
-                below: dict[int, list[str]] = {}
-                for number, count, names in self._spread(list_batch, batches):
-                    below[number], objects = names, objects + count
+                below: dict[int, list[_Part]] = {}
+                for number, count, parts in self._spread(list_batch, batches):
+                    below[number], objects = parts, objects + count
                     progress.update(objects)
                 self._levels.append(self._kept(batches))
-                level = [name for number in range(len(batches)) for name in below[number]]
+                level = [part for number in range(len(batches)) for part in below[number]]
 
-    def _kept(self, batches: list[_Batch]) -> Iterator[tuple[str, pa.Table]]:
-        """(directory, what lies below it) of one level, in order; one batch is in memory."""
+    def _kept(self, batches: list[_Batch]) -> Iterator[tuple[_Part, pa.Table]]:
+        """(a directory or part, what lies below it) of one level, in order; one batch is in memory."""
         for batch in batches:
             rows = _rows(self._root, batch)
-            ends = np.searchsorted(rows["directory"].to_numpy(), np.arange(len(batch.directories) + 1))
-            for at, directory in enumerate(batch.directories):
-                yield directory, rows.slice(ends[at], ends[at + 1] - ends[at])
+            ends = np.searchsorted(rows["directory"].to_numpy(), np.arange(len(batch.parts) + 1))
+            for at, part in enumerate(batch.parts):
+                yield part, rows.slice(ends[at], ends[at + 1] - ends[at])
 
 
-def _batches(folder: str, level: list[str]) -> Iterator[_Batch]:
+def _batches(folder: str, level: list[_Part]) -> Iterator[_Batch]:
     """Cut by what there is alone: the next run finds what this one has kept."""
-    size = min(_MOST, math.ceil(len(level) / _FEW_BATCHES))
+    most = _MOST_PARTS if any(begins for _, begins in level) else _MOST
+    size = min(most, math.ceil(len(level) / _FEW_BATCHES))
     for number, first in enumerate(range(0, len(level), size)):
         chosen = tuple(level[first : first + size])
         name = hashlib.blake2b(canonical_json(chosen), digest_size=16).hexdigest()
@@ -411,33 +367,83 @@ class _ListBatch:
         try:
             rows = _rows(self.root, batch)
         except FileNotFoundError:
-            rows = self._list(batch.directories)
+            rows = self._list(batch.parts)
             sink = pa.BufferOutputStream()
             pq.write_table(rows, sink, compression="zstd", write_page_checksum=True)
             if not self.root.put_if_absent(batch.key, sink.getvalue().to_pybytes()):
                 rows = _rows(self.root, batch)  # of two runs that list the same at once the first is right for both
         is_object = rows["size_bytes"].is_valid().to_numpy()
-        folders = rows.filter(pa.array(~is_object))
-        below = [
-            f"{batch.directories[at]}/{name}".lstrip("/")[:-1]
-            for at, name in zip(folders["directory"].to_pylist(), folders["name"].to_pylist(), strict=True)
-            if name != "/"  # keys that go on with //, which `Root.list` finds by itself
-        ]
+        others = rows.filter(pa.array(~is_object))
+        below: list[_Part] = []
+        for at, name, is_part in zip(*(others[field].to_pylist() for field in _SCHEMA.names[:3]), strict=True):
+            directory = batch.parts[at][0]
+            if is_part:
+                below.append((directory, name))
+            elif name != "/":  # keys that go on with //, which `Root.list` finds by itself
+                below.append((f"{directory}/{name}".lstrip("/")[:-1], ""))
         return batch.number, int(is_object.sum()), below
 
-    def _list(self, chosen: tuple[str, ...]) -> pa.Table:
-        rows: list[tuple[int, str, int | None, str | None, int | None]] = []
-        for at, directory in enumerate(chosen):
-            for name, version_of in self.source.entries(directory):
-                if name.endswith("/"):
-                    rows.append((at, name, None, None, None))
+    def _list(self, chosen: tuple[_Part, ...]) -> pa.Table:
+        rows: list[tuple[int, str, bool, int | None, str | None, int | None]] = []
+        for at, (directory, begins) in enumerate(chosen):
+            found = _names(self.source, directory, begins)
+            if found is None:
+                found = [
+                    (name, None if name.endswith("/") else version_of(name))
+                    for name, version_of in self.source.entries(directory)
+                ]
+            for name, info in found:
+                if isinstance(info, ObjectInfo):
+                    rows.append((at, name, False, info.size_bytes, info.etag, info.mtime_ns))
                 else:
-                    info = version_of(name)
-                    rows.append((at, name, info.size_bytes, info.etag, info.mtime_ns))
+                    rows.append((at, name, info is _PART, None, None, None))
         columns = list(zip(*rows, strict=True)) or [()] * len(_SCHEMA)
         return pa.table(
             [pa.array(values, field.type) for values, field in zip(columns, _SCHEMA, strict=True)], _SCHEMA
         )
+
+
+_PART = object()
+_LAST = chr(0x10FFFF)  # sorts behind every letter: no name goes on with it
+_Names = list[tuple[str, Any]]  # sorted; with an ObjectInfo, None of a directory, _PART of names that begin so
+
+
+def _names(source: Root, directory: str, begins: str) -> _Names | None:
+    """The names of a directory that begin so, or where they are many its parts; None of a store that has no parts."""
+    found: _Names = []
+    page, most = source.page(directory, begins), float(_WIDE)
+    while page is not None:
+        found += page[0]
+        if page[1] is None:
+            return found
+        if len(found) >= most:
+            if (cut := _cut(source, directory, begins)) is not None:
+                return cut
+            most = math.inf
+        page = source.page(directory, begins, token=page[1])
+    return None
+
+
+def _cut(source: Root, directory: str, begins: str) -> _Names | None:
+    """The parts of a directory, or of a part, by the first letter in which names differ; with the names between them.
+
+    None where that does not get on: the store answers with what it was told to pass.
+    """
+    while True:
+        found: _Names = []
+        after = ""
+        while (page := source.page(directory, begins, after=after, most=1)) is not None and page[0]:
+            name, info = page[0][0]
+            if name == begins or name[: len(begins) + 1].endswith("/"):
+                found.append((name, info))  # a name that others begin with, or a directory
+            else:
+                found.append((name[: len(begins) + 1], _PART))
+            if len(found) > 1 and found[-1][0] <= found[-2][0]:
+                return None
+            after = name if name == begins else found[-1][0] + _LAST
+        if len(found) != 1 or found[0][1] is not _PART:
+            return found
+        begins = found[0][0]
 
 
 def _rows(root: Root, batch: _Batch) -> pa.Table:
@@ -445,6 +451,6 @@ def _rows(root: Root, batch: _Batch) -> pa.Table:
     with reading_table(root.uri_of(batch.key), next_step="remove it: the next run lists anew what it held"):
         rows = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read().cast(_SCHEMA)
         at = rows["directory"].to_numpy()
-        if len(at) and (at[0] < 0 or at[-1] >= len(batch.directories) or (np.diff(at) < 0).any()):
+        if len(at) and (at[0] < 0 or at[-1] >= len(batch.parts) or (np.diff(at) < 0).any()):
             raise ValueError("its rows are not those of its directories")
     return rows

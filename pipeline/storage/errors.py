@@ -67,6 +67,15 @@ class ObjectChanged(InputError):
     """An object is not, or not any more, the version that was asked for."""
 
 
+def changed(uri: str) -> ObjectChanged:
+    """Of an object that was listed."""
+    return ObjectChanged(
+        f"{without_user(uri)} has changed since it was listed",
+        rule="what is read is the version that the listing showed",
+        next_step="run the same command again: it lists anew",
+    )
+
+
 class StoreUnavailable(OSError):
     """A store did not answer, or only with errors, for as long as it was asked: what was written before stays."""
 

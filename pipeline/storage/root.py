@@ -25,8 +25,8 @@ from typing import Any, Protocol, TypeVar, cast
 
 from pipeline.errors import InputError
 from pipeline.storage.errors import (
-    ObjectChanged,
     already_exists,
+    changed,
     describe,
     is_transient,
     not_implemented,
@@ -41,6 +41,7 @@ from pipeline.storage.stores import (
     create_whole,
     half_written,
     is_marked,
+    list_page,
     make_filesystem,
     put_whole,
     read_if_match,
@@ -103,6 +104,8 @@ class Version(Protocol):
 Entries = Iterator[tuple[str, Callable[[str], ObjectInfo]]]
 Lister = Callable[[str], Entries]  # of what lies directly below a directory, as `Root.entries`
 Infos = Iterator[ObjectInfo]
+# Names as in `Entries`, of objects with their version under that name; and how to ask for those that follow.
+Page = tuple[list[tuple[str, ObjectInfo | None]], str | None]
 Names = list[str]
 
 
@@ -159,14 +162,7 @@ class Root:
     def fs(self) -> Any:
         """The fsspec filesystem; made on first use in each process, without a listings cache."""
         if self._fs is None:
-            try:
-                self._fs = make_filesystem(self.uri, self._scheme)
-            except (ImportError, ValueError) as error:
-                raise InputError(
-                    f"The store {without_user(self.uri)} cannot be used: {without_user(str(error))}",
-                    rule="the scheme needs an installed fsspec backend",
-                    next_step="pip install 'latentloom[s3]' ([gcs], [azure], another backend), or correct the scheme",
-                ) from None
+            self._fs = make_filesystem(self.uri, self._scheme)
         return self._fs
 
     # -- reading -------------------------------------------------------------------------------------------
@@ -204,7 +200,7 @@ class Root:
             same = before.etag == etag if etag is not None else before.mtime_ns == version.mtime_ns
             data = data if same and self.info(key) == before else None
         if data is None:
-            raise _changed(self.uri_of(key))
+            raise changed(self.uri_of(key))
         return data
 
     def _read_if_match(self, key: str, etag: str, start: int, length: int | None) -> bytes | None:
@@ -213,7 +209,7 @@ class Root:
                 return read_if_match(self.fs, self._path(key), etag, start, length)
             except Exception as error:
                 if already_exists(error):  # the same status, 412
-                    raise _changed(self.uri_of(key)) from None
+                    raise changed(self.uri_of(key)) from None
                 raise
 
         return self._retry(read)
@@ -320,13 +316,28 @@ class Root:
         for detail in details:
             name = detail["name"].rstrip("/")[len(base) :].lstrip("/")
             if not name and detail["type"] == "directory":
-                if not prefix:
-                    raise KeyRefused(f"below {self.uri} are keys that begin with /")
-                entries.append(("/", detail))  # keys with an empty part, as in a//b
+                entries.append((self._empty_part(prefix), detail))
             elif name and "/" not in name:
                 entries.append((name + "/" if detail["type"] == "directory" else name, detail))
         for name, detail in sorted(entries, key=itemgetter(0)):
             yield name, functools.partial(_object_info, detail)
+
+    def _empty_part(self, prefix: str) -> str:
+        """The name of a directory without one: of keys with an empty part, as in a//b."""
+        if not prefix:
+            raise KeyRefused(f"below {self.uri} are keys that begin with /")
+        return "/"
+
+    def page(
+        self, prefix: str, begins: str = "", *, after: str = "", token: str | None = None, most: int = 1000
+    ) -> Page | None:
+        """At most so many of `entries`: names that begin so and come after one; None of a store that cannot tell."""
+        path = self._path(prefix)
+        answer = None if self._local else self._retry(lambda: list_page(self.fs, path, begins, after, token, most))
+        if answer is None:
+            return None
+        infos = [(name, None if detail is None else _object_info(detail, name)) for name, detail in answer[0]]
+        return [(self._empty_part(prefix) if name == "/" else name, info) for name, info in infos], answer[1]
 
     # -- writing -------------------------------------------------------------------------------------------
 
@@ -467,14 +478,6 @@ class Root:
         return False
 
 
-def _changed(uri: str) -> ObjectChanged:
-    return ObjectChanged(
-        f"{without_user(uri)} has changed since it was listed",
-        rule="what is read is the version that the listing showed",
-        next_step="run the same command again: it lists anew",
-    )
-
-
 def _local_info(path: str, key: str) -> ObjectInfo:
     stat = os.stat(path)
     return ObjectInfo(key, stat.st_size, None, stat.st_mtime_ns)
@@ -490,11 +493,3 @@ def _object_info(detail: dict[str, Any], key: str) -> ObjectInfo:
         str(etag).strip('"') if etag else None,
         int(float(stamp) * 1e9) if stamp is not None else None,
     )
-
-
-def place_of(uri: str) -> tuple[Root, str]:
-    """(the root an object lies in, its key there); a bare name lies in the working directory, "/name" in "/"."""
-    folder, slash, name = uri.rpartition("/")
-    if folder.endswith((":/", "://")):
-        folder += "/"  # "memory://name", "file:///name": these slashes belong to the scheme and the root
-    return Root(folder or slash or "."), name

@@ -14,6 +14,7 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from typing import Any
 
 from pipeline.errors import InputError
@@ -178,9 +179,20 @@ def process_settings() -> dict[str, str]:
 def make_filesystem(uri: str, scheme: str) -> Any:
     """The fsspec filesystem of a URI, without a listings cache and with one attempt per call.
 
-    What is set by FSSPEC_S3 or fsspec's configuration files goes before these defaults. Raises ImportError or
-    ValueError when there is no backend for the scheme.
+    What is set by FSSPEC_S3 or fsspec's configuration files goes before these defaults. InputError when there is no
+    backend for the scheme.
     """
+    try:
+        return _filesystem(uri, scheme)
+    except (ImportError, ValueError) as error:
+        raise InputError(
+            f"The store {without_user(uri)} cannot be used: {without_user(str(error))}",
+            rule="the scheme needs an installed fsspec backend",
+            next_step="pip install 'latentloom[s3]' ([gcs], [azure], another backend), or correct the scheme",
+        ) from None
+
+
+def _filesystem(uri: str, scheme: str) -> Any:
     import fsspec
     from fsspec.config import conf
 
@@ -249,6 +261,27 @@ def read_if_match(fs: Any, path: str, etag: str, start: int, length: int | None)
 
     found: bytes = sync(fs.loop, get, **_time_limit(fs, _USUAL_BYTES if length is None else length))
     return found
+
+
+def list_page(
+    fs: Any, path: str, begins: str, after: str, token: str | None, most: int
+) -> tuple[list[tuple[str, dict[str, Any] | None]], str | None] | None:
+    """What lies directly below a directory, by one request: of at most so many names, sorted, what the store says (of
+    directories, "name/", None), and the token for those that follow. None where a store has no such request.
+
+    begins, after: of which names, and behind which one; token: of the page before.
+    """
+    if "s3" not in _protocols(fs) or fs.version_aware:
+        return None
+    bucket, _, key = path.rstrip("/").partition("/")
+    base = f"{key}/" if key else ""
+    where = {"ContinuationToken": token} if token else {"StartAfter": base + after} if after else {}
+    span = {"Prefix": base + begins, "Delimiter": "/", "MaxKeys": most, **where}
+    answer = fs.call_s3("list_objects_v2", Bucket=bucket, **span, **fs.req_kw)
+    found = {detail["Key"][len(base) :]: {**detail, "size": detail["Size"]} for detail in answer.get("Contents", [])}
+    found.pop("", None)  # the directory itself, as some clients mark it
+    found |= {directory["Prefix"][len(base) :]: None for directory in answer.get("CommonPrefixes", [])}
+    return sorted(found.items(), key=itemgetter(0)), answer.get("NextContinuationToken")
 
 
 def put_whole(fs: Any, path: str, data: bytes) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +21,7 @@ from pipeline.dataflow.workers import in_threads
 from pipeline.encode import reading as module
 from pipeline.encode.reading import KEPT, REUSED_S, Directories, _folder
 from pipeline.errors import InputError
-from pipeline.storage.root import Entries, Root
+from pipeline.storage.root import Entries, Page, Root
 from pipeline.store.plan import read_plan
 from tests.support.encode_here import encode_here
 from tests.support.images import make_codec, make_images
@@ -46,6 +49,74 @@ def test_it_lists_what_the_store_lists(paths: set[tuple[str, ...]]) -> None:
     root, kept = store(without_conflicts(paths)), store([])
     listed = list(root.list(entries=Directories(root, kept, "kept", partial(in_threads, 4))))
     assert listed == list(root.list())
+
+
+class Cutting:
+    """Makes a store answer for parts of directories as S3 does, from what it lists; counts how often it was asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, wide: int) -> None:
+        self.pages = 0
+        monkeypatch.setattr(module, "_WIDE", wide)
+        monkeypatch.setattr(Root, "page", self._page_of())
+
+    def _page_of(self) -> Callable[..., Page]:
+        def page(
+            root: Root, prefix: str, begins: str = "", *, after: str = "", token: str | None = None, most: int = 3
+        ) -> Page:
+            self.pages += 1
+            left = [
+                (name, None if name.endswith("/") else version_of(name))
+                for name, version_of in root.entries(prefix)
+                if name.startswith(begins) and name > after
+            ]
+            first = int(token or 0)
+            return left[first : first + most], str(first + most) if len(left) > first + most else None
+
+        return page
+
+
+@given(st.sets(st.lists(NAMES, min_size=1, max_size=3).map(tuple), min_size=1, max_size=60), st.integers(1, 9))
+@settings(max_examples=80, deadline=None)
+def test_wide_directories_are_cut_and_give_the_same(paths: set[tuple[str, ...]], wide: int) -> None:
+    root, kept = store(without_conflicts(paths)), store([])
+    expected = list(root.list())
+    with pytest.MonkeyPatch.context() as patch:
+        Cutting(patch, wide)
+        listing = Directories(root, kept, "kept", partial(in_threads, 4))
+        assert list(root.list(entries=listing)) == expected
+        assert listing._level_of == {}
+        # What is kept is enough.
+        patch.setattr(Root, "page", None)
+        assert list(root.list(entries=Directories(root, kept, "kept", ONE))) == expected
+
+
+def test_no_part_of_a_wide_directory_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers behind a long name: cut where they differ, and nobody lists the many again and again."""
+    keys = [f"all/photograph-{number:06d}.jpg" for number in range(0, 5000, 7)] + [
+        "all/photograph",
+        "all/other/a.jpg",
+    ]
+    root, kept = store(keys), store([])
+    cutting = Cutting(monkeypatch, 40)
+    assert [info.key for info in root.list(entries=Directories(root, kept, "kept", ONE))] == sorted(keys)
+    assert max(Counter(row for at in kept.list("kept") for row in parts_of(kept, at.key)).values()) < 70
+    assert cutting.pages < len(keys)  # pages of three: three times as many as without a cut
+
+
+def parts_of(kept: Root, key: str) -> list[tuple[str, int]]:
+    rows = pq.read_table(pa.BufferReader(kept.read_bytes(key)))
+    return [(key, at) for at in rows["directory"].to_pylist()]
+
+
+def test_a_store_that_does_not_pass_what_it_is_told_to_is_listed_in_one_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root, kept = store([f"{number:03d}.jpg" for number in range(30)]), store([])
+    expected = list(root.list())
+    Cutting(monkeypatch, 4)
+    page = Root.page
+    monkeypatch.setattr(Root, "page", lambda *arguments, after="", **more: page(*arguments, **more))
+    assert list(root.list(entries=Directories(root, kept, "kept", ONE))) == expected
 
 
 def test_many_directories_share_an_object(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,13 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import pytest
 
+from pipeline.dataflow.workers import in_threads
+from pipeline.encode import reading
 from pipeline.errors import InputError
 from pipeline.storage import root as storage
 from pipeline.storage import stores
@@ -53,6 +57,25 @@ def test_create_if_absent_has_one_winner_of_sixteen(root: Root) -> None:
             won = [n for n in pool.map(contend, range(16)) if n is not None]
         assert len(won) == 1
         assert root.read_bytes(key) == f"writer {won[0]}".encode()
+
+
+@pytest.mark.parametrize("deep", [True, False], ids=["below a prefix", "a whole bucket"])
+def test_wide_directories_are_cut_where_names_differ(
+    s3_environment: Radosgw, deep: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bucket = s3_environment.make_bucket()
+    source = Root(f"s3://{bucket}/deep/prefix" if deep else f"s3://{bucket}")
+    keys = [f"{number * 7919 % 4096:03x}.jpg" for number in range(700)] + ["a", "a-b", "a/b", "é.png", "éa/c", "ab/x"]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda key: source.put(key, key.encode()), [*keys, *(["a//x"] if deep else [])]))
+    expected, kept = list(source.list()), Root(str(tmp_path))
+    assert len(expected) == len(keys) + deep
+    monkeypatch.setattr(reading, "_WIDE", 30)
+    page = Root.page
+    monkeypatch.setattr(Root, "page", lambda *given, **more: page(*given, **({"most": 20} | more)))
+    listing = reading.Directories(source, kept, "kept", partial(in_threads, 4))
+    assert list(source.list(entries=listing)) == expected
+    assert len(list(kept.list("kept"))) > 3  # cut and cut again: "", "0", "00"
 
 
 def test_listings_are_sorted_and_longer_than_a_page(root: Root) -> None:
