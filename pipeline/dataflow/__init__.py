@@ -8,3 +8,9 @@ and its process is replaced (`device_faults`); a row on which processes die alon
 crash at any point leaves commits, which the next run counts, and nothing else. Work whose items need no rows to flow
 between processes (files to check, shards to write, captions to embed) goes to `workers` instead.
 """
+
+import os
+
+# Ray starts a cluster of its own, or joins one as another job, when anything is asked of it that is not connected: as
+# by a thread with an execution, whose job has failed and has disconnected. Read when Ray is imported.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")

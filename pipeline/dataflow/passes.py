@@ -292,26 +292,34 @@ class Passes:
             suspect += [w for w in work if w.unit in self.suspects]
             if usual:
                 self._collect(failures, until=self._has_room)
-                self._start(usual, state, alone=False)
+                self._start(usual, state, failures, alone=False)
         self._collect(failures)
         for first in range(0, len(suspect), self.units_per_execution):
-            self._start(suspect[first : first + self.units_per_execution], state, alone=True)
+            self._start(suspect[first : first + self.units_per_execution], state, failures, alone=True)
             self._collect(failures)
         return failures
 
-    def _start(self, work: list[Work], state: State, *, alone: bool) -> None:
+    def _start(self, work: list[Work], state: State, failures: list[Exception], *, alone: bool) -> None:
         """Begin an execution in a thread of its own, which asks a driver where there are several."""
         number = next(self._numbers)
-        execution = self.prepare(work, state, alone, number)
-        ray.get(self.monitor.expect.remote(number, dict(execution.actors), len(work)))
+        prepared: list[Execution] = []
+
+        def prepare() -> None:
+            execution = self.prepare(work, state, alone, number)
+            ray.get(self.monitor.expect.remote(number, dict(execution.actors), len(work)))
+            prepared.append(execution)
+
+        if (error := run_execution(prepare)) is not None:
+            self._failed(error, failures)
+            return
+        execute = prepared[0].run
         future: Future[Exception | None] = Future()
 
         def run() -> None:
             try:
-                if self.drivers == 1:
-                    future.set_result(run_execution(execution.run))
-                else:
-                    future.set_result(run_elsewhere(execution.run, self.drivers))
+                future.set_result(
+                    run_execution(execute) if self.drivers == 1 else run_elsewhere(execute, self.drivers)
+                )
             except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
                 future.set_exception(error)
 
@@ -338,10 +346,13 @@ class Passes:
                 number, error = self._running.pop(future), future.result()
                 self.monitor.ended.remote(number)
                 if error is not None:
-                    _log.warning("workers died, going on with what is left: %s", str(error).splitlines()[0])
-                    failures.append(error)
+                    self._failed(error, failures)
                 # By and by: whoever opens the dataset, this run after its pass too, reads few objects then.
                 self.generation.seal()
+
+    def _failed(self, error: Exception, failures: list[Exception]) -> None:
+        _log.warning("workers died, going on with what is left: %s", str(error).splitlines()[0])
+        failures.append(error)
 
     def _classify_failures(self, failures: list[Exception]) -> list[str]:
         """After a pass: units that workers died on run row by row from now on, rows they die on are quarantined.
