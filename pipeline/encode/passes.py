@@ -26,7 +26,7 @@ from pipeline.dataflow.resources import (
     no_gpus,
     node_offers,
 )
-from pipeline.encode.config import EncodeJobConfig
+from pipeline.encode.config import EncodeConfig, EncodeJobConfig
 from pipeline.encode.plan import for_workers, largest_bucket, planned_rows, rows_per_write
 from pipeline.encode.stages import (
     CALLS,
@@ -151,7 +151,7 @@ class _Encoding:
         # Alone with a row under suspicion: whoever dies then has died of it.
         calls = 1 if alone else CALLS_BESIDE_A_GPU if found.num_gpus else CALLS
         execution = EncodeExecution(
-            config=self.config,
+            encode=self.config.encode,
             units=len(work),
             source=UnitSource("ReadImages", work, reader.of, size_bytes),
             resources=found,
@@ -237,7 +237,7 @@ class _Encoding:
 class EncodeExecution:
     """The stages of the encode job over some units, by Ray Data; called in whichever process is to drive them."""
 
-    config: EncodeJobConfig
+    encode: EncodeConfig
     units: int
     source: UnitSource
     resources: EncodeResources
@@ -250,7 +250,7 @@ class EncodeExecution:
     def __call__(self) -> None:
         import ray.data
 
-        config, resources, encode = self.config, self.resources, self.config.encode
+        encode, encoder, resources = self.encode, self.encoder, self.resources
         repeats = {"max_retries": _PROCESS_RETRIES}
         dataset = ray.data.read_datasource(
             self.source, num_cpus=encode.read_cpus, override_num_blocks=self.units, ray_remote_args=repeats
@@ -258,19 +258,18 @@ class EncodeExecution:
         if encode.decode == "tasks":
             threads = max(1, int(encode.decode_cpus))
             dataset = dataset.map_batches(
-                DecodeImages(config.image, config.source.uri, threads, self.monitor, _examples(config)),
+                DecodeImages(encoder.image, encoder.source_uri, threads, self.monitor, encoder.examples),
                 batch_size=self.batch_rows,
                 batch_format="pyarrow",
                 num_cpus=encode.decode_cpus,
                 **repeats,
             )
-        calls = self.encoder.calls
         dataset = map_on_actors(
             dataset,
             EncodeBlocks,
-            (self.encoder, self.monitor),
+            (encoder, self.monitor),
             num_cpus=resources.num_cpus,
-            **actor_pool(self.pool, _TASK_RETRIES, self.batch_rows, calls, num_gpus=resources.num_gpus),
+            **actor_pool(self.pool, _TASK_RETRIES, self.batch_rows, encoder.calls, num_gpus=resources.num_gpus),
         )
         writers = -(-encode.writers // encode.drivers)
         writing = {"num_cpus": encode.write_cpus, **repeats}
@@ -421,6 +420,14 @@ def _resources(config: EncodeJobConfig) -> EncodeResources:
     ]
     if encode.decode == "tasks":
         kinds.append(Kind("a decode task (encode.decode_cpus)", encode.decode_cpus))
+    if encode.drivers > actors:
+        raise ConfigError(
+            f"{encode.drivers} drivers share {actors} encoder actors",
+            key="encode.drivers",
+            value=encode.drivers,
+            rule="each driver has encoders of its own",
+            next_step=f"set encode.drivers to {actors} or less; one is enough for 100,000 images a second",
+        )
     if config.cluster.device == "cuda" and not gpus:
         raise no_gpus(config.cluster)
     check_nodes(kinds, node_offers(), "encode")

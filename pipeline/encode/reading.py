@@ -320,7 +320,7 @@ class Directories:
                 assert part == (prefix, name), (part, prefix, name)
                 yield from self._below(prefix, below, level + 1)
                 continue
-            if size is None:
+            if size is None and name != "/":
                 self._level_of[f"{prefix}/{name}".lstrip("/")[:-1]] = level + 1
             yield name, partial(ObjectInfo, size_bytes=size, etag=etag, mtime_ns=mtime_ns)
 

@@ -143,6 +143,7 @@ def test_gpus_that_do_not_compute_are_told_before_anything_is_written(world: Wor
         ({"encode.num_gpus": 0.6, "encode.actors": 3, "encode.num_cpus": 0.1}, "no room for an encoder actor"),
         ({"encode.num_gpus": 1.5}, "a part of one GPU, at most 1, or whole ones"),
         ({"encode.num_gpus": 4}, "No node has room for an encoder actor"),
+        ({"encode.drivers": 3}, "3 drivers share 2 encoder actors"),
     ],
 )
 def test_gpus_that_do_not_suffice_are_refused(world: World, changes: dict[str, Any], message: str) -> None:

@@ -75,6 +75,7 @@ def test_wide_directories_are_cut_where_names_differ(
     monkeypatch.setattr(Root, "page", lambda *given, **more: page(*given, **({"most": 20} | more)))
     listing = reading.Directories(source, kept, "kept", partial(in_threads, 4))
     assert list(source.list(entries=listing)) == expected
+    assert listing._level_of == {}
     assert len(list(kept.list("kept"))) > 3  # cut and cut again: "", "0", "00"
 
 
