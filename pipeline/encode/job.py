@@ -135,11 +135,11 @@ def _check(config: EncodeJobConfig) -> tuple[Root, CodecInfo]:
         rehearsal = _is_rehearsal(config, recorded.fingerprint)
         with argument_keys({"root": "output.uri"}):
             check_same(root, recorded, _identity(adopted(config, recorded.fingerprint), info, rehearsal=rehearsal))
-        _check_same_reading(config, root)
+        check_same_reading(config, root)
     return root, info
 
 
-def _check_same_reading(config: EncodeJobConfig, root: Root) -> None:
+def check_same_reading(config: EncodeJobConfig, root: Root) -> None:
     """ConflictError where a dataset would hold rows that were read in two ways; names every setting that differs.
 
     Classes may be added behind those there are. A filter or status may change for the rows that are tried again.

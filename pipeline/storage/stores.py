@@ -182,30 +182,26 @@ def make_filesystem(uri: str, scheme: str) -> Any:
     What is set by FSSPEC_S3 or fsspec's configuration files goes before these defaults. InputError when there is no
     backend for the scheme.
     """
+    import fsspec
+    from fsspec.config import conf
+
     try:
-        return _filesystem(uri, scheme)
+        if scheme in WEB:
+            from pipeline.storage.web import client  # aiohttp is slow to import, and few need it
+
+            return fsspec.core.url_to_fs(uri, get_client=client)[0]
+        if scheme not in S3:
+            return fsspec.core.url_to_fs(uri)[0]
+        settings = {"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": READ_TIMEOUT_S}
+        given = dict(conf.get("s3", {}).get("config_kwargs", {}))
+        config = {**settings, "retries": {"total_max_attempts": 1, "mode": "standard"}, **given}
+        fs = fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=config)
     except (ImportError, ValueError) as error:
         raise InputError(
             f"The store {without_user(uri)} cannot be used: {without_user(str(error))}",
             rule="the scheme needs an installed fsspec backend",
             next_step="pip install 'latentloom[s3]' ([gcs], [azure], another backend), or correct the scheme",
         ) from None
-
-
-def _filesystem(uri: str, scheme: str) -> Any:
-    import fsspec
-    from fsspec.config import conf
-
-    if scheme in WEB:
-        from pipeline.storage.web import client  # aiohttp is slow to import, and few need it
-
-        return fsspec.core.url_to_fs(uri, get_client=client)[0]
-    if scheme not in S3:
-        return fsspec.core.url_to_fs(uri)[0]
-    settings = {"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": READ_TIMEOUT_S}
-    given = dict(conf.get("s3", {}).get("config_kwargs", {}))
-    config = {**settings, "retries": {"total_max_attempts": 1, "mode": "standard"}, **given}
-    fs = fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=config)
     fs.retries = 1
     return fs
 
