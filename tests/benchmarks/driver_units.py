@@ -8,10 +8,10 @@ tasks do is nothing: a unit is read as blocks of rows without images, encoders p
 codec that takes no time would. Counted are CPU seconds of the driver's process, and beside them those of Ray's
 own processes of the head (GCS and raylet), by the difference of two numbers of units, so that starting falls out.
 
-Then how executions follow one another, through the job's own `Passes`: four of forty units, by eight encoders that
-take a second to start and then sleep over each block as long as its hash says, 0.1 to 0.5 s. One after the other;
-each from the tail of the one before; two at a time, by two drivers. The limit is the sleep of all blocks over all
-encoders.
+Then how executions follow one another, through the job's own `Passes`: four of twenty-four units, by four encoders
+that take a second to start and then sleep over each block as long as its hash says, 0.4 to 2 s; each reserves one of
+four GPUs that Ray is told there are. One after the other; each from the tail of the one before; two at a time, by two
+drivers. The limit is the sleep of all blocks over all encoders.
 """
 
 from __future__ import annotations
@@ -87,13 +87,13 @@ def execute(units: int, rows: int, block_rows: int, actors: int) -> dict[str, fl
     }
 
 
-UNITS, EXECUTIONS, ENCODERS, START_S = 160, 4, 8, 1.0
-UNIT_ROWS, BLOCK_ROWS = 2048, 1024
+UNITS, EXECUTIONS, ENCODERS, START_S = 96, 4, 4, 1.0
+UNIT_ROWS = 2048
 
 
-def sleep_s(unit: int, row: int) -> float:
-    """How long the block that begins there takes: 0.1 to 0.5 s."""
-    return 0.1 + 0.4 * (zlib.crc32(f"{unit}/{row}".encode()) / 0xFFFFFFFF)
+def sleep_s(unit: int) -> float:
+    """How long a unit, which is one block, takes: 0.4 to 2 s."""
+    return 0.4 + 1.6 * (zlib.crc32(str(unit).encode()) / 0xFFFFFFFF)
 
 
 class Sleeper:
@@ -105,7 +105,8 @@ class Sleeper:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         with self._reports.busy(block):
-            time.sleep(sleep_s(block["unit"][0].as_py(), block["row"][0].as_py()))
+            assert len(block) == UNIT_ROWS
+            time.sleep(sleep_s(block["unit"][0].as_py()))
         return block
 
 
@@ -121,9 +122,9 @@ class Sleeping:
     def __call__(self) -> None:
         import ray.data
 
-        source = UnitSource("ReadImages", self.work, Reader(UNIT_ROWS, BLOCK_ROWS).of, 0)
+        source = UnitSource("ReadImages", self.work, Reader(UNIT_ROWS, UNIT_ROWS).of, 0)
         dataset = ray.data.read_datasource(source, num_cpus=0.25, override_num_blocks=len(self.work))
-        pool = actor_pool(self.actors, 2, None, 1, num_gpus=0.0)
+        pool = actor_pool(self.actors, 2, None, 1, num_gpus=1.0)
         dataset = map_on_actors(dataset, Sleeper, (self.monitor, self.number), num_cpus=0.25, **pool)
         sink = LedgerSink("CommitLatents", drop, ROWS_A_WRITE)
         dataset.write_datasink(sink, ray_remote_args={"num_cpus": 0.25}, concurrency=4)
@@ -183,7 +184,14 @@ def main() -> None:
     arguments = parser.parse_args()
     import ray
 
-    ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init(
+        address="local",
+        num_cpus=4,
+        num_gpus=ENCODERS,
+        include_dashboard=False,
+        logging_level="ERROR",
+        log_to_driver=False,
+    )
     configure_ray_data()
     execute(20, 256, 256, arguments.actors)  # workers start
     found = []
@@ -205,8 +213,7 @@ def main() -> None:
         "each from the tail of the one before": (Passes, 1),
         "two at a time": (Passes, 2),
     }
-    blocks = [(unit, row) for unit in range(UNITS) for row in range(0, UNIT_ROWS, BLOCK_ROWS)]
-    limit_s = sum(sleep_s(*block) for block in blocks) / ENCODERS
+    limit_s = sum(map(sleep_s, range(UNITS))) / ENCODERS
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(arguments.rounds):
         for name, (kind, drivers) in kinds.items():
