@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage.stored import place_of
+from pipeline.storage.root import place_of
 
 
 @pytest.mark.parametrize(

@@ -263,6 +263,7 @@ def _forget(root: Root) -> None:
 
 def _folder(root: Root, source: Root, plan_number: int, now_s: float) -> str:
     """Where this listing is kept: where an earlier run for the same plan and source has begun, not too long ago."""
+    # "parts": what earlier releases kept has none, and another form.
     name = hashlib.blake2b(canonical_json([source.uri, plan_number, "parts"]), digest_size=16).hexdigest()
     begun = [int(key.rpartition("-")[2]) for key in root.list_dirs(KEPT) if key.startswith(f"{name}-")]
     began_s = max((s for s in begun if now_s - s < REUSED_S), default=None)

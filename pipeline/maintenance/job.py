@@ -26,8 +26,8 @@ from pipeline.result import JobResult
 from pipeline.runs import Run, open_run
 from pipeline.source.reading.rows import sample_id
 from pipeline.storage.errors import describe, storage_errors
-from pipeline.storage.root import Root
-from pipeline.storage.stored import OPEN, Count, place_of, read_stored
+from pipeline.storage.root import Root, place_of
+from pipeline.storage.stored import OPEN, Count, read_stored
 from pipeline.store.ledger.generation import (
     GC,
     UPKEEP,

@@ -33,8 +33,7 @@ from pipeline.sample.requests import (
 from pipeline.source.reading.parquet import Cells, table_cells
 from pipeline.source.reading.parquet_file import TableError
 from pipeline.storage.errors import describe, storage_errors
-from pipeline.storage.root import Root
-from pipeline.storage.stored import place_of
+from pipeline.storage.root import Root, place_of
 from pipeline.store.ledger.identity import Identity
 from pipeline.store.ledger.layout import canonical_json
 from pipeline.text.config import TextEncoderConfig

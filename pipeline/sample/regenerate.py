@@ -31,7 +31,8 @@ from pipeline.sample.prepare import text_of
 from pipeline.sample.provenance import FORMAT, TOLERANCE_LEVELS, Draw, check_origin, origin_of, request_of
 from pipeline.sample.requests import untrained
 from pipeline.storage.errors import describe, storage_errors
-from pipeline.storage.stored import OPEN, parse, place_of
+from pipeline.storage.root import place_of
+from pipeline.storage.stored import OPEN, parse
 from pipeline.storage.trust import follow
 
 if TYPE_CHECKING:

@@ -51,6 +51,7 @@ from pipeline.storage.stores import (
     refuse_or_warn,
     scanned,
     single_writer,
+    size_and_version,
     written_beside,
 )
 
@@ -484,12 +485,12 @@ def _local_info(path: str, key: str) -> ObjectInfo:
 
 
 def _object_info(detail: dict[str, Any], key: str) -> ObjectInfo:
-    etag = detail.get("ETag") or detail.get("etag") or detail.get("md5Hash") or detail.get("blob_id")
-    modified: Any = detail.get("LastModified") or detail.get("mtime") or detail.get("created")
-    stamp = modified.timestamp() if hasattr(modified, "timestamp") else modified
-    return ObjectInfo(
-        key,
-        int(detail.get("size") or 0),
-        str(etag).strip('"') if etag else None,
-        int(float(stamp) * 1e9) if stamp is not None else None,
-    )
+    return ObjectInfo(key, *size_and_version(detail))
+
+
+def place_of(uri: str) -> tuple[Root, str]:
+    """(the root an object lies in, its key there); a bare name lies in the working directory, "/name" in "/"."""
+    folder, slash, name = uri.rpartition("/")
+    if folder.endswith((":/", "://")):
+        folder += "/"  # "memory://name", "file:///name": these slashes belong to the scheme and the root
+    return Root(folder or slash or "."), name

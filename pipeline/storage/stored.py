@@ -47,11 +47,3 @@ def problems(error: ValidationError) -> str:
     found = [f"{'.'.join(map(str, e['loc'])) or 'the document'}: {e['msg']}" for e in error.errors(include_url=False)]
     more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return "; ".join(text[:200] for text in found[:_SHOWN]) + more
-
-
-def place_of(uri: str) -> tuple[Root, str]:
-    """(the root an object lies in, its key there); a bare name lies in the working directory, "/name" in "/"."""
-    folder, slash, name = uri.rpartition("/")
-    if folder.endswith((":/", "://")):
-        folder += "/"  # "memory://name", "file:///name": these slashes belong to the scheme and the root
-    return Root(folder or slash or "."), name

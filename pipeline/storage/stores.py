@@ -280,6 +280,15 @@ def list_page(
     return sorted(found.items(), key=itemgetter(0)), answer.get("NextContinuationToken")
 
 
+def size_and_version(detail: dict[str, Any]) -> tuple[int, str | None, int | None]:
+    """Of what a store says of an object: its bytes, its etag, and when it changed, in nanoseconds."""
+    etag = detail.get("ETag") or detail.get("etag") or detail.get("md5Hash") or detail.get("blob_id")
+    modified: Any = detail.get("LastModified") or detail.get("mtime") or detail.get("created")
+    stamp = modified.timestamp() if hasattr(modified, "timestamp") else modified
+    mtime_ns = int(float(stamp) * 1e9) if stamp is not None else None
+    return int(detail.get("size") or 0), str(etag).strip('"') if etag else None, mtime_ns
+
+
 def put_whole(fs: Any, path: str, data: bytes) -> None:
     """Write an object, replacing any other; never in parts where one request can carry it."""
     if "s3" in _protocols(fs) and len(data) <= LARGEST_PUT_BYTES:

@@ -8,6 +8,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +34,7 @@ from pipeline.store.maintain import in_turn
 from pipeline.store.maintain.verify import verify
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.stream import data as stream
-from tests.support.jobs import run, start
+from tests.support.jobs import REPOSITORY, run, start
 from tests.support.kills import victims
 from tests.support.maintain import compact, deduplicate
 from tests.support.ray_nodes import RayNodes, ray_nodes
@@ -423,6 +425,16 @@ def test_hashes_compared_by_several_workers_of_which_one_is_killed(
         first, second = ({i.key: root.read_bytes(i.key) for i in root.list(place)} for root in roots)
         assert first == second
         assert first
+
+
+def test_ray_is_not_started_by_whoever_asks_it_for_something() -> None:
+    """As a thread with an execution does, once its job has disconnected."""
+    program = "import pipeline.dataflow.passes, ray\nray.put(1)"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-c", program]
+    asked = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert asked.returncode == 1
+    assert "Ray has not been started yet" in asked.stderr
 
 
 def test_an_execution_elsewhere_ends_as_it_would_here(named: RayNodes, tmp_path: Path) -> None:

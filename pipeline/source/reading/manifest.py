@@ -45,8 +45,7 @@ from pipeline.source.reading.rows import (
 )
 from pipeline.source.reading.text_file import FILTERED
 from pipeline.storage.errors import describe, storage_errors
-from pipeline.storage.root import CONTENT, ObjectInfo, Root
-from pipeline.storage.stored import place_of
+from pipeline.storage.root import CONTENT, ObjectInfo, Root, place_of
 
 _log = logging.getLogger(__name__)
 # What a column is called, letters and digits alone: by this project, by S3 Inventory in Parquet and in CSV.
