@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sys
 import threading
 import warnings
 from collections import Counter
@@ -135,11 +136,30 @@ class UnitSource(Datasource):  # type: ignore[misc]
         size = self._size_bytes // max(len(self._work), 1)
         return [
             ReadTask(
-                self._reader_of(work),
+                _ending_quietly(self._reader_of(work)),
                 BlockMetadata(num_rows=None, size_bytes=size, exec_stats=None, input_files=None),
             )
             for work in self._work
         ]
+
+
+def _ending_quietly(read: Callable[[], Iterable[pa.Table]]) -> Callable[[], Iterable[pa.Table]]:
+    def run() -> Iterable[pa.Table]:
+        end_quietly()
+        return read()
+
+    return run
+
+
+def end_quietly() -> None:
+    """In a task: what Ray raises in it when an execution ends early is not printed, wherever it lands.
+
+    Ray raises KeyboardInterrupt between any two instructions. Within a callback of Python's own, of a weak reference
+    say, it cannot go on upwards, and Python would print a traceback into the words of a job that told its error.
+    """
+    sys.unraisablehook = lambda raised: (
+        None if raised.exc_type is KeyboardInterrupt else sys.__unraisablehook__(raised)
+    )
 
 
 class LedgerSink(Datasink[int]):  # type: ignore[misc]
@@ -159,6 +179,7 @@ class LedgerSink(Datasink[int]):  # type: ignore[misc]
 
     def write(self, blocks: Iterable[Any], ctx: Any) -> int:
         """Commit all rows of this task at once."""
+        end_quietly()
         tables = [b if isinstance(b, pa.Table) else pa.Table.from_pandas(b) for b in blocks]
         tables = [t for t in tables if t.num_rows]
         if not tables:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 from collections import Counter, defaultdict
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from ray.exceptions import ActorDiedError
 
@@ -283,3 +285,32 @@ def test_a_compiler_that_fails_is_a_wrong_configuration(tmp_path: Path, local_ra
 
     with pytest.raises(ConfigError, match="failed in a compiler"):
         run(root, execute, crash_limit=20)
+
+
+@pytest.mark.parametrize("task", ["read", "write"])
+def test_an_end_that_lands_in_a_callback_is_not_printed(
+    task: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Ends:
+        def __init__(self, error: BaseException) -> None:
+            self.error = error
+
+        def __del__(self) -> None:
+            raise self.error
+
+    def ended(*_: Any) -> list[pa.Table]:
+        Ends(KeyboardInterrupt())
+        Ends(ValueError("told"))
+        return []
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    if task == "read":
+        work = [Work(0, ((0, None),))]
+        [read] = module.UnitSource("units", work, lambda _: ended, 1).get_read_tasks(1)
+        assert list(read()) == []
+    else:
+        table = pa.table({"row": [1]})
+        assert module.LedgerSink("rows", ended, 1).write([table], None) == 1  # type: ignore[arg-type]
+    errors = capfd.readouterr().err
+    assert "KeyboardInterrupt" not in errors
+    assert "ValueError: told" in errors
