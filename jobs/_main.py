@@ -27,7 +27,7 @@ from types import FrameType
 from typing import Any, BinaryIO, NoReturn, TextIO
 
 from pipeline.config import StrictModel, check_installed, dump_yaml, help_text, load_config
-from pipeline.dataflow.device_faults import device_fault, stopped_by
+from pipeline.dataflow.device_faults import device_fault, ended_with_ray, stopped_by
 from pipeline.errors import ConfigError, PipelineError, StoppedError, visible
 from pipeline.progress import as_json
 from pipeline.result import JobResult
@@ -289,6 +289,7 @@ def _run(job: Job, arguments: argparse.Namespace) -> Ending:
         known = job_error(error)  # what has a meaning of its own keeps it, whatever it came from
         if known is None and (fault := device_fault(error)) is not None:
             known = stopped_by(fault, f"The {job.name} job")
+        known = known or ended_with_ray(error)
         if known is not None:
             _say(job.name, known)
             return known.exit_code, _failure(job.name, known.exit_code, known)

@@ -54,6 +54,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         "pip",
         "install",
         "--quiet",
+        "--no-compile",
         "--constraint",
         REPOSITORY / "constraints.txt",
     ]

@@ -1,8 +1,8 @@
 """Faults of a device and of the software that drives it: how they are known, and what a process does that meets one.
 
 Such a fault says nothing about the data. Rows that were being worked on stay open; an actor ends, as a crash would
-end it, and Ray starts another in its place with a context of its own; a plain process stops with its work kept.
-Torch is imported where an error has to be judged: who reads and writes does without it.
+end it, and Ray starts another in its place with a context of its own; a plain process stops with its work kept; so
+does a job whose Ray ends. Torch is imported where an error has to be judged: who reads and writes does without it.
 """
 
 from __future__ import annotations
@@ -95,6 +95,28 @@ def stopped_by(fault: str, doing: str) -> PipelineError:
         rule="a fault of a device or its software is no fault of the data: nothing was rejected, what was committed "
         "is kept",
         next_step="see to the device (nvidia-smi, dmesg, its driver), then run the same command again",
+    )
+
+
+def ended_with_ray(error: BaseException) -> StoppedError | None:
+    """What a job says that met the end of Ray's processes, its own or the cluster's; None for any other error.
+
+    Actors whose code raised as they started have not ended so.
+    """
+    ray = sys.modules.get("ray")
+    if ray is None:
+        return None
+    of = ray.exceptions
+    ends = (of.RayActorError, of.LocalRayletDiedError, of.NodeDiedError, of.WorkerCrashedError, of.OutOfMemoryError)
+    if not isinstance(error, (*ends, of.OwnerDiedError, of.RpcError, of.GetTimeoutError)):
+        return None
+    if getattr(error, "actor_init_failed", False):
+        return None
+    return StoppedError(
+        f"Ray, or a process that it keeps for this job, is gone: {' '.join(str(error).split())[:300]}",
+        rule="what was committed is kept",
+        next_step="see that the cluster is up and its machines have memory and disk space left (Ray's logs tell "
+        "more), then run the same command again",
     )
 
 

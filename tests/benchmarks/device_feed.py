@@ -106,14 +106,24 @@ def feed(
     callers = [threading.Thread(target=call, args=[number], name=f"call {number}") for number in numbers]
     for caller in callers:
         caller.start()
-    while monitor.state.totals()[0].get("rows", 0) < 2 * batch:
-        time.sleep(0.05)
+
+    def batch_done(rows: float) -> tuple[dict[str, float], float, float]:
+        """Totals, CPU seconds and time as soon as a batch is done, and so many rows are at least.
+
+        A batch of large sources takes a second: a window that ends anywhere would miss the last one nearly whole.
+        """
+        known = totals = monitor.state.totals()[0]
+        while totals.get("rows", 0) < rows or totals.get("device_s", 0.0) == known.get("device_s", 0.0):
+            time.sleep(0.005)
+            totals = monitor.state.totals()[0]
+        return totals, time.process_time(), time.perf_counter()
+
+    batch_done(2 * batch)
     on_ready()
-    before, cpu, began = monitor.state.totals()[0], time.process_time(), time.perf_counter()
+    before, cpu, began = batch_done(0)
     time.sleep(seconds)
-    while monitor.state.totals()[0].get("rows", 0) < before["rows"] + 2 * batch:  # few large sources: a longer look
-        time.sleep(0.05)
-    after, cpu, wall = monitor.state.totals()[0], time.process_time() - cpu, time.perf_counter() - began
+    after, cpu_after, ended = batch_done(before["rows"] + 2 * batch)  # few large sources: a longer look
+    cpu, wall = cpu_after - cpu, ended - began
     stop.set()
     images = after["rows"] - before["rows"]
     for caller in callers:
