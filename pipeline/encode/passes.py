@@ -29,8 +29,6 @@ from pipeline.dataflow.resources import (
 from pipeline.encode.config import EncodeConfig, EncodeJobConfig
 from pipeline.encode.plan import for_workers, largest_bucket, planned_rows, rows_per_write
 from pipeline.encode.stages import (
-    CALLS,
-    CALLS_BESIDE_A_GPU,
     ENCODER,
     EXAMPLES,
     CommitRows,
@@ -39,6 +37,7 @@ from pipeline.encode.stages import (
     EncoderSpec,
     UnitReader,
     blocks_at_most,
+    calls_of,
     try_encoder,
 )
 from pipeline.errors import ConfigError
@@ -148,15 +147,16 @@ class _Encoding:
             monitor=self.monitor,
             withdrawn=Withdrawals.keys(self.root),
         )
-        # Alone with a row under suspicion: whoever dies then has died of it.
-        calls = 1 if alone else CALLS_BESIDE_A_GPU if found.num_gpus else CALLS
+        rows = planned_rows(state)
+        calls = calls_of(found.num_gpus, self.config.encode.batch_size, size_bytes / rows if rows else 0.0)
         execution = EncodeExecution(
             encode=self.config.encode,
             units=len(work),
             source=UnitSource("ReadImages", work, reader.of, size_bytes),
             resources=found,
             pool=pool,
-            encoder=_spec(self.config, found, calls, number),
+            # Alone with a row under suspicion: whoever dies then has died of it.
+            encoder=_spec(self.config, found, 1 if alone else calls, number),
             sink=LedgerSink(
                 "CommitLatents", CommitRows(self.committer, self.monitor), rows_per_write(self.config, self.info)
             ),

@@ -157,8 +157,20 @@ def blocks_at_most(work: Sequence[Work], size_bytes: int) -> float:
 
 
 # Blocks an actor has at a time: one whose images it takes, and others whose last batches wait for company. Beside a
-# GPU, whose queue holds three batches of up to hundreds of images, as many images must be on their way.
-CALLS, CALLS_BESIDE_A_GPU = 3, 16
+# GPU, whose queue holds three batches of up to hundreds of images, as many images must be on their way, and a block
+# holds few large ones.
+_CALLS, _CALLS_BESIDE_A_GPU, _BATCHES_ON_THEIR_WAY = 3, (16, 64), 4
+
+
+def calls_of(num_gpus: float, batch_size: int, image_bytes: float) -> int:
+    """How many blocks an actor has at a time, of images of so many compressed bytes each, 0 where that is unknown."""
+    if not num_gpus:
+        return _CALLS
+    block_rows = min(BLOCK_ROWS, max(1.0, BLOCK_BYTES / max(1.0, image_bytes)))
+    least, most = _CALLS_BESIDE_A_GPU
+    return min(most, max(least, math.ceil(_BATCHES_ON_THEIR_WAY * batch_size / block_rows)))
+
+
 ENCODER = "encoder"  # the stage, as the monitor knows it
 
 

@@ -23,6 +23,7 @@ Sources are mosaics of photographs at their own scale. Nothing is read and nothi
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -32,7 +33,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from pipeline.codec.config import CodecConfig
 from pipeline.dataflow import monitor as reporting
 from pipeline.encode.plan import PEAK_TFLOPS
 from pipeline.encode.rows import raw_table
-from pipeline.encode.stages import BLOCK_BYTES, CALLS_BESIDE_A_GPU, EncodeBlocks, EncoderSpec
+from pipeline.encode.stages import BLOCK_BYTES, EncodeBlocks, EncoderSpec, calls_of
 from pipeline.source.config import ImageConfig
 from pipeline.source.reading.rows import SourceRow
 from tests.benchmarks import report
@@ -81,6 +82,8 @@ def feed(
     """Feed a codec's device with one JPEG again and again, for so long once all is warm."""
     reporting._SEND_S = 0.0  # figures of a few seconds: each batch is told when it is done
     monitor = LocalMonitor()
+    data, stop = jpeg.read_bytes(), threading.Event()
+    calls = calls_of(1.0, batch, len(data))
     spec = EncoderSpec(
         codec=codec,
         image=ImageConfig(resolution=side, multiple_of=8, max_upscale=1e6),
@@ -92,18 +95,16 @@ def feed(
         device=device,
         largest=(side, side),
         decoded=False,
-        calls=CALLS_BESIDE_A_GPU,
+        calls=calls,
     )
     actor = EncodeBlocks(spec, monitor)
-    data, stop = jpeg.read_bytes(), threading.Event()
     rows = range(min(1024, max(1, BLOCK_BYTES // len(data))))  # as a read task cuts them
 
     def call(number: int) -> None:
-        for unit in _numbers(number, stop):
+        for unit in itertools.takewhile(lambda _: not stop.is_set(), itertools.count(number, calls)):
             actor(raw_table(unit, [SourceRow(row, f"{unit}-{row}", data, source="s") for row in rows]))
 
-    numbers = range(CALLS_BESIDE_A_GPU)
-    callers = [threading.Thread(target=call, args=[number], name=f"call {number}") for number in numbers]
+    callers = [threading.Thread(target=call, args=[number], name=f"call {number}") for number in range(calls)]
     for caller in callers:
         caller.start()
 
@@ -111,6 +112,7 @@ def feed(
         """Totals, CPU seconds and time as soon as a batch is done, and so many rows are at least.
 
         A batch of large sources takes a second: a window that ends anywhere would miss the last one nearly whole.
+        That one is done is known when it is fetched, which may be somewhat later.
         """
         known = totals = monitor.state.totals()[0]
         while totals.get("rows", 0) < rows or totals.get("device_s", 0.0) == known.get("device_s", 0.0):
@@ -122,7 +124,7 @@ def feed(
     on_ready()
     before, cpu, began = batch_done(0)
     time.sleep(seconds)
-    after, cpu_after, ended = batch_done(before["rows"] + 2 * batch)  # few large sources: a longer look
+    after, cpu_after, ended = batch_done(before["rows"] + 8 * batch)  # few large sources: a longer look
     cpu, wall = cpu_after - cpu, ended - began
     stop.set()
     images = after["rows"] - before["rows"]
@@ -133,13 +135,6 @@ def feed(
         "cpu_ms": 1e3 * cpu / images,
         "busy": (after["device_s"] - before["device_s"]) / wall,
     }
-
-
-def _numbers(first: int, stop: threading.Event) -> Iterator[int]:
-    unit = first
-    while not stop.is_set():
-        yield unit
-        unit += CALLS_BESIDE_A_GPU
 
 
 # -- All cases -------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from PIL import Image
 from pipeline.codec.codec import load_codec
 from pipeline.codec.config import CodecConfig
 from pipeline.encode.rows import Rejected, pixels_table, raw_table
-from pipeline.encode.stages import BLOCK_BYTES, DecodeImages, EncodeBlocks, EncoderSpec, blocks_at_most
+from pipeline.encode.stages import BLOCK_BYTES, DecodeImages, EncodeBlocks, EncoderSpec, blocks_at_most, calls_of
 from pipeline.errors import InputError, PipelineError
 from pipeline.source.config import ImageConfig
 from pipeline.source.pixels.prepare import thumbnail_of
@@ -285,3 +285,13 @@ def test_no_more_blocks_come_than_are_reckoned_with() -> None:
     assert int(blocks_at_most([Work(0, ((0, 20),))], 1 << 20)) == 1
     assert int(blocks_at_most([Work(0, ((0, 20), (30, 2078))), Work(4, ((0, 64),))], BLOCK_BYTES)) == 2 + 2 + 1
     assert blocks_at_most([Work(0, ((0, None),))], 0) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("gpus", "batch", "image_bytes", "calls"),
+    [(0.0, 128, 6e6, 3), (0.5, 16, 0.0, 16), (1.0, 128, 1e5, 16), (1.0, 128, 1.6e6, 25), (1.0, 128, 6e6, 64)],
+)
+def test_as_many_blocks_are_on_their_way_as_four_batches_take(
+    gpus: float, batch: int, image_bytes: float, calls: int
+) -> None:
+    assert calls_of(gpus, batch, image_bytes) == calls
