@@ -232,17 +232,21 @@ _NUMBERS = 7  # of a row group
 class Records(Sequence[tuple[str, CommitRecord]]):
     """Commit records as columns, ordered by name: by generation, then by content; an item is made when asked for.
 
-    `table` has the schema RECORDS. ValueError for one whose columns do not fit together.
+    `table` has the schema RECORDS. ValueError for one whose columns do not fit together; `checked`: it is made of
+    such as do.
     """
 
-    def __init__(self, table: pa.Table) -> None:
-        self.table = table.select(RECORDS.names).cast(RECORDS).combine_chunks()
-        self._check()
+    def __init__(self, table: pa.Table, *, checked: bool = False) -> None:
+        self.table = (table if checked else table.select(RECORDS.names).cast(RECORDS)).combine_chunks()
+        if not checked:
+            self._check()
 
     @staticmethod
     def of(named: Iterable[tuple[str, CommitRecord]]) -> Records:
         """From one object each, in any order; of one name the last."""
         lines = sorted(dict(named).items())
+        if not lines:
+            return Records(RECORDS.empty_table(), checked=True)
         columns: dict[str, list[Any]] = {name: [] for name in RECORDS.names}
         for name, record in lines:
             for key, value in _line(record).items():
@@ -264,11 +268,11 @@ class Records(Sequence[tuple[str, CommitRecord]]):
             sorted_names = names.take(order)
             first = pc.not_equal(sorted_names[:-1], sorted_names[1:]).to_numpy(zero_copy_only=False)
             table = table.take(order.filter(pa.array(np.concatenate([[True], first]))))
-        return Records(table)
+        return Records(table, checked=True)
 
     def take(self, chosen: npt.NDArray[np.bool_]) -> Records:
         """Those that are chosen."""
-        return self if chosen.all() else Records(self.table.filter(pa.array(chosen)))
+        return self if chosen.all() else Records(self.table.filter(pa.array(chosen)), checked=True)
 
     @cached_property
     def generation(self) -> Int64s:
