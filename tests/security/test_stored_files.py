@@ -63,16 +63,19 @@ from tests.train.helpers import new_run
 Read = Callable[[], Any]
 
 
-def _tells(error: InputError, path: Path, others: tuple[str, ...]) -> bool:
-    """Whether an error names the file, one beside it that disagrees, or the record in it; or misses all rows."""
-    names = {path.name, *(other.name for other in path.parents[1].rglob("*.*"))}
-    names |= {"The commit record", "has no visible row", *others}
+def _tells(error: InputError, names: set[str]) -> bool:
     return error.rule is not None and error.next_step is not None and any(name in str(error) for name in names)
 
 
-def wrongly_ended(path: Path, read: Read, names: tuple[str, ...] = ()) -> list[str]:
-    """The mutations of a file whose reading ended as a bug would, or in an error that does not name the file."""
+def wrongly_ended(path: Path, read: Read, names: tuple[str, ...] = (), place: Path | None = None) -> list[str]:
+    """The mutations of a file whose reading ended as a bug would, or in an error that does not name the file.
+
+    Nor one beside it that disagrees (in `place`, the file's folder by default), or the record in it; nor misses all
+    rows.
+    """
     data, wrong = path.read_bytes(), []
+    beside = {other.name for other in (place or path.parent).rglob("*.*")}
+    telling = {path.name, "The commit record", "has no visible row", *beside, *names}
     try:
         for what, changed in mutations(path, data):
             path.unlink() if changed is None else path.write_bytes(changed)
@@ -84,7 +87,7 @@ def wrongly_ended(path: Path, read: Read, names: tuple[str, ...] = ()) -> list[s
                     wrong.append(f"{what}: {type(error).__name__}: {error}"[:300])
                 elif not isinstance(known, InputError | ConflictError):
                     wrong.append(f"{what}: exit code {known.exit_code}: {known}"[:300])
-                elif isinstance(known, InputError) and not _tells(known, path, names):
+                elif isinstance(known, InputError) and not _tells(known, telling):
                     wrong.append(f"{what}: says too little: {known}"[:300])
             path.write_bytes(data)
     finally:
@@ -152,7 +155,8 @@ def test_a_dataset(dataset: Path, pattern: str) -> None:
     paths = sorted(dataset.glob(pattern))
     assert paths
     for path in paths[-2:]:
-        assert wrongly_ended(path, lambda: (read_dataset(dataset), verify(str(dataset), "checksums"))) == []
+        ended = wrongly_ended(path, lambda: (read_dataset(dataset), verify(str(dataset), "checksums")), place=dataset)
+        assert ended == []
 
 
 # -- Models, checkpoints and what a training keeps -------------------------------------------------------------
@@ -227,7 +231,7 @@ TRAINING_FILES = (
 def test_a_training(training: Path, pattern: str) -> None:
     paths = sorted(training.glob(pattern))
     assert paths
-    assert wrongly_ended(paths[0], lambda: read_training(training)) == []
+    assert wrongly_ended(paths[0], lambda: read_training(training), place=training) == []
 
 
 def test_what_a_finished_training_noted(tmp_path: Path) -> None:
@@ -393,7 +397,7 @@ def test_embeddings(text: Path, pattern: str) -> None:
         planned_hashes(read_state(Root(str(text))).plan)
 
     for path in sorted(text.glob(pattern)):
-        assert wrongly_ended(path, read) == []
+        assert wrongly_ended(path, read, place=text) == []
 
 
 def test_the_requests_of_a_plan(tmp_path: Path) -> None:
