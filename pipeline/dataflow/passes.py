@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import ray
@@ -28,6 +29,8 @@ from pipeline.store.ledger.generation import Generation
 from pipeline.store.ledger.rowset import RowSet
 from pipeline.store.ledger.state import State
 from pipeline.store.plan import Work, work_of
+
+T = TypeVar("T")
 
 # -- One Ray Data execution: how it is set up, and what an error that ends it means ----------------------------
 
@@ -136,23 +139,15 @@ class UnitSource(Datasource):  # type: ignore[misc]
         size = self._size_bytes // max(len(self._work), 1)
         return [
             ReadTask(
-                _ending_quietly(self._reader_of(work)),
+                partial(quietly, self._reader_of(work)),
                 BlockMetadata(num_rows=None, size_bytes=size, exec_stats=None, input_files=None),
             )
             for work in self._work
         ]
 
 
-def _ending_quietly(read: Callable[[], Iterable[pa.Table]]) -> Callable[[], Iterable[pa.Table]]:
-    def run() -> Iterable[pa.Table]:
-        end_quietly()
-        return read()
-
-    return run
-
-
-def end_quietly() -> None:
-    """In a task: what Ray raises in it when an execution ends early is not printed, wherever it lands.
+def quietly(function: Callable[..., T], *arguments: Any) -> T:
+    """What a function gives in a task: what Ray raises there when an execution ends early is not printed.
 
     Ray raises KeyboardInterrupt between any two instructions. Within a callback of Python's own, of a weak reference
     say, it cannot go on upwards, and Python would print a traceback into the words of a job that told its error.
@@ -160,6 +155,7 @@ def end_quietly() -> None:
     sys.unraisablehook = lambda raised: (
         None if raised.exc_type is KeyboardInterrupt else sys.__unraisablehook__(raised)
     )
+    return function(*arguments)
 
 
 class LedgerSink(Datasink[int]):  # type: ignore[misc]
@@ -179,14 +175,13 @@ class LedgerSink(Datasink[int]):  # type: ignore[misc]
 
     def write(self, blocks: Iterable[Any], ctx: Any) -> int:
         """Commit all rows of this task at once."""
-        end_quietly()
         tables = [b if isinstance(b, pa.Table) else pa.Table.from_pandas(b) for b in blocks]
         tables = [t for t in tables if t.num_rows]
         if not tables:
             return 0
         table = pa.concat_tables(tables)
         try:
-            self._write(table)
+            quietly(self._write, table)
         except storage_errors() as error:
             # Told here, where the error is whole: Ray adds advice about its retries to what it carries.
             raise refused(error) from error

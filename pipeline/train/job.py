@@ -293,7 +293,12 @@ def _fit(config: TrainJobConfig, root: Root, generation: int, handle: str | None
                 ),
             )
             if not os.environ.get("RAY_ADDRESS"):
-                _without_cleaner(trainer)
+                # Who looks after a training on a cluster (Ray 2.60) finds that by what runs on the machine: where a
+                # second Ray does, it asks the wrong one whether this training lives, and takes its places away.
+                usual = trainer._create_default_callbacks
+                trainer._create_default_callbacks = lambda: [
+                    one for one in usual() if type(one).__name__ != "PlacementGroupCleanerCallback"
+                ]
             try:
                 outcome: dict[str, Any] = trainer.fit().return_value
             except ray.train.TrainingFailedError as error:
@@ -301,18 +306,6 @@ def _fit(config: TrainJobConfig, root: Root, generation: int, handle: str | None
     if outcome["status"] == "failed":
         raise recorded_failure(root, generation) or _lost(config, None)
     return outcome
-
-
-def _without_cleaner(trainer: Any) -> None:
-    """For a Ray that ends with this job: nobody looks after what would be left of it on a cluster.
-
-    Ray's own looks for its cluster by what runs on the machine (2.60). Where a second one does, it asks the wrong one
-    whether this training lives, and takes its places away.
-    """
-    usual = trainer._create_default_callbacks
-    trainer._create_default_callbacks = lambda: [
-        one for one in usual() if type(one).__name__ != "PlacementGroupCleanerCallback"
-    ]
 
 
 def _train_on_ray(payload: dict[str, Any]) -> dict[str, Any]:
