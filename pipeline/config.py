@@ -72,16 +72,21 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(model: type[M], files: Sequence[str], overrides: Sequence[str] = ()) -> M:
-    """Read, merge and validate; raises ConfigError that lists every problem."""
+    """Read, merge and validate; raises ConfigError that lists every problem.
+
+    A file configs/... that is not here is the one of that name that comes with the package.
+    """
     merged: dict[str, Any] = {}
     for name in files:
         path = Path(name)
+        if path.parts[:1] == (SHIPPED.name,) and not path.exists():
+            path = SHIPPED.joinpath(*path.parts[1:])
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             siblings = sorted(path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
             near = difflib.get_close_matches(path.name, [p.name for p in siblings], n=1)
-            hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+            hint = f"; did you mean {Path(name).with_name(near[0])}?" if near else ""
             raise ConfigError(
                 f"There is no configuration file {name}{hint}",
                 rule="arguments are YAML files, then key=value overrides",

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
-from pipeline.config import StrictModel, config_digest, dump_yaml, help_text, load_config, merge
+from pipeline.config import SHIPPED, StrictModel, config_digest, dump_yaml, help_text, load_config, merge
 from pipeline.errors import ConfigError
 from pipeline.tracking.config import TrackingConfig
 
@@ -51,6 +52,21 @@ def test_files_merge_left_to_right_and_overrides_win(tmp_path: Path) -> None:
     assert config.name == "c"
     assert config.inner == Inner(rate=1e-4, sizes=(4, 5))
     assert config.source == Tar(member="x.png")
+
+
+def test_a_shipped_file_is_found_from_anywhere_and_a_file_that_is_here_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "configs/train/photos_256.yaml"
+    assert dict(yaml.safe_load((SHIPPED / "train" / "photos_256.yaml").read_text()))  # what a Model must refuse
+    with pytest.raises(ConfigError, match="there is no such key"):
+        load_config(Model, [name])
+    with pytest.raises(ConfigError, match=r"no configuration file .*; did you mean configs/train/photos_256\.yaml\?"):
+        load_config(Model, ["configs/train/photos_265.yaml"])
+    (tmp_path / "configs" / "train").mkdir(parents=True)
+    write(tmp_path, "name: mine\n", name)
+    assert load_config(Model, [name]).name == "mine"
 
 
 @pytest.mark.parametrize(
