@@ -51,7 +51,7 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
         self._began_s = clock()
-        self._first: tuple[float, int] | None = None  # when the first update came, and what was done by then
+        self._first: tuple[float, int] | None = None  # when the first news came, and what was done by then
         self._next_s = self._began_s
         self._json = as_json()
         self._terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb" and not self._json
@@ -65,7 +65,8 @@ class Progress:
             self._done = done
             self._figures.update(figures)
             now_s = self._clock()
-            self._first = self._first or (now_s, done)
+            if done > self._start:
+                self._first = self._first or (now_s, done)
             if self._closed or now_s < self._next_s:
                 return
             self._next_s = now_s + self._interval_s
@@ -100,7 +101,7 @@ class Progress:
         self.close()
 
     def _running_line(self, now_s: float) -> str:
-        # Since the first update, so that starting up is no part of it.
+        # Since the first news, so that starting up is no part of it.
         since_s, before = self._first or (now_s, self._done)
         elapsed_s, moved = now_s - since_s, self._done - before
         rate = moved / elapsed_s if elapsed_s > 0 and moved > 0 else None

@@ -31,9 +31,14 @@ def test_rate_and_eta_come_from_this_run_only(clock: FakeClock) -> None:
     out = io.StringIO()
     progress = Progress("encode", 1_000, start=600, stream=out, clock=clock)
     progress.update(600)
-    clock.now_s += 20
-    progress.update(800)
-    assert out.getvalue().splitlines()[-1] == "encode  800/1,000 images 80%  10 images/s  eta 0:20"
+    clock.now_s += 90  # until the first news nothing has begun
+    progress.update(600)
+    progress.update(700)
+    clock.now_s += 10
+    progress.update(750)
+    clock.now_s += 10
+    progress.update(900)
+    assert out.getvalue().splitlines()[-1] == "encode  900/1,000 images 90%  10 images/s  eta 0:10"
 
 
 def test_starting_up_is_no_part_of_the_running_rate_but_of_the_final_one(clock: FakeClock) -> None:
@@ -63,9 +68,10 @@ def test_no_total_means_no_eta_and_no_share(clock: FakeClock) -> None:
     out = io.StringIO()
     progress = Progress("list", None, "files", stream=out, clock=clock)
     progress.update(0)
+    progress.update(10_000)
     clock.now_s += 20
-    progress.update(50_000)
-    assert out.getvalue().splitlines()[-1] == "list  50,000 files  2,500 files/s"
+    progress.update(60_000)
+    assert out.getvalue().splitlines()[-1] == "list  60,000 files  2,500 files/s"
 
 
 def test_without_a_terminal_intervals_grow_and_stay_bounded(clock: FakeClock) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import secrets
@@ -25,6 +26,7 @@ from pipeline.config import config_digest, validate
 from pipeline.dataflow.cluster import WORKER_ENV, check_address, device_of, ensure_ray
 from pipeline.dataflow.workers import Workers, open_workers
 from pipeline.errors import InputError, PipelineError, StoppedError, argument_keys
+from pipeline.model.checkpoints import place_in_run
 from pipeline.model.config import NetworkConfig
 from pipeline.progress import Progress
 from pipeline.result import JobResult
@@ -251,6 +253,8 @@ def _fit(config: TrainJobConfig, root: Root, generation: int, handle: str | None
     # placed on the dead node, too, which Ray has not missed yet: the sooner it counts again, the sooner it goes on.
     patience_s = 180 if config.train.min_workers is None else 20
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(patience_s))
+    place = place_in_run(begun.checkpoints[-1]) if begun.checkpoints else None
+    done = place[2] if place is not None else 0
     # The handler comes first: a SIGTERM while Ray starts is remembered and honoured.
     stop = threading.Event()
     with _sigterm(stop):
@@ -259,7 +263,7 @@ def _fit(config: TrainJobConfig, root: Root, generation: int, handle: str | None
 
         monitor = start_monitor("train")
         # Ray installs a handler of its own that ends the process; ours asks the workers for a checkpoint.
-        with _sigterm(stop), _watching(config, root, generation, stop, monitor):
+        with _sigterm(stop), _watching(config, root, generation, stop, monitor, done):
             from ray.train import FailureConfig, RunConfig, ScalingConfig
             from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -292,13 +296,7 @@ def _fit(config: TrainJobConfig, root: Root, generation: int, handle: str | None
                     worker_runtime_env={"env_vars": cpus},
                 ),
             )
-            if not os.environ.get("RAY_ADDRESS"):
-                # Who looks after a training on a cluster (Ray 2.60) finds that by what runs on the machine: where a
-                # second Ray does, it asks the wrong one whether this training lives, and takes its places away.
-                usual = trainer._create_default_callbacks
-                trainer._create_default_callbacks = lambda: [
-                    one for one in usual() if type(one).__name__ != "PlacementGroupCleanerCallback"
-                ]
+            _adapt(trainer)
             try:
                 outcome: dict[str, Any] = trainer.fit().return_value
             except ray.train.TrainingFailedError as error:
@@ -306,6 +304,31 @@ def _fit(config: TrainJobConfig, root: Root, generation: int, handle: str | None
     if outcome["status"] == "failed":
         raise recorded_failure(root, generation) or _lost(config, None)
     return outcome
+
+
+def _adapt(trainer: Any) -> None:
+    """Keep from Ray Train's controller (2.60) what misleads it, and from its words what misleads people."""
+
+    class Quiet:
+        """Where it is unpickled, it is not told any more, with a traceback, that an autoscaler was late to answer.
+
+        It is under load, at every start, and is asked again.
+        """
+
+        def __init__(self) -> None:
+            self.logger = "ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client"
+
+        def __setstate__(self, state: dict[str, str]) -> None:
+            logging.getLogger(state["logger"]).setLevel(logging.ERROR)
+
+    # Who looks after a training on a cluster finds that by what runs on the machine: where a second Ray does, it asks
+    # the wrong one whether this training lives, and takes its places away. A Ray that ends with the job needs nobody.
+    unwanted = "" if os.environ.get("RAY_ADDRESS") else "PlacementGroupCleanerCallback"
+    usual = trainer._create_default_callbacks
+    trainer._create_default_callbacks = lambda: [
+        *(one for one in usual() if type(one).__name__ != unwanted),
+        Quiet(),
+    ]
 
 
 def _train_on_ray(payload: dict[str, Any]) -> dict[str, Any]:
@@ -411,17 +434,21 @@ def _sigterm(stop: threading.Event) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _watching(
-    config: TrainJobConfig, root: Root, generation: int, stop: threading.Event, monitor: Any
+    config: TrainJobConfig, root: Root, generation: int, stop: threading.Event, monitor: Any, done: int
 ) -> Iterator[None]:
-    """A thread that shows the progress the workers report, and hands a stop request on to them."""
+    """A thread that shows the progress the workers report, and hands a stop request on to them.
+
+    done: images of earlier starts.
+    """
     import ray
     from ray.exceptions import RayError
 
     end = threading.Event()
 
     def watch() -> None:
-        asked = False
-        with Progress("train", config.train.images) as progress:
+        asked, loss = False, dict[str, float]()
+        with Progress("train", config.train.images, start=done) as progress:
+            images = done
             while not end.wait(_WATCH_S):
                 with contextlib.suppress(InputError, *storage_errors()):
                     if stop.is_set() and not asked:
@@ -430,7 +457,8 @@ def _watching(
                 with contextlib.suppress(RayError):  # the display waits; the workers do not
                     figures, _ = ray.get(monitor.totals.remote(), timeout=_WATCH_S)
                     if "loss" in figures:
-                        progress.update(int(figures["images"]), loss=figures["loss"])
+                        images, loss = int(figures["images"]), {"loss": figures["loss"]}
+                progress.update(images, **loss)  # compiling, or a large step, may take minutes
 
     thread = threading.Thread(target=watch, name="train-progress", daemon=True)
     thread.start()

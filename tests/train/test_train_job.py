@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from ray import cloudpickle
+from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import logger as coordinator
 
 from pipeline.config import config_digest
 from pipeline.errors import StoppedError
@@ -61,3 +65,25 @@ def test_losing_workers_too_often_is_resumable_and_says_so(data_uri: str, tmp_pa
     error = job._lost(job_config(tmp_path, data_uri), RuntimeError("first\nActor died"))
     assert isinstance(error, StoppedError)
     assert "train.max_failures=3 times: Actor died" in str(error)
+
+
+@pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
+def test_ray_s_controller_is_kept_from_what_misleads(address: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PlacementGroupCleanerCallback:
+        pass
+
+    class Other:
+        pass
+
+    if address is None:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    else:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    trainer = SimpleNamespace(_create_default_callbacks=lambda: [PlacementGroupCleanerCallback(), Other()])
+    job._adapt(trainer)
+    usual = [type(one).__name__ for one in trainer._create_default_callbacks()[:-1]]
+    assert usual == ["Other"] if address is None else ["PlacementGroupCleanerCallback", "Other"]
+    # Ray's own module asks this logger, in the process that has unpickled the callbacks.
+    monkeypatch.setattr(coordinator, "level", logging.WARNING)
+    cloudpickle.loads(cloudpickle.dumps(trainer._create_default_callbacks()))
+    assert coordinator.level == logging.ERROR
