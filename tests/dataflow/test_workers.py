@@ -437,6 +437,7 @@ def test_ray_is_not_started_by_whoever_asks_it_for_something() -> None:
     assert "Ray has not been started yet" in asked.stderr
 
 
+@pytest.mark.ray
 def test_an_execution_elsewhere_ends_as_it_would_here(named: RayNodes, tmp_path: Path) -> None:
     def refuse() -> None:
         raise ConfigError("no such codec", key="codec.path")
