@@ -61,7 +61,9 @@ def test_a_copied_picture_is_near_its_original_and_far_from_the_next() -> None:
     training, others = features(pictures[:30]), features(pictures[30:])
     copies = features(np.clip(pictures[:10].astype(int) + 1, 0, 255).astype(np.uint8))
     assert neighbours(copies, training)["ratio"] < 0.2
-    assert neighbours(others, training)["ratio"] > 0.8
+    found = neighbours(others, training)
+    assert found["ratio"] > 0.8
+    assert found["low"] < found["distance"] < found["high"]
 
 
 def test_the_codec_is_found_as_a_plug_in_and_keeps_what_it_can(
@@ -104,3 +106,19 @@ def test_all_of_it_runs(shared_data: Path, tmp_path: Path) -> None:
     assert len(figures["bars"]) == 4
     with Image.open(tmp_path / "learning.png") as sheet:
         assert sheet.height == 10 * 32
+
+
+@pytest.mark.parametrize(("distance", "holds"), [(1.04, True), (1.01, True), (0.97, False)])
+def test_a_model_may_be_closer_to_its_training_pictures_by_chance_alone(distance: float, holds: bool) -> None:
+    def near(at: float) -> dict[str, float]:
+        return {"distance": at, "low": at - 0.03, "high": at + 0.04}  # together 0.05
+
+    model = {"loss": 1.0, "plain_loss": 1.0, "frechet": {"value": 0.1}, "neighbours": near(distance)}
+    figures = {
+        "gaussian": {"loss": 1.1, "frechet": {"value": 0.3}},
+        "heldout_pictures": {"neighbours": near(1.03)},
+        "models": {"dit": model},
+    }
+    *others, last = learning.bars(figures)
+    assert all(bar["holds"] for bar in others)
+    assert last["holds"] == holds
