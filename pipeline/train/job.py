@@ -24,6 +24,7 @@ from typing_extensions import TypedDict
 
 from pipeline.config import config_digest, validate
 from pipeline.dataflow.cluster import WORKER_ENV, check_address, device_of, ensure_ray
+from pipeline.dataflow.device_faults import ended_with_ray
 from pipeline.dataflow.workers import Workers, open_workers
 from pipeline.errors import InputError, PipelineError, StoppedError, argument_keys
 from pipeline.model.checkpoints import place_in_run
@@ -301,6 +302,8 @@ def _fit(config: TrainJobConfig, root: Root, generation: int, handle: str | None
                 outcome: dict[str, Any] = trainer.fit().return_value
             except ray.train.TrainingFailedError as error:
                 raise recorded_failure(root, generation) or _lost(config, error) from error
+            except ray.exceptions.RayError as error:
+                raise ended_with_ray(error) or error from error
     if outcome["status"] == "failed":
         raise recorded_failure(root, generation) or _lost(config, None)
     return outcome
