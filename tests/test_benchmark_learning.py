@@ -106,19 +106,3 @@ def test_all_of_it_runs(shared_data: Path, tmp_path: Path) -> None:
     assert len(figures["bars"]) == 4
     with Image.open(tmp_path / "learning.png") as sheet:
         assert sheet.height == 10 * 32
-
-
-@pytest.mark.parametrize(("distance", "holds"), [(1.04, True), (1.01, True), (0.97, False)])
-def test_a_model_may_be_closer_to_its_training_pictures_by_chance_alone(distance: float, holds: bool) -> None:
-    def near(at: float) -> dict[str, float]:
-        return {"distance": at, "low": at - 0.03, "high": at + 0.04}  # together 0.05
-
-    model = {"loss": 1.0, "plain_loss": 1.0, "frechet": {"value": 0.1}, "neighbours": near(distance)}
-    figures = {
-        "gaussian": {"loss": 1.1, "frechet": {"value": 0.3}},
-        "heldout_pictures": {"neighbours": near(1.03)},
-        "models": {"dit": model},
-    }
-    *others, last = learning.bars(figures)
-    assert all(bar["holds"] for bar in others)
-    assert last["holds"] == holds
