@@ -12,7 +12,7 @@ from pipeline.store.ledger.state import read_state
 from pipeline.store.maintain.verify import verify
 from pipeline.store.read.dataset import Dataset
 from tests.gpu.ground import Ground, Lines
-from tests.support.jobs import start
+from tests.support.jobs import REPOSITORY, start
 from tests.support.plugins import install_codec_plugin
 
 # Encodes like the codec in the directory; the call of one number, of all processes' calls together, meets an
@@ -94,7 +94,8 @@ def device_assert(ground: Ground) -> Lines:
     ground.codec()
     site = install_codec_plugin(ground.place / "site", "asserting", ASSERTING)
     (ground.place / "calls").mkdir()
-    paths = [str(site), ground.env.get("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]
+    # The repository, too: where the package is not installed, nothing else says where it is.
+    paths = [str(site), str(REPOSITORY), ground.env.get("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]
     ground.env.update(PYTHONPATH=os.pathsep.join(paths), LATENTLOOM_TEST_CALLS=str(ground.place / "calls"))
     answer = ground.job(
         "encode",
