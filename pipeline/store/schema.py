@@ -429,10 +429,7 @@ class StoredParts:
         for places in parts:
             mapped, data = self._mapped(places.path)
             begin = int(places.offsets[0]) - _LENGTH
-            if hasattr(mmap, "MADV_WILLNEED"):  # not on every system; it is advice alone
-                # Asked for all at once: whoever touches the mapping waits for each page.
-                page = begin // mmap.PAGESIZE * mmap.PAGESIZE
-                mapped.madvise(mmap.MADV_WILLNEED, page, begin + _LENGTH + places.reach - page)
+            _ask_for(mapped, begin, _LENGTH + places.reach)
             if len(data) > MAX_PART_BYTES:
                 data = data[begin : begin + _LENGTH + places.reach]
             base = 0 if len(data) == len(mapped) else begin
@@ -455,6 +452,37 @@ class StoredParts:
         part_of = np.repeat(np.arange(len(runs), dtype=np.int32), [len(run) for run in runs])
         starts = np.concatenate([run.starts for run in runs])
         return gather([run.data for run in runs], part_of, starts, places.width)
+
+    def values(self, row_group: int, rows: Ints, sizes: Ints) -> list[Bytes] | None:
+        """The values of some rows, ascending, of a column whose values differ in length; sizes: of those of all rows.
+
+        What lies near is read by one request. None where the column must be read as a whole: of several pages, with
+        rows that are no longer visible, or damaged.
+        """
+        groups = self._dataset.row_groups
+        file, number = groups.place(row_group)
+        path, span = groups.path(file), self._describe(file)[1][number]
+        if span is None or groups.partial[row_group] or len(sizes) != groups.stored("rows")[row_group]:
+            return None
+        # A page that is alone ends where its chunk does. Of several, those before the last are not where this says,
+        # and the length before each value shows it.
+        ends = np.cumsum(sizes + _LENGTH)
+        ends += span.start + span.size_bytes - ends[-1]
+        begins, stops = (ends - sizes - _LENGTH)[rows], ends[rows]
+        if begins[0] < span.start:
+            return None
+        found: list[Bytes] = []
+        cuts = np.flatnonzero(begins[1:] - stops[:-1] > _GAP_BYTES) + 1
+        for run in np.split(np.arange(len(rows)), cuts):
+            first, stop = int(begins[run[0]]), int(stops[run[-1]])
+            if not self.remote:
+                _ask_for(self._mapped(path)[0], first, stop - first)
+            data = self._bytes(path, first, stop - first)
+            for begin, end, size in zip(begins[run] - first, stops[run] - first, sizes[rows[run]], strict=True):
+                if data[begin : begin + _LENGTH].tobytes() != int(size).to_bytes(_LENGTH, "little"):
+                    return None
+                found.append(data[begin + _LENGTH : end])
+        return found
 
     def _request(self, places: ValuePlaces) -> FixedRows:
         begin = int(places.offsets[0]) - _LENGTH
@@ -498,3 +526,10 @@ class StoredParts:
                 while len(self._maps) > _FILES:
                     self._maps.pop(next(iter(self._maps)))
         return found
+
+
+def _ask_for(mapped: mmap.mmap, begin: int, length: int) -> None:
+    """Ask for bytes of a mapped file all at once: whoever touches the mapping waits for each page."""
+    if hasattr(mmap, "MADV_WILLNEED"):  # not on every system; it is advice alone
+        page = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_WILLNEED, page, begin + length - page)

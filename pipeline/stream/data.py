@@ -9,7 +9,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -100,13 +100,23 @@ class FileRows(LatentRows, Protocol):
 
 
 class TextRows(Protocol):
-    """Embeddings by caption; None is the empty prompt. row_bytes: memory of one row that `lookup_stored` gives."""
+    """Embeddings by caption; None is the empty prompt.
+
+    fetch: what is stored for each of n captions, read where it is not at hand, by `requests` where its store is
+    `remote`; from several threads. padded: of what was fetched the arrays that a batch holds, see `Batch.text`.
+    row_bytes: memory that one row takes in them.
+    """
 
     @property
     def digest(self) -> str: ...
     @property
     def row_bytes(self) -> int: ...
-    def lookup_stored(self, captions: Sequence[str | None]) -> tuple[NDArray[Any], ...]: ...
+    @property
+    def remote(self) -> bool: ...
+    def fetch(
+        self, captions: Sequence[str | None], requests: Executor | None = None, *, verify: bool = True
+    ) -> list[Any]: ...
+    def padded(self, fetched: Sequence[Any]) -> tuple[NDArray[Any], ...]: ...
 
 
 # Not frozen: that takes five times as long to make, which counts where latents are small.

@@ -217,14 +217,18 @@ class _Chunk:
         # labels, sizes.
         self._stretches: list[tuple[Any, ...]] = []
         self._captions: list[list[str | None]] = []
+        self._text: list[list[Any]] = []
         self._parts: list[tuple[Any, ...]] = []
 
     def fill(self, cursor: _LaneCursor) -> None:
         """Take every batch's share of the next lane."""
-        captions: list[str | None] | None = None
+        captions: list[str | None] = []
+        text: list[Any] = []
         for rows, begin, end in cursor.take(self._count * self._slot):
             if rows.captions is not None:
-                captions = [*(captions or ()), *rows.captions.slice(begin, end - begin).to_pylist()]
+                captions += rows.captions.slice(begin, end - begin).to_pylist()
+            if rows.text is not None:
+                text += rows.text[begin:end]
             if end == len(rows.labels):
                 # Copies the rest, so that the window can go while a batch still lacks rows.
                 rest = gather(rows.memory, rows.part[begin:], rows.start[begin:], self._wide)
@@ -236,11 +240,13 @@ class _Chunk:
             self._stretches.append((part, rows.start[own], rows.sample_ids[own], rows.labels[own], sizes))
             self._memory += rows.memory
             del rows
-        if captions is not None:
+        if captions:
             self._captions.append(captions)
+        if text:
+            self._text.append(text)
 
     def finish(self, text: TextRows | None, copiers: _Copiers) -> None:
-        """Cut into batches, and ask what is asked of whole batches, when all lanes are there."""
+        """Cut into batches when all lanes are there."""
         count = self._count
 
         def by_batch(stretches: tuple[Any, ...]) -> Any:
@@ -266,14 +272,14 @@ class _Chunk:
         sizes = [None] * count if extents is None else list(extents)
         captions: list[list[str] | None] = [None] * count
         embeddings: list[Any] = [None] * count
+        owns = [slice(at * self._slot, (at + 1) * self._slot) for at in range(count)]
         if self._captions:
-            owns = [slice(at * self._slot, (at + 1) * self._slot) for at in range(count)]
             asked = [list(chain.from_iterable(lane[own] for lane in self._captions)) for own in owns]
             captions = [[c or "" for c in some] if any(c is not None for c in some) else None for some in asked]
-            if text is not None:
-                # All at once: what lies together is read once, however many batches it is for.
-                found = text.lookup_stored(list(chain.from_iterable(asked)))
-                embeddings = list(zip(*(np.split(values, count) for values in found), strict=True))
+        if self._text and text is not None:
+            found = text.padded([one for own in owns for lane in self._text for one in lane[own]])
+            embeddings = list(zip(*(np.split(values, count) for values in found), strict=True))
+            self._text = []
         self._parts = list(zip(latents, list(sample_ids), labels, captions, sizes, embeddings, strict=True))
 
     def batch(self, index: int, step: int, epoch: int) -> Batch:
@@ -454,6 +460,7 @@ class _Run:
             stream._dataset,
             stream._choice,
             captions=stream._captions,
+            text=stream._text,
             seed=stream.order.spec.seed,
             sizes=stream._sizes,
             threads=stream._threads,

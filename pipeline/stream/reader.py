@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 from pipeline.store.schema import MAX_PART_BYTES, Bytes, FixedRows, StoredParts, ValuePlaces, binary_rows
-from pipeline.stream.data import Captions, Choice, FileRows, LatentRows, id_words, integers
+from pipeline.stream.data import Captions, Choice, FileRows, LatentRows, TextRows, id_words, integers
 from pipeline.stream.order import Piece, Window
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class WindowRows:
 
     Latent i is memory[part[i]][start[i] : start[i] + 2*c*h*w], stored bytes (see `store.pages.gather`); part: int32
     [n]; start: int64 [n]. sample_ids: uint64 [n, 2]; labels: int64 [n], -1 for none; sizes: int32 [n, 6]; captions:
-    n strings; None where they are not wanted.
+    n strings; text: what `TextRows.fetch` gave for them; None where they are not wanted.
     """
 
     shape: Shape
@@ -58,6 +58,7 @@ class WindowRows:
     labels: NDArray[np.int64]
     sizes: NDArray[np.int32] | None
     captions: pa.Array | None
+    text: list[Any] | None = None
 
 
 class WindowReader:
@@ -65,6 +66,8 @@ class WindowReader:
 
     A piece's latents are read as a part of their row group where that can be: a view of a local file, a request to a
     remote store, many of them at a time. What else is wanted of the row group is read once and kept for later pieces.
+    Text comes with its window, too: rows that lie together were embedded one after the other, so that what they need
+    of the embeddings lies together, and is read once.
     """
 
     def __init__(
@@ -74,12 +77,13 @@ class WindowReader:
         *,
         captions: Captions | None,
         threads: int,
+        text: TextRows | None = None,
         seed: int = 0,
         sizes: bool = True,
         verify: bool = False,
     ) -> None:
         self._dataset, self._choice, self._captions, self._verify = dataset, choice, captions, verify
-        self._seed = seed
+        self._text, self._seed = text, seed
         self._sizes, self._all = sizes, choice == Choice()
         wanted = [*choice.columns, "label", *(SIZE_COLUMNS if sizes else ()), *(captions.columns if captions else ())]
         self._columns = list(dict.fromkeys(wanted))
@@ -91,7 +95,7 @@ class WindowReader:
         self._lock, self._random = threading.Lock(), random.Random(0)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="latent-reader")
         self._requests: Executor | None = None
-        if self._stored is not None and self._stored.remote:
+        if (self._stored is not None and self._stored.remote) or (text is not None and text.remote):
             self._requests = ThreadPoolExecutor(_REQUESTS, thread_name_prefix="latent-request")
 
     def submit(self, window: Window) -> Future[WindowRows]:
@@ -124,7 +128,10 @@ class WindowReader:
         latents = self._latents(window.pieces, parts, 2 * math.prod(shape))
         rows = _joined(shape, parts, latents, None if window.key is None else window.permutation())
         if rows.captions is not None and pa.types.is_list(rows.captions.type):
-            return replace(rows, captions=Captions.drawn(rows.captions, rows.sample_ids, self._seed, window.epoch))
+            rows = replace(rows, captions=Captions.drawn(rows.captions, rows.sample_ids, self._seed, window.epoch))
+        if rows.captions is not None and self._text is not None:
+            captions = rows.captions.to_pylist()
+            rows = replace(rows, text=self._text.fetch(captions, self._requests, verify=self._verify))
         return rows
 
     def _group(self, row_group: int) -> _Rows:

@@ -1,12 +1,15 @@
-"""The read side: embeddings by caption, with a bounded cache of row groups. Needs neither torch nor transformers."""
+"""The read side: embeddings by caption, each read where it lies. Needs neither torch nor transformers."""
 
 from __future__ import annotations
 
 import hashlib
+import mmap
+import os
+import tempfile
 import threading
-from collections import OrderedDict
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +23,7 @@ from pipeline.store.plan import Plan
 from pipeline.store.read.dataset import Dataset, LatentDataset
 from pipeline.store.read.pins import Pins
 from pipeline.store.read.row_groups import reading_table
-from pipeline.store.schema import to_float32
+from pipeline.store.schema import Bytes, StoredParts, to_float32
 from pipeline.stream.data import Captions
 
 # -- Which captions there are, and which of them are new: distinct by hash, in order of first occurrence -------
@@ -142,13 +145,20 @@ def in_units(captions: Iterable[PlannedCaption], unit_captions: int) -> Iterator
 
 _READERS = 8
 _ROW_BITS = 32
-_INDEX = pa.schema([pa.field("hash", pa.binary(16), False), pa.field("place", pa.int64(), False)])
-_INDEX_ENDING = "-captions1.arrow"  # another number when another release would read it differently
+# Hashes in ascending order and the place of each; and in order of the rows, how many tokens each has.
+_INDEX = pa.schema(
+    [
+        pa.field("hash", pa.binary(16), False),
+        pa.field("place", pa.int64(), False),
+        pa.field("tokens", pa.int32(), False),
+    ]
+)
+_INDEX_ENDING = "-captions2.arrow"  # another number when another release would read it differently
 
 
 def _parsed_index(source: Any) -> pa.Table:
     table = pa.ipc.open_file(source).read_all()
-    if table.schema != _INDEX or table["hash"].num_chunks != 1:
+    if table.schema != _INDEX or table["hash"].num_chunks != 1 or table["hash"].null_count:
         raise ValueError("it is no index of captions")
     return table
 
@@ -166,6 +176,7 @@ ARRANGEMENTS = {"single": (1, 1), "sdxl": (2, 2), "sd3": (2, 3), "flux": (2, 2)}
 SD3_LENGTH = 256  # tokens that stand for a T5 which is left out
 
 Encoding = tuple[npt.NDArray[Any], npt.NDArray[np.bool_], npt.NDArray[Any] | None]
+Stored = tuple[Bytes, Bytes | None]  # the bytes of a caption's tokens, and of its pooled state where there is one
 
 
 def arrange(arrangement: str, parts: Sequence[Encoding], width: int) -> tuple[npt.NDArray[Any], ...]:
@@ -211,42 +222,63 @@ class ArrangedText:
         return ",".join(part.digest for part in self.parts)
 
     @property
+    def remote(self) -> bool:
+        """Whether some of them are read by requests."""
+        return any(part.remote for part in self.parts)
+
+    @property
     def row_bytes(self) -> int:
-        """Memory of one caption that `lookup_stored` gives, at most."""
+        """Memory of one caption that `padded` gives, at most."""
         return sum(part.max_length for part in self.parts) * (2 * self._width + 1) + 2 * SD3_LENGTH * self._width
 
-    def lookup_stored(self, captions: Sequence[str | None]) -> tuple[npt.NDArray[Any], ...]:
+    def fetch(
+        self, captions: Sequence[str | None], requests: Executor | None = None, *, verify: bool = True
+    ) -> list[tuple[bool, tuple[Stored, ...]]]:
+        """What each encoder stored for n captions, and whether a caption is the empty prompt."""
+        parts = [part.fetch(captions, requests, verify=verify) for part in self.parts]
+        return [(not captions[i], of_one) for i, of_one in enumerate(zip(*parts, strict=True))]
+
+    def padded(self, fetched: Sequence[tuple[bool, tuple[Stored, ...]]]) -> tuple[npt.NDArray[Any], ...]:
         """The text of n captions as `arrange` gives it, as stored."""
-        parts = [part.lookup_all(captions) for part in self.parts]
+        each = [[of_one[at] for _, of_one in fetched] for at in range(len(self.parts))]
+        parts = [part.encoding(some) for part, some in zip(self.parts, each, strict=True)]
         states_NLD, mask_NL, *pooled = arrange(self._arrangement, parts, self._width)
         if self._zero_empty:
-            empty = np.array([not caption for caption in captions])
+            empty = np.array([is_empty for is_empty, _ in fetched])
             for values in (states_NLD, *pooled):
                 values[empty] = 0
         return states_NLD, mask_NL, *pooled
+
+    def lookup_stored(self, captions: Sequence[str | None]) -> tuple[npt.NDArray[Any], ...]:
+        """Both at once, checked."""
+        return self.padded(self.fetch(captions))
 
 
 class TextEmbeddings:
     """The embeddings of one encoder as they were visible when opened; safe to use from several threads.
 
-    Memory: 24 bytes a caption for the index, which processes of one machine share where it was published with what
-    is pinned, `cache_bytes` of row groups (never less than one of them), and what a call returns. A caption of None
-    is the empty prompt.
+    Memory: 28 bytes a caption for the index, which processes of one machine share where it was published with what
+    is pinned, and what `fetch` returns and is held: views of files where the store is local and nothing is checked,
+    otherwise copies, of which `cache_bytes` are in memory at a time and those beyond in temporary files. A caption of
+    None is the empty prompt.
     """
 
     def __init__(self, dataset: Dataset, cache_bytes: int, index: pa.Table | None = None) -> None:
-        self._dataset, self._cache_bytes = dataset, cache_bytes
-        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
-        self._cached_bytes = 0
-        self._lock = threading.Lock()
+        self._dataset, self._cache_bytes, self._held_bytes = dataset, cache_bytes, 0
+        self._lock = threading.RLock()  # memory may be let go anywhere, here too
         self.max_length = int(dataset.fingerprint["max_length"])
         self.width = int(dataset.fingerprint["width"])
         self._dtype = str(dataset.fingerprint["embedding_dtype"])
-        self._has_pooled = dataset.fingerprint["pooled"] != "none"
+        self._halves: npt.DTypeLike = np.float16 if self._dtype == "float16" else np.uint16
+        self._columns = ["embedding", *(["pooled"] if dataset.fingerprint["pooled"] != "none" else [])]
+        self._stored = [StoredParts(dataset, name) for name in self._columns]
+        self._pooled_bytes: int | None = None
         self._index = self._read_index() if index is None else index
-        hashes, places = (self._index[name].chunk(0) for name in _INDEX.names)
+        hashes, places, tokens = (self._index[name].chunk(0) for name in _INDEX.names)
         self._hashes: Hashes = np.frombuffer(hashes.buffers()[1], "S16", len(hashes))
         self._at: Ints = places.to_numpy()  # row group and row of each
+        self._tokens: npt.NDArray[np.int32] = tokens.to_numpy()
+        self._first_rows = np.concatenate([[0], np.cumsum(dataset.row_groups.rows)])
 
     @classmethod
     def open(
@@ -291,9 +323,9 @@ class TextEmbeddings:
         return len(self._hashes)
 
     @property
-    def cached_bytes(self) -> int:
-        """Bytes of the row groups in memory now."""
-        return self._cached_bytes
+    def remote(self) -> bool:
+        """Whether embeddings are read by requests."""
+        return self._stored[0].remote
 
     def lookup(self, captions: Sequence[str | None]) -> tuple[Floats, npt.NDArray[np.bool_]]:
         """(float32 [n, L, D], mask [n, L]) of n captions, L being `max_length`; padding is 0 and False.
@@ -305,40 +337,117 @@ class TextEmbeddings:
 
     def lookup_stored(self, captions: Sequence[str | None]) -> tuple[Halves, npt.NDArray[np.bool_]]:
         """The same, embeddings as they are stored: float16, or the bits of bfloat16 as uint16."""
-        return self.lookup_all(captions)[:2]
-
-    def lookup_all(self, captions: Sequence[str | None]) -> Encoding:
-        """As `lookup_stored`, and the pooled states [n, p] where the encoder stored them."""
-        halves = np.float16 if self._dtype == "float16" else np.uint16
-        embeddings_NLD = np.zeros((len(captions), self.max_length, self.width), halves)
-        mask_NL = np.zeros((len(captions), self.max_length), np.bool_)
-        pooled: dict[int, npt.NDArray[Any]] = {}
-        for table, i, row in self._places(captions):
-            values_LD = np.frombuffer(table["embedding"][row].as_buffer(), halves).reshape(-1, self.width)
-            embeddings_NLD[i, : len(values_LD)] = values_LD
-            mask_NL[i, : len(values_LD)] = True
-            if self._has_pooled:
-                pooled[i] = np.frombuffer(table["pooled"][row].as_buffer(), halves)
-        pooled_NP = np.stack([pooled[i] for i in range(len(captions))]) if pooled else None
-        return embeddings_NLD, mask_NL, pooled_NP
-
-    @property
-    def row_bytes(self) -> int:
-        """Memory of one caption that `lookup_stored` gives."""
-        return self.max_length * (2 * self.width + 1)
+        return self.padded(self.fetch(captions))
 
     def lookup_pooled(self, captions: Sequence[str | None]) -> Floats:
         """float32 [n, P]: the pooled states of n captions; InputError where the encoder stored none."""
-        if not self._has_pooled:
+        if len(self._columns) == 1:
             raise InputError(
                 f"The embeddings at {self.uri} hold no pooled states",
                 rule="they are stored only where the encoder's pooled says so",
                 next_step="embed with pooled: pooler or projection under another encoder name",
             )
-        pooled_NP = self.lookup_all(captions)[2]
+        pooled_NP = self.encoding(self.fetch(captions))[2]
         if pooled_NP is None:
             return np.zeros((0, 0), np.float32)
         return to_float32(pooled_NP.view(np.uint8).reshape(-1), self._dtype).reshape(pooled_NP.shape)
+
+    @property
+    def row_bytes(self) -> int:
+        """Memory of one caption that `padded` gives."""
+        return self.max_length * (2 * self.width + 1)
+
+    def padded(self, fetched: Sequence[Stored]) -> tuple[Halves, npt.NDArray[np.bool_]]:
+        """(embeddings [n, L, D], mask [n, L]) of what `fetch` gave, as stored."""
+        return self.encoding(fetched)[:2]
+
+    def encoding(self, fetched: Sequence[Stored]) -> Encoding:
+        """As `padded`, and the pooled states [n, p] where the encoder stored them."""
+        embeddings_NLD = np.zeros((len(fetched), self.max_length, self.width), self._halves)
+        mask_NL = np.zeros((len(fetched), self.max_length), np.bool_)
+        for i, (stored, _) in enumerate(fetched):
+            values_LD = stored.view(self._halves).reshape(-1, self.width)
+            embeddings_NLD[i, : len(values_LD)] = values_LD
+            mask_NL[i, : len(values_LD)] = True
+        pooled = [stored.view(self._halves) for _, stored in fetched if stored is not None]
+        return embeddings_NLD, mask_NL, np.stack(pooled) if pooled else None
+
+    def fetch(
+        self, captions: Sequence[str | None], requests: Executor | None = None, *, verify: bool = True
+    ) -> list[Stored]:
+        """What is stored for n captions; equal ones are read once, and those that lie together are together.
+
+        verify: row groups are read as a whole, and their checksums checked. InputError when a caption has no
+        embedding, or when there is no room for what is read.
+        """
+        places, back = np.unique(self._at[self._found(captions)], return_inverse=True)
+        groups, rows = places >> _ROW_BITS, places & ((1 << _ROW_BITS) - 1)
+        sizes = self._sizes(self._first_rows[groups] + rows)
+        starts = np.cumsum(sizes) - sizes
+        memory = self._room(int(sizes.sum())) if verify or self.remote else None
+        cuts = np.searchsorted(groups, np.unique(groups)).tolist()
+
+        def of_group(begin: int, end: int) -> list[Stored]:
+            values, pooled = self._read_rows(int(groups[begin]), rows[begin:end], verify)
+            if memory is not None:
+                for i, value in enumerate(values):
+                    values[i] = memory[starts[begin + i] : starts[begin + i] + len(value)]
+                    values[i][:] = value
+            return list(zip(values, pooled, strict=True))
+
+        each = map if requests is None else requests.map
+        found = [one for some in each(of_group, cuts, [*cuts[1:], len(places)]) for one in some]
+        return [found[at] for at in back.tolist()]
+
+    def _sizes(self, at: slice | Ints) -> Ints:
+        """Bytes of the embeddings of some rows, counted over all row groups."""
+        return 2 * self.width * self._tokens[at].astype(np.int64)
+
+    def _read_rows(self, group: int, rows: Ints, verify: bool) -> tuple[list[Bytes], Sequence[Bytes | None]]:
+        """What is stored in some rows, ascending, of a row group, by column; None for a column that there is not."""
+        sizes = self._sizes(slice(*self._first_rows[group : group + 2].tolist()))
+        found: list[list[Bytes]] = []
+        with reading_table(self._dataset.root.uri_of(self._dataset.row_groups[group].file)):
+            if not verify:
+                if self._pooled_bytes is None and len(self._stored) > 1:
+                    self._pooled_bytes = self._dataset.read_fixed(group, "pooled", verify=False).width
+                both = (sizes, np.full(len(sizes), self._pooled_bytes))
+                parts = [part.values(group, rows, each) for part, each in zip(self._stored, both, strict=False)]
+                found = [part for part in parts if part is not None]
+            if len(found) < len(self._columns):
+                table = self._read(group, self._columns).take(rows)
+                found = [[np.frombuffer(one, np.uint8) for one in table[name].to_pylist()] for name in self._columns]
+                if [len(one) for one in found[0]] != sizes[rows].tolist():
+                    raise ValueError("its embeddings are not as long as its captions")
+        return found[0], found[1] if len(found) > 1 else [None] * len(rows)
+
+    def _room(self, size: int) -> Bytes:
+        """Writable memory: the process's own up to `cache_bytes` at a time, beyond that a file's without a name."""
+        with self._lock:
+            fits = self._held_bytes + size <= self._cache_bytes
+            self._held_bytes += size if fits else 0
+        if fits:
+            memory = np.empty(size, np.uint8)
+            weakref.finalize(memory, self._let_go, size).atexit = False
+            return memory
+        try:
+            with tempfile.TemporaryFile(prefix="latentloom-text-") as file:
+                # A full disk is an error here; in the mapping it would be the end of the process.
+                os.posix_fallocate(file.fileno(), 0, size)
+                return np.frombuffer(mmap.mmap(file.fileno(), size), np.uint8)
+        except OSError as error:
+            raise InputError(
+                f"There is no room for {size:,} bytes of embeddings read ahead: {error.strerror}",
+                key="cache_bytes",
+                value=self._cache_bytes,
+                rule=f"those beyond cache_bytes lie in temporary files in {tempfile.gettempdir()}",
+                next_step="free space there, set TMPDIR to a larger disk, or keep more of them in memory: in a "
+                "training data.text_cache_bytes",
+            ) from error
+
+    def _let_go(self, size: int) -> None:
+        with self._lock:
+            self._held_bytes -= size
 
     def missing(self, captions: Sequence[str | None]) -> list[str]:
         """The distinct captions among some that have no embedding, in order."""
@@ -354,8 +463,8 @@ class TextEmbeddings:
         at = np.minimum(np.searchsorted(self._hashes, wanted), len(self._hashes) - 1)
         return np.where(self._hashes[at] == wanted, at, -1)
 
-    def _places(self, captions: Sequence[str | None]) -> Iterator[tuple[pa.Table, int, int]]:
-        """(row group, position in `captions`, row in the group); every row group is fetched once."""
+    def _found(self, captions: Sequence[str | None]) -> Ints:
+        """Positions in the index; InputError where one has none."""
         texts = [EMPTY_PROMPT if c is None else c for c in captions]
         at = self._find(texts)
         if (at < 0).any():
@@ -366,28 +475,7 @@ class TextEmbeddings:
                 rule="every caption in use is embedded first",
                 next_step="run jobs.embed_text on the latent dataset; it embeds only what is new",
             )
-        places = self._at[at]
-        order = np.argsort(places, kind="stable")
-        groups = places[order] >> _ROW_BITS
-        for mine in np.split(order, np.flatnonzero(np.diff(groups)) + 1) if len(order) else ():
-            table = self._row_group(int(places[mine[0]] >> _ROW_BITS))
-            for i in mine.tolist():
-                yield table, i, int(places[i] & ((1 << _ROW_BITS) - 1))
-
-    def _row_group(self, group: int) -> pa.Table:
-        with self._lock:
-            if group in self._cache:
-                self._cache.move_to_end(group)
-                return self._cache[group]
-        table = self._read(group, ["embedding", "pooled"] if self._has_pooled else ["embedding"])
-        with self._lock:
-            if group not in self._cache:
-                self._cache[group] = table
-                self._cached_bytes += table.nbytes
-            while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
-                _, old = self._cache.popitem(last=False)
-                self._cached_bytes -= old.nbytes
-        return table
+        return at
 
     def _index_file(self) -> pa.Buffer:
         sink = pa.BufferOutputStream()
@@ -396,19 +484,22 @@ class TextEmbeddings:
         return sink.getvalue()
 
     def _read_index(self) -> pa.Table:
-        """Hashes, ascending, and where each one's row lies."""
+        """Hashes, ascending, and where each one's row lies; and how long the rows are."""
 
-        def hashes_of(group: int) -> Hashes:
-            return as_hashes(self._read(group, ["sample_id"])["sample_id"].to_pylist())
+        def described(group: int) -> tuple[Hashes, npt.NDArray[np.int32]]:
+            table = self._read(group, ["sample_id", "tokens"])
+            return as_hashes(table["sample_id"].to_pylist()), table["tokens"].to_numpy()
 
         count = len(self._dataset.row_groups)
         with ThreadPoolExecutor(_READERS) as pool:
-            parts = list(pool.map(hashes_of, range(count)))
-        hashes = np.concatenate([as_hashes([]), *parts])
+            parts = list(pool.map(described, range(count)))
+        hashes = np.concatenate([as_hashes([]), *(of_one for of_one, _ in parts)])
+        tokens = np.concatenate([np.zeros(0, np.int32), *(of_one for _, of_one in parts)])
         firsts = np.arange(count, dtype=np.int64) << _ROW_BITS
-        places = np.concatenate([np.zeros(0, np.int64), *map(np.add, firsts, map(np.arange, map(len, parts)))])
+        rows = [np.arange(len(of_one)) for of_one, _ in parts]
+        places = np.concatenate([np.zeros(0, np.int64), *map(np.add, firsts, rows)])
         order = np.argsort(hashes, kind="stable")
-        data = [pa.py_buffer(np.ascontiguousarray(values[order])) for values in (hashes, places)]
+        data = [pa.py_buffer(np.ascontiguousarray(values)) for values in (hashes[order], places[order], tokens)]
         arrays = [
             pa.Array.from_buffers(kind, len(order), [None, of]) for kind, of in zip(_INDEX.types, data, strict=True)
         ]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import errno
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,6 +24,7 @@ from pipeline.store.ledger.state import read_state
 from pipeline.store.plan import append_version, read_plan
 from pipeline.store.read.dataset import Dataset
 from pipeline.store.read.pins import Pins
+from pipeline.store.schema import StoredParts
 from pipeline.text.dataset import PlannedCaption, TextEmbeddings, caption_hash, in_units
 from pipeline.text.job import embed_gaps
 from tests.support.rows import claim, planned_root
@@ -96,33 +100,75 @@ def test_bfloat16_is_read_as_it_was_stored(tmp_path: Path) -> None:
     np.testing.assert_allclose(got[:n], want.embeddings_NLD[0, :n], rtol=2**-8)
 
 
-def test_the_cache_is_bounded_and_evicts_the_least_recently_used(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = TextEmbeddings.open(uri)
-    reads = Counter[int]()
-    real = Dataset.read
+@pytest.fixture(scope="module", params=["disk", "remote"])
+def stored(request: pytest.FixtureRequest, uri: str) -> str:
+    if request.param == "disk":
+        return uri
+    fsspec.filesystem("memory").put(f"{uri}/", "/fetched/", recursive=True)
+    return "memory://fetched"
 
-    def count(self: Dataset, group: int, columns: Any) -> Any:
-        reads[group] += 1
-        return real(self, group, columns)
 
-    monkeypatch.setattr(Dataset, "read", count)
-    text.lookup(CAPTIONS)
-    assert len(reads) > 4
-    assert set(reads.values()) == {1}
-    everything = text.cached_bytes
-    text.lookup(CAPTIONS)
-    assert set(reads.values()) == {1}
-    small = TextEmbeddings.open(uri, cache_bytes=everything // 2)
-    reads.clear()
-    for caption in [*CAPTIONS, *CAPTIONS]:
-        small.lookup([caption])
-        assert small.cached_bytes <= everything // 2
-    assert max(reads.values()) == 2  # once a pass: neighbours in order share a row group
-    first = TextEmbeddings.open(uri, cache_bytes=everything // 2)
-    reads.clear()
-    for caption in CAPTIONS:
-        first.lookup(["", caption])  # in use all the time: never evicted
-    assert reads[0] == 1
+@pytest.mark.parametrize("cache", [0, 1 << 20])
+def test_what_is_fetched_unchecked_or_by_threads_is_the_same(stored: str, cache: int) -> None:
+    text, asked = TextEmbeddings.open(stored, cache_bytes=cache), [*CAPTIONS[::-3], None, *CAPTIONS[:5], CAPTIONS[-1]]
+    want = text.encoding(text.fetch(asked))
+    with ThreadPoolExecutor(4) as requests:
+        for got in (text.fetch(asked, verify=False), text.fetch(asked, requests, verify=False)):
+            for ours, theirs in zip(text.encoding(got), want, strict=True):
+                assert ours is not None
+                np.testing.assert_array_equal(ours, theirs)
+    assert text.fetch([], verify=False) == []
+
+
+@pytest.mark.parametrize("gap", [0, 1 << 20])
+def test_few_captions_cost_few_bytes(stored: str, gap: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where requests cost bytes alone, those of what was asked; where they cost more than that, few requests."""
+    text = TextEmbeddings.open(stored, cache_bytes=1 << 20)
+    text.fetch(CAPTIONS, verify=False)  # footers and the like
+    asked: list[int] = []
+    real = StoredParts._bytes
+
+    def count(self: StoredParts, path: str, begin: int, length: int) -> Any:
+        asked.append(length)
+        return real(self, path, begin, length)
+
+    monkeypatch.setattr(StoredParts, "_bytes", count)
+    monkeypatch.setattr("pipeline.store.schema._GAP_BYTES", gap)
+    monkeypatch.setattr(Dataset, "read", None)
+    some = CAPTIONS[1::2]
+    fetched = text.fetch(some, verify=False)
+    needed = sum(len(values) + len(pooled or b"") + 8 for values, pooled in ((v, bytes(p)) for v, p in fetched))
+    assert sum(asked) == needed if gap == 0 else sum(asked) > needed
+    assert len(asked) == 2 * len(some) if gap == 0 else len(asked) < 2 * len(some)
+
+
+def test_row_groups_of_several_pages_are_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paged = partial(pq.ParquetWriter, data_page_size=100, write_batch_size=2)
+    monkeypatch.setattr("pipeline.store.writer.pq.ParquetWriter", paged)
+    text = TextEmbeddings.open(write(tmp_path / "pages", CAPTIONS))
+    assert all(text._stored[0].values(group, np.array([0]), text._sizes(slice(0, 1))) is None for group in (0, 1))
+    want = text.encoding(text.fetch(CAPTIONS))
+    for ours, theirs in zip(text.encoding(text.fetch(CAPTIONS, verify=False)), want, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_what_is_beyond_the_memory_lies_in_files(stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = TextEmbeddings.open(stored, cache_bytes=3000)
+    first = text.fetch(CAPTIONS[:10])
+    held = text._held_bytes
+    assert held == sum(len(values) for values, _ in first)
+    rest = text.fetch(CAPTIONS)
+    assert text._held_bytes == held
+    np.testing.assert_array_equal(text.padded(rest)[0][:10], text.padded(first)[0])
+    del first
+    assert text._held_bytes == 0
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(InputError, match=r"(?s)No space left.*temporary files.*TMPDIR.*data.text_cache_bytes"):
+        text.fetch(CAPTIONS)
 
 
 def test_a_published_index_spares_its_readers_all_rows(
@@ -144,11 +190,11 @@ def test_a_published_index_spares_its_readers_all_rows(
     for ours, theirs in zip(reader.lookup_stored(asked), texts.lookup_stored(asked), strict=True):
         assert np.array_equal(ours, theirs)
     assert reader.missing(["never seen", CAPTIONS[0]]) == ["never seen"]
-    (key,) = (info.key for info in pins._root.list("inputs") if info.key.endswith("-captions1.arrow"))
+    (key,) = (info.key for info in pins._root.list("inputs") if info.key.endswith("-captions2.arrow"))
     pins._root.put(key, b"ARROW1 and no more")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))  # a machine that has no copy yet
-    with pytest.raises(InputError, match=r"captions1\.arrow"):
+    with pytest.raises(InputError, match=r"captions2\.arrow"):
         TextEmbeddings.open(uri, pins=pins)
 
 
@@ -162,7 +208,7 @@ def test_threads_share_one_reader(uri: str) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(ask, range(24)))
-    assert text.cached_bytes <= 3000
+    assert text._held_bytes == 0
 
 
 def test_a_caption_that_was_never_embedded_is_an_error(uri: str) -> None:
@@ -210,6 +256,11 @@ def test_damage_is_named(tmp_path: Path) -> None:
     root.put(name, bytes(data))
     with pytest.raises(InputError, match=r"(?s)cannot be read.*jobs.verify"):
         text.lookup([CAPTIONS[0]])
+    assert text.fetch([CAPTIONS[0]], verify=False)  # its checksum alone would tell
+    data[at - 4] ^= 1
+    root.put(name, bytes(data))
+    with pytest.raises(InputError, match=r"(?s)cannot be read.*jobs.verify"):
+        TextEmbeddings(text._dataset, 0).fetch([CAPTIONS[0]], verify=False)
     root.delete(name)
     with pytest.raises(InputError, match="cannot be read"):
         TextEmbeddings.open(uri)
