@@ -99,8 +99,8 @@ def test_what_its_steps_name_is_there() -> None:
         "_RUNS": "pipeline/diffusion/samplers.py",
         "test_solvers_converge_to_the_exact_answer_with_their_order": "tests/diffusion/test_samplers.py",
         "ReadableSource": "pipeline/source/reading/listing.py",
-        "DIFFUSERS_CLASSES": "pipeline/codec/info.py",
-        "CodecPlugin": "pipeline/codec/info.py",
+        "DIFFUSERS_CLASSES": "pipeline/codec/codec.py",
+        "CodecPlugin": "pipeline/codec/codec.py",
     }.items():
         assert f"`{name}`" in PAGE
         assert re.search(rf"^(def |class )?{name}\b", (REPOSITORY / file).read_text(), re.MULTILINE), name

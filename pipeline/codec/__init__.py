@@ -10,7 +10,7 @@ Latents are *raw*: no scale and no shift is ever applied here. The factors that 
 CodecInfo, and whoever trains or samples applies and inverts them. Pixels stay uint8 until they are on the
 device, where they become [-1, 1].
 
-`config`, `files` and `info` import no torch, so a dry run and --help stay quick.
+`config`, `files` and `codec` import no torch until one is loaded, so a dry run and --help stay quick.
 `diffusers_codec` is the implementation for diffusers' autoencoders; a third-party codec joins through the
-entry point group `latentloom.codecs` (see `info`).
+entry point group `latentloom.codecs` (see `codec`).
 """

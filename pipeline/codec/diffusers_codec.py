@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from pipeline.codec.codec import SQUARES, CodecInfo, check_dtype, check_posterior, diffusers_info
 from pipeline.codec.files import codec_root, local_directory
-from pipeline.codec.info import SQUARES, CodecInfo, check_dtype, check_posterior, diffusers_info
 from pipeline.diffusion.samplers import compile_for_shapes
 from pipeline.errors import InputError
 from pipeline.storage.root import Root

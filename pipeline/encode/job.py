@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any
 
-from pipeline.codec.info import CodecInfo, check_dtype, check_posterior, fitted_by, gpu_dtype, read_codec_info
+from pipeline.codec.codec import CodecInfo, check_dtype, check_posterior, fitted_by, gpu_dtype, read_codec_info
 from pipeline.dataflow.cluster import check_address, ensure_ray
 from pipeline.dataflow.workers import open_workers
 from pipeline.encode.config import EncodeJobConfig

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pipeline.codec.info import CodecInfo
+from pipeline.codec.codec import CodecInfo
 from pipeline.dataflow.cluster import Gauges, device_of, ensure_ray, shutdown_ray
 from pipeline.dataflow.monitor import Watch, start_monitor
 from pipeline.dataflow.passes import Execution, LedgerSink, Passes, UnitSource, configure_ray_data

@@ -12,8 +12,8 @@ from typing import Any, get_args
 
 import numpy as np
 
+from pipeline.codec.codec import CodecInfo, encode_flops
 from pipeline.codec.config import CodecConfig
-from pipeline.codec.info import CodecInfo, encode_flops
 from pipeline.encode.config import EncodeJobConfig
 from pipeline.errors import ConfigError, RejectBudgetError, keyed
 from pipeline.result import JobResult

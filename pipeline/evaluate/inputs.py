@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.codec.info import CodecInfo, read_codec_info
+from pipeline.codec.codec import CodecInfo, read_codec_info
 from pipeline.errors import ConfigError, ConflictError, InputError, argument_keys, keyed
 from pipeline.evaluate.config import ClipConfig, EvaluateJobConfig, LpipsConfig
 from pipeline.features import ExtractorConfig

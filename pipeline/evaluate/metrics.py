@@ -25,9 +25,8 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from pipeline.codec.codec import Codec, load_codec
+from pipeline.codec.codec import Codec, load_codec, read_codec_info
 from pipeline.codec.config import CodecConfig
-from pipeline.codec.info import read_codec_info
 from pipeline.errors import InputError, PipelineError, argument_keys
 from pipeline.evaluate.classifier import Classifier, from_bytes
 from pipeline.evaluate.config import ClipConfig, LpipsConfig

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NotRequired
 from pydantic import TypeAdapter, with_config
 from typing_extensions import TypedDict
 
+from pipeline.codec.codec import FITTED, CodecInfo, codec_info, decode_flops, encode_flops
 from pipeline.codec.config import FitCodecJobConfig, FitConfig, FitIdentity
-from pipeline.codec.info import FITTED, CodecInfo, codec_info, decode_flops, encode_flops
 from pipeline.config import config_digest
 from pipeline.errors import ConflictError, InputError, argument_keys, keyed
 from pipeline.progress import Progress

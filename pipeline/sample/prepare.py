@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.codec.info import CodecInfo, codec_info
+from pipeline.codec.codec import CodecInfo, codec_info
 from pipeline.diffusion.solvers import solver_for
 from pipeline.errors import ConfigError, ConflictError, InputError, argument_keys
 from pipeline.model.config import PublishedConfig

@@ -18,7 +18,7 @@ import pyarrow as pa
 from pydantic import ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
-from pipeline.codec.info import codec_info
+from pipeline.codec.codec import codec_info
 from pipeline.diffusion.solvers import SamplerName
 from pipeline.errors import InputError, argument_keys
 from pipeline.media import decode_image, read_provenance

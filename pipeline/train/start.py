@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.codec.info import codec_info
+from pipeline.codec.codec import codec_info
 from pipeline.diffusion.config import TimestepConfig
 from pipeline.errors import ConfigError, ConflictError, InputError, PipelineError, argument_keys
 from pipeline.model.config import NetworkConfig, PublishedConfig

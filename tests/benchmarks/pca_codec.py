@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.codec.info import CodecInfo
+from pipeline.codec.codec import CodecInfo
 
 if TYPE_CHECKING:
     import torch

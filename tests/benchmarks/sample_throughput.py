@@ -43,7 +43,7 @@ def make_model(folder: Path, hidden: int, depth: int) -> Path:
     """A random class-conditional DiT of this size, exported with its codec (factor 4, images of 32x32)."""
     import torch
 
-    from pipeline.codec.info import codec_info
+    from pipeline.codec.codec import codec_info
     from pipeline.diffusion.config import ObjectiveConfig
     from pipeline.model.config import DiTConfig
     from pipeline.model.info import CodecReference, ModelInfo

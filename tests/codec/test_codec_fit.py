@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.codec.codec import load_codec
+from pipeline.codec.codec import FITTED, codec_info, load_codec
 from pipeline.codec.config import FitCodecJobConfig, FitConfig
 from pipeline.codec.files import WEIGHTS
-from pipeline.codec.info import FITTED, codec_info
 from pipeline.config import dump_yaml, load_config, validate
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.fit_codec import fit as fit_module

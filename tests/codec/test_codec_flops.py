@@ -11,7 +11,7 @@ from codec_builders import SHAPES, build, save
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.codec.info import CodecInfo, codec_info, decode_flops, encode_flops
+from pipeline.codec.codec import CodecInfo, codec_info, decode_flops, encode_flops
 
 SD = {
     "block_out_channels": [128, 256, 512, 512],

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.codec.codec import load_codec
+from pipeline.codec.codec import load_codec, read_codec_info
 from pipeline.codec.config import CodecConfig
-from pipeline.codec.info import read_codec_info
 from pipeline.errors import ConfigError, InputError
 
 # What such a package would ship: space-to-depth, an exact codec of factor 2 with 12 channels.
 PACKAGE = """
-from pipeline.codec.info import CodecInfo
+from pipeline.codec.codec import CodecInfo
 
 
 class Plugin:

@@ -16,10 +16,9 @@ from codec_builders import SHAPES, build, images, save
 from diffusers import Flux2KleinPipeline
 from safetensors.numpy import load_file, save_file
 
-from pipeline.codec.codec import load_codec, posterior_seed, resolve_dtype
+from pipeline.codec.codec import CodecInfo, check_dtype, codec_info, load_codec, posterior_seed, resolve_dtype
 from pipeline.codec.diffusers_codec import DiffusersCodec, write_scaled
 from pipeline.codec.files import INDEX, WEIGHTS
-from pipeline.codec.info import CodecInfo, check_dtype, codec_info
 from pipeline.errors import ConfigError, InputError
 from pipeline.storage.root import Root
 

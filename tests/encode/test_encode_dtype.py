@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.codec.info import CodecInfo
+from pipeline.codec.codec import CodecInfo
 from pipeline.config import load_config
 from pipeline.encode import job
 from pipeline.encode.config import EncodeJobConfig

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.codec.info import CodecInfo
+from pipeline.codec.codec import CodecInfo
 from pipeline.dataflow.device_faults import DeviceFault, device_fault
 from pipeline.encode.encoder import DeviceQueue, Encoder, Fetch, Latents, Usage
 from pipeline.encode.rows import Decoded, Item, Rejected, UnitEnd, encoded_table, items_of, pixels_table

@@ -22,7 +22,7 @@ import os
 from pathlib import Path
 import torch
 from pipeline.codec.codec import load_codec
-from pipeline.codec.info import codec_info
+from pipeline.codec.codec import codec_info
 
 CALLS = 3
 

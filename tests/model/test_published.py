@@ -22,7 +22,7 @@ from diffusers import (
 )
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
-from pipeline.codec.info import codec_info
+from pipeline.codec.codec import codec_info
 from pipeline.diffusion.objectives import Objective
 from pipeline.diffusion.samplers import sample
 from pipeline.errors import InputError

@@ -27,7 +27,7 @@ def make_tiny(root: Path, codec_kind: str = "auto") -> Tiny:
     import torch
     from diffusers import AutoencoderKL
 
-    from pipeline.codec.info import codec_info
+    from pipeline.codec.codec import codec_info
     from pipeline.diffusion.config import ObjectiveConfig
     from pipeline.model.config import DiTConfig
     from pipeline.model.info import CodecReference, ModelInfo

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pipeline.codec.info import CodecInfo, encode_flops
+from pipeline.codec.codec import CodecInfo, encode_flops
 from pipeline.encode.encoder import DeviceQueue, Fetch
 from tests.support.plugins import install_codec_plugin
 

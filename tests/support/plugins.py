@@ -28,7 +28,7 @@ import hashlib
 import os
 from pathlib import Path
 from pipeline.codec.codec import load_codec
-from pipeline.codec.info import codec_info
+from pipeline.codec.codec import codec_info
 
 def asked(name):
     file = Path(os.environ["LATENTLOOM_TEST_FAULTS"], name)

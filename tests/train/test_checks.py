@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.codec.info import CodecInfo
+from pipeline.codec.codec import CodecInfo
 from pipeline.errors import ConfigError, ConflictError, InputError
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.train.checks import Facts, _check_model, handshake, identity

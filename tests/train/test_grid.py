@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.codec.info import codec_info
+from pipeline.codec.codec import codec_info
 from pipeline.diffusion.samplers import Solving
 from pipeline.errors import ConfigError
 from pipeline.features import ExtractorConfig

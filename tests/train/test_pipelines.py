@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, Flux2Pipeline, UNet2DModel
 
-from pipeline.codec.info import codec_info
+from pipeline.codec.codec import codec_info
 from pipeline.config import validate
 from pipeline.errors import ConfigError
 from pipeline.model.config import InitConfig

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.codec.info import codec_info
+from pipeline.codec.codec import codec_info
 from pipeline.config import validate
 from pipeline.diffusion.rng import keyed_uniform
 from pipeline.errors import ConfigError, ConflictError, InputError, StoppedError

@@ -11,8 +11,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
+from pipeline.codec.codec import CodecInfo, encode_flops
 from pipeline.codec.diffusers_codec import DiffusersCodec
-from pipeline.codec.info import CodecInfo, encode_flops
 from pipeline.encode.encoder import Encoder
 from pipeline.encode.rows import Decoded
 from tests.benchmarks.gpu.device import Bench, Kernels, fitting, medians

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from pipeline.codec.info import decode_flops
+from pipeline.codec.codec import decode_flops
 from pipeline.diffusion.objectives import Objective
 from pipeline.diffusion.rng import id_from_text
 from pipeline.sample.denoise import Denoiser, LatentDecoder
