@@ -20,7 +20,7 @@ from pipeline.store.ledger.ledger import commit
 from pipeline.store.ledger.record import CommitRecord, FileInfo
 from pipeline.store.ledger.rowset import RowSet, address
 from pipeline.store.read.row_groups import RowGroupInfo, RowGroups
-from pipeline.store.schema import REJECTS, keyed_words, to_float32
+from pipeline.store.schema import REJECTS, keyed_words, to_float32, usually_held_out
 
 # -- Parquet data files: row groups of one bucket, page checksums, no statistics or dictionaries on blobs ------
 
@@ -113,6 +113,8 @@ def _describe(rows: pa.Table, latent_dtype: str | None) -> RowGroupInfo:
     if "label" in rows.column_names:
         highest = pc.max(rows["label"]).as_py()
         totals |= {"label_max": -1 if highest is None else highest, "unlabelled": rows["label"].null_count}
+    if latent_dtype is not None:
+        totals |= {"held": usually_held_out(rows)}
     return RowGroupInfo(
         bucket=rows["bucket"][0].as_py(),
         rows=len(rows),

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from pipeline.errors import ConfigError, InputError
 from pipeline.store.maintain import Spread, in_turn
-from pipeline.store.schema import LATENTS, FixedRows, binary_rows, keyed_words
+from pipeline.store.read.pages import FixedRows
+from pipeline.store.schema import LATENTS, RULE, SIDE_COLUMNS, held_out, image_words, keyed_words
 from pipeline.stream.order import Layout
 
 if TYPE_CHECKING:
@@ -68,6 +69,13 @@ class LabelledGroups(ColumnarGroups, Protocol):
     """Row groups whose columns of the ledger are at hand, such as label_max."""
 
     def stored(self, name: str) -> NDArray[np.int64]: ...
+
+
+@runtime_checkable
+class SplitGroups(Protocol):
+    """Row groups of which the ledger tells how many rows a usual share holds out: -1 for one it does not tell of."""
+
+    def held_out(self, share: float) -> NDArray[np.int64] | None: ...
 
 
 class LatentRows(Protocol):
@@ -221,49 +229,7 @@ def _columns(
     return tuple(names), np.array(bucket_of, np.int64), np.array(rows, np.int64), np.array(size_bytes, np.int64)
 
 
-# -- Training and held-out rows, told apart by a hash of the image's content alone -----------------------------
-#
-# A row's side depends on the SHA-256 of its stored image file (`content_sha256`) and on nothing else: not on the
-# seed, on its place, on compaction or on rows added later, so a held-out image stays held out for as long as the
-# dataset lives. All rows of one image are on one side: its mirrored variant, its other resolutions, a copy under
-# another name, and the same file in another dataset of a mixture. By the sample id, which tells them apart, most
-# held-out images would be trained on in another form. A row without the hash goes by its sample id.
-#
-# The order, however, must know how many rows of each row group are on either side, and hashes are inside the files.
-# That needs one pass over two columns - 48 bytes a row, 680 times less than a latent of a 512 px image - whose
-# result, one count per row group, is kept under a name made from the layout's digest and the share, so that it
-# happens once per state of a dataset and not once per start or per rank. Choosing by place in the manifest instead
-# would need no pass, but would leak held-out rows into training whenever the data are compacted or re-planned.
-
-RULE = "content 1"  # part of the cache's name and of a stream's state; changes when a row's side does
-SIDE_COLUMNS = ("sample_id", "content_sha256")
 _AT_ONCE = 256  # row groups that are counted before anything is told of them
-
-
-def id_words(ids: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """16-byte ids uint8 [n, 16] as little-endian words uint64 [n, 2]."""
-    return np.ascontiguousarray(ids).view("<u8")
-
-
-def image_words(table: pa.Table) -> NDArray[np.uint64]:
-    """What tells the images of rows with SIDE_COLUMNS apart, uint64 [n, 2]; ValueError for another width."""
-    contents = table.column("content_sha256")
-    if not contents.null_count:
-        return _first_words(contents)
-    known = ~np.asarray(contents.is_null().to_numpy())
-    words = id_words(binary_rows(table.column("sample_id"), 16)).copy()
-    words[known] = _first_words(pc.drop_null(contents))
-    return words
-
-
-def _first_words(contents: pa.ChunkedArray) -> NDArray[np.uint64]:
-    return binary_rows(contents, 32).view("<u8")[:, :2]
-
-
-def held_out(images: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
-    """Whether each image, as `image_words` gives them, is of the `share` that is kept out of training: bool [n]."""
-    mixed = keyed_words(images[:, 0] ^ keyed_words(images[:, 1] ^ np.uint64(0x6C6F6F6D_73706C74), 0), 0)
-    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53 < share
 
 
 def held_out_counts(
@@ -271,25 +237,38 @@ def held_out_counts(
 ) -> NDArray[np.int64]:
     """How many rows of each row group are held out: int64 [row groups].
 
-    Reads SIDE_COLUMNS of every row group, unless `cache` has the answer for these data and this share, undamaged.
+    Reads SIDE_COLUMNS of those row groups of which the ledger does not tell, unless `cache` has the answer for these
+    data and this share, undamaged.
     """
+    groups = dataset.row_groups
+    told = groups.held_out(share) if isinstance(groups, SplitGroups) else None
     count = partial(_count_chosen, dataset, Choice(share, held=True))
-    return _counted(dataset, repr((RULE, dataset.layout_digest, share)), count, cache, threads, spread)
+    return _counted(dataset, repr((RULE, dataset.layout_digest, share)), count, cache, threads, spread, told)
 
 
 def _count_chosen(dataset: LatentRows, choice: Choice, row_group: int) -> int:
     return len(choice.rows(dataset.read(row_group, choice.columns, verify=False)))
 
 
-def _count_each(count: Callable[[int], int], threads: int, groups: range) -> tuple[range, list[int]]:
+def _count_each(count: Callable[[int], int], threads: int, groups: list[int]) -> tuple[list[int], list[int]]:
     with ThreadPoolExecutor(threads, thread_name_prefix="held-out") as pool:
         return groups, list(pool.map(count, groups))
 
 
 def _counted(
-    dataset: LatentRows, asked: str, count: Callable[[int], int], cache: Root | None, threads: int, spread: Spread
+    dataset: LatentRows,
+    asked: str,
+    count: Callable[[int], int],
+    cache: Root | None,
+    threads: int,
+    spread: Spread,
+    told: NDArray[np.int64] | None = None,
 ) -> NDArray[np.int64]:
-    """A number for each row group, kept in `cache` under what was asked."""
+    """A number for each row group, kept in `cache` under what was asked; told: those known before, others -1."""
+    counts = np.full(len(dataset.row_groups), -1, np.int64) if told is None else told
+    unknown = np.flatnonzero(counts < 0).tolist()
+    if not unknown:
+        return counts
     key = f"heldout-{hashlib.blake2b(asked.encode(), digest_size=16).hexdigest()}.npy"
     limits = row_counts(dataset.row_groups)
     if cache is not None and cache.exists(key):
@@ -297,13 +276,12 @@ def _counted(
         with contextlib.suppress(ValueError, EOFError, OSError):
             cached = np.load(io.BytesIO(data), allow_pickle=False)
         if isinstance(cached, np.ndarray) and cached.dtype == np.int64 and cached.shape == limits.shape:
-            counts: NDArray[np.int64] = cached
-            if ((counts >= 0) & (counts <= limits)).all():
-                return counts
-    counts = np.zeros(len(limits), np.int64)
-    pieces = (range(at, min(at + _AT_ONCE, len(limits))) for at in range(0, len(limits), _AT_ONCE))
+            kept: NDArray[np.int64] = cached
+            if ((kept >= 0) & (kept <= limits)).all():
+                return kept
+    pieces = (unknown[at : at + _AT_ONCE] for at in range(0, len(unknown), _AT_ONCE))
     for groups, found in spread(partial(partial, _count_each, count, threads), pieces):
-        counts[groups.start : groups.stop] = found
+        counts[groups] = found
     if cache is not None:
         buffer = io.BytesIO()
         np.save(buffer, counts, allow_pickle=False)

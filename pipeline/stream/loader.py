@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import ConfigError
-from pipeline.store.schema import Bytes, gather
+from pipeline.store.read.pages import Bytes, gather
+from pipeline.store.schema import RULE
 from pipeline.stream.data import (
-    RULE,
     Batch,
     Captions,
     FileRows,
@@ -222,8 +222,7 @@ class _Chunk:
 
     def fill(self, cursor: _LaneCursor) -> None:
         """Take every batch's share of the next lane."""
-        captions: list[str | None] = []
-        text: list[Any] = []
+        captions, text = list[str | None](), list[Any]()
         for rows, begin, end in cursor.take(self._count * self._slot):
             if rows.captions is not None:
                 captions += rows.captions.slice(begin, end - begin).to_pylist()
@@ -240,10 +239,8 @@ class _Chunk:
             self._stretches.append((part, rows.start[own], rows.sample_ids[own], rows.labels[own], sizes))
             self._memory += rows.memory
             del rows
-        if captions:
-            self._captions.append(captions)
-        if text:
-            self._text.append(text)
+        self._captions.append(captions)
+        self._text.append(text)
 
     def finish(self, text: TextRows | None, copiers: _Copiers) -> None:
         """Cut into batches when all lanes are there."""
@@ -273,10 +270,10 @@ class _Chunk:
         captions: list[list[str] | None] = [None] * count
         embeddings: list[Any] = [None] * count
         owns = [slice(at * self._slot, (at + 1) * self._slot) for at in range(count)]
-        if self._captions:
+        if self._captions[0]:
             asked = [list(chain.from_iterable(lane[own] for lane in self._captions)) for own in owns]
             captions = [[c or "" for c in some] if any(c is not None for c in some) else None for some in asked]
-        if self._text and text is not None:
+        if text is not None:
             found = text.padded([one for own in owns for lane in self._text for one in lane[own]])
             embeddings = list(zip(*(np.split(values, count) for values in found), strict=True))
             self._text = []

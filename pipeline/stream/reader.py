@@ -23,8 +23,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.store.schema import MAX_PART_BYTES, Bytes, FixedRows, StoredParts, ValuePlaces, binary_rows
-from pipeline.stream.data import Captions, Choice, FileRows, LatentRows, TextRows, id_words, integers
+from pipeline.store.read.pages import MAX_PART_BYTES, Bytes, FixedRows, StoredParts, ValuePlaces
+from pipeline.store.schema import binary_rows, id_words
+from pipeline.stream.data import Captions, Choice, FileRows, LatentRows, TextRows, integers
 from pipeline.stream.order import Piece, Window
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ Shape = tuple[int, int, int]
 class WindowRows:
     """The rows of a window in the order served, all of one latent `shape` [c, h, w].
 
-    Latent i is memory[part[i]][start[i] : start[i] + 2*c*h*w], stored bytes (see `store.pages.gather`); part: int32
+    Latent i is memory[part[i]][start[i] : start[i] + 2*c*h*w], stored bytes (see `read.pages.gather`); part: int32
     [n]; start: int64 [n]. sample_ids: uint64 [n, 2]; labels: int64 [n], -1 for none; sizes: int32 [n, 6]; captions:
     n strings; text: what `TextRows.fetch` gave for them; None where they are not wanted.
     """

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.errors import InputError
 from pipeline.store.plan import Plan
 from pipeline.store.read.dataset import Dataset, LatentDataset
+from pipeline.store.read.pages import Bytes, StoredParts
 from pipeline.store.read.pins import Pins
 from pipeline.store.read.row_groups import reading_table
-from pipeline.store.schema import Bytes, StoredParts, to_float32
+from pipeline.store.schema import to_float32
 from pipeline.stream.data import Captions
 
 # -- Which captions there are, and which of them are new: distinct by hash, in order of first occurrence -------
@@ -85,19 +85,6 @@ class PlannedCaption:
     mtime_ns: None = None
     row_start: int = 0
     row_stop: int = 1
-
-
-def planned_hashes(plan: Plan) -> Hashes:
-    """The hashes of all captions of all versions, whether embedded yet or not."""
-    parts = []
-    for name in [part for version in plan.versions for part in version.entry_parts]:
-        with reading_table(plan.root.uri_of(name)), plan.root.open(name) as file:
-            keys = pq.read_table(file, columns=["key"], page_checksum_verification=True)["key"]
-            digests = bytes.fromhex("".join(keys.to_pylist()))
-            if len(digests) != 16 * len(keys):
-                raise ValueError("a key is no hash of a caption")
-        parts.append(as_hashes([digests]))
-    return np.concatenate(parts) if parts else as_hashes([])
 
 
 def captions_seen(plan: Plan, digest: str) -> set[str]:
@@ -294,8 +281,15 @@ class TextEmbeddings:
 
     def publish(self, pins: Pins) -> None:
         """Leave row groups and index beside what is pinned, so that no reader makes them for itself."""
+
+        def as_file() -> pa.Buffer:
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_file(sink, _INDEX) as writer:
+                writer.write_table(self._index)
+            return sink.getvalue()
+
         self._dataset.publish(pins)
-        pins.keep(self._dataset.root, _INDEX_ENDING, self._index_file)
+        pins.keep(self._dataset.root, _INDEX_ENDING, as_file)
 
     @property
     def uri(self) -> str:
@@ -423,12 +417,17 @@ class TextEmbeddings:
 
     def _room(self, size: int) -> Bytes:
         """Writable memory: the process's own up to `cache_bytes` at a time, beyond that a file's without a name."""
+
+        def let_go() -> None:
+            with self._lock:
+                self._held_bytes -= size
+
         with self._lock:
             fits = self._held_bytes + size <= self._cache_bytes
             self._held_bytes += size if fits else 0
         if fits:
             memory = np.empty(size, np.uint8)
-            weakref.finalize(memory, self._let_go, size).atexit = False
+            weakref.finalize(memory, let_go).atexit = False
             return memory
         try:
             with tempfile.TemporaryFile(prefix="latentloom-text-") as file:
@@ -444,10 +443,6 @@ class TextEmbeddings:
                 next_step="free space there, set TMPDIR to a larger disk, or keep more of them in memory: in a "
                 "training data.text_cache_bytes",
             ) from error
-
-    def _let_go(self, size: int) -> None:
-        with self._lock:
-            self._held_bytes -= size
 
     def missing(self, captions: Sequence[str | None]) -> list[str]:
         """The distinct captions among some that have no embedding, in order."""
@@ -476,12 +471,6 @@ class TextEmbeddings:
                 next_step="run jobs.embed_text on the latent dataset; it embeds only what is new",
             )
         return at
-
-    def _index_file(self) -> pa.Buffer:
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, _INDEX) as writer:
-            writer.write_table(self._index)
-        return sink.getvalue()
 
     def _read_index(self) -> pa.Table:
         """Hashes, ascending, and where each one's row lies; and how long the rows are."""

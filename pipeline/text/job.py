@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.dataflow.cluster import check_address
 from pipeline.dataflow.workers import open_workers
@@ -37,13 +38,15 @@ from pipeline.store.ledger.identity import Identity, check_same, read_identity
 from pipeline.store.ledger.layout import IDENTITY
 from pipeline.store.ledger.state import State, read_state
 from pipeline.store.maintain import Spread, in_turn
-from pipeline.store.plan import EntrySpan, PlannedEntry, Work, append_version, read_entries, read_plan, work_of
+from pipeline.store.plan import EntrySpan, Plan, PlannedEntry, Work, append_version, read_entries, read_plan, work_of
 from pipeline.store.read.dataset import Dataset, LatentDataset
+from pipeline.store.read.row_groups import reading_table
 from pipeline.store.schema import ADDRESS, pack_latents
 from pipeline.store.writer import Committer, file_meta
 from pipeline.stream.data import Captions
 from pipeline.text.config import EmbedTextJobConfig, PipelineConfig, TextEncoderConfig
 from pipeline.text.dataset import (
+    Hashes,
     HashSet,
     as_hashes,
     caption_hash,
@@ -51,7 +54,6 @@ from pipeline.text.dataset import (
     contains,
     in_units,
     new_captions,
-    planned_hashes,
 )
 from pipeline.text.files import EncoderFiles, encoder_files
 
@@ -69,6 +71,19 @@ TEXT = pa.schema(
         pa.field("pooled", pa.large_binary()),
     ]
 )
+
+
+def planned_hashes(plan: Plan) -> Hashes:
+    """The hashes of all captions of all versions, whether embedded yet or not."""
+    parts = []
+    for name in [part for version in plan.versions for part in version.entry_parts]:
+        with reading_table(plan.root.uri_of(name)), plan.root.open(name) as file:
+            keys = pq.read_table(file, columns=["key"], page_checksum_verification=True)["key"]
+            digests = bytes.fromhex("".join(keys.to_pylist()))
+            if len(digests) != 16 * len(keys):
+                raise ValueError("a key is no hash of a caption")
+        parts.append(as_hashes([digests]))
+    return np.concatenate(parts) if parts else as_hashes([])
 
 
 class EncodedLike(Protocol):

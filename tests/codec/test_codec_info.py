@@ -15,9 +15,7 @@ import pytest
 from codec_builders import build, save
 from safetensors.numpy import load_file, save_file
 
-from pipeline.codec.config import CodecConfig
-from pipeline.codec.files import INDEX, WEIGHTS
-from pipeline.codec.info import (
+from pipeline.codec.codec import (
     DIFFUSERS_CLASSES,
     CodecInfo,
     check_posterior,
@@ -25,6 +23,8 @@ from pipeline.codec.info import (
     codec_info,
     read_codec_info,
 )
+from pipeline.codec.config import CodecConfig
+from pipeline.codec.files import INDEX, WEIGHTS
 from pipeline.errors import ConfigError, InputError
 from pipeline.storage.root import Root
 
@@ -107,7 +107,7 @@ def test_defaults_read_from_source_are_the_real_ones(name: str) -> None:
 
 def test_needs_no_torch(sd: Path) -> None:
     code = (
-        "import sys; from pipeline.codec.info import codec_info; import pipeline.codec.info;"
+        "import sys; from pipeline.codec.codec import codec_info; import pipeline.codec.codec;"
         "import pipeline.fit_codec.job, pipeline.codec.codec;"
         f"print(codec_info({str(sd)!r}).factor);"
         "heavy = {'torch', 'diffusers', 'mlflow', 'ray', 'PIL'} &"

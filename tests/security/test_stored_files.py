@@ -43,7 +43,8 @@ from pipeline.store.maintain.verify import verify
 from pipeline.store.plan import Plan, append_version, live_entries, read_entries
 from pipeline.store.read.dataset import LatentDataset
 from pipeline.store.read.pins import Pins
-from pipeline.text.dataset import TextEmbeddings, planned_hashes
+from pipeline.text.dataset import TextEmbeddings
+from pipeline.text.job import planned_hashes
 from pipeline.tracking.config import PromoteJobConfig
 from pipeline.tracking.journal import Header, JournalReader, JournalWriter
 from pipeline.train.checkpoint import CheckpointStore

@@ -24,7 +24,8 @@ from pipeline.store.maintain.compact import CompactReport, RowSource, shards_to_
 from pipeline.store.maintain.verify import verify
 from pipeline.store.plan import append_version, read_plan
 from pipeline.store.read.dataset import Dataset, LatentDataset
-from pipeline.store.schema import LATENTS, StoredParts
+from pipeline.store.read.pages import StoredParts
+from pipeline.store.schema import LATENTS
 from pipeline.store.writer import ROW_BYTES
 from tests.support.maintain import collect_garbage, compact
 from tests.support.rows import (

@@ -303,7 +303,7 @@ def scattered(units: int = 2) -> RowSet:
 
 
 def test_a_record_of_scattered_rows_is_small_and_survives_the_round_trip(root: Root) -> None:
-    group = RowGroupInfo("8x8", 3, 9, 0, 1, (1.5,), (2.5,), 48, 7, 1)
+    group = RowGroupInfo("8x8", 3, 9, 0, 1, (1.5,), (2.5,), 48, 7, 1, (0, 0, 0, 0, 1, 1, 3))
     info = FileInfo("data/x.parquet", 9, "00", 3, RowGroups.of([group]))
     record = CommitRecord(
         claim(root).number,
@@ -375,6 +375,32 @@ def test_a_bundle_of_an_earlier_release_is_read(root: Root) -> None:
     assert dict(visible_records(root)) == records
 
 
+def test_records_and_bundles_that_tell_nothing_of_held_out_rows_are_read(
+    root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As earlier releases wrote them; beside one that tells."""
+    generation = claim(root)
+    with monkeypatch.context() as before:
+        before.setattr("pipeline.store.writer.usually_held_out", lambda rows: ())
+        committer(root, generation).commit(latent_rows([(0, row) for row in range(9)]), None, {})
+    ((name, record),) = visible_records(root)
+    assert "held" not in json.loads(root.read_bytes(name))["files"][0]["groups"]
+    sink = pa.BufferOutputStream()
+    table = visible_records(root).table.drop_columns(["group_held"])
+    pq.write_table(table, sink, write_page_checksum=True)
+    root.put(f"{layout.ledger_dir(generation.number)}/{'0' * 32}.parquet", sink.getvalue().to_pybytes())
+    root.delete(name)
+    assert list(visible_records(root)) == [(name, record)]
+    committer(root, generation).commit(latent_rows([(1, row) for row in range(300)]), None, {})
+    groups = LatentDataset.open(root.uri).row_groups
+    told = groups.held_out(0.1)
+    assert told is not None
+    assert told[0] == -1
+    assert (told[1:] >= 0).all()
+    assert 15 < told[1:].sum() < 50
+    assert groups.held_out(0.11) is None
+
+
 @pytest.mark.parametrize(
     ("column", "value"),
     [
@@ -386,6 +412,10 @@ def test_a_bundle_of_an_earlier_release_is_read(root: Root) -> None:
         ("group_bucket", ["x"]),
         ("group_numbers", [1]),
         ("group_sums", [1.0]),
+        ("group_held", [0]),
+        ("group_held", [0, 0, 0, 0, 0, 0, 2]),
+        ("group_held", [0, 1, 0, 0, 1, 1, 1]),
+        ("group_held", [-1, 0, 0, 0, 1, 1, 1]),
         ("unit_rows", [0, -1]),
     ],
 )

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 
 from pipeline.errors import InputError
 from pipeline.store.read.dataset import LatentDataset
-from pipeline.store.schema import PlainSpan, StoredParts, fixed_width_pages, fixed_width_values, gather, plain_span
+from pipeline.store.read.pages import (
+    PlainSpan,
+    StoredParts,
+    fixed_width_pages,
+    fixed_width_values,
+    gather,
+    plain_span,
+)
 from tests.support.rows import claim, committer, latent_rows, may_be_null, planned_root
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from pipeline.store.schema import FixedRows, fixed_width_values
+from pipeline.store.read.pages import FixedRows, fixed_width_values
 from pipeline.stream.order import Order
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from pipeline.errors import ConflictError, InputError
 from pipeline.storage.root import Root
-from pipeline.stream.data import SIDE_COLUMNS, held_out, held_out_counts, id_words, image_words
+from pipeline.store.schema import SIDE_COLUMNS, held_out, id_words, image_words
+from pipeline.stream.data import held_out_counts
 from pipeline.stream.loader import LatentStream
 from tests.stream.latent_rows import MemoryRows, content, sample_id
 

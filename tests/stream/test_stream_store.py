@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.store.read.dataset import LatentDataset
+from pipeline.store.read.dataset import Dataset, LatentDataset
+from pipeline.store.schema import SIDE_COLUMNS, USUAL_SHARES, held_out, id_words, image_words
 from pipeline.stream import order as order_module
 from pipeline.stream import reader as reader_module
-from pipeline.stream.data import held_out, id_words
+from pipeline.stream.data import held_out_counts
 from pipeline.stream.loader import LatentStream
 from pipeline.stream.order import ROW_GROUPS
 from tests.support.maintain import compact
@@ -198,3 +199,31 @@ def test_batches_of_few_classes_are_warned_of_once_with_the_remedy(
     for quiet in ({}, {"shuffle": False}, {"rule": ROW_GROUPS, "holdout": 0.2, "split": "holdout"}):
         assert warned(dataset, caplog, **quiet) == []
     assert warned(by_class(str(tmp_path / "mixed"), shuffled=True), caplog, rule=ROW_GROUPS) == []
+
+
+@pytest.mark.parametrize("share", USUAL_SHARES)
+def test_commits_tell_how_many_rows_are_held_out(
+    tmp_path: Path, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody reads a data file for that, but for row groups with dead rows; whatever wrote and rewrote them."""
+    uri = str(tmp_path / "data")
+    rewritten(uri)
+    dataset = LatentDataset.open(uri)
+    by_reading = [
+        int(held_out(image_words(dataset.read(at, SIDE_COLUMNS)), share).sum())
+        for at in range(len(dataset.row_groups))
+    ]
+    read = list[int]()
+    real = Dataset.read
+
+    def count(self: Dataset, group: int, *args: Any, **kwargs: Any) -> Any:
+        read.append(group)
+        return real(self, group, *args, **kwargs)
+
+    monkeypatch.setattr(Dataset, "read", count)
+    assert held_out_counts(dataset, share).tolist() == by_reading
+    assert sorted(read) == np.flatnonzero(dataset.row_groups.partial).tolist() != []
+    compact(uri, seed=0, shard_bytes=1 << 20, row_group_bytes=5000)
+    read.clear()
+    assert held_out_counts(LatentDataset.open(uri), share).sum() == sum(by_reading)
+    assert read == []

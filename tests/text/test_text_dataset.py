@@ -23,8 +23,8 @@ from pipeline.store.ledger.identity import Identity, claim_identity
 from pipeline.store.ledger.state import read_state
 from pipeline.store.plan import append_version, read_plan
 from pipeline.store.read.dataset import Dataset
+from pipeline.store.read.pages import StoredParts
 from pipeline.store.read.pins import Pins
-from pipeline.store.schema import StoredParts
 from pipeline.text.dataset import PlannedCaption, TextEmbeddings, caption_hash, in_units
 from pipeline.text.job import embed_gaps
 from tests.support.rows import claim, planned_root
@@ -133,7 +133,7 @@ def test_few_captions_cost_few_bytes(stored: str, gap: int, monkeypatch: pytest.
         return real(self, path, begin, length)
 
     monkeypatch.setattr(StoredParts, "_bytes", count)
-    monkeypatch.setattr("pipeline.store.schema._GAP_BYTES", gap)
+    monkeypatch.setattr("pipeline.store.read.pages._GAP_BYTES", gap)
     monkeypatch.setattr(Dataset, "read", None)
     some = CAPTIONS[1::2]
     fetched = text.fetch(some, verify=False)

@@ -26,7 +26,8 @@ from pipeline.model.read import read_model
 from pipeline.storage.root import Root
 from pipeline.store.ledger.generation import note_run
 from pipeline.store.read.dataset import LatentDataset
-from pipeline.stream.data import SIDE_COLUMNS, Batch, held_out, widened
+from pipeline.store.schema import SIDE_COLUMNS, held_out
+from pipeline.stream.data import Batch, widened
 from pipeline.tracking.tracker import NoopTracker
 from pipeline.train import collectives, job
 from pipeline.train.checks import Facts, check_same_encoders, handshake

@@ -26,6 +26,7 @@ SEAL_AT_LEAST = 64
 _READERS = 16
 _PER_GROUP = 1 << 16
 _RECORD, _BUNDLE = ".json", ".parquet"
+_LATER = "group_held"  # bundles of earlier releases have no such column
 # Earlier releases wrote, and read, the bytes of each record. To them this says that they are too old.
 _NEWER = layout.canonical_json(
     {"version": 2, "generation": 0, "covered": [], "files": [], "reject_file": None}
@@ -90,8 +91,13 @@ def read_bundle(root: Root, name: str, kept: Kept | None = None) -> Records:
         return kept[name]
     with reading_table(root.uri_of(name), _remedy(name)), root.open(name) as file:
         reader = pq.ParquetFile(file, page_checksum_verification=True)
-        if set(RECORDS.names) <= set(reader.schema_arrow.names):
-            records = Records(reader.read(RECORDS.names, use_threads=True))
+        stored = [name for name in RECORDS.names if name in reader.schema_arrow.names]
+        if set(RECORDS.names) - set(stored) <= {_LATER}:
+            table = reader.read(stored, use_threads=True)
+            if _LATER not in stored:
+                nothing = pa.array([[]] * len(table), RECORDS.field(_LATER).type)
+                table = table.append_column(RECORDS.field(_LATER), nothing)
+            records = Records(table)
         else:
             table = reader.read(["name", "record"])
             pairs = zip(table["name"].to_pylist(), table["record"].to_pylist(), strict=True)

@@ -6,7 +6,6 @@ ledger of a billion images holds half a million of them.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,8 +22,9 @@ from pipeline.errors import InputError
 from pipeline.storage.root import check_key
 from pipeline.storage.stored import OPEN, Count, Key, problems
 from pipeline.store.ledger import layout
-from pipeline.store.ledger.rowset import BLOCK_ROWS, MAX_ROWS, Int64s, RowSet, check_addresses
+from pipeline.store.ledger.rowset import Int64s, RowSet, check_addresses
 from pipeline.store.read.row_groups import RowGroups
+from pipeline.store.schema import USUAL_SHARES
 
 # Of a record whose sets are intervals alone: earlier releases read those, too.
 _PLAIN, RECORD_VERSION = 1, 2
@@ -66,11 +66,11 @@ class CommitRecord:
             {
                 "version": RECORD_VERSION if any(len(rows.blocks) for rows in sets) else _PLAIN,
                 "generation": self.generation,
-                "covered": _set_json(self.covered),
+                "covered": self.covered.to_json(),
                 "files": [_file_json(f) for f in self.files],
                 "reject_file": _file_json(self.reject_file) if self.reject_file else None,
-                "rejects": {reason: _set_json(rows) for reason, rows in self.rejects.items()},
-                "filtered": {reason: _set_json(rows) for reason, rows in self.filtered.items()},
+                "rejects": {reason: rows.to_json() for reason, rows in self.rejects.items()},
+                "filtered": {reason: rows.to_json() for reason, rows in self.filtered.items()},
                 "unit_rows": [[u, n] for u, n in sorted(self.unit_rows.items())],
             }
         )
@@ -109,11 +109,11 @@ def parse_record(data: bytes, origin: str) -> CommitRecord:
             )
         return CommitRecord(
             generation=body["generation"],
-            covered=_set(body["covered"]),
+            covered=RowSet.from_json(body["covered"]),
             files=tuple(_file(f) for f in body["files"]),
             reject_file=_file(body["reject_file"]) if body["reject_file"] else None,
-            rejects={reason: _set(rows) for reason, rows in body["rejects"].items()},
-            filtered={reason: _set(rows) for reason, rows in body["filtered"].items()},
+            rejects={reason: RowSet.from_json(rows) for reason, rows in body["rejects"].items()},
+            filtered={reason: RowSet.from_json(rows) for reason, rows in body["filtered"].items()},
             unit_rows=dict(body["unit_rows"]),
         )
     except (ValueError, LookupError, TypeError, ArithmeticError) as error:
@@ -164,34 +164,6 @@ def _file(body: _File) -> FileInfo:
     return FileInfo(body["path"], body["bytes"], body["sha256"], body["rows"], groups)
 
 
-def _set_json(rows: RowSet) -> Any:
-    """[[unit, start, stop], ...]; with bitmaps {"spans": the same of the rest, "blocks": [[unit, first row], ...],
-    "bits": 64 bytes a block in base64, the row that comes first in the lowest bit of the first byte}.
-    """
-    if not len(rows.blocks):
-        return rows.triples()
-    first = rows.blocks * BLOCK_ROWS
-    spans = RowSet(rows.starts, rows.stops, rows.blocks[:0], rows.bits[:0])
-    return {
-        "spans": spans.triples(),
-        "blocks": np.stack([first >> 32, first & (2 * MAX_ROWS - 1)], axis=1).tolist(),
-        "bits": base64.b64encode(rows.bits.astype("<u8").tobytes()).decode(),
-    }
-
-
-def _set(body: Any) -> RowSet:
-    if isinstance(body, list):
-        return RowSet.from_triples(body)
-    spans, first = RowSet.from_triples(body["spans"]), np.array(body["blocks"], np.int64).reshape(-1, 2)
-    bits = (
-        np.frombuffer(base64.b64decode(body["bits"], validate=True), "<u8").astype(np.uint64).reshape(len(first), -1)
-    )
-    if (first[:, 1] % BLOCK_ROWS).any() or (first < 0).any() or (first >= MAX_ROWS).any() or len(bits.T) != 8:
-        raise ValueError("a block of rows is none")
-    blocks = ((first[:, 0] << 32) + first[:, 1]) // BLOCK_ROWS
-    return RowSet.from_parts(spans.starts, spans.stops, blocks, bits)
-
-
 # -- All records of a dataset as columns -----------------------------------------------------------------------
 
 
@@ -223,6 +195,7 @@ RECORDS = pa.schema(
         pa.field("group_bucket", _list(pa.string()), False),
         pa.field("group_numbers", _list(pa.int64()), False),
         pa.field("group_sums", _list(pa.float64()), False),
+        pa.field("group_held", _list(pa.int32()), False),  # see `RowGroups`
     ]
 )
 COVERED, REJECTED, FILTERED = range(3)
@@ -351,6 +324,7 @@ class Records(Sequence[tuple[str, CommitRecord]]):
             tuple(self.texts("group_bucket")[begin:end].to_pylist()),
             self.flat("group_numbers")[_NUMBERS * begin : _NUMBERS * end].reshape(-1, _NUMBERS),
             *self._sums(number),
+            self.held[begin:end] if self._tells[self.file_owner[number]] else self.held[begin:end, :0],
         )
         return FileInfo(path, size, digest, rows, groups)
 
@@ -368,6 +342,18 @@ class Records(Sequence[tuple[str, CommitRecord]]):
         sizes = np.repeat(2 * self.flat("file_channels"), self.flat("file_groups"))
         begins = (np.cumsum(sizes) - sizes)[groups]
         return np.asarray(self.flat("group_sums")[begins[:, None] + np.arange(2 * channels)].reshape(-1, 2, channels))
+
+    @cached_property
+    def held(self) -> npt.NDArray[np.int32]:
+        """Rows that each of USUAL_SHARES holds out, int32 [row groups, shares]; -1 where a record does not tell."""
+        groups = np.diff(self.places("group_bucket"))
+        held = np.full((int(groups.sum()), len(USUAL_SHARES)), -1, np.int32)
+        held[np.repeat(self._tells, groups)] = self.flat("group_held").reshape(-1, len(USUAL_SHARES))
+        return held
+
+    @cached_property
+    def _tells(self) -> npt.NDArray[np.bool_]:
+        return np.asarray(np.diff(self.places("group_held")) > 0)
 
     @cached_property
     def _sum_places(self) -> Int64s:
@@ -428,11 +414,14 @@ class Records(Sequence[tuple[str, CommitRecord]]):
         by_record["file_numbers"] = 2 * np.diff(self.places("file_path"))
         fits = [np.array_equal(np.diff(self.places(name)), sizes) for name, sizes in by_record.items()]
         fits.append(len(self.flat("group_sums")) == self._sum_places[-1])
+        held, groups = np.diff(self.places("group_held")), by_record["group_bucket"]
+        fits.append(((held == 0) | (held == len(USUAL_SHARES) * groups)).all())
         # Each has one set of all that it covers, the first.
         kinds, firsts = self.flat("set_kind"), self.places("set_kind")[:-1]
         covering = np.flatnonzero(kinds == COVERED)
         fits += [np.array_equal(covering, firsts), kinds.min(initial=0) >= COVERED, kinds.max(initial=0) <= FILTERED]
-        counts = (self.generation, *(self.flat(name) for name in ("unit_rows", "file_numbers", "file_channels")))
+        numbers = ("unit_rows", "file_numbers", "file_channels", "group_held")
+        counts = (self.generation, *(self.flat(name) for name in numbers))
         fits += [values.min(initial=0) >= 0 for values in counts]
         if not all(fits):
             raise ValueError("the columns of its records do not fit together")
@@ -443,6 +432,8 @@ class Records(Sequence[tuple[str, CommitRecord]]):
         RowGroups.check(
             pc.unique(self.texts("group_bucket")).to_pylist(), self.flat("group_numbers").reshape(-1, _NUMBERS)
         )
+        told = self.held[:, 0] >= 0
+        RowGroups.check_held(self.held[told], self.flat("group_numbers").reshape(-1, _NUMBERS)[told, 0])
 
     def _per_record(self, counts: str, owner: str) -> Int64s:
         """The sum of a column of counts over each record."""
@@ -464,6 +455,7 @@ def _line(record: CommitRecord) -> dict[str, Any]:
     files = [*record.files, *([record.reject_file] if record.reject_file else [])]
     groups = [file.row_groups for file in files]
     sums = [np.concatenate([g.sums, g.sumsqs], axis=1).reshape(-1) for g in groups if g.sums.size]
+    held = [g.held.reshape(-1) for g in groups] if all(g.held.size for g in groups if len(g)) else []
     return {
         "generation": record.generation,
         "unit_rows": [number for pair in sorted(record.unit_rows.items()) for number in pair],
@@ -483,6 +475,7 @@ def _line(record: CommitRecord) -> dict[str, Any]:
         "group_bucket": [bucket for g in groups for bucket in g.buckets],
         "group_numbers": np.concatenate([np.zeros(0, np.int64), *(g.whole.reshape(-1) for g in groups)]),
         "group_sums": np.concatenate([np.zeros(0), *sums]),
+        "group_held": np.concatenate([np.zeros(0, np.int32), *held]),
     }
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -73,6 +74,33 @@ class RowSet:
         """From (unit, start, stop) triples in any order, overlapping or not; ValueError as `from_arrays`."""
         rows = np.array(list(triples), np.int64).reshape(-1, 3)
         return RowSet.from_arrays(rows[:, 0], rows[:, 1], rows[:, 2])
+
+    def to_json(self) -> Any:
+        """[[unit, start, stop], ...]; with bitmaps {"spans": those of the rest, "blocks": [[unit, first row], ...],
+        "bits": 64 bytes a block in base64, the row that comes first in the lowest bit of the first byte}.
+        """
+        if not len(self.blocks):
+            return self.triples()
+        first = self.blocks * BLOCK_ROWS
+        spans = RowSet(self.starts, self.stops, self.blocks[:0], self.bits[:0])
+        return {
+            "spans": spans.triples(),
+            "blocks": np.stack([first >> _SHIFT, first & (2 * MAX_ROWS - 1)], axis=1).tolist(),
+            "bits": base64.b64encode(self.bits.astype("<u8").tobytes()).decode(),
+        }
+
+    @staticmethod
+    def from_json(body: Any) -> RowSet:
+        """What `to_json` gave; ValueError, KeyError or TypeError for anything else."""
+        if isinstance(body, list):
+            return RowSet.from_triples(body)
+        spans, first = RowSet.from_triples(body["spans"]), np.array(body["blocks"], np.int64).reshape(-1, 2)
+        packed = np.frombuffer(base64.b64decode(body["bits"], validate=True), "<u8")
+        bits = packed.astype(np.uint64).reshape(len(first), -1)
+        if (first[:, 1] % BLOCK_ROWS).any() or (first < 0).any() or (first >= MAX_ROWS).any() or len(bits.T) != 8:
+            raise ValueError("a block of rows is none")
+        blocks = ((first[:, 0] << _SHIFT) + first[:, 1]) // BLOCK_ROWS
+        return RowSet.from_parts(spans.starts, spans.stops, blocks, bits)
 
     @staticmethod
     def from_arrays(units: Int64s, starts: Int64s, stops: Int64s) -> RowSet:

@@ -84,7 +84,8 @@ class VisibleFiles(Sequence[VisibleFile]):
         dead = {at: self.dead_in(at) for at in np.flatnonzero(self.with_dead).tolist()}
         numbers = records.flat("group_numbers").reshape(-1, 7)[self.groups]
         buckets = records.texts("group_bucket").take(pa.array(self.groups))
-        return ReadableGroups.of(self.paths, self.size_bytes, self.num_groups, dead, numbers, sums, buckets)
+        held = records.held[self.groups]
+        return ReadableGroups.of(self.paths, self.size_bytes, self.num_groups, dead, numbers, sums, buckets, held)
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -48,8 +48,9 @@ from pipeline.store.ledger.rowset import RowSet, address, unit_of
 from pipeline.store.ledger.state import State, read_state
 from pipeline.store.maintain import Spread, in_turn
 from pipeline.store.read.dataset import Dataset
+from pipeline.store.read.pages import StoredParts, ValuePlaces
 from pipeline.store.read.row_groups import reading_table
-from pipeline.store.schema import LATENTS, REJECTS, StoredParts, ValuePlaces, keyed_words
+from pipeline.store.schema import LATENTS, REJECTS, keyed_words
 from pipeline.store.writer import ROW_BYTES, Committer, file_meta
 
 # Where rows are small, as where pictures lie in files of their own: texts of 16 KiB each still fit 32-bit offsets.

@@ -29,9 +29,9 @@ from pipeline.store.ledger.generation import IN_UNITS, arrangement, at_one_gener
 from pipeline.store.ledger.identity import Identity, identity_at, read_identity
 from pipeline.store.ledger.rowset import RowSet, address, distinct
 from pipeline.store.ledger.state import State, read_state, state_at
+from pipeline.store.read.pages import Bytes, FixedRows, fixed_width_pages, fixed_width_values, plain_span
 from pipeline.store.read.pins import Pins
 from pipeline.store.read.row_groups import ReadableGroups, RowGroupInfo, reading_table
-from pipeline.store.schema import Bytes, FixedRows, fixed_width_pages, fixed_width_values, plain_span
 from pipeline.store.writer import channel_totals
 
 # -- The `data:` section of the jobs that read a dataset -------------------------------------------------------

@@ -2,7 +2,7 @@
 
     <directory>/<hash of the dataset's URI>.json   the plan's versions and the bundle              created once
     <directory>/<hash of the content>.parquet      the commit records visible then (see `bundles`)  immutable
-    <directory>/<hash of the dataset's URI>-rows1.arrow  what follows from both: row groups, digests    created once
+    <directory>/<hash of the dataset's URI>-rows2.arrow  what follows from both: row groups, digests    created once
     <directory>/<hash of the dataset's URI>-<name>.arrow  what readers of its kind need besides       created once
     <directory>/<hash of the dataset's URI>-withdrawn-<hash>.parquet  rows withdrawn since, of one start created once
 
@@ -46,7 +46,7 @@ from pipeline.store.read.row_groups import ReadableGroups, reading_table
 VERSION = 1
 _TRIPLE = ("unit", "start", "stop")
 _ROWS_GONE = pa.schema([pa.field(name, pa.int64(), False) for name in _TRIPLE])
-_ROWS = "-rows1.arrow"  # another number when another release would read it differently
+_ROWS = "-rows2.arrow"  # another number when another release would read it differently
 _READERS = 16
 T = TypeVar("T")
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 from pipeline.errors import InputError
 from pipeline.storage.errors import job_error, unreadable
 from pipeline.store.ledger.rowset import RowSet, address
+from pipeline.store.schema import USUAL_SHARES
 
 Ints = npt.NDArray[np.int64]
 _BUCKET = re.compile(r"[1-9]\d{0,5}x[1-9]\d{0,5}")
@@ -28,7 +29,8 @@ class RowGroupInfo:
     """One row group of a data file: its bucket, rows, stored bytes, the units it spans, and sums for statistics.
 
     `channel_sum` and `channel_sumsq` are over all values of each latent channel, `values` how many each channel
-    has; they are empty for kinds without latents. `label_max` is -1 when no row has a label.
+    has; they are empty for kinds without latents. `label_max` is -1 when no row has a label. `held`: how many rows
+    each of USUAL_SHARES holds out of training; empty where nobody has told.
     """
 
     bucket: str
@@ -41,16 +43,18 @@ class RowGroupInfo:
     values: int = 0
     label_max: int = -1
     unlabelled: int = 0
+    held: tuple[int, ...] = ()
 
 
 class RowGroups(Sequence[RowGroupInfo]):
     """The row groups of one file, in file order; immutable.
 
     Kept as arrays, about a tenth of the memory of one object each: `whole` int64 [n, 7] (rows, bytes, first_unit,
-    last_unit, values, label_max, unlabelled), `sums` and `sumsqs` float64 [n, channels].
+    last_unit, values, label_max, unlabelled), `sums` and `sumsqs` float64 [n, channels], `held` int32 [n, shares] or,
+    where nobody has told, [n, 0].
     """
 
-    __slots__ = ("buckets", "sums", "sumsqs", "whole")
+    __slots__ = ("buckets", "held", "sums", "sumsqs", "whole")
 
     def __init__(
         self,
@@ -58,8 +62,9 @@ class RowGroups(Sequence[RowGroupInfo]):
         whole: npt.NDArray[np.int64],
         sums: npt.NDArray[np.float64],
         sumsqs: npt.NDArray[np.float64],
+        held: npt.NDArray[np.int32],
     ) -> None:
-        self.buckets, self.whole, self.sums, self.sumsqs = buckets, whole, sums, sumsqs
+        self.buckets, self.whole, self.sums, self.sumsqs, self.held = buckets, whole, sums, sumsqs, held
 
     @classmethod
     def of(cls, infos: Sequence[RowGroupInfo]) -> RowGroups:
@@ -72,6 +77,7 @@ class RowGroups(Sequence[RowGroupInfo]):
             np.array(whole, np.int64).reshape(-1, len(_WHOLE)),
             _floats([i.channel_sum for i in infos]),
             _floats([i.channel_sumsq for i in infos]),
+            np.array([i.held for i in infos], np.int32).reshape(len(infos), -1 if len(infos) else 0),
         )
 
     @classmethod
@@ -83,8 +89,19 @@ class RowGroups(Sequence[RowGroupInfo]):
         sums, sumsqs = _floats(columns["sum"]), _floats(columns["sumsq"])
         if not len(buckets) == whole.shape[1] == len(sums) == len(sumsqs) or sums.shape != sumsqs.shape:
             raise ValueError("the columns of the row groups differ in length")
+        told = columns.get("held")
+        held = np.zeros((len(buckets), 0), np.int32)
+        if told is not None:
+            held = np.array(told, np.int32).reshape(len(buckets), len(USUAL_SHARES))
         cls.check(names, whole.T)
-        return cls(tuple(names[b] for b in buckets), np.ascontiguousarray(whole.T), sums, sumsqs)
+        cls.check_held(held, whole[0])
+        return cls(tuple(names[b] for b in buckets), np.ascontiguousarray(whole.T), sums, sumsqs, held)
+
+    @staticmethod
+    def check_held(held: npt.NDArray[np.int32], rows: npt.NDArray[np.int64]) -> None:
+        """ValueError unless a larger share holds out as many rows as a smaller one or more, of those there are."""
+        if held.size and ((held[:, 0] < 0).any() or (np.diff(held) < 0).any() or (held[:, -1] > rows).any()):
+            raise ValueError("the row groups hold out impossible numbers of rows")
 
     @staticmethod
     def check(buckets: Iterable[str], whole: npt.NDArray[np.int64]) -> None:
@@ -97,7 +114,14 @@ class RowGroups(Sequence[RowGroupInfo]):
     def to_columns(self) -> dict[str, Any]:
         """The lists of a commit record."""
         whole = dict(zip(_WHOLE, self.whole.T.tolist(), strict=True))
-        return {"bucket": list(self.buckets), "sum": self.sums.tolist(), "sumsq": self.sumsqs.tolist(), **whole}
+        held = {"held": self.held.tolist()} if self.held.size else {}
+        return {
+            "bucket": list(self.buckets),
+            "sum": self.sums.tolist(),
+            "sumsq": self.sumsqs.tolist(),
+            **whole,
+            **held,
+        }
 
     @property
     def rows(self) -> npt.NDArray[np.int64]:
@@ -130,8 +154,9 @@ class RowGroups(Sequence[RowGroupInfo]):
         if isinstance(index, slice):
             return tuple(self[i] for i in range(*index.indices(len(self))))
         rows, size, first, last, values, label_max, unlabelled = self.whole[index].tolist()
-        sums, sumsqs = tuple(self.sums[index].tolist()), tuple(self.sumsqs[index].tolist())
-        return RowGroupInfo(self.buckets[index], rows, size, first, last, sums, sumsqs, values, label_max, unlabelled)
+        sums, sumsqs, held = (tuple(each[index].tolist()) for each in (self.sums, self.sumsqs, self.held))
+        facts = (rows, size, first, last, sums, sumsqs, values, label_max, unlabelled, held)
+        return RowGroupInfo(self.buckets[index], *facts)
 
     def __iter__(self) -> Iterator[RowGroupInfo]:
         return (self[i] for i in range(len(self)))
@@ -172,7 +197,8 @@ class ReadableGroups(Sequence[RowGroup]):
     paths, file_bytes, file_groups: of the visible files in order their keys, sizes and numbers of row groups; dead:
     their dead rows, by file. file_of, number: which file and which of its groups; rows: visible ones; bucket_of: in
     `buckets`; partial: some stored rows of the group may be dead; numbers, int64 [n, 7], and sums, float64
-    [n, 2, channels], as the ledger tells them (see `RowGroups`); sums are None where files differ in channels.
+    [n, 2, channels], as the ledger tells them (see `RowGroups`); sums are None where files differ in channels. held:
+    how many stored rows each of USUAL_SHARES holds out, int32 [n, shares], -1 where nobody has told.
     """
 
     paths: pa.StringArray
@@ -187,6 +213,7 @@ class ReadableGroups(Sequence[RowGroup]):
     partial: npt.NDArray[np.bool_]
     sums: npt.NDArray[np.float64] | None
     buckets: tuple[str, ...]
+    held: npt.NDArray[np.int32]
 
     @classmethod
     def of(
@@ -198,6 +225,7 @@ class ReadableGroups(Sequence[RowGroup]):
         numbers: Ints,
         sums: npt.NDArray[np.float64] | None,
         buckets: pa.StringArray,
+        held: npt.NDArray[np.int32],
     ) -> ReadableGroups:
         """From files and all their row groups; `rows` are the stored ones until `keep` is told better."""
         file_of = np.repeat(np.arange(len(paths)), file_groups)
@@ -209,9 +237,8 @@ class ReadableGroups(Sequence[RowGroup]):
         codes = buckets.dictionary_encode()
         bucket_of, names = codes.indices.to_numpy().astype(np.int64), tuple(codes.dictionary.to_pylist())
         whole = numbers[:, 0].copy()
-        return cls(
-            paths, file_bytes, file_groups, file_of, number, whole, bucket_of, numbers, dead, partial, sums, names
-        )
+        columns = (file_bytes, file_groups, file_of, number, whole, bucket_of, numbers)
+        return cls(paths, *columns, dead, partial, sums, names, held)
 
     def keep(self, counts: Mapping[int, int]) -> None:
         """Take the numbers of visible rows of partial groups, and leave out the groups that have none."""
@@ -219,7 +246,7 @@ class ReadableGroups(Sequence[RowGroup]):
             self.rows[at] = count
         visible = self.rows > 0
         if not visible.all():
-            for name in ("file_of", "number", "rows", "bucket_of", "partial", "numbers"):
+            for name in ("file_of", "number", "rows", "bucket_of", "partial", "numbers", "held"):
                 setattr(self, name, getattr(self, name)[visible])
             self.sums = None if self.sums is None else self.sums[visible]
             used, self.bucket_of = np.unique(self.bucket_of, return_inverse=True)
@@ -253,6 +280,15 @@ class ReadableGroups(Sequence[RowGroup]):
     def stored(self, name: str) -> Ints:
         """One whole-number column of the ledger's, such as label_max, for the groups here: int64 [n]."""
         return self.numbers[:, _WHOLE.index(name)]
+
+    def held_out(self, share: float) -> Ints | None:
+        """How many visible rows of each a share holds out of training, int64 [n], -1 where rows must tell.
+
+        None for a share that commits tell nothing of.
+        """
+        if share not in USUAL_SHARES:
+            return None
+        return np.where(self.partial, -1, self.held[:, USUAL_SHARES.index(share)]).astype(np.int64)
 
     def channel_sums(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """The ledger's sums and sums of squares of each group: float64 [n, channels]."""
@@ -307,6 +343,7 @@ class ReadableGroups(Sequence[RowGroup]):
         partial = arrays["partial"].view(np.bool_)
         columns = {name: arrays[name] for name in _ARRAYS}
         columns["numbers"] = columns["numbers"].reshape(-1, len(_WHOLE))
+        columns["held"] = columns["held"].reshape(-1, len(USUAL_SHARES))
         made = cls(paths=paths, dead=dead, partial=partial, sums=sums, buckets=buckets, **columns)
         facts = table.schema.metadata or {}
         return made, {key.decode(): value.decode() for key, value in facts.items()}
@@ -326,7 +363,7 @@ class ReadableGroups(Sequence[RowGroup]):
         return RowGroup(at, self.path(int(self.file_of[at])), int(self.number[at]), bucket, rows, size)
 
 
-_ARRAYS = ("file_bytes", "file_groups", "file_of", "number", "rows", "bucket_of", "numbers")
+_ARRAYS = ("file_bytes", "file_groups", "file_of", "number", "rows", "bucket_of", "numbers", "held")
 _DEAD = ("starts", "stops", "blocks", "bits")
 
 
