@@ -233,6 +233,8 @@ class PipelineTextEncoder:
     padding: Padding = "attended"
     prompt: Literal["plain", "chat"] = "plain"
     system: str | None = None
+    letters: Literal["kept", "lowered"] = "kept"
+    instruction: str | None = None
 
 
 @dataclass(frozen=True)
@@ -421,8 +423,11 @@ def _encoders(root: Root, index: Mapping[str, Any], model: PublishedConfig) -> t
             raise refused(root, f"{INDEX}: text_encoder {named}", rule)
         return (encoder("", layer=(9, 18, 27), **reads),)
     if arrangement == "single" and there == [""]:
-        length = _MASKED_LENGTHS.get(str(model.class_name))
-        return (encoder("", padding=model.padding, max_length=length),)
+        if model.class_name not in _MASKED_LENGTHS:
+            return (encoder("", padding=model.padding),)
+        reads = {"padding": model.padding, "max_length": _MASKED_LENGTHS[model.class_name], "letters": "lowered"}
+        sana = model.class_name == "SanaTransformer2DModel"
+        return (encoder("", **reads, instruction=_sana_instruction() if sana else None),)
     if arrangement == "sdxl" and there == ["", "_2"]:
         return (encoder("", layer="penultimate"), encoder("_2", layer="penultimate", pooled="projection"))
     if arrangement == "sd3" and there[:2] == ["", "_2"]:
@@ -434,15 +439,29 @@ def _encoders(root: Root, index: Mapping[str, Any], model: PublishedConfig) -> t
 
 
 def _flux2_system() -> str:
-    """What the system says to FLUX.2 dev's text encoder, from diffusers' source: an import would take torch along."""
+    """What the system says to FLUX.2 dev's text encoder."""
+    for statement in ast.walk(_source_of("flux2/system_messages.py")):
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "SYSTEM_MESSAGE":
+            return str(ast.literal_eval(statement.value))
+    raise AssertionError("diffusers has no SYSTEM_MESSAGE")
+
+
+def _sana_instruction() -> str:
+    """What stands before a prompt of Sana's, where its pipeline is not told another."""
+    for function in ast.walk(_source_of("sana/pipeline_sana.py")):
+        if isinstance(function, ast.FunctionDef) and function.name == "__call__":
+            names = [argument.arg for argument in function.args.args][-len(function.args.defaults) :]
+            default = dict(zip(names, function.args.defaults, strict=True))["complex_human_instruction"]
+            return "\n".join(ast.literal_eval(default))
+    raise AssertionError("diffusers' SanaPipeline cannot be called")
+
+
+def _source_of(pipeline: str) -> ast.Module:
+    """A module of diffusers' pipelines, parsed: an import would take torch along."""
     package = find_spec("diffusers")
     assert package is not None, "a dependency of this project"
     assert package.origin is not None
-    source = Path(package.origin).parent / "pipelines" / "flux2" / "system_messages.py"
-    for statement in ast.parse(source.read_text(encoding="utf-8")).body:
-        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "SYSTEM_MESSAGE":
-            return str(ast.literal_eval(statement.value))
-    raise AssertionError(f"{source} has no SYSTEM_MESSAGE")
+    return ast.parse((Path(package.origin).parent / "pipelines" / pipeline).read_text(encoding="utf-8"))
 
 
 def _weight_names(component: Root) -> list[str]:

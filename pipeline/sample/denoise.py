@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -41,7 +41,10 @@ class Schedule:
     interval: tuple[float, float]
 
 
-Embed = Callable[[Sequence[str]], Mapping[str, Embedding]]
+class Embed(Protocol):
+    """Prompts to their embeddings; away: as what guidance leads away from, which some models read in another way."""
+
+    def __call__(self, prompts: Sequence[str], *, away: bool = False) -> Mapping[str, Embedding]: ...
 
 
 class Denoiser:
@@ -101,8 +104,8 @@ class Denoiser:
         if self._embed is not None:  # a prompt that is not given is the empty one
             prompts = [text or "" for text in requests["prompt"].to_pylist()]
             away = [text or "" for text in requests["negative_prompt"].to_pylist()]
-            embedded = self._embed(list(dict.fromkeys([*prompts, *away])))
-            texts = [(embedded[prompt], embedded[other]) for prompt, other in zip(prompts, away, strict=True)]
+            toward, led = self._embed(list(dict.fromkeys(prompts))), self._embed(list(dict.fromkeys(away)), away=True)
+            texts = [(toward[prompt], led[other]) for prompt, other in zip(prompts, away, strict=True)]
         latents: list[bytes | None] = [None] * requests.num_rows
         shapes: list[list[int]] = [[]] * requests.num_rows
         for group in shape_groups(requests):

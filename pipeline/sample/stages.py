@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -164,11 +164,11 @@ class EmbedPrompts:
 
         self._embedder = held(load, EMBEDDER)
 
-    def embed(self, prompts: list[str]) -> Any:
-        """{prompt: Embedding}."""
+    def embed(self, prompts: list[str], away: bool = False) -> Any:
+        """{prompt: Embedding}; see `denoise.Embed`."""
         fits = networks_fit(self._draw, "Embedding prompts")
         with ends_with_its_device(EMBEDDER, self._reports.fault), fits:
-            return self._embedder()(prompts)
+            return self._embedder()(prompts, away=away)
 
     def embedded(self) -> int:
         """How many prompts went through the encoders so far."""
@@ -197,7 +197,9 @@ class DenoiseBlocks:
     def __init__(self, spec: DenoiserSpec, monitor: Any) -> None:
         self._reports = Reports(monitor, DENOISER, spec.execution)
         self._draw, self._alone = spec.draw, spec.alone
-        embed = None if spec.embedder is None else lambda prompts: answer(spec.embedder.embed.remote(list(prompts)))
+
+        def embed(prompts: Sequence[str], *, away: bool = False) -> Any:
+            return answer(spec.embedder.embed.remote(list(prompts), away))
 
         def load() -> Any:
             from pipeline.codec.diffusers_codec import import_networks
@@ -207,7 +209,8 @@ class DenoiseBlocks:
             if is_worker():
                 import_networks(compiled=spec.draw.compile)
             with networks_fit(spec.draw, "Loading the model"):
-                return Denoiser.load(spec.model_uri, spec.draw, ema=spec.ema, embed=embed)
+                ask = None if spec.embedder is None else embed
+                return Denoiser.load(spec.model_uri, spec.draw, ema=spec.ema, embed=ask)
 
         self._denoiser = self._reports.load(load)
 

@@ -55,6 +55,16 @@ class TextEncoderConfig(StrictModel):
         description="With prompt: chat, what the system says before the caption; no answer is begun then, as "
         "FLUX.2 dev reads it.",
     )
+    letters: Literal["kept", "lowered"] = Field(
+        "kept",
+        description="lowered: small letters, and no space at either end, as PixArt and Sana read a caption.",
+    )
+    instruction: str | None = Field(
+        None,
+        min_length=1,
+        description="With prompt: plain, a text before every caption but the empty one, of whose states the first "
+        "alone is kept, as Sana reads a caption; what sampling leads away from is read without it.",
+    )
     pooled: Literal["none", "pooler", "projection"] = Field(
         "none", description="CLIP only, stored as well: the pooled state as it is, or through the text projection."
     )
@@ -68,9 +78,11 @@ class TextEncoderConfig(StrictModel):
     embedding_dtype: Literal["float16", "bfloat16"] = Field("float16", description="How embeddings are stored.")
 
     @model_validator(mode="after")
-    def _system_speaks_in_a_chat(self) -> TextEncoderConfig:
+    def _words_have_their_place(self) -> TextEncoderConfig:
         if self.system is not None and self.prompt != "chat":
             raise ValueError("system: it speaks with prompt: chat alone")
+        if self.instruction is not None and (self.prompt == "chat" or self.pooled != "none"):
+            raise ValueError("instruction: it stands before a plain prompt, and of an encoder that pools nothing")
         return self
 
 

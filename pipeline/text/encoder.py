@@ -17,7 +17,7 @@ from pipeline.storage.trust import only_these
 from pipeline.store.schema import pack_latents, to_float32
 from pipeline.text.config import TextEncoderConfig
 from pipeline.text.dataset import arrange
-from pipeline.text.files import EncoderFiles, TextSpec
+from pipeline.text.files import SPOKEN, EncoderFiles, TextSpec
 
 
 @dataclass(frozen=True)
@@ -50,37 +50,52 @@ class TextEncoder:
         padding: str,
         prompt: str,
         system: str | None,
+        letters: str,
+        instruction: str | None,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._max_length, self._batch_size, self._device = max_length, batch_size, device
         self._layer, self._pooled, self._padding = layer, pooled, padding
         self._prompt, self._system = prompt, system
+        self._letters, self._instruction = letters, instruction
 
-    def encode(self, captions: Sequence[str]) -> Encoded:
-        """Any number of captions, in batches of one shape; the last one is filled with the empty prompt."""
-        parts = [
-            self._batch(captions[start : start + self._batch_size])
-            for start in range(0, len(captions), self._batch_size)
-        ]
-        pooled = [p.pooled_NP for p in parts if p.pooled_NP is not None]
+    def encode(self, captions: Sequence[str], *, instructed: bool = True) -> Encoded:
+        """Any number of captions, in batches of one shape; the last one is filled with the empty prompt.
+
+        instructed: behind the instruction, where the encoder has one; the empty caption never is.
+        """
+        if self._letters == "lowered":
+            captions = [caption.lower().strip() for caption in captions]
+        behind = np.array([instructed and self._instruction is not None and bool(caption) for caption in captions])
+        order = np.argsort(behind, kind="stable")
+        parts = []
+        for mine in np.split(order, [np.count_nonzero(~behind)]):
+            for at in np.split(mine, range(self._batch_size, len(mine), self._batch_size)) if len(mine) else ():
+                told = self._instruction if behind[at[0]] else None
+                parts.append(self._batch([captions[i] for i in at.tolist()], told))
+        back, pooled = np.argsort(order), [p.pooled_NP for p in parts if p.pooled_NP is not None]
         return Encoded(
-            np.concatenate([p.tokens for p in parts]),
-            np.concatenate([p.truncated for p in parts]),
-            np.concatenate([p.embeddings_NLD for p in parts]),
-            np.concatenate(pooled) if pooled else None,
+            np.concatenate([p.tokens for p in parts])[back],
+            np.concatenate([p.truncated for p in parts])[back],
+            np.concatenate([p.embeddings_NLD for p in parts])[back],
+            np.concatenate(pooled)[back] if pooled else None,
         )
 
     @torch.inference_mode()
-    def _batch(self, captions: Sequence[str]) -> Encoded:
+    def _batch(self, captions: Sequence[str], instruction: str | None = None) -> Encoded:
         count, length = len(captions), self._max_length
         filled = [*captions, *[""] * (self._batch_size - count)]
+        if instruction is not None:
+            # Its own first and last token count among those of the caption, as in diffusers' pipeline.
+            length += max(0, len(self._tokenizer.encode(instruction)) - 2)
+            filled = [instruction + caption for caption in filled]
         if self._prompt == "chat":
             filled = [self._in_chat(caption) for caption in filled]
         # A template may have said already where a text begins.
         first = self._tokenizer.bos_token
         marks = {"add_special_tokens": self._prompt != "chat" or first is None or not filled[0].startswith(first)}
         batch = self._tokenizer(
-            filled, padding="max_length", truncation=True, max_length=self._max_length, return_tensors="pt", **marks
+            filled, padding="max_length", truncation=True, max_length=length, return_tensors="pt", **marks
         )
         mask_NL = batch["attention_mask"]
         states = self._model(
@@ -100,8 +115,11 @@ class TextEncoder:
         if full:
             longer = self._tokenizer([filled[i] for i in full], truncation=False, verbose=False, **marks)["input_ids"]
             truncated[full] = [len(ids) > length for ids in longer]
+        if instruction is not None:
+            kept = [0, *range(1 - self._max_length, 0)]
+            hidden_NLD, tokens = hidden_NLD[:, kept], mask_NL[:count, kept].sum(dim=1).to(torch.int32).numpy()
         if self._padding != "masked":
-            tokens = np.full_like(tokens, length)
+            tokens = np.full_like(tokens, self._max_length)
         pooled_NP: npt.NDArray[np.float32] | None = None
         if self._pooled != "none":
             pooled = states.text_embeds if self._pooled == "projection" else states.pooler_output
@@ -182,7 +200,7 @@ def load_encoder(
         max_length=files.max_length,
         batch_size=batch_size,
         device=device,
-        **encoder.model_dump(include={"layer", "pooled", "padding", "prompt", "system"}),
+        **encoder.model_dump(include={"layer", "pooled", *SPOKEN}),
     )
 
 
@@ -216,31 +234,34 @@ class PromptEmbedder:
             load_encoder(files, encoder, batch_size=BATCH, device=device)
             for files, encoder in zip(spec.files, spec.encoders, strict=True)
         ]
-        self._cache: OrderedDict[str, Embedding] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, bool], Embedding] = OrderedDict()
         self._held_bytes = 0
+        self._instructs = any(encoder.instruction is not None for encoder in spec.encoders)
 
-    def __call__(self, prompts: Sequence[str]) -> dict[str, Embedding]:
-        """Each of `prompts` with its embedding."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
-        embeddings = {prompt: self._cache[prompt] for prompt in prompts if prompt in self._cache}
+    def __call__(self, prompts: Sequence[str], *, away: bool = False) -> dict[str, Embedding]:
+        """Each of `prompts` with its embedding; away: as what is led away from, so without an instruction."""
+        instructed = self._instructs and not away
+        cached = {prompt: self._cache.get((prompt, instructed)) for prompt in prompts}
+        embeddings = {prompt: embedding for prompt, embedding in cached.items() if embedding is not None}
+        new = [prompt for prompt in cached if prompt not in embeddings]
         for start in range(0, len(new), BATCH):
             part = new[start : start + BATCH]
             self.embedded += len(part)
-            embeddings |= zip(part, self._embed(part), strict=True)
+            embeddings |= zip(part, self._embed(part, instructed), strict=True)
         for prompt, embedding in embeddings.items():
-            if prompt not in self._cache:
-                self._cache[prompt] = embedding
+            if (prompt, instructed) not in self._cache:
+                self._cache[prompt, instructed] = embedding
                 self._held_bytes += embedding.size_bytes
-            self._cache.move_to_end(prompt)
+            self._cache.move_to_end((prompt, instructed))
             while self._held_bytes > self._cache_bytes and len(self._cache) > 1:
                 _, oldest = self._cache.popitem(last=False)
                 self._held_bytes -= oldest.size_bytes
         return embeddings
 
-    def _embed(self, prompts: Sequence[str]) -> list[Embedding]:
+    def _embed(self, prompts: Sequence[str], instructed: bool) -> list[Embedding]:
         spec, parts = self._spec, []
         for encoder, loaded in zip(spec.encoders, self._encoders, strict=True):
-            output = loaded.encode(prompts)
+            output = loaded.encode(prompts, instructed=instructed)
             values_NLD, pooled_NP = output.embeddings_NLD, output.pooled_NP
             if spec.stored:  # at the precision the model saw while it learned
                 values_NLD, dtype = _as_stored(values_NLD, encoder.embedding_dtype), encoder.embedding_dtype

@@ -48,6 +48,9 @@ _OURS = ("attn_implementation", "_attn_implementation", "_attn_implementation_in
 _CHUNK_BYTES = 8 << 20
 
 
+SPOKEN = ("padding", "prompt", "system", "letters", "instruction")  # what a fingerprint tells where it is not usual
+
+
 @dataclass(frozen=True)
 class EncoderFiles:
     """One encoder as it lies on local disk, with everything that decides its numbers.
@@ -106,6 +109,8 @@ class EncoderFiles:
             **({} if encoder.padding == "masked" else {"padding": encoder.padding}),
             **({} if encoder.prompt == "plain" else {"prompt": encoder.prompt}),
             **({} if encoder.system is None else {"system": encoder.system}),
+            **({} if encoder.letters == "kept" else {"letters": encoder.letters}),
+            **({} if encoder.instruction is None else {"instruction": encoder.instruction}),
             "encoder_dtype": encoder.dtype,
             "embedding_dtype": encoder.embedding_dtype,
         }

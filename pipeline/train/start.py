@@ -26,7 +26,7 @@ from pipeline.store.read.dataset import Dataset, LatentDataset
 from pipeline.store.read.pins import Pins
 from pipeline.text.config import TextEncoderConfig
 from pipeline.text.dataset import ARRANGEMENTS, captions_seen
-from pipeline.text.files import encoder_files
+from pipeline.text.files import SPOKEN, encoder_files
 from pipeline.tracking.config import REGISTERED, resolve_paths
 from pipeline.tracking.queries import NotRegisteredError, resolve
 from pipeline.train.config import CodecOverride, TrainJobConfig
@@ -281,7 +281,7 @@ def text_facts(
         )
     made_by, where = text.fingerprint, dict(text.identity.about["encoder"])
     shared = {name: made_by[name] for name in ("max_length", "layer", "pooled", "embedding_dtype")}
-    shared |= {name: made_by[name] for name in ("padding", "prompt", "system") if name in made_by}
+    shared |= {name: made_by[name] for name in SPOKEN if name in made_by}
     path = where["path"]
     encoder = {
         **where,

@@ -78,9 +78,9 @@ class Watched:
         assert prepared.text is not None
         self.embedder, self.asked = PromptEmbedder(prepared.text, **options), []  # type: ignore[var-annotated]
 
-    def __call__(self, prompts: Sequence[str]) -> Any:
+    def __call__(self, prompts: Sequence[str], *, away: bool = False) -> Any:
         self.asked.append(list(prompts))
-        return self.embedder(prompts)
+        return self.embedder(prompts, away=away)
 
 
 def latents_of(prepared: SamplingInputs, embed: Any) -> dict[tuple[Any, ...], bytes]:

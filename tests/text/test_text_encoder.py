@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from text_builders import CLIP_LENGTH, make_clip, make_qwen3, make_t5
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
@@ -78,9 +79,15 @@ def test_cut_captions_are_marked_and_full_ones_are_not(folder: Path) -> None:
     assert got.truncated.tolist() == [False, False, True]
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("clip", "float32"), ("t5", "float32"), ("t5", "bfloat16")])
-def test_a_caption_has_the_same_bits_in_every_place_of_every_batch(folder: Path, name: str, dtype: str) -> None:
-    encoder = load(folder / name, batch_size=5, dtype=dtype, max_length=CLIP_LENGTH, pooled="none")
+@pytest.mark.parametrize(
+    ("name", "dtype", "told"),
+    [("clip", "float32", None), ("t5", "float32", None), ("t5", "bfloat16", None), ("t5", "float32", "the sky of ")],
+)
+def test_a_caption_has_the_same_bits_in_every_place_of_every_batch(
+    folder: Path, name: str, dtype: str, told: str | None
+) -> None:
+    reads: dict[str, Any] = {"max_length": CLIP_LENGTH, "pooled": "none", "instruction": told}
+    encoder = load(folder / name, batch_size=5, dtype=dtype, **reads)
     alone = {c: encoder.encode([c]) for c in [*CAPTIONS, LONG]}
     chance = random.Random(0)
     for _ in range(12):
@@ -108,6 +115,25 @@ def test_padding_stands_on_the_right_whatever_the_files_say(folder: Path, tmp_pa
     (t5 / "tokenizer_config.json").write_text(json.dumps({**settings, "padding_side": "left"}))
     want, got = (load(p, max_length=8).encode(["a red sky"]) for p in (folder / "t5", t5))
     np.testing.assert_array_equal(got.embeddings_NLD[0, :4], want.embeddings_NLD[0, :4])
+
+
+def test_an_instruction_stands_before_captions_and_the_empty_one_is_read_as_it_is(folder: Path) -> None:
+    plain = load(folder / "t5", max_length=6, letters="lowered")
+    encoder = load(folder / "t5", max_length=6, letters="lowered", instruction="the blue sky a circle ")
+    captions = ["Red ", "", "a red sky", "a red sky of a red circle", " "]
+    got, without = encoder.encode(captions), plain.encode(captions)
+    assert got.truncated.tolist() == without.truncated.tolist() == [False, False, False, True, False]
+    assert got.tokens.tolist() == [3, 1, 5, 6, 1]  # the instruction's first word, the caption's, the end
+    assert got.embeddings_NLD.shape == without.embeddings_NLD.shape
+    for i in (1, 4):
+        np.testing.assert_array_equal(got.embeddings_NLD[i, :1], without.embeddings_NLD[i, :1])
+    assert not np.allclose(got.embeddings_NLD[0, :2], without.embeddings_NLD[0, :2], atol=1e-3)
+    led_away = encoder.encode(captions, instructed=False)
+    np.testing.assert_array_equal(led_away.embeddings_NLD, without.embeddings_NLD)
+    whole = load(folder / "t5", max_length=20).encode(["the blue sky a circle red"])
+    np.testing.assert_allclose(got.embeddings_NLD[0, :3], whole.embeddings_NLD[0, [0, 5, 6]], atol=2e-5)
+    with pytest.raises(ValidationError, match="instruction: it stands before a plain prompt"):
+        load(folder / "clip", instruction="x", pooled="pooler")
 
 
 def test_a_talk_needs_a_template_and_is_counted_whole(tmp_path: Path) -> None:

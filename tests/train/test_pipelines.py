@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, Flux2Pipeline, UNet2DModel
+from diffusers import DiffusionPipeline, Flux2Pipeline, SanaPipeline, UNet2DModel
 
 from pipeline.codec.codec import codec_info
 from pipeline.config import validate
@@ -33,8 +34,9 @@ from tests.train.one_process import in_one_process
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
-CAPTIONS = ("a red circle", "a blue square", "the green sky of a picture")
-PROMPTS = ["a red circle on the sky", "the sky"]
+# With capitals and spaces, which some pipelines do without before they encode a prompt.
+CAPTIONS = ("A red circle", "a blue Square ", "the green sky of a picture")
+PROMPTS = ["A Red circle on the sky ", "the Sky"]
 SIGMAS = np.linspace(1, 1 / 4, 4)
 SIZE = 2 * pipelines.SIDE
 
@@ -117,7 +119,7 @@ def test_a_published_pipeline_is_trained_and_comes_out_as_one(
     absent = {"text_encoder_3": None, "tokenizer_3": None} if family == "sd3 without t5" else {}
     pipe = DiffusionPipeline.from_pretrained(export, **absent)
     pipe.set_progress_bar_config(disable=True)
-    requests: dict[str, Any] = {"prompts": PROMPTS, "negative_prompt": "blue blue sky"}
+    requests: dict[str, Any] = {"prompts": PROMPTS, "negative_prompt": "Blue blue sky"}
     if family == "flux2":  # whose pipeline leads away from the empty prompt alone
         requests["negative_prompt"] = None
     solver = "euler" if stored.info.objective.kind == "flow" else "ddim"
@@ -126,11 +128,9 @@ def test_a_published_pipeline_is_trained_and_comes_out_as_one(
     if family == "flux":
         noise = pipe._pack_latents(noise, 2, 4, pipelines.SIDE, pipelines.SIDE)
         call = call | {"true_cfg_scale": 3.0}
-    elif family == "sana":
-        call = call | {"complex_human_instruction": None, "use_resolution_binning": False}
-    elif family == "pixart":
+    elif family == "sana" or family == "pixart":
         call = call | {"use_resolution_binning": False}
-    away = {} if family == "flux2" else {"negative_prompt": ["blue blue sky"] * 2}
+    away = {} if family == "flux2" else {"negative_prompt": ["Blue blue sky"] * 2}
     scale = {} if family == "flux" else {"guidance_scale": 3.0}
     theirs = pipe(
         prompt=PROMPTS, num_inference_steps=4, latents=noise, output_type="np", **away, **scale, **call
@@ -141,6 +141,23 @@ def test_a_published_pipeline_is_trained_and_comes_out_as_one(
         call = call | {"latents": noise_of(names)}
         theirs = pipe(PROMPTS, num_inference_steps=4, output_type="np", **scale, **call).images
         assert_same_pictures(ours, theirs)
+
+
+def test_sana_reads_captions_behind_its_instruction_and_the_empty_one_as_it_is(tmp_path: Path) -> None:
+    pipe = pipelines.make_sana_pipeline(tmp_path)
+    (uri,) = embedded_by(tmp_path, latents_of(tmp_path))
+    told = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    states_NLD, mask_NL = TextEmbeddings.open(uri).lookup([*CAPTIONS, ""])
+    for i, caption in enumerate([*CAPTIONS, ""]):
+        with torch.no_grad():
+            expected, mask, _, _ = pipe.encode_prompt(
+                caption, do_classifier_free_guidance=False, complex_human_instruction=told if caption else None
+            )
+        count = int(mask.sum())
+        assert mask_NL[i].tolist() == mask[0].bool().tolist()
+        assert np.allclose(states_NLD[i, :count], expected[0, :count].numpy(), rtol=1e-3, atol=1e-3), caption
+    alone, _ = pipe.encode_prompt(CAPTIONS[0], do_classifier_free_guidance=False, complex_human_instruction=None)[:2]
+    assert not np.allclose(states_NLD[0, :3], alone[0, :3].detach().numpy(), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("dev", [False, True])
