@@ -217,7 +217,7 @@ _FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteSch
 _SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
 _KINDS = {"epsilon": "epsilon", "v_prediction": "v"}
 _CLASS_SCALES = {"AutoencoderKL": 0.18215}
-_MASKED_LENGTHS = {"PixArtTransformer2DModel": 300, "SanaTransformer2DModel": 300}  # tokens of a prompt
+_SMALL_LETTERS = ("PixArtTransformer2DModel", "SanaTransformer2DModel")  # and 300 tokens are read
 
 
 @dataclass(frozen=True)
@@ -423,11 +423,10 @@ def _encoders(root: Root, index: Mapping[str, Any], model: PublishedConfig) -> t
             raise refused(root, f"{INDEX}: text_encoder {named}", rule)
         return (encoder("", layer=(9, 18, 27), **reads),)
     if arrangement == "single" and there == [""]:
-        if model.class_name not in _MASKED_LENGTHS:
+        if model.class_name not in _SMALL_LETTERS:
             return (encoder("", padding=model.padding),)
-        reads = {"padding": model.padding, "max_length": _MASKED_LENGTHS[model.class_name], "letters": "lowered"}
-        sana = model.class_name == "SanaTransformer2DModel"
-        return (encoder("", **reads, instruction=_sana_instruction() if sana else None),)
+        told = _sana_instruction() if model.class_name == "SanaTransformer2DModel" else None
+        return (encoder("", padding=model.padding, max_length=300, letters="lowered", instruction=told),)
     if arrangement == "sdxl" and there == ["", "_2"]:
         return (encoder("", layer="penultimate"), encoder("_2", layer="penultimate", pooled="projection"))
     if arrangement == "sd3" and there[:2] == ["", "_2"]:
