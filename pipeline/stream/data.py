@@ -111,8 +111,8 @@ class TextRows(Protocol):
     """Embeddings by caption; None is the empty prompt.
 
     fetch: what is stored for each of n captions, read where it is not at hand, by `requests` where its store is
-    `remote`; from several threads. padded: of what was fetched the arrays that a batch holds, see `Batch.text`.
-    row_bytes: memory that one row takes in them.
+    `remote`, from several threads; None where it is to be held `ahead` and there is no room for it. padded: of what
+    was fetched the arrays that a batch holds, see `Batch.text`. row_bytes: memory that one row takes in them.
     """
 
     @property
@@ -122,8 +122,13 @@ class TextRows(Protocol):
     @property
     def remote(self) -> bool: ...
     def fetch(
-        self, captions: Sequence[str | None], requests: Executor | None = None, *, verify: bool = True
-    ) -> list[Any]: ...
+        self,
+        captions: Sequence[str | None],
+        requests: Executor | None = None,
+        *,
+        verify: bool = True,
+        ahead: bool = False,
+    ) -> list[Any] | None: ...
     def padded(self, fetched: Sequence[Any]) -> tuple[NDArray[Any], ...]: ...
 
 

@@ -227,7 +227,7 @@ class _Chunk:
             if rows.captions is not None:
                 captions += rows.captions.slice(begin, end - begin).to_pylist()
             if rows.text is not None:
-                text += rows.text[begin:end]
+                text += rows.text(begin, end)
             if end == len(rows.labels):
                 # Copies the rest, so that the window can go while a batch still lacks rows.
                 rest = gather(rows.memory, rows.part[begin:], rows.start[begin:], self._wide)

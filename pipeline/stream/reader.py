@@ -11,11 +11,11 @@ import math
 import random
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import numpy as np
@@ -48,7 +48,7 @@ class WindowRows:
 
     Latent i is memory[part[i]][start[i] : start[i] + 2*c*h*w], stored bytes (see `read.pages.gather`); part: int32
     [n]; start: int64 [n]. sample_ids: uint64 [n, 2]; labels: int64 [n], -1 for none; sizes: int32 [n, 6]; captions:
-    n strings; text: what `TextRows.fetch` gave for them; None where they are not wanted.
+    n strings; text: gives what `TextRows.fetch` does for rows [begin, end); None where they are not wanted.
     """
 
     shape: Shape
@@ -59,7 +59,7 @@ class WindowRows:
     labels: NDArray[np.int64]
     sizes: NDArray[np.int32] | None
     captions: pa.Array | None
-    text: list[Any] | None = None
+    text: Callable[[int, int], list[Any]] | None = None
 
 
 class WindowReader:
@@ -67,8 +67,8 @@ class WindowReader:
 
     A piece's latents are read as a part of their row group where that can be: a view of a local file, a request to a
     remote store, many of them at a time. What else is wanted of the row group is read once and kept for later pieces.
-    Text comes with its window, too: rows that lie together were embedded one after the other, so that what they need
-    of the embeddings lies together, and is read once.
+    Text comes with its window, too, where it fits: rows that lie together were embedded one after the other, so that
+    what they need of the embeddings lies together, and is read by few requests.
     """
 
     def __init__(
@@ -131,9 +131,17 @@ class WindowReader:
         if rows.captions is not None and pa.types.is_list(rows.captions.type):
             rows = replace(rows, captions=Captions.drawn(rows.captions, rows.sample_ids, self._seed, window.epoch))
         if rows.captions is not None and self._text is not None:
-            captions = rows.captions.to_pylist()
-            rows = replace(rows, text=self._text.fetch(captions, self._requests, verify=self._verify))
+            return replace(rows, text=self._text_of(rows.captions.to_pylist()))
         return rows
+
+    def _text_of(self, captions: list[str | None]) -> Callable[[int, int], list[Any]]:
+        """See `WindowRows.text`: fetched now, or where there is no room for all of it, for some rows when asked."""
+        assert self._text is not None
+        fetch = partial(self._text.fetch, requests=self._requests, verify=self._verify)
+        held = fetch(captions, ahead=True)
+        if held is not None:
+            return lambda begin, end: held[begin:end]
+        return lambda begin, end: fetch(captions[begin:end]) or []
 
     def _group(self, row_group: int) -> _Rows:
         """The chosen rows of a row group, kept until others take their room."""

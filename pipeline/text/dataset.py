@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import mmap
-import os
-import tempfile
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -219,10 +216,20 @@ class ArrangedText:
         return sum(part.max_length for part in self.parts) * (2 * self._width + 1) + 2 * SD3_LENGTH * self._width
 
     def fetch(
-        self, captions: Sequence[str | None], requests: Executor | None = None, *, verify: bool = True
-    ) -> list[tuple[bool, tuple[Stored, ...]]]:
-        """What each encoder stored for n captions, and whether a caption is the empty prompt."""
-        parts = [part.fetch(captions, requests, verify=verify) for part in self.parts]
+        self,
+        captions: Sequence[str | None],
+        requests: Executor | None = None,
+        *,
+        verify: bool = True,
+        ahead: bool = False,
+    ) -> list[tuple[bool, tuple[Stored, ...]]] | None:
+        """What each encoder stored for n captions, and whether a caption is the empty prompt; see its `fetch`."""
+        parts: list[list[Stored]] = []
+        for part in self.parts:
+            fetched = part.fetch(captions, requests, verify=verify, ahead=ahead)
+            if fetched is None:
+                return None
+            parts.append(fetched)
         return [(not captions[i], of_one) for i, of_one in enumerate(zip(*parts, strict=True))]
 
     def padded(self, fetched: Sequence[tuple[bool, tuple[Stored, ...]]]) -> tuple[npt.NDArray[Any], ...]:
@@ -238,7 +245,7 @@ class ArrangedText:
 
     def lookup_stored(self, captions: Sequence[str | None]) -> tuple[npt.NDArray[Any], ...]:
         """Both at once, checked."""
-        return self.padded(self.fetch(captions))
+        return self.padded(self.fetch(captions) or [])
 
 
 class TextEmbeddings:
@@ -246,8 +253,7 @@ class TextEmbeddings:
 
     Memory: 28 bytes a caption for the index, which processes of one machine share where it was published with what
     is pinned, and what `fetch` returns and is held: views of files where the store is local and nothing is checked,
-    otherwise copies, of which `cache_bytes` are in memory at a time and those beyond in temporary files. A caption of
-    None is the empty prompt.
+    otherwise copies, of which `cache_bytes` are held ahead at a time. A caption of None is the empty prompt.
     """
 
     def __init__(self, dataset: Dataset, cache_bytes: int, index: pa.Table | None = None) -> None:
@@ -269,7 +275,7 @@ class TextEmbeddings:
 
     @classmethod
     def open(
-        cls, uri: str, *, cache_bytes: int = 256 << 20, key: str = "text.uri", pins: Pins | None = None
+        cls, uri: str, *, cache_bytes: int = 1 << 30, key: str = "text.uri", pins: Pins | None = None
     ) -> TextEmbeddings:
         """Open the embeddings at `uri`; InputError, naming `key`, when there are none or they are damaged.
 
@@ -331,7 +337,7 @@ class TextEmbeddings:
 
     def lookup_stored(self, captions: Sequence[str | None]) -> tuple[Halves, npt.NDArray[np.bool_]]:
         """The same, embeddings as they are stored: float16, or the bits of bfloat16 as uint16."""
-        return self.padded(self.fetch(captions))
+        return self.padded(self.fetch(captions) or [])
 
     def lookup_pooled(self, captions: Sequence[str | None]) -> Floats:
         """float32 [n, P]: the pooled states of n captions; InputError where the encoder stored none."""
@@ -341,7 +347,7 @@ class TextEmbeddings:
                 rule="they are stored only where the encoder's pooled says so",
                 next_step="embed with pooled: pooler or projection under another encoder name",
             )
-        pooled_NP = self.encoding(self.fetch(captions))[2]
+        pooled_NP = self.encoding(self.fetch(captions) or [])[2]
         if pooled_NP is None:
             return np.zeros((0, 0), np.float32)
         return to_float32(pooled_NP.view(np.uint8).reshape(-1), self._dtype).reshape(pooled_NP.shape)
@@ -367,18 +373,27 @@ class TextEmbeddings:
         return embeddings_NLD, mask_NL, np.stack(pooled) if pooled else None
 
     def fetch(
-        self, captions: Sequence[str | None], requests: Executor | None = None, *, verify: bool = True
-    ) -> list[Stored]:
+        self,
+        captions: Sequence[str | None],
+        requests: Executor | None = None,
+        *,
+        verify: bool = True,
+        ahead: bool = False,
+    ) -> list[Stored] | None:
         """What is stored for n captions; equal ones are read once, and those that lie together are together.
 
-        verify: row groups are read as a whole, and their checksums checked. InputError when a caption has no
-        embedding, or when there is no room for what is read.
+        verify: row groups are read as a whole, and their checksums checked. ahead: None where it is more than
+        may be held. InputError when a caption has no embedding.
         """
         places, back = np.unique(self._at[self._found(captions)], return_inverse=True)
         groups, rows = places >> _ROW_BITS, places & ((1 << _ROW_BITS) - 1)
         sizes = self._sizes(self._first_rows[groups] + rows)
         starts = np.cumsum(sizes) - sizes
-        memory = self._room(int(sizes.sum())) if verify or self.remote else None
+        memory: Bytes | None = None
+        if verify or self.remote:
+            memory = self._room(int(sizes.sum())) if ahead else np.empty(int(sizes.sum()), np.uint8)
+            if memory is None:
+                return None
         cuts = np.searchsorted(groups, np.unique(groups)).tolist()
 
         def of_group(begin: int, end: int) -> list[Stored]:
@@ -415,34 +430,20 @@ class TextEmbeddings:
                     raise ValueError("its embeddings are not as long as its captions")
         return found[0], found[1] if len(found) > 1 else [None] * len(rows)
 
-    def _room(self, size: int) -> Bytes:
-        """Writable memory: the process's own up to `cache_bytes` at a time, beyond that a file's without a name."""
+    def _room(self, size: int) -> Bytes | None:
+        """Memory for what is held ahead; None where more than `cache_bytes` would be."""
 
         def let_go() -> None:
             with self._lock:
                 self._held_bytes -= size
 
         with self._lock:
-            fits = self._held_bytes + size <= self._cache_bytes
-            self._held_bytes += size if fits else 0
-        if fits:
-            memory = np.empty(size, np.uint8)
-            weakref.finalize(memory, let_go).atexit = False
-            return memory
-        try:
-            with tempfile.TemporaryFile(prefix="latentloom-text-") as file:
-                # A full disk is an error here; in the mapping it would be the end of the process.
-                os.posix_fallocate(file.fileno(), 0, size)
-                return np.frombuffer(mmap.mmap(file.fileno(), size), np.uint8)
-        except OSError as error:
-            raise InputError(
-                f"There is no room for {size:,} bytes of embeddings read ahead: {error.strerror}",
-                key="cache_bytes",
-                value=self._cache_bytes,
-                rule=f"those beyond cache_bytes lie in temporary files in {tempfile.gettempdir()}",
-                next_step="free space there, set TMPDIR to a larger disk, or keep more of them in memory: in a "
-                "training data.text_cache_bytes",
-            ) from error
+            if self._held_bytes + size > self._cache_bytes:
+                return None
+            self._held_bytes += size
+        memory = np.empty(size, np.uint8)
+        weakref.finalize(memory, let_go).atexit = False
+        return memory
 
     def missing(self, captions: Sequence[str | None]) -> list[str]:
         """The distinct captions among some that have no embedding, in order."""

@@ -116,10 +116,10 @@ class TrainDataConfig(MixConfig):
         "which published models learned with. null: as the weights of model.init learned, without any: dataset.",
     )
     text_cache_bytes: int = Field(
-        256 << 20,
+        1 << 30,
         ge=1,
         description="Embeddings read ahead from a remote store that a worker keeps in memory, shared by weight with "
-        "those of data.mix. What is more lies in temporary files: text may take several times the bytes of latents.",
+        "those of data.mix. Where a window's do not fit, each batch's are read for themselves, by more requests.",
     )
     mix: tuple[MixConfig, ...] = Field(
         (),

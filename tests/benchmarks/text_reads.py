@@ -1,7 +1,7 @@
 """What a text-conditioned stream reads of a remote store for the embeddings of an epoch, beside what they take.
 
-    python -m tests.benchmarks.text_reads [--rows 32768] [--tokens 32] [--width 768] [--window-mb 64] [--cache-mb 64]
-        [--out DIR]
+    python -m tests.benchmarks.text_reads [--rows 32768] [--tokens 32] [--width 768] [--window-mb 64]
+        [--cache-mb 1024] [--out DIR]
 
 Captions of 8 to twice --tokens less 8 tokens, embedded in the order of their rows; latents of 8 KiB. The store is
 fsspec's in this process's memory, so that bytes and requests are counted exactly and seconds mean little. Shuffled:
@@ -89,7 +89,7 @@ def embed(uri: str, rows: int, tokens: int, width: int) -> None:
 
 
 def epoch(latents: str, text: str, window_bytes: int, cache_bytes: int) -> dict[str, float]:
-    """What an epoch's embeddings cost, with a cache or memory of so many bytes."""
+    """What an epoch's embeddings cost, where so many bytes of them may be held."""
     embeddings = TextEmbeddings.open(text, cache_bytes=cache_bytes)
     asked: list[int] = []
     real = Root.read_range
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="of a caption, on average")
     parser.add_argument("--width", type=int, default=768, help="of a token")
     parser.add_argument("--window-mb", type=int, default=64, help="stream.window_bytes, MiB")
-    parser.add_argument("--cache-mb", type=int, default=64, help="data.text_cache_bytes, MiB")
+    parser.add_argument("--cache-mb", type=int, default=1024, help="data.text_cache_bytes, MiB")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     found: dict[str, dict[str, float]] = {}

@@ -496,10 +496,14 @@ class CountedText:
 
     digest, row_bytes, remote = "counted", 4, False
 
-    def __init__(self) -> None:
-        self.asked: list[int] = []
+    def __init__(self, room: int) -> None:
+        self.room, self.asked = room, list[int]()
 
-    def fetch(self, captions: Sequence[str | None], requests: Any = None, *, verify: bool = True) -> list[Any]:
+    def fetch(
+        self, captions: Sequence[str | None], requests: Any = None, *, verify: bool = True, ahead: bool = False
+    ) -> list[Any] | None:
+        if ahead and len(captions) > self.room:
+            return None
         self.asked.append(len(captions))
         return [0 if caption is None else int(caption.rpartition(" ")[2]) for caption in captions]
 
@@ -507,8 +511,9 @@ class CountedText:
         return np.array(fetched, np.uint16).reshape(-1, 1, 1), np.ones((len(fetched), 1), np.bool_)
 
 
-def test_embeddings_are_asked_for_with_their_window() -> None:
-    text = CountedText()
+@pytest.mark.parametrize("room", [1000, 0])
+def test_embeddings_are_asked_for_with_their_window_where_they_fit(room: int) -> None:
+    text = CountedText(room)
     stream = stream_of(MemoryRows([("a", 12)] * 20), text=text, batch_size=4, lanes=4)
     for batch in take(stream, 60):
         assert batch.text is not None
@@ -516,4 +521,7 @@ def test_embeddings_are_asked_for_with_their_window() -> None:
         wanted = [number if number % 3 == 0 else 0 for number in batch.labels.tolist()]
         assert batch.text[0].ravel().tolist() == wanted
     assert sum(text.asked) >= 4 * 60
-    assert min(text.asked) >= 12, "what lies together in the store is read once for all of them"
+    if room:
+        assert min(text.asked) >= 12, "what lies together in the store is read once for all of them"
+    else:
+        assert sum(text.asked) <= 4 * 60 + 4 * 32, "nothing is read long before it is needed"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from pipeline.store.plan import append_version, read_plan
 from pipeline.store.read.dataset import Dataset
 from pipeline.store.read.pages import StoredParts
 from pipeline.store.read.pins import Pins
-from pipeline.text.dataset import PlannedCaption, TextEmbeddings, caption_hash, in_units
+from pipeline.text.dataset import ArrangedText, PlannedCaption, TextEmbeddings, caption_hash, in_units
 from pipeline.text.job import embed_gaps
 from tests.support.rows import claim, planned_root
 
@@ -152,23 +151,22 @@ def test_row_groups_of_several_pages_are_read_whole(tmp_path: Path, monkeypatch:
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_what_is_beyond_the_memory_lies_in_files(stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_is_held_ahead_than_there_is_room_for(stored: str) -> None:
     text = TextEmbeddings.open(stored, cache_bytes=3000)
-    first = text.fetch(CAPTIONS[:10])
+    first = text.fetch(CAPTIONS[:10], ahead=True)
+    assert first is not None
     held = text._held_bytes
     assert held == sum(len(values) for values, _ in first)
+    assert text.fetch(CAPTIONS, ahead=True) is None
     rest = text.fetch(CAPTIONS)
+    assert rest is not None
     assert text._held_bytes == held
     np.testing.assert_array_equal(text.padded(rest)[0][:10], text.padded(first)[0])
-    del first
+    both = ArrangedText([text, TextEmbeddings.open(stored, cache_bytes=1)], "sdxl", 2 * WIDTH)
+    assert both.fetch(CAPTIONS[:3], ahead=True) is None
+    assert text._held_bytes == held, "what one encoder's fitted in is let go where the other's do not"
+    first.clear()
     assert text._held_bytes == 0
-
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(InputError, match=r"(?s)No space left.*temporary files.*TMPDIR.*data.text_cache_bytes"):
-        text.fetch(CAPTIONS)
 
 
 def test_a_published_index_spares_its_readers_all_rows(
