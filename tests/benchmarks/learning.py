@@ -99,7 +99,7 @@ MODELS = {
         batch=8,
         sigma_rel=0.003,
         shift=0.6,
-        images=76_800,
+        images=128_000,
     ),
 }
 WARMUP, DROPOUT, BETAS = 1600, 0.1, (0.9, 0.99)
