@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -56,6 +57,15 @@ def shared_data() -> Path:
     if not (path / "photos" / "metadata.jsonl").is_file():
         pytest.skip(f"no real images at {path} (set LATENTLOOM_TEST_DATA to a folder with photos/ and tricky/)")
     return path
+
+
+@pytest.fixture(autouse=True)
+def _no_ray_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A Ray that a job started in the tests' process ends with its test: the next one may ask for another."""
+    yield
+    ray = sys.modules.get("ray")
+    if ray is not None and request.node.get_closest_marker("ray") is None and ray.is_initialized():
+        ray.shutdown()
 
 
 @pytest.fixture

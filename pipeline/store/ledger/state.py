@@ -179,7 +179,7 @@ def fold(plan: Plan, records: Sequence[tuple[str, CommitRecord]]) -> State:
     dead = dead_rows(plan.retired, records)
     clean = np.ones(len(records), np.bool_)
     clean[list(dead)] = False
-    lengths, counts = Lengths(records), extents(records)[0]
+    lengths, (counts, firsts, _) = Lengths(records), extents(records)
     # Of a record that has no live row nothing counts but, for the lengths of units, what it has rejected.
     partly = {at: gone for at, gone in dead.items() if gone.count() < counts[at]}
     alive, dead_in = _alive_files(records, clean, partly)
@@ -201,10 +201,12 @@ def fold(plan: Plan, records: Sequence[tuple[str, CommitRecord]]) -> State:
                     lengths.supersede(record.generation, rows & gone)
         unions = {reason: RowSet.union_all(rows) for reason, rows in sorted(parts.items())}
         outcomes[outcome] = {reason: rows for reason, rows in unions.items() if rows}
+    rejects = alive[records.is_reject_file[alive]]
+    rejects = rejects[np.argsort(firsts[records.file_owner[rejects]], kind="stable")]
     return State(
         plan=plan,
         files=VisibleFiles(records, _in_order(records, alive[~records.is_reject_file[alive]]), dead_in),
-        reject_files=VisibleFiles(records, alive[records.is_reject_file[alive]], dead_in),
+        reject_files=VisibleFiles(records, rejects, dead_in),
         covered=records.rows_of(kind == COVERED) - plan.retired,
         rejects=outcomes[REJECTED],
         filtered=outcomes[FILTERED],
