@@ -3,8 +3,8 @@
     rows         --data-->     those that are served      a side of the split, a condition on stored columns
     row groups   --order-->    epochs, lanes, windows     pure arithmetic on (seed, epoch, position)
     windows      --reader-->   parts of row groups, mixed [n, 2*c*h*w] stored bytes, on threads
+    windows      --text----->  and their captions' embeddings, as stored, where text is learned from
     rows         --loader-->   batches                    [b, c, h, w] as stored, ids, labels, captions, sizes
-    batches      --text----->  and their captions' embeddings, as stored, where text is learned from
     streams      --mixture-->  one stream                 whole batches of several datasets, by weight
 
 A latent is copied once, from its file's pages to its batch (twice where its window ends with the batch): nothing is
@@ -25,5 +25,6 @@ Nothing is ever written to the dataset and there is no state but the step number
 and a stream started at step n gives what the first one would have given from there, after re-reading at
 most the one window per lane and bucket that the step falls in. Memory holds at most two windows per lane
 and bucket, together `window_bytes` over all ranks and datasets, besides the ids, labels and captions of row groups in
-use (256 MiB a rank at most), what is just being read and the batches already prepared.
+use (256 MiB a rank at most), what is just being read and the batches already prepared; and of text what its reader
+may hold ahead (see `text.dataset`).
 """

@@ -33,8 +33,9 @@ class Encoded:
 class TextEncoder:
     """A loaded encoder with its tokenizer; every forward pass has the shape [batch_size, max_length].
 
-    The shape is fixed so that no kernel is chosen by what else is in a batch: on a CPU a caption's bytes do not
-    depend on its neighbours. Padding that is masked stands on the right, so it reaches no true token.
+    Behind an instruction it is longer by what that takes, and no caption without one is in the same pass. The shape
+    is fixed so that no kernel is chosen by what else is in a batch: on a CPU a caption's bytes do not depend on its
+    neighbours. Padding that is masked stands on the right, so it reaches no true token.
     """
 
     def __init__(
